@@ -1,0 +1,201 @@
+//! Boxes in original-image pixels and the image-token grid they are compared with. Owns box validity, IoU and cell coverage.
+
+use serde::{Deserialize, Serialize};
+
+/// An axis-aligned box `[x1, y1, x2, y2]` in pixels of the original image, f32, `x2`/`y2` exclusive.
+///
+/// A `BBox` may hold any numbers, also impossible ones: what a model said is never repaired. Ask [`BBox::fault`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(from = "[f32; 4]", into = "[f32; 4]")]
+pub struct BBox {
+    /// Left edge.
+    pub x1: f32,
+    /// Top edge.
+    pub y1: f32,
+    /// Right edge (exclusive).
+    pub x2: f32,
+    /// Bottom edge (exclusive).
+    pub y2: f32,
+}
+
+impl From<[f32; 4]> for BBox {
+    fn from([x1, y1, x2, y2]: [f32; 4]) -> Self {
+        Self { x1, y1, x2, y2 }
+    }
+}
+
+impl From<BBox> for [f32; 4] {
+    fn from(b: BBox) -> Self {
+        [b.x1, b.y1, b.x2, b.y2]
+    }
+}
+
+/// Why a box is not valid for an image of a given size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BoxFault {
+    /// A coordinate is NaN or infinite.
+    #[error("has a coordinate that is not finite")]
+    NonFinite,
+    /// `x1 > x2` or `y1 > y2`.
+    #[error("is inverted")]
+    Inverted,
+    /// Zero width or height.
+    #[error("has no area")]
+    Empty,
+    /// Part of it lies outside the image.
+    #[error("lies outside the image")]
+    Outside,
+}
+
+impl BBox {
+    /// Width times height; 0 for inverted or non-finite boxes.
+    pub fn area(&self) -> f64 {
+        let (w, h) = (f64::from(self.x2) - f64::from(self.x1), f64::from(self.y2) - f64::from(self.y1));
+        if w > 0.0 && h > 0.0 && w.is_finite() && h.is_finite() { w * h } else { 0.0 }
+    }
+
+    /// The first fault of this box in an image of `width` x `height` pixels. One pixel of slack is allowed at the borders,
+    /// so that a codec's rounding does not make a true box invalid.
+    pub fn fault(&self, width: f32, height: f32) -> Option<BoxFault> {
+        let c = [self.x1, self.y1, self.x2, self.y2];
+        if c.iter().any(|v| !v.is_finite()) {
+            Some(BoxFault::NonFinite)
+        } else if self.x1 > self.x2 || self.y1 > self.y2 {
+            Some(BoxFault::Inverted)
+        } else if self.x1 == self.x2 || self.y1 == self.y2 {
+            Some(BoxFault::Empty)
+        } else if self.x1 < -1.0 || self.y1 < -1.0 || self.x2 > width + 1.0 || self.y2 > height + 1.0 {
+            Some(BoxFault::Outside)
+        } else {
+            None
+        }
+    }
+
+    /// Intersection over union in `[0, 1]`; 0 when either box has no area. Same definition as `torchvision.ops.box_iou`.
+    pub fn iou(&self, other: &BBox) -> f64 {
+        let (a, b) = (self.area(), other.area());
+        if a == 0.0 || b == 0.0 {
+            return 0.0;
+        }
+        let i = self.intersection(other);
+        (i / (a + b - i)).clamp(0.0, 1.0)
+    }
+
+    /// Area shared by the two boxes in square pixels.
+    pub fn intersection(&self, other: &BBox) -> f64 {
+        let w = f64::from(self.x2.min(other.x2)) - f64::from(self.x1.max(other.x1));
+        let h = f64::from(self.y2.min(other.y2)) - f64::from(self.y1.max(other.y1));
+        if w > 0.0 && h > 0.0 { w * h } else { 0.0 }
+    }
+
+    /// The box scaled by `sx`, `sy` (for example from original to resized pixels).
+    pub fn scaled(&self, sx: f32, sy: f32) -> BBox {
+        BBox { x1: self.x1 * sx, y1: self.y1 * sy, x2: self.x2 * sx, y2: self.y2 * sy }
+    }
+}
+
+/// The merged image-token grid of one image: `rows` x `cols` cells, row-major, covering the whole image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grid {
+    /// Cells from top to bottom.
+    pub rows: usize,
+    /// Cells from left to right.
+    pub cols: usize,
+}
+
+impl Grid {
+    /// Number of image tokens.
+    pub fn tokens(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// `M_j`: share of cell `j` covered by the *union* of `boxes`, `rows * cols` values in `[0, 1]`, row-major.
+    ///
+    /// `width` and `height` are those of the original image in which the boxes are given. Boxes with a fault other than a
+    /// slight overhang contribute only what lies inside the image.
+    pub fn coverage(&self, boxes: &[BBox], width: f32, height: f32) -> Vec<f32> {
+        let mut out = vec![0.0; self.tokens()];
+        if boxes.is_empty() || !(width > 0.0 && height > 0.0) {
+            return out;
+        }
+        let (cw, ch) = (f64::from(width) / self.cols as f64, f64::from(height) / self.rows as f64);
+        for r in 0..self.rows {
+            for c in 0..self.cols {
+                let cell = [c as f64 * cw, r as f64 * ch, (c + 1) as f64 * cw, (r + 1) as f64 * ch];
+                out[r * self.cols + c] = (union_in_cell(boxes, cell) / (cw * ch)).clamp(0.0, 1.0) as f32;
+            }
+        }
+        out
+    }
+}
+
+/// Area of the union of `boxes` inside `cell` by coordinate compression (exact up to rounding).
+fn union_in_cell(boxes: &[BBox], cell: [f64; 4]) -> f64 {
+    let clipped: Vec<[f64; 4]> = boxes
+        .iter()
+        .filter(|b| b.area() > 0.0)
+        .map(|b| {
+            [
+                f64::from(b.x1).max(cell[0]),
+                f64::from(b.y1).max(cell[1]),
+                f64::from(b.x2).min(cell[2]),
+                f64::from(b.y2).min(cell[3]),
+            ]
+        })
+        .filter(|b| b[2] > b[0] && b[3] > b[1])
+        .collect();
+    let mut xs: Vec<f64> = clipped.iter().flat_map(|b| [b[0], b[2]]).collect();
+    xs.sort_by(f64::total_cmp);
+    xs.dedup();
+    let mut area = 0.0;
+    for w in xs.windows(2) {
+        let mut spans: Vec<(f64, f64)> =
+            clipped.iter().filter(|b| b[0] <= w[0] && b[2] >= w[1]).map(|b| (b[1], b[3])).collect();
+        spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let (mut covered, mut end) = (0.0, f64::NEG_INFINITY);
+        for (lo, hi) in spans {
+            covered += (hi - lo.max(end)).max(0.0);
+            end = end.max(hi);
+        }
+        area += covered * (w[1] - w[0]);
+    }
+    area
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn iou_by_hand() {
+        let a = BBox::from([0.0, 0.0, 10.0, 10.0]);
+        assert_eq!(a.iou(&a), 1.0);
+        assert!((a.iou(&[5.0, 0.0, 15.0, 10.0].into()) - 50.0 / 150.0).abs() < 1e-12);
+        assert_eq!(a.iou(&[10.0, 0.0, 20.0, 10.0].into()), 0.0);
+        assert_eq!(a.iou(&[9.0, 9.0, 1.0, 1.0].into()), 0.0);
+        assert_eq!(a.iou(&[f32::NAN, 0.0, 1.0, 1.0].into()), 0.0);
+        assert_eq!(a.iou(&[0.0, 0.0, f32::INFINITY, 1.0].into()), 0.0);
+    }
+
+    #[test]
+    fn faults() {
+        let f = |b: [f32; 4]| BBox::from(b).fault(100.0, 50.0);
+        assert_eq!(f([0.0, 0.0, 100.0, 50.0]), None);
+        assert_eq!(f([1e6, 1e6, 0.0, 0.0]), Some(BoxFault::Inverted));
+        assert_eq!(f([0.0, 0.0, f32::NAN, 1.0]), Some(BoxFault::NonFinite));
+        assert_eq!(f([3.0, 0.0, 3.0, 1.0]), Some(BoxFault::Empty));
+        assert_eq!(f([0.0, 0.0, 102.0, 50.0]), Some(BoxFault::Outside));
+    }
+
+    #[test]
+    fn coverage_is_the_union() {
+        let g = Grid { rows: 2, cols: 2 };
+        let whole: BBox = [0.0, 0.0, 20.0, 20.0].into();
+        assert_eq!(g.coverage(&[whole, whole], 20.0, 20.0), vec![1.0; 4]);
+        let m = g.coverage(&[[0.0, 0.0, 5.0, 10.0].into(), [0.0, 0.0, 10.0, 5.0].into()], 20.0, 20.0);
+        assert!((m[0] - 0.75).abs() < 1e-6 && m[1..] == [0.0; 3]);
+        let tiny = g.coverage(&[[1.0, 1.0, 2.0, 2.0].into()], 20.0, 20.0);
+        assert!((tiny[0] - 0.01).abs() < 1e-6);
+    }
+}

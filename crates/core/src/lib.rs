@@ -1,0 +1,15 @@
+//! Domain types that every room shares: sample, box, group, response, trajectory, reward breakdown, weight version; and geometry.
+//!
+//! Must not know: tokio, tch, tonic. Pure data and pure functions; serde is the only format it speaks.
+
+pub mod answer;
+pub mod geometry;
+pub mod group;
+pub mod record;
+pub mod reward;
+
+pub use answer::{Answer, ParseFault, format_answer, parse_answer};
+pub use geometry::{BBox, BoxFault, Grid};
+pub use group::{Finish, GroupId, Response, Sampling, WeightVersion};
+pub use record::{Record, RecordFault};
+pub use reward::{Attention, Breakdown, Component, MaskReason};
