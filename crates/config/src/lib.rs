@@ -1,1 +1,10 @@
-//! Placeholder.
+//! Typed configuration: defaults < file < environment (`UNVEIL__SECTION__KEY`) < `--set section.key=value`.
+//!
+//! The only room that reads environment variables. Must not know: tokio, tch.
+
+mod load;
+pub mod schema;
+mod validate;
+
+pub use load::{ConfigError, load, load_from};
+pub use schema::Config;

@@ -1,0 +1,246 @@
+//! The one loader: layers, then types, then combinations. Owns the wording of every configuration error.
+
+use std::path::Path;
+
+use toml::{Table, Value};
+
+use crate::schema::Config;
+use crate::validate;
+
+/// What is wrong with a configuration; each message names the key and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML.
+    #[error("{path} is not valid TOML: {message}")]
+    Syntax {
+        /// The file.
+        path: String,
+        /// Line, column and what was expected.
+        message: String,
+    },
+    /// A key that does not exist.
+    #[error("unknown key `{key}` in {layer}{hint}")]
+    Unknown {
+        /// Dotted key.
+        key: String,
+        /// Which layer it came from.
+        layer: String,
+        /// `: did you mean ...?`, or nothing.
+        hint: String,
+    },
+    /// A value of the wrong type.
+    #[error("`{key}` in {layer} is {found}, but {expected} is needed")]
+    Type {
+        /// Dotted key.
+        key: String,
+        /// Which layer it came from.
+        layer: String,
+        /// What was found.
+        found: String,
+        /// What is needed.
+        expected: String,
+    },
+    /// `--set` without `=`.
+    #[error("`--set {0}`: write it as section.key=value")]
+    Set(String),
+    /// Values that cannot work.
+    #[error("the configuration cannot run:\n  {}", .0.join("\n  "))]
+    Invalid(Vec<String>),
+}
+
+/// Loads a configuration: defaults, then `file`, then the environment, then `sets` (`a.b=c`), and checks it.
+pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Config, ConfigError> {
+    load_from(file, std::env::vars(), sets)
+}
+
+/// [`load`] with the environment given.
+pub fn load_from(
+    file: Option<&Path>,
+    environment: impl Iterator<Item = (String, String)>,
+    sets: &[String],
+) -> Result<Config, ConfigError> {
+    let template = template();
+    let mut merged = Table::new();
+    if let Some(path) = file {
+        let shown = path.display().to_string();
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
+        let table: Table = text
+            .parse()
+            .map_err(|e: toml::de::Error| ConfigError::Syntax { path: shown.clone(), message: e.to_string() })?;
+        merge(&mut merged, table, &template, "", &shown)?;
+    }
+    let mut variables: Vec<(String, String)> =
+        environment.filter(|(k, _)| k.starts_with("UNVEIL__")).collect();
+    variables.sort();
+    for (name, value) in variables {
+        let key = name.trim_start_matches("UNVEIL__").to_lowercase().replace("__", ".");
+        merge(&mut merged, nested(&key, &value), &template, "", &format!("the environment ({name})"))?;
+    }
+    for set in sets {
+        let (key, value) = set.split_once('=').ok_or_else(|| ConfigError::Set(set.clone()))?;
+        merge(&mut merged, nested(key.trim(), value.trim()), &template, "", "--set")?;
+    }
+    let config: Config = Value::Table(merged)
+        .try_into()
+        .map_err(|e: toml::de::Error| ConfigError::Invalid(vec![e.to_string().trim().to_owned()]))?;
+    let faults = validate::faults(&config);
+    if faults.is_empty() { Ok(config) } else { Err(ConfigError::Invalid(faults)) }
+}
+
+/// The defaults as a table, which is also the list of known keys. Keys without a default get a typed stand-in.
+fn template() -> Table {
+    let mut t = match Value::try_from(Config::default()) {
+        Ok(Value::Table(t)) => t,
+        _ => Table::new(),
+    };
+    if let Some(Value::Table(v)) = t.get_mut("reward").and_then(|r| r.get_mut("vision_relevance")) {
+        v.insert("layer".into(), Value::Integer(0));
+    }
+    t
+}
+
+/// One `a.b.c = text` as nested tables; the text is read as a TOML value, else taken as a string.
+fn nested(key: &str, text: &str) -> Table {
+    let parsed = format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v"));
+    let mut value = parsed.unwrap_or_else(|| Value::String(text.to_owned()));
+    let mut parts: Vec<&str> = key.split('.').collect();
+    let first = parts.remove(0);
+    for part in parts.into_iter().rev() {
+        value = Value::Table(Table::from_iter([(part.to_owned(), value)]));
+    }
+    Table::from_iter([(first.to_owned(), value)])
+}
+
+fn merge(into: &mut Table, from: Table, known: &Table, prefix: &str, layer: &str) -> Result<(), ConfigError> {
+    let free = prefix == "data.synonyms";
+    for (key, value) in from {
+        let dotted = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        let Some(expected) = known.get(&key) else {
+            if free {
+                into.insert(key, value);
+                continue;
+            }
+            return Err(ConfigError::Unknown { hint: hint(&dotted, prefix), key: dotted, layer: layer.to_owned() });
+        };
+        match (value, expected) {
+            (Value::Table(t), Value::Table(k)) => {
+                let slot = into.entry(key).or_insert_with(|| Value::Table(Table::new()));
+                if let Value::Table(slot) = slot {
+                    merge(slot, t, k, &dotted, layer)?;
+                }
+            }
+            (value, expected) => {
+                let value = coerce(value, expected).map_err(|value| ConfigError::Type {
+                    key: dotted,
+                    layer: layer.to_owned(),
+                    found: format!("{} ({value})", value.type_str()),
+                    expected: expected.type_str().to_owned(),
+                })?;
+                into.insert(key, value);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Accepts an integer where a float is needed, and a bare word of any type where a string is.
+fn coerce(value: Value, expected: &Value) -> Result<Value, Value> {
+    match (value, expected) {
+        (Value::Integer(i), Value::Float(_)) => Ok(Value::Float(i as f64)),
+        (Value::Integer(i), Value::String(_)) => Ok(Value::String(i.to_string())),
+        (v, e) if v.same_type(e) => Ok(v),
+        (v, _) => Err(v),
+    }
+}
+
+/// The nearest known key in the same table, else anywhere.
+fn hint(dotted: &str, prefix: &str) -> String {
+    let mut all = Vec::new();
+    collect(&template(), "", &mut all);
+    let last = dotted.rsplit('.').next().unwrap_or(dotted);
+    let score = |k: &String| {
+        let same_table = k.rsplit_once('.').map_or("", |(p, _)| p) == prefix;
+        let near = strsim::jaro_winkler(last, k.rsplit('.').next().unwrap_or(k));
+        near + if same_table { 0.1 } else { 0.0 }
+    };
+    all.iter()
+        .max_by(|a, b| score(a).total_cmp(&score(b)))
+        .filter(|k| score(k) > 0.75)
+        .map_or_else(String::new, |k| format!(": did you mean `{k}`?"))
+}
+
+fn collect(t: &Table, prefix: &str, out: &mut Vec<String>) {
+    for (k, v) in t {
+        let dotted = if prefix.is_empty() { k.clone() } else { format!("{prefix}.{k}") };
+        if let Value::Table(inner) = v {
+            collect(inner, &dotted, out);
+        }
+        out.push(dotted);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigError> {
+        let dir = std::env::temp_dir().join(format!("unveil-config-{}-{:?}", std::process::id(), std::thread::current().id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("c.toml");
+        std::fs::write(&path, text).unwrap();
+        let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+        load_from(Some(&path), env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())), &sets)
+    }
+
+    #[test]
+    fn layers_in_order() {
+        let text = "[run]\nseed = 1\ndir = \"a\"\n[learner]\nsteps = 5";
+        let c = with(text, &[("UNVEIL__RUN__SEED", "2"), ("UNVEIL__RUN__DIR", "b")], &["run.seed=3"]).unwrap();
+        assert_eq!((c.run.seed, c.run.dir.as_str(), c.learner.steps), (3, "b", 5));
+        assert_eq!(c.rollout, crate::schema::Rollout::default());
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        let e = |t: &str, s: &[&str]| with(t, &[], s).unwrap_err().to_string();
+        let m = e("[learner]\nclip_hihg = 0.3", &[]);
+        assert!(m.contains("learner.clip_hihg") && m.contains("did you mean `learner.clip_high`"), "{m}");
+        let m = e("", &["rewards.format.weight=1"]);
+        assert!(m.contains("rewards") && m.contains("`reward`"), "{m}");
+        let m = e("[sft]\nsteps = \"many\"", &[]);
+        assert!(m.contains("sft.steps") && m.contains("integer"), "{m}");
+        let m = e("[rollout]\nn = 1", &[]);
+        assert!(m.contains("rollout.n"), "{m}");
+        let m = e("[reward.format]\nnormalise = \"min\"", &[]);
+        assert!(m.contains("min") && m.contains("zscore"), "{m}");
+        let m = e("[run\n", &[]);
+        assert!(m.contains("TOML"), "{m}");
+        assert!(e("", &["run.seed"]).contains("section.key=value"));
+        assert!(e("[sft]\nsteps = -1", &[]).contains("steps"));
+    }
+
+    #[test]
+    fn numbers_and_options() {
+        let c = with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layer=2", "run.resume=40"]).unwrap();
+        assert_eq!(c.learner.optimizer.lr, 1.0);
+        assert_eq!(c.reward.vision_relevance.layer, Some(2));
+        assert_eq!(c.run.resume, "40");
+        let c = with("[data.synonyms]\nnodule = [\"nodules\"]", &[], &[]).unwrap();
+        assert_eq!(c.data.synonyms["nodule"], ["nodules"]);
+    }
+
+    #[test]
+    fn shown_defaults_load_back() {
+        let text = toml::to_string(&Config::default()).unwrap();
+        assert_eq!(with(&text, &[], &[]).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,103 @@
+//! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
+
+use crate::schema::{Algorithm, Config, DataKind, Optimizer};
+
+/// Every fault of a configuration; empty when it can run.
+pub(crate) fn faults(c: &Config) -> Vec<String> {
+    let mut out = Vec::new();
+    let mut need = |ok: bool, what: String| {
+        if !ok {
+            out.push(what);
+        }
+    };
+    need(!c.run.dir.is_empty(), "run.dir is empty: name a directory".into());
+    need(
+        matches!(c.run.resume.as_str(), "auto" | "never") || c.run.resume.parse::<u64>().is_ok(),
+        format!("run.resume is `{}`: use auto, never, or a step number", c.run.resume),
+    );
+    need(
+        matches!(c.run.device.as_str(), "auto" | "cpu" | "cuda")
+            || c.run.device.strip_prefix("cuda:").is_some_and(|n| n.parse::<u32>().is_ok()),
+        format!("run.device is `{}`: use auto, cpu, cuda or cuda:N", c.run.device),
+    );
+    match c.data.kind {
+        DataKind::Synth => need(
+            c.data.synth.size % 16 == 0 && (48..=448).contains(&c.data.synth.size),
+            format!("data.synth.size is {}: use a multiple of 16 from 48 to 448", c.data.synth.size),
+        ),
+        DataKind::Voc => {
+            need(!c.data.root.is_empty(), "data.kind = \"voc\" needs data.root (--set data.root=DIR)".into());
+            need(!c.data.class.is_empty(), "data.kind = \"voc\" needs data.class, the class to look for".into());
+        }
+        DataKind::Jsonl => {
+            need(!c.data.root.is_empty(), "data.kind = \"jsonl\" needs data.root (--set data.root=FILE)".into());
+        }
+    }
+    for (name, split) in [("val", &c.data.val_split), ("test", &c.data.test_split)] {
+        need(
+            *split != c.data.train_split,
+            format!("data.{name}_split equals data.train_split (`{split}`): held-out images must not be trained on"),
+        );
+    }
+    let a = &c.data.augment;
+    need(
+        a.crop_min > 0.0 && a.crop_min <= 1.0,
+        format!("data.augment.crop_min is {}: use a fraction above 0 up to 1", a.crop_min),
+    );
+    need((0.0..1.0).contains(&a.jitter), format!("data.augment.jitter is {}: use 0 up to below 1", a.jitter));
+    need(c.sft.batch > 0, "sft.batch is 0".into());
+    need(c.rollout.n > 0, "rollout.n is 0: a group has at least one response".into());
+    need(
+        c.learner.algorithm != Algorithm::Grpo || c.rollout.n > 1,
+        "learner.algorithm = \"grpo\" needs rollout.n of 2 or more: with one response there is no group to compare with"
+            .into(),
+    );
+    need(c.rollout.temperature > 0.0, "rollout.temperature must be above 0: a greedy policy cannot be improved".into());
+    need(c.rollout.max_new_tokens > 0, "rollout.max_new_tokens is 0".into());
+    need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
+    need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
+    need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
+    need(c.learner.groups > 0, "learner.groups is 0".into());
+    need(c.learner.inner_epochs > 0, "learner.inner_epochs is 0".into());
+    need(
+        c.learner.minibatches > 0 && c.learner.groups % c.learner.minibatches.max(1) == 0,
+        format!("learner.minibatches ({}) must divide learner.groups ({})", c.learner.minibatches, c.learner.groups),
+    );
+    let r = &c.reward;
+    let weights = [
+        ("localization", r.localization.weight),
+        ("vision_relevance", r.vision_relevance.weight),
+        ("format", r.format.weight),
+        ("category", r.category.weight),
+    ];
+    for (name, w) in weights {
+        need(w >= 0.0 && w.is_finite(), format!("reward.{name}.weight is {w}: use 0 or more"));
+    }
+    need(
+        c.learner.steps == 0 || weights.iter().any(|(_, w)| *w > 0.0),
+        "every reward weight is 0: there is nothing to learn from".into(),
+    );
+    need(r.vision_relevance.gradient >= 0.0, "reward.vision_relevance.gradient must be 0 or more".into());
+    need(r.deadline_s > 0.0, "reward.deadline_s must be above 0".into());
+    for (name, v) in [("learner.clip_low", c.learner.clip_low), ("learner.clip_high", c.learner.clip_high)] {
+        need(v > 0.0, format!("{name} must be above 0"));
+    }
+    for (name, v) in [("learner.gamma", c.learner.gamma), ("learner.lambda", c.learner.lambda)] {
+        need((0.0..=1.0).contains(&v), format!("{name} is {v}: use 0 to 1"));
+    }
+    optimizer("sft", &c.sft.optimizer, &mut out);
+    optimizer("learner", &c.learner.optimizer, &mut out);
+    out
+}
+
+fn optimizer(stage: &str, o: &Optimizer, out: &mut Vec<String>) {
+    if !(o.lr > 0.0 && o.lr.is_finite()) {
+        out.push(format!("{stage}.optimizer.lr is {}: use a number above 0", o.lr));
+    }
+    if !(0.0..=1.0).contains(&o.lr_end) {
+        out.push(format!("{stage}.optimizer.lr_end is {}: it is a fraction of lr, 0 to 1", o.lr_end));
+    }
+    if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
+        out.push(format!("{stage}.optimizer.betas is {:?}: each 0 up to below 1", o.betas));
+    }
+}
