@@ -1,0 +1,84 @@
+//! Vision relevance as a differentiable quantity of the attention rows that the learner recomputes.
+
+use tch::{Kind, Tensor};
+
+use crate::{AlgoError, expect_shape};
+
+/// Which attention rows of a batch belong to mentions of the abnormal class, and which cells count.
+///
+/// Rows of `coverage` and `baseline` stand for the R responses whose sample has vision relevance (a true box, not the whole
+/// image). A response that mentions nothing has no entry in `tokens` and its reward is 0.
+#[derive(Debug)]
+pub struct MentionBatch {
+    /// `[K]` Int64: positions within the N rows of attention, the tokens of each response's first mention.
+    pub tokens: Tensor,
+    /// `[K]` Int64: which of the R responses each belongs to.
+    pub response: Tensor,
+    /// `[R, V]` f32: M, the share of each cell that true boxes cover; 0 beyond the sample's own image.
+    pub coverage: Tensor,
+    /// `[R]` f32: a, the mean of M over the sample's own cells, below 1.
+    pub baseline: Tensor,
+}
+
+/// Vision relevance per response, `[R]`: (s - a) / (1 - a) with s the mean over mention tokens of sum_j M_j p_ij, and 0 for a
+/// response without a mention (definition of the method page; the loss form follows EASE, arXiv 2605.30912).
+///
+/// The reward clips this to `[0, 1]`. Here the lower clip is left out, since it would cut the gradient exactly where attention
+/// looks away from the lesion and a gradient is wanted most; the upper one never binds, as s <= 1. Differentiable in
+/// `attention` `[N, V]`.
+pub fn attention_rewards(attention: &Tensor, m: &MentionBatch) -> Result<Tensor, AlgoError> {
+    let responses = m.baseline.size().first().copied().unwrap_or(0);
+    let width = attention.size().get(1).copied().unwrap_or(0);
+    expect_shape("coverage", &m.coverage, &[responses, width])?;
+    expect_shape("response", &m.response, &m.tokens.size())?;
+    let rows = attention.f_index_select(0, &m.tokens)?;
+    let covered = m.coverage.f_index_select(0, &m.response)?;
+    let per_token = (rows * covered).f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
+    let zeros = Tensor::zeros([responses], (Kind::Float, attention.device()));
+    let counts = zeros.f_index_add(0, &m.response, &per_token.ones_like())?;
+    let mean = zeros.f_index_add(0, &m.response, &per_token)? / counts.clamp_min(1.0);
+    let relevance = (mean - &m.baseline) / (1.0 - &m.baseline);
+    Ok(relevance * counts.gt(0.0).to_kind(Kind::Float))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(tokens: &[i64], response: &[i64]) -> MentionBatch {
+        MentionBatch {
+            tokens: Tensor::from_slice(tokens),
+            response: Tensor::from_slice(response),
+            coverage: Tensor::from_slice(&[1.0f32, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]).view([2, 4]),
+            baseline: Tensor::from_slice(&[0.25f32, 0.25]),
+        }
+    }
+
+    #[test]
+    fn uniform_is_zero_and_all_inside_is_one() {
+        let rows = Tensor::from_slice(&[
+            0.25f32, 0.25, 0.25, 0.25, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0,
+        ])
+        .view([3, 4]);
+        let r = attention_rewards(&rows, &batch(&[0, 1], &[0, 1])).unwrap();
+        assert!(r.double_value(&[0]).abs() < 1e-6 && (r.double_value(&[1]) - 1.0).abs() < 1e-6);
+        let away = attention_rewards(&rows, &batch(&[2], &[0])).unwrap();
+        assert!(
+            away.double_value(&[0]) < 0.0,
+            "attention that looks away keeps a gradient"
+        );
+        assert_eq!(away.double_value(&[1]), 0.0, "no mention");
+    }
+
+    #[test]
+    fn a_misshapen_coverage_is_an_error() {
+        let rows = Tensor::zeros([3, 5], (Kind::Float, tch::Device::Cpu));
+        assert!(matches!(
+            attention_rewards(&rows, &batch(&[0], &[0])),
+            Err(AlgoError::Shape {
+                what: "coverage",
+                ..
+            })
+        ));
+    }
+}
