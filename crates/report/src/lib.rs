@@ -1,1 +1,16 @@
-//! Placeholder.
+//! What a person sees of a run: the event log, TensorBoard files, the progress line, and the report page.
+//!
+//! Reads and writes files of a run directory only. Must not know: tch, tonic.
+
+mod chart;
+pub mod events;
+mod figure;
+mod page;
+pub mod progress;
+pub mod tensorboard;
+
+pub use events::{EventLog, read_events};
+pub use figure::Prediction;
+pub use page::{ReportError, write_report};
+pub use progress::StageProgress;
+pub use tensorboard::TensorBoard;

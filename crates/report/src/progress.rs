@@ -1,0 +1,79 @@
+//! The progress line of a stage: a bar with rate, reward parts and time left on a terminal, a line every few seconds elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Progress of one stage, on stderr.
+pub struct StageProgress {
+    name: String,
+    total: u64,
+    unit: &'static str,
+    started: Instant,
+    first: Option<u64>,
+    bar: Option<ProgressBar>,
+    printed: Option<Instant>,
+}
+
+impl StageProgress {
+    /// A stage of `total` steps; the rate is counted in `unit` (images, responses) handed to [`StageProgress::update`].
+    pub fn new(name: &str, total: u64, unit: &'static str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total);
+            let style = ProgressStyle::with_template("{prefix:>9} {bar:24} {pos}/{len} {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            bar.set_style(style);
+            bar.set_prefix(name.to_owned());
+            bar
+        });
+        Self { name: name.to_owned(), total, unit, started: Instant::now(), first: None, bar, printed: None }
+    }
+
+    /// Shows step `step`; `done` units were processed by this process so far, `parts` are named numbers to show.
+    pub fn update(&mut self, step: u64, done: u64, parts: &[(&str, f64)]) {
+        let first = *self.first.get_or_insert(step.saturating_sub(1));
+        let elapsed = self.started.elapsed().as_secs_f64().max(1e-3);
+        let made = step.saturating_sub(first).max(1);
+        let left = elapsed / made as f64 * self.total.saturating_sub(step) as f64;
+        let shown: Vec<String> = parts.iter().map(|(k, v)| format!("{k} {v:.3}")).collect();
+        let message =
+            format!("{:.1} {}/s  {}  {} left", done as f64 / elapsed, self.unit, shown.join("  "), clock(left));
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+            bar.set_message(message);
+        } else if step >= self.total || self.printed.is_none_or(|t| t.elapsed() > Duration::from_secs(5)) {
+            eprintln!("{:>9} {step}/{}  {message}", self.name, self.total);
+            self.printed = Some(Instant::now());
+        }
+    }
+
+    /// Prints a line above the bar.
+    pub fn note(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    /// Leaves the last state on the screen.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.abandon();
+        }
+    }
+}
+
+fn clock(seconds: f64) -> String {
+    let s = seconds.round().clamp(0.0, 1e9) as u64;
+    if s >= 3600 { format!("{}h{:02}m", s / 3600, s / 60 % 60) } else { format!("{}m{:02}s", s / 60, s % 60) }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn clock_reads_well() {
+        assert_eq!(super::clock(59.6), "1m00s");
+        assert_eq!(super::clock(3725.0), "1h02m");
+    }
+}

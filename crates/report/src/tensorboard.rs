@@ -1,0 +1,100 @@
+//! TensorBoard event files: TFRecord framing (masked CRC-32C) around the `Event` message of TensorFlow's event.proto.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prost::Message;
+
+#[derive(Clone, PartialEq, Message)]
+struct Event {
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(string, optional, tag = "3")]
+    file_version: Option<String>,
+    #[prost(message, optional, tag = "5")]
+    summary: Option<Summary>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<SummaryValue>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SummaryValue {
+    #[prost(string, tag = "1")]
+    tag: String,
+    #[prost(float, tag = "2")]
+    simple_value: f32,
+}
+
+/// Writes scalars to one event file.
+pub struct TensorBoard {
+    file: File,
+}
+
+impl TensorBoard {
+    /// Creates a new event file in `dir`; earlier files (of a run that was resumed) stay beside it.
+    pub fn create(dir: &Path) -> std::io::Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let now = now();
+        let name = format!("events.out.tfevents.{:010}.{}.{}", now as u64, std::process::id(), (now.fract() * 1e6) as u64);
+        let mut board = Self { file: File::create(dir.join(name))? };
+        board.record(&Event { wall_time: now, step: 0, file_version: Some("brain.Event:2".into()), summary: None })?;
+        Ok(board)
+    }
+
+    /// Writes the scalars of one step.
+    pub fn scalars(&mut self, step: i64, scalars: &[(String, f32)]) -> std::io::Result<()> {
+        let value =
+            scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: *v }).collect();
+        self.record(&Event { wall_time: now(), step, file_version: None, summary: Some(Summary { value }) })
+    }
+
+    fn record(&mut self, event: &Event) -> std::io::Result<()> {
+        let data = event.encode_to_vec();
+        let length = (data.len() as u64).to_le_bytes();
+        let mut out = Vec::with_capacity(data.len() + 16);
+        out.extend_from_slice(&length);
+        out.extend_from_slice(&masked(&length).to_le_bytes());
+        out.extend_from_slice(&data);
+        out.extend_from_slice(&masked(&data).to_le_bytes());
+        self.file.write_all(&out)
+    }
+}
+
+fn masked(data: &[u8]) -> u32 {
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensorboard_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut b = TensorBoard::create(dir.path()).unwrap();
+        b.scalars(3, &[("train/loss".into(), 0.25), ("train/reward/total".into(), -1.5)]).unwrap();
+        b.scalars(4, &[("train/loss".into(), 0.125)]).unwrap();
+        let script = "import sys\n\
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n\
+            a = EventAccumulator(sys.argv[1]); a.Reload()\n\
+            print([(e.step, e.value) for e in a.Scalars('train/loss')], a.Scalars('train/reward/total')[0].value)";
+        let python = std::env::var("UNVEIL_PYTHON").unwrap_or_else(|_| {
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../.venv/bin/python").to_owned()
+        });
+        let out = std::process::Command::new(&python).args(["-c", script]).arg(dir.path()).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert_eq!(text.trim(), "[(3, 0.25), (4, 0.125)] -1.5", "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}
