@@ -3,6 +3,7 @@
 //! Must not know: tch, tonic. Boxes are original-image pixels everywhere but inside a codec.
 
 mod files;
+pub mod import;
 pub mod records;
 pub mod store;
 pub mod synth;

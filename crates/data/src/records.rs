@@ -92,6 +92,14 @@ impl RecordFile {
     /// A line that is no record, a missing, empty or repeated id, an image path that is absolute or leaves the folder.
     /// Boxes are not judged here: see [`crate::check`].
     pub fn load(path: &Path) -> Result<Self, RecordsError> {
+        Self::scan(path, Err)
+    }
+
+    /// Reads like [`RecordFile::load`], but hands each bad line to `bad_line`, which says whether to go on without it.
+    pub(crate) fn scan(
+        path: &Path,
+        mut bad_line: impl FnMut(RecordsError) -> Result<(), RecordsError>,
+    ) -> Result<Self, RecordsError> {
         let io = |cause| RecordsError::Io { file: path.to_owned(), cause };
         let mut reader = BufReader::new(std::fs::File::open(path).map_err(io)?);
         let mut out = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new() };
@@ -102,28 +110,19 @@ impl RecordFile {
             if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(io)? == 0 {
                 break;
             }
-            let bad = |cause: String| RecordsError::Line { file: path.to_owned(), line, cause };
             if bytes.len() as u64 == MAX_LINE {
-                return Err(bad(format!("the line is longer than {MAX_LINE} bytes")));
+                let cause = format!("the line is longer than {MAX_LINE} bytes");
+                return Err(RecordsError::Line { file: path.to_owned(), line, cause });
             }
-            let text = std::str::from_utf8(&bytes).map_err(|_| bad("the line is not UTF-8".to_owned()))?.trim();
-            if text.is_empty() {
-                continue;
+            match parse_line(path, line, &bytes, &seen) {
+                Ok(None) => {}
+                Ok(Some(record)) => {
+                    seen.insert(record.id.clone(), line);
+                    out.records.push(record);
+                    out.lines.push(line);
+                }
+                Err(e) => bad_line(e)?,
             }
-            let record: Record = serde_json::from_str(text).map_err(|e| bad(explain(&e)))?;
-            if record.id.trim().is_empty() {
-                return Err(bad("the record's `id` is empty; give every record an id".to_owned()));
-            }
-            if let Some(&first) = seen.get(&record.id) {
-                return Err(RecordsError::Duplicate { file: path.to_owned(), line, first, id: record.id });
-            }
-            if let Some(cause) = path_fault(&record.image) {
-                let (id, image) = (record.id, record.image);
-                return Err(RecordsError::ImagePath { file: path.to_owned(), line, id, image, cause });
-            }
-            seen.insert(record.id.clone(), line);
-            out.records.push(record);
-            out.lines.push(line);
         }
         Ok(out)
     }
@@ -217,6 +216,31 @@ pub fn path_fault(image: &str) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+fn parse_line(
+    path: &Path,
+    line: usize,
+    bytes: &[u8],
+    seen: &HashMap<String, usize>,
+) -> Result<Option<Record>, RecordsError> {
+    let bad = |cause: String| RecordsError::Line { file: path.to_owned(), line, cause };
+    let text = std::str::from_utf8(bytes).map_err(|_| bad("the line is not UTF-8".to_owned()))?.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let record: Record = serde_json::from_str(text).map_err(|e| bad(explain(&e)))?;
+    if record.id.trim().is_empty() {
+        return Err(bad("the record's `id` is empty; give every record an id".to_owned()));
+    }
+    if let Some(&first) = seen.get(&record.id) {
+        return Err(RecordsError::Duplicate { file: path.to_owned(), line, first, id: record.id });
+    }
+    if let Some(cause) = path_fault(&record.image) {
+        let (id, image) = (record.id, record.image);
+        return Err(RecordsError::ImagePath { file: path.to_owned(), line, id, image, cause });
+    }
+    Ok(Some(record))
 }
 
 fn explain(e: &serde_json::Error) -> String {

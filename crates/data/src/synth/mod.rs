@@ -10,6 +10,8 @@ mod shape;
 mod tests;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -238,7 +240,7 @@ pub fn record(spec: &SynthSpec, index: usize, sample: &Sample) -> Record {
 
 /// Draws everything into `out`: `images/*.png`, then `records.jsonl` last, so that a folder with records is whole.
 ///
-/// `progress(done, total)` is called after each record.
+/// Uses all cores; `progress(done, total)` is called on this thread after each record.
 pub fn generate(
     spec: &SynthSpec,
     out: &Path,
@@ -248,15 +250,40 @@ pub fn generate(
     let images = out.join("images");
     std::fs::create_dir_all(&images).map_err(|cause| SynthError::Write { path: images.clone(), cause })?;
     let total = spec.n();
-    let mut list = Vec::with_capacity(total);
-    for index in 0..total {
-        let s = sample(spec, index)?;
-        let r = record(spec, index, &s);
-        let path = out.join(&r.image);
-        std::fs::write(&path, s.image.to_png()?).map_err(|cause| SynthError::Write { path, cause })?;
-        list.push(r);
-        progress(index + 1, total);
-    }
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(total.max(1));
+    let next = AtomicUsize::new(0);
+    let mut list: Vec<Option<Record>> = vec![None; total];
+    std::thread::scope(|scope| {
+        let (send, receive) = mpsc::channel();
+        for _ in 0..workers {
+            let (send, next) = (send.clone(), &next);
+            scope.spawn(move || {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    if index >= total || send.send(write_one(spec, index, out).map(|r| (index, r))).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(send);
+        for (done, result) in receive.iter().enumerate() {
+            // An early return drops the receiver, and the workers stop at their next send.
+            let (index, record) = result?;
+            list[index] = Some(record);
+            progress(done + 1, total);
+        }
+        Ok::<(), SynthError>(())
+    })?;
+    let list: Vec<Record> = list.into_iter().flatten().collect();
     records::write(&out.join(RECORDS_FILE), &list)?;
     Ok(list)
+}
+
+fn write_one(spec: &SynthSpec, index: usize, out: &Path) -> Result<Record, SynthError> {
+    let s = sample(spec, index)?;
+    let r = record(spec, index, &s);
+    let path = out.join(&r.image);
+    std::fs::write(&path, s.image.to_png()?).map_err(|cause| SynthError::Write { path, cause })?;
+    Ok(r)
 }
