@@ -1,1 +1,38 @@
-//! Placeholder.
+//! Building blocks of every gRPC role: serving with health, reflection and a graceful end; channels with retry, deadlines and
+//! keep-alive; the ready line; tracing.
+//!
+//! Must not know: tch, and what any service is about.
+
+mod client;
+mod error;
+mod ready;
+mod serve;
+mod trace;
+
+pub use client::{Backoff, connect, retry, with_deadline};
+pub use error::ServiceError;
+pub use ready::{Ready, announce, parse_ready};
+pub use serve::{Running, ServeOptions, bind, cancel_on_signal, serve, start};
+pub use trace::init_tracing;
+
+// Callers build routes and tokens with these.
+pub use tokio_util::sync::CancellationToken;
+pub use tonic::service::{Routes, RoutesBuilder};
+
+/// Largest message that is sent or taken by default, in bytes (64 MiB).
+pub const MESSAGE_LIMIT: usize = 64 << 20;
+
+/// Sets the message size limit of a generated server or client, both ways: `limited!(RewardServer::new(x))`, or with a limit
+/// in bytes as second argument. gRPC's own default is 4 MiB, which one group with its image and attention can exceed.
+#[macro_export]
+macro_rules! limited {
+    ($service:expr) => {
+        $crate::limited!($service, $crate::MESSAGE_LIMIT)
+    };
+    ($service:expr, $bytes:expr) => {{
+        let bytes: usize = $bytes;
+        $service
+            .max_decoding_message_size(bytes)
+            .max_encoding_message_size(bytes)
+    }};
+}

@@ -1,0 +1,192 @@
+//! Channels to other roles: connecting with retry and back-off, calls with a deadline.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+use crate::error::{ServiceError, retryable};
+
+/// Waits between tries: from `first`, doubled each time, up to `most`.
+#[derive(Debug, Clone, Copy)]
+pub struct Backoff {
+    /// First wait.
+    pub first: Duration,
+    /// Longest wait.
+    pub most: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            first: Duration::from_millis(50),
+            most: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Connects to `http://host:port` (or `host:port`), trying again with back-off until `deadline` has passed. The channel reconnects by itself afterwards.
+///
+/// # Errors
+/// [`ServiceError::Address`] at once when the address cannot be read, [`ServiceError::Deadline`] when nobody answered.
+pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, ServiceError> {
+    let endpoint = endpoint(address)?;
+    let start = Instant::now();
+    let mut wait = Backoff::default().first;
+    loop {
+        let left = deadline.saturating_sub(start.elapsed());
+        let last = match tokio::time::timeout(left, endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(e)) => chain(&e),
+            Err(_) => "no answer".to_owned(),
+        };
+        if start.elapsed() + wait >= deadline {
+            return Err(ServiceError::Deadline {
+                what: format!("connecting to {address}"),
+                waited: start.elapsed(),
+                last,
+            });
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(Backoff::default().most);
+    }
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, ServiceError> {
+    let bad = |reason: String| ServiceError::Address {
+        address: address.to_owned(),
+        reason,
+        form: "http://host:port",
+    };
+    let url = if address.contains("://") {
+        address.to_owned()
+    } else {
+        format!("http://{address}")
+    };
+    let endpoint = Endpoint::from_shared(url).map_err(|e| bad(chain(&e)))?;
+    if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
+        return Err(bad("host or port is missing".to_owned()));
+    }
+    Ok(endpoint
+        .connect_timeout(Duration::from_secs(5))
+        .tcp_nodelay(true)
+        .tcp_keepalive(Some(Duration::from_secs(30)))
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(10))
+        .keep_alive_while_idle(true))
+}
+
+/// The request with a deadline that the server learns of, too.
+pub fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(deadline);
+    request
+}
+
+/// Makes an idempotent call until it succeeds, fails for good, or `deadline` has passed. `call` gets the time that is left.
+///
+/// # Errors
+/// [`ServiceError::Call`] for an answer that a repetition cannot change, [`ServiceError::Deadline`] when time is up.
+pub async fn retry<T, F, Fut>(
+    what: &str,
+    deadline: Duration,
+    backoff: Backoff,
+    mut call: F,
+) -> Result<T, ServiceError>
+where
+    F: FnMut(Duration) -> Fut,
+    Fut: Future<Output = Result<T, Status>>,
+{
+    let start = Instant::now();
+    let mut wait = backoff.first;
+    let mut last = "no answer".to_owned();
+    loop {
+        let left = deadline.saturating_sub(start.elapsed());
+        match tokio::time::timeout(left, call(left)).await {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(status)) if !retryable(&status) => {
+                return Err(ServiceError::Call {
+                    what: what.to_owned(),
+                    status: Box::new(status),
+                });
+            }
+            Ok(Err(status)) => last = format!("{:?}: {}", status.code(), status.message()),
+            Err(_) => {}
+        }
+        if start.elapsed() + wait >= deadline {
+            return Err(ServiceError::Deadline {
+                what: what.to_owned(),
+                waited: start.elapsed(),
+                last,
+            });
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(backoff.most);
+    }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut out = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        let next = e.to_string();
+        if !out.contains(&next) {
+            out = format!("{out}: {next}");
+        }
+        source = e.source();
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn addresses() {
+        assert!(endpoint("127.0.0.1:80").is_ok() && endpoint("http://reward:4711").is_ok());
+        for bad in ["", "http://", "nowhere", "http://a b:1"] {
+            let e = endpoint(bad).unwrap_err();
+            assert!(
+                e.is_permanent() && e.to_string().contains("http://host:port"),
+                "{e}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retry_stops_for_good_on_a_permanent_answer() {
+        let calls = Cell::new(0);
+        let r: Result<(), _> = retry("x", Duration::from_secs(10), Backoff::default(), |_| {
+            calls.set(calls.get() + 1);
+            let n = calls.get();
+            async move {
+                Err(if n < 3 {
+                    Status::unavailable("down")
+                } else {
+                    Status::not_found("gone")
+                })
+            }
+        })
+        .await;
+        assert!(calls.get() == 3 && r.unwrap_err().is_permanent());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retry_keeps_its_deadline() {
+        let r: Result<(), _> = retry("x", Duration::from_secs(3), Backoff::default(), |_| {
+            std::future::pending::<Result<(), Status>>()
+        })
+        .await;
+        let e = r.unwrap_err();
+        assert!(
+            e.is_retryable() && e.to_string().contains("within 3.0 s"),
+            "{e}"
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! Serving: bind, health, reflection, keep-alive, and an end that lets calls finish, but not for ever.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS;
+
+use crate::ServiceError;
+
+/// How to serve.
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// Full names of the services that health answers for (`NamedService::NAME`), besides the server as a whole.
+    pub names: Vec<&'static str>,
+    /// How long running calls may take to finish after shutdown was asked for.
+    pub drain: Duration,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        Self {
+            names: Vec::new(),
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A server that runs in the background. Dropping it does not stop it: cancel its token, then [`Running::wait`].
+#[derive(Debug)]
+pub struct Running {
+    /// The bound address, with the real port.
+    pub address: SocketAddr,
+    task: JoinHandle<Result<(), ServiceError>>,
+}
+
+impl Running {
+    /// Waits for the server's end.
+    ///
+    /// # Errors
+    /// The transport failed, or the server's task died.
+    pub async fn wait(self) -> Result<(), ServiceError> {
+        self.task
+            .await
+            .map_err(|e| ServiceError::Setup(format!("the server's task ended: {e}")))?
+    }
+}
+
+/// Listens on `host:port`; port 0 takes any free one.
+///
+/// # Errors
+/// [`ServiceError::AddressInUse`] names the address and what to do.
+pub async fn bind(listen: &str) -> Result<(TcpListener, SocketAddr), ServiceError> {
+    let fail = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::AddrInUse => ServiceError::AddressInUse {
+            address: listen.to_owned(),
+        },
+        std::io::ErrorKind::InvalidInput => ServiceError::Address {
+            address: listen.to_owned(),
+            reason: source.to_string(),
+            form: "host:port, with port 0 for any free one",
+        },
+        _ => ServiceError::Listen {
+            address: listen.to_owned(),
+            source,
+        },
+    };
+    let listener = TcpListener::bind(listen).await.map_err(fail)?;
+    let address = listener.local_addr().map_err(fail)?;
+    Ok((listener, address))
+}
+
+/// Serves `routes` with health and reflection beside them, in the background, until `shutdown` is cancelled.
+///
+/// # Errors
+/// See [`bind`].
+pub async fn start(
+    listen: &str,
+    routes: Routes,
+    options: ServeOptions,
+    shutdown: CancellationToken,
+) -> Result<Running, ServiceError> {
+    let (listener, address) = bind(listen).await?;
+    let (reporter, health) = tonic_health::server::health_reporter();
+    for name in &options.names {
+        reporter
+            .set_service_status(*name, ServingStatus::Serving)
+            .await;
+    }
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(unveil_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(HEALTH_DESCRIPTORS)
+    };
+    let setup =
+        |e: tonic_reflection::server::Error| ServiceError::Setup(format!("reflection: {e}"));
+    let routes = routes
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(setup)?)
+        .add_service(reflection().build_v1alpha().map_err(setup)?);
+    let incoming = TcpIncoming::from(listener)
+        .with_nodelay(Some(true))
+        .with_keepalive(Some(Duration::from_secs(30)));
+    let token = shutdown.clone();
+    let names = options.names.clone();
+    let stop = async move {
+        token.cancelled().await;
+        for name in names.into_iter().chain([""]) {
+            reporter
+                .set_service_status(name, ServingStatus::NotServing)
+                .await;
+        }
+    };
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(incoming, stop);
+    let task = tokio::spawn(async move {
+        tokio::select! {
+            ended = server => ended.map_err(|source| ServiceError::Server { address: address.to_string(), source }),
+            () = async { shutdown.cancelled().await; tokio::time::sleep(options.drain).await } => {
+                tracing::warn!(%address, "calls were still running {:.1} s after shutdown: dropped", options.drain.as_secs_f64());
+                Ok(())
+            }
+        }
+    });
+    Ok(Running { address, task })
+}
+
+/// [`start`], then `ready` with the bound address, then waits for the end.
+///
+/// # Errors
+/// See [`bind`] and [`Running::wait`].
+pub async fn serve(
+    listen: &str,
+    routes: Routes,
+    options: ServeOptions,
+    shutdown: CancellationToken,
+    ready: impl FnOnce(SocketAddr),
+) -> Result<(), ServiceError> {
+    let running = start(listen, routes, options, shutdown).await?;
+    ready(running.address);
+    running.wait().await
+}
+
+/// A token that the first interrupt (Ctrl-C) or termination signal cancels.
+///
+/// # Errors
+/// The signals cannot be listened for.
+pub fn cancel_on_signal() -> std::io::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
+    let token = CancellationToken::new();
+    let cancel = token.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
+            _ = terminate.recv() => tracing::info!("told to stop: stopping"),
+        }
+        cancel.cancel();
+    });
+    Ok(token)
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_client::HealthClient;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn serves_health_and_stops() {
+        let stop = CancellationToken::new();
+        let options = ServeOptions {
+            names: vec!["unveil.v1.Reward"],
+            ..Default::default()
+        };
+        let running = start("127.0.0.1:0", Routes::default(), options, stop.clone())
+            .await
+            .unwrap();
+        assert_ne!(running.address.port(), 0);
+        let channel = crate::connect(&running.address.to_string(), Duration::from_secs(5))
+            .await
+            .unwrap();
+        let mut health = HealthClient::new(channel);
+        for service in ["", "unveil.v1.Reward"] {
+            let r = health
+                .check(HealthCheckRequest {
+                    service: service.into(),
+                })
+                .await
+                .unwrap()
+                .into_inner();
+            assert_eq!(
+                r.status(),
+                tonic_health::pb::health_check_response::ServingStatus::Serving
+            );
+        }
+        stop.cancel();
+        tokio::time::timeout(Duration::from_secs(6), running.wait())
+            .await
+            .unwrap()
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn port_in_use_and_bad_address() {
+        let (_held, address) = bind("127.0.0.1:0").await.unwrap();
+        let e = start(
+            &address.to_string(),
+            Routes::default(),
+            ServeOptions::default(),
+            CancellationToken::new(),
+        )
+        .await
+        .unwrap_err();
+        assert!(
+            e.is_permanent() && e.to_string().contains(&address.to_string()),
+            "{e}"
+        );
+        assert!(
+            e.to_string().contains("in use") && e.to_string().contains("port 0"),
+            "{e}"
+        );
+        assert!(
+            bind("nowhere")
+                .await
+                .unwrap_err()
+                .to_string()
+                .contains("host:port")
+        );
+    }
+
+    #[tokio::test]
+    async fn connect_gives_up_and_says_where() {
+        let (held, address) = bind("127.0.0.1:0").await.unwrap();
+        drop(held);
+        let e = crate::connect(&format!("http://{address}"), Duration::from_millis(300))
+            .await
+            .unwrap_err();
+        assert!(
+            e.is_retryable() && e.to_string().contains(&address.to_string()),
+            "{e}"
+        );
+    }
+}

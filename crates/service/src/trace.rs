@@ -1,0 +1,67 @@
+//! Logs of a role, on stderr. The level comes from the caller: environment variables are the config room's.
+
+use std::fmt;
+
+use tracing::{Event, Subscriber};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::{Format, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::ServiceError;
+
+/// Puts the role's name before each line, so that the merged logs of several processes stay readable.
+struct WithRole<F> {
+    role: String,
+    inner: F,
+}
+
+impl<S, N, F> FormatEvent<S, N> for WithRole<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        ctx: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "{:<8} ", self.role)?;
+        self.inner.format_event(ctx, writer, event)
+    }
+}
+
+/// Sends this process's logs to stderr, each line led by `role`. `level` is a tracing filter (`info`, `warn,unveil_reward=debug`).
+///
+/// # Errors
+/// The level cannot be read, or logging is already set up.
+pub fn init_tracing(role: &str, level: &str) -> Result<(), ServiceError> {
+    let filter = EnvFilter::builder().parse(level).map_err(|e| {
+        ServiceError::Setup(format!(
+            "log level `{level}`: {e}; write error, warn, info, debug or trace"
+        ))
+    })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .event_format(WithRole {
+            role: role.to_owned(),
+            inner: Format::default().with_target(false).with_ansi(false),
+        })
+        .try_init()
+        .map_err(|e| ServiceError::Setup(format!("logging: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn bad_level_is_named() {
+        let e = super::init_tracing("x", "loud=very")
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("loud=very"), "{e}");
+    }
+}
