@@ -96,8 +96,8 @@ pub fn attention_to_wire(a: &Attention) -> v1::Attention {
 
 /// Attention rows from the wire; the byte count must be tokens x cells x 4.
 pub fn attention_from_wire(a: v1::Attention) -> Result<Attention, ConvertError> {
-    let cells = a.grid_rows as usize * a.grid_cols as usize;
-    let expected = a.tokens.len() * cells * 4;
+    let cells = (a.grid_rows as usize).saturating_mul(a.grid_cols as usize);
+    let expected = a.tokens.len().saturating_mul(cells).saturating_mul(4);
     if a.rows.len() != expected || cells == 0 {
         return Err(ConvertError::Length { field: "attention.rows", found: a.rows.len(), expected });
     }
