@@ -1,1 +1,40 @@
-//! Placeholder.
+//! Vision-language model families: architecture, weights in Hugging Face layout, value head, attention capture,
+//! packed groups for training and group caches for generation.
+//!
+//! Must not know: communication, asynchronous runtimes, tokenizers, rewards. Speaks token ids, pixel patches and
+//! tensors. A [`Vlm`] belongs to one thread (tensors are not `Sync`).
+
+mod attention;
+mod cache;
+mod config;
+mod decoder;
+mod error;
+mod logprob;
+mod ops;
+mod packed;
+mod preset;
+mod rope;
+mod spec;
+mod value_head;
+mod vision;
+mod vlm;
+mod weights;
+mod window;
+
+pub use attention::{Capture, CaptureSpec};
+pub use cache::{DecodeOut, GroupCache, Prefill};
+pub use config::{TextConfig, VisionConfig, VlmConfig};
+pub use error::ModelError;
+pub use logprob::{entropy, log_softmax, logprobs, logprobs_entropy, masked_logits};
+pub use packed::{PackedBatch, PackedGroup};
+pub use preset::{InitSpec, Preset, SpecialIds, init, preset};
+pub use rope::rope_positions;
+pub use value_head::ValueHead;
+pub use vlm::{ForwardOut, PackedOut, Prompt, Vlm};
+pub use weights::{read_safetensors, write_safetensors};
+
+/// An image's size in patches before merging: `[t, h, w]` (`image_grid_thw` of the Hugging Face processors).
+pub type GridThw = [i64; 3];
+
+/// Result of this crate.
+pub type Result<T, E = ModelError> = std::result::Result<T, E>;

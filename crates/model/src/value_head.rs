@@ -1,0 +1,108 @@
+//! A linear value head on the decoder's last hidden state, kept in fp32 and in a file of its own
+//! (`value_head.safetensors`), so that the model directory stays what transformers expects.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::spec::{Fill, TensorSpec};
+use crate::weights::{check_names, read_safetensors, write_safetensors};
+use crate::{ModelError, Result};
+
+const FILE: &str = "value_head.safetensors";
+
+/// The head. Parameters `value_head.weight [1, D]` and `value_head.bias [1]`.
+pub struct ValueHead {
+    parameters: Vec<(String, Tensor)>,
+}
+
+impl ValueHead {
+    /// A head that says 0 everywhere.
+    pub fn new(hidden: i64, device: Device) -> Self {
+        let parameters = specs(hidden)
+            .into_iter()
+            .map(|s| (s.name, Tensor::zeros(s.shape.as_slice(), (Kind::Float, device))))
+            .collect();
+        Self { parameters }
+    }
+
+    /// Reads the head of a model directory; `None` when there is none.
+    pub fn load(dir: &Path, hidden: i64, device: Device) -> Result<Option<Self>> {
+        let path = dir.join(FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let mut head = Self::new(hidden, device);
+        head.fill(&path, &read_safetensors(&path)?)?;
+        Ok(Some(head))
+    }
+
+    /// Writes `value_head.safetensors` into a directory.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let tensors: Vec<_> = self.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        write_safetensors(&dir.join(FILE), &tensors)
+    }
+
+    /// Values `[N]` (fp32) of hidden states `[N, D]`.
+    pub fn forward(&self, hidden: &Tensor) -> Tensor {
+        let [(_, weight), (_, bias)] = self.parameters.as_slice() else { return Tensor::new() };
+        hidden.to_kind(Kind::Float).linear(weight, Some(bias)).squeeze_dim(-1)
+    }
+
+    /// Weight, then bias.
+    pub fn named_parameters(&self) -> &[(String, Tensor)] {
+        &self.parameters
+    }
+
+    /// Turns gradients on or off.
+    pub fn set_trainable(&self, on: bool) {
+        for (_, tensor) in &self.parameters {
+            let _ = tensor.set_requires_grad(on);
+        }
+    }
+
+    /// Overwrites the parameters in place. Errors name what is missing, extra or misshapen.
+    pub fn load_state(&mut self, named: &[(String, Tensor)]) -> Result<()> {
+        self.fill(Path::new("value head state"), named)
+    }
+
+    fn fill(&mut self, place: &Path, named: &[(String, Tensor)]) -> Result<()> {
+        let hidden = self.parameters.first().map_or(0, |(_, w)| w.size()[1]);
+        check_names(place, &specs(hidden), &named.iter().map(|(n, t)| (n.as_str(), t.size())).collect())?;
+        tch::no_grad(|| {
+            for (name, tensor) in &mut self.parameters {
+                if let Some((_, new)) = named.iter().find(|(n, _)| n == name) {
+                    tensor.f_copy_(new)?;
+                }
+            }
+            Ok::<(), ModelError>(())
+        })
+    }
+}
+
+fn specs(hidden: i64) -> Vec<TensorSpec> {
+    let spec = |name: &str, shape: &[i64]| TensorSpec { name: name.into(), shape: shape.to_vec(), fill: Fill::Zeros };
+    vec![spec("value_head.weight", &[1, hidden]), spec("value_head.bias", &[1])]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        assert!(ValueHead::load(dir.path(), 4, Device::Cpu).expect("none").is_none());
+        let mut head = ValueHead::new(4, Device::Cpu);
+        let named = vec![
+            ("value_head.weight".to_owned(), Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]).view([1, 4])),
+            ("value_head.bias".to_owned(), Tensor::from_slice(&[0.5f32])),
+        ];
+        head.load_state(&named).expect("fits");
+        head.save(dir.path()).expect("saves");
+        let again = ValueHead::load(dir.path(), 4, Device::Cpu).expect("loads").expect("is there");
+        assert_eq!(again.forward(&Tensor::ones([1, 4], (Kind::Float, Device::Cpu))).double_value(&[0]), 10.5);
+        let wrong = ValueHead::load(dir.path(), 5, Device::Cpu).err().expect("misshapen").to_string();
+        assert!(wrong.contains("value_head.weight") && wrong.contains("[1, 4]"), "{wrong}");
+    }
+}

@@ -1,0 +1,244 @@
+//! Weights on disk: safetensors files, whole or sharded with an index, memory-mapped on load, written whole and
+//! atomically. Checks names and shapes against the configuration and names what is wrong.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+use tch::{Device, Kind, Tensor};
+
+use crate::error::name_list;
+use crate::spec::{self, TensorSpec};
+use crate::{ModelError, Result, VlmConfig};
+
+/// Loads the tensors that `config` calls for from a model directory, in the order of the specification.
+pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+    let files = weight_files(dir)?;
+    let maps = files.iter().map(|path| map_file(path)).collect::<Result<Vec<_>>>()?;
+    let mut found: HashMap<String, (usize, TensorView<'_>)> = HashMap::new();
+    for (index, map) in maps.iter().enumerate() {
+        for (name, view) in parse(&files[index], map)?.tensors() {
+            let name = spec::published_name(&name);
+            if spec::ignorable(&name, config.tie_word_embeddings) {
+                continue;
+            }
+            if found.insert(name.clone(), (index, view)).is_some() {
+                return Err(ModelError::corrupt(&files[index], format!("tensor `{name}` is stored twice")));
+            }
+        }
+    }
+    let specs = spec::tensors(config);
+    check_names(dir, &specs, &found.iter().map(|(n, (_, v))| (n.as_str(), shape_of(v))).collect())?;
+    let mut out = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let Some((index, view)) = found.remove(&spec.name) else { continue };
+        let tensor = to_tensor(&files[index], &spec.name, &view)?;
+        if !tensor.is_floating_point() {
+            return Err(ModelError::corrupt(&files[index], format!("tensor `{}` holds {:?}, expected floating-point numbers", spec.name, view.dtype())));
+        }
+        // The copy frees us from the map; `to` is free where kind and device already fit.
+        out.push((spec.name, tensor.f_to_kind(kind)?.f_to_device(device)?));
+    }
+    Ok(out)
+}
+
+/// Checks a set of names and shapes against a specification: missing first, then misshapen, then extra.
+pub(crate) fn check_names(place: &Path, specs: &[TensorSpec], found: &BTreeMap<&str, Vec<i64>>) -> Result<()> {
+    let missing: Vec<&TensorSpec> = specs.iter().filter(|s| !found.contains_key(s.name.as_str())).collect();
+    if let Some(first) = missing.first() {
+        return Err(ModelError::MissingTensors {
+            path: place.to_owned(),
+            count: missing.len(),
+            names: name_list(missing.iter().map(|s| s.name.as_str())),
+            expected: first.shape.clone(),
+        });
+    }
+    for spec in specs {
+        if let Some(shape) = found.get(spec.name.as_str()).filter(|shape| **shape != spec.shape) {
+            return Err(ModelError::Shape {
+                path: place.to_owned(),
+                name: spec.name.clone(),
+                expected: spec.shape.clone(),
+                found: shape.clone(),
+            });
+        }
+    }
+    let known: std::collections::HashSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
+    let extra: Vec<(&str, &Vec<i64>)> = found.iter().filter(|(n, _)| !known.contains(*n)).map(|(n, s)| (*n, s)).collect();
+    if let Some((_, shape)) = extra.first() {
+        return Err(ModelError::ExtraTensors {
+            path: place.to_owned(),
+            count: extra.len(),
+            names: name_list(extra.iter().map(|(n, _)| *n)),
+            found: (*shape).clone(),
+        });
+    }
+    Ok(())
+}
+
+/// Reads every tensor of one safetensors file to the CPU, in the kind it is stored in, sorted by name.
+///
+/// Errors: the file is unreadable, cut short (the message names the first tensor that is), or of an unknown kind.
+pub fn read_safetensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
+    let map = map_file(path)?;
+    let mut out = parse(path, &map)?
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| to_tensor(path, &name, &view).map(|t| (name, t)))
+        .collect::<Result<Vec<_>>>()?;
+    out.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(out)
+}
+
+/// Writes tensors to one safetensors file (any device and layout), atomically: a reader sees the old file or the new one.
+pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    let views = tensors
+        .iter()
+        .map(|(name, tensor)| Ok((name.as_str(), Stored::new(path, name, tensor)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
+    write_atomic(path, |tmp| {
+        safetensors::serialize_to_file(views, metadata, tmp).map_err(|e| match e {
+            safetensors::SafeTensorError::IoError(e) => ModelError::io(path, e),
+            e => ModelError::corrupt(path, e.to_string()),
+        })
+    })
+}
+
+/// Writes through a temporary file in the same directory, which is synced and renamed over `path`.
+pub(crate) fn write_atomic(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
+    let file = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let tmp = dir.join(format!(".{file}.{}.tmp", std::process::id()));
+    let done = write(&tmp).and_then(|()| {
+        let sync = File::open(&tmp).and_then(|f| f.sync_all());
+        sync.and_then(|()| std::fs::rename(&tmp, path)).map_err(|e| ModelError::io(path, e))
+    });
+    if done.is_err() {
+        // The error that matters is the first one; a leftover temporary file is harmless.
+        let _ = std::fs::remove_file(&tmp);
+    }
+    done
+}
+
+fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let single = dir.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    let index = dir.join("model.safetensors.index.json");
+    if !index.exists() {
+        let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no model.safetensors and no model.safetensors.index.json");
+        return Err(ModelError::io(dir, missing));
+    }
+    let text = std::fs::read_to_string(&index).map_err(|e| ModelError::io(&index, e))?;
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| ModelError::corrupt(&index, format!("not JSON: {e}")))?;
+    let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
+        return Err(ModelError::corrupt(&index, "has no `weight_map`"));
+    };
+    let mut files: Vec<&str> = map.values().filter_map(|v| v.as_str()).collect();
+    files.sort_unstable();
+    files.dedup();
+    if let Some(outside) = files.iter().find(|f| Path::new(f).components().count() != 1 || **f == "..") {
+        return Err(ModelError::corrupt(&index, format!("names a file outside the directory: `{outside}`")));
+    }
+    Ok(files.into_iter().map(|f| dir.join(f)).collect())
+}
+
+#[allow(unsafe_code)]
+fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
+    // SAFETY: the map is read-only and private to this call chain; weights files are replaced by rename, never
+    // rewritten in place, so the mapped bytes do not change under us.
+    unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))
+}
+
+fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes).map_err(|e| ModelError::corrupt(path, explain(bytes, &e.to_string())))
+}
+
+/// Says which tensor a broken file breaks at, where its header can still be read.
+fn explain(bytes: &[u8], error: &str) -> String {
+    let header_len = bytes.first_chunk::<8>().map(|n| u64::from_le_bytes(*n) as usize);
+    let header = header_len.and_then(|n| bytes.get(8..n.checked_add(8)?));
+    let Some(Ok(serde_json::Value::Object(header))) = header.map(serde_json::from_slice) else {
+        return format!("not a whole safetensors file (its header cannot be read): {error}");
+    };
+    let data = bytes.len() - 8 - header_len.unwrap_or(0);
+    let end = |v: &serde_json::Value| v.get("data_offsets")?.get(1)?.as_u64();
+    let cut = header.iter().filter_map(|(name, v)| Some((end(v)?, name))).filter(|(end, _)| *end > data as u64).min();
+    match cut {
+        Some((end, name)) => format!("cut short: tensor `{name}` ends at byte {end} of the data, the file holds {data}"),
+        None => format!("not a valid safetensors file: {error}"),
+    }
+}
+
+fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
+    view.shape().iter().map(|&n| n as i64).collect()
+}
+
+fn to_tensor(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F16 => Kind::Half,
+        Dtype::F64 => Kind::Double,
+        Dtype::I64 => Kind::Int64,
+        Dtype::I32 => Kind::Int,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        other => return Err(ModelError::corrupt(path, format!("tensor `{name}` has the unsupported kind {other:?}"))),
+    };
+    Ok(Tensor::f_from_data_size(view.data(), &shape_of(view), kind)?)
+}
+
+/// A tensor as the safetensors writer wants it; bytes are copied out only when its turn comes.
+struct Stored {
+    tensor: Tensor,
+    shape: Vec<usize>,
+    dtype: Dtype,
+}
+
+impl Stored {
+    fn new(path: &Path, name: &str, tensor: &Tensor) -> Result<Self> {
+        let dtype = match tensor.kind() {
+            Kind::Float => Dtype::F32,
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Half => Dtype::F16,
+            Kind::Double => Dtype::F64,
+            Kind::Int64 => Dtype::I64,
+            Kind::Int => Dtype::I32,
+            Kind::Uint8 => Dtype::U8,
+            Kind::Bool => Dtype::BOOL,
+            other => return Err(ModelError::corrupt(path, format!("tensor `{name}` of kind {other:?} cannot be stored"))),
+        };
+        let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        Ok(Self { tensor, shape, dtype })
+    }
+}
+
+impl View for Stored {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let mut data = vec![0u8; self.data_len()];
+        let numel = self.tensor.numel();
+        self.tensor.copy_data_u8(&mut data, numel);
+        data.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
+    }
+}

@@ -1,0 +1,56 @@
+//! Helpers of the model tests.
+#![allow(dead_code, missing_docs)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tch::{Device, Kind, Tensor};
+use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+
+pub fn spec(seed: u64) -> InitSpec {
+    let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
+    InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: 300, seed, special }
+}
+
+/// A tiny model whose logits and attention are far from uniform.
+pub fn lively(dir: &Path) -> Vlm {
+    tch::set_num_threads(1);
+    init(&spec(7), dir).expect("init");
+    let mut vlm = Vlm::load(dir, Device::Cpu, Kind::Float).expect("load");
+    tch::manual_seed(11);
+    let state: Vec<(String, Tensor)> = vlm
+        .named_parameters()
+        .iter()
+        .map(|(name, t)| {
+            let size = t.size();
+            let noise = Tensor::randn(size.as_slice(), (Kind::Float, Device::Cpu));
+            let fan_in = size[1..].iter().product::<i64>() as f64;
+            let new = match (size.len(), name.contains("embed_tokens")) {
+                (1, _) => t + noise * 0.2,
+                (_, true) => noise * 0.2,
+                _ => noise * (1.2 / fan_in.sqrt()),
+            };
+            (name.clone(), new)
+        })
+        .collect();
+    vlm.load_state(&state).expect("fits");
+    vlm
+}
+
+pub fn python(script: &str, args: &[&str]) -> String {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let python = std::env::var_os("UNVEIL_PYTHON").map_or_else(|| here.join("../../.venv/bin/python"), PathBuf::from);
+    let out = Command::new(&python)
+        .arg(here.join("tests").join(script))
+        .args(args)
+        .env("OMP_NUM_THREADS", "1")
+        .output()
+        .unwrap_or_else(|e| panic!("{} is needed for this test (make setup, or UNVEIL_PYTHON): {e}", python.display()));
+    assert!(out.status.success(), "{script} {args:?} failed:\n{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+pub fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}

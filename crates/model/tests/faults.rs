@@ -1,0 +1,139 @@
+//! A broken model directory is refused with the tensor's name; presets and weight swaps hold what they say.
+
+mod common;
+
+use std::path::Path;
+
+use common::{lively, max_diff, spec};
+use tch::{Device, Kind, Tensor};
+use unveil_model::{Vlm, init, preset, read_safetensors, write_safetensors};
+
+fn load_error(dir: &Path) -> String {
+    Vlm::load(dir, Device::Cpu, Kind::Float).err().expect("must be refused").to_string()
+}
+
+fn edit(dir: &Path, change: impl Fn(&mut Vec<(String, Tensor)>)) {
+    let path = dir.join("model.safetensors");
+    let mut tensors = read_safetensors(&path).expect("reads");
+    change(&mut tensors);
+    write_safetensors(&path, &tensors).expect("writes");
+}
+
+#[test]
+fn broken_directories_name_the_tensor() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path();
+    let name = "model.layers.1.self_attn.k_proj.weight";
+    let fresh = || init(&spec(1), path).map(|_| ()).expect("init");
+
+    fresh();
+    edit(path, |t| t.retain(|(n, _)| n != name));
+    let message = load_error(path);
+    assert!(message.contains("missing") && message.contains(name) && message.contains("[96, 192]"), "{message}");
+
+    fresh();
+    edit(path, |t| t.iter_mut().filter(|(n, _)| n == name).for_each(|(_, t)| *t = t.narrow(1, 0, 100).contiguous()));
+    let message = load_error(path);
+    assert!(message.contains(name) && message.contains("[96, 100]") && message.contains("[96, 192]"), "{message}");
+
+    fresh();
+    edit(path, |t| t.push(("model.layers.9.mlp.up_proj.weight".into(), Tensor::zeros([2, 2], (Kind::Float, Device::Cpu)))));
+    let message = load_error(path);
+    assert!(message.contains("model.layers.9.mlp.up_proj.weight") && message.contains("[2, 2]"), "{message}");
+
+    fresh();
+    edit(path, |t| t.iter_mut().filter(|(n, _)| n == name).for_each(|(_, t)| *t = t.to_kind(Kind::Int64)));
+    let message = load_error(path);
+    assert!(message.contains(name) && message.contains("floating"), "{message}");
+
+    fresh();
+    let file = path.join("model.safetensors");
+    let bytes = std::fs::read(&file).expect("reads");
+    std::fs::write(&file, &bytes[..bytes.len() - 100]).expect("writes");
+    let message = load_error(path);
+    assert!(message.contains("cut short: tensor `"), "{message}");
+    std::fs::write(&file, &bytes[..100]).expect("writes");
+    assert!(load_error(path).contains("header"), "{}", load_error(path));
+    std::fs::write(&file, b"").expect("writes");
+    assert!(load_error(path).contains("model.safetensors"), "{}", load_error(path));
+
+    std::fs::remove_file(&file).expect("removes");
+    assert!(load_error(path).contains("no model.safetensors"), "{}", load_error(path));
+    std::fs::write(path.join("config.json"), "{").expect("writes");
+    assert!(load_error(path).contains("config.json"), "{}", load_error(path));
+    assert!(load_error(&path.join("nowhere")).contains("nowhere"));
+}
+
+#[test]
+fn shards_and_older_names_load() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let whole = lively(dir.path());
+    let shards = tempfile::tempdir().expect("temporary directory");
+    whole.config().save(shards.path()).expect("config");
+    let rename = |n: &str| match n.strip_prefix("model.") {
+        Some(rest) => format!("model.language_model.{rest}"),
+        None => format!("model.{n}"),
+    };
+    let tensors: Vec<(String, Tensor)> =
+        whole.named_parameters().iter().map(|(n, t)| (rename(n), t.shallow_clone())).collect();
+    let mut map = serde_json::Map::new();
+    for (i, part) in tensors.chunks(tensors.len().div_ceil(3)).enumerate() {
+        let file = format!("model-{i}.safetensors");
+        write_safetensors(&shards.path().join(&file), part).expect("writes");
+        map.extend(part.iter().map(|(n, _)| (n.clone(), file.clone().into())));
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": map});
+    std::fs::write(shards.path().join("model.safetensors.index.json"), index.to_string()).expect("writes");
+    let again = Vlm::load(shards.path(), Device::Cpu, Kind::Float).expect("loads");
+    for ((n, a), (m, b)) in whole.named_parameters().iter().zip(again.named_parameters()) {
+        assert_eq!(n, m);
+        assert_eq!(max_diff(a, b), 0.0);
+    }
+}
+
+#[test]
+fn weight_swaps_are_whole_or_nothing() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut vlm = lively(dir.path());
+    let state = |f: f64| -> Vec<(String, Tensor)> {
+        Vlm::load(dir.path(), Device::Cpu, Kind::Float)
+            .expect("loads")
+            .named_parameters()
+            .iter()
+            .map(|(n, t)| (n.clone(), t * f))
+            .collect()
+    };
+    let before = vlm.named_parameters()[3].1.copy();
+    let mut short = state(2.0);
+    let (gone, _) = short.pop().expect("some");
+    let message = vlm.load_state(&short).expect_err("missing").to_string();
+    assert!(message.contains(&gone), "{message}");
+    assert_eq!(max_diff(&before, &vlm.named_parameters()[3].1), 0.0);
+    vlm.set_trainable(|_| true);
+    vlm.load_state(&state(2.0)).expect("fits");
+    let (name, now) = &vlm.named_parameters()[3];
+    assert!(now.is_leaf() && now.requires_grad());
+    let expected = state(2.0).into_iter().find(|(n, _)| n == name).expect("is there").1;
+    assert_eq!(max_diff(&expected, now), 0.0);
+}
+
+#[test]
+fn tiny_is_tiny_and_seeded() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let mut big = spec(3);
+    big.vocab_size = 3000;
+    let config = init(&big, dir.path()).expect("init");
+    let first = std::fs::read(dir.path().join("model.safetensors")).expect("reads");
+    init(&big, dir.path()).expect("init");
+    assert_eq!(first, std::fs::read(dir.path().join("model.safetensors")).expect("reads"));
+    big.seed = 4;
+    init(&big, dir.path()).expect("init");
+    assert_ne!(first, std::fs::read(dir.path().join("model.safetensors")).expect("reads"));
+    let vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).expect("loads");
+    let count: usize = vlm.named_parameters().iter().map(|(_, t)| t.numel()).sum();
+    assert!((1_000_000..6_000_000).contains(&count), "{count} parameters");
+    let side = 96 / config.vision.patch_size;
+    assert!(config.merged_tokens([1, side, side]).expect("fits") >= 36);
+    let message = preset("qwen2_5_vl", "huge").err().expect("unknown").to_string();
+    assert!(message.contains("qwen2_5_vl/tiny"), "{message}");
+}
