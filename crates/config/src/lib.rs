@@ -3,6 +3,7 @@
 //! The only room that reads environment variables. Must not know: tokio, tch.
 
 mod load;
+mod paths;
 pub mod schema;
 mod validate;
 

@@ -1,1 +1,71 @@
-//! Placeholder.
+//! The local supervisor of roles: prepares data and model, runs stage 1, stage 2 and the evaluations as child processes, and
+//! tears everything down together whatever happens.
+//!
+//! Must not know: tch. It starts programs and reads their files; what they compute is theirs.
+
+mod child;
+mod memory;
+mod prepare;
+mod stage2;
+mod train;
+
+pub use prepare::prepare_data;
+pub use train::{Options, train};
+
+use std::path::PathBuf;
+
+/// Why a run ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// A file or directory cannot be read or written.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another run uses the directory.
+    #[error("run directory {0} is in use by another `unveil train`; wait for it, or choose another run.dir")]
+    InUse(PathBuf),
+    /// The run directory belongs to a different configuration.
+    #[error("{dir} holds a run with another configuration: {difference}; choose another run.dir or delete it")]
+    OtherConfig {
+        /// The directory.
+        dir: PathBuf,
+        /// First difference.
+        difference: String,
+    },
+    /// The data cannot be used.
+    #[error("{0}")]
+    Data(String),
+    /// A role ended with an error.
+    #[error("{role} ended with {status}; its last lines are above and in {log}")]
+    Role {
+        /// Which role.
+        role: String,
+        /// How it ended.
+        status: String,
+        /// Its log.
+        log: PathBuf,
+    },
+    /// A role did not announce itself in time.
+    #[error("{role} did not come up within {seconds} s; see {log}")]
+    NotReady {
+        /// Which role.
+        role: String,
+        /// How long was waited.
+        seconds: u64,
+        /// Its log.
+        log: PathBuf,
+    },
+    /// Interrupted by a signal.
+    #[error("interrupted; run the same command again to resume")]
+    Interrupted,
+}
+
+pub(crate) fn io<'a>(what: &'static str, path: &'a std::path::Path) -> impl FnOnce(std::io::Error) -> LaunchError + 'a {
+    move |source| LaunchError::Io { what, path: path.to_owned(), source }
+}

@@ -1,0 +1,123 @@
+//! One role as a child process: its own process group, a stdin pipe whose end-of-file tells it that the supervisor is gone,
+//! its log, and the line by which it announces its address.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::{LaunchError, io};
+
+/// A running role. Dropping it ends the process.
+pub(crate) struct Role {
+    pub name: String,
+    pub log: PathBuf,
+    child: Child,
+    lines: mpsc::Receiver<String>,
+    _stdin: Option<ChildStdin>,
+}
+
+impl Role {
+    /// Starts `program args`; stderr goes to `log`, or to the terminal as well when `shown` (the role draws the progress line).
+    pub fn start(name: &str, program: &Path, args: &[String], log: &Path, shown: bool) -> Result<Self, LaunchError> {
+        let file = File::options().create(true).append(true).open(log).map_err(io("cannot write", log))?;
+        let stderr = if shown { Stdio::inherit() } else { Stdio::from(file) };
+        let mut child = Command::new(program)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .process_group(0)
+            .spawn()
+            .map_err(io("cannot start", program))?;
+        let (tx, lines) = mpsc::channel();
+        if let Some(out) = child.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(out).lines().map_while(Result::ok) {
+                    if tx.send(line).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        let stdin = child.stdin.take();
+        Ok(Self { name: name.to_owned(), log: log.to_owned(), child, lines, _stdin: stdin })
+    }
+
+
+    /// Waits for the role's ready line and returns the address in it.
+    pub fn address(&mut self, within: Duration, stop: &dyn Fn() -> bool) -> Result<String, LaunchError> {
+        let deadline = Instant::now() + within;
+        while Instant::now() < deadline {
+            if stop() {
+                return Err(LaunchError::Interrupted);
+            }
+            if let Ok(line) = self.lines.recv_timeout(Duration::from_millis(100)) {
+                let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                if let Some(address) = value["address"].as_str() {
+                    return Ok(address.to_owned());
+                }
+            } else if let Some(status) = self.exited() {
+                return Err(self.failed(status));
+            }
+        }
+        Err(LaunchError::NotReady { role: self.name.clone(), seconds: within.as_secs(), log: self.log.clone() })
+    }
+
+    /// What the role printed on stdout since the last call.
+    pub fn output(&self) -> Vec<String> {
+        let mut all: Vec<String> = self.lines.try_iter().collect();
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(200)) {
+            all.push(line);
+        }
+        all
+    }
+
+    /// Exit status, when it has ended.
+    pub fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// The error of a role that ended by itself; shows the end of its log.
+    pub fn failed(&self, status: ExitStatus) -> LaunchError {
+        if let Ok(text) = std::fs::read_to_string(&self.log) {
+            let lines: Vec<&str> = text.lines().collect();
+            for line in &lines[lines.len().saturating_sub(8)..] {
+                eprintln!("  {}: {line}", self.name);
+            }
+        }
+        LaunchError::Role { role: self.name.clone(), status: status.to_string(), log: self.log.clone() }
+    }
+
+    /// Asks the role to end.
+    pub fn terminate(&self) {
+        let _gone = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
+    }
+
+    /// Waits for the end until `deadline`, then kills it with its process group.
+    pub fn reap(&mut self, deadline: Instant) -> Option<ExitStatus> {
+        loop {
+            if let Some(status) = self.exited() {
+                return Some(status);
+            }
+            if Instant::now() >= deadline {
+                let _gone = kill(Pid::from_raw(-self.child.id().cast_signed()), Signal::SIGKILL);
+                return self.child.wait().ok();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        self.terminate();
+        self.reap(Instant::now() + Duration::from_secs(2));
+    }
+}

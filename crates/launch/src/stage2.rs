@@ -1,0 +1,133 @@
+//! Stage 2 as three kinds of processes: reward service, learner, rollout workers. Restarts what may be restarted, ends all together.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::LaunchError;
+use crate::child::Role;
+
+const READY: Duration = Duration::from_secs(60);
+/// A role that dies more often than this within the run is not started again.
+const RESTARTS: u32 = 10;
+
+/// What stage 2 starts.
+pub(crate) struct Stage2<'a> {
+    pub unveil: &'a Path,
+    pub unveil_reward: &'a Path,
+    pub config: &'a Path,
+    pub logs: &'a Path,
+    pub workers: usize,
+    /// Addresses that the configuration names; empty = start the role here.
+    pub reward_address: &'a str,
+}
+
+struct Worker {
+    number: usize,
+    incarnation: u32,
+    role: Option<Role>,
+}
+
+impl Stage2<'_> {
+    /// Runs until the learner has ended; every process is gone when this returns.
+    pub fn run(&self, stop: &dyn Fn() -> bool, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
+        let mut reward = None;
+        let mut reward_address = self.reward_address.to_owned();
+        if reward_address.is_empty() {
+            let mut role = self.reward(None)?;
+            let bound = role.address(READY, stop)?;
+            reward_address = format!("http://{bound}");
+            reward = Some((role, bound, 0));
+        }
+        let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;
+        let learner_address = format!("http://{}", learner.address(READY * 5, stop)?);
+        let mut workers: Vec<Worker> =
+            (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None }).collect();
+        let outcome = loop {
+            if stop() {
+                break Err(LaunchError::Interrupted);
+            }
+            if let Some(status) = learner.exited() {
+                break if status.success() { Ok(()) } else { Err(learner.failed(status)) };
+            }
+            if let Some((role, bound, restarts)) = &mut reward
+                && let Some(status) = role.exited()
+            {
+                *restarts += 1;
+                if *restarts > RESTARTS {
+                    break Err(role.failed(status));
+                }
+                note(&format!("reward service ended with {status}; starting it again on {bound}"));
+                *role = self.reward(Some(bound))?;
+            }
+            if let Err(e) = self.keep_workers(&mut workers, &learner_address, &reward_address, note) {
+                // The learner tells its workers to leave before it exits itself.
+                if learner.exited().is_none() {
+                    break Err(e);
+                }
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        };
+        if outcome.is_err() {
+            learner.terminate();
+        }
+        for worker in workers.iter().filter_map(|w| w.role.as_ref()) {
+            worker.terminate();
+        }
+        let deadline = Instant::now() + Duration::from_secs(4);
+        learner.reap(deadline);
+        for worker in workers.iter_mut().filter_map(|w| w.role.as_mut()) {
+            worker.reap(deadline);
+        }
+        if let Some((role, ..)) = &mut reward {
+            role.terminate();
+            role.reap(deadline);
+        }
+        outcome
+    }
+
+    fn keep_workers(
+        &self,
+        workers: &mut [Worker],
+        learner: &str,
+        reward: &str,
+        note: &dyn Fn(&str),
+    ) -> Result<(), LaunchError> {
+        for w in workers {
+            match w.role.as_mut().map(|r| (r.exited(), r)) {
+                Some((None, _)) => continue,
+                Some((Some(status), _)) if status.success() => continue,
+                Some((Some(status), role)) if w.incarnation > RESTARTS => return Err(role.failed(status)),
+                Some((Some(status), _)) => {
+                    note(&format!("rollout worker {} ended with {status}; starting it again", w.number));
+                }
+                None => {}
+            }
+            w.incarnation += 1;
+            let name = format!("rollout-{}", w.number);
+            let sets = [format!("learner.address={learner}"), format!("reward.address={reward}")];
+            let worker = format!("{name}#{}", w.incarnation);
+            w.role = Some(self.role(&name, self.unveil, &["rollout", "--worker", &worker], &sets, false)?);
+        }
+        Ok(())
+    }
+
+    fn reward(&self, listen: Option<&str>) -> Result<Role, LaunchError> {
+        let sets: Vec<String> = listen.map(|a| format!("reward.listen={a}")).into_iter().collect();
+        self.role("reward", self.unveil_reward, &["serve"], &sets, false)
+    }
+
+    fn role(
+        &self,
+        name: &str,
+        program: &Path,
+        command: &[&str],
+        sets: &[String],
+        shown: bool,
+    ) -> Result<Role, LaunchError> {
+        let mut args: Vec<String> = command.iter().map(|s| (*s).to_owned()).collect();
+        args.extend(["--config".into(), self.config.display().to_string(), "--supervised".into()]);
+        args.extend(sets.iter().flat_map(|s| ["--set".to_owned(), s.clone()]));
+        let log: PathBuf = self.logs.join(format!("{name}.log"));
+        Role::start(name, program, &args, &log, shown)
+    }
+}

@@ -1,0 +1,198 @@
+//! `unveil train`: the whole main job in one run directory, resumable at every point.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use unveil_config::Config;
+
+use crate::child::Role;
+use crate::memory::PeakMemory;
+use crate::stage2::Stage2;
+use crate::{LaunchError, io, prepare_data};
+
+/// Programs and callbacks of a run.
+pub struct Options<'a> {
+    /// The `unveil` binary.
+    pub unveil: PathBuf,
+    /// The torch-free `unveil-reward` binary.
+    pub unveil_reward: PathBuf,
+    /// True once the run was interrupted.
+    pub stop: &'a dyn Fn() -> bool,
+    /// Shows one line to the person.
+    pub note: &'a dyn Fn(&str),
+}
+
+/// Runs the main job and returns the content of `summary.json`.
+///
+/// # Errors
+/// [`LaunchError`]; whatever was written before stays whole, and the same call goes on from there.
+pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchError> {
+    let started = Instant::now();
+    let run = config.run_dir();
+    let logs = run.join("logs");
+    for dir in [&run, &logs, &run.join("eval")] {
+        std::fs::create_dir_all(dir).map_err(io("cannot create", dir))?;
+    }
+    let _lock = lock(&run)?;
+    let file = write_config(config, &run)?;
+    let memory = PeakMemory::start();
+    let job = Job { config, options, run: &run, logs: &logs, file: &file };
+    let wall = Wall::resume(&run, started);
+    prepare_data(config, options.note)?;
+
+    let initial = config.initial_model();
+    if config.model.dir.is_empty() && !initial.join("config.json").exists() {
+        let m = &config.model;
+        let args = ["model", "init", "--family", &m.family, "--preset", &m.preset, "--out"].map(str::to_owned);
+        let seed = ["--seed".to_owned(), config.run.seed.to_string()];
+        job.finish("model", args.into_iter().chain([initial.display().to_string()]).chain(seed).collect(), false)?;
+    }
+    if config.sft.steps > 0 && !config.stage1_model().join("config.json").exists() {
+        job.finish("sft", job.role_args("sft"), true)?;
+    }
+    let before = job.evaluate(&config.stage1_model(), "before")?;
+    if config.learner.steps > 0 && !config.final_model().join("config.json").exists() {
+        let stage2 = Stage2 {
+            unveil: &options.unveil,
+            unveil_reward: &options.unveil_reward,
+            config: &file,
+            logs: &logs,
+            workers: config.rollout.workers,
+            reward_address: &config.reward.address,
+        };
+        stage2.run(options.stop, options.note)?;
+    }
+    let after =
+        if config.learner.steps > 0 { job.evaluate(&config.final_model(), "after")? } else { before.clone() };
+
+    let summary = json!({
+        "before": before,
+        "after": after,
+        "wall_s": wall.seconds(),
+        "peak_rss_mib": memory.peak_mib(),
+        "steps": config.learner.steps,
+        "seed": config.run.seed,
+    });
+    let path = run.join("summary.json");
+    std::fs::write(&path, format!("{summary:#}\n")).map_err(io("cannot write", &path))?;
+    Ok(summary)
+}
+
+struct Job<'a> {
+    config: &'a Config,
+    options: &'a Options<'a>,
+    run: &'a Path,
+    logs: &'a Path,
+    file: &'a Path,
+}
+
+impl Job<'_> {
+    fn role_args(&self, command: &str) -> Vec<String> {
+        [command, "--config", &self.file.display().to_string(), "--supervised"].map(str::to_owned).to_vec()
+    }
+
+    /// Runs one program of ours to its end and returns its stdout lines.
+    fn finish(&self, name: &str, args: Vec<String>, shown: bool) -> Result<Vec<String>, LaunchError> {
+        let log = self.logs.join(format!("{name}.log"));
+        let mut role = Role::start(name, &self.options.unveil, &args, &log, shown)?;
+        loop {
+            if let Some(status) = role.exited() {
+                return if status.success() { Ok(role.output()) } else { Err(role.failed(status)) };
+            }
+            if (self.options.stop)() {
+                role.terminate();
+                role.reap(Instant::now() + Duration::from_secs(4));
+                return Err(LaunchError::Interrupted);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Metrics of a model on the held-out test split; kept in `eval/`, not computed twice.
+    fn evaluate(&self, model: &Path, name: &str) -> Result<Value, LaunchError> {
+        let result = self.run.join("eval").join(format!("{name}.json"));
+        if let Some(known) = std::fs::read_to_string(&result).ok().and_then(|t| serde_json::from_str(&t).ok()) {
+            return Ok(known);
+        }
+        (self.options.note)(&format!("evaluating the held-out images ({name} stage 2)"));
+        let predictions = self.run.join("eval").join(format!("{name}.jsonl"));
+        let args = [
+            "eval".into(),
+            "--config".into(),
+            self.file.display().to_string(),
+            "--model".into(),
+            model.display().to_string(),
+            "--data".into(),
+            self.config.records().display().to_string(),
+            "--split".into(),
+            self.config.data.test_split.clone(),
+            "--suite".into(),
+            "summary".into(),
+            "--predictions".into(),
+            predictions.display().to_string(),
+        ];
+        let lines = self.finish("eval", args.to_vec(), false)?;
+        let metrics: Value = lines
+            .last()
+            .and_then(|l| serde_json::from_str(l).ok())
+            .ok_or_else(|| LaunchError::Data(format!("`unveil eval` printed no metrics; see {}", self.logs.display())))?;
+        std::fs::write(&result, format!("{metrics}\n")).map_err(io("cannot write", &result))?;
+        Ok(metrics)
+    }
+}
+
+/// Seconds spent on this run, over all its starts; kept in `wall_s`.
+struct Wall {
+    path: PathBuf,
+    earlier: f64,
+    started: Instant,
+}
+
+impl Wall {
+    fn resume(run: &Path, started: Instant) -> Self {
+        let path = run.join("wall_s");
+        let earlier = std::fs::read_to_string(&path).ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0.0);
+        Self { path, earlier, started }
+    }
+
+    fn seconds(&self) -> f64 {
+        self.earlier + self.started.elapsed().as_secs_f64()
+    }
+}
+
+impl Drop for Wall {
+    fn drop(&mut self) {
+        let _best_effort = std::fs::write(&self.path, format!("{:.1}\n", self.seconds()));
+    }
+}
+
+fn lock(run: &Path) -> Result<std::fs::File, LaunchError> {
+    let path = run.join(".lock");
+    let file = std::fs::File::create(&path).map_err(io("cannot write", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(LaunchError::InUse(run.to_owned())),
+        Err(std::fs::TryLockError::Error(e)) => Err(io("cannot lock", &path)(e)),
+    }
+}
+
+/// Writes the effective configuration, or checks that the run already there has the same one.
+fn write_config(config: &Config, run: &Path) -> Result<PathBuf, LaunchError> {
+    let path = run.join("config.toml");
+    let text = toml::to_string(config).map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
+    if let Ok(old) = std::fs::read_to_string(&path) {
+        let stable = |t: &str| t.lines().filter(|l| !l.starts_with("resume =")).map(str::to_owned).collect::<Vec<_>>();
+        let (a, b) = (stable(&old), stable(&text));
+        if a != b {
+            let difference = a
+                .iter()
+                .zip(&b)
+                .find(|(x, y)| x != y)
+                .map_or_else(|| "other keys".to_owned(), |(x, y)| format!("`{x}` there, `{y}` now"));
+            return Err(LaunchError::OtherConfig { dir: run.to_owned(), difference });
+        }
+    }
+    std::fs::write(&path, text).map_err(io("cannot write", &path))?;
+    Ok(path)
+}
