@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Experience: who works on which prompt group, what has come back, and what may be trained next.
+//!
+//! A pure state machine. It has no clock (time comes in with each call), no threads and no sockets; the learner's first
+//! rank wraps it in a service. Must not know: tch, tonic, tokio.
+//!
+//! What it promises, whatever workers do:
+//! - each group of a pass is returned by [`Experience::next_batch`] exactly once, in the order of the pass;
+//! - no group is trained whose oldest token lags the learner by more than `max_staleness` versions;
+//! - a group whose worker died, was slow or gave it back is handed out again, before any newer group.
+
+mod event;
+mod machine;
+mod order;
+mod settings;
+
+pub use event::Event;
+pub use machine::{Experience, Stats};
+pub use settings::{ExperienceError, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan, by_pass};

@@ -1,0 +1,27 @@
+//! The event log: what happened to each group, in order, for accounting. Owns the shape of the lines; writes no file.
+
+use serde::{Deserialize, Serialize};
+use unveil_core::{GroupId, WeightVersion};
+
+/// One event; `ms` is milliseconds on the caller's clock.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[allow(missing_docs)] // the fields are named after what they hold
+pub enum Event {
+    /// A group was handed out.
+    Leased { ms: u64, worker: String, lease: String, group: GroupId, min_version: WeightVersion },
+    /// A finished group was taken; `late` when its lease had run out but nobody else had the group.
+    Submitted { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, late: bool },
+    /// A group came in a second time and was not counted.
+    Duplicate { ms: u64, worker: String, lease: String, group: GroupId },
+    /// A group was made by weights that lag too much (or are unknown) and returned to the queue.
+    Stale { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, version: WeightVersion },
+    /// A submission under a lease that does not hold was not counted.
+    Refused { ms: u64, worker: String, lease: String, group: GroupId },
+    /// A lease ran out; its group returned to the queue.
+    Expired { ms: u64, worker: String, lease: String, group: GroupId },
+    /// A group was given back, by its worker or because the worker is lost.
+    Released { ms: u64, worker: String, lease: String, group: GroupId, lost: bool },
+    /// A batch was trained.
+    Trained { ms: u64, step: u64, groups: Vec<GroupId> },
+}

@@ -1,0 +1,348 @@
+//! Random workers (dying, slow, repeating themselves), clock jumps and learner restarts: each group is trained exactly
+//! once and in order, staleness stays bounded, nothing gets stuck.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use unveil_core::GroupId;
+use unveil_experience::{Event, Experience, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan};
+
+#[derive(Debug, Clone)]
+enum Op {
+    Lease { worker: usize, max: usize },
+    Submit { worker: usize, pick: usize, lag: u64 },
+    Again { worker: usize, pick: usize },
+    Steal { thief: usize, victim: usize },
+    Release { worker: usize },
+    Die { worker: usize },
+    Lost { worker: usize },
+    Clock { ms: u64 },
+    ClockBack,
+    Learn { jump: u64 },
+    Restart { keep_weights: bool },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        6 => (0..4usize, 1..9usize).prop_map(|(worker, max)| Op::Lease { worker, max }),
+        12 => (0..4usize, any::<usize>(), 0..3u64).prop_map(|(worker, pick, lag)| Op::Submit { worker, pick, lag }),
+        2 => (0..4usize, any::<usize>()).prop_map(|(worker, pick)| Op::Again { worker, pick }),
+        1 => (0..4usize, 0..4usize).prop_map(|(thief, victim)| Op::Steal { thief, victim }),
+        1 => (0..4usize).prop_map(|worker| Op::Release { worker }),
+        1 => (0..4usize).prop_map(|worker| Op::Die { worker }),
+        1 => (0..4usize).prop_map(|worker| Op::Lost { worker }),
+        4 => prop_oneof![0..5_000u64, 50_000..10_000_000u64].prop_map(|ms| Op::Clock { ms }),
+        1 => Just(Op::ClockBack),
+        6 => prop_oneof![4 => Just(1), 1 => 1..4u64].prop_map(|jump| Op::Learn { jump }),
+        1 => any::<bool>().prop_map(|keep_weights| Op::Restart { keep_weights }),
+    ]
+}
+
+/// A payload that remembers how it was made.
+#[derive(Debug, Clone)]
+struct Made {
+    group: GroupId,
+    oldest: u64,
+}
+
+struct World {
+    e: Experience<Made>,
+    settings: Settings,
+    ids: Vec<String>,
+    now: Duration,
+    held: Vec<Vec<(Lease, u64)>>, // per worker: lease and the version it will be generated with
+    sent: Vec<Vec<(Lease, u64)>>,
+    trained: Vec<GroupId>,
+    saved: Snapshot,
+    step: u64,
+}
+
+fn settings(groups_per_step: usize, max_staleness: u64) -> Settings {
+    Settings { groups_per_step, max_staleness, lease_s: 30.0, seed: 11, term: 1, total_groups: None }
+}
+
+fn ids(n: usize) -> Vec<String> {
+    (0..n).map(|i| format!("r{i}")).collect()
+}
+
+impl World {
+    fn new(records: usize, groups_per_step: usize, max_staleness: u64) -> Self {
+        let (settings, ids) = (settings(groups_per_step, max_staleness), ids(records));
+        let e = Experience::new(settings.clone(), ids.clone()).unwrap();
+        let saved = e.snapshot();
+        let (held, sent) = (vec![vec![]; 4], vec![vec![]; 4]);
+        Self { e, settings, ids, now: Duration::ZERO, held, sent, trained: vec![], saved, step: 0 }
+    }
+
+    fn lease(&mut self, w: usize, max: usize) -> usize {
+        let got = self.e.lease(&format!("w{w}"), max, self.now);
+        assert!(got.len() <= max);
+        for l in &got {
+            assert!(l.min_version <= self.e.version(), "a lease must be doable with the published weights");
+        }
+        let version = self.e.version();
+        let n = got.len();
+        self.held[w].extend(got.into_iter().map(|l| (l, version)));
+        n
+    }
+
+    fn send(&mut self, w: usize, lease: &Lease, oldest: u64) -> Verdict {
+        let worker = format!("w{w}");
+        let newest = oldest.max(self.e.version().min(oldest + 1));
+        let made = Made { group: lease.group.clone(), oldest };
+        let s = Submission {
+            worker: &worker,
+            lease: &lease.id,
+            group: &lease.group,
+            versions: VersionSpan { oldest, newest },
+        };
+        self.e.submit(&s, made, self.now)
+    }
+
+    fn learn(&mut self, jump: u64) -> bool {
+        let Some(batch) = self.e.next_batch(self.now) else {
+            return false;
+        };
+        assert_eq!(batch.len(), self.settings.groups_per_step);
+        for (group, made) in &batch {
+            assert_eq!(*group, made.group);
+            assert!(made.oldest + self.settings.max_staleness >= self.e.version(), "too stale at training");
+        }
+        assert!(self.e.next_batch(self.now).is_none(), "one batch at a time");
+        let groups: Vec<GroupId> = batch.into_iter().map(|(g, _)| g).collect();
+        assert!(self.e.trained(self.step, &groups[1..], self.now).is_err());
+        self.e.trained(self.step, &groups, self.now).unwrap();
+        self.trained.extend(groups);
+        self.step += 1;
+        let version = self.e.version() + jump;
+        self.e.published(version).unwrap();
+        if self.step.is_multiple_of(3) {
+            self.saved = serde_json::from_str(&serde_json::to_string(&self.e.snapshot()).unwrap()).unwrap();
+        }
+        true
+    }
+
+    fn apply(&mut self, op: &Op) {
+        match *op {
+            Op::Lease { worker, max } => {
+                self.lease(worker, max);
+            }
+            Op::Submit { worker, pick, lag } => {
+                if self.held[worker].is_empty() {
+                    return;
+                }
+                let i = pick % self.held[worker].len();
+                let (lease, version) = self.held[worker].remove(i);
+                self.send(worker, &lease, version.saturating_sub(lag));
+                self.sent[worker].push((lease, version));
+            }
+            Op::Again { worker, pick } => {
+                if self.sent[worker].is_empty() {
+                    return;
+                }
+                let i = pick % self.sent[worker].len();
+                let (lease, version) = self.sent[worker][i].clone();
+                let before = self.e.stats();
+                let verdict = self.send(worker, &lease, version);
+                assert_ne!(verdict, Verdict::Accepted, "a submission counted twice");
+                assert_eq!(self.e.stats().ready, before.ready);
+            }
+            Op::Steal { thief, victim } => {
+                if let (Some((lease, version)), true) = (self.held[victim].first().cloned(), thief != victim) {
+                    assert_ne!(self.send(thief, &lease, version), Verdict::Accepted, "a foreign lease was taken");
+                }
+            }
+            Op::Release { worker } => {
+                let leases: Vec<String> = self.held[worker].drain(..).map(|(l, _)| l.id).collect();
+                self.e.release(&format!("w{worker}"), &leases, self.now);
+            }
+            Op::Die { worker } => self.held[worker].clear(),
+            Op::Lost { worker } => {
+                self.e.worker_lost(&format!("w{worker}"), self.now);
+            }
+            Op::Clock { ms } => self.now += Duration::from_millis(ms),
+            Op::ClockBack => self.now /= 2,
+            Op::Learn { jump } => {
+                self.learn(jump);
+            }
+            Op::Restart { keep_weights } => {
+                self.settings.term += 1;
+                self.e = Experience::restore(self.settings.clone(), self.ids.clone(), &self.saved).unwrap();
+                self.trained.truncate(self.saved.trained as usize);
+                self.step = self.trained.len() as u64 / self.settings.groups_per_step as u64;
+                if !keep_weights {
+                    self.held.iter_mut().for_each(Vec::clear);
+                }
+                self.sent.iter_mut().for_each(Vec::clear);
+            }
+        }
+        let s = self.e.stats();
+        let bound = (self.settings.max_staleness as usize + 1) * self.settings.groups_per_step;
+        assert!(s.waiting + s.leased + s.ready + s.training <= bound, "more is out than staleness allows: {s:?}");
+        assert_eq!(s.trained as usize, self.trained.len());
+    }
+
+    /// From whatever state: one healthy worker and a learner get through `steps` more steps.
+    fn finish(&mut self, steps: usize) {
+        self.held.iter_mut().for_each(Vec::clear);
+        self.now += Duration::from_secs(1_000_000_000);
+        let goal = self.trained.len() + steps * self.settings.groups_per_step;
+        let mut rounds = 0;
+        while self.trained.len() < goal {
+            rounds += 1;
+            assert!(rounds < 100 + 20 * goal, "stuck: {:?}", self.e.stats());
+            self.lease(0, 3);
+            for (lease, version) in std::mem::take(&mut self.held[0]) {
+                self.send(0, &lease, version);
+            }
+            self.learn(1);
+        }
+    }
+
+    /// The lineage that was trained: positions in order, each record once per pass.
+    fn check(&mut self) {
+        let n = self.ids.len() as u64;
+        for (i, g) in self.trained.iter().enumerate() {
+            assert_eq!((g.pass, g.position), (i as u64 / n, i as u64 % n));
+        }
+        for pass in self.trained.chunks_exact(self.ids.len()) {
+            let mut records: Vec<&str> = pass.iter().map(|g| g.record.as_str()).collect();
+            records.sort_unstable();
+            records.dedup();
+            assert_eq!(records.len(), self.ids.len(), "a record was trained twice in a pass");
+        }
+        for e in self.e.drain_events() {
+            let line = serde_json::to_string(&e).unwrap();
+            assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), e);
+        }
+        assert!(self.e.drain_events().is_empty());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #[test]
+    fn exactly_once_bounded_and_never_stuck(
+        records in 1..20usize,
+        groups_per_step in 1..7usize,
+        max_staleness in 0..3u64,
+        ops in prop::collection::vec(op(), 0..200),
+    ) {
+        let mut w = World::new(records, groups_per_step, max_staleness);
+        for op in &ops {
+            w.apply(op);
+        }
+        w.finish(5);
+        w.check();
+    }
+}
+
+#[test]
+fn on_policy_hands_out_nothing_until_published() {
+    let mut w = World::new(10, 4, 0);
+    assert_eq!(w.lease(0, 100), 4);
+    assert_eq!(w.lease(1, 100), 0);
+    for (l, v) in std::mem::take(&mut w.held[0]) {
+        assert_eq!(w.send(0, &l, v), Verdict::Accepted);
+    }
+    let batch = w.e.next_batch(w.now).unwrap();
+    assert_eq!(w.lease(0, 100), 0);
+    let groups: Vec<_> = batch.into_iter().map(|(g, _)| g).collect();
+    w.e.trained(0, &groups, w.now).unwrap();
+    assert_eq!(w.lease(0, 100), 0, "the old weights must not start the next batch");
+    w.e.published(1).unwrap();
+    assert_eq!(w.lease(0, 100), 4);
+    assert!(w.e.published(0).is_err());
+}
+
+#[test]
+fn a_slow_worker_is_taken_late_unless_another_has_the_group() {
+    let mut w = World::new(4, 1, 0);
+    w.lease(0, 1);
+    w.now = Duration::from_secs(40);
+    assert_eq!(w.e.expire(w.now), 1);
+    let (l, v) = w.held[0][0].clone();
+    assert_eq!(w.send(0, &l, v), Verdict::Accepted);
+    assert!(w.learn(1));
+
+    w.held[0].clear();
+    w.lease(0, 1);
+    w.now = Duration::from_secs(80);
+    assert_eq!(w.lease(1, 1), 1, "the lease has run out: another worker gets the group");
+    let (l, v) = w.held[0][0].clone();
+    assert_eq!(w.send(0, &l, v), Verdict::Expired);
+    let (l, v) = w.held[1][0].clone();
+    assert_eq!(w.send(1, &l, v), Verdict::Accepted);
+    assert_eq!(w.send(1, &l, v), Verdict::Duplicate);
+}
+
+#[test]
+fn stale_and_unknown_weights_are_refused_and_the_group_returns_first() {
+    let mut w = World::new(10, 2, 0);
+    w.e.published(5).unwrap();
+    w.lease(0, 2);
+    let held = w.held[0].clone();
+    assert_eq!(held[0].0.min_version, 5);
+    assert_eq!(w.send(0, &held[0].0, 4), Verdict::Stale);
+    let again = w.e.lease("w1", 5, w.now);
+    assert_eq!(again.len(), 1);
+    assert_eq!(again[0].group, held[0].0.group);
+    let s = Submission { worker: "w0", lease: &held[1].0.id, group: &held[1].0.group, versions: VersionSpan::at(6) };
+    let made = Made { group: held[1].0.group.clone(), oldest: 6 };
+    assert_eq!(w.e.submit(&s, made, w.now), Verdict::Stale, "weights of a lineage that was left");
+}
+
+#[test]
+fn overlap_leases_the_next_batch_while_one_trains() {
+    let mut w = World::new(10, 2, 1);
+    assert_eq!(w.lease(0, 100), 4);
+    let mins: Vec<u64> = w.held[0].iter().map(|(l, _)| l.min_version).collect();
+    assert_eq!(mins, [0, 0, 0, 0]);
+    for (l, v) in std::mem::take(&mut w.held[0]) {
+        assert_eq!(w.send(0, &l, v), Verdict::Accepted);
+    }
+    assert!(w.learn(1));
+    assert_eq!(w.lease(0, 100), 2);
+    assert_eq!(w.held[0][0].0.min_version, 1);
+    assert!(w.learn(1), "one version behind is allowed");
+}
+
+#[test]
+fn the_end_of_the_run_is_a_smaller_batch_and_then_nothing() {
+    let s = Settings { total_groups: Some(5), ..settings(3, 0) };
+    let mut e = Experience::new(s, ids(4)).unwrap();
+    let mut sizes = vec![];
+    for step in 0..4 {
+        for l in e.lease("w", 10, Duration::ZERO) {
+            let versions = VersionSpan::at(e.version());
+            let s = Submission { worker: "w", lease: &l.id, group: &l.group, versions };
+            assert_eq!(e.submit(&s, (), Duration::ZERO), Verdict::Accepted);
+        }
+        let Some(batch) = e.next_batch(Duration::ZERO) else {
+            break;
+        };
+        let groups: Vec<_> = batch.into_iter().map(|(g, ())| g).collect();
+        sizes.push(groups.len());
+        e.trained(step, &groups, Duration::ZERO).unwrap();
+        e.published(step + 1).unwrap();
+    }
+    assert_eq!(sizes, [3, 2]);
+    assert!(e.finished());
+    assert!(e.lease("w", 10, Duration::ZERO).is_empty());
+}
+
+#[test]
+fn another_data_set_or_seed_is_refused_by_name() {
+    let e = Experience::<()>::new(settings(2, 0), ids(6)).unwrap();
+    let snap = e.snapshot();
+    let error = |s: Settings, i| Experience::<()>::restore(s, i, &snap).unwrap_err().to_string();
+    assert!(error(settings(2, 0), ids(7)).contains("6 records, now 7"));
+    let mut swapped = ids(6);
+    swapped.swap(0, 1);
+    assert!(error(settings(2, 0), swapped).contains("data set"));
+    assert!(error(Settings { seed: 12, ..settings(2, 0) }, ids(6)).contains("seed (11, now 12)"));
+    assert!(Experience::<()>::restore(settings(5, 2), ids(6), &snap).is_ok(), "the batch size may change");
+    assert!(Experience::<()>::new(settings(2, 0), vec!["a".into(), "a".into()]).is_err());
+    assert!(Experience::<()>::new(settings(2, 0), vec![]).is_err());
+    assert!(Experience::<()>::new(settings(0, 0), ids(2)).is_err());
+}
