@@ -184,8 +184,7 @@ pub struct ImageStore {
 impl ImageStore {
     /// Opens the store at `root`, made if absent.
     pub fn open(root: &Path) -> Result<Self, ImageError> {
-        std::fs::create_dir_all(root)
-            .map_err(|cause| ImageError::Io { name: root.display().to_string(), cause })?;
+        std::fs::create_dir_all(root).map_err(|cause| ImageError::Io { name: root.display().to_string(), cause })?;
         Ok(Self { root: root.to_owned() })
     }
 

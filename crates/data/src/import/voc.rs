@@ -79,7 +79,9 @@ pub fn import(src: &Path, out: &Path, options: &VocOptions) -> Result<ImportRepo
         let (boxes, labels) = take_boxes(a, file, (width, height), options, &mut report);
         let category = match &options.class {
             Some(f) => f.category.clone(),
-            None => labels.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", "),
+            None => {
+                labels.iter().map(String::as_str).collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ")
+            }
         };
         let split = split_of.get(stem).copied().unwrap_or_default();
         *report.splits.entry(split.to_owned()).or_default() += 1;
@@ -133,10 +135,11 @@ fn select(
     options: &VocOptions,
 ) -> Result<Vec<String>, ImportError> {
     if let Some(split) = &options.split {
-        let stems: Vec<String> =
-            split_of.iter().filter(|(_, s)| *s == split).map(|(stem, _)| stem.clone()).collect();
+        let stems: Vec<String> = split_of.iter().filter(|(_, s)| *s == split).map(|(stem, _)| stem.clone()).collect();
         if stems.is_empty() {
-            let what = format!("no image in split \"{split}\": ImageSets/Main/{split}.txt is missing or empty (splits are train, val, test)");
+            let what = format!(
+                "no image in split \"{split}\": ImageSets/Main/{split}.txt is missing or empty (splits are train, val, test)"
+            );
             return Err(ImportError::Source { src: src.to_owned(), what });
         }
         return Ok(stems);

@@ -3,10 +3,8 @@ use crate::records::RecordFile;
 use crate::store::Image;
 
 fn bccd() -> PathBuf {
-    let path = std::env::var_os("UNVEIL_BCCD").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/bccd"),
-        PathBuf::from,
-    );
+    let path = std::env::var_os("UNVEIL_BCCD")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/bccd"), PathBuf::from);
     assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
     path
 }
@@ -46,7 +44,9 @@ fn bccd_white_blood_cells_of_the_test_split() {
     let file = RecordFile::load(&out).unwrap();
     let count = |k: usize| file.records.iter().filter(|r| r.boxes.len() == k).count();
     assert_eq!((report.records, count(1), count(2), count(0)), (72, 65, 3, 4));
-    assert!(file.records.iter().all(|r| r.category == "white blood cell" && r.question == "Where is the white blood cell?"));
+    assert!(
+        file.records.iter().all(|r| r.category == "white blood cell" && r.question == "Where is the white blood cell?")
+    );
 }
 
 /// A small VOC folder: `a` with a good, a flat, an inverted and an overhanging box, `b` without objects.

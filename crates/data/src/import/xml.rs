@@ -70,8 +70,8 @@ pub(super) fn parse(text: &str) -> Result<Annotation, String> {
                             return Err(bad(format!("object {} has no <name>", k - 1)));
                         }
                         for (i, side) in SIDES.iter().enumerate() {
-                            o.coords[i] =
-                                sides[i].ok_or_else(|| bad(format!("object {} has no <{side}> in its <bndbox>", k - 1)))?;
+                            o.coords[i] = sides[i]
+                                .ok_or_else(|| bad(format!("object {} has no <{side}> in its <bndbox>", k - 1)))?;
                         }
                     }
                     _ => {}

@@ -1,5 +1,7 @@
 //! Lesions: intensity change, cut-and-paste and deformation inside an exact mask. Nothing outside a mask is touched.
 
+use std::f32::consts::TAU;
+
 use serde::{Deserialize, Serialize};
 use unveil_core::BBox;
 
@@ -159,7 +161,7 @@ pub(crate) fn draw(dice: &mut Dice, canvas: &mut Canvas, shape: &Shape, category
     let patch = source(dice, n, shape);
     let lit = dice.range(-2.6, -0.6);
     let light = (lit.cos(), lit.sin());
-    let spots: [f32; 2] = [dice.range(0.0, 6.28), dice.range(0.0, 6.28)];
+    let spots: [f32; 2] = [dice.range(0.0, TAU), dice.range(0.0, TAU)];
     shape.each(n, |x, y, rho| {
         let i = y * n + x;
         let (px, py) = (x as f32 + 0.5, y as f32 + 0.5);
@@ -201,7 +203,7 @@ fn source(dice: &mut Dice, n: usize, shape: &Shape) -> (f32, f32) {
     let half = n as f32 / 2.0;
     let (mut best, mut far) = ((half, half), -1.0);
     for _ in 0..4 {
-        let (r, t) = (dice.range(0.0, 0.24) * n as f32, dice.range(0.0, 6.28));
+        let (r, t) = (dice.range(0.0, 0.24) * n as f32, dice.range(0.0, TAU));
         let at = (half + r * t.cos(), half + r * t.sin());
         let f = shape.frame;
         let d = (at.0 - (f[0] + f[2]) / 2.0).hypot(at.1 - (f[1] + f[3]) / 2.0);

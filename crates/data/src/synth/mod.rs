@@ -83,7 +83,10 @@ impl SynthSpec {
         if !(48..=1024).contains(&self.size) {
             bad(format!("size = {} must be from 48 to 1024", self.size))
         } else if !share(self.no_finding) || !share(self.several) || self.no_finding + self.several > 1.0 {
-            bad(format!("no_finding = {} and several = {} must be shares that add up to at most 1", self.no_finding, self.several))
+            bad(format!(
+                "no_finding = {} and several = {} must be shares that add up to at most 1",
+                self.no_finding, self.several
+            ))
         } else if !(0.1..=1.0).contains(&self.contrast) {
             bad(format!("contrast = {} must be from 0.1 to 1", self.contrast))
         } else {

@@ -1,5 +1,7 @@
 //! Organ-like backgrounds: CT, X-ray, endoscopy. Each says where lesions may lie; none knows of lesions.
 
+use std::f32::consts::TAU;
+
 use super::Modality;
 use super::shape::{Dice, Noise, Shape, lerp, smooth};
 
@@ -62,8 +64,7 @@ impl Scene {
         let (cx, cy) = ((f[0] + f[2]) / 2.0, (f[1] + f[3]) / 2.0);
         let (a, b) = ((f[2] - f[0]) / 2.0 * self.hold, (f[3] - f[1]) / 2.0 * self.hold);
         let ring = (0..8).map(|k| (k as f32 * std::f32::consts::FRAC_PI_4).sin_cos());
-        let points: Vec<(f32, f32)> =
-            ring.map(|(s, c)| (cx + a * c, cy + b * s)).chain([(cx, cy)]).collect();
+        let points: Vec<(f32, f32)> = ring.map(|(s, c)| (cx + a * c, cy + b * s)).chain([(cx, cy)]).collect();
         self.inside.iter().any(|s| points.iter().all(|&(x, y)| s.rho(x, y) < 1.0))
             && !self.outside.iter().any(|s| points.iter().any(|&(x, y)| s.rho(x, y) < 1.0))
     }
@@ -135,10 +136,8 @@ fn xray(d: &mut Dice, n: usize) -> Scene {
     });
     let lung = d.range(0.17, 0.23);
     let (w, h) = (d.range(0.185, 0.205), d.range(0.34, 0.38));
-    let lungs: Vec<Shape> = [-1.0, 1.0]
-        .iter()
-        .map(|side| Shape::new(d, 0.09, about(n, cx + side * 0.235, cy, w, h)))
-        .collect();
+    let lungs: Vec<Shape> =
+        [-1.0, 1.0].iter().map(|side| Shape::new(d, 0.09, about(n, cx + side * 0.235, cy, w, h))).collect();
     for s in &lungs {
         canvas.paint(s, lung, 0.28);
     }
@@ -150,8 +149,11 @@ fn xray(d: &mut Dice, n: usize) -> Scene {
     let (coarse, fine) = (Noise::new(d, 6), Noise::new(d, 26));
     let texture = Canvas::fill(n, |u, v| {
         let x = (u - cx).abs();
-        let wave = (std::f32::consts::TAU * (rate * (v - bend * (x - 0.22).powi(2) * 1.8 - 0.12 * x) + phase)).sin();
-        let ribs = smooth(0.15, 0.85, wave) * smooth(0.05, 0.14, x) * smooth(0.46, 0.40, x) * lerp(1.0, 0.35, smooth(-0.04, 0.04, v - floor));
+        let wave = (TAU * (rate * (v - bend * (x - 0.22).powi(2) * 1.8 - 0.12 * x) + phase)).sin();
+        let ribs = smooth(0.15, 0.85, wave)
+            * smooth(0.05, 0.14, x)
+            * smooth(0.46, 0.40, x)
+            * lerp(1.0, 0.35, smooth(-0.04, 0.04, v - floor));
         let dome = smooth(-0.02, 0.03, v - floor + 0.16 * (0.5 - (2.4 * (x - 0.21)).abs()).max(0.0));
         let bone = (-((v - 0.125 - 0.22 * (x - 0.1).abs()) / 0.016).powi(2)).exp() * smooth(0.03, 0.08, x);
         let spine = (-((u - cx) / 0.045).powi(2)).exp() * (0.05 + 0.02 * (v * 70.0).sin());
@@ -178,13 +180,13 @@ fn endoscopy(d: &mut Dice, n: usize) -> Scene {
     let base = [d.range(0.74, 0.82), d.range(0.44, 0.50), d.range(0.36, 0.42)];
     let (coarse, mid, fine) = (Noise::new(d, 4), Noise::new(d, 11), Noise::new(d, 30));
     let vessels = Noise::new(d, 7);
-    let (turn, away) = (d.range(0.0, std::f32::consts::TAU), d.range(0.30, 0.42));
+    let (turn, away) = (d.range(0.0, TAU), d.range(0.30, 0.42));
     let (lx, ly) = (0.5 + away * turn.cos(), 0.5 + away * turn.sin());
     let (folds, phase) = (d.range(2.5, 4.0), d.range(0.0, 6.0));
     let (depth, lumen) = (d.range(0.07, 0.12), d.range(0.10, 0.15));
     let mut canvas = Canvas::fill(n, |u, v| {
         let far = (u - lx).hypot(v - ly);
-        let fold = (std::f32::consts::TAU * folds * far.sqrt() + phase + 1.3 * coarse.at(u, v)).sin();
+        let fold = (TAU * folds * far.sqrt() + phase + 1.3 * coarse.at(u, v)).sin();
         let light = 1.0 + depth * fold + 0.10 * coarse.at(v, u) + 0.05 * mid.at(u, v) + 0.035 * fine.at(u, v);
         let hole = smooth(0.0, lumen * 2.0, far);
         let line = smooth(0.09, 0.0, vessels.at(u, v).abs()) * 0.16;
@@ -192,7 +194,7 @@ fn endoscopy(d: &mut Dice, n: usize) -> Scene {
         [base[0] * k * (1.0 - 0.3 * line), base[1] * k * (1.0 - line), base[2] * k * (1.0 - line)]
     });
     for _ in 0..6 + d.below(8) {
-        let (r, t, size) = (d.range(0.05, 0.42), d.range(0.0, 6.28), d.range(0.010, 0.022));
+        let (r, t, size) = (d.range(0.05, 0.42), d.range(0.0, TAU), d.range(0.010, 0.022));
         let dot = about(n, 0.5 + r * t.cos(), 0.5 + r * t.sin(), size * d.range(0.8, 1.6), size);
         let s = Shape::new(d, 0.2, dot);
         canvas.paint(&s, 0.97, 0.7);

@@ -1,5 +1,7 @@
 //! Shapes and noise of the synthetic images: a seeded random source, harmonic-deformed closed curves, smooth value noise.
 
+use std::f32::consts::TAU;
+
 use rand::RngCore;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -65,15 +67,15 @@ impl Shape {
         let mut radius = [1.0; STEPS + 1];
         for k in 2..=5 {
             let a = dice.range(0.3, 1.0) * wobble / k as f32 * 1.6;
-            let phase = dice.range(0.0, std::f32::consts::TAU);
+            let phase = dice.range(0.0, TAU);
             for (i, r) in radius.iter_mut().enumerate() {
-                *r += a * (k as f32 * i as f32 / STEPS as f32 * std::f32::consts::TAU + phase).cos();
+                *r += a * (k as f32 * i as f32 / STEPS as f32 * TAU + phase).cos();
             }
         }
         let mut local = [f32::MAX, f32::MAX, f32::MIN, f32::MIN];
         for (i, r) in radius.iter_mut().enumerate() {
             *r = r.max(0.3);
-            let (s, c) = (i as f32 / STEPS as f32 * std::f32::consts::TAU).sin_cos();
+            let (s, c) = (i as f32 / STEPS as f32 * TAU).sin_cos();
             local = [local[0].min(*r * c), local[1].min(*r * s), local[2].max(*r * c), local[3].max(*r * s)];
         }
         Self { radius, frame, local }
@@ -90,16 +92,13 @@ impl Shape {
     /// Position of the point (pixels) in the curve's own coordinates, where the curve's mean radius is 1.
     pub(crate) fn local(&self, x: f32, y: f32) -> (f32, f32) {
         let (f, l) = (self.frame, self.local);
-        (
-            l[0] + (x - f[0]) * (l[2] - l[0]) / (f[2] - f[0]),
-            l[1] + (y - f[1]) * (l[3] - l[1]) / (f[3] - f[1]),
-        )
+        (l[0] + (x - f[0]) * (l[2] - l[0]) / (f[2] - f[0]), l[1] + (y - f[1]) * (l[3] - l[1]) / (f[3] - f[1]))
     }
 
     /// Distance from the middle relative to the curve: 0 in the middle, 1 on the curve, more outside.
     pub(crate) fn rho(&self, x: f32, y: f32) -> f32 {
         let (u, v) = self.local(x, y);
-        let turn = (v.atan2(u) / std::f32::consts::TAU).rem_euclid(1.0) * STEPS as f32;
+        let turn = (v.atan2(u) / TAU).rem_euclid(1.0) * STEPS as f32;
         let i = (turn as usize).min(STEPS - 1);
         u.hypot(v) / lerp(self.radius[i], self.radius[i + 1], turn - i as f32)
     }

@@ -1,0 +1,247 @@
+//! Augmentation of an image and its boxes: crop, flips, quarter turns, brightness and contrast.
+//!
+//! A function of (seed, pass, record id): whoever computes it gets the same pixels. Resizing is the processor's work.
+
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use unveil_core::{BBox, BoxFault};
+
+use crate::store::Image;
+
+/// A box with at least this share of its area inside the crop is kept, clipped.
+pub const KEEP: f64 = 0.60;
+/// A box with less than this share inside is dropped; between the two, another crop is drawn.
+pub const DROP: f64 = 0.15;
+const TRIES: usize = 24;
+const SMALLEST: u32 = 16;
+
+/// What may be done to an image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AugmentSpec {
+    /// Smallest crop as a share of the side, `(0, 1]`; 1 turns cropping off.
+    pub crop_min: f32,
+    /// Mirror left to right, half of the time.
+    pub flip_h: bool,
+    /// Mirror top to bottom, half of the time.
+    pub flip_v: bool,
+    /// Turn by 0, 90, 180 or 270 degrees, equally often. Changes the shape of images that are not square.
+    pub turn: bool,
+    /// Brightness shift and contrast change, each up to this share, `[0, 1)`.
+    pub jitter: f32,
+}
+
+impl Default for AugmentSpec {
+    /// Nothing is changed.
+    fn default() -> Self {
+        Self { crop_min: 1.0, flip_h: false, flip_v: false, turn: false, jitter: 0.0 }
+    }
+}
+
+/// Why an image was not augmented.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum AugmentError {
+    /// The specification makes no sense.
+    #[error("augmentation: {0}")]
+    Spec(String),
+    /// A box is not valid for the image.
+    #[error("record \"{id}\": box {index} {fault}")]
+    Box {
+        /// Record.
+        id: String,
+        /// Which box.
+        index: usize,
+        /// What is wrong with it.
+        fault: BoxFault,
+    },
+}
+
+/// An augmented image.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Augmented {
+    /// The new image.
+    pub image: Image,
+    /// Boxes in the new image's pixels.
+    pub boxes: Vec<BBox>,
+    /// For each box its index before; boxes may be lost to a crop, never all of them.
+    pub kept: Vec<usize>,
+}
+
+impl AugmentSpec {
+    /// Says which field is out of range.
+    pub fn validate(&self) -> Result<(), AugmentError> {
+        if !(self.crop_min > 0.0 && self.crop_min <= 1.0) {
+            Err(AugmentError::Spec(format!("crop_min = {} must be above 0 and at most 1", self.crop_min)))
+        } else if !(0.0..1.0).contains(&self.jitter) {
+            Err(AugmentError::Spec(format!("jitter = {} must be at least 0 and below 1", self.jitter)))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// True when nothing is changed.
+    pub fn is_off(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Augments one image for one pass.
+///
+/// A crop keeps a box with at least [`KEEP`] of its area inside (clipped), drops one with less than [`DROP`], and is drawn
+/// again when a box lies between or when all boxes would be lost; after 24 tries the image stays whole.
+///
+/// # Errors
+/// A specification out of range; a box that is not valid for the image.
+pub fn augment(
+    spec: &AugmentSpec,
+    seed: u64,
+    pass: u64,
+    id: &str,
+    image: &Image,
+    boxes: &[BBox],
+) -> Result<Augmented, AugmentError> {
+    spec.validate()?;
+    let (w, h) = (image.width as f32, image.height as f32);
+    let boxes =
+        &clip_to(w, h, boxes).map_err(|(index, fault)| AugmentError::Box { id: id.to_owned(), index, fault })?[..];
+    let mut key = blake3::Hasher::new();
+    key.update(b"unveil augment").update(&seed.to_le_bytes()).update(&pass.to_le_bytes()).update(id.as_bytes());
+    let mut rng = ChaCha8Rng::from_seed(*key.finalize().as_bytes());
+    let mut out = Augmented { image: image.clone(), boxes: boxes.to_vec(), kept: (0..boxes.len()).collect() };
+    if spec.crop_min < 1.0
+        && let Some(cropped) = random_crop(spec.crop_min, &mut rng, image, boxes)
+    {
+        out = cropped;
+    }
+    if spec.flip_h && rng.next_u32() & 1 == 1 {
+        flip_h(&mut out.image, &mut out.boxes);
+    }
+    if spec.flip_v && rng.next_u32() & 1 == 1 {
+        flip_v(&mut out.image, &mut out.boxes);
+    }
+    if spec.turn {
+        for _ in 0..rng.next_u32() & 3 {
+            turn(&mut out.image, &mut out.boxes);
+        }
+    }
+    if spec.jitter > 0.0 {
+        let mut draw = || (2.0 * unit(&mut rng) - 1.0) * spec.jitter;
+        let (brightness, contrast) = (draw(), draw());
+        jitter(&mut out.image, brightness, contrast);
+    }
+    Ok(out)
+}
+
+/// Boxes without the overhang of up to one pixel that [`BBox::fault`] grants.
+fn clip_to(w: f32, h: f32, boxes: &[BBox]) -> Result<Vec<BBox>, (usize, BoxFault)> {
+    let clip = |(index, b): (usize, &BBox)| match b.fault(w, h) {
+        Some(fault) => Err((index, fault)),
+        None => {
+            let b = BBox { x1: b.x1.max(0.0), y1: b.y1.max(0.0), x2: b.x2.min(w), y2: b.y2.min(h) };
+            if b.area() > 0.0 { Ok(b) } else { Err((index, BoxFault::Outside)) }
+        }
+    };
+    boxes.iter().enumerate().map(clip).collect()
+}
+
+fn unit(rng: &mut ChaCha8Rng) -> f32 {
+    (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32
+}
+
+fn random_crop(crop_min: f32, rng: &mut ChaCha8Rng, image: &Image, boxes: &[BBox]) -> Option<Augmented> {
+    for _ in 0..TRIES {
+        let share = crop_min + (1.0 - crop_min) * unit(rng);
+        let side = |full: u32| ((full as f32 * share).round() as u32).clamp(SMALLEST.min(full), full);
+        let (w, h) = (side(image.width), side(image.height));
+        let start = |rng: &mut ChaCha8Rng, room: u32| ((unit(rng) * (room + 1) as f32) as u32).min(room);
+        let (x, y) = (start(rng, image.width - w), start(rng, image.height - h));
+        if let Some((boxes, kept)) = crop_boxes(boxes, [x, y, w, h]) {
+            return Some(Augmented { image: crop(image, [x, y, w, h]), boxes, kept });
+        }
+    }
+    None
+}
+
+/// Boxes after cropping to `[x, y, width, height]`; `None` when the crop would cut one in the middle, or lose all.
+fn crop_boxes(boxes: &[BBox], [x, y, w, h]: [u32; 4]) -> Option<(Vec<BBox>, Vec<usize>)> {
+    let (x, y, w, h) = (x as f32, y as f32, w as f32, h as f32);
+    let frame = BBox { x1: x, y1: y, x2: x + w, y2: y + h };
+    let (mut out, mut kept) = (Vec::new(), Vec::new());
+    for (i, b) in boxes.iter().enumerate() {
+        let inside = b.intersection(&frame) / b.area();
+        if inside >= KEEP {
+            let clip = |v: f32, from: f32, top: f32| (v - from).clamp(0.0, top);
+            out.push(BBox { x1: clip(b.x1, x, w), y1: clip(b.y1, y, h), x2: clip(b.x2, x, w), y2: clip(b.y2, y, h) });
+            kept.push(i);
+        } else if inside >= DROP {
+            return None;
+        }
+    }
+    (boxes.is_empty() || !out.is_empty()).then_some((out, kept))
+}
+
+/// The part `[x, y, width, height]` of an image, which must lie inside.
+fn crop(image: &Image, [x, y, w, h]: [u32; 4]) -> Image {
+    let mut rgb = Vec::with_capacity(w as usize * h as usize * 3);
+    for row in y..y + h {
+        let from = (row as usize * image.width as usize + x as usize) * 3;
+        rgb.extend_from_slice(&image.rgb[from..from + w as usize * 3]);
+    }
+    Image { width: w, height: h, rgb }
+}
+
+/// Mirrors left to right.
+pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
+    for row in image.rgb.chunks_exact_mut(image.width as usize * 3) {
+        let (mut a, mut b) = (0, row.len());
+        while a + 3 < b {
+            b -= 3;
+            (0..3).for_each(|k| row.swap(a + k, b + k));
+            a += 3;
+        }
+    }
+    let w = image.width as f32;
+    boxes.iter_mut().for_each(|b| (b.x1, b.x2) = (w - b.x2, w - b.x1));
+}
+
+/// Mirrors top to bottom.
+pub fn flip_v(image: &mut Image, boxes: &mut [BBox]) {
+    let row = image.width as usize * 3;
+    let h = image.height as usize;
+    for y in 0..h / 2 {
+        let (top, bottom) = image.rgb.split_at_mut((h - 1 - y) * row);
+        top[y * row..(y + 1) * row].swap_with_slice(&mut bottom[..row]);
+    }
+    let h = image.height as f32;
+    boxes.iter_mut().for_each(|b| (b.y1, b.y2) = (h - b.y2, h - b.y1));
+}
+
+/// Turns clockwise by 90 degrees; width and height change places.
+pub fn turn(image: &mut Image, boxes: &mut [BBox]) {
+    let (w, h) = (image.width, image.height);
+    let mut out = Image::new(h, w);
+    for y in 0..h {
+        for x in 0..w {
+            out.set_pixel(h - 1 - y, x, image.pixel(x, y));
+        }
+    }
+    *image = out;
+    let h = h as f32;
+    for b in boxes {
+        *b = BBox { x1: h - b.y2, y1: b.x1, x2: h - b.y1, y2: b.x2 };
+    }
+}
+
+/// Adds `brightness` (share of the full range) and scales about mid-grey by `1 + contrast`.
+pub fn jitter(image: &mut Image, brightness: f32, contrast: f32) {
+    let table: [u8; 256] = std::array::from_fn(|v| {
+        let v = (v as f32 - 127.5) * (1.0 + contrast) + 127.5 + 255.0 * brightness;
+        v.round().clamp(0.0, 255.0) as u8
+    });
+    image.rgb.iter_mut().for_each(|v| *v = table[usize::from(*v)]);
+}
+
+#[cfg(test)]
+#[path = "augment_tests.rs"]
+mod tests;
