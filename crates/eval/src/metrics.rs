@@ -1,0 +1,38 @@
+//! The six numbers of summary.json from a list of predictions.
+
+use serde::{Deserialize, Serialize};
+use unveil_report::Prediction;
+
+/// Metrics of one set of predictions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Share of samples whose category (or "no finding") is named right.
+    pub accuracy: f64,
+    /// Mean IoU of the first predicted box over samples with exactly one true box; a missing or invalid answer is 0.
+    pub mean_iou: f64,
+    /// Share of the same samples with IoU of at least 0.5.
+    pub acc50: f64,
+    /// Mean soft F1 over all samples.
+    pub soft_f1: f64,
+    /// Mean attention mass on the lesion over its area (s / a), over samples with a true box; an answer that does not name
+    /// the class looks nowhere and counts 0.
+    pub vision_lift: f64,
+    /// Number of samples.
+    pub n: usize,
+}
+
+/// Metrics of `predictions`; 0 where there is nothing to average.
+pub fn metrics(predictions: &[Prediction]) -> Metrics {
+    let mean = |values: Vec<f64>| {
+        if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
+    };
+    let ious: Vec<f64> = predictions.iter().filter_map(|p| p.iou).collect();
+    Metrics {
+        accuracy: mean(predictions.iter().map(|p| f64::from(u8::from(p.correct))).collect()),
+        acc50: mean(ious.iter().map(|&i| f64::from(u8::from(i >= 0.5))).collect()),
+        mean_iou: mean(ious),
+        soft_f1: mean(predictions.iter().map(|p| p.soft_f1).collect()),
+        vision_lift: mean(predictions.iter().filter_map(|p| p.lift).collect()),
+        n: predictions.len(),
+    }
+}
