@@ -1,1 +1,28 @@
-//! Placeholder.
+//! Generation for groups: one image encoded once, one prompt prefilled once, n responses sampled from it.
+//!
+//! Owns admission, sampling, the random numbers of a response, the length cap, cancelling, attention rows, teacher-forced
+//! scoring and the swap of weights between calls. Speaks token ids, pixel patches and host vectors. Must not know:
+//! tonic, collective, tokenizers, rewards.
+//!
+//! A response's random numbers are a function of (seed, group key, index, position) alone ([`random`]), so what else is
+//! in the batch decides nothing but rounding.
+
+mod engine;
+mod error;
+mod generate;
+pub mod random;
+mod request;
+mod sample;
+mod score;
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod tests;
+
+pub use engine::{Engine, EngineOptions, Stats};
+pub use error::EngineError;
+pub use request::{AttentionRows, GroupInput, GroupOutput, GroupRequest, RawResponse, ScoreRequest, Scored};
+
+/// Result of this crate.
+pub type Result<T, E = EngineError> = std::result::Result<T, E>;

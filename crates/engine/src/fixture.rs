@@ -1,0 +1,45 @@
+//! A random tiny model and prompts for the tests of this crate.
+
+use unveil_core::Sampling;
+use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
+
+use crate::{GroupInput, GroupRequest};
+
+pub(crate) const VOCAB: u32 = 64;
+pub(crate) const EOS: u32 = 60;
+pub(crate) const IMAGE: u32 = 61;
+
+/// A tiny model with random weights, wider than at the start of training so that its distributions are not flat.
+pub(crate) fn model(seed: u64) -> Vlm {
+    tch::set_num_threads(1);
+    let dir = tempfile::tempdir().unwrap();
+    let special = SpecialIds { image_pad: IMAGE, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: EOS, pad: 63 };
+    let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: VOCAB, seed, special };
+    init(&spec, dir.path()).unwrap();
+    let mut vlm = Vlm::load(dir.path(), tch::Device::Cpu, tch::Kind::Float).unwrap();
+    let wide: Vec<_> = vlm.named_parameters().iter().map(|(n, t)| (n.clone(), if n.contains("embed") { t * 6.0 } else { t * 2.0 })).collect();
+    let norm = |n: &str| n.contains("norm") || n.contains("ln_q");
+    let wide: Vec<_> = wide.into_iter().map(|(n, t)| if norm(&n) { (n, t / 2.0) } else { (n, t) }).collect();
+    vlm.load_state(&wide).unwrap();
+    vlm
+}
+
+/// Prompt `k`: a few words, an image of a size of its own, a few words.
+pub(crate) fn input(vlm: &Vlm, k: usize) -> GroupInput {
+    let v = &vlm.config().vision;
+    let m = v.spatial_merge_size;
+    let (h, w) = (m * (2 + (k as i64 % 2)), m * (2 + (k as i64 % 3)));
+    let cells = (h * w / m / m) as usize;
+    let mut tokens: Vec<u32> = vec![1, 2 + k as u32, 58];
+    tokens.extend(vec![IMAGE; cells]);
+    tokens.push(59);
+    tokens.extend((0..1 + k as u32).map(|i| 10 + i));
+    let patches = (0..h * w * v.patch_len()).map(|i| ((i as f32 + 1.0) * (0.37 + k as f32)).sin()).collect();
+    GroupInput { id: format!("g{k}"), prompt: Prompt { tokens, grids: vec![[1, h, w]] }, patches }
+}
+
+/// A request for prompt `k`.
+pub(crate) fn request(vlm: &Vlm, k: usize, temperature: f64) -> GroupRequest {
+    let sampling = Sampling { n: 4, temperature, max_new_tokens: 12, seed: 5 };
+    GroupRequest { input: input(vlm, k), key: 100 + k as u64, sampling }
+}
