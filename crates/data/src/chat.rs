@@ -1,0 +1,231 @@
+//! Prompts: the model's own chat template, rendered for one user message of images and a question, and its image tokens expanded.
+//!
+//! Must not know: pixels, boxes, records. The template runs in minijinja with Python's string methods; it can read no file.
+
+use std::path::{Path, PathBuf};
+
+use minijinja::{Environment, Error, ErrorKind, Value as Template};
+use regex::Regex;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use unveil_core::Grid;
+
+use crate::prepare::PrepareError;
+use crate::prepare::error::{read, read_json};
+use crate::tokenizer::Tokenizer;
+
+/// A prompt whose image tokens are expanded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt {
+    /// Token ids, generation prompt included.
+    pub ids: Vec<u32>,
+    /// Positions of the image tokens in `ids`, ascending: the images in order, each row-major over its merged grid.
+    pub image_token_positions: Vec<usize>,
+    /// Merged grid of each image.
+    pub grids: Vec<Grid>,
+}
+
+/// A model directory's chat template.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    env: Environment<'static>,
+    path: PathBuf,
+    /// `bos_token` and its like, which templates may write.
+    tokens: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Stored {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+const NAME: &str = "chat";
+
+impl ChatTemplate {
+    /// Reads `chat_template.jinja`, else `chat_template.json`, else the template in `tokenizer_config.json`.
+    pub fn load(dir: &Path) -> Result<Self, PrepareError> {
+        let config_path = dir.join("tokenizer_config.json");
+        let config: Map<String, Value> = if config_path.is_file() { read_json(&config_path)? } else { Map::new() };
+        let (plain, wrapped) = (dir.join("chat_template.jinja"), dir.join("chat_template.json"));
+        let (path, source) = if plain.is_file() {
+            let text = String::from_utf8(read(&plain)?)
+                .map_err(|e| PrepareError::Format { path: plain.clone(), cause: e.to_string() })?;
+            (plain, text)
+        } else if wrapped.is_file() {
+            let map: Map<String, Value> = read_json(&wrapped)?;
+            let text = stored(&wrapped, map.get("chat_template"))?;
+            (wrapped, text)
+        } else if config_path.is_file() {
+            let text = stored(&config_path, config.get("chat_template"))?;
+            (config_path, text)
+        } else {
+            let cause = std::io::Error::new(std::io::ErrorKind::NotFound, "no chat template in the model directory");
+            return Err(PrepareError::File { path: plain, cause });
+        };
+        let tokens = config
+            .iter()
+            .filter(|(k, _)| k.ends_with("_token"))
+            .filter_map(|(k, v)| {
+                let text = v.as_str().or_else(|| v.get("content")?.as_str())?;
+                Some((k.clone(), Value::from(text)))
+            })
+            .collect();
+        let env = environment(&source).map_err(|e| PrepareError::Format { path: path.clone(), cause: describe(&e) })?;
+        Ok(Self { env, path, tokens })
+    }
+
+    /// Renders one user message of `images` images and then `question`, with the generation prompt. No tools, no system message
+    /// but the template's own.
+    pub fn render(&self, images: usize, question: &str) -> Result<String, PrepareError> {
+        let mut content = vec![json!({"type": "image"}); images];
+        content.push(json!({"type": "text", "text": question}));
+        let mut context = self.tokens.clone();
+        context.insert("messages".to_owned(), json!([{"role": "user", "content": content}]));
+        context.insert("add_generation_prompt".to_owned(), Value::Bool(true));
+        self.env
+            .get_template(NAME)
+            .and_then(|t| t.render(Template::from_serialize(&context)))
+            .map_err(|e| PrepareError::Format { path: self.path.clone(), cause: describe(&e) })
+    }
+
+    /// The token ids of a question about images with these merged grids.
+    ///
+    /// # Errors
+    /// A question that holds a special token, or a template that writes another number of image placeholders than there are images.
+    pub fn prompt(&self, tokenizer: &Tokenizer, grids: &[Grid], question: &str) -> Result<Prompt, PrepareError> {
+        tokenizer.encode_plain(question)?;
+        let short = tokenizer.encode(&self.render(grids.len(), question)?)?;
+        let pad = tokenizer.special().image_pad;
+        let found = short.iter().filter(|id| **id == pad).count();
+        if found != grids.len() {
+            return Err(PrepareError::ImageTokens { found, expected: grids.len() });
+        }
+        let total: usize = grids.iter().map(Grid::tokens).sum();
+        let mut ids = Vec::with_capacity(short.len() + total);
+        let mut image_token_positions = Vec::with_capacity(total);
+        let mut next = grids.iter();
+        for id in short {
+            let copies = if id == pad { next.next().map_or(0, Grid::tokens) } else { 1 };
+            if id == pad {
+                image_token_positions.extend(ids.len()..ids.len() + copies);
+            }
+            ids.extend(std::iter::repeat_n(id, copies));
+        }
+        Ok(Prompt { ids, image_token_positions, grids: grids.to_vec() })
+    }
+}
+
+fn stored(path: &Path, value: Option<&Value>) -> Result<String, PrepareError> {
+    let missing = || PrepareError::Config {
+        path: path.to_owned(),
+        key: "chat_template",
+        what: "is missing: the model directory has no chat template".to_owned(),
+    };
+    let value = value.filter(|v| !v.is_null()).ok_or_else(missing)?;
+    match serde_json::from_value(value.clone()) {
+        Ok(Stored::One(text)) => Ok(text),
+        Ok(Stored::Named(list)) => {
+            list.into_iter().find(|t| t.name == "default").map(|t| t.template).ok_or_else(missing)
+        }
+        Err(_) => Err(PrepareError::Config {
+            path: path.to_owned(),
+            key: "chat_template",
+            what: "is neither a text nor a list of named templates".to_owned(),
+        }),
+    }
+}
+
+/// The environment that transformers gives chat templates, as far as one user message can use it.
+fn environment(source: &str) -> Result<Environment<'static>, Error> {
+    let mut env = Environment::new();
+    env.set_trim_blocks(true);
+    env.set_lstrip_blocks(true);
+    env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_fuel(Some(1_000_000));
+    env.add_function("raise_exception", |message: String| -> Result<String, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_template_owned(NAME, without_generation_marks(source))?;
+    Ok(env)
+}
+
+/// `{% generation %}` blocks only mark text for training masks in transformers; here they stand for their content.
+fn without_generation_marks(source: &str) -> String {
+    match (Regex::new(r"\{%(-?)\s*generation\s*(-?)%\}"), Regex::new(r"\{%(-?)\s*endgeneration\s*(-?)%\}")) {
+        (Ok(open), Ok(close)) => {
+            let opened = open.replace_all(source, "{%$1 if true $2%}");
+            close.replace_all(&opened, "{%$1 endif $2%}").into_owned()
+        }
+        _ => source.to_owned(),
+    }
+}
+
+fn describe(e: &Error) -> String {
+    let place = e.line().map_or(String::new(), |l| format!(" (line {l})"));
+    format!("chat template: {}{place}", e.detail().map_or_else(|| e.to_string(), str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+
+    fn with_template(text: &str) -> (tempfile::TempDir, Result<ChatTemplate, PrepareError>) {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        std::fs::write(dir.path().join("chat_template.jinja"), text).unwrap();
+        let t = ChatTemplate::load(dir.path());
+        (dir, t)
+    }
+
+    #[test]
+    fn image_tokens_are_expanded_in_place() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        let (chat, tokenizer) = (ChatTemplate::load(dir.path()).unwrap(), Tokenizer::load(dir.path()).unwrap());
+        assert_eq!(
+            chat.render(1, "Q?").unwrap(),
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Q?<|im_end|>\n<|im_start|>assistant\n"
+        );
+        let grids = [Grid { rows: 2, cols: 3 }, Grid { rows: 1, cols: 2 }];
+        let p = chat.prompt(&tokenizer, &grids, "What?").unwrap();
+        let pad = tokenizer.special().image_pad;
+        let at: Vec<usize> = (0..p.ids.len()).filter(|i| p.ids[*i] == pad).collect();
+        assert_eq!((at.len(), &at), (8, &p.image_token_positions));
+        assert!(matches!(chat.prompt(&tokenizer, &grids, "a <|image_pad|>"), Err(PrepareError::SpecialInText { .. })));
+    }
+
+    #[test]
+    fn bad_templates_name_their_file() {
+        let (_dir, t) = with_template("{% for");
+        assert!(t.unwrap_err().to_string().contains("chat_template.jinja"));
+        let (_dir, t) = with_template("{{ raise_exception('only text') }}");
+        let e = t.unwrap().render(1, "x").unwrap_err().to_string();
+        assert!(e.contains("chat_template.jinja") && e.contains("only text"), "{e}");
+        let (_dir, t) = with_template("{% for i in range(100000000) %}{{ i }}{% endfor %}");
+        assert!(t.unwrap().render(1, "x").is_err());
+        let (dir, t) = with_template("no image");
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "x").unwrap_err();
+        assert!(matches!(e, PrepareError::ImageTokens { found: 0, expected: 1 }));
+        std::fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
+        assert!(ChatTemplate::load(dir.path()).unwrap_err().to_string().contains("chat_template"));
+    }
+
+    #[test]
+    fn python_methods_loop_controls_and_generation_marks_work() {
+        let (_dir, t) = with_template(
+            "{% for m in messages %}{% if m.role.startswith('u') %}{% generation %}{{ m['content'][-1].text.strip() }}{{ eos_token }}{% endgeneration %}{% break %}{% endif %}{% endfor %}",
+        );
+        assert_eq!(t.unwrap().render(0, " hi ").unwrap(), "hi<|im_end|>");
+    }
+}

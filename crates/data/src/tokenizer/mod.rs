@@ -1,0 +1,268 @@
+//! The tokenizer of a model directory: token ids equal to transformers', special ids by name, and which characters each token wrote.
+//!
+//! Must not know: images, records, chat templates.
+
+pub mod tiny;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use tokenizers::{DecoderWrapper, Tokenizer as Inner};
+
+use crate::prepare::PrepareError;
+use crate::prepare::error::read;
+
+/// Ids of the special tokens of the Qwen families.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpecialTokens {
+    /// `<|image_pad|>`, one per image token.
+    pub image_pad: u32,
+    /// `<|video_pad|>`.
+    pub video_pad: u32,
+    /// `<|vision_start|>`.
+    pub vision_start: u32,
+    /// `<|vision_end|>`.
+    pub vision_end: u32,
+    /// `<|im_start|>`, begins a message.
+    pub im_start: u32,
+    /// `<|im_end|>`, ends a message: the end token of an answer.
+    pub im_end: u32,
+    /// `<|endoftext|>`, also the padding.
+    pub end_of_text: u32,
+    /// Tokens that end a response.
+    pub stop: Vec<u32>,
+    /// Tokens that are never sampled: everything that stands for vision or its markup.
+    pub banned: Vec<u32>,
+}
+
+/// Banned where the vocabulary has them, besides the four vision tokens that every tokenizer must have.
+const BANNED_IF_PRESENT: [&str; 7] = [
+    "<|vision_pad|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+];
+
+/// Decoded text and the characters that each token wrote.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Decoded {
+    /// Text without special tokens.
+    pub text: String,
+    /// `[start, end)` per token in *characters* of `text`; empty for a special or unknown token. A character made of several
+    /// tokens belongs to each of them.
+    pub spans: Vec<[usize; 2]>,
+}
+
+/// A loaded tokenizer; cheap to share between threads behind an `Arc`.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: Inner,
+    special: SpecialTokens,
+    /// Ids that decoding skips, with their text.
+    hidden: HashMap<u32, String>,
+    bytes: HashMap<char, u8>,
+    vocab_size: usize,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model directory.
+    ///
+    /// # Errors
+    /// A missing or malformed file, a missing special token (named), or a tokenizer that is not byte-level.
+    pub fn load(dir: &Path) -> Result<Self, PrepareError> {
+        let path = dir.join("tokenizer.json");
+        let format = |cause: String| PrepareError::Format { path: path.clone(), cause };
+        let mut inner = Inner::from_bytes(read(&path)?).map_err(|e| format(e.to_string()))?;
+        inner.with_truncation(None).map_err(|e| format(e.to_string()))?;
+        inner.with_padding(None);
+        if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
+            return Err(format("its decoder is not ByteLevel, which the supported model families use".to_owned()));
+        }
+        let id = |token: &'static str| {
+            let known = inner.token_to_id(token).filter(|_| inner.get_added_vocabulary().is_special_token(token));
+            known.ok_or_else(|| PrepareError::MissingToken { path: path.clone(), token })
+        };
+        let mut special = SpecialTokens {
+            image_pad: id("<|image_pad|>")?,
+            video_pad: id("<|video_pad|>")?,
+            vision_start: id("<|vision_start|>")?,
+            vision_end: id("<|vision_end|>")?,
+            im_start: id("<|im_start|>")?,
+            im_end: id("<|im_end|>")?,
+            end_of_text: id("<|endoftext|>")?,
+            stop: Vec::new(),
+            banned: Vec::new(),
+        };
+        special.stop = vec![special.im_end, special.end_of_text];
+        special.banned = vec![special.image_pad, special.video_pad, special.vision_start, special.vision_end];
+        special.banned.extend(BANNED_IF_PRESENT.iter().filter_map(|t| inner.token_to_id(t)));
+        special.banned.sort_unstable();
+        let added = inner.get_added_tokens_decoder();
+        let hidden = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
+        let bytes = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
+        Ok(Self { special, hidden, bytes, vocab_size, inner })
+    }
+
+    /// Largest token id plus one.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Ids of the special tokens.
+    pub fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// Id of a token by its exact name.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Text of a special token; `None` for any other id.
+    pub fn special_name(&self, id: u32) -> Option<&str> {
+        self.hidden.get(&id).map(String::as_str)
+    }
+
+    /// Ids of a text; special tokens in it are recognised, none are added.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, PrepareError> {
+        let e = self.inner.encode_fast(text, false).map_err(|e| PrepareError::Tokenizer { cause: e.to_string() })?;
+        Ok(e.get_ids().to_vec())
+    }
+
+    /// Ids of a text that must not hold special tokens (a question, a category).
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, PrepareError> {
+        let ids = self.encode(text)?;
+        match ids.iter().find_map(|id| self.special_name(*id)) {
+            None => Ok(ids),
+            Some(token) => {
+                Err(PrepareError::SpecialInText { text: text.chars().take(80).collect(), token: token.to_owned() })
+            }
+        }
+    }
+
+    /// Text of ids without special tokens; bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, PrepareError> {
+        self.inner.decode(ids, true).map_err(|e| PrepareError::Tokenizer { cause: e.to_string() })
+    }
+
+    /// Text of ids, equal to [`Tokenizer::decode`], and the characters of each token. Time linear in the text.
+    pub fn decode_offsets(&self, ids: &[u32]) -> Decoded {
+        let mut bytes = Vec::new();
+        let ends: Vec<usize> = ids
+            .iter()
+            .map(|id| {
+                self.append(*id, &mut bytes);
+                bytes.len()
+            })
+            .collect();
+        let mut text = String::with_capacity(bytes.len());
+        // Index of the character that each byte belongs to.
+        let mut owner = Vec::with_capacity(bytes.len());
+        let mut chars = 0;
+        for chunk in bytes.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                text.push(c);
+                owner.resize(owner.len() + c.len_utf8(), chars);
+                chars += 1;
+            }
+            if !chunk.invalid().is_empty() {
+                text.push(char::REPLACEMENT_CHARACTER);
+                owner.resize(owner.len() + chunk.invalid().len(), chars);
+                chars += 1;
+            }
+        }
+        let mut start = 0;
+        let mut spans = Vec::with_capacity(ids.len());
+        for end in ends {
+            let at = |i: usize| owner.get(i).copied().unwrap_or(chars);
+            spans.push(if end == start { [at(start); 2] } else { [at(start), at(end - 1) + 1] });
+            start = end;
+        }
+        Decoded { text, spans }
+    }
+
+    /// Appends the bytes of a token as the byte-level decoder writes them; nothing for a special or unknown one.
+    fn append(&self, id: u32, out: &mut Vec<u8>) {
+        if self.hidden.contains_key(&id) {
+            return;
+        }
+        let Some(token) = self.inner.id_to_token(id) else { return };
+        match token.chars().map(|c| self.bytes.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+            Some(bytes) => out.extend(bytes),
+            None => out.extend(token.as_bytes()),
+        }
+    }
+}
+
+/// The visible character that stands for a byte in a byte-level vocabulary (GPT-2's table).
+pub(crate) fn byte_char(byte: u8) -> char {
+    let visible = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+    if visible(byte) {
+        return char::from(byte);
+    }
+    let rank = (0..byte).filter(|b| !visible(*b)).count() as u32;
+    char::from_u32(256 + rank).unwrap_or(char::REPLACEMENT_CHARACTER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny_dir() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        tiny::write_tiny(dir.path(), &tiny::TinyProcessorSpec::default()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn spans_follow_the_characters() {
+        let t = Tokenizer::load(tiny_dir().path()).unwrap();
+        let mut ids = t.encode("[12,3,90,44], [1,2,3,1023] nodule").unwrap();
+        ids.push(t.special().im_end);
+        let d = t.decode_offsets(&ids);
+        assert_eq!(d.text, "[12,3,90,44], [1,2,3,1023] nodule");
+        assert_eq!(d.spans.len(), ids.len());
+        assert_eq!(d.spans[ids.len() - 2], [26, 33]);
+        assert_eq!(d.spans[ids.len() - 1], [33, 33]);
+        assert_eq!(d.spans[1], [1, 3]);
+        assert_eq!(ids.len(), 1 + 7 + 1 + 7 + 1 + 1 + 1);
+    }
+
+    #[test]
+    fn split_characters_belong_to_every_token() {
+        let t = Tokenizer::load(tiny_dir().path()).unwrap();
+        let ids = t.encode("a\u{20ac}b").unwrap();
+        assert_eq!(ids.len(), 5);
+        let d = t.decode_offsets(&ids);
+        assert_eq!((d.text.as_str(), &d.spans[..]), ("a\u{20ac}b", &[[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]][..]));
+        for cut in [&ids[..2], &ids[..3], &ids[2..], &[999_999][..]] {
+            assert_eq!(t.decode_offsets(cut).text, t.decode(cut).unwrap());
+        }
+    }
+
+    #[test]
+    fn faults_name_file_and_token() {
+        let dir = tiny_dir();
+        let path = dir.path().join("tokenizer.json");
+        let good = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, good.replace("<|image_pad|>", "<|picture|>")).unwrap();
+        let e = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        assert!(e.contains("tokenizer.json") && e.contains("<|image_pad|>"), "{e}");
+        std::fs::write(&path, &good[..good.len() / 2]).unwrap();
+        assert!(Tokenizer::load(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
+        std::fs::remove_file(&path).unwrap();
+        assert!(Tokenizer::load(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
+    }
+
+    #[test]
+    fn plain_text_holds_no_special_token() {
+        let t = Tokenizer::load(tiny_dir().path()).unwrap();
+        assert!(t.encode_plain("a <b> | nodule").is_ok());
+        let e = t.encode_plain("a <|im_end|>").unwrap_err().to_string();
+        assert!(e.contains("<|im_end|>"), "{e}");
+    }
+}

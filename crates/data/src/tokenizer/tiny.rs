@@ -1,0 +1,293 @@
+//! The small tokenizer and processor of a from-scratch model, in Hugging Face files that transformers' auto classes load.
+//!
+//! Byte-level BPE in the form of Qwen2's tokenizer, made from a fixed list of words (no training, the same files every time), the
+//! Qwen special tokens, and one token per number 0..=1023: coordinates spelt digit by digit hardly learn at this size.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{SpecialTokens, Tokenizer, byte_char};
+use crate::files::write_atomic;
+use crate::prepare::PrepareError;
+
+/// Sizes of a tiny processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TinyProcessorSpec {
+    /// Side of a patch in pixels.
+    pub patch: u32,
+    /// Patches along one side of an image token.
+    pub merge: u32,
+    /// Frames per patch.
+    pub temporal: u32,
+    /// Fewest pixels of a resized image.
+    pub min_pixels: u64,
+    /// Most pixels of a resized image.
+    pub max_pixels: u64,
+}
+
+impl Default for TinyProcessorSpec {
+    /// 96 x 96 stays (36 image tokens); 640 x 480 becomes 128 x 96 (48 image tokens).
+    fn default() -> Self {
+        Self { patch: 8, merge: 2, temporal: 2, min_pixels: 96 * 96, max_pixels: 128 * 96 }
+    }
+}
+
+/// What a model's configuration must know of the tokenizer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TinyVocabulary {
+    /// Number of tokens.
+    pub vocab_size: u32,
+    /// Ids of the special tokens.
+    pub special: SpecialTokens,
+}
+
+/// Largest number that is one token.
+pub const LARGEST_NUMBER: u32 = 1023;
+
+const SPECIAL: [&str; 8] = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+];
+
+/// Each becomes one token.
+const WORDS: [&str; 38] = [
+    " nodule",
+    " cyst",
+    " opacity",
+    " polyp",
+    " stone",
+    " mass",
+    " lesion",
+    " white",
+    " red",
+    " blood",
+    " cell",
+    " platelet",
+    "no",
+    " finding",
+    "What",
+    "Where",
+    " where",
+    " is",
+    " the",
+    " and",
+    " are",
+    " a",
+    " of",
+    " in",
+    " this",
+    " image",
+    " abnormal",
+    " any",
+    " there",
+    "Is",
+    "system",
+    "user",
+    "assistant",
+    "],",
+    " [",
+    "Find",
+    " all",
+    " box",
+];
+
+/// Written between two boxes; one token.
+const BETWEEN_BOXES: &str = "], [";
+
+/// Qwen2's rule for cutting text into words.
+const WORD_RULE: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}";
+
+/// Writes tokenizer, chat template and processor files into `dir` and reads the tokenizer back.
+pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary, PrepareError> {
+    let files = [
+        ("tokenizer.json", text(&tokenizer_json())),
+        ("tokenizer_config.json", text(&tokenizer_config())),
+        ("special_tokens_map.json", text(&json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))),
+        ("chat_template.jinja", CHAT_TEMPLATE.to_owned()),
+        ("preprocessor_config.json", text(&image_config(spec))),
+        ("video_preprocessor_config.json", text(&video_config(spec))),
+    ];
+    for (name, content) in files {
+        let path = dir.join(name);
+        write_atomic(&path, content.as_bytes()).map_err(|cause| PrepareError::File { path, cause })?;
+    }
+    let tokenizer = Tokenizer::load(dir)?;
+    Ok(TinyVocabulary { vocab_size: tokenizer.vocab_size() as u32, special: tokenizer.special().clone() })
+}
+
+fn text(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+/// Bytes as visible characters, digits left out: they are always caught by the number tokens.
+fn alphabet() -> Vec<String> {
+    (0..=u8::MAX).filter(|b| !b.is_ascii_digit()).map(|b| byte_char(b).to_string()).collect()
+}
+
+/// Merges that make every word one token, earlier words first; a later merge never undoes an earlier word, because BPE takes the
+/// earliest merge that applies.
+fn merges() -> Vec<(String, String)> {
+    let mut list: Vec<(String, String)> = Vec::new();
+    let mut rank: HashMap<(String, String), usize> = HashMap::new();
+    for word in WORDS {
+        loop {
+            let parts = split(word, &rank);
+            let [first, second, ..] = &parts[..] else { break };
+            let pair = (first.clone(), second.clone());
+            rank.insert(pair.clone(), list.len());
+            list.push(pair);
+        }
+    }
+    list
+}
+
+/// BPE of one word.
+fn split(word: &str, rank: &HashMap<(String, String), usize>) -> Vec<String> {
+    let mut parts: Vec<String> = word.bytes().map(|b| byte_char(b).to_string()).collect();
+    loop {
+        let best =
+            (1..parts.len()).filter_map(|i| rank.get(&(parts[i - 1].clone(), parts[i].clone())).map(|r| (*r, i))).min();
+        let Some((_, i)) = best else { return parts };
+        let right = parts.remove(i);
+        parts[i - 1].push_str(&right);
+    }
+}
+
+fn tokenizer_json() -> Value {
+    let merges = merges();
+    let mut tokens = alphabet();
+    tokens.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
+    let base = tokens.len();
+    let numbers = (0..=LARGEST_NUMBER).map(|n| (n.to_string(), false));
+    let plain = std::iter::once((BETWEEN_BOXES.to_owned(), false)).chain(numbers);
+    let added: Vec<Value> = SPECIAL
+        .iter()
+        .map(|s| ((*s).to_owned(), true))
+        .chain(plain)
+        .enumerate()
+        .map(|(i, (content, special))| {
+            json!({"id": base + i, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": special})
+        })
+        .collect();
+    let vocab: serde_json::Map<String, Value> =
+        tokens.into_iter().enumerate().map(|(i, t)| (t, Value::from(i))).collect();
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false});
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": WORD_RULE}, "behavior": "Isolated", "invert": false},
+            byte_level,
+        ]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+            "fuse_unk": false, "byte_fallback": false, "ignore_merges": false, "vocab": vocab,
+            "merges": merges.into_iter().map(|(a, b)| json!([a, b])).collect::<Vec<_>>(),
+        },
+    })
+}
+
+fn tokenizer_config() -> Value {
+    json!({
+        "tokenizer_class": "Qwen2Tokenizer",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "add_prefix_space": false,
+        "bos_token": null,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": null,
+        "clean_up_tokenization_spaces": false,
+        "errors": "replace",
+        "split_special_tokens": false,
+        "model_max_length": 32768,
+    })
+}
+
+fn image_config(spec: &TinyProcessorSpec) -> Value {
+    json!({
+        "processor_class": "Qwen2_5_VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "do_convert_rgb": true,
+        "do_resize": true,
+        "resample": 3,
+        "size": {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels},
+        "do_rescale": true,
+        "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "patch_size": spec.patch,
+        "temporal_patch_size": spec.temporal,
+        "merge_size": spec.merge,
+    })
+}
+
+/// Only so that transformers' processor loads; Unveil reads no videos.
+fn video_config(spec: &TinyProcessorSpec) -> Value {
+    let mut config = image_config(spec);
+    if let Some(map) = config.as_object_mut() {
+        map.remove("image_processor_type");
+        map.insert("video_processor_type".to_owned(), Value::from("Qwen2VLVideoProcessor"));
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_and_the_same_every_time() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let v = write_tiny(a.path(), &TinyProcessorSpec::default()).unwrap();
+        assert_eq!(write_tiny(b.path(), &TinyProcessorSpec::default()).unwrap(), v);
+        assert!((1300..1500).contains(&v.vocab_size), "{}", v.vocab_size);
+        for entry in std::fs::read_dir(a.path()).unwrap() {
+            let name = entry.unwrap().file_name();
+            assert_eq!(std::fs::read(a.path().join(&name)).unwrap(), std::fs::read(b.path().join(&name)).unwrap());
+        }
+    }
+
+    #[test]
+    fn words_and_numbers_are_single_tokens() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        let t = Tokenizer::load(dir.path()).unwrap();
+        for word in WORDS.iter().map(|w| (*w).to_owned()).chain((0..=LARGEST_NUMBER).map(|n| n.to_string())) {
+            assert_eq!(t.encode(&word).unwrap().len(), 1, "{word:?}");
+        }
+        let numbers: Vec<u32> = (0..=LARGEST_NUMBER).filter_map(|n| t.id(&n.to_string())).collect();
+        assert!(numbers.windows(2).all(|w| w[1] == w[0] + 1));
+        assert_eq!(t.encode("no finding").unwrap().len(), 2);
+        assert_eq!(t.encode("[1,2,3,4], [5,6,7,8] white blood cell").unwrap().len(), 1 + 7 + 1 + 7 + 1 + 3);
+    }
+
+    #[test]
+    fn an_unwritable_directory_is_named() {
+        let e = write_tiny(Path::new("/proc/none"), &TinyProcessorSpec::default()).unwrap_err().to_string();
+        assert!(e.contains("/proc/none"), "{e}");
+    }
+}

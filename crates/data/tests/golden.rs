@@ -1,0 +1,268 @@
+//! Processor, tokenizer, chat template and resize rule against transformers, on seeded random input (`UNVEIL_SEED` chooses another seed).
+//!
+//! Python is `UNVEIL_PYTHON`, else `.venv/bin/python` of the workspace; a missing one is a failure.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Value, json};
+use unveil_data::prepare::Preparer;
+use unveil_data::processor::{Filter, ImageProcessor, resize, smart_resize};
+use unveil_data::store::Image;
+use unveil_data::tokenizer::Tokenizer;
+use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+
+const SIZES: [(u32, u32); 16] = [
+    (96, 96),
+    (640, 480),
+    (1, 1),
+    (2, 3),
+    (15, 17),
+    (100, 40),
+    (31, 400),
+    (612, 612),
+    (128, 96),
+    (95, 97),
+    (500, 33),
+    (320, 240),
+    (112, 112),
+    (1000, 701),
+    (56, 28),
+    (7, 900),
+];
+
+const WORDS: [&str; 20] = [
+    "no finding",
+    "[1,2,3,4] nodule",
+    "], [",
+    "white blood cell",
+    "1023",
+    "1024",
+    "0",
+    "007",
+    "\u{e9}t\u{e9}",
+    "e\u{301}",
+    "日本語",
+    "🩻",
+    "  ",
+    "\n",
+    "<|im_end|>",
+    "<|vision_pad|>",
+    "What is abnormal, and where?",
+    "\r\n\t",
+    "it's",
+    "½ ² Ⅳ ٣",
+];
+
+fn python() -> PathBuf {
+    let path = std::env::var_os("UNVEIL_PYTHON")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
+    assert!(path.exists(), "{} is missing: run `make setup`, or set UNVEIL_PYTHON", path.display());
+    path
+}
+
+fn draw(rng: &mut ChaCha8Rng, (w, h): (u32, u32)) -> Image {
+    let mut image = Image::new(w, h);
+    let (fx, fy, sharp) = (rng.random_range(0.01..0.6), rng.random_range(0.01..0.6), rng.random_bool(0.4));
+    for y in 0..h {
+        for x in 0..w {
+            let wave = 127.5 + 127.5 * (f64::from(x) * fx + f64::from(y) * fy).sin();
+            let noise = rng.random::<u8>();
+            let edge = if (x / 7 + y / 5) % 2 == 0 { 255 } else { 0 };
+            image.set_pixel(
+                x,
+                y,
+                if sharp { [edge, noise, wave as u8] } else { [wave as u8, 255 - wave as u8, noise / 4] },
+            );
+        }
+    }
+    image
+}
+
+fn text(rng: &mut ChaCha8Rng) -> String {
+    let mut out = String::new();
+    for _ in 0..rng.random_range(0..12) {
+        match rng.random_range(0..4) {
+            0 => out.push_str(WORDS[rng.random_range(0..WORDS.len())]),
+            1 => out.push_str(&rng.random_range(0..3000).to_string()),
+            2 => out.push(rng.random::<char>()),
+            _ => out.push(char::from(rng.random_range(32u8..127))),
+        }
+    }
+    out
+}
+
+struct Job {
+    dir: tempfile::TempDir,
+    images: Vec<(String, Image)>,
+    job: Value,
+    out: Value,
+}
+
+fn job() -> Job {
+    let seed = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = write_tiny(&root.join("tiny"), &TinyProcessorSpec::default()).unwrap();
+    let configs = [
+        ("full", json!({"size": {"shortest_edge": 3136, "longest_edge": 150_000}})),
+        (
+            "large",
+            json!({"min_pixels": 200_000, "max_pixels": 400_000, "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1,
+                         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}),
+        ),
+        (
+            "plain",
+            json!({"min_pixels": 5000, "max_pixels": 50_000, "do_normalize": false, "resample": 2, "merge_size": 4}),
+        ),
+    ];
+    for (name, mut config) in configs {
+        config["image_processor_type"] = json!("Qwen2VLImageProcessor");
+        config["processor_class"] = json!("Qwen2_5_VLProcessor");
+        std::fs::create_dir(root.join(name)).unwrap();
+        std::fs::write(root.join(name).join("preprocessor_config.json"), config.to_string()).unwrap();
+    }
+    let mut sizes = SIZES.to_vec();
+    sizes.extend((0..8).map(|_| (rng.random_range(8..400), rng.random_range(8..400))));
+    let images: Vec<(String, Image)> =
+        sizes.iter().enumerate().map(|(i, s)| (format!("{i}.rgb"), draw(&mut rng, *s))).collect();
+    let listed: Vec<Value> = images
+        .iter()
+        .map(|(file, image)| {
+            std::fs::write(root.join(file), &image.rgb).unwrap();
+            json!({"file": file, "width": image.width, "height": image.height})
+        })
+        .collect();
+    let rules: Vec<[u64; 5]> = (0..6000)
+        .map(|_| {
+            let wide = if rng.random_bool(0.1) { 20_000 } else { 2500 };
+            let factor = [28, 32, 16, 14][rng.random_range(0..4)];
+            let low = rng.random_range(1..100_000);
+            [rng.random_range(1..wide), rng.random_range(1..2500), factor, low, low + rng.random_range(0..2_000_000)]
+        })
+        .collect();
+    let mut texts: Vec<String> = WORDS.iter().map(|w| (*w).to_owned()).collect();
+    texts.extend((0..600).map(|_| text(&mut rng)));
+    let ids: Vec<Vec<u32>> = (0..200)
+        .map(|_| (0..rng.random_range(0..20)).map(|_| rng.random_range(0..tiny.vocab_size)).collect())
+        .collect();
+    let prompts: Vec<Value> = [
+        (1, "What is abnormal, and where?", "[12,3,90,44], [1,2,33,1023] nodule<|im_end|>"),
+        (1, "Où est le polype ?\n ", "no finding<|im_end|>"),
+        (2, "  Compare.", "[1,2,3,4] white blood cell"),
+        (0, "{{ 7 }} <b>", ""),
+    ]
+    .iter()
+    .enumerate()
+    .map(|(i, (n, q, a))| json!({"images": listed[i..i + n], "question": q, "answer": a}))
+    .collect();
+    let job = json!({"processors": ["tiny", "full", "large", "plain"], "images": listed, "sizes": rules, "texts": texts, "ids": ids,
+                     "prompts": prompts});
+    std::fs::write(root.join("job.json"), job.to_string()).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden.py");
+    let run = Command::new(python()).arg(script).arg(root).env("OMP_NUM_THREADS", "1").output().unwrap();
+    assert!(run.status.success(), "golden.py failed: {}", String::from_utf8_lossy(&run.stderr));
+    let out = serde_json::from_slice(&std::fs::read(root.join("out.json")).unwrap()).unwrap();
+    Job { images, job, out, dir }
+}
+
+fn list<T: serde::de::DeserializeOwned>(v: &Value) -> T {
+    serde_json::from_value(v.clone()).unwrap()
+}
+
+#[test]
+fn equal_to_transformers() {
+    let job = job();
+    images(&job);
+    sizes(&job);
+    texts(&job);
+    prompts(&job);
+}
+
+fn images(job: &Job) {
+    let (mut pixels, mut unequal) = (0usize, 0usize);
+    for item in job.out["images"].as_array().unwrap() {
+        let (name, file) = (item["processor"].as_str().unwrap(), item["file"].as_str().unwrap());
+        let image = &job.images.iter().find(|(f, _)| f == file).unwrap().1;
+        let what = format!("{name}, {} x {}", image.width, image.height);
+        let ours = ImageProcessor::load(&job.dir.path().join(name)).unwrap();
+        let made = ours.process(image).unwrap();
+        assert_eq!(made.grid_thw.to_vec(), list::<Vec<usize>>(&item["grid"]), "{what}");
+        assert_eq!(vec![made.n_patches(), made.patch_dim], list::<Vec<usize>>(&item["shape"]), "{what}");
+        assert_eq!(made.resized, list::<(u32, u32)>(&item["resized"]), "{what}");
+
+        let filter = ours.config().filter;
+        let resized = resize(image, made.resized.0, made.resized.1, filter).rgb;
+        let theirs = std::fs::read(job.dir.path().join(format!("{name}-{file}.resized"))).unwrap();
+        assert_eq!(resized.len(), theirs.len(), "{what}");
+        let off = resized.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+        let worst = resized.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
+        assert!(
+            worst <= 1 && off * 100 <= theirs.len(),
+            "{what}: {off} of {} levels differ, by {worst} at most",
+            theirs.len()
+        );
+        if filter == Filter::Bicubic {
+            (pixels, unequal) = (pixels + theirs.len(), unequal + off);
+        }
+
+        let raw = std::fs::read(job.dir.path().join(format!("{name}-{file}.patches"))).unwrap();
+        let patches: Vec<f32> = raw.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        assert_eq!(patches.len(), made.patches.len(), "{what}");
+        // One level of the widest channel, and nothing at all where the resized levels are equal.
+        let level = 1.0 / 255.0 / ours.config().image_std.iter().fold(1.0, |a: f64, b| a.min(*b)) as f32 + 1e-6;
+        let limit = if off == 0 { 1e-6 } else { level };
+        for (i, (a, b)) in made.patches.iter().zip(&patches).enumerate() {
+            assert!((a - b).abs() <= limit, "{what}: patch value {i} is {a}, transformers has {b}");
+        }
+    }
+    println!("{unequal} of {pixels} bicubic levels differ");
+}
+
+fn sizes(job: &Job) {
+    let rules: Vec<[u64; 5]> = list(&job.job["sizes"]);
+    let theirs: Vec<Option<(u32, u32)>> = list(&job.out["sizes"]);
+    assert!(theirs.iter().any(Option::is_none));
+    for (r, t) in rules.iter().zip(&theirs) {
+        let ours = smart_resize(r[0] as u32, r[1] as u32, r[2] as u32, r[3], r[4]);
+        assert_eq!(ours.ok(), *t, "{r:?}");
+    }
+}
+
+fn texts(job: &Job) {
+    let t = Tokenizer::load(&job.dir.path().join("tiny")).unwrap();
+    for (text, ids) in list::<Vec<String>>(&job.job["texts"]).iter().zip(list::<Vec<Vec<u32>>>(&job.out["texts"])) {
+        assert_eq!(t.encode(text).unwrap(), ids, "{text:?}");
+    }
+    for (ids, text) in list::<Vec<Vec<u32>>>(&job.job["ids"]).iter().zip(list::<Vec<String>>(&job.out["decoded"])) {
+        assert_eq!(t.decode(ids).unwrap(), text, "{ids:?}");
+        assert_eq!(t.decode_offsets(ids).text, text, "{ids:?}");
+    }
+    assert_eq!(job.out["vocab_size"], json!(t.vocab_size()));
+    assert_eq!(job.out["eos"], json!(t.special().im_end));
+    assert_eq!(job.out["pad"], json!(t.special().end_of_text));
+    assert_eq!(job.out["image_token_id"], json!(t.special().image_pad));
+    assert_eq!(job.out["video_token_id"], json!(t.special().video_pad));
+    assert_eq!(job.out["processor"], json!("Qwen2_5_VLProcessor"));
+}
+
+fn prompts(job: &Job) {
+    let p = Preparer::load(&job.dir.path().join("tiny")).unwrap();
+    let asked = job.job["prompts"].as_array().unwrap();
+    for (asked, made) in asked.iter().zip(job.out["prompts"].as_array().unwrap()) {
+        let grids: Vec<_> = asked["images"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|i| p.processor().merged_grid((list(&i["width"]), list(&i["height"]))).unwrap())
+            .collect();
+        let question = asked["question"].as_str().unwrap();
+        assert_eq!(p.chat().render(grids.len(), question).unwrap(), made["text"].as_str().unwrap());
+        let mut ids = p.chat().prompt(p.tokenizer(), &grids, question).unwrap().ids;
+        ids.extend(p.tokenizer().encode(asked["answer"].as_str().unwrap()).unwrap());
+        assert_eq!(ids, list::<Vec<u32>>(&made["ids"]), "{question:?}");
+    }
+}
