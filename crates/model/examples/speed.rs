@@ -1,0 +1,96 @@
+//! Times the tiny preset on the CPU: packed training passes and group generation.
+//!
+//! `cargo run -p unveil-model --example speed -- [threads] [groups]`
+
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+use unveil_model::{
+    CaptureSpec, GroupCache, InitSpec, PackedBatch, PackedGroup, Prompt, SpecialIds, Vlm, init, logprobs_entropy,
+};
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn time(mut f: impl FnMut()) -> f64 {
+    f();
+    f();
+    median(
+        (0..9)
+            .map(|_| {
+                let start = Instant::now();
+                f();
+                start.elapsed().as_secs_f64() * 1e3
+            })
+            .collect(),
+    )
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
+    let (threads, count) = (args.first().copied().unwrap_or(1), args.get(1).copied().unwrap_or(16));
+    tch::set_num_threads(threads as i32);
+    let dir = std::env::temp_dir().join(format!("unveil-speed-{}", std::process::id()));
+    let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
+    let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: 1500, seed: 1, special };
+    init(&spec, &dir)?;
+    let vlm = Vlm::load(&dir, Device::Cpu, Kind::Float)?;
+    std::fs::remove_dir_all(&dir)?;
+    let patches = 96 / vlm.config().vision.patch_size;
+    let grid = [1, patches, patches];
+    let images = vlm.config().merged_tokens(grid)?;
+    let tokens: Vec<u32> = (20..27).chain([5]).chain(std::iter::repeat_n(3, images)).chain([6]).chain(30..33).collect();
+    let prompt = Prompt { tokens, grids: vec![grid] };
+    let group = PackedGroup { prompt: prompt.clone(), responses: (0..8).map(|r| (0..11).map(|i| 40 + r * 11 + i).collect()).collect() };
+    let groups = vec![group; count];
+    let grids = vec![grid; count];
+    let pixels = Tensor::randn([count as i64 * patches * patches, vlm.config().vision.patch_len()], (Kind::Float, Device::Cpu));
+    let layer = vlm.config().default_capture_layer();
+
+    let n: usize = vlm.set_trainable(|_| true);
+    let parameters: usize = vlm.named_parameters().iter().map(|(_, t)| t.numel()).sum();
+    println!("{parameters} parameters in {n} tensors, {threads} thread(s), {count} groups of {} + 8 x 11 tokens", prompt.tokens.len());
+    let clear = || vlm.named_parameters().iter().for_each(|(_, t)| t.shallow_clone().zero_grad());
+    let train = |capture: Option<CaptureSpec>| {
+        let features = vlm.encode_images(&pixels, &grids).expect("features");
+        let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("batch");
+        let out = vlm.forward_packed(&batch, Some(&features), capture).expect("forward");
+        let (lp, ent) = logprobs_entropy(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
+        lp.mean(Kind::Float) + ent.mean(Kind::Float) * 0.01
+    };
+    println!("build batch      {:8.1} ms", time(|| drop(PackedBatch::build(&groups, vlm.config(), Device::Cpu))));
+    println!("vision fwd       {:8.1} ms", time(|| drop(tch::no_grad(|| vlm.encode_images(&pixels, &grids)))));
+    println!(
+        "vision fwd+bwd   {:8.1} ms",
+        time(|| {
+            clear();
+            vlm.encode_images(&pixels, &grids).expect("features").sum(Kind::Float).backward();
+        })
+    );
+    println!("fwd              {:8.1} ms", time(|| drop(tch::no_grad(|| train(None)))));
+    println!("fwd, captured    {:8.1} ms", time(|| drop(tch::no_grad(|| train(Some(CaptureSpec { layer, differentiable: false }))))));
+    println!(
+        "fwd+bwd          {:8.1} ms",
+        time(|| {
+            clear();
+            train(None).backward();
+        })
+    );
+    vlm.set_trainable(|_| false);
+    println!(
+        "generate 8 x 11  {:8.1} ms",
+        time(|| tch::no_grad(|| {
+            let features = vlm.encode_images(&pixels, &grids).expect("features");
+            let prefill = vlm.prefill(&vec![prompt.clone(); count], Some(&features)).expect("prefill");
+            let mut hidden = prefill.last_hidden.repeat_interleave_self_int(8, 0, None);
+            let mut cache = GroupCache::new(prefill, 8, 11).expect("cache");
+            for _ in 0..11 {
+                let next = unveil_model::masked_logits(&vlm.lm_head(&hidden), 1.0, &[3, 4]).argmax(-1, false);
+                hidden = vlm.decode_step(&mut cache, &next, None, Some(layer)).expect("step").hidden;
+            }
+        }))
+    );
+    Ok(())
+}
