@@ -20,10 +20,7 @@ pub struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self {
-            first: Duration::from_millis(50),
-            most: Duration::from_secs(2),
-        }
+        Self { first: Duration::from_millis(50), most: Duration::from_secs(2) }
     }
 }
 
@@ -55,16 +52,8 @@ pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, Servi
 }
 
 fn endpoint(address: &str) -> Result<Endpoint, ServiceError> {
-    let bad = |reason: String| ServiceError::Address {
-        address: address.to_owned(),
-        reason,
-        form: "http://host:port",
-    };
-    let url = if address.contains("://") {
-        address.to_owned()
-    } else {
-        format!("http://{address}")
-    };
+    let bad = |reason: String| ServiceError::Address { address: address.to_owned(), reason, form: "http://host:port" };
+    let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     let endpoint = Endpoint::from_shared(url).map_err(|e| bad(chain(&e)))?;
     if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
         return Err(bad("host or port is missing".to_owned()));
@@ -89,12 +78,7 @@ pub fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
 ///
 /// # Errors
 /// [`ServiceError::Call`] for an answer that a repetition cannot change, [`ServiceError::Deadline`] when time is up.
-pub async fn retry<T, F, Fut>(
-    what: &str,
-    deadline: Duration,
-    backoff: Backoff,
-    mut call: F,
-) -> Result<T, ServiceError>
+pub async fn retry<T, F, Fut>(what: &str, deadline: Duration, backoff: Backoff, mut call: F) -> Result<T, ServiceError>
 where
     F: FnMut(Duration) -> Fut,
     Fut: Future<Output = Result<T, Status>>,
@@ -107,20 +91,13 @@ where
         match tokio::time::timeout(left, call(left)).await {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(status)) if !retryable(&status) => {
-                return Err(ServiceError::Call {
-                    what: what.to_owned(),
-                    status: Box::new(status),
-                });
+                return Err(ServiceError::Call { what: what.to_owned(), status: Box::new(status) });
             }
             Ok(Err(status)) => last = format!("{:?}: {}", status.code(), status.message()),
             Err(_) => {}
         }
         if start.elapsed() + wait >= deadline {
-            return Err(ServiceError::Deadline {
-                what: what.to_owned(),
-                waited: start.elapsed(),
-                last,
-            });
+            return Err(ServiceError::Deadline { what: what.to_owned(), waited: start.elapsed(), last });
         }
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(backoff.most);
@@ -152,10 +129,7 @@ mod tests {
         assert!(endpoint("127.0.0.1:80").is_ok() && endpoint("http://reward:4711").is_ok());
         for bad in ["", "http://", "nowhere", "http://a b:1"] {
             let e = endpoint(bad).unwrap_err();
-            assert!(
-                e.is_permanent() && e.to_string().contains("http://host:port"),
-                "{e}"
-            );
+            assert!(e.is_permanent() && e.to_string().contains("http://host:port"), "{e}");
         }
     }
 
@@ -165,13 +139,7 @@ mod tests {
         let r: Result<(), _> = retry("x", Duration::from_secs(10), Backoff::default(), |_| {
             calls.set(calls.get() + 1);
             let n = calls.get();
-            async move {
-                Err(if n < 3 {
-                    Status::unavailable("down")
-                } else {
-                    Status::not_found("gone")
-                })
-            }
+            async move { Err(if n < 3 { Status::unavailable("down") } else { Status::not_found("gone") }) }
         })
         .await;
         assert!(calls.get() == 3 && r.unwrap_err().is_permanent());
@@ -179,14 +147,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn retry_keeps_its_deadline() {
-        let r: Result<(), _> = retry("x", Duration::from_secs(3), Backoff::default(), |_| {
-            std::future::pending::<Result<(), Status>>()
-        })
-        .await;
+        let r: Result<(), _> =
+            retry("x", Duration::from_secs(3), Backoff::default(), |_| std::future::pending::<Result<(), Status>>())
+                .await;
         let e = r.unwrap_err();
-        assert!(
-            e.is_retryable() && e.to_string().contains("within 3.0 s"),
-            "{e}"
-        );
+        assert!(e.is_retryable() && e.to_string().contains("within 3.0 s"), "{e}");
     }
 }

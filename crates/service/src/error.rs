@@ -71,10 +71,7 @@ impl ServiceError {
         match self {
             Self::Deadline { .. } | Self::Server { .. } => true,
             Self::Call { status, .. } => retryable(status),
-            Self::AddressInUse { .. }
-            | Self::Listen { .. }
-            | Self::Address { .. }
-            | Self::Setup(_) => false,
+            Self::AddressInUse { .. } | Self::Listen { .. } | Self::Address { .. } | Self::Setup(_) => false,
         }
     }
 
@@ -87,9 +84,7 @@ impl ServiceError {
 /// Whether a call that ended so may be repeated. Broken transports carry their cause as `source`.
 pub(crate) fn retryable(status: &Status) -> bool {
     match status.code() {
-        Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Aborted => {
-            true
-        }
+        Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Aborted => true,
         Code::Unknown | Code::Cancelled | Code::Internal => status.source().is_some(),
         _ => false,
     }
@@ -104,13 +99,7 @@ mod tests {
         assert!(retryable(&Status::unavailable("x")));
         assert!(!retryable(&Status::invalid_argument("x")));
         assert!(!retryable(&Status::internal("x")));
-        let e = ServiceError::AddressInUse {
-            address: "127.0.0.1:80".into(),
-        };
-        assert!(
-            e.is_permanent()
-                && e.to_string().contains("127.0.0.1:80")
-                && e.to_string().contains("port 0")
-        );
+        let e = ServiceError::AddressInUse { address: "127.0.0.1:80".into() };
+        assert!(e.is_permanent() && e.to_string().contains("127.0.0.1:80") && e.to_string().contains("port 0"));
     }
 }

@@ -31,8 +31,6 @@ macro_rules! limited {
     };
     ($service:expr, $bytes:expr) => {{
         let bytes: usize = $bytes;
-        $service
-            .max_decoding_message_size(bytes)
-            .max_encoding_message_size(bytes)
+        $service.max_decoding_message_size(bytes).max_encoding_message_size(bytes)
     }};
 }

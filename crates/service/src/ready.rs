@@ -16,10 +16,7 @@ pub struct Ready {
 
 /// Writes the ready line to stdout and flushes it.
 pub fn announce(role: &str, address: SocketAddr) -> std::io::Result<()> {
-    let line = serde_json::to_string(&Ready {
-        role: role.to_owned(),
-        address,
-    })?;
+    let line = serde_json::to_string(&Ready { role: role.to_owned(), address })?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()

@@ -25,10 +25,7 @@ pub struct ServeOptions {
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self {
-            names: Vec::new(),
-            drain: Duration::from_secs(5),
-        }
+        Self { names: Vec::new(), drain: Duration::from_secs(5) }
     }
 }
 
@@ -46,9 +43,7 @@ impl Running {
     /// # Errors
     /// The transport failed, or the server's task died.
     pub async fn wait(self) -> Result<(), ServiceError> {
-        self.task
-            .await
-            .map_err(|e| ServiceError::Setup(format!("the server's task ended: {e}")))?
+        self.task.await.map_err(|e| ServiceError::Setup(format!("the server's task ended: {e}")))?
     }
 }
 
@@ -58,18 +53,13 @@ impl Running {
 /// [`ServiceError::AddressInUse`] names the address and what to do.
 pub async fn bind(listen: &str) -> Result<(TcpListener, SocketAddr), ServiceError> {
     let fail = |source: std::io::Error| match source.kind() {
-        std::io::ErrorKind::AddrInUse => ServiceError::AddressInUse {
-            address: listen.to_owned(),
-        },
+        std::io::ErrorKind::AddrInUse => ServiceError::AddressInUse { address: listen.to_owned() },
         std::io::ErrorKind::InvalidInput => ServiceError::Address {
             address: listen.to_owned(),
             reason: source.to_string(),
             form: "host:port, with port 0 for any free one",
         },
-        _ => ServiceError::Listen {
-            address: listen.to_owned(),
-            source,
-        },
+        _ => ServiceError::Listen { address: listen.to_owned(), source },
     };
     let listener = TcpListener::bind(listen).await.map_err(fail)?;
     let address = listener.local_addr().map_err(fail)?;
@@ -89,32 +79,25 @@ pub async fn start(
     let (listener, address) = bind(listen).await?;
     let (reporter, health) = tonic_health::server::health_reporter();
     for name in &options.names {
-        reporter
-            .set_service_status(*name, ServingStatus::Serving)
-            .await;
+        reporter.set_service_status(*name, ServingStatus::Serving).await;
     }
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(unveil_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(HEALTH_DESCRIPTORS)
     };
-    let setup =
-        |e: tonic_reflection::server::Error| ServiceError::Setup(format!("reflection: {e}"));
+    let setup = |e: tonic_reflection::server::Error| ServiceError::Setup(format!("reflection: {e}"));
     let routes = routes
         .add_service(health)
         .add_service(reflection().build_v1().map_err(setup)?)
         .add_service(reflection().build_v1alpha().map_err(setup)?);
-    let incoming = TcpIncoming::from(listener)
-        .with_nodelay(Some(true))
-        .with_keepalive(Some(Duration::from_secs(30)));
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
     let token = shutdown.clone();
     let names = options.names.clone();
     let stop = async move {
         token.cancelled().await;
         for name in names.into_iter().chain([""]) {
-            reporter
-                .set_service_status(name, ServingStatus::NotServing)
-                .await;
+            reporter.set_service_status(name, ServingStatus::NotServing).await;
         }
     };
     let server = Server::builder()
@@ -156,10 +139,7 @@ pub async fn serve(
 /// The signals cannot be listened for.
 pub fn cancel_on_signal() -> std::io::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (mut interrupt, mut terminate) = (
-        signal(SignalKind::interrupt())?,
-        signal(SignalKind::terminate())?,
-    );
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let token = CancellationToken::new();
     let cancel = token.clone();
     tokio::spawn(async move {
@@ -182,76 +162,35 @@ mod tests {
     #[tokio::test]
     async fn serves_health_and_stops() {
         let stop = CancellationToken::new();
-        let options = ServeOptions {
-            names: vec!["unveil.v1.Reward"],
-            ..Default::default()
-        };
-        let running = start("127.0.0.1:0", Routes::default(), options, stop.clone())
-            .await
-            .unwrap();
+        let options = ServeOptions { names: vec!["unveil.v1.Reward"], ..Default::default() };
+        let running = start("127.0.0.1:0", Routes::default(), options, stop.clone()).await.unwrap();
         assert_ne!(running.address.port(), 0);
-        let channel = crate::connect(&running.address.to_string(), Duration::from_secs(5))
-            .await
-            .unwrap();
+        let channel = crate::connect(&running.address.to_string(), Duration::from_secs(5)).await.unwrap();
         let mut health = HealthClient::new(channel);
         for service in ["", "unveil.v1.Reward"] {
-            let r = health
-                .check(HealthCheckRequest {
-                    service: service.into(),
-                })
-                .await
-                .unwrap()
-                .into_inner();
-            assert_eq!(
-                r.status(),
-                tonic_health::pb::health_check_response::ServingStatus::Serving
-            );
+            let r = health.check(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
+            assert_eq!(r.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
         }
         stop.cancel();
-        tokio::time::timeout(Duration::from_secs(6), running.wait())
-            .await
-            .unwrap()
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(6), running.wait()).await.unwrap().unwrap();
     }
 
     #[tokio::test]
     async fn port_in_use_and_bad_address() {
         let (_held, address) = bind("127.0.0.1:0").await.unwrap();
-        let e = start(
-            &address.to_string(),
-            Routes::default(),
-            ServeOptions::default(),
-            CancellationToken::new(),
-        )
-        .await
-        .unwrap_err();
-        assert!(
-            e.is_permanent() && e.to_string().contains(&address.to_string()),
-            "{e}"
-        );
-        assert!(
-            e.to_string().contains("in use") && e.to_string().contains("port 0"),
-            "{e}"
-        );
-        assert!(
-            bind("nowhere")
-                .await
-                .unwrap_err()
-                .to_string()
-                .contains("host:port")
-        );
+        let e = start(&address.to_string(), Routes::default(), ServeOptions::default(), CancellationToken::new())
+            .await
+            .unwrap_err();
+        assert!(e.is_permanent() && e.to_string().contains(&address.to_string()), "{e}");
+        assert!(e.to_string().contains("in use") && e.to_string().contains("port 0"), "{e}");
+        assert!(bind("nowhere").await.unwrap_err().to_string().contains("host:port"));
     }
 
     #[tokio::test]
     async fn connect_gives_up_and_says_where() {
         let (held, address) = bind("127.0.0.1:0").await.unwrap();
         drop(held);
-        let e = crate::connect(&format!("http://{address}"), Duration::from_millis(300))
-            .await
-            .unwrap_err();
-        assert!(
-            e.is_retryable() && e.to_string().contains(&address.to_string()),
-            "{e}"
-        );
+        let e = crate::connect(&format!("http://{address}"), Duration::from_millis(300)).await.unwrap_err();
+        assert!(e.is_retryable() && e.to_string().contains(&address.to_string()), "{e}");
     }
 }

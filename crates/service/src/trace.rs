@@ -22,12 +22,7 @@ where
     N: for<'a> FormatFields<'a> + 'static,
     F: FormatEvent<S, N>,
 {
-    fn format_event(
-        &self,
-        ctx: &FmtContext<'_, S, N>,
-        mut writer: Writer<'_>,
-        event: &Event<'_>,
-    ) -> fmt::Result {
+    fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         write!(writer, "{:<8} ", self.role)?;
         self.inner.format_event(ctx, writer, event)
     }
@@ -39,18 +34,13 @@ where
 /// The level cannot be read, or logging is already set up.
 pub fn init_tracing(role: &str, level: &str) -> Result<(), ServiceError> {
     let filter = EnvFilter::builder().parse(level).map_err(|e| {
-        ServiceError::Setup(format!(
-            "log level `{level}`: {e}; write error, warn, info, debug or trace"
-        ))
+        ServiceError::Setup(format!("log level `{level}`: {e}; write error, warn, info, debug or trace"))
     })?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
-        .event_format(WithRole {
-            role: role.to_owned(),
-            inner: Format::default().with_target(false).with_ansi(false),
-        })
+        .event_format(WithRole { role: role.to_owned(), inner: Format::default().with_target(false).with_ansi(false) })
         .try_init()
         .map_err(|e| ServiceError::Setup(format!("logging: {e}")))
 }
@@ -59,9 +49,7 @@ pub fn init_tracing(role: &str, level: &str) -> Result<(), ServiceError> {
 mod tests {
     #[test]
     fn bad_level_is_named() {
-        let e = super::init_tracing("x", "loud=very")
-            .unwrap_err()
-            .to_string();
+        let e = super::init_tracing("x", "loud=very").unwrap_err().to_string();
         assert!(e.contains("loud=very"), "{e}");
     }
 }

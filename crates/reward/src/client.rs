@@ -1,0 +1,108 @@
+//! The caller's side: scores, or breakdowns with every component masked. Never a 0 that nobody computed.
+
+use std::time::Duration;
+
+use tonic::transport::Channel;
+use unveil_core::{Breakdown, Component, MaskReason, Record};
+use unveil_proto::v1::reward_client::RewardClient as Generated;
+use unveil_proto::{breakdown_from_wire, v1};
+use unveil_service::{Backoff, connect, limited, retry, with_deadline};
+
+use crate::RewardError;
+use crate::score::COMPONENTS;
+
+/// A client of the reward service. Cheap to clone; clones share the connection.
+#[derive(Debug, Clone)]
+pub struct RewardClient {
+    inner: Generated<Channel>,
+}
+
+impl RewardClient {
+    /// Connects to `http://host:port`, trying until `deadline`.
+    ///
+    /// # Errors
+    /// The address cannot be read, or nobody answered.
+    pub async fn connect(address: &str, deadline: Duration) -> Result<Self, RewardError> {
+        Ok(Self::new(connect(address, deadline).await?))
+    }
+
+    /// A client over an existing channel.
+    pub fn new(channel: Channel) -> Self {
+        Self { inner: limited!(Generated::new(channel)) }
+    }
+
+    /// Scores a group; tries again while the service is away, up to `deadline`. On any failure the cause is logged and every
+    /// component of every response is masked as failed.
+    pub async fn score(&self, request: v1::ScoreRequest, deadline: Duration) -> Vec<Breakdown> {
+        let id = record_id(&request.record_json);
+        let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
+        let answer = retry("reward score", deadline, Backoff::default(), |left| {
+            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
+            async move { client.score(request).await }
+        })
+        .await
+        .map_err(|e| e.to_string())
+        .and_then(|r| checked(&id, &indices, r.into_inner()));
+        answer.unwrap_or_else(|reason| {
+            tracing::warn!(group = id, "no reward, masked: {reason}");
+            masked_group(&id, &indices, &reason)
+        })
+    }
+}
+
+/// The request for a group; `record.boxes` in pixels of the image of `image` = `[width, height]`.
+///
+/// # Errors
+/// The record cannot be written as JSON.
+pub fn score_request(
+    record: &Record,
+    image: [u32; 2],
+    resized: [u32; 2],
+    responses: Vec<v1::Response>,
+) -> Result<v1::ScoreRequest, RewardError> {
+    let record_json = serde_json::to_string(record).map_err(|e| RewardError::request("record_json", e.to_string()))?;
+    Ok(v1::ScoreRequest {
+        record_json,
+        image_width: image[0],
+        image_height: image[1],
+        resized_width: resized[0],
+        resized_height: resized[1],
+        responses,
+    })
+}
+
+/// Breakdowns of a group whose reward could not be computed.
+pub fn masked_group(id: &str, indices: &[usize], reason: &str) -> Vec<Breakdown> {
+    let masked = || Component::masked(MaskReason::Failed(reason.to_owned()));
+    let breakdown = |&index: &usize| Breakdown {
+        id: id.to_owned(),
+        index,
+        total: None,
+        components: COMPONENTS.iter().map(|n| ((*n).to_owned(), masked())).collect(),
+    };
+    indices.iter().map(breakdown).collect()
+}
+
+/// The answer must speak of the responses that were sent, in their order, in finite numbers.
+fn checked(id: &str, indices: &[usize], response: v1::ScoreResponse) -> Result<Vec<Breakdown>, String> {
+    let out: Vec<Breakdown> = response.breakdowns.into_iter().map(|b| breakdown_from_wire(id, b)).collect();
+    if !out.iter().map(|b| b.index).eq(indices.iter().copied()) {
+        return Err("the reward service answered for other responses than were sent".to_owned());
+    }
+    let finite = |b: &Breakdown| {
+        b.total.is_none_or(f64::is_finite)
+            && b.components.values().all(|c| c.masked == c.value.is_none() && c.value.is_none_or(f64::is_finite))
+    };
+    match out.iter().find(|b| !finite(b)) {
+        Some(b) => Err(format!("the reward service answered with a value that is no number (response {})", b.index)),
+        None => Ok(out),
+    }
+}
+
+fn record_id(record_json: &str) -> String {
+    #[derive(serde::Deserialize)]
+    struct Id {
+        id: String,
+    }
+    serde_json::from_str::<Id>(record_json).map(|r| r.id).unwrap_or_default()
+}

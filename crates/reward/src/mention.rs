@@ -1,0 +1,75 @@
+//! Where an answer names the abnormal class: the first case-insensitive match on characters, and the tokens it overlaps.
+
+use std::ops::Range;
+
+/// Bytes of the first (leftmost, then longest) case-insensitive match of one of `names` in `text`. Blank names never match.
+///
+/// Case is folded character by character (Unicode lower case); a match is on characters, not on words.
+pub fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
+    let folded: String = text.chars().flat_map(char::to_lowercase).collect();
+    let found = names
+        .iter()
+        .map(|n| n.trim().chars().flat_map(char::to_lowercase).collect::<String>())
+        .filter(|n| !n.is_empty())
+        .filter_map(|n| folded.find(&n).map(|at| at..at + n.len()))
+        .min_by_key(|r| (r.start, std::cmp::Reverse(r.end)))?;
+    // Back from folded bytes to bytes of `text`: a character counts whole when the match touches any of its folded form.
+    let (mut begin, mut end, mut at) = (None, 0, 0);
+    for (byte, c) in text.char_indices() {
+        let next = at + c.to_lowercase().map(char::len_utf8).sum::<usize>();
+        if next > found.start && at < found.end {
+            begin = begin.or(Some(byte));
+            end = byte + c.len_utf8();
+        }
+        at = next;
+    }
+    begin.map(|b| b..end)
+}
+
+/// Indices of the tokens whose byte span overlaps `mention`; tokens with an empty span (special tokens) never do.
+pub fn tokens_of(mention: &Range<usize>, spans: &[(usize, usize)]) -> Vec<usize> {
+    let overlaps = |&(b, e): &(usize, usize)| b < e && b < mention.end && e > mention.start;
+    spans.iter().enumerate().filter(|(_, s)| overlaps(s)).map(|(i, _)| i).collect()
+}
+
+/// Spans in characters of `text` (as a tokenizer's offsets come) to spans in bytes; what lies beyond the text is cut.
+pub fn byte_spans(text: &str, spans: &[[usize; 2]]) -> Vec<(usize, usize)> {
+    let starts: Vec<usize> = text.char_indices().map(|(b, _)| b).chain([text.len()]).collect();
+    let byte = |c: usize| starts.get(c).copied().unwrap_or(text.len());
+    spans.iter().map(|&[b, e]| (byte(b), byte(e))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(n: &[&str]) -> Vec<String> {
+        n.iter().map(|s| (*s).to_owned()).collect()
+    }
+
+    #[test]
+    fn first_and_longest() {
+        let n = names(&["nodule", "pulmonary nodule", " "]);
+        assert_eq!(first_mention("[1,2,3,4] Nodule, nodule", &n), Some(10..16));
+        assert_eq!(first_mention("a PULMONARY NODULE", &n), Some(2..18));
+        assert_eq!(first_mention("mass", &n), None);
+        assert_eq!(first_mention("", &n), None);
+    }
+
+    #[test]
+    fn characters_that_change_length_when_folded() {
+        let n = names(&["höhle"]);
+        assert_eq!(first_mention("İİ HÖHLE", &n).map(|r| "İİ HÖHLE"[r].to_owned()), Some("HÖHLE".to_owned()));
+    }
+
+    #[test]
+    fn characters_to_bytes() {
+        assert_eq!(byte_spans("höhle", &[[0, 2], [2, 5], [5, 9]]), vec![(0, 3), (3, 6), (6, 6)]);
+    }
+
+    #[test]
+    fn overlap_counts_every_touched_token() {
+        let spans = [(0, 2), (2, 7), (7, 7), (7, 9), (9, 12)];
+        assert_eq!(tokens_of(&(3..8), &spans), vec![1, 3]);
+    }
+}

@@ -1,0 +1,47 @@
+//! The model directory as far as rewards need it: tokenizer and resize. No weights are read.
+
+use std::path::{Path, PathBuf};
+
+use unveil_data::prepare::Preparer;
+
+use crate::RewardError;
+use crate::mention::byte_spans;
+
+/// Text and, per token, the bytes of it that the token covers.
+type TextAndSpans = (String, Vec<(usize, usize)>);
+
+/// Tokenizer and processor of a model directory.
+pub(crate) struct ModelSide {
+    preparer: Preparer,
+}
+
+impl ModelSide {
+    /// Reads the tokenizer and processor files of `dir`.
+    pub(crate) fn load(dir: &Path) -> Result<Self, RewardError> {
+        let fail = |e: unveil_data::prepare::PrepareError| RewardError::Model {
+            path: PathBuf::from(dir),
+            what: e.to_string(),
+        };
+        Ok(Self { preparer: Preparer::load(dir).map_err(fail)? })
+    }
+
+    /// Pixels after the processor's resize, `[width, height]`.
+    pub(crate) fn resized(&self, image: [u32; 2]) -> Result<[u32; 2], String> {
+        let size = self.preparer.processor().resized_size((image[0], image[1]));
+        size.map(|(w, h)| [w, h]).map_err(|e| e.to_string())
+    }
+
+    /// Token ids as text, special and unknown tokens skipped.
+    pub(crate) fn read_tokens(&self, tokens: &[u32]) -> TextAndSpans {
+        let decoded = self.preparer.tokenizer().decode_offsets(tokens);
+        let spans = byte_spans(&decoded.text, &decoded.spans);
+        (decoded.text, spans)
+    }
+
+    /// Spans of a text's own tokens; empty when the tokens do not give the text back.
+    pub(crate) fn spans_of(&self, text: &str) -> Result<Vec<(usize, usize)>, String> {
+        let tokens = self.preparer.tokenizer().encode_plain(text).map_err(|e| format!("`response`: {e}"))?;
+        let (back, spans) = self.read_tokens(&tokens);
+        Ok(if back == text { spans } else { Vec::new() })
+    }
+}

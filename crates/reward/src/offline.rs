@@ -1,0 +1,184 @@
+//! `reward score`: a file of responses in, one breakdown per response out, in the order of the file. No service needed.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use unveil_config::Config;
+use unveil_core::{Attention, Breakdown, Record};
+use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
+
+use crate::RewardError;
+use crate::model::ModelSide;
+use crate::score::{GroupInput, ResponseInput, Scoring, score_group};
+use crate::wire::check_record;
+
+/// Keys of a response line besides the record's own.
+#[derive(Debug)]
+struct Line {
+    number: usize,
+    record: Record,
+    index: usize,
+    response: Option<String>,
+    tokens: Option<Vec<u32>>,
+    /// Not in the contract, taken when there: bytes of `response` per token.
+    spans: Option<Vec<(usize, usize)>>,
+    attention: Option<Attention>,
+    /// Not in the contract, taken when there: pixels in which the answer gives its boxes.
+    resized_size: Option<[u32; 2]>,
+}
+
+/// Scores every response of `data` (JSON lines: a record plus `index` and `response` or `tokens`, optional `attention`) and
+/// writes one JSON line each to `out`. Returns how many.
+///
+/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are in the pixels of the resized image: of `resized_size`
+/// in the line, else of what the processor in `model.dir` makes of the image, else (no model directory) of the image itself. With
+/// `model.dir` set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
+///
+/// # Errors
+/// The first line that cannot be used, as `file:line: what`; nothing is written then.
+pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<usize, RewardError> {
+    let model = match config.model.dir.as_str() {
+        "" => None,
+        dir => Some(ModelSide::load(Path::new(dir))?),
+    };
+    let lines = read_lines(data)?;
+    let mut order: Vec<String> = Vec::new();
+    let mut groups: HashMap<String, Vec<Line>> = HashMap::new();
+    for line in lines {
+        let group = groups.entry(line.record.id.clone()).or_default();
+        if group.is_empty() {
+            order.push(line.record.id.clone());
+        }
+        group.push(line);
+    }
+    let scoring = Scoring::new(config);
+    let mut done: Vec<(usize, Breakdown)> = Vec::new();
+    for id in order {
+        let lines = groups.remove(&id).unwrap_or_default();
+        let numbers: Vec<usize> = lines.iter().map(|l| l.number).collect();
+        let group = group_input(data, model.as_ref(), lines)?;
+        done.extend(numbers.into_iter().zip(score_group(&scoring, &group)));
+    }
+    done.sort_by_key(|(number, _)| *number);
+    let unwritable = |source| RewardError::Io { path: PathBuf::from("output"), source };
+    for (_, breakdown) in &done {
+        let line = serde_json::to_string(breakdown).map_err(|e| unwritable(e.into()))?;
+        writeln!(out, "{line}").map_err(unwritable)?;
+    }
+    out.flush().map_err(unwritable)?;
+    Ok(done.len())
+}
+
+fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {
+    let io = |source| RewardError::Io { path: data.to_owned(), source };
+    let mut out = Vec::new();
+    for (at, text) in BufReader::new(std::fs::File::open(data).map_err(io)?).lines().enumerate() {
+        let text = text.map_err(io)?;
+        if text.trim().is_empty() {
+            continue;
+        }
+        let line = parse_line(at + 1, &text);
+        out.push(line.map_err(|what| RewardError::Line { path: data.to_owned(), line: at + 1, what })?);
+    }
+    Ok(out)
+}
+
+fn parse_line(number: usize, text: &str) -> Result<Line, String> {
+    let mut record: Record = serde_json::from_str(text).map_err(|e| format!("no response record: {e}"))?;
+    if record.id.trim().is_empty() {
+        return Err("the record has no id".to_owned());
+    }
+    let line = Line {
+        number,
+        index: take(&mut record, "index")?.ok_or("`index` is missing: give the response's position in its group")?,
+        response: take(&mut record, "response")?,
+        tokens: take(&mut record, "tokens")?,
+        spans: take(&mut record, "spans")?,
+        attention: take(&mut record, "attention")?,
+        resized_size: take(&mut record, "resized_size")?,
+        record,
+    };
+    if line.response.is_none() && line.tokens.is_none() {
+        return Err("neither `response` nor `tokens`: give the text or the token ids".to_owned());
+    }
+    if line.resized_size.is_some_and(|s| s.contains(&0)) {
+        return Err("`resized_size` is 0".to_owned());
+    }
+    Ok(line)
+}
+
+fn take<T: DeserializeOwned>(record: &mut Record, key: &str) -> Result<Option<T>, String> {
+    let value = record.extra.remove(key);
+    value.map_or(Ok(None), |v| Option::<T>::deserialize(v).map_err(|e| format!("`{key}`: {e}")))
+}
+
+fn group_input(data: &Path, model: Option<&ModelSide>, lines: Vec<Line>) -> Result<GroupInput, RewardError> {
+    let fail = |line: usize, what: String| RewardError::Line { path: data.to_owned(), line, what };
+    let Some(first) = lines.first() else {
+        return Err(RewardError::request("responses", "is empty"));
+    };
+    let record = first.record.clone();
+    let image = image_size(data, &record).map_err(|what| fail(first.number, what))?;
+    check_record(&record, image).map_err(|what| fail(first.number, format!("the record {what}")))?;
+    let resized = match (first.resized_size, model) {
+        (Some(size), _) => size,
+        (None, Some(m)) => m.resized(image).map_err(|what| fail(first.number, what))?,
+        (None, None) => image,
+    };
+    let first_number = first.number;
+    let mut seen = std::collections::BTreeSet::new();
+    let mut responses = Vec::with_capacity(lines.len());
+    for line in lines {
+        let same = line.record.boxes == record.boxes && line.record.category == record.category;
+        if !same || line.record.image != record.image || line.record.image_size != record.image_size {
+            let what = format!("the record `{}` differs from the one in line {first_number}", record.id);
+            return Err(fail(line.number, what));
+        }
+        if !seen.insert(line.index) {
+            return Err(fail(line.number, format!("index {} of `{}` comes twice", line.index, record.id)));
+        }
+        let number = line.number;
+        responses.push(response(model, line).map_err(|what| fail(number, what))?);
+    }
+    Ok(GroupInput { record, image, resized, responses })
+}
+
+fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, String> {
+    let (text, spans) = match (line.response, line.tokens, model) {
+        (_, Some(tokens), Some(m)) => m.read_tokens(&tokens),
+        (Some(text), None, Some(m)) => {
+            let spans = m.spans_of(&text)?;
+            (text, spans)
+        }
+        (Some(text), _, None) => (text, Vec::new()),
+        (None, Some(_), None) => {
+            return Err("has `tokens` but no `response`, and reading tokens needs a tokenizer: \
+                        set model.dir (--set model.dir=DIR), or give the text"
+                .to_owned());
+        }
+        (None, None, _) => return Err("neither `response` nor `tokens`".to_owned()),
+    };
+    let spans = line.spans.unwrap_or(spans);
+    if let Some(i) = spans.iter().position(|&(b, e)| b > e || e > text.len()) {
+        return Err(format!("`spans[{i}]` is not a byte range of the text ({} bytes)", text.len()));
+    }
+    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention })
+}
+
+/// `[width, height]` from the record, else from the image's header.
+fn image_size(data: &Path, record: &Record) -> Result<[u32; 2], String> {
+    if let Some(size) = record.image_size {
+        return if size.contains(&0) { Err("`image_size` is 0".to_owned()) } else { Ok(size) };
+    }
+    if let Some(fault) = path_fault(&record.image) {
+        return Err(format!("image `{}`: {fault}", record.image));
+    }
+    match image_ref(folder_of(data), record) {
+        ImageRef::File(path) => unveil_data::store::image_size(&path).map(|(w, h)| [w, h]).map_err(|e| e.to_string()),
+        ImageRef::Url(url) => Err(format!("the size of {url} is not known here: give `image_size`")),
+        ImageRef::None => Err("the record has neither `image` nor `image_size`".to_owned()),
+    }
+}

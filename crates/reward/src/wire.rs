@@ -1,0 +1,122 @@
+//! A score request, checked: what does not hold together is refused with the field's name.
+
+use unveil_core::{Record, RecordFault};
+use unveil_proto::{attention_from_wire, v1};
+
+use crate::RewardError;
+use crate::score::{GroupInput, ResponseInput};
+
+/// True boxes that one record may hold.
+const BOX_LIMIT: usize = 1024;
+
+/// Reads a request.
+///
+/// Attention that does not hold together is dropped, so that its component is masked, and the rest is still scored.
+///
+/// # Errors
+/// [`RewardError::Request`] names the field and says what is wrong with it.
+pub fn group_from_request(request: v1::ScoreRequest) -> Result<GroupInput, RewardError> {
+    let record: Record =
+        serde_json::from_str(&request.record_json).map_err(|e| RewardError::request("record_json", e.to_string()))?;
+    let image = [size("image_width", request.image_width)?, size("image_height", request.image_height)?];
+    let resized = [size("resized_width", request.resized_width)?, size("resized_height", request.resized_height)?];
+    check_record(&record, image).map_err(|what| RewardError::request("record_json", what))?;
+    if request.responses.is_empty() {
+        return Err(RewardError::request("responses", "is empty: send the whole group"));
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    let responses = request
+        .responses
+        .into_iter()
+        .enumerate()
+        .map(|(at, r)| {
+            if !seen.insert(r.index) {
+                return Err(RewardError::request(format!("responses[{at}].index"), format!("{} comes twice", r.index)));
+            }
+            response(at, r)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(GroupInput { record, image, resized, responses })
+}
+
+/// Faults of a record that make its scores meaningless.
+pub(crate) fn check_record(record: &Record, image: [u32; 2]) -> Result<(), String> {
+    if record.boxes.len() > BOX_LIMIT {
+        return Err(format!("has {} boxes; at most {BOX_LIMIT} can be scored", record.boxes.len()));
+    }
+    let faults = record.faults(Some((image[0], image[1])));
+    match faults.iter().find(|f| matches!(f, RecordFault::NoId | RecordFault::Box { .. })) {
+        Some(fault) => Err(format!("is not valid: {fault} (image {} x {})", image[0], image[1])),
+        None => Ok(()),
+    }
+}
+
+fn size(field: &str, value: u32) -> Result<u32, RewardError> {
+    if value == 0 {
+        return Err(RewardError::request(field, "is 0: give the size in pixels"));
+    }
+    Ok(value)
+}
+
+fn response(at: usize, r: v1::Response) -> Result<ResponseInput, RewardError> {
+    if !r.spans.is_empty() && !r.tokens.is_empty() && r.spans.len() != r.tokens.len() {
+        let what = format!("has {} entries for {} tokens: one per token, or none", r.spans.len(), r.tokens.len());
+        return Err(RewardError::request(format!("responses[{at}].spans"), what));
+    }
+    let spans: Vec<(usize, usize)> = r.spans.iter().map(|s| (s.begin as usize, s.end as usize)).collect();
+    if let Some(i) = spans.iter().position(|&(b, e)| b > e || e > r.text.len()) {
+        let what = format!("is {:?}, not a byte range of the text ({} bytes)", spans[i], r.text.len());
+        return Err(RewardError::request(format!("responses[{at}].spans[{i}]"), what));
+    }
+    let attention = r.attention.and_then(|a| {
+        attention_from_wire(a).inspect_err(|e| tracing::warn!(response = r.index, "attention is dropped: {e}")).ok()
+    });
+    Ok(ResponseInput { index: r.index as usize, text: r.text, spans, attention })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> v1::ScoreRequest {
+        v1::ScoreRequest {
+            record_json: r#"{"id":"a","category":"nodule","boxes":[[1,2,3,4]]}"#.into(),
+            image_width: 10,
+            image_height: 10,
+            resized_width: 10,
+            resized_height: 10,
+            responses: vec![v1::Response { text: "x".into(), tokens: vec![1], ..Default::default() }],
+        }
+    }
+
+    #[test]
+    fn the_field_is_named() {
+        assert!(group_from_request(request()).is_ok());
+        let cases: [(&str, fn(&mut v1::ScoreRequest)); 9] = [
+            ("record_json", |r| r.record_json = "{".into()),
+            ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,1,1]]}"#.into()),
+            ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,100,4]]}"#.into()),
+            ("image_width", |r| r.image_width = 0),
+            ("resized_height", |r| r.resized_height = 0),
+            ("responses", |r| r.responses.clear()),
+            ("responses[1].index", |r| r.responses.push(r.responses[0].clone())),
+            ("responses[0].spans", |r| r.responses[0].spans = vec![v1::TokenSpan::default(); 2]),
+            ("responses[0].spans[0]", |r| r.responses[0].spans = vec![v1::TokenSpan { begin: 0, end: 9 }]),
+        ];
+        for (field, change) in cases {
+            let mut r = request();
+            change(&mut r);
+            let e = group_from_request(r).unwrap_err().to_string();
+            assert!(e.starts_with(&format!("`{field}` ")), "{e}");
+        }
+    }
+
+    #[test]
+    fn bad_attention_is_dropped_not_refused() {
+        let mut r = request();
+        let rows = vec![0_u8; 3].into();
+        r.responses[0].attention =
+            Some(v1::Attention { grid_rows: u32::MAX, grid_cols: u32::MAX, tokens: vec![0; 9], rows });
+        assert_eq!(group_from_request(r).unwrap().responses[0].attention, None);
+    }
+}
