@@ -1,1 +1,88 @@
-//! Placeholder.
+//! What both binaries share: configuration arguments, exit codes, the runtime of a role. Must not hold any logic of a room.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use unveil_config::{Config, ConfigError};
+use unveil_service::CancellationToken;
+
+/// Configuration file and overrides.
+#[derive(Debug, Clone, Args)]
+pub struct ConfigArgs {
+    /// Configuration file (TOML); defaults alone without it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Overrides one key, e.g. `--set run.seed=1`; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl ConfigArgs {
+    /// Loads and checks the configuration.
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        unveil_config::load(self.config.as_deref(), &self.sets)
+    }
+}
+
+/// What a role process needs besides its configuration.
+#[derive(Debug, Clone, Args)]
+pub struct RoleArgs {
+    /// Configuration.
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Ends when standard input ends (set by `unveil train`, whose death must end its roles).
+    #[arg(long, hide = true)]
+    pub supervised: bool,
+}
+
+/// Errors that mean wrong usage (exit code 2) or an interruption (130) rather than a failure (1).
+#[derive(Debug)]
+pub enum Stop {
+    /// Interrupted by a signal; what is written is whole.
+    Interrupted,
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("interrupted")
+    }
+}
+
+impl std::error::Error for Stop {}
+
+/// Prints an error as one line and gives the exit code: 0 done, 1 failed, 2 wrong configuration, 130 interrupted.
+pub fn exit(result: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    eprintln!("error: {error:#}");
+    if error.downcast_ref::<ConfigError>().is_some() {
+        ExitCode::from(2)
+    } else if error.downcast_ref::<Stop>().is_some() {
+        ExitCode::from(130)
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Runs an async role: a runtime of `threads` worker threads, a token that is cancelled by SIGINT, SIGTERM, or the end of
+/// standard input when `supervised`.
+pub fn run_role<F, T>(supervised: bool, threads: usize, role: impl FnOnce(CancellationToken) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = anyhow::Result<T>>,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads.max(1)).enable_all().build()?;
+    let result = runtime.block_on(async {
+        let token = unveil_service::cancel_on_signal()?;
+        if supervised {
+            let parent = token.clone();
+            std::thread::spawn(move || {
+                let mut sink = std::io::sink();
+                let _end_of_input = std::io::copy(&mut std::io::stdin().lock(), &mut sink);
+                parent.cancel();
+            });
+        }
+        role(token).await
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    result
+}

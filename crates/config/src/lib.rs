@@ -7,5 +7,5 @@ mod paths;
 pub mod schema;
 mod validate;
 
-pub use load::{ConfigError, load, load_from};
+pub use load::{ConfigError, environment, load, load_from};
 pub use schema::Config;

@@ -61,6 +61,11 @@ pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Config, ConfigError>
     load_from(file, std::env::vars(), sets)
 }
 
+/// The environment, for libraries that read their own variables from it (object store credentials).
+pub fn environment() -> Vec<(String, String)> {
+    std::env::vars().collect()
+}
+
 /// [`load`] with the environment given.
 pub fn load_from(
     file: Option<&Path>,

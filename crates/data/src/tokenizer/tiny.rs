@@ -41,6 +41,8 @@ pub struct TinyVocabulary {
     pub vocab_size: u32,
     /// Ids of the special tokens.
     pub special: SpecialTokens,
+    /// Ids of the numbers 0..=1023, in order.
+    pub numbers: std::ops::Range<u32>,
 }
 
 /// Largest number that is one token.
@@ -129,7 +131,10 @@ pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary
         write_atomic(&path, content.as_bytes()).map_err(|cause| PrepareError::File { path, cause })?;
     }
     let tokenizer = Tokenizer::load(dir)?;
-    Ok(TinyVocabulary { vocab_size: tokenizer.vocab_size() as u32, special: tokenizer.special().clone() })
+    let vocab_size = tokenizer.vocab_size() as u32;
+    // The numbers are the last tokens of the list.
+    let numbers = vocab_size - LARGEST_NUMBER - 1..vocab_size;
+    Ok(TinyVocabulary { vocab_size, special: tokenizer.special().clone(), numbers })
 }
 
 fn text(value: &Value) -> String {

@@ -1,0 +1,92 @@
+//! `unveil checkpoint …` on any path or URL.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+use unveil_checkpoint::{self as checkpoint, Access, Retention, Store};
+
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Path or URL, e.g. runs/quickstart or s3://bucket/prefix.
+    url: String,
+    /// One step instead of the newest (show, export) or all (verify).
+    #[arg(long)]
+    step: Option<u64>,
+}
+
+#[derive(Subcommand)]
+pub enum CheckpointCommand {
+    /// One JSON line per checkpoint, oldest first.
+    List {
+        /// Path or URL.
+        url: String,
+    },
+    /// Manifest of one checkpoint.
+    Show(Place),
+    /// Reads every object and compares its checksum; exit code 1 when one is damaged.
+    Verify(Place),
+    /// Writes the Hugging Face model directory of a checkpoint.
+    Export {
+        #[command(flatten)]
+        place: Place,
+        /// Directory to make.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Deletes old checkpoints.
+    Prune {
+        /// Path or URL.
+        url: String,
+        /// Newest ones that stay (the best stays besides).
+        #[arg(long, default_value_t = 2)]
+        keep: usize,
+        /// Also deletes what aborted saves left.
+        #[arg(long)]
+        orphans: bool,
+    },
+}
+
+/// Runs one command.
+pub fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(act(command))
+}
+
+async fn open(url: &str, access: Access) -> anyhow::Result<Store> {
+    Ok(Store::open(url, unveil_config::environment(), access).await?)
+}
+
+async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
+    match command {
+        CheckpointCommand::List { url } => {
+            for info in checkpoint::list(&open(url, Access::Read).await?).await? {
+                println!("{}", serde_json::to_string(&info)?);
+            }
+        }
+        CheckpointCommand::Show(p) => {
+            let shown = checkpoint::show(&open(&p.url, Access::Read).await?, p.step).await?;
+            println!("{}", serde_json::to_string(&shown)?);
+        }
+        CheckpointCommand::Verify(p) => {
+            let checks = checkpoint::verify(&open(&p.url, Access::Read).await?, p.step).await?;
+            for check in &checks {
+                println!("{}", serde_json::to_string(check)?);
+            }
+            let bad = checks.iter().filter(|c| !c.ok).count();
+            if bad > 0 {
+                bail!("{bad} of {} objects are damaged", checks.len());
+            }
+        }
+        CheckpointCommand::Export { place, out } => {
+            let store = open(&place.url, Access::Read).await?;
+            let files = checkpoint::export(&store, place.step, out, "model/").await?;
+            println!("{}", serde_json::json!({ "out": out, "files": files }));
+        }
+        CheckpointCommand::Prune { url, keep, orphans } => {
+            let store = open(url, Access::Write).await?;
+            let pruned = checkpoint::prune(&store, Retention { keep: *keep, keep_best: true }, *orphans).await?;
+            println!("{}", serde_json::to_string(&pruned)?);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! `unveil`: every role and tool. Arguments in, rooms called, results on stdout as JSON, logs on stderr.
+
+mod checkpoints;
+mod dataset;
+mod models;
+mod roles;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use unveil_cli::{ConfigArgs, RoleArgs, exit};
+
+/// Trains grounded medical vision-language models by reinforcement.
+#[derive(Parser)]
+#[command(name = "unveil", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The whole main job on this machine: data, stage 1, stage 2, evaluation, report.
+    Train {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// auto: newest checkpoint that verifies; never: start stage 2 afresh; or a step.
+        #[arg(long, value_name = "auto|never|STEP")]
+        resume: Option<String>,
+    },
+    /// Stage 1: instruction tuning.
+    Sft(RoleArgs),
+    /// Stage 2: the learner, which also hosts the experience service.
+    Learner(RoleArgs),
+    /// Stage 2: a rollout worker.
+    Rollout {
+        #[command(flatten)]
+        role: RoleArgs,
+        /// Name of this worker, `NAME#INCARNATION`.
+        #[arg(long, default_value = "rollout")]
+        worker: String,
+    },
+    /// The reward service and offline scoring (handed to `unveil-reward`).
+    #[command(disable_help_flag = true)]
+    Reward {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Generates responses for records; JSON lines.
+    Generate(models::GenerateArgs),
+    /// Teacher-forced log-probabilities of given responses; JSON lines.
+    Score(models::ScoreArgs),
+    /// Metrics of a model on held-out records; one JSON object.
+    Eval(models::EvalArgs),
+    /// Model directories.
+    #[command(subcommand)]
+    Model(models::ModelCommand),
+    /// Records and images.
+    #[command(subcommand)]
+    Data(dataset::DataCommand),
+    /// Checkpoints at a path or URL.
+    #[command(subcommand)]
+    Checkpoint(checkpoints::CheckpointCommand),
+    /// Configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Writes report.html of a run directory.
+    Report {
+        /// The run directory.
+        run: PathBuf,
+        /// Held-out images shown.
+        #[arg(long, default_value_t = 8)]
+        images: usize,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Loads and checks; prints nothing but errors.
+    Check(ConfigArgs),
+    /// Prints the effective configuration as TOML.
+    Show(ConfigArgs),
+}
+
+fn main() -> ExitCode {
+    exit(run(Cli::parse().command))
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Train { config, resume } => roles::train(&config, resume),
+        Command::Sft(role) => roles::sft(&role),
+        Command::Learner(role) => roles::learner(&role),
+        Command::Rollout { role, worker } => roles::rollout(&role, worker),
+        Command::Reward { args } => roles::reward(&args),
+        Command::Generate(args) => models::generate(&args),
+        Command::Score(args) => models::score(&args),
+        Command::Eval(args) => models::eval(&args),
+        Command::Model(command) => models::model(&command),
+        Command::Data(command) => dataset::run(&command),
+        Command::Checkpoint(command) => checkpoints::run(&command),
+        Command::Config(ConfigCommand::Check(args)) => {
+            args.load()?;
+            Ok(())
+        }
+        Command::Config(ConfigCommand::Show(args)) => {
+            print!("{}", toml::to_string(&args.load()?)?);
+            Ok(())
+        }
+        Command::Report { run, images } => {
+            let path = unveil_report::write_report(&run, images)?;
+            println!("{}", serde_json::json!({ "report": path }));
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! `unveil model`, `generate`, `score`, `eval`: everything that runs a model outside of training.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use serde_json::json;
+use tch::{Device, Kind};
+use unveil_cli::ConfigArgs;
+use unveil_config::schema::Model as ModelConfig;
+use unveil_data::prepare::Preparer;
+use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+use unveil_engine::{Engine, EngineOptions};
+use unveil_eval::{Settings, evaluate, load_samples};
+use unveil_model::{InitSpec, SpecialIds, Vlm};
+use unveil_reward::Scoring;
+
+#[derive(Subcommand)]
+pub enum ModelCommand {
+    /// Writes a from-scratch model directory.
+    Init {
+        /// Model family.
+        #[arg(long, default_value_t = ModelConfig::default().family)]
+        family: String,
+        /// Preset of the family.
+        #[arg(long, default_value_t = ModelConfig::default().preset)]
+        preset: String,
+        /// Directory to write.
+        #[arg(long)]
+        out: PathBuf,
+        /// Seed of the weights.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
+    /// Checks a model directory and describes it.
+    Inspect {
+        /// Model directory.
+        dir: PathBuf,
+    },
+}
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// Model directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// Record file.
+    #[arg(long)]
+    data: PathBuf,
+    /// Responses per record.
+    #[arg(long, default_value_t = 1)]
+    n: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Length cap in tokens.
+    #[arg(long, default_value_t = 64)]
+    max_new_tokens: usize,
+    /// Seed.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Args)]
+pub struct ScoreArgs {
+    /// Model directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// Records with `index` and `response` or `tokens`.
+    #[arg(long)]
+    data: PathBuf,
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Model directory.
+    #[arg(long)]
+    model: PathBuf,
+    /// Record file.
+    #[arg(long)]
+    data: PathBuf,
+    /// Only this split.
+    #[arg(long, default_value = "")]
+    split: String,
+    /// Metrics suite.
+    #[arg(long, default_value = "summary")]
+    suite: String,
+    /// Also writes one prediction per line here.
+    #[arg(long)]
+    predictions: Option<PathBuf>,
+}
+
+/// `unveil model …`
+pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
+    match command {
+        ModelCommand::Init { family, preset, out, seed } => {
+            let shape = unveil_model::preset(family, preset)?;
+            std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
+            let processor = TinyProcessorSpec {
+                patch: shape.patch_size as u32,
+                merge: shape.merge_size as u32,
+                temporal: shape.temporal_patch_size as u32,
+                ..Default::default()
+            };
+            let vocabulary = write_tiny(out, &processor)?;
+            let s = &vocabulary.special;
+            let spec = InitSpec {
+                family: family.clone(),
+                preset: preset.clone(),
+                vocab_size: vocabulary.vocab_size,
+                seed: *seed,
+                special: SpecialIds {
+                    image_pad: s.image_pad,
+                    video_pad: s.video_pad,
+                    vision_start: s.vision_start,
+                    vision_end: s.vision_end,
+                    bos: None,
+                    eos: s.im_end,
+                    pad: s.end_of_text,
+                },
+            };
+            let numbers: Vec<u32> = vocabulary.numbers.collect();
+            unveil_model::init_with_numbers(&spec, &numbers, out)?;
+            println!("{}", describe(out)?);
+            Ok(())
+        }
+        ModelCommand::Inspect { dir } => {
+            println!("{}", describe(dir)?);
+            Ok(())
+        }
+    }
+}
+
+fn describe(dir: &std::path::Path) -> anyhow::Result<serde_json::Value> {
+    let preparer = Preparer::load(dir)?;
+    let vlm = Vlm::load(dir, Device::Cpu, Kind::Float)?;
+    let count = |prefix: &str| -> i64 {
+        let of = vlm.named_parameters().iter().filter(|(n, _)| n.starts_with(prefix));
+        of.map(|(_, t)| t.numel() as i64).sum()
+    };
+    let c = vlm.config();
+    Ok(json!({
+        "dir": dir, "family": format!("{:?}", preparer.family()), "parameters": count(""), "vision_parameters": count("visual."),
+        "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
+        "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
+    }))
+}
+
+/// `unveil generate`
+pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
+    let sampling = unveil_rollout::offline::Sampling {
+        n: args.n,
+        temperature: args.temperature,
+        max_new_tokens: args.max_new_tokens,
+        seed: args.seed,
+    };
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    unveil_rollout::offline::generate(&args.model, &args.data, sampling, &mut out)?;
+    Ok(out.flush()?)
+}
+
+/// `unveil score`
+pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    unveil_rollout::offline::score(&args.model, &args.data, &mut out)?;
+    Ok(out.flush()?)
+}
+
+/// `unveil eval`
+pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+    if args.suite != "summary" {
+        bail!("no suite `{}`; there is: summary", args.suite);
+    }
+    let config = args.config.load()?;
+    if config.run.threads > 0 {
+        tch::set_num_threads(i32::try_from(config.run.threads)?);
+    }
+    let preparer = Preparer::load(&args.model)?;
+    let vlm = Vlm::load(&args.model, crate::roles::device(&config)?, Kind::Float)?;
+    let layer = config.reward.vision_relevance.layer.unwrap_or(vlm.config().default_capture_layer());
+    let banned = preparer.tokenizer().special().banned.clone();
+    let options = EngineOptions { capture_layer: Some(layer), banned, ..EngineOptions::default() };
+    let mut engine = Engine::new(vlm, options)?;
+    let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;
+    let settings = Settings {
+        max_new_tokens: config.rollout.max_new_tokens,
+        batch: config.eval.batch,
+        scoring: Scoring::new(&config),
+    };
+    let evaluation = evaluate(&mut engine, &preparer, &samples, &settings)?;
+    if let Some(path) = &args.predictions {
+        let lines: Result<Vec<String>, _> = evaluation.predictions.iter().map(serde_json::to_string).collect();
+        std::fs::write(path, lines?.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("{}", serde_json::to_string(&evaluation.metrics)?);
+    Ok(())
+}
