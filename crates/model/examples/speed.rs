@@ -43,15 +43,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let images = vlm.config().merged_tokens(grid)?;
     let tokens: Vec<u32> = (20..27).chain([5]).chain(std::iter::repeat_n(3, images)).chain([6]).chain(30..33).collect();
     let prompt = Prompt { tokens, grids: vec![grid] };
-    let group = PackedGroup { prompt: prompt.clone(), responses: (0..8).map(|r| (0..11).map(|i| 40 + r * 11 + i).collect()).collect() };
+    let group = PackedGroup {
+        prompt: prompt.clone(),
+        responses: (0..8).map(|r| (0..11).map(|i| 40 + r * 11 + i).collect()).collect(),
+    };
     let groups = vec![group; count];
     let grids = vec![grid; count];
-    let pixels = Tensor::randn([count as i64 * patches * patches, vlm.config().vision.patch_len()], (Kind::Float, Device::Cpu));
+    let pixels =
+        Tensor::randn([count as i64 * patches * patches, vlm.config().vision.patch_len()], (Kind::Float, Device::Cpu));
     let layer = vlm.config().default_capture_layer();
 
     let n: usize = vlm.set_trainable(|_| true);
     let parameters: usize = vlm.named_parameters().iter().map(|(_, t)| t.numel()).sum();
-    println!("{parameters} parameters in {n} tensors, {threads} thread(s), {count} groups of {} + 8 x 11 tokens", prompt.tokens.len());
+    println!(
+        "{parameters} parameters in {n} tensors, {threads} thread(s), {count} groups of {} + 8 x 11 tokens",
+        prompt.tokens.len()
+    );
     let clear = || vlm.named_parameters().iter().for_each(|(_, t)| t.shallow_clone().zero_grad());
     let train = |capture: Option<CaptureSpec>| {
         let features = vlm.encode_images(&pixels, &grids).expect("features");
@@ -70,7 +77,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
     );
     println!("fwd              {:8.1} ms", time(|| drop(tch::no_grad(|| train(None)))));
-    println!("fwd, captured    {:8.1} ms", time(|| drop(tch::no_grad(|| train(Some(CaptureSpec { layer, differentiable: false }))))));
+    println!(
+        "fwd, captured    {:8.1} ms",
+        time(|| drop(tch::no_grad(|| train(Some(CaptureSpec { layer, differentiable: false })))))
+    );
     println!(
         "fwd+bwd          {:8.1} ms",
         time(|| {

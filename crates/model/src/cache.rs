@@ -130,7 +130,8 @@ impl GroupCache {
         let rows: Vec<i64> = keep.iter().flat_map(|g| (g * n..(g + 1) * n).map(|r| r as i64)).collect();
         let groups: Vec<i64> = keep.iter().map(|g| *g as i64).collect();
         self.lengths = rows.iter().map(|r| self.lengths[*r as usize]).collect();
-        let (rows, groups) = (Tensor::from_slice(&rows).to_device(device), Tensor::from_slice(&groups).to_device(device));
+        let (rows, groups) =
+            (Tensor::from_slice(&rows).to_device(device), Tensor::from_slice(&groups).to_device(device));
         let width = |lengths: &[i64], all: i64| lengths.iter().copied().max().unwrap_or(1).min(all);
         self.prefix_lengths = keep.iter().map(|g| self.prefix_lengths[*g]).collect();
         self.next = keep.iter().map(|g| self.next[*g]).collect();
@@ -177,7 +178,9 @@ impl GroupCache {
         }
         let full = (0..self.rows()).find(|r| self.lengths[*r] >= self.capacity && active.is_none_or(|a| a[*r]));
         match full {
-            Some(row) => Err(ModelError::input(format!("row {row} already holds {} tokens, its capacity", self.capacity))),
+            Some(row) => {
+                Err(ModelError::input(format!("row {row} already holds {} tokens, its capacity", self.capacity)))
+            }
             None => Ok(()),
         }
     }

@@ -391,7 +391,9 @@ impl Section<'_> {
     }
 
     fn int(&self, key: &str, default: i64) -> Result<i64, String> {
-        self.get(key).map_or(Ok(default), |v| v.as_i64().ok_or_else(|| format!("{}{key} is {v}, expected a whole number", self.name)))
+        self.get(key).map_or(Ok(default), |v| {
+            v.as_i64().ok_or_else(|| format!("{}{key} is {v}, expected a whole number", self.name))
+        })
     }
 
     fn count(&self, key: &str, default: usize) -> Result<usize, String> {
@@ -405,7 +407,8 @@ impl Section<'_> {
     }
 
     fn float(&self, key: &str, default: f64) -> Result<f64, String> {
-        self.get(key).map_or(Ok(default), |v| v.as_f64().ok_or_else(|| format!("{}{key} is {v}, expected a number", self.name)))
+        self.get(key)
+            .map_or(Ok(default), |v| v.as_f64().ok_or_else(|| format!("{}{key} is {v}, expected a number", self.name)))
     }
 
     /// A whole number, or a list of equal ones.
@@ -423,7 +426,9 @@ impl Section<'_> {
 
     fn expect_str(&self, key: &str, expected: &str) -> Result<(), String> {
         match self.get(key).and_then(Value::as_str) {
-            Some(found) if found != expected => Err(format!("{}{key} `{found}` is not supported, expected `{expected}`", self.name)),
+            Some(found) if found != expected => {
+                Err(format!("{}{key} `{found}` is not supported, expected `{expected}`", self.name))
+            }
             _ => Ok(()),
         }
     }
@@ -495,7 +500,10 @@ mod tests {
     #[test]
     fn flat_layout_of_published_checkpoints() {
         let config = VlmConfig::from_json(&published()).expect("parses");
-        assert_eq!((config.text.hidden_size, config.text.head_dim(), config.text.mrope_section), (2048, 128, [16, 24, 24]));
+        assert_eq!(
+            (config.text.hidden_size, config.text.head_dim(), config.text.mrope_section),
+            (2048, 128, [16, 24, 24])
+        );
         assert!(config.tie_word_embeddings);
         assert_eq!(config.dtype, Kind::BFloat16);
         assert_eq!(config.default_capture_layer(), 24);

@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use crate::attention::{Capture, capture_rows, rows_of_scores};
 use crate::cache::GroupCache;
-use crate::ops::{linear, repeat_heads, rms_norm, rotate, sdpa, split2};
+use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
 use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
@@ -37,8 +37,19 @@ pub(crate) struct Decoder {
     rotary: Rotary,
 }
 
+/// What a pass over sequences is asked for besides hidden states.
+#[derive(Default)]
+pub(crate) struct SequenceAsk<'a> {
+    pub capture: Option<&'a Capture>,
+    /// Hidden states of these positions only, `[M]` into `B * L`; the last layer skips the others.
+    pub rows: Option<&'a Tensor>,
+    /// Return keys and values.
+    pub keep_kv: bool,
+}
+
 /// Result of a pass over sequences.
 pub(crate) struct SequenceOut {
+    /// `[B, L, D]`, or `[M, D]` where rows were named.
     pub hidden: Tensor,
     pub attention: Option<Tensor>,
     /// Per layer (K, V) `[B, Hkv, L, d]`; empty unless asked for.
@@ -80,35 +91,47 @@ impl Decoder {
         embeds: &Tensor,
         positions: &Tensor,
         mask: Option<&Tensor>,
-        capture: Option<&Capture>,
-        keep_kv: bool,
+        ask: &SequenceAsk<'_>,
     ) -> SequenceOut {
         let (cos, sin) = self.rotary.tables(positions, embeds.kind());
         let (cos, sin) = (cos.unsqueeze(2), sin.unsqueeze(2));
-        let groups = self.config.num_attention_heads / self.config.num_key_value_heads;
         let mut x = embeds.shallow_clone();
         let mut out = SequenceOut { hidden: Tensor::new(), attention: None, kv: Vec::new() };
         for (index, layer) in self.layers.iter().enumerate() {
             let Qkv { q, k, v } = self.qkv(layer, &x, &cos, &sin);
-            if let Some(capture) = capture.filter(|c| c.layer == index) {
+            if let Some(capture) = ask.capture.filter(|c| c.layer == index) {
                 out.attention = Some(capture_rows(&q, &k, capture));
             }
-            let attended = sdpa(&q, &repeat_heads(&k, groups), &repeat_heads(&v, groups), mask, mask.is_none());
-            if keep_kv {
+            let mut attended = sdpa(&q, &k, &v, mask, mask.is_none()).transpose(1, 2);
+            if ask.keep_kv {
                 out.kv.push((k.contiguous(), v.contiguous()));
             }
-            x = self.finish(layer, &x, &attended.transpose(1, 2));
+            if let Some(rows) = ask.rows.filter(|_| index + 1 == self.layers.len()) {
+                let d = self.config.hidden_size;
+                attended = attended.reshape([-1, d]).index_select(0, rows).unsqueeze(0);
+                x = x.reshape([-1, d]).index_select(0, rows).unsqueeze(0);
+            }
+            x = self.finish(layer, &x, &attended);
         }
         out.hidden = rms_norm(&x, &self.norm, self.config.rms_norm_eps);
+        if ask.rows.is_some() {
+            out.hidden = out.hidden.squeeze_dim(0);
+        }
         out
     }
 
     /// One token per row `[R, D]` behind the rows' caches, which take the token's keys and values. Returns the hidden
     /// states `[R, D]` and, for `capture_layer`, rows `[R, V]`.
-    pub(crate) fn step(&self, embeds: &Tensor, cache: &mut GroupCache, capture_layer: Option<usize>) -> (Tensor, Option<Tensor>) {
+    pub(crate) fn step(
+        &self,
+        embeds: &Tensor,
+        cache: &mut GroupCache,
+        capture_layer: Option<usize>,
+    ) -> (Tensor, Option<Tensor>) {
         let positions = cache.positions(embeds.device());
         let (cos, sin) = self.rotary.tables(&positions, embeds.kind());
-        let (cos, sin) = (cos.view([-1, 1, 1, self.config.head_dim() / 2]), sin.view([-1, 1, 1, self.config.head_dim() / 2]));
+        let (cos, sin) =
+            (cos.view([-1, 1, 1, self.config.head_dim() / 2]), sin.view([-1, 1, 1, self.config.head_dim() / 2]));
         let place = cache.place(embeds.device());
         let mut x = embeds.unsqueeze(1);
         let mut attention = None;
@@ -141,12 +164,10 @@ impl Decoder {
         let scale = (d as f64).powf(-0.5);
         // Rows as [R, Hkv, heads, d] meet their suffix, as [G, Hkv, n*heads, d] their prefix.
         let own = q.reshape([g * n, hkv, heads, d]);
-        let to_group = |t: &Tensor, last: i64| {
-            t.view([g, n, hkv, heads, last]).transpose(1, 2).reshape([g, hkv, n * heads, last])
-        };
-        let to_rows = |t: &Tensor, last: i64| {
-            t.view([g, hkv, n, heads, last]).transpose(1, 2).reshape([g * n, hkv, heads, last])
-        };
+        let to_group =
+            |t: &Tensor, last: i64| t.view([g, n, hkv, heads, last]).transpose(1, 2).reshape([g, hkv, n * heads, last]);
+        let to_rows =
+            |t: &Tensor, last: i64| t.view([g, hkv, n, heads, last]).transpose(1, 2).reshape([g * n, hkv, heads, last]);
         let shared = to_group(&own, d);
         let raw = shared.matmul(&store.prefix_k.transpose(-1, -2));
         let rows = capture.then(|| {

@@ -34,7 +34,9 @@ pub enum ModelError {
         expected: Vec<i64>,
     },
     /// Tensors that the configuration does not know.
-    #[error("{path}: {count} tensor(s) that the configuration does not call for: {names} (found shape of the first: {found:?})")]
+    #[error(
+        "{path}: {count} tensor(s) that the configuration does not call for: {names} (found shape of the first: {found:?})"
+    )]
     ExtraTensors {
         /// Directory or file.
         path: PathBuf,

@@ -27,7 +27,7 @@ pub use config::{TextConfig, VisionConfig, VlmConfig};
 pub use error::ModelError;
 pub use logprob::{entropy, log_softmax, logprobs, logprobs_entropy, masked_logits};
 pub use packed::{PackedBatch, PackedGroup};
-pub use preset::{InitSpec, Preset, SpecialIds, init, preset};
+pub use preset::{InitSpec, Preset, SpecialIds, init, init_with_numbers, preset};
 pub use rope::rope_positions;
 pub use value_head::ValueHead;
 pub use vlm::{ForwardOut, PackedOut, Prompt, Vlm};

@@ -66,6 +66,9 @@ mod tests {
     fn greedy_counts_as_temperature_one() {
         let logits = Tensor::from_slice(&[0.5f32, -1.0]).view([1, 2]);
         let t = Tensor::from_slice(&[0i64]);
-        assert_eq!(logprobs(&logits, &t, 0.0, &[]).double_value(&[0]), logprobs(&logits, &t, 1.0, &[]).double_value(&[0]));
+        assert_eq!(
+            logprobs(&logits, &t, 0.0, &[]).double_value(&[0]),
+            logprobs(&logits, &t, 1.0, &[]).double_value(&[0])
+        );
     }
 }

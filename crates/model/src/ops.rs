@@ -5,6 +5,9 @@ use tch::{Kind, Tensor};
 /// RMS norm: `w * (x / sqrt(mean(x^2) + eps))`, the mean in fp32.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     let kind = x.kind();
+    if kind == Kind::Float {
+        return x.rms_norm(weight.size().as_slice(), Some(weight), Some(eps));
+    }
     let wide = x.to_kind(Kind::Float);
     let scale = ((&wide * &wide).mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
     (wide * scale).to_kind(kind) * weight
@@ -22,18 +25,9 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     x.linear(weight, bias)
 }
 
-/// Repeats key/value heads for grouped queries: `[B, Hkv, L, d] -> [B, Hkv * groups, L, d]`.
-pub(crate) fn repeat_heads(x: &Tensor, groups: i64) -> Tensor {
-    if groups == 1 {
-        return x.shallow_clone();
-    }
-    let s = x.size();
-    x.unsqueeze(2).expand([s[0], s[1], groups, s[2], s[3]], false).reshape([s[0], s[1] * groups, s[2], s[3]])
-}
-
-/// Scaled dot-product attention with the library's fused kernels.
+/// Scaled dot-product attention with the library's fused kernels; heads of `k` and `v` may be fewer (grouped queries).
 pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
-    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, false)
+    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, q.size()[1] != k.size()[1])
 }
 
 /// `1 / base^(2i / dim)` for i in `0..dim/2`, as fp32.

@@ -66,8 +66,12 @@ impl PackedBatch {
         let (images, image_valid) = pad(&rows.image_positions);
         let (queries, _) = pad(&rows.query_positions);
         let q = queries.len() / b;
-        let query_flat: Vec<i64> =
-            rows.query_positions.iter().enumerate().flat_map(|(g, list)| (0..list.len()).map(move |i| (g * q + i) as i64)).collect();
+        let query_flat: Vec<i64> = rows
+            .query_positions
+            .iter()
+            .enumerate()
+            .flat_map(|(g, list)| (0..list.len()).map(move |i| (g * q + i) as i64))
+            .collect();
         let (bi, li) = (b as i64, l as i64);
         let tensor = |values: &[i64], shape: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
         Ok(Self {

@@ -59,7 +59,8 @@ pub(crate) struct Rotary {
 
 impl Rotary {
     pub(crate) fn new(config: &TextConfig, device: Device) -> Self {
-        let frequencies = Tensor::from_slice(&inverse_frequencies(config.rope_theta, config.head_dim())).to_device(device);
+        let frequencies =
+            Tensor::from_slice(&inverse_frequencies(config.rope_theta, config.head_dim())).to_device(device);
         Self { frequencies, section: config.mrope_section }
     }
 

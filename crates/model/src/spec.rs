@@ -3,17 +3,23 @@
 
 use crate::VlmConfig;
 
-/// How a fresh tensor is filled.
+/// What a tensor is, which decides how a fresh one is filled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fill {
-    /// Normal with the section's `initializer_range`.
-    NormalVision,
-    /// Normal with the decoder's `initializer_range`.
-    NormalText,
-    /// Bias.
-    Zeros,
-    /// Norm weight.
+    /// Norm weight: 1.
     Ones,
+    /// Bias: 0.
+    Zeros,
+    /// Bias of the vision tower's fused queries, keys and values; the values' third is 0.
+    VisionQkvBias,
+    /// Bias of the decoder's queries or keys.
+    TextQkBias,
+    /// Matrix; fan-in is all but the first dimension.
+    Linear,
+    /// Matrix that writes into the residual stream of this many blocks.
+    Residual(usize),
+    /// Embedding or output matrix.
+    Embedding,
 }
 
 /// One tensor.
@@ -30,46 +36,57 @@ pub(crate) fn tensors(config: &VlmConfig) -> Vec<TensorSpec> {
     let mut push = |name: String, shape: &[i64], fill: Fill| out.push(TensorSpec { name, shape: shape.to_vec(), fill });
     let v = &config.vision;
     let (d, i) = (v.hidden_size, v.intermediate_size);
-    push("visual.patch_embed.proj.weight".into(), &[d, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size], Fill::NormalVision);
+    push(
+        "visual.patch_embed.proj.weight".into(),
+        &[d, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size],
+        Fill::Linear,
+    );
     for b in 0..v.depth {
         let p = format!("visual.blocks.{b}");
         push(format!("{p}.norm1.weight"), &[d], Fill::Ones);
-        push(format!("{p}.attn.qkv.weight"), &[3 * d, d], Fill::NormalVision);
-        push(format!("{p}.attn.qkv.bias"), &[3 * d], Fill::Zeros);
-        push(format!("{p}.attn.proj.weight"), &[d, d], Fill::NormalVision);
+        push(format!("{p}.attn.qkv.weight"), &[3 * d, d], Fill::Linear);
+        push(format!("{p}.attn.qkv.bias"), &[3 * d], Fill::VisionQkvBias);
+        push(format!("{p}.attn.proj.weight"), &[d, d], Fill::Residual(v.depth));
         push(format!("{p}.attn.proj.bias"), &[d], Fill::Zeros);
         push(format!("{p}.norm2.weight"), &[d], Fill::Ones);
-        for (name, rows, cols) in [("gate_proj", i, d), ("up_proj", i, d), ("down_proj", d, i)] {
-            push(format!("{p}.mlp.{name}.weight"), &[rows, cols], Fill::NormalVision);
+        let mlp = [
+            ("gate_proj", i, d, Fill::Linear),
+            ("up_proj", i, d, Fill::Linear),
+            ("down_proj", d, i, Fill::Residual(v.depth)),
+        ];
+        for (name, rows, cols, fill) in mlp {
+            push(format!("{p}.mlp.{name}.weight"), &[rows, cols], fill);
             push(format!("{p}.mlp.{name}.bias"), &[rows], Fill::Zeros);
         }
     }
     let wide = d * v.merge_unit();
     push("visual.merger.ln_q.weight".into(), &[d], Fill::Ones);
-    push("visual.merger.mlp.0.weight".into(), &[wide, wide], Fill::NormalVision);
+    push("visual.merger.mlp.0.weight".into(), &[wide, wide], Fill::Linear);
     push("visual.merger.mlp.0.bias".into(), &[wide], Fill::Zeros);
-    push("visual.merger.mlp.2.weight".into(), &[v.out_hidden_size, wide], Fill::NormalVision);
+    push("visual.merger.mlp.2.weight".into(), &[v.out_hidden_size, wide], Fill::Linear);
     push("visual.merger.mlp.2.bias".into(), &[v.out_hidden_size], Fill::Zeros);
 
     let t = &config.text;
     let (d, i, kv) = (t.hidden_size, t.intermediate_size, t.num_key_value_heads * t.head_dim());
-    push("model.embed_tokens.weight".into(), &[t.vocab_size, d], Fill::NormalText);
+    push("model.embed_tokens.weight".into(), &[t.vocab_size, d], Fill::Embedding);
     for l in 0..t.num_hidden_layers {
         let p = format!("model.layers.{l}");
         push(format!("{p}.input_layernorm.weight"), &[d], Fill::Ones);
-        for (name, rows) in [("q_proj", d), ("k_proj", kv), ("v_proj", kv)] {
-            push(format!("{p}.self_attn.{name}.weight"), &[rows, d], Fill::NormalText);
-            push(format!("{p}.self_attn.{name}.bias"), &[rows], Fill::Zeros);
+        for (name, rows, bias) in
+            [("q_proj", d, Fill::TextQkBias), ("k_proj", kv, Fill::TextQkBias), ("v_proj", kv, Fill::Zeros)]
+        {
+            push(format!("{p}.self_attn.{name}.weight"), &[rows, d], Fill::Linear);
+            push(format!("{p}.self_attn.{name}.bias"), &[rows], bias);
         }
-        push(format!("{p}.self_attn.o_proj.weight"), &[d, d], Fill::NormalText);
+        push(format!("{p}.self_attn.o_proj.weight"), &[d, d], Fill::Residual(t.num_hidden_layers));
         push(format!("{p}.post_attention_layernorm.weight"), &[d], Fill::Ones);
-        push(format!("{p}.mlp.gate_proj.weight"), &[i, d], Fill::NormalText);
-        push(format!("{p}.mlp.up_proj.weight"), &[i, d], Fill::NormalText);
-        push(format!("{p}.mlp.down_proj.weight"), &[d, i], Fill::NormalText);
+        push(format!("{p}.mlp.gate_proj.weight"), &[i, d], Fill::Linear);
+        push(format!("{p}.mlp.up_proj.weight"), &[i, d], Fill::Linear);
+        push(format!("{p}.mlp.down_proj.weight"), &[d, i], Fill::Residual(t.num_hidden_layers));
     }
     push("model.norm.weight".into(), &[d], Fill::Ones);
     if !config.tie_word_embeddings {
-        push("lm_head.weight".into(), &[t.vocab_size, d], Fill::NormalText);
+        push("lm_head.weight".into(), &[t.vocab_size, d], Fill::Embedding);
     }
     out
 }
@@ -77,7 +94,9 @@ pub(crate) fn tensors(config: &VlmConfig) -> Vec<TensorSpec> {
 /// The published spelling of a tensor's name: transformers' in-memory names (`model.language_model.…`,
 /// `model.visual.…`) and older ones (`language_model.model.…`) mean the same tensors.
 pub(crate) fn published_name(name: &str) -> String {
-    for (from, to) in [("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.model.", "model.")] {
+    for (from, to) in
+        [("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.model.", "model.")]
+    {
         if let Some(rest) = name.strip_prefix(from) {
             return format!("{to}{rest}");
         }

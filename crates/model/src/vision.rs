@@ -112,7 +112,8 @@ impl Vision {
         let mut parts: Vec<Option<Tensor>> = grids.iter().map(|_| None).collect();
         for (h, w) in sizes {
             let members: Vec<usize> = (0..grids.len()).filter(|i| (grids[*i][1], grids[*i][2]) == (h, w)).collect();
-            let slices: Vec<Tensor> = members.iter().map(|i| pixels.narrow(0, starts[*i], grids[*i][0] * h * w)).collect();
+            let slices: Vec<Tensor> =
+                members.iter().map(|i| pixels.narrow(0, starts[*i], grids[*i][0] * h * w)).collect();
             let frames = Tensor::cat(&slices, 0).view([-1, h * w, c.patch_len()]);
             let out = self.frames(&frames, h, w);
             let counts: Vec<i64> = members.iter().map(|i| grids[*i][0]).collect();

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::attention::{Capture, CaptureSpec};
 use crate::cache::{DecodeOut, GroupCache, Prefill};
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, SequenceAsk, SequenceOut};
 use crate::packed::{PackedBatch, image_positions, pad, padding_token};
 use crate::rope::rope_positions;
 use crate::vision::Vision;
@@ -121,7 +121,11 @@ impl Vlm {
     /// Overwrites all parameters in place (weight swap). Nothing is touched unless every name and shape fits.
     pub fn load_state(&mut self, named: &[(String, Tensor)]) -> Result<()> {
         let place = Path::new("weight state");
-        check_names(place, &spec::tensors(&self.config), &named.iter().map(|(n, t)| (n.as_str(), t.size())).collect::<BTreeMap<_, _>>())?;
+        check_names(
+            place,
+            &spec::tensors(&self.config),
+            &named.iter().map(|(n, t)| (n.as_str(), t.size())).collect::<BTreeMap<_, _>>(),
+        )?;
         tch::no_grad(|| {
             for (name, new) in named {
                 if let Some(index) = self.by_name.get(name) {
@@ -153,36 +157,60 @@ impl Vlm {
             return Err(ModelError::ImageTokens { tokens: count, features: rows });
         }
         match image_features {
-            Some(features) if count > 0 => Ok(embeds.f_masked_scatter(&places.unsqueeze(-1), &features.to_kind(embeds.kind()))?),
+            Some(features) if count > 0 => {
+                Ok(embeds.f_masked_scatter(&places.unsqueeze(-1), &features.to_kind(embeds.kind()))?)
+            }
             _ => Ok(embeds),
         }
     }
 
     /// Teacher-forced pass. `positions [3, B, L]`; `mask` none is causal, bool `[B, 1, L, L]` is true where a row may
     /// attend, any other kind is added to the scores. No row may be masked entirely.
-    pub fn forward(&self, embeds: &Tensor, positions: &Tensor, mask: Option<&Tensor>, capture: Option<&Capture>) -> Result<ForwardOut> {
+    pub fn forward(
+        &self,
+        embeds: &Tensor,
+        positions: &Tensor,
+        mask: Option<&Tensor>,
+        capture: Option<&Capture>,
+    ) -> Result<ForwardOut> {
+        let out = self.sequences(embeds, positions, mask, &SequenceAsk { capture, ..SequenceAsk::default() })?;
+        Ok(ForwardOut { hidden: out.hidden, attention: out.attention })
+    }
+
+    /// Checks shapes, makes the mask additive, runs the decoder.
+    fn sequences(
+        &self,
+        embeds: &Tensor,
+        positions: &Tensor,
+        mask: Option<&Tensor>,
+        ask: &SequenceAsk<'_>,
+    ) -> Result<SequenceOut> {
         let size = embeds.size();
         let [b, l, d] = size[..] else {
             return Err(ModelError::input(format!("embeddings have shape {size:?}, expected [B, L, D]")));
         };
         if d != self.config.text.hidden_size || positions.size() != [3, b, l] {
-            return Err(ModelError::input(format!("embeddings {size:?} and positions {:?} do not fit", positions.size())));
+            return Err(ModelError::input(format!(
+                "embeddings {size:?} and positions {:?} do not fit",
+                positions.size()
+            )));
         }
         if let Some(m) = mask
             && (m.dim() != 4 || m.size()[2..] != [l, l] || ![1, b].contains(&m.size()[0]))
         {
             return Err(ModelError::input(format!("mask has shape {:?}, expected [{b}, 1, {l}, {l}]", m.size())));
         }
-        if let Some(c) = capture {
+        if let Some(c) = ask.capture {
             self.check_layer(c.layer)?;
         }
         let kind = embeds.kind();
         let additive = mask.map(|m| match m.kind() {
-            Kind::Bool => Tensor::zeros(m.size().as_slice(), (kind, m.device())).masked_fill(&m.logical_not(), f64::NEG_INFINITY),
+            Kind::Bool => {
+                Tensor::zeros(m.size().as_slice(), (kind, m.device())).masked_fill(&m.logical_not(), f64::NEG_INFINITY)
+            }
             _ => m.to_kind(kind),
         });
-        let out = self.decoder.sequences(embeds, positions, additive.as_ref(), capture, false);
-        Ok(ForwardOut { hidden: out.hidden, attention: out.attention })
+        Ok(self.decoder.sequences(embeds, positions, additive.as_ref(), ask))
     }
 
     /// Logits `[.., V]` of hidden states `[.., D]`; give it only the rows that are needed.
@@ -191,7 +219,12 @@ impl Vlm {
     }
 
     /// Teacher-forced pass over packed groups.
-    pub fn forward_packed(&self, batch: &PackedBatch, image_features: Option<&Tensor>, capture: Option<CaptureSpec>) -> Result<PackedOut> {
+    pub fn forward_packed(
+        &self,
+        batch: &PackedBatch,
+        image_features: Option<&Tensor>,
+        capture: Option<CaptureSpec>,
+    ) -> Result<PackedOut> {
         let embeds = self.embed(&batch.tokens, image_features)?;
         let capture = capture.map(|c| Capture {
             layer: c.layer,
@@ -200,8 +233,8 @@ impl Vlm {
             image_valid: batch.image_valid.shallow_clone(),
             differentiable: c.differentiable,
         });
-        let out = self.forward(&embeds, &batch.positions, Some(&batch.mask), capture.as_ref())?;
-        let hidden = out.hidden.view([-1, self.config.text.hidden_size]).f_index_select(0, &batch.predict_index)?;
+        let ask = SequenceAsk { capture: capture.as_ref(), rows: Some(&batch.predict_index), keep_kv: false };
+        let out = self.sequences(&embeds, &batch.positions, Some(&batch.mask), &ask)?;
         let attention = match out.attention {
             Some(rows) => {
                 let v = rows.size()[2];
@@ -209,7 +242,7 @@ impl Vlm {
             }
             None => None,
         };
-        Ok(PackedOut { hidden, attention })
+        Ok(PackedOut { hidden: out.hidden, attention })
     }
 
     /// Runs prompts and keeps their keys and values. `image_features` holds all images of all prompts, in order.
@@ -234,14 +267,19 @@ impl Vlm {
         let tokens = Tensor::from_slice(&tokens).view([g, l as i64]).to_device(device);
         let positions = Tensor::from_slice(&positions).view([g, l as i64, 3]).to_device(device).permute([2, 0, 1]);
         let embeds = self.embed(&tokens, image_features)?;
-        let out = self.decoder.sequences(&embeds, &positions, None, None, true);
         let lengths: Vec<i64> = prompts.iter().map(|p| p.tokens.len() as i64).collect();
         let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| (i * l) as i64 + len - 1).collect();
         let last = Tensor::from_slice(&last).to_device(device);
+        let out = self.sequences(
+            &embeds,
+            &positions,
+            None,
+            &SequenceAsk { capture: None, rows: Some(&last), keep_kv: true },
+        )?;
         let images: Vec<Vec<i64>> = prompts.iter().map(|p| image_positions(&p.tokens, &self.config)).collect();
         let (index, valid) = pad(&images);
         Ok(Prefill {
-            last_hidden: out.hidden.view([-1, self.config.text.hidden_size]).f_index_select(0, &last)?,
+            last_hidden: out.hidden,
             image_tokens: images.iter().map(Vec::len).collect(),
             layers: out.kv,
             lengths,
@@ -253,7 +291,13 @@ impl Vlm {
 
     /// Feeds one token per row `[R]` and returns what predicts the next. Rows that are not `active` are computed
     /// (finite, meaningless) but do not advance. Run it without gradients: caches are written in place.
-    pub fn decode_step(&self, cache: &mut GroupCache, tokens: &Tensor, active: Option<&[bool]>, capture_layer: Option<usize>) -> Result<DecodeOut> {
+    pub fn decode_step(
+        &self,
+        cache: &mut GroupCache,
+        tokens: &Tensor,
+        active: Option<&[bool]>,
+        capture_layer: Option<usize>,
+    ) -> Result<DecodeOut> {
         if tokens.size() != [cache.rows() as i64] {
             return Err(ModelError::input(format!("{:?} tokens for {} rows", tokens.size(), cache.rows())));
         }

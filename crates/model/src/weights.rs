@@ -37,7 +37,10 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
         let Some((index, view)) = found.remove(&spec.name) else { continue };
         let tensor = to_tensor(&files[index], &spec.name, &view)?;
         if !tensor.is_floating_point() {
-            return Err(ModelError::corrupt(&files[index], format!("tensor `{}` holds {:?}, expected floating-point numbers", spec.name, view.dtype())));
+            return Err(ModelError::corrupt(
+                &files[index],
+                format!("tensor `{}` holds {:?}, expected floating-point numbers", spec.name, view.dtype()),
+            ));
         }
         // The copy frees us from the map; `to` is free where kind and device already fit.
         out.push((spec.name, tensor.f_to_kind(kind)?.f_to_device(device)?));
@@ -67,7 +70,8 @@ pub(crate) fn check_names(place: &Path, specs: &[TensorSpec], found: &BTreeMap<&
         }
     }
     let known: std::collections::HashSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
-    let extra: Vec<(&str, &Vec<i64>)> = found.iter().filter(|(n, _)| !known.contains(*n)).map(|(n, s)| (*n, s)).collect();
+    let extra: Vec<(&str, &Vec<i64>)> =
+        found.iter().filter(|(n, _)| !known.contains(*n)).map(|(n, s)| (*n, s)).collect();
     if let Some((_, shape)) = extra.first() {
         return Err(ModelError::ExtraTensors {
             path: place.to_owned(),
@@ -132,11 +136,15 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     let index = dir.join("model.safetensors.index.json");
     if !index.exists() {
-        let missing = std::io::Error::new(std::io::ErrorKind::NotFound, "no model.safetensors and no model.safetensors.index.json");
+        let missing = std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            "no model.safetensors and no model.safetensors.index.json",
+        );
         return Err(ModelError::io(dir, missing));
     }
     let text = std::fs::read_to_string(&index).map_err(|e| ModelError::io(&index, e))?;
-    let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| ModelError::corrupt(&index, format!("not JSON: {e}")))?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| ModelError::corrupt(&index, format!("not JSON: {e}")))?;
     let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
         return Err(ModelError::corrupt(&index, "has no `weight_map`"));
     };
@@ -172,7 +180,9 @@ fn explain(bytes: &[u8], error: &str) -> String {
     let end = |v: &serde_json::Value| v.get("data_offsets")?.get(1)?.as_u64();
     let cut = header.iter().filter_map(|(name, v)| Some((end(v)?, name))).filter(|(end, _)| *end > data as u64).min();
     match cut {
-        Some((end, name)) => format!("cut short: tensor `{name}` ends at byte {end} of the data, the file holds {data}"),
+        Some((end, name)) => {
+            format!("cut short: tensor `{name}` ends at byte {end} of the data, the file holds {data}")
+        }
         None => format!("not a valid safetensors file: {error}"),
     }
 }
@@ -214,7 +224,9 @@ impl Stored {
             Kind::Int => Dtype::I32,
             Kind::Uint8 => Dtype::U8,
             Kind::Bool => Dtype::BOOL,
-            other => return Err(ModelError::corrupt(path, format!("tensor `{name}` of kind {other:?} cannot be stored"))),
+            other => {
+                return Err(ModelError::corrupt(path, format!("tensor `{name}` of kind {other:?} cannot be stored")));
+            }
         };
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let shape = tensor.size().iter().map(|&n| n as usize).collect();

@@ -44,7 +44,8 @@ impl FrameTables {
             angles.extend(freqs.iter().map(|f| row as f32 * f));
             angles.extend(freqs.iter().map(|f| col as f32 * f));
         }
-        let angles = Tensor::from_slice(&angles).view([permute.len() as i64, 2 * freqs.len() as i64]).to_kind(Kind::Float);
+        let angles =
+            Tensor::from_slice(&angles).view([permute.len() as i64, 2 * freqs.len() as i64]).to_kind(Kind::Float);
         Self {
             permute: Tensor::from_slice(&permute).to_device(device),
             restore: Tensor::from_slice(&restore).to_device(device),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{lively, max_diff, spec};
 use tch::{Device, Kind, Tensor};
-use unveil_model::{Vlm, init, preset, read_safetensors, write_safetensors};
+use unveil_model::{Vlm, init, init_with_numbers, preset, read_safetensors, write_safetensors};
 
 fn load_error(dir: &Path) -> String {
     Vlm::load(dir, Device::Cpu, Kind::Float).err().expect("must be refused").to_string()
@@ -29,15 +29,17 @@ fn broken_directories_name_the_tensor() {
     fresh();
     edit(path, |t| t.retain(|(n, _)| n != name));
     let message = load_error(path);
-    assert!(message.contains("missing") && message.contains(name) && message.contains("[96, 192]"), "{message}");
+    assert!(message.contains("missing") && message.contains(name) && message.contains("[64, 128]"), "{message}");
 
     fresh();
     edit(path, |t| t.iter_mut().filter(|(n, _)| n == name).for_each(|(_, t)| *t = t.narrow(1, 0, 100).contiguous()));
     let message = load_error(path);
-    assert!(message.contains(name) && message.contains("[96, 100]") && message.contains("[96, 192]"), "{message}");
+    assert!(message.contains(name) && message.contains("[64, 100]") && message.contains("[64, 128]"), "{message}");
 
     fresh();
-    edit(path, |t| t.push(("model.layers.9.mlp.up_proj.weight".into(), Tensor::zeros([2, 2], (Kind::Float, Device::Cpu)))));
+    edit(path, |t| {
+        t.push(("model.layers.9.mlp.up_proj.weight".into(), Tensor::zeros([2, 2], (Kind::Float, Device::Cpu))))
+    });
     let message = load_error(path);
     assert!(message.contains("model.layers.9.mlp.up_proj.weight") && message.contains("[2, 2]"), "{message}");
 
@@ -123,6 +125,8 @@ fn tiny_is_tiny_and_seeded() {
     let mut big = spec(3);
     big.vocab_size = 3000;
     let config = init(&big, dir.path()).expect("init");
+    let sides = preset("qwen2_5_vl", "tiny").expect("exists");
+    assert_eq!((sides.patch_size, sides.merge_size), (config.vision.patch_size, config.vision.spatial_merge_size));
     let first = std::fs::read(dir.path().join("model.safetensors")).expect("reads");
     init(&big, dir.path()).expect("init");
     assert_eq!(first, std::fs::read(dir.path().join("model.safetensors")).expect("reads"));
@@ -134,6 +138,15 @@ fn tiny_is_tiny_and_seeded() {
     assert!((1_000_000..6_000_000).contains(&count), "{count} parameters");
     let side = 96 / config.vision.patch_size;
     assert!(config.merged_tokens([1, side, side]).expect("fits") >= 36);
+    // Near numbers have near embeddings, far ones do not.
+    let numbers: Vec<u32> = (100..1124).collect();
+    init_with_numbers(&big, &numbers, dir.path()).expect("init");
+    let vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).expect("loads");
+    let table = vlm.parameter("model.embed_tokens.weight").expect("embedding");
+    let near =
+        |a: i64, b: i64| Tensor::cosine_similarity(&table.get(100 + a), &table.get(100 + b), 0, 1e-8).double_value(&[]);
+    assert!(near(50, 51) > 0.9 && near(50, 51) > near(50, 60) && near(50, 60) > near(50, 500));
+    assert!(init_with_numbers(&big, &[3000], dir.path()).is_err());
     let message = preset("qwen2_5_vl", "huge").err().expect("unknown").to_string();
     assert!(message.contains("qwen2_5_vl/tiny"), "{message}");
 }

@@ -8,7 +8,8 @@ use common::{max_diff, python};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_model::{
-    CaptureSpec, GridThw, GroupCache, PackedBatch, PackedGroup, Prompt, Vlm, init, masked_logits, read_safetensors, rope_positions,
+    CaptureSpec, GridThw, GroupCache, PackedBatch, PackedGroup, Prompt, Vlm, init, masked_logits, read_safetensors,
+    rope_positions,
 };
 
 struct Case {
@@ -22,7 +23,8 @@ struct Case {
 
 fn cases(dir: &Path, gold: &Value) -> Vec<Case> {
     let tensors = read_safetensors(&dir.join("golden.st")).expect("golden numbers");
-    let find = |i: usize, key: &str| tensors.iter().find(|(n, _)| *n == format!("{i}.{key}")).map(|(_, t)| t.shallow_clone());
+    let find =
+        |i: usize, key: &str| tensors.iter().find(|(n, _)| *n == format!("{i}.{key}")).map(|(_, t)| t.shallow_clone());
     let listed = gold["cases"].as_array().expect("cases");
     let case = |(i, case): (usize, &Value)| {
         let tokens: Vec<i64> = Vec::try_from(find(i, "tokens").expect("tokens")).expect("ids");
@@ -115,7 +117,8 @@ fn equals_transformers() {
     assert!(names.len() >= 4);
     for name in &names {
         let model = dir.path().join(name);
-        let gold: Value = serde_json::from_slice(&std::fs::read(model.join("golden.json")).expect("gold")).expect("JSON");
+        let gold: Value =
+            serde_json::from_slice(&std::fs::read(model.join("golden.json")).expect("gold")).expect("JSON");
         let layer = gold["layer"].as_u64().expect("layer") as usize;
         let banned: Vec<u32> = serde_json::from_value(gold["suppress"].clone()).expect("ids");
         let vlm = Vlm::load(&model, Device::Cpu, Kind::Float).expect("loads");
@@ -131,7 +134,9 @@ fn equals_transformers() {
         // Half precision: same path, rough numbers.
         let half = Vlm::load(&model, Device::Cpu, Kind::BFloat16).expect("loads");
         tch::no_grad(|| {
-            let features = half.encode_images(cases[0].pixels.as_ref().expect("pixels"), &cases[0].prompt.grids).expect("features");
+            let features = half
+                .encode_images(cases[0].pixels.as_ref().expect("pixels"), &cases[0].prompt.grids)
+                .expect("features");
             let pre = half.prefill(std::slice::from_ref(&cases[0].prompt), Some(&features)).expect("prefill");
             let mut cache = GroupCache::new(pre, 1, 2).expect("cache");
             let first = Tensor::from_slice(&[i64::from(cases[0].response[0])]);

@@ -22,10 +22,17 @@ fn prompt(lead: u32, grids: &[[i64; 3]]) -> Prompt {
 }
 
 fn groups() -> Vec<PackedGroup> {
-    let response = |seed: u32, len: u32| (0..len).map(|i| 10 + (seed * 37 + i * i * 13) % (VOCAB - 10)).collect::<Vec<u32>>();
+    let response =
+        |seed: u32, len: u32| (0..len).map(|i| 10 + (seed * 37 + i * i * 13) % (VOCAB - 10)).collect::<Vec<u32>>();
     vec![
-        PackedGroup { prompt: prompt(100, &[[1, 12, 12]]), responses: (0..4).map(|i| response(i, 5 + 3 * i)).collect() },
-        PackedGroup { prompt: prompt(120, &[[1, 8, 10], [1, 12, 12]]), responses: vec![response(9, 11), response(10, 1)] },
+        PackedGroup {
+            prompt: prompt(100, &[[1, 12, 12]]),
+            responses: (0..4).map(|i| response(i, 5 + 3 * i)).collect(),
+        },
+        PackedGroup {
+            prompt: prompt(120, &[[1, 8, 10], [1, 12, 12]]),
+            responses: vec![response(9, 11), response(10, 1)],
+        },
         PackedGroup { prompt: prompt(140, &[]), responses: vec![response(20, 7)] },
     ]
 }
@@ -116,7 +123,9 @@ fn decoding_equals_packed() {
         let mut cache = GroupCache::new(first, 4, 14).expect("cache");
         let (mut order, mut rest) = (vec![1usize], Some(rest));
         for step in 0..40 {
-            if step == 2 && let Some(rest) = rest.take() {
+            if step == 2
+                && let Some(rest) = rest.take()
+            {
                 hidden = Tensor::cat(&[hidden, rest.last_hidden.repeat_interleave_self_int(4, 0, None)], 0);
                 cache.append(rest).expect("appends");
                 order.extend([0, 2]);
@@ -143,7 +152,8 @@ fn decoding_equals_packed() {
             }
             // Finished rows keep their last hidden state out of the comparison; done groups leave.
             hidden = out.hidden;
-            let done = |i: usize| (0..4).all(|k| cache.lengths()[i * 4 + k] as usize >= groups[order[i]].responses[k].len());
+            let done =
+                |i: usize| (0..4).all(|k| cache.lengths()[i * 4 + k] as usize >= groups[order[i]].responses[k].len());
             let keep: Vec<usize> = (0..order.len()).filter(|i| !done(*i)).collect();
             if keep.is_empty() && rest.is_none() {
                 return;
@@ -205,7 +215,7 @@ fn counts_are_checked() {
     let vlm = lively(dir.path());
     let group = &groups()[0];
     let batch = PackedBatch::build(std::slice::from_ref(group), vlm.config(), Device::Cpu).expect("packs");
-    let few = Tensor::zeros([35, 192], (Kind::Float, Device::Cpu));
+    let few = Tensor::zeros([35, vlm.config().text.hidden_size], (Kind::Float, Device::Cpu));
     match vlm.embed(&batch.tokens, Some(&few)) {
         Err(ModelError::ImageTokens { tokens: 36, features: 35 }) => {}
         other => panic!("expected a mismatch, got {:?}", other.map(|t| t.size())),
