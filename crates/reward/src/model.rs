@@ -40,7 +40,7 @@ impl ModelSide {
 
     /// Spans of a text's own tokens; empty when the tokens do not give the text back.
     pub(crate) fn spans_of(&self, text: &str) -> Result<Vec<(usize, usize)>, String> {
-        let tokens = self.preparer.tokenizer().encode_plain(text).map_err(|e| format!("`response`: {e}"))?;
+        let tokens = self.preparer.tokenizer().encode(text).map_err(|e| format!("`response`: {e}"))?;
         let (back, spans) = self.read_tokens(&tokens);
         Ok(if back == text { spans } else { Vec::new() })
     }

@@ -92,7 +92,8 @@ mod tests {
     #[test]
     fn the_field_is_named() {
         assert!(group_from_request(request()).is_ok());
-        let cases: [(&str, fn(&mut v1::ScoreRequest)); 9] = [
+        type Change = fn(&mut v1::ScoreRequest);
+        let cases: [(&str, Change); 9] = [
             ("record_json", |r| r.record_json = "{".into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,1,1]]}"#.into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,100,4]]}"#.into()),
