@@ -7,6 +7,7 @@
 mod attention;
 mod cache;
 mod config;
+mod config_json;
 mod decoder;
 mod error;
 mod logprob;

@@ -6,10 +6,9 @@ use tch::{Kind, Tensor};
 /// Logits ready for sampling `[.., V]`, fp32: divided by the temperature, banned tokens at minus infinity.
 /// A temperature of 0 (greedy) counts as 1.
 pub fn masked_logits(logits: &Tensor, temperature: f64, banned: &[u32]) -> Tensor {
-    let mut out = logits.to_kind(Kind::Float);
-    if temperature > 0.0 && temperature != 1.0 {
-        out = out / temperature;
-    }
+    let wide = logits.to_kind(Kind::Float);
+    // A new tensor: dividing in place would change the caller's logits.
+    let out = if temperature > 0.0 && temperature != 1.0 { &wide / temperature } else { wide };
     let vocab = logits.size().last().copied().unwrap_or(0);
     let ids: Vec<i64> = banned.iter().map(|t| i64::from(*t)).filter(|t| *t < vocab).collect();
     if ids.is_empty() {

@@ -147,6 +147,6 @@ fn tiny_is_tiny_and_seeded() {
         |a: i64, b: i64| Tensor::cosine_similarity(&table.get(100 + a), &table.get(100 + b), 0, 1e-8).double_value(&[]);
     assert!(near(50, 51) > 0.9 && near(50, 51) > near(50, 60) && near(50, 60) > near(50, 500));
     assert!(init_with_numbers(&big, &[3000], dir.path()).is_err());
-    let message = preset("qwen2_5_vl", "huge").err().expect("unknown").to_string();
+    let message = preset("qwen2_5_vl", "huge").expect_err("unknown").to_string();
     assert!(message.contains("qwen2_5_vl/tiny"), "{message}");
 }

@@ -229,6 +229,6 @@ fn counts_are_checked() {
     let message = PackedBatch::build(&[wrong], vlm.config(), Device::Cpu).err().expect("placeholder").to_string();
     assert!(message.contains("response 2"), "{message}");
     let pixels = Tensor::zeros([143, 384], (Kind::Float, Device::Cpu));
-    let message = vlm.encode_images(&pixels, &[[1, 12, 12]]).err().expect("short").to_string();
+    let message = vlm.encode_images(&pixels, &[[1, 12, 12]]).expect_err("short").to_string();
     assert!(message.contains("[143, 384]") && message.contains("[144, 384]"), "{message}");
 }
