@@ -1,1 +1,28 @@
-//! Placeholder.
+//! The rollout worker: leases prompt groups, generates, asks the reward service, submits whole groups, takes new weights
+//! between batches. Also `unveil generate` and `unveil score`, which run the same engine over a record file.
+//!
+//! Owns the thread that owns the model; asynchronous code talks to it by messages and never waits for it on a runtime
+//! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
+
+mod device;
+mod error;
+mod experience;
+mod groups;
+mod offline;
+mod text;
+mod weights;
+mod worker;
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod tests;
+
+pub use device::parse_device;
+pub use error::RolloutError;
+pub use offline::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
+pub use unveil_service::CancellationToken;
+pub use worker::{WorkerOptions, WorkerReport, run};
+
+/// Result of this crate.
+pub type Result<T, E = RolloutError> = std::result::Result<T, E>;

@@ -1,0 +1,44 @@
+//! A tiny model directory and records for the tests of this crate.
+
+use std::path::Path;
+
+use unveil_core::Record;
+use unveil_data::store::Image;
+use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+use unveil_model::{InitSpec, SpecialIds, init};
+
+/// Writes a model directory: tiny processor and tokenizer, random weights.
+pub(crate) fn model_dir(dir: &Path, seed: u64) {
+    let v = write_tiny(dir, &TinyProcessorSpec::default()).unwrap();
+    let s = &v.special;
+    let special = SpecialIds {
+        image_pad: s.image_pad,
+        video_pad: s.video_pad,
+        vision_start: s.vision_start,
+        vision_end: s.vision_end,
+        bos: None,
+        eos: s.im_end,
+        pad: s.end_of_text,
+    };
+    let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: v.vocab_size, seed, special };
+    init(&spec, dir).unwrap();
+}
+
+/// A picture with a bright square, different for each k.
+pub(crate) fn picture(k: u32) -> Image {
+    let mut image = Image::new(96, 96);
+    for y in 0..96 {
+        for x in 0..96 {
+            let inside = (20 + k..50).contains(&x) && (30..60).contains(&y);
+            image.set_pixel(x, y, [if inside { 220 } else { ((x * (k + 1) + y) % 90) as u8 }; 3]);
+        }
+    }
+    image
+}
+
+/// The record of picture k.
+pub(crate) fn record(k: u32) -> Record {
+    let v = serde_json::json!({"id": format!("r{k}"), "image": format!("r{k}.png"), "question": "What is abnormal, and where?",
+        "category": "nodule", "boxes": [[20 + k, 30, 50, 60]]});
+    serde_json::from_value(v).unwrap()
+}

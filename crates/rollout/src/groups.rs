@@ -1,0 +1,133 @@
+//! What happens to one leased group: model input before generation, scores and submission after it.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::OnceCell;
+use unveil_core::{Breakdown, Finish, GroupId, Record, Sampling};
+use unveil_data::prepare::Preparer;
+use unveil_engine::random::group_key;
+use unveil_engine::{GroupOutput, GroupRequest};
+use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
+use unveil_reward::{RewardClient, RewardError, masked_group, score_request};
+use unveil_service::connect;
+
+use crate::experience::Experience;
+use crate::text::{self, Frame};
+use crate::{Result, RolloutError};
+
+/// A leased group beside its request to the engine.
+pub(crate) struct Leased {
+    pub lease: String,
+    group: GroupId,
+    record: Record,
+    frame: Frame,
+    pub min_version: u64,
+}
+
+/// Turns a lease into a request to the engine. `question` stands in where the record has none.
+pub(crate) fn prepare(preparer: &Preparer, lease: v1::LeasedGroup, question: &str, address: &str) -> Result<(Leased, GroupRequest)> {
+    let protocol = |what: String| RolloutError::Protocol { address: address.to_owned(), what };
+    let group = group_from_wire(lease.group).map_err(|e| protocol(format!("sent a lease that does not hold together: {e}")))?;
+    let record: Record = serde_json::from_str(&lease.record_json)
+        .map_err(|e| protocol(format!("sent `{}`, which is not a record: {e}", group.record)))?;
+    let asked = if record.question.is_empty() { question } else { &record.question };
+    let name = format!("of record \"{}\"", record.id);
+    let prepared = preparer
+        .prepare_bytes(&lease.image, &name, asked)
+        .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
+    let (input, frame) = text::group_input(&record.id, prepared);
+    let key = group_key(&[&group.pass.to_le_bytes(), &group.position.to_le_bytes(), group.record.as_bytes()]);
+    let sampling = Sampling {
+        n: lease.n as usize,
+        temperature: lease.temperature,
+        max_new_tokens: lease.max_new_tokens as usize,
+        seed: lease.seed,
+    };
+    let leased = Leased { lease: lease.lease, group, record, frame, min_version: lease.min_version };
+    Ok((leased, GroupRequest { input, key, sampling }))
+}
+
+/// The reward service, connected to when it is first needed. Where it cannot be had, groups are masked.
+pub(crate) struct Rewards {
+    address: String,
+    deadline: Duration,
+    client: OnceCell<RewardClient>,
+}
+
+impl Rewards {
+    /// Errors when the address can never be one.
+    pub async fn new(address: &str, deadline: Duration) -> Result<Self> {
+        if let Err(e) = connect(address, Duration::ZERO).await
+            && e.is_permanent()
+        {
+            return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });
+        }
+        Ok(Self { address: address.to_owned(), deadline, client: OnceCell::new() })
+    }
+
+    /// One breakdown per response, masked when the service failed or the deadline has passed.
+    async fn score(&self, id: &str, request: Result<v1::ScoreRequest, RewardError>, indices: &[usize]) -> Vec<Breakdown> {
+        let start = Instant::now();
+        let masked = |reason: String| {
+            tracing::warn!(group = id, "no reward, masked: {reason}");
+            masked_group(id, indices, &reason)
+        };
+        let request = match request {
+            Ok(request) => request,
+            Err(e) => return masked(e.to_string()),
+        };
+        // Every group waits for the connection at the same time, none behind another.
+        let connecting = self.client.get_or_try_init(|| RewardClient::connect(&self.address, self.deadline));
+        let client = match tokio::time::timeout(self.deadline, connecting).await {
+            Ok(Ok(client)) => client,
+            Ok(Err(e)) => return masked(e.to_string()),
+            Err(_) => return masked(format!("no connection to {} within {:.1} s", self.address, self.deadline.as_secs_f64())),
+        };
+        client.score(request, self.deadline.saturating_sub(start.elapsed())).await
+    }
+}
+
+/// What became of a group.
+pub(crate) struct Submitted {
+    pub verdict: v1::submit_response::Verdict,
+    pub tokens: u64,
+}
+
+/// Scores a generated group and submits it whole. None when it was cancelled: such a group is not submitted.
+pub(crate) async fn deliver(
+    experience: &Experience,
+    rewards: &Rewards,
+    preparer: &Preparer,
+    leased: &Leased,
+    output: GroupOutput,
+    generate_ms: f64,
+) -> Result<Option<Submitted>> {
+    if output.responses.iter().any(|r| r.finish == Finish::Cancelled) {
+        return Ok(None);
+    }
+    let indices: Vec<usize> = output.responses.iter().map(|r| r.index).collect();
+    let tokens = output.responses.iter().map(|r| r.tokens.len() as u64).sum();
+    let (mut bare, mut scored) = (Vec::new(), Vec::new());
+    for raw in output.responses {
+        let (response, spans, rows) = text::response(preparer.tokenizer(), raw);
+        let wire = response_to_wire(&response, &spans, None);
+        let attention = leased.frame.attention(rows.as_ref()).as_ref().map(attention_to_wire);
+        scored.push(v1::Response { attention, ..wire.clone() });
+        bare.push(wire);
+    }
+    let start = Instant::now();
+    let request = score_request(&leased.record, leased.frame.original(), leased.frame.resized(), scored);
+    let breakdowns = rewards.score(&leased.record.id, request, &indices).await;
+    let reward_ms = start.elapsed().as_secs_f64() * 1e3;
+    let request = v1::SubmitRequest {
+        worker: String::new(),
+        lease: leased.lease.clone(),
+        group: Some(group_to_wire(&leased.group)),
+        responses: bare,
+        breakdowns: breakdowns.iter().map(breakdown_to_wire).collect(),
+        generate_ms,
+        reward_ms,
+    };
+    let verdict = experience.submit(request).await?;
+    Ok(Some(Submitted { verdict, tokens }))
+}

@@ -1,0 +1,259 @@
+//! `unveil generate` and `unveil score`: the worker's engine over a file, one JSON line per response on the output.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use unveil_config::schema::VisionMode;
+use unveil_core::{Attention, BBox, Finish, Record, Sampling};
+use unveil_data::prepare::Preparer;
+use unveil_data::records::{RecordFile, folder_of, open_image, path_fault};
+use unveil_engine::random::group_key;
+use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
+use unveil_reward::Scoring;
+use unveil_reward::vision::{Region, vision_relevance};
+
+use crate::text::{self, Frame};
+use crate::{Result, RolloutError, device};
+
+/// Records that are in memory at once.
+const CHUNK: usize = 32;
+
+/// The model and how its attention is judged; what `generate` and `score` share.
+#[derive(Debug, Clone)]
+pub struct OfflineModel {
+    /// Model directory.
+    pub dir: PathBuf,
+    /// `run.device`.
+    pub device: String,
+    /// Threads; 0 = all cores.
+    pub threads: usize,
+    /// Decoder layer whose attention is read; none = floor(2L/3).
+    pub layer: Option<usize>,
+    /// Asked where a record has no question.
+    pub question: String,
+    /// Synonyms of categories that count as a mention.
+    pub synonyms: BTreeMap<String, Vec<String>>,
+}
+
+/// `unveil generate`.
+#[derive(Debug, Clone)]
+pub struct GenerateOptions {
+    /// Model.
+    pub model: OfflineModel,
+    /// Record file.
+    pub data: PathBuf,
+    /// Responses per record.
+    pub n: usize,
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Length cap in tokens.
+    pub max_new_tokens: usize,
+    /// With the record's id, decides the random numbers.
+    pub seed: u64,
+}
+
+/// `unveil score`.
+#[derive(Debug, Clone)]
+pub struct ScoreOptions {
+    /// Model.
+    pub model: OfflineModel,
+    /// Response file: records with `response` (text) or `tokens` (ids, verbatim), and `index`.
+    pub data: PathBuf,
+    /// Temperature of the distribution that is scored; 1 = the model's own.
+    pub temperature: f64,
+}
+
+/// One line of `generate`.
+#[derive(Serialize)]
+struct GeneratedLine<'a> {
+    id: &'a str,
+    index: usize,
+    tokens: &'a [u32],
+    text: &'a str,
+    logprobs: &'a [f32],
+    boxes: Vec<BBox>,
+    finish: Finish,
+    vision_relevance: Option<f64>,
+}
+
+/// One line of `score`.
+#[derive(Serialize)]
+struct ScoredLine<'a> {
+    id: &'a str,
+    index: usize,
+    tokens: &'a [u32],
+    logprobs: &'a [f32],
+    vision_relevance: Option<f64>,
+}
+
+struct Loaded<'a> {
+    engine: Engine,
+    preparer: Preparer,
+    scoring: Scoring,
+    options: &'a OfflineModel,
+}
+
+impl<'a> Loaded<'a> {
+    fn open(options: &'a OfflineModel) -> Result<Self> {
+        let preparer = Preparer::load(&options.dir)?;
+        let banned = preparer.tokenizer().special().banned.clone();
+        let engine = device::open(&options.dir, &options.device, options.threads, options.layer, banned)?;
+        let scoring = Scoring { synonyms: options.synonyms.clone(), ..Default::default() };
+        Ok(Self { engine, preparer, scoring, options })
+    }
+
+    fn input(&self, folder: &Path, record: &Record) -> Result<(GroupInput, Frame)> {
+        let image = open_image(folder, record)?;
+        let question = if record.question.is_empty() { &self.options.question } else { &record.question };
+        let prepared = self
+            .preparer
+            .prepare(&image, question)
+            .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
+        Ok(text::group_input(&record.id, prepared))
+    }
+
+    /// The vision relevance by the project's definition; none where it is not defined (no true box, the whole image).
+    fn relevance(&self, record: &Record, frame: &Frame, text: &str, spans: &[(usize, usize)], attention: Option<&Attention>) -> Option<f64> {
+        let mut region = Region::new(&record.boxes, frame.original());
+        let names = self.scoring.names(&record.category);
+        vision_relevance(text, &names, spans, attention, &mut region, VisionMode::AllTokens).value
+    }
+}
+
+/// Generates n responses to every record of a file and writes a line for each: records in the file's order, responses by
+/// index. `vision_relevance` is null where it is not defined.
+///
+/// # Errors
+/// The model, the file or an image cannot be used; the output cannot be written.
+pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()> {
+    let data = RecordFile::load(&options.data)?;
+    let mut model = Loaded::open(&options.model)?;
+    for records in data.records.chunks(CHUNK) {
+        let mut frames = Vec::with_capacity(records.len());
+        let mut requests = Vec::with_capacity(records.len());
+        for record in records {
+            let (input, frame) = model.input(data.folder(), record)?;
+            let (n, temperature, max_new_tokens, seed) = (options.n, options.temperature, options.max_new_tokens, options.seed);
+            let sampling = Sampling { n, temperature, max_new_tokens, seed };
+            requests.push(GroupRequest { input, key: group_key(&[record.id.as_bytes()]), sampling });
+            frames.push(frame);
+        }
+        let outputs = model.engine.generate(&requests, None)?;
+        for ((record, frame), output) in records.iter().zip(&frames).zip(outputs) {
+            for raw in output.responses {
+                let (r, spans, rows) = text::response(model.preparer.tokenizer(), raw);
+                let attention = frame.attention(rows.as_ref());
+                let line = GeneratedLine {
+                    id: &record.id,
+                    index: r.index,
+                    tokens: &r.tokens,
+                    text: &r.text,
+                    logprobs: &r.logprobs,
+                    boxes: model.preparer.read_answer(&r.text, &frame.sizes).boxes,
+                    finish: r.finish,
+                    vision_relevance: model.relevance(record, frame, &r.text, &spans, attention.as_ref()),
+                };
+                write_line(out, &line)?;
+            }
+        }
+        out.flush().map_err(RolloutError::io("the output"))?;
+    }
+    Ok(())
+}
+
+/// A line of a response file.
+struct Given {
+    record: Record,
+    index: usize,
+    tokens: Vec<u32>,
+}
+
+/// Scores given responses under a model and writes a line for each, in the file's order.
+///
+/// A `response` text is encoded and closed with the end token; `tokens` are taken as they are. The log-probability of a
+/// token that is never sampled (an image placeholder apart, which is refused) is null.
+///
+/// # Errors
+/// The model, a line or an image cannot be used; the output cannot be written.
+pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
+    let mut model = Loaded::open(&options.model)?;
+    let given = read_responses(&options.data, &model.preparer)?;
+    let folder = folder_of(&options.data);
+    // Neighbouring lines of one record are one group: its image is encoded once.
+    let same = |a: &Given, b: &Given| a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question;
+    let groups: Vec<&[Given]> = given.chunk_by(same).collect();
+    for chunk in groups.chunks(CHUNK) {
+        let mut frames = Vec::with_capacity(chunk.len());
+        let mut requests = Vec::with_capacity(chunk.len());
+        for group in chunk {
+            let (input, frame) = model.input(folder, &group[0].record)?;
+            requests.push(ScoreRequest { input, responses: group.iter().map(|g| g.tokens.clone()).collect() });
+            frames.push(frame);
+        }
+        let scored = model.engine.score(&requests, options.temperature)?;
+        for ((group, frame), scored) in chunk.iter().zip(&frames).zip(scored) {
+            for (g, s) in group.iter().zip(scored) {
+                let (text, spans) = text::decode(model.preparer.tokenizer(), &g.tokens);
+                let attention = frame.attention(s.attention.as_ref());
+                let line = ScoredLine {
+                    id: &g.record.id,
+                    index: g.index,
+                    tokens: &g.tokens,
+                    logprobs: &s.logprobs,
+                    vision_relevance: model.relevance(&g.record, frame, &text, &spans, attention.as_ref()),
+                };
+                write_line(out, &line)?;
+            }
+        }
+        out.flush().map_err(RolloutError::io("the output"))?;
+    }
+    Ok(())
+}
+
+/// Reads a response file; the same id may come often. A line without `index` counts on from the id's last one.
+fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
+    let io = || RolloutError::io(path.display().to_string());
+    let reader = BufReader::new(std::fs::File::open(path).map_err(io())?);
+    let mut next: HashMap<String, usize> = HashMap::new();
+    let mut out = Vec::new();
+    for (number, text) in reader.lines().enumerate() {
+        let text = text.map_err(io())?;
+        if text.trim().is_empty() {
+            continue;
+        }
+        let bad = |what: String| RolloutError::Line { path: path.to_owned(), line: number + 1, what };
+        let mut record: Record = serde_json::from_str(&text).map_err(|e| bad(format!("not a record: {e}")))?;
+        if record.id.trim().is_empty() {
+            return Err(bad("the record's `id` is empty".to_owned()));
+        }
+        if let Some(fault) = path_fault(&record.image) {
+            return Err(bad(format!("image \"{}\" {fault}", record.image)));
+        }
+        let id = &record.id;
+        let mut key = |name: &str| record.extra.remove(name).filter(|v| !v.is_null());
+        let tokens = match (key("tokens"), key("response")) {
+            (Some(ids), _) => serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?,
+            (None, Some(serde_json::Value::String(text))) => {
+                let mut ids = preparer.tokenizer().encode(&text)?;
+                ids.push(preparer.tokenizer().special().im_end);
+                ids
+            }
+            _ => return Err(bad(format!("record \"{id}\" has neither `response` (a text) nor `tokens` (ids)"))),
+        };
+        let index = match key("index") {
+            Some(value) => value.as_u64().ok_or_else(|| bad(format!("`index` of record \"{id}\" is {value}, a whole number is needed")))? as usize,
+            None => next.get(id).copied().unwrap_or(0),
+        };
+        next.insert(id.clone(), index + 1);
+        out.push(Given { record, index, tokens });
+    }
+    Ok(out)
+}
+
+fn write_line(out: &mut dyn Write, line: &impl Serialize) -> Result<()> {
+    let io = || RolloutError::io("the output");
+    serde_json::to_writer(&mut *out, line).map_err(|e| io()(e.into()))?;
+    out.write_all(b"\n").map_err(io())
+}
