@@ -22,23 +22,8 @@ pub fn group_advantages(totals: &[Option<f64>], scale_by_std: bool) -> Vec<Optio
     let mean = present.iter().sum::<f64>() / n.max(1.0);
     let spread = present.iter().map(|v| (v - mean).abs()).fold(0.0, f64::max);
     let variance = present.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    let scale = if scale_by_std {
-        variance.sqrt() + STD_EPS
-    } else {
-        1.0
-    };
-    totals
-        .iter()
-        .map(|t| {
-            finite(t).map(|v| {
-                if spread <= EQUAL {
-                    0.0
-                } else {
-                    (v - mean) / scale
-                }
-            })
-        })
-        .collect()
+    let scale = if scale_by_std { variance.sqrt() + STD_EPS } else { 1.0 };
+    totals.iter().map(|t| finite(t).map(|v| if spread <= EQUAL { 0.0 } else { (v - mean) / scale })).collect()
 }
 
 /// Generalised advantage estimation over the tokens of one response (arXiv 1506.02438, eq. 16), the reward given at the last
@@ -77,10 +62,7 @@ mod tests {
     fn equal_rewards_give_zero() {
         for std in [true, false] {
             assert_eq!(group_advantages(&[Some(0.3); 4], std), vec![Some(0.0); 4]);
-            assert_eq!(
-                group_advantages(&[Some(0.1 + 0.2), Some(0.3)], std),
-                vec![Some(0.0); 2]
-            );
+            assert_eq!(group_advantages(&[Some(0.1 + 0.2), Some(0.3)], std), vec![Some(0.0); 2]);
         }
     }
 
@@ -89,10 +71,7 @@ mod tests {
         let a = group_advantages(&[Some(1.0), None, Some(3.0), Some(f64::NAN)], false);
         assert_eq!(a, vec![Some(-1.0), None, Some(1.0), None]);
         assert_eq!(group_advantages(&[None, None], true), vec![None, None]);
-        assert_eq!(
-            group_advantages(&[None, Some(2.0)], true),
-            vec![None, Some(0.0)]
-        );
+        assert_eq!(group_advantages(&[None, Some(2.0)], true), vec![None, Some(0.0)]);
         assert!(group_advantages(&[], true).is_empty());
     }
 

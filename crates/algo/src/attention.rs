@@ -56,29 +56,18 @@ mod tests {
 
     #[test]
     fn uniform_is_zero_and_all_inside_is_one() {
-        let rows = Tensor::from_slice(&[
-            0.25f32, 0.25, 0.25, 0.25, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0,
-        ])
-        .view([3, 4]);
+        let rows =
+            Tensor::from_slice(&[0.25f32, 0.25, 0.25, 0.25, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]).view([3, 4]);
         let r = attention_rewards(&rows, &batch(&[0, 1], &[0, 1])).unwrap();
         assert!(r.double_value(&[0]).abs() < 1e-6 && (r.double_value(&[1]) - 1.0).abs() < 1e-6);
         let away = attention_rewards(&rows, &batch(&[2], &[0])).unwrap();
-        assert!(
-            away.double_value(&[0]) < 0.0,
-            "attention that looks away keeps a gradient"
-        );
+        assert!(away.double_value(&[0]) < 0.0, "attention that looks away keeps a gradient");
         assert_eq!(away.double_value(&[1]), 0.0, "no mention");
     }
 
     #[test]
     fn a_misshapen_coverage_is_an_error() {
         let rows = Tensor::zeros([3, 5], (Kind::Float, tch::Device::Cpu));
-        assert!(matches!(
-            attention_rewards(&rows, &batch(&[0], &[0])),
-            Err(AlgoError::Shape {
-                what: "coverage",
-                ..
-            })
-        ));
+        assert!(matches!(attention_rewards(&rows, &batch(&[0], &[0])), Err(AlgoError::Shape { what: "coverage", .. })));
     }
 }

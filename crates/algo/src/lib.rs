@@ -10,8 +10,8 @@ mod loss;
 pub use advantage::{STD_EPS, gae, group_advantages, whiten};
 pub use attention::{MentionBatch, attention_rewards};
 pub use loss::{
-    LossParts, Objective, TokenBatch, TokenStats, approx_kl, clip_fraction, kl_k3, policy_loss,
-    policy_terms, value_terms,
+    LossParts, Objective, TokenBatch, TokenStats, approx_kl, clip_fraction, kl_k3, policy_loss, policy_terms,
+    value_terms,
 };
 
 /// Inputs that do not fit together.
@@ -40,18 +40,10 @@ pub enum AlgoError {
     Torch(#[from] tch::TchError),
 }
 
-pub(crate) fn expect_shape(
-    what: &'static str,
-    t: &tch::Tensor,
-    expected: &[i64],
-) -> Result<(), AlgoError> {
+pub(crate) fn expect_shape(what: &'static str, t: &tch::Tensor, expected: &[i64]) -> Result<(), AlgoError> {
     if t.size() == expected {
         Ok(())
     } else {
-        Err(AlgoError::Shape {
-            what,
-            found: t.size(),
-            expected: expected.to_vec(),
-        })
+        Err(AlgoError::Shape { what, found: t.size(), expected: expected.to_vec() })
     }
 }

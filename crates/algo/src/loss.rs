@@ -81,13 +81,7 @@ pub struct LossParts {
 
 /// Per token, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with rho = exp(logp - old) (PPO, arXiv 1707.06347, eq. 7; asymmetric
 /// range: DAPO, eq. 10). `[N]`, differentiable in `logprobs`.
-pub fn policy_terms(
-    logprobs: &Tensor,
-    old: &Tensor,
-    advantages: &Tensor,
-    clip_low: f64,
-    clip_high: f64,
-) -> Tensor {
+pub fn policy_terms(logprobs: &Tensor, old: &Tensor, advantages: &Tensor, clip_low: f64, clip_high: f64) -> Tensor {
     let ratio = (logprobs - old).exp();
     let clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high);
     -(ratio * advantages).minimum(&(clipped * advantages))
@@ -120,34 +114,19 @@ pub fn approx_kl(logprobs: &Tensor, old: &Tensor) -> Tensor {
 /// Per token, 1 where the ratio left `[1 - low, 1 + high]`, else 0. `[N]`.
 pub fn clip_fraction(logprobs: &Tensor, old: &Tensor, clip_low: f64, clip_high: f64) -> Tensor {
     let ratio = (logprobs - old).exp();
-    ratio
-        .lt(1.0 - clip_low)
-        .logical_or(&ratio.gt(1.0 + clip_high))
-        .to_kind(Kind::Float)
+    ratio.lt(1.0 - clip_low).logical_or(&ratio.gt(1.0 + clip_high)).to_kind(Kind::Float)
 }
 
-fn need<'a>(
-    t: Option<&'a Tensor>,
-    term: &'static str,
-    input: &'static str,
-    n: i64,
-) -> Result<&'a Tensor, AlgoError> {
+fn need<'a>(t: Option<&'a Tensor>, term: &'static str, input: &'static str, n: i64) -> Result<&'a Tensor, AlgoError> {
     let t = t.ok_or(AlgoError::Missing { term, input })?;
     expect_shape(input, t, &[n])?;
     Ok(t)
 }
 
 /// The whole loss of a (micro-)batch: every sum over its tokens divided by the counts of the whole batch in `stats`.
-pub fn policy_loss(
-    objective: &Objective,
-    batch: &TokenBatch,
-    stats: TokenStats,
-) -> Result<LossParts, AlgoError> {
+pub fn policy_loss(objective: &Objective, batch: &TokenBatch, stats: TokenStats) -> Result<LossParts, AlgoError> {
     let o = objective;
-    let logprobs = batch.logprobs.ok_or(AlgoError::Missing {
-        term: "policy",
-        input: "logprobs",
-    })?;
+    let logprobs = batch.logprobs.ok_or(AlgoError::Missing { term: "policy", input: "logprobs" })?;
     let n = logprobs.size().first().copied().unwrap_or(0);
     expect_shape("logprobs", logprobs, &[n])?;
     let old = need(batch.old_logprobs, "policy", "old_logprobs", n)?;
@@ -155,13 +134,7 @@ pub fn policy_loss(
     let mean = |t: Tensor| t.sum(Kind::Float) / stats.tokens.max(1.0);
     let zero = || Tensor::zeros([] as [i64; 0], (Kind::Float, logprobs.device()));
 
-    let policy = mean(policy_terms(
-        logprobs,
-        old,
-        advantages,
-        o.clip_low,
-        o.clip_high,
-    ));
+    let policy = mean(policy_terms(logprobs, old, advantages, o.clip_low, o.clip_high));
     let mut loss = policy.shallow_clone();
     let mut value = zero();
     if o.value_coef > 0.0 {
@@ -182,27 +155,17 @@ pub fn policy_loss(
     }
     let mut kl = zero();
     if o.kl_coef > 0.0 {
-        kl = mean(kl_k3(
-            logprobs,
-            need(batch.reference, "KL", "reference", n)?,
-        ));
+        kl = mean(kl_k3(logprobs, need(batch.reference, "KL", "reference", n)?));
         loss = loss + &kl * o.kl_coef;
     }
     let mut attention = zero();
     if o.attention_coef > 0.0 {
-        let (rows, mentions) = batch.attention.ok_or(AlgoError::Missing {
-            term: "attention",
-            input: "attention",
-        })?;
+        let (rows, mentions) = batch.attention.ok_or(AlgoError::Missing { term: "attention", input: "attention" })?;
         attention = attention_rewards(rows, mentions)?.sum(Kind::Float) / stats.attended.max(1.0);
         loss = loss - &attention * o.attention_coef;
     }
-    let (clipped, moved) = tch::no_grad(|| {
-        (
-            mean(clip_fraction(logprobs, old, o.clip_low, o.clip_high)),
-            mean(approx_kl(logprobs, old)),
-        )
-    });
+    let (clipped, moved) =
+        tch::no_grad(|| (mean(clip_fraction(logprobs, old, o.clip_low, o.clip_high)), mean(approx_kl(logprobs, old))));
     Ok(LossParts {
         loss,
         policy: policy.detach(),
@@ -233,56 +196,22 @@ mod tests {
     fn on_policy_loss_is_minus_the_mean_advantage() {
         let lp = Tensor::from_slice(&[-1.0f32, -2.0, -0.5]);
         let adv = Tensor::from_slice(&[1.0f32, -1.0, 3.0]);
-        let batch = TokenBatch {
-            logprobs: Some(&lp),
-            old_logprobs: Some(&lp),
-            advantages: Some(&adv),
-            ..Default::default()
-        };
-        let p = policy_loss(
-            &O,
-            &batch,
-            TokenStats {
-                tokens: 3.0,
-                attended: 0.0,
-            },
-        )
-        .unwrap();
+        let batch =
+            TokenBatch { logprobs: Some(&lp), old_logprobs: Some(&lp), advantages: Some(&adv), ..Default::default() };
+        let p = policy_loss(&O, &batch, TokenStats { tokens: 3.0, attended: 0.0 }).unwrap();
         assert!((p.loss.double_value(&[]) + 1.0).abs() < 1e-6);
-        assert_eq!(
-            (
-                p.clip_fraction.double_value(&[]),
-                p.approx_kl.double_value(&[])
-            ),
-            (0.0, 0.0)
-        );
+        assert_eq!((p.clip_fraction.double_value(&[]), p.approx_kl.double_value(&[])), (0.0, 0.0));
     }
 
     #[test]
     fn what_is_missing_is_named() {
         let lp = Tensor::from_slice(&[-1.0f32]);
         let two = Tensor::from_slice(&[-1.0f32, 0.0]);
-        let full = |a| TokenBatch {
-            logprobs: Some(&lp),
-            old_logprobs: Some(&lp),
-            advantages: Some(a),
-            ..Default::default()
-        };
-        let stats = TokenStats {
-            tokens: 1.0,
-            attended: 0.0,
-        };
+        let full =
+            |a| TokenBatch { logprobs: Some(&lp), old_logprobs: Some(&lp), advantages: Some(a), ..Default::default() };
+        let stats = TokenStats { tokens: 1.0, attended: 0.0 };
         let e = policy_loss(&Objective { kl_coef: 0.1, ..O }, &full(&lp), stats).unwrap_err();
-        assert_eq!(
-            e.to_string(),
-            "the KL term has a weight but `reference` was not given"
-        );
-        assert!(matches!(
-            policy_loss(&O, &full(&two), stats),
-            Err(AlgoError::Shape {
-                what: "advantages",
-                ..
-            })
-        ));
+        assert_eq!(e.to_string(), "the KL term has a weight but `reference` was not given");
+        assert!(matches!(policy_loss(&O, &full(&two), stats), Err(AlgoError::Shape { what: "advantages", .. })));
     }
 }

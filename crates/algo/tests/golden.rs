@@ -4,20 +4,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use unveil_algo::{
-    MentionBatch, Objective, TokenBatch, TokenStats, gae, group_advantages, policy_loss, whiten,
-};
+use unveil_algo::{MentionBatch, Objective, TokenBatch, TokenStats, gae, group_advantages, policy_loss, whiten};
 
 fn python() -> PathBuf {
-    let p = std::env::var_os("UNVEIL_PYTHON").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"),
-        PathBuf::from,
-    );
-    assert!(
-        p.exists(),
-        "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON",
-        p.display()
-    );
+    let p = std::env::var_os("UNVEIL_PYTHON")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
+    assert!(p.exists(), "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON", p.display());
     p
 }
 
@@ -48,9 +40,7 @@ fn inputs(c: &Case) -> Vec<(&'static str, Tensor)> {
     let tokens = lengths.sum(Kind::Int64).int64_value(&[]);
     let rewards = Tensor::rand([c.groups, c.n], opt);
     let _ = rewards.get(0).fill_(0.4);
-    let reward_mask = Tensor::rand([c.groups, c.n], opt)
-        .gt(0.2)
-        .to_kind(Kind::Float);
+    let reward_mask = Tensor::rand([c.groups, c.n], opt).gt(0.2).to_kind(Kind::Float);
     let attending: Vec<i64> = (0..responses).filter(|r| r % 3 != 2).collect();
     let starts = lengths.cumsum(0, Kind::Int64) - &lengths;
     let (mut mention_tokens, mut mention_response) = (vec![], vec![]);
@@ -93,25 +83,14 @@ fn close(name: &str, ours: &Tensor, theirs: &Tensor) {
     assert_eq!(a.len(), b.len(), "{name}");
     for (i, (x, y)) in a.iter().zip(&b).enumerate() {
         let both_masked = x.is_nan() && y.is_nan();
-        assert!(
-            both_masked || (x - y).abs() <= 1e-5 * (1.0 + y.abs()),
-            "{name}[{i}]: ours {x}, PyTorch {y}"
-        );
+        assert!(both_masked || (x - y).abs() <= 1e-5 * (1.0 + y.abs()), "{name}[{i}]: ours {x}, PyTorch {y}");
     }
 }
 
 fn check(c: &Case) {
-    let dir = std::env::temp_dir().join(format!(
-        "unveil-algo-golden-{}-{}",
-        std::process::id(),
-        c.seed
-    ));
+    let dir = std::env::temp_dir().join(format!("unveil-algo-golden-{}-{}", std::process::id(), c.seed));
     std::fs::create_dir_all(&dir).unwrap();
-    let (src, dst, set) = (
-        dir.join("in.safetensors"),
-        dir.join("out.safetensors"),
-        dir.join("settings.json"),
-    );
+    let (src, dst, set) = (dir.join("in.safetensors"), dir.join("out.safetensors"), dir.join("settings.json"));
     let named = inputs(c);
     Tensor::write_safetensors(&named, &src).unwrap();
     let o = c.objective;
@@ -129,47 +108,25 @@ fn check(c: &Case) {
     );
     std::fs::write(&set, settings).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden.py");
-    let run = Command::new(python())
-        .arg(script)
-        .args([&src, &dst, &set])
-        .env("OMP_NUM_THREADS", "1")
-        .output()
-        .unwrap();
-    assert!(
-        run.status.success(),
-        "golden.py: {}",
-        String::from_utf8_lossy(&run.stderr)
-    );
-    let want: std::collections::HashMap<String, Tensor> = Tensor::read_safetensors(&dst)
-        .unwrap()
-        .into_iter()
-        .collect();
+    let run = Command::new(python()).arg(script).args([&src, &dst, &set]).env("OMP_NUM_THREADS", "1").output().unwrap();
+    assert!(run.status.success(), "golden.py: {}", String::from_utf8_lossy(&run.stderr));
+    let want: std::collections::HashMap<String, Tensor> = Tensor::read_safetensors(&dst).unwrap().into_iter().collect();
     let get = |k: &str| &named.iter().find(|(n, _)| *n == k).unwrap().1;
 
     let (rewards, mask) = (floats(get("rewards")), floats(get("reward_mask")));
-    let totals: Vec<Option<f64>> = rewards
-        .iter()
-        .zip(&mask)
-        .map(|(r, m)| (*m > 0.0).then_some(f64::from(*r)))
-        .collect();
+    let totals: Vec<Option<f64>> =
+        rewards.iter().zip(&mask).map(|(r, m)| (*m > 0.0).then_some(f64::from(*r))).collect();
     for scale in [false, true] {
         let ours: Vec<f32> = totals
             .chunks(c.n as usize)
             .flat_map(|g| group_advantages(g, scale))
             .map(|a| a.map_or(f32::NAN, |a| a as f32))
             .collect();
-        close(
-            "group advantages",
-            &Tensor::from_slice(&ours),
-            &want[&format!("group_advantages_{}", i32::from(scale))],
-        );
+        close("group advantages", &Tensor::from_slice(&ours), &want[&format!("group_advantages_{}", i32::from(scale))]);
     }
     let values = floats(get("old_values"));
     let (mut adv, mut targets, mut begin) = (vec![], vec![], 0);
-    for (len, r) in longs(get("lengths"))
-        .iter()
-        .zip(floats(get("final_rewards")))
-    {
+    for (len, r) in longs(get("lengths")).iter().zip(floats(get("final_rewards"))) {
         let end = begin + *len as usize;
         let (a, t) = gae(f64::from(r), &values[begin..end], c.gamma, c.lambda);
         adv.extend(a);
@@ -178,19 +135,10 @@ fn check(c: &Case) {
     }
     close("gae", &Tensor::from_slice(&adv), &want["gae"]);
     close("targets", &Tensor::from_slice(&targets), &want["targets"]);
-    close(
-        "whitened",
-        &whiten(&Tensor::from_slice(&adv)),
-        &want["whitened"],
-    );
+    close("whitened", &whiten(&Tensor::from_slice(&adv)), &want["whitened"]);
 
     let leaf = |k: &str| get(k).copy().set_requires_grad(true);
-    let (lp, entropy, v, scores) = (
-        leaf("logprobs"),
-        leaf("entropy"),
-        leaf("values"),
-        leaf("scores"),
-    );
+    let (lp, entropy, v, scores) = (leaf("logprobs"), leaf("entropy"), leaf("values"), leaf("scores"));
     let attention = scores.softmax(-1, Kind::Float);
     let mentions = MentionBatch {
         tokens: get("mention_tokens").shallow_clone(),
@@ -209,40 +157,21 @@ fn check(c: &Case) {
         reference: Some(get("reference")),
         attention: Some((&attention, &mentions)),
     };
-    let stats = TokenStats {
-        tokens: lp.numel() as f64,
-        attended: mentions.baseline.numel() as f64,
-    };
+    let stats = TokenStats { tokens: lp.numel() as f64, attended: mentions.baseline.numel() as f64 };
     let parts = policy_loss(&o, &batch, stats).unwrap();
     parts.loss.backward();
-    let mut scalars = vec![
-        ("policy", &parts.policy),
-        ("entropy", &parts.entropy),
-        ("loss", &parts.loss),
-    ];
-    scalars.extend([
-        ("clip_fraction", &parts.clip_fraction),
-        ("approx_kl", &parts.approx_kl),
-    ]);
+    let mut scalars = vec![("policy", &parts.policy), ("entropy", &parts.entropy), ("loss", &parts.loss)];
+    scalars.extend([("clip_fraction", &parts.clip_fraction), ("approx_kl", &parts.approx_kl)]);
     scalars.extend((o.value_coef > 0.0).then_some(("value", &parts.value)));
     scalars.extend((o.kl_coef > 0.0).then_some(("kl", &parts.kl)));
     scalars.extend((o.attention_coef > 0.0).then_some(("attention", &parts.attention)));
     for (k, t) in scalars {
         close(k, t, &want[&format!("part_{k}")]);
     }
-    for (k, t) in [
-        ("logprobs", &lp),
-        ("entropy", &entropy),
-        ("values", &v),
-        ("scores", &scores),
-    ] {
+    for (k, t) in [("logprobs", &lp), ("entropy", &entropy), ("values", &v), ("scores", &scores)] {
         let grad = t.grad();
         let ours = if grad.defined() { grad } else { t.zeros_like() };
-        close(
-            &format!("gradient of {k}"),
-            &ours,
-            &want[&format!("grad_{k}")],
-        );
+        close(&format!("gradient of {k}"), &ours, &want[&format!("grad_{k}")]);
     }
     std::fs::remove_dir_all(&dir).unwrap();
 }
@@ -263,47 +192,17 @@ fn objective(value_clip: f64) -> Objective {
 fn whole_loss_with_value_clipping() {
     for seed in 0..3 {
         let o = objective(0.2);
-        check(&Case {
-            objective: o,
-            gamma: 0.99,
-            lambda: 0.95,
-            groups: 3 + seed,
-            n: 4 + seed,
-            cells: 12 + seed,
-            seed,
-        });
+        check(&Case { objective: o, gamma: 0.99, lambda: 0.95, groups: 3 + seed, n: 4 + seed, cells: 12 + seed, seed });
     }
 }
 
 #[test]
 fn whole_loss_without_value_clipping() {
-    check(&Case {
-        objective: objective(0.0),
-        gamma: 1.0,
-        lambda: 1.0,
-        groups: 2,
-        n: 2,
-        cells: 6,
-        seed: 11,
-    });
+    check(&Case { objective: objective(0.0), gamma: 1.0, lambda: 1.0, groups: 2, n: 2, cells: 6, seed: 11 });
 }
 
 #[test]
 fn policy_alone() {
-    let o = Objective {
-        value_coef: 0.0,
-        entropy_coef: 0.0,
-        kl_coef: 0.0,
-        attention_coef: 0.0,
-        ..objective(0.0)
-    };
-    check(&Case {
-        objective: o,
-        gamma: 0.9,
-        lambda: 0.0,
-        groups: 5,
-        n: 8,
-        cells: 9,
-        seed: 12,
-    });
+    let o = Objective { value_coef: 0.0, entropy_coef: 0.0, kl_coef: 0.0, attention_coef: 0.0, ..objective(0.0) };
+    check(&Case { objective: o, gamma: 0.9, lambda: 0.0, groups: 5, n: 8, cells: 9, seed: 12 });
 }

@@ -1,1 +1,27 @@
-//! Placeholder.
+//! The learner: instruction tuning (stage 1), policy updates (stage 2), and the host of experience that rollout workers talk to.
+//!
+//! One thread owns the model; everything asynchronous talks to it by shared state and channels. Must not know: tonic inside a
+//! step, collective backends, the command line.
+
+pub mod batch;
+pub mod codec;
+mod dataset;
+mod error;
+mod measure;
+pub mod optim;
+mod run;
+mod serve;
+pub mod sft;
+mod stage;
+mod state;
+pub mod step;
+
+pub use batch::{GroupInput, TrainGroup};
+pub use dataset::{Dataset, Item};
+pub use error::{LearnerError, Result};
+pub use measure::UpdateReport;
+pub use run::{run_rl, sampling};
+pub use serve::{Host, HostOptions, LeaseSource, Leased};
+pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
+pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage, device};
+pub use step::{Learner, StepSettings, banned_ids};

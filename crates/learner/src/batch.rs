@@ -1,0 +1,221 @@
+//! What an update is made of, as host data: groups with prompt, pixels, responses and rewards; and the same as flat rows ready
+//! for the loss. Knows no service and no optimiser.
+
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+use unveil_algo::MentionBatch;
+use unveil_core::{Breakdown, Grid, GroupId, Record, Response};
+use unveil_model::{GridThw, PackedGroup, Prompt};
+use unveil_reward::mention::{first_mention, tokens_of};
+
+use crate::error::Result;
+
+/// Prompt and image of one group.
+#[derive(Debug, Clone)]
+pub struct GroupInput {
+    /// The record, boxes in pixels of the image that the policy saw.
+    pub record: Record,
+    /// Width and height of that image in pixels.
+    pub image_size: (u32, u32),
+    /// Prompt with image placeholders expanded.
+    pub prompt: Prompt,
+    /// Flattened patches `[t*h*w, patch length]` of its image.
+    pub patches: Vec<f32>,
+    /// Merged image-token grid.
+    pub merged: Grid,
+}
+
+/// A whole group as it comes back from a rollout worker.
+#[derive(Debug, Clone)]
+pub struct TrainGroup {
+    /// Which turn in which pass.
+    pub id: GroupId,
+    /// Prompt and image.
+    pub input: Arc<GroupInput>,
+    /// n responses.
+    pub responses: Vec<Response>,
+    /// Per response, the bytes of its text that each token covers.
+    pub spans: Vec<Vec<(usize, usize)>>,
+    /// Per response.
+    pub breakdowns: Vec<Breakdown>,
+    /// Time that generation took, in ms.
+    pub generate_ms: f64,
+    /// Time that scoring took, in ms.
+    pub reward_ms: f64,
+}
+
+impl TrainGroup {
+    /// Totals in the order of the responses; a response without a breakdown counts as masked.
+    pub fn totals(&self) -> Vec<Option<f64>> {
+        let total = |r: &Response| self.breakdowns.iter().find(|b| b.index == r.index).and_then(|b| b.total);
+        self.responses.iter().map(total).collect()
+    }
+}
+
+/// One response's rows within a batch.
+pub(crate) struct Row {
+    /// Which of the group's responses.
+    pub response: usize,
+    /// Reward of the whole response.
+    pub reward: f64,
+    /// Group-relative advantage.
+    pub advantage: f64,
+}
+
+/// A group that takes part in an update, and its tokens' numbers in flat order (response, position).
+pub(crate) struct Member<'a> {
+    pub group: &'a TrainGroup,
+    pub rows: Vec<Row>,
+    pub packed: PackedGroup,
+    pub old: Vec<f32>,
+    pub versions: Vec<u64>,
+    pub advantages: Vec<f32>,
+    pub old_values: Vec<f32>,
+    pub targets: Vec<f32>,
+    pub reference: Vec<f32>,
+}
+
+impl<'a> Member<'a> {
+    /// The responses that count, packed; `None` when there is none. Empty and masked ones do not count.
+    pub fn new(group: &'a TrainGroup, scale_by_std: bool) -> Option<Self> {
+        let totals: Vec<Option<f64>> =
+            group.totals().iter().zip(&group.responses).map(|(t, r)| t.filter(|_| !r.tokens.is_empty())).collect();
+        let advantages = unveil_algo::group_advantages(&totals, scale_by_std);
+        let rows: Vec<Row> = totals
+            .iter()
+            .zip(advantages)
+            .enumerate()
+            .filter_map(|(response, (t, a))| Some(Row { response, reward: (*t)?, advantage: a? }))
+            .collect();
+        rows.first()?;
+        let chosen = || rows.iter().map(|r| &group.responses[r.response]);
+        let responses: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
+        let advantages =
+            rows.iter().flat_map(|r| vec![r.advantage as f32; group.responses[r.response].tokens.len()]).collect();
+        Some(Self {
+            packed: PackedGroup { prompt: group.input.prompt.clone(), responses },
+            old: chosen().flat_map(|r| r.logprobs.iter().copied()).collect(),
+            versions: chosen().flat_map(|r| r.versions.iter().copied()).collect(),
+            advantages,
+            old_values: Vec::new(),
+            targets: Vec::new(),
+            reference: Vec::new(),
+            rows,
+            group,
+        })
+    }
+
+    /// Tokens of the responses.
+    pub fn tokens(&self) -> usize {
+        self.old.len()
+    }
+
+    /// Length of the packed sequence.
+    pub fn width(&self) -> usize {
+        self.packed.prompt.tokens.len() + self.tokens()
+    }
+
+    /// Flat ranges of its responses, relative to its own first token.
+    pub fn ranges(&self) -> Vec<std::ops::Range<usize>> {
+        let mut begin = 0;
+        let lengths = self.packed.responses.iter().map(Vec::len);
+        lengths
+            .map(|n| {
+                begin += n;
+                begin - n..begin
+            })
+            .collect()
+    }
+}
+
+/// Pixels of several groups as one tensor, and their grids in order.
+pub(crate) fn pixels<'a>(
+    inputs: impl Iterator<Item = &'a GroupInput>,
+    patch_len: i64,
+    device: Device,
+) -> Result<Option<(Tensor, Vec<GridThw>)>> {
+    let (mut values, mut grids) = (Vec::new(), Vec::new());
+    for input in inputs {
+        values.extend_from_slice(&input.patches);
+        grids.extend_from_slice(&input.prompt.grids);
+    }
+    if grids.is_empty() {
+        return Ok(None);
+    }
+    let tensor = Tensor::f_from_slice(&values)?.f_view([-1, patch_len])?.f_to_device(device)?;
+    Ok(Some((tensor, grids)))
+}
+
+/// The members' values of one kind as a flat tensor.
+pub(crate) fn flat(members: &[&Member<'_>], of: impl Fn(&Member<'_>) -> Vec<f32>, device: Device) -> Result<Tensor> {
+    let values: Vec<f32> = members.iter().flat_map(|m| of(m)).collect();
+    Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?)
+}
+
+/// Consecutive groups so that each part's padded size (groups x longest sequence) stays within `budget`; at least one each.
+pub(crate) fn parts<'m, 'a>(members: &[&'m Member<'a>], budget: usize) -> Vec<Vec<&'m Member<'a>>> {
+    let mut out: Vec<Vec<&Member>> = Vec::new();
+    let mut widest = 0;
+    for m in members {
+        widest = widest.max(m.width());
+        match out.last_mut() {
+            Some(part) if (part.len() + 1) * widest <= budget => part.push(m),
+            _ => {
+                widest = m.width();
+                out.push(vec![m]);
+            }
+        }
+    }
+    out
+}
+
+/// Responses with vision relevance among `members`.
+pub(crate) fn attended(members: &[&Member<'_>]) -> usize {
+    members.iter().filter(|m| region(m.group).is_some()).map(|m| m.rows.len()).sum()
+}
+
+/// Coverage and its mean, where there is something to look at and something to look away from.
+fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
+    let (w, h) = group.input.image_size;
+    let coverage = group.input.merged.coverage(&group.input.record.boxes, w as f32, h as f32);
+    let share = coverage.iter().sum::<f32>() / coverage.len().max(1) as f32;
+    (share > 0.0 && share < 1.0 - 1e-6).then_some((coverage, share))
+}
+
+/// Which attention rows of a part are mentions of the class, with `names` giving the words for a category. `None` where
+/// no response has vision relevance. `width` is that of the rows.
+pub(crate) fn mentions(
+    members: &[&Member<'_>],
+    names: &dyn Fn(&str) -> Vec<String>,
+    width: i64,
+    device: Device,
+) -> Option<MentionBatch> {
+    let (mut tokens, mut response) = (Vec::new(), Vec::new());
+    let (mut coverage, mut baseline) = (Vec::new(), Vec::new());
+    let mut begin = 0;
+    for m in members {
+        let ranges = m.ranges();
+        if let Some((cells, share)) = region(m.group) {
+            let names = names(&m.group.input.record.category);
+            for (row, range) in m.rows.iter().zip(ranges) {
+                let text = &m.group.responses[row.response].text;
+                let spans = m.group.spans.get(row.response).map_or(&[][..], Vec::as_slice);
+                let named = first_mention(text, &names).map(|at| tokens_of(&at, spans)).unwrap_or_default();
+                for t in named.into_iter().filter(|t| *t < range.len()) {
+                    tokens.push((begin + range.start + t) as i64);
+                    response.push(baseline.len() as i64);
+                }
+                coverage.extend(cells.iter().copied().chain(std::iter::repeat(0.0)).take(width.max(0) as usize));
+                baseline.push(share);
+            }
+        }
+        begin += m.tokens();
+    }
+    (!baseline.is_empty()).then(|| MentionBatch {
+        tokens: Tensor::from_slice(&tokens).to_device(device),
+        response: Tensor::from_slice(&response).to_device(device),
+        coverage: Tensor::from_slice(&coverage).view([baseline.len() as i64, width]).to_device(device),
+        baseline: Tensor::from_slice(&baseline).to_kind(Kind::Float).to_device(device),
+    })
+}

@@ -1,0 +1,181 @@
+//! Training records as model input: image, augmentation, prompt, patches; and as what a lease carries. Safe to share between
+//! threads. Knows no order of the data: who asks says which record in which pass.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use unveil_config::Config;
+use unveil_core::{GroupId, Record};
+use unveil_data::augment::{AugmentSpec, augment};
+use unveil_data::prepare::Preparer;
+use unveil_data::processor::resize;
+use unveil_data::records::{RecordFile, read_image};
+use unveil_data::store::{ContentHash, Image};
+use unveil_model::Prompt;
+
+use crate::batch::GroupInput;
+use crate::error::{LearnerError, Result};
+use crate::serve::{LeaseSource, Leased};
+
+/// Bytes of prepared images that are kept when augmentation is off.
+const CACHE_BYTES: usize = 192 << 20;
+
+/// Records of the training split and how they become input.
+pub struct Dataset {
+    records: Vec<Record>,
+    folder: PathBuf,
+    preparer: Arc<Preparer>,
+    augment: AugmentSpec,
+    question: String,
+    seed: u64,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Default)]
+struct Cache {
+    kept: HashMap<usize, Arc<Item>>,
+    bytes: usize,
+}
+
+/// A record as one pass sees it.
+pub struct Item {
+    /// Prompt, patches, and the record with boxes in the image's pixels.
+    pub input: Arc<GroupInput>,
+    /// Answer tokens with the end token.
+    pub target: Vec<u32>,
+    /// The encoded image, PNG or JPEG; absent when it was not asked for.
+    image: Option<(Bytes, String)>,
+}
+
+impl Dataset {
+    /// Records of `data.train_split` of a file.
+    ///
+    /// # Errors
+    /// No record in that split; augmentation out of range.
+    pub fn new(config: &Config, records: RecordFile, preparer: Arc<Preparer>) -> Result<Self> {
+        let path = records.path.display().to_string();
+        let folder = records.folder().to_owned();
+        let split = &config.data.train_split;
+        let records = records.split(split).records;
+        if records.is_empty() {
+            return Err(LearnerError::Setting(format!("{path} has no record of split `{split}` (data.train_split)")));
+        }
+        let a = &config.data.augment;
+        let augment = AugmentSpec {
+            crop_min: a.crop_min,
+            flip_h: a.flip_horizontal,
+            flip_v: a.flip_vertical,
+            jitter: a.jitter,
+            ..Default::default()
+        };
+        augment.validate().map_err(|e| LearnerError::Setting(e.to_string()))?;
+        let (question, seed) = (config.data.question.clone(), config.run.seed);
+        Ok(Self { records, folder, preparer, augment, question, seed, cache: Mutex::default() })
+    }
+
+    /// Number of records.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether there is no record; never true for one that was built.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Record ids in order.
+    pub fn ids(&self) -> Vec<String> {
+        self.records.iter().map(|r| r.id.clone()).collect()
+    }
+
+    /// Tokenizer, processor and codec.
+    pub fn preparer(&self) -> &Arc<Preparer> {
+        &self.preparer
+    }
+
+    /// Record `index` as pass `pass` sees it; `with_image` also encodes the image for the wire.
+    ///
+    /// # Errors
+    /// The image or the record cannot be used; the message names both.
+    pub fn item(&self, index: usize, pass: u64, with_image: bool) -> Result<Arc<Item>> {
+        let record = self.records.get(index).ok_or_else(|| {
+            LearnerError::Setting(format!("record {index} was asked for, there are {}", self.records.len()))
+        })?;
+        let keep = self.augment.is_off();
+        if keep {
+            let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(item) = cache.kept.get(&index).filter(|i| i.image.is_some() || !with_image) {
+                return Ok(item.clone());
+            }
+        }
+        let item = Arc::new(self.make(record, pass, with_image)?);
+        if keep {
+            let size = item.input.patches.len() * 4 + item.image.as_ref().map_or(0, |(b, _)| b.len());
+            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+            if cache.bytes + size <= CACHE_BYTES {
+                cache.bytes += size;
+                cache.kept.insert(index, item.clone());
+            }
+        }
+        Ok(item)
+    }
+
+    fn make(&self, record: &Record, pass: u64, with_image: bool) -> Result<Item> {
+        let prepare = |source| LearnerError::Prepare { record: record.id.clone(), source };
+        let mut encoded = Bytes::from(read_image(&self.folder, record)?);
+        let name = format!("{} of record \"{}\"", record.image, record.id);
+        let mut image = Image::decode(&encoded, &name)?;
+        let mut record = record.clone();
+        if record.question.trim().is_empty() {
+            record.question.clone_from(&self.question);
+        }
+        if !self.augment.is_off() {
+            let made = augment(&self.augment, self.seed, pass, &record.id, &image, &record.boxes)
+                .map_err(|e| LearnerError::Setting(e.to_string()))?;
+            record.labels = made.kept.iter().filter_map(|i| record.labels.get(*i).cloned()).collect();
+            (record.boxes, image) = (made.boxes, made.image);
+            self.shrink(&mut record, &mut image).map_err(prepare)?;
+            if with_image {
+                encoded = image.to_png()?.into();
+            }
+        }
+        record.image_size = Some([image.width, image.height]);
+        let prepared = self.preparer.prepare(&image, &record.question).map_err(prepare)?;
+        let sizes = prepared.image.sizes();
+        let target = self.preparer.target_ids(&record, &sizes).map_err(prepare)?;
+        let image_hash = with_image.then(|| (encoded, ContentHash::of(&image.rgb).to_string()));
+        let grid = prepared.image.grid_thw.map(|v| v as i64);
+        let input = GroupInput {
+            image_size: (image.width, image.height),
+            prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
+            merged: prepared.image.merged,
+            patches: prepared.image.patches,
+            record,
+        };
+        Ok(Item { input: Arc::new(input), target, image: image_hash })
+    }
+
+    /// Brings an augmented image that is larger than what the processor makes of it to that size: nothing is lost that the model
+    /// would see, and it travels and decodes faster.
+    fn shrink(&self, record: &mut Record, image: &mut Image) -> Result<(), unveil_data::prepare::PrepareError> {
+        let processor = self.preparer.processor();
+        let (w, h) = processor.resized_size((image.width, image.height))?;
+        if w > image.width || h > image.height || processor.resized_size((w, h))? != (w, h) {
+            return Ok(());
+        }
+        let (sx, sy) = (w as f32 / image.width as f32, h as f32 / image.height as f32);
+        *image = resize(image, w, h, processor.config().filter);
+        record.boxes.iter_mut().for_each(|b| *b = b.scaled(sx, sy));
+        Ok(())
+    }
+}
+
+impl LeaseSource for Dataset {
+    fn lease(&self, index: usize, group: &GroupId) -> Result<Leased> {
+        let item = self.item(index, group.pass, true)?;
+        let (image, image_hash) = item.image.clone().unwrap_or_default();
+        Ok(Leased { input: item.input.clone(), image, image_hash })
+    }
+}

@@ -1,0 +1,169 @@
+//! What an update reports: rewards, masks, lengths, staleness, and how far rollout and learner agree. Host arithmetic only.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use unveil_core::WeightVersion;
+use unveil_experience::by_pass;
+
+use crate::batch::{Member, TrainGroup};
+
+/// Numbers of one update; the `train` event.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct UpdateReport {
+    /// Number of the update, from 1.
+    pub step: u64,
+    /// Pass over the data that the batch's first group belongs to.
+    pub pass: u64,
+    /// Record ids in the batch.
+    pub groups: Vec<String>,
+    /// Record ids by pass, where the batch straddles two.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub passes: Vec<(u64, Vec<String>)>,
+    /// Version of the weights after the update.
+    pub version: WeightVersion,
+    /// Why the update was skipped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+    /// Updates skipped so far.
+    pub skipped_total: u64,
+    /// The loss and its parts, weights not applied to the parts.
+    pub loss: BTreeMap<String, f64>,
+    /// Mean reward by component over the responses where it is not masked, and `total`.
+    pub reward: BTreeMap<String, f64>,
+    /// Responses for which a component is masked.
+    pub masked: BTreeMap<String, u64>,
+    /// Mean lift of attention on the lesion over chance, where measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vision_lift: Option<f64>,
+    /// Groups without any reward, left out.
+    pub dropped_groups: usize,
+    /// Groups whose rewards are all equal: no group-relative advantage.
+    pub flat_groups: usize,
+    /// Approximate KL of the policy before the update to the policy at the loss.
+    pub kl: f64,
+    /// KL to the reference model.
+    pub kl_reference: f64,
+    /// Share of tokens whose ratio was clipped.
+    pub clip_fraction: f64,
+    /// Mean entropy per token in nats.
+    pub entropy: f64,
+    /// Mean |delta log p| between rollout and learner on tokens of the same version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<f64>,
+    /// The same on stale tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drift: Option<f64>,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Response tokens trained on.
+    pub tokens: usize,
+    /// Responses.
+    pub responses: usize,
+    /// Mean response length in tokens.
+    pub response_len: f64,
+    /// Share of responses that ended with the end token.
+    pub stopped: f64,
+    /// Largest number of versions that a token is behind.
+    pub staleness: u64,
+    /// Mean time that workers took to generate a group, in ms.
+    pub generate_ms: f64,
+    /// Mean time that scoring a group took, in ms.
+    pub reward_ms: f64,
+    /// Time spent waiting for the batch, in ms.
+    pub wait_ms: f64,
+    /// Time that the update took, in ms.
+    pub step_ms: f64,
+}
+
+impl UpdateReport {
+    pub(crate) fn take_agreement(&mut self, found: &Agreement) {
+        (self.agreement, self.drift) = (found.mean, found.drift);
+    }
+}
+
+/// How rollout and learner compare.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Agreement {
+    /// Mean |delta log p| of tokens made by the present version; none when there is none.
+    pub mean: Option<f64>,
+    /// The same of older tokens.
+    pub drift: Option<f64>,
+    /// The worst responses, worst first.
+    pub worst: Vec<String>,
+}
+
+/// Compares the rollout's log-probabilities with recomputed ones, flat over `members`.
+pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f32], version: WeightVersion) -> Agreement {
+    let (mut same, mut stale) = ((0.0, 0u64), (0.0, 0u64));
+    let mut worst: Vec<(f64, String)> = Vec::new();
+    let mut begin = 0;
+    for m in members {
+        for (row, range) in m.rows.iter().zip(m.ranges()) {
+            let mut own = (0.0, 0u64);
+            for i in range {
+                let delta = (f64::from(m.old[i]) - f64::from(recomputed[begin + i])).abs();
+                let sum = if m.versions[i] == version { &mut own } else { &mut stale };
+                *sum = (sum.0 + delta, sum.1 + 1);
+            }
+            if own.1 > 0 {
+                let mean = own.0 / own.1 as f64;
+                worst.push((mean, format!("record `{}` response {} ({mean:.2e})", m.group.id.record, row.response)));
+            }
+            same = (same.0 + own.0, same.1 + own.1);
+        }
+        begin += m.tokens();
+    }
+    worst.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let mean = |(sum, n): (f64, u64)| (n > 0).then(|| sum / n as f64);
+    Agreement { mean: mean(same), drift: mean(stale), worst: worst.into_iter().take(3).map(|(_, w)| w).collect() }
+}
+
+/// Everything of the report that does not need the model. `version` is that of the weights before the update.
+pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateReport {
+    let mut r = UpdateReport { pass: groups.first().map_or(0, |g| g.id.pass), ..Default::default() };
+    let ids: Vec<_> = groups.iter().map(|g| g.id.clone()).collect();
+    r.groups = ids.iter().map(|id| id.record.clone()).collect();
+    let passes = by_pass(&ids);
+    if passes.len() > 1 {
+        r.passes = passes;
+    }
+    let (mut sums, mut lift): (BTreeMap<String, (f64, u64)>, (f64, u64)) = (BTreeMap::new(), (0.0, 0));
+    let (mut length, mut stopped) = (0usize, 0usize);
+    for g in groups {
+        let totals: Vec<f64> = g.totals().into_iter().flatten().collect();
+        r.flat_groups += usize::from(!totals.is_empty() && totals.iter().all(|t| (t - totals[0]).abs() < 1e-9));
+        let mut add = |name: &str, v: Option<f64>| match v.filter(|v| v.is_finite()) {
+            Some(v) => {
+                let s = sums.entry(name.to_owned()).or_default();
+                *s = (s.0 + v, s.1 + 1);
+            }
+            None => *r.masked.entry(name.to_owned()).or_default() += 1,
+        };
+        for b in &g.breakdowns {
+            add("total", b.total);
+            for (name, c) in &b.components {
+                add(name, c.value.filter(|_| !c.masked));
+                if let Some(v) = c.detail.get("lift").filter(|v| v.is_finite()) {
+                    lift = (lift.0 + v, lift.1 + 1);
+                }
+            }
+        }
+        for resp in &g.responses {
+            r.responses += 1;
+            length += resp.tokens.len();
+            stopped += usize::from(resp.finish == unveil_core::Finish::Stop);
+            let oldest = resp.versions.iter().min().copied().unwrap_or(version);
+            r.staleness = r.staleness.max(version.saturating_sub(oldest));
+        }
+        r.generate_ms += g.generate_ms / groups.len() as f64;
+        r.reward_ms += g.reward_ms / groups.len() as f64;
+    }
+    r.reward = sums.into_iter().map(|(k, (sum, n))| (k, sum / n as f64)).collect();
+    r.vision_lift = (lift.1 > 0).then(|| lift.0 / lift.1 as f64);
+    r.response_len = length as f64 / r.responses.max(1) as f64;
+    r.stopped = stopped as f64 / r.responses.max(1) as f64;
+    r
+}

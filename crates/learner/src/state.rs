@@ -1,0 +1,243 @@
+//! Checkpoints of a stage: what goes into one, writing them in the background, and taking one up again. State is keyed by
+//! parameter name.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::Tensor;
+use tokio::runtime::Handle;
+use unveil_checkpoint::{Access, CheckpointInfo, Checkpoints, Loaded, Resume, Retention, Snapshot, Store};
+use unveil_config::Config;
+use unveil_model::{ValueHead, Vlm};
+
+use crate::codec::{from_bytes, to_bytes};
+use crate::error::{LearnerError, Result};
+use crate::optim::AdamW;
+use crate::step::Counters;
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+const VALUE_HEAD: &str = "value_head.safetensors";
+const WEIGHTS: &str = "model/model.safetensors";
+
+/// What a checkpoint says beside the tensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Meta {
+    /// `sft` or `rl`.
+    pub stage: String,
+    /// Counters of the learner.
+    pub counters: Counters,
+    /// Run seed.
+    pub seed: u64,
+    /// Where the run stands in its data; stage 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experience: Option<unveil_experience::Snapshot>,
+    /// The best evaluation so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+}
+
+/// The best evaluation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Best {
+    /// After how many updates.
+    pub step: u64,
+    /// Its score.
+    pub score: f64,
+}
+
+/// Files of a model directory that training leaves as they are: tokenizer, processor, chat template.
+pub(crate) struct StaticFiles(Vec<(String, Bytes)>);
+
+impl StaticFiles {
+    /// Reads them from `dir`; weights and what the model writes itself are left out.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let own = ["config.json", "generation_config.json", "manifest.json"];
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(LearnerError::io(dir))? {
+            let path = entry.map_err(LearnerError::io(dir))?.path();
+            let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_owned) else { continue };
+            let weights = name.contains(".safetensors") || name.ends_with(".bin");
+            let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
+            if weights || !plain || name.starts_with('.') || own.contains(&name.as_str()) || !path.is_file() {
+                continue;
+            }
+            let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+            files.push((format!("model/{name}"), Bytes::from(bytes)));
+        }
+        files.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(Self(files))
+    }
+}
+
+/// Objects of a checkpoint: a whole model directory under `model/`, moments, value head.
+pub(crate) fn objects(
+    files: &StaticFiles,
+    vlm: &Vlm,
+    optimizer: &AdamW,
+    head: Option<&ValueHead>,
+) -> Result<Vec<(String, Bytes)>> {
+    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+    vlm.save(scratch.path())?;
+    let mut out = files.0.clone();
+    for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
+        let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        out.push((format!("model/{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
+    }
+    out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state())?.into()));
+    if let Some(head) = head {
+        let named: Vec<_> = head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        out.push((VALUE_HEAD.to_owned(), to_bytes(&named)?.into()));
+    }
+    Ok(out)
+}
+
+/// Tensors and numbers of a loaded checkpoint.
+pub(crate) struct Restored {
+    pub meta: Meta,
+    pub weights: Vec<(String, Tensor)>,
+    pub moments: Vec<(String, Tensor)>,
+    pub head: Option<Vec<(String, Tensor)>>,
+}
+
+impl Restored {
+    /// Reads a checkpoint of `stage`, made with `seed`.
+    pub fn read(loaded: &Loaded, stage: &str, seed: u64) -> Result<Self> {
+        let step = loaded.info.step;
+        let fault = |what: String| LearnerError::State { step, what };
+        let meta: Meta = serde_json::from_value(loaded.meta.clone())
+            .map_err(|e| fault(format!("its description is not readable: {e}")))?;
+        if meta.stage != stage {
+            return Err(fault(format!(
+                "it is of stage `{}`, not `{stage}`: give each stage a prefix of its own",
+                meta.stage
+            )));
+        }
+        if meta.seed != seed {
+            let was = meta.seed;
+            return Err(fault(format!(
+                "it was made with run.seed {was}, now {seed}: use the same seed, or run.resume = \"never\""
+            )));
+        }
+        let get = |name: &str| object(&loaded.objects, name, step);
+        Ok(Self {
+            weights: from_bytes(get(WEIGHTS)?, WEIGHTS)?,
+            moments: from_bytes(get(OPTIMIZER)?, OPTIMIZER)?,
+            head: loaded.objects.get(VALUE_HEAD).map(|b| from_bytes(b, VALUE_HEAD)).transpose()?,
+            meta,
+        })
+    }
+}
+
+fn object<'a>(objects: &'a BTreeMap<String, Bytes>, name: &str, step: u64) -> Result<&'a Bytes> {
+    objects.get(name).ok_or_else(|| LearnerError::State { step, what: format!("it has no `{name}`") })
+}
+
+/// Writes checkpoints in the background, one at a time.
+pub(crate) struct Saver {
+    handle: Handle,
+    store: Store,
+    checkpoints: Arc<Mutex<Checkpoints>>,
+    pending: Option<JoinHandle<Result<CheckpointInfo, unveil_checkpoint::Error>>>,
+    last: Option<u64>,
+    /// The learner's term.
+    pub term: u64,
+}
+
+impl Saver {
+    /// Claims the run under `checkpoint.url` (else the run directory) plus `prefix`, and loads what to go on from.
+    pub fn open(
+        handle: &Handle,
+        config: &Config,
+        prefix: &str,
+        environment: &[(String, String)],
+        resume: Resume,
+    ) -> Result<(Self, Option<Loaded>)> {
+        let base = if config.checkpoint.url.is_empty() { &config.run.dir } else { &config.checkpoint.url };
+        let place = if prefix.is_empty() { base.clone() } else { format!("{}/{prefix}", base.trim_end_matches('/')) };
+        let options: Vec<(String, String)> = environment.to_vec();
+        let retention = Retention { keep: config.checkpoint.keep, keep_best: true };
+        let (store, checkpoints, loaded) = handle.block_on(async {
+            let store = Store::open(&place, options, Access::Write).await?;
+            let mut checkpoints = Checkpoints::claim(store.clone(), retention).await?;
+            let loaded = checkpoints.resume(resume).await?;
+            Ok::<_, unveil_checkpoint::Error>((store, checkpoints, loaded))
+        })?;
+        let (term, last) = (checkpoints.term(), loaded.as_ref().map(|l| l.info.step));
+        let checkpoints = Arc::new(Mutex::new(checkpoints));
+        Ok((Self { handle: handle.clone(), store, checkpoints, pending: None, last, term }, loaded))
+    }
+
+    /// The step that was saved, or resumed from, last.
+    pub fn last(&self) -> Option<u64> {
+        self.last
+    }
+
+    /// Starts writing; the one before is waited for, and its result is returned.
+    pub fn save(
+        &mut self,
+        step: u64,
+        objects: Vec<(String, Bytes)>,
+        meta: &Meta,
+        best: bool,
+    ) -> Result<Option<CheckpointInfo>> {
+        let before = self.wait()?;
+        let meta: Value = serde_json::to_value(meta).map_err(|e| LearnerError::State { step, what: e.to_string() })?;
+        let checkpoints = self.checkpoints.clone();
+        let snapshot = Snapshot { step, objects, meta, best };
+        let handle = self.handle.clone();
+        let work = move || handle.block_on(lock(&checkpoints).save(snapshot));
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
+        self.pending = Some(thread.map_err(LearnerError::io("thread checkpoint"))?);
+        self.last = Some(step);
+        Ok(before)
+    }
+
+    /// Waits for what is being written.
+    pub fn wait(&mut self) -> Result<Option<CheckpointInfo>> {
+        match self.pending.take() {
+            None => Ok(None),
+            Some(task) => {
+                let joined = task.join().map_err(|_| LearnerError::Lost("the checkpoint writer"))?;
+                Ok(Some(joined?))
+            }
+        }
+    }
+
+    /// Writes the model directory of a step to `out`, replacing what is there.
+    pub fn export(&mut self, step: u64, out: &Path) -> Result<()> {
+        let fresh = sibling(out);
+        remove(&fresh)?;
+        self.handle.block_on(unveil_checkpoint::export(&self.store, Some(step), &fresh, "model/"))?;
+        remove(out)?;
+        std::fs::rename(&fresh, out).map_err(LearnerError::io(out))
+    }
+}
+
+fn lock(checkpoints: &Mutex<Checkpoints>) -> std::sync::MutexGuard<'_, Checkpoints> {
+    checkpoints.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn sibling(out: &Path) -> PathBuf {
+    let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    out.with_file_name(format!(".{name}.new"))
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(LearnerError::io(dir)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// The `checkpoint` event.
+pub(crate) fn event(stage: &str, info: &CheckpointInfo) -> Value {
+    serde_json::json!({
+        "kind": "checkpoint", "stage": stage, "step": info.step, "path": info.path, "bytes": info.bytes, "best": info.best,
+    })
+}

@@ -1,0 +1,562 @@
+//! One policy update from a batch of groups: advantages, packed forward pass, loss, gradients, AdamW. A function of the batch
+//! and the learner's state alone. Must not know: tonic, tokio, where groups come from.
+
+use std::collections::{BTreeMap, HashSet};
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use tch::{Kind, Tensor, no_grad};
+use unveil_algo::{LossParts, Objective, TokenBatch, TokenStats, gae, policy_loss, whiten};
+use unveil_config::Config;
+use unveil_config::schema::{Algorithm, Optimizer};
+use unveil_model::{CaptureSpec, PackedBatch, ValueHead, Vlm, logprobs_entropy};
+use unveil_reward::Scoring;
+
+use crate::batch::{GroupInput, Member, TrainGroup, attended, flat, mentions, parts, pixels};
+use crate::error::{LearnerError, Result};
+use crate::measure::{Agreement, UpdateReport, agreement, describe};
+use crate::optim::{AdamW, lr_at};
+
+/// Skipped steps in a row after which a stage stops.
+pub const SKIP_LIMIT: u64 = 5;
+
+/// Padded tokens of one forward and backward pass; a larger batch is split and its gradients added up.
+pub const TOKEN_BUDGET: usize = 65_536;
+
+/// Everything of the configuration that enters an update.
+#[derive(Debug, Clone)]
+pub struct StepSettings {
+    /// GRPO or PPO.
+    pub algorithm: Algorithm,
+    /// Clip ranges and weights of the loss.
+    pub objective: Objective,
+    /// Divide group advantages by their standard deviation.
+    pub scale_by_std: bool,
+    /// Discount (PPO).
+    pub gamma: f64,
+    /// GAE lambda (PPO).
+    pub lambda: f64,
+    /// Passes over the batch.
+    pub inner_epochs: usize,
+    /// Mini-batches per pass.
+    pub minibatches: usize,
+    /// Optimiser.
+    pub optimizer: Optimizer,
+    /// Updates of the whole run, for the schedule.
+    pub total_steps: u64,
+    /// Sampling temperature of the rollout.
+    pub temperature: f64,
+    /// Token ids that the rollout never samples.
+    pub banned: Vec<u32>,
+    /// Largest mean |delta log p| on tokens of the same version.
+    pub agreement_limit: f64,
+    /// Layer whose attention enters the loss.
+    pub attention_layer: usize,
+    /// Class names and synonyms.
+    pub scoring: Scoring,
+    /// Parameter name prefixes that are not trained.
+    pub frozen: Vec<String>,
+    /// Padded tokens per forward pass.
+    pub token_budget: usize,
+    /// Run seed, for the order of mini-batches.
+    pub seed: u64,
+}
+
+impl StepSettings {
+    /// From the configuration; `banned` are the token ids that the rollout never samples.
+    pub fn new(config: &Config, vlm: &Vlm, banned: &[u32]) -> Self {
+        let l = &config.learner;
+        let ppo = l.algorithm == Algorithm::Ppo;
+        let vision = &config.reward.vision_relevance;
+        Self {
+            algorithm: l.algorithm,
+            objective: Objective {
+                clip_low: l.clip_low,
+                clip_high: l.clip_high,
+                value_coef: if ppo { l.value_coef } else { 0.0 },
+                value_clip: l.value_clip,
+                entropy_coef: l.entropy_coef,
+                kl_coef: l.kl_coef,
+                attention_coef: vision.weight * vision.gradient,
+            },
+            scale_by_std: l.scale_by_std,
+            gamma: l.gamma,
+            lambda: l.lambda,
+            inner_epochs: l.inner_epochs,
+            minibatches: l.minibatches,
+            optimizer: l.optimizer.clone(),
+            total_steps: l.steps,
+            temperature: config.rollout.temperature,
+            banned: banned_ids(vlm, banned),
+            agreement_limit: l.agreement_limit,
+            attention_layer: vision.layer.unwrap_or_else(|| vlm.config().default_capture_layer()),
+            scoring: Scoring::new(config),
+            frozen: l.frozen.clone(),
+            token_budget: TOKEN_BUDGET,
+            seed: config.run.seed,
+        }
+    }
+}
+
+/// Ids that are never sampled: the tokenizer's and the model's own vision tokens, as the engine has them.
+pub fn banned_ids(vlm: &Vlm, tokenizer: &[u32]) -> Vec<u32> {
+    let c = vlm.config();
+    let own = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id];
+    let mut ids: Vec<u32> = tokenizer.iter().copied().chain(own).collect();
+    ids.retain(|id| i64::from(*id) < c.text.vocab_size);
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// The policy with its optimiser.
+pub struct Learner {
+    pub(crate) vlm: Vlm,
+    pub(crate) value_head: Option<ValueHead>,
+    pub(crate) optimizer: AdamW,
+    reference: Option<Vlm>,
+    settings: StepSettings,
+    /// Updates so far, skipped ones among them.
+    pub(crate) step: u64,
+    pub(crate) skipped: u64,
+    pub(crate) skipped_in_a_row: u64,
+}
+
+/// Results of a forward pass over some members, flat.
+struct Forward {
+    logprobs: Tensor,
+    entropy: Tensor,
+    values: Option<Tensor>,
+    attention: Option<Tensor>,
+}
+
+/// Why a batch cannot be used; the step is skipped.
+struct Unusable(String);
+
+impl Learner {
+    /// A learner around `vlm`. `reference` is needed when the KL term has a weight; PPO adds a value head of zeros.
+    ///
+    /// # Errors
+    /// A frozen prefix that no parameter has, a layer that the model does not have, weights that are not fp32.
+    pub fn new(vlm: Vlm, reference: Option<Vlm>, settings: StepSettings) -> Result<Self> {
+        let fault = |what: String| Err(LearnerError::Setting(what));
+        for prefix in &settings.frozen {
+            if !vlm.named_parameters().iter().any(|(n, _)| n.starts_with(prefix.as_str())) {
+                return fault(format!("learner.frozen has `{prefix}`, but no parameter's name starts so"));
+            }
+        }
+        let layers = vlm.config().text.num_hidden_layers;
+        if settings.attention_layer >= layers {
+            let layer = settings.attention_layer;
+            return fault(format!("reward.vision_relevance.layer is {layer}, the model has {layers} layers (0-based)"));
+        }
+        if settings.objective.kl_coef > 0.0 && reference.is_none() {
+            return fault("learner.kl_coef is above 0, but there is no reference model".into());
+        }
+        vlm.set_trainable(|name| !settings.frozen.iter().any(|p| name.starts_with(p.as_str())));
+        let value_head =
+            (settings.algorithm == Algorithm::Ppo).then(|| ValueHead::new(vlm.config().text.hidden_size, vlm.device()));
+        let mut trained: Vec<(String, Tensor)> = Vec::new();
+        trained.extend(
+            vlm.named_parameters()
+                .iter()
+                .filter(|(_, t)| t.requires_grad())
+                .map(|(n, t)| (n.clone(), t.shallow_clone())),
+        );
+        if let Some(head) = &value_head {
+            head.set_trainable(true);
+            trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
+        }
+        let optimizer = AdamW::new(&settings.optimizer, &trained)?;
+        Ok(Self { vlm, value_head, optimizer, reference, settings, step: 0, skipped: 0, skipped_in_a_row: 0 })
+    }
+
+    /// The policy.
+    pub fn vlm(&self) -> &Vlm {
+        &self.vlm
+    }
+
+    /// The policy, for evaluation.
+    pub fn vlm_mut(&mut self) -> &mut Vlm {
+        &mut self.vlm
+    }
+
+    /// Updates so far; also the version of the present weights.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// What enters an update.
+    pub fn settings(&self) -> &StepSettings {
+        &self.settings
+    }
+
+    /// One update. The present weights are version [`Learner::step`]; after it they are one more, also when the step had to be
+    /// skipped (a value that is not finite, nothing to learn from), which leaves them as they were.
+    ///
+    /// # Errors
+    /// [`LearnerError::Agreement`], [`LearnerError::Skipped`] after [`SKIP_LIMIT`] skipped steps in a row, or inputs that do not
+    /// fit the model.
+    pub fn update(&mut self, groups: &[TrainGroup]) -> Result<UpdateReport> {
+        let mut report = describe(groups, self.step);
+        report.lr = lr_at(&self.settings.optimizer, self.step, self.settings.total_steps);
+        let outcome = match usable(groups) {
+            Err(unusable) => Err(unusable),
+            Ok(()) => self.apply(groups, &mut report)?,
+        };
+        self.optimizer.zero_grad();
+        self.step += 1;
+        report.version = self.step;
+        report.step = self.step;
+        match outcome {
+            Ok(()) => self.skipped_in_a_row = 0,
+            Err(Unusable(why)) => {
+                self.skipped += 1;
+                self.skipped_in_a_row += 1;
+                tracing::warn!(step = self.step, %why, "step skipped");
+                report.skipped = Some(why.clone());
+                if self.skipped_in_a_row >= SKIP_LIMIT {
+                    return Err(LearnerError::Skipped { step: self.step, in_a_row: self.skipped_in_a_row, why });
+                }
+            }
+        }
+        report.skipped_total = self.skipped;
+        Ok(report)
+    }
+
+    fn apply(&mut self, groups: &[TrainGroup], report: &mut UpdateReport) -> Result<Result<(), Unusable>> {
+        let mut members: Vec<Member> =
+            groups.iter().filter_map(|g| Member::new(g, self.settings.scale_by_std)).collect();
+        report.dropped_groups = groups.len() - members.len();
+        if members.is_empty() {
+            return Ok(Err(Unusable("every reward of the batch is masked".into())));
+        }
+        report.tokens = members.iter().map(Member::tokens).sum();
+
+        // Log-probabilities and values before the update: from the first pass where it covers the whole batch, else from one of their own.
+        let all: Vec<&Member> = members.iter().collect();
+        let whole = self.settings.minibatches <= 1 && parts(&all, self.settings.token_budget).len() == 1;
+        let first = if whole { Some(self.forward(&all)?) } else { None };
+        let (before, values) = match &first {
+            Some(f) => (host(&f.logprobs)?, f.values.as_ref().map(host).transpose()?),
+            None => self.forward_detached(&all)?,
+        };
+        let found = agreement(&all, &before, self.step);
+        self.judge(&found)?;
+        report.take_agreement(&found);
+        if before.iter().any(|v| !v.is_finite()) {
+            return Ok(Err(Unusable("a recomputed log-probability is not finite".into())));
+        }
+        let reference = match &self.reference {
+            Some(r) if self.settings.objective.kl_coef > 0.0 => Some(self.reference_logprobs(r, &all)?),
+            _ => None,
+        };
+        drop(all);
+        self.fill(&mut members, values.as_deref(), reference.as_deref())?;
+
+        let mut first = first;
+        let mut sums = Sums::default();
+        for epoch in 0..self.settings.inner_epochs {
+            for chunk in self.minibatches(members.len(), epoch) {
+                let chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
+                if let Err(unusable) = self.minibatch(&chosen, first.take(), report.lr, &mut sums)? {
+                    return Ok(Err(unusable));
+                }
+            }
+        }
+        sums.report(report);
+        Ok(Ok(()))
+    }
+
+    /// Indices of each mini-batch: in order where there is one, else shuffled as a function of (seed, step, epoch).
+    fn minibatches(&self, groups: usize, epoch: usize) -> Vec<Vec<usize>> {
+        let mut order: Vec<usize> = (0..groups).collect();
+        if self.settings.minibatches > 1 {
+            let mixed = self.settings.seed ^ self.step.rotate_left(24) ^ (epoch as u64).rotate_left(48);
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mixed));
+        }
+        let size = groups.div_ceil(self.settings.minibatches.max(1)).max(1);
+        order.chunks(size).map(<[usize]>::to_vec).collect()
+    }
+
+    /// Loss, gradients and one optimiser step over `chosen`; `ready` is a forward pass over exactly these.
+    fn minibatch(
+        &mut self,
+        chosen: &[&Member<'_>],
+        ready: Option<Forward>,
+        lr: f64,
+        sums: &mut Sums,
+    ) -> Result<Result<(), Unusable>> {
+        let stats = TokenStats {
+            tokens: chosen.iter().map(|m| m.tokens()).sum::<usize>() as f64,
+            attended: attended(chosen) as f64,
+        };
+        self.optimizer.zero_grad();
+        let mut ready = ready;
+        let mut total = Sums::default();
+        for part in parts(chosen, self.settings.token_budget) {
+            let forward = match ready.take() {
+                Some(f) => f,
+                None => self.forward(&part)?,
+            };
+            let loss = self.loss(&part, &forward, stats)?;
+            if !loss.loss.f_double_value(&[])?.is_finite() {
+                return Ok(Err(Unusable("the loss is not finite".into())));
+            }
+            loss.loss.f_backward()?;
+            total.add_part(&loss)?;
+        }
+        let gradient = self.optimizer.gradient()?;
+        if !gradient.norm.is_finite() {
+            return Ok(Err(Unusable("a gradient is not finite".into())));
+        }
+        sums.take(total, gradient.norm);
+        self.optimizer.step(gradient, lr)?;
+        Ok(Ok(()))
+    }
+
+    fn loss(&self, part: &[&Member<'_>], forward: &Forward, stats: TokenStats) -> Result<LossParts> {
+        let device = self.vlm.device();
+        let old = flat(part, |m| m.old.clone(), device)?;
+        let advantages = flat(part, |m| m.advantages.clone(), device)?;
+        let ppo = self.settings.objective.value_coef > 0.0;
+        let old_values = if ppo { Some(flat(part, |m| m.old_values.clone(), device)?) } else { None };
+        let targets = if ppo { Some(flat(part, |m| m.targets.clone(), device)?) } else { None };
+        let kl = self.settings.objective.kl_coef > 0.0;
+        let reference = if kl { Some(flat(part, |m| m.reference.clone(), device)?) } else { None };
+        let mut objective = self.settings.objective;
+        let mention = forward.attention.as_ref().and_then(|rows| {
+            let names = |category: &str| self.settings.scoring.names(category);
+            mentions(part, &names, rows.size()[1], device)
+        });
+        if mention.is_none() {
+            objective.attention_coef = 0.0;
+        }
+        let batch = TokenBatch {
+            logprobs: Some(&forward.logprobs),
+            old_logprobs: Some(&old),
+            advantages: Some(&advantages),
+            entropy: Some(&forward.entropy),
+            values: forward.values.as_ref(),
+            old_values: old_values.as_ref(),
+            targets: targets.as_ref(),
+            reference: reference.as_ref(),
+            attention: forward.attention.as_ref().zip(mention.as_ref()),
+        };
+        Ok(policy_loss(&objective, &batch, stats)?)
+    }
+
+    /// The policy's pass over `members`, differentiable unless gradients are off.
+    fn forward(&self, members: &[&Member<'_>]) -> Result<Forward> {
+        let o = &self.settings.objective;
+        let capture = (o.attention_coef > 0.0)
+            .then_some(CaptureSpec { layer: self.settings.attention_layer, differentiable: true });
+        let (hidden, attention, targets) = packed(&self.vlm, members, capture)?;
+        let s = &self.settings;
+        let (logprobs, entropy) = logprobs_entropy(&self.vlm.lm_head(&hidden), &targets, s.temperature, &s.banned);
+        let entropy = if o.entropy_coef == 0.0 { entropy.detach() } else { entropy };
+        let values = self.value_head.as_ref().map(|h| h.forward(&hidden));
+        Ok(Forward { logprobs, entropy, values, attention })
+    }
+
+    fn forward_detached(&self, members: &[&Member<'_>]) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
+        no_grad(|| {
+            let (mut logprobs, mut values) = (Vec::new(), self.value_head.is_some().then(Vec::new));
+            for part in parts(members, self.settings.token_budget) {
+                let f = self.forward(&part)?;
+                logprobs.extend(host(&f.logprobs)?);
+                if let (Some(all), Some(v)) = (&mut values, &f.values) {
+                    all.extend(host(v)?);
+                }
+            }
+            Ok((logprobs, values))
+        })
+    }
+
+    fn reference_logprobs(&self, reference: &Vlm, members: &[&Member<'_>]) -> Result<Vec<f32>> {
+        no_grad(|| {
+            let mut out = Vec::new();
+            for part in parts(members, self.settings.token_budget) {
+                let (hidden, _, targets) = packed(reference, &part, None)?;
+                let s = &self.settings;
+                out.extend(host(&unveil_model::logprobs(
+                    &reference.lm_head(&hidden),
+                    &targets,
+                    s.temperature,
+                    &s.banned,
+                ))?);
+            }
+            Ok(out)
+        })
+    }
+
+    /// Writes advantages, value targets and reference log-probabilities into the members.
+    fn fill(&self, members: &mut [Member<'_>], values: Option<&[f32]>, reference: Option<&[f32]>) -> Result<()> {
+        let mut begin = 0;
+        for m in members.iter_mut() {
+            let end = begin + m.tokens();
+            if let Some(r) = reference {
+                m.reference = r[begin..end].to_vec();
+            }
+            if let Some(v) = values {
+                m.old_values = v[begin..end].to_vec();
+                let (mut advantages, mut targets) = (Vec::new(), Vec::new());
+                for (row, range) in m.rows.iter().zip(m.ranges()) {
+                    let (a, t) = gae(row.reward, &m.old_values[range], self.settings.gamma, self.settings.lambda);
+                    advantages.extend(a);
+                    targets.extend(t);
+                }
+                (m.advantages, m.targets) = (advantages, targets);
+            }
+            begin = end;
+        }
+        if values.is_some() {
+            let flat: Vec<f32> = members.iter().flat_map(|m| m.advantages.iter().copied()).collect();
+            let white = host(&whiten(&Tensor::from_slice(&flat)))?;
+            let mut begin = 0;
+            for m in members.iter_mut() {
+                let end = begin + m.tokens();
+                m.advantages = white[begin..end].to_vec();
+                begin = end;
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&self, found: &Agreement) -> Result<()> {
+        match found.mean {
+            Some(mean) if mean > self.settings.agreement_limit => Err(LearnerError::Agreement {
+                step: self.step + 1,
+                mean,
+                limit: self.settings.agreement_limit,
+                worst: found.worst.join(", "),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Moments, value head and counters are taken over; the weights are loaded apart.
+    pub(crate) fn restore(
+        &mut self,
+        moments: &[(String, Tensor)],
+        head: Option<&[(String, Tensor)]>,
+        at: Counters,
+    ) -> Result<()> {
+        if let (Some(own), Some(named)) = (&mut self.value_head, head) {
+            own.load_state(named)?;
+        }
+        self.optimizer.load_state(moments, at.updates)?;
+        (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
+        Ok(())
+    }
+
+    /// Where the learner stands.
+    pub(crate) fn counters(&self) -> Counters {
+        let (step, skipped, skipped_in_a_row) = (self.step, self.skipped, self.skipped_in_a_row);
+        Counters { step, skipped, skipped_in_a_row, updates: self.optimizer.updates() }
+    }
+}
+
+/// Counters that a checkpoint holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Counters {
+    /// Steps, skipped ones among them.
+    pub step: u64,
+    /// Optimiser updates.
+    pub updates: u64,
+    /// Steps skipped.
+    pub skipped: u64,
+    /// Steps skipped since the last good one.
+    pub skipped_in_a_row: u64,
+}
+
+/// Hidden states that predict each token, attention rows, target tokens.
+pub(crate) fn packed(
+    vlm: &Vlm,
+    members: &[&Member<'_>],
+    capture: Option<CaptureSpec>,
+) -> Result<(Tensor, Option<Tensor>, Tensor)> {
+    let groups: Vec<_> = members.iter().map(|m| m.packed.clone()).collect();
+    let inputs = members.iter().map(|m| &*m.group.input);
+    forward_groups(vlm, &groups, inputs, capture)
+}
+
+/// [`packed`] for groups and inputs given apart.
+pub(crate) fn forward_groups<'a>(
+    vlm: &Vlm,
+    groups: &[unveil_model::PackedGroup],
+    inputs: impl Iterator<Item = &'a GroupInput>,
+    capture: Option<CaptureSpec>,
+) -> Result<(Tensor, Option<Tensor>, Tensor)> {
+    let batch = PackedBatch::build(groups, vlm.config(), vlm.device())?;
+    let features = match pixels(inputs, vlm.config().vision.patch_len(), vlm.device())? {
+        Some((pixels, grids)) => Some(vlm.encode_images(&pixels, &grids)?),
+        None => None,
+    };
+    let out = vlm.forward_packed(&batch, features.as_ref(), capture)?;
+    Ok((out.hidden, out.attention, batch.targets))
+}
+
+/// Refuses batches with numbers that are not finite, naming the first.
+fn usable(groups: &[TrainGroup]) -> Result<(), Unusable> {
+    for g in groups {
+        let id = &g.id.record;
+        if let Some(b) = g.breakdowns.iter().find(|b| b.total.is_some_and(|t| !t.is_finite())) {
+            return Err(Unusable(format!("the reward of response {} of record `{id}` is not finite", b.index)));
+        }
+        if let Some(r) = g.responses.iter().find(|r| r.logprobs.iter().any(|v| !v.is_finite())) {
+            return Err(Unusable(format!("a log-probability of response {} of record `{id}` is not finite", r.index)));
+        }
+    }
+    Ok(())
+}
+
+fn host(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(Vec::<f32>::try_from(t.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous()?.f_view([-1])?)?)
+}
+
+/// Loss parts over micro-batches (added) and mini-batches (averaged).
+#[derive(Default)]
+struct Sums {
+    parts: BTreeMap<&'static str, f64>,
+    norm: f64,
+    count: u64,
+}
+
+impl Sums {
+    fn add_part(&mut self, loss: &LossParts) -> Result<()> {
+        let all = [
+            ("loss", &loss.loss),
+            ("policy", &loss.policy),
+            ("value", &loss.value),
+            ("entropy", &loss.entropy),
+            ("kl_reference", &loss.kl),
+            ("attention", &loss.attention),
+            ("clip_fraction", &loss.clip_fraction),
+            ("kl", &loss.approx_kl),
+        ];
+        for (name, t) in all {
+            *self.parts.entry(name).or_default() += t.f_double_value(&[])?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, other: Sums, norm: f64) {
+        for (name, v) in other.parts {
+            *self.parts.entry(name).or_default() += v;
+        }
+        self.norm += norm;
+        self.count += 1;
+    }
+
+    fn report(&self, report: &mut UpdateReport) {
+        let n = self.count.max(1) as f64;
+        let known: HashSet<&str> = ["clip_fraction", "kl", "kl_reference", "entropy"].into();
+        let of = |k: &str| self.parts.get(k).copied().unwrap_or(0.0) / n;
+        (report.clip_fraction, report.kl, report.kl_reference) = (of("clip_fraction"), of("kl"), of("kl_reference"));
+        report.entropy = of("entropy");
+        report.grad_norm = self.norm / n;
+        report.loss = self.parts.keys().filter(|k| !known.contains(*k)).map(|k| ((*k).to_owned(), of(k))).collect();
+    }
+}

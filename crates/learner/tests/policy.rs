@@ -1,0 +1,187 @@
+//! The policy update: it learns, it skips what cannot be used, it stops where rollout and learner disagree, and its parts add up.
+
+mod common;
+
+use common::{breakdown, low_tokens, model, rollout, settings, weights};
+use unveil_config::schema::Algorithm;
+use unveil_learner::{Learner, LearnerError, StepSettings, TrainGroup};
+
+fn learn(algorithm: Algorithm, updates: u64, change: impl Fn(&mut StepSettings)) -> (f64, f64, Learner) {
+    let vlm = model(3);
+    let mut s = settings(&vlm, algorithm, updates);
+    change(&mut s);
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let mut means = Vec::new();
+    for step in 0..updates {
+        let batch = rollout(learner.vlm(), 4, 8, step, &low_tokens);
+        let report = learner.update(&batch).unwrap();
+        assert_eq!(report.skipped, None);
+        assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
+        means.push(report.reward["total"]);
+    }
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    (mean(&means[..3]), mean(&means[means.len() - 3..]), learner)
+}
+
+#[test]
+fn grpo_raises_a_toy_reward() {
+    let (before, after, learner) = learn(Algorithm::Grpo, 20, |_| {});
+    assert!(after > before + 0.25, "{before} -> {after}");
+    assert_eq!(learner.step(), 20);
+}
+
+#[test]
+fn ppo_raises_a_toy_reward() {
+    let (before, after, _) = learn(Algorithm::Ppo, 20, |s| {
+        s.inner_epochs = 2;
+        s.minibatches = 2;
+    });
+    assert!(after > before + 0.2, "{before} -> {after}");
+}
+
+#[test]
+fn attention_entropy_and_kl_terms_enter_the_loss() {
+    let vlm = model(5);
+    let mut s = settings(&vlm, Algorithm::Grpo, 10);
+    s.objective.attention_coef = 0.5;
+    s.objective.entropy_coef = 0.01;
+    s.objective.kl_coef = 0.1;
+    let mut learner = Learner::new(vlm, Some(model(5)), s).unwrap();
+    // The class is called "x", which tokens 46 (`o`) never read as: name a letter that comes up often instead.
+    let mut attention = Vec::new();
+    for step in 0..6 {
+        let mut batch = rollout(learner.vlm(), 4, 8, step, &low_tokens);
+        for g in &mut batch {
+            for r in &mut g.responses {
+                r.text = "x".repeat(r.tokens.len());
+            }
+        }
+        let report = learner.update(&batch).unwrap();
+        assert!(report.entropy > 1.0 && report.kl_reference >= 0.0);
+        if step == 0 {
+            assert!(report.kl_reference < 1e-6, "{}", report.kl_reference);
+        } else {
+            assert!(report.kl_reference > 0.0);
+        }
+        attention.push(report.loss["attention"]);
+    }
+    assert!(attention[5] > attention[0] + 0.02, "{attention:?}");
+}
+
+#[test]
+fn micro_batches_add_up_to_the_whole() {
+    let batch = rollout(&model(7), 4, 4, 0, &low_tokens);
+    let run = |budget: usize, algorithm| {
+        let vlm = model(7);
+        let mut s = settings(&vlm, algorithm, 5);
+        s.token_budget = budget;
+        let mut learner = Learner::new(vlm, None, s).unwrap();
+        let report = learner.update(&batch).unwrap();
+        (report, weights(learner.vlm()))
+    };
+    for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
+        let (whole, w) = run(usize::MAX, algorithm);
+        let (split, v) = run(1, algorithm);
+        assert!((whole.loss["loss"] - split.loss["loss"]).abs() < 1e-5);
+        assert!((whole.grad_norm - split.grad_norm).abs() < 1e-4 * whole.grad_norm, "{whole:?} {split:?}");
+        for ((name, a), (_, b)) in w.iter().zip(&v) {
+            // Adam's first step is the gradient's sign times the rate: where the gradient is rounding noise, it may differ.
+            let far = a.iter().zip(b).filter(|(x, y)| (*x - *y).abs() > 1e-5).count();
+            assert!(far * 20 <= a.len(), "{name}: {far} of {}", a.len());
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_skipped_counted_and_in_the_end_fatal() {
+    let vlm = model(9);
+    let s = settings(&vlm, Algorithm::Grpo, 20);
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let good = |learner: &Learner| rollout(learner.vlm(), 2, 4, learner.step(), &low_tokens);
+    let before = weights(learner.vlm());
+    let mut bad = good(&learner);
+    bad[1].breakdowns[2] = breakdown("r1", 2, Some(f64::NAN));
+    let report = learner.update(&bad).unwrap();
+    assert!(report.skipped.is_some_and(|w| w.contains("reward of response 2 of record `r1`")));
+    assert_eq!((report.version, report.skipped_total, &weights(learner.vlm())), (1, 1, &before));
+    let mut bad = good(&learner);
+    bad[0].responses[1].logprobs[0] = f32::NAN;
+    assert!(learner.update(&bad).unwrap().skipped.is_some_and(|w| w.contains("log-probability")));
+    let mut masked = good(&learner);
+    masked.iter_mut().flat_map(|g| &mut g.breakdowns).for_each(|b| b.total = None);
+    assert!(learner.update(&masked).unwrap().skipped.is_some_and(|w| w.contains("masked")));
+    assert_eq!(weights(learner.vlm()), before);
+    let fine = good(&learner);
+    assert_eq!(learner.update(&fine).unwrap().skipped, None, "a good step ends the row");
+    for k in 0..5 {
+        let mut bad = good(&learner);
+        bad[0].breakdowns[0].total = Some(f64::INFINITY);
+        match learner.update(&bad) {
+            Ok(r) => assert!(k < 4 && r.skipped.is_some()),
+            Err(LearnerError::Skipped { in_a_row: 5, .. }) => assert_eq!(k, 4),
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
+#[test]
+fn groups_without_reward_are_left_out() {
+    let vlm = model(9);
+    let s = settings(&vlm, Algorithm::Grpo, 20);
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let mut batch = rollout(learner.vlm(), 3, 4, 0, &low_tokens);
+    batch[1].breakdowns.iter_mut().for_each(|b| b.total = None);
+    batch[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
+    let report = learner.update(&batch).unwrap();
+    assert_eq!((report.dropped_groups, report.flat_groups, report.skipped), (1, 1, None));
+    assert_eq!(report.masked["total"], 4);
+    let want: usize = [0, 2].iter().flat_map(|g: &usize| &batch[*g].responses).map(|r| r.tokens.len()).sum();
+    assert_eq!(report.tokens, want);
+}
+
+#[test]
+fn disagreement_stops_the_run_and_names_the_worst() {
+    let vlm = model(9);
+    let s = settings(&vlm, Algorithm::Grpo, 20);
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let mut batch = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
+    batch[1].responses[3].logprobs.iter_mut().for_each(|v| *v += 0.1);
+    let e = learner.update(&batch).unwrap_err();
+    assert!(matches!(e, LearnerError::Agreement { step: 1, .. }));
+    assert!(e.to_string().contains("worst: record `r1` response 3"), "{e}");
+    // The same tokens by an older version are drift, not disagreement.
+    let mut stale: Vec<TrainGroup> = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
+    learner.update(&stale).unwrap();
+    stale.truncate(2);
+    let report = learner.update(&stale).unwrap();
+    assert!(report.agreement.is_none() && report.drift.is_some_and(|d| d > 1e-5) && report.staleness == 1);
+}
+
+#[test]
+fn settings_that_do_not_fit_are_named() {
+    let refuse = |change: &dyn Fn(&mut StepSettings)| {
+        let vlm = model(1);
+        let mut s = settings(&vlm, Algorithm::Grpo, 5);
+        change(&mut s);
+        Learner::new(vlm, None, s).err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    assert!(refuse(&|s| s.frozen = vec!["vision.".into()]).contains("`vision.`"));
+    assert!(refuse(&|s| s.attention_layer = 99).contains("layer is 99"));
+    assert!(refuse(&|s| s.objective.kl_coef = 0.1).contains("reference"));
+    assert!(refuse(&|s| s.frozen = vec!["visual".into(), "model".into()]).contains("frozen"));
+    assert_eq!(refuse(&|s| s.frozen = vec!["visual".into()]), "");
+}
+
+#[test]
+fn frozen_parameters_stay() {
+    let vlm = model(2);
+    let mut s = settings(&vlm, Algorithm::Grpo, 5);
+    s.frozen = vec!["visual".into()];
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let before = weights(learner.vlm());
+    let batch = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
+    learner.update(&batch).unwrap();
+    let changed = before.iter().zip(weights(learner.vlm())).filter(|((_, a), (_, b))| a != b).map(|((n, _), _)| n);
+    let changed: Vec<&String> = changed.collect();
+    assert!(!changed.is_empty() && changed.iter().all(|n| !n.starts_with("visual")), "{changed:?}");
+}
