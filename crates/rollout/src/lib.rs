@@ -16,6 +16,8 @@ mod worker;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod offline_tests;
+#[cfg(test)]
 mod tests;
 
 pub use device::parse_device;
