@@ -1,0 +1,83 @@
+//! A small file system of its own, to be filled up.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::Sandbox;
+
+/// A directory on a memory file system of limited size, seen only by commands that run [`SmallDisk::inside`].
+///
+/// It lives in a mount namespace of its own, so no right on the machine is needed beyond user namespaces.
+pub struct SmallDisk {
+    holder: Child,
+    dir: PathBuf,
+}
+
+impl SmallDisk {
+    /// Mounts one of `mib` MiB on `dir`, which must exist.
+    ///
+    /// # Panics
+    /// The machine allows no user namespaces.
+    #[track_caller]
+    pub fn mount(sandbox: &Sandbox, dir: &Path, mib: u32) -> Self {
+        let script = format!("mount -t tmpfs -o size={mib}m tmpfs \"$0\" && touch \"$0/.mounted\" && exec sleep 600");
+        let holder = sandbox
+            .command(Path::new("unshare"), &["--user", "--map-root-user", "--mount", "sh", "-c", &script])
+            .arg(dir)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("unshare (util-linux) starts");
+        let mut disk = Self { holder, dir: dir.to_owned() };
+        for _ in 0..500 {
+            if disk.seen(".mounted").exists() {
+                return disk;
+            }
+            if let Ok(Some(status)) = disk.holder.try_wait() {
+                panic!(
+                    "a small disk cannot be mounted ({status}): user namespaces are needed (sysctl kernel.unprivileged_userns_clone)"
+                );
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("a small disk was not mounted within 5 s");
+    }
+
+    /// Prepares a program to run where the disk is mounted.
+    pub fn inside(&self, sandbox: &Sandbox, program: &Path, args: &[&str]) -> Command {
+        let target = self.holder.id().to_string();
+        let mut command = sandbox
+            .command(Path::new("nsenter"), &["--preserve-credentials", "--user", "--mount", "--target", &target]);
+        command.arg(program).args(args);
+        command
+    }
+
+    /// Path by which this process sees a file on the disk.
+    pub fn seen(&self, relative: &str) -> PathBuf {
+        let inner = self.dir.strip_prefix("/").unwrap_or(&self.dir);
+        PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(inner).join(relative)
+    }
+
+    /// Fills the disk to the last byte.
+    #[track_caller]
+    pub fn fill(&self) {
+        use std::io::Write;
+        let path = self.seen("filler");
+        let mut file = std::fs::File::create(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let block = vec![0u8; 1 << 20];
+        for size in [1 << 20, 1 << 12, 1] {
+            while file.write_all(&block[..size]).is_ok() {}
+        }
+    }
+
+    /// Gives the filled space back.
+    pub fn relieve(&self) {
+        let _gone = std::fs::remove_file(self.seen("filler"));
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _gone = self.holder.kill();
+        let _reaped = self.holder.wait();
+    }
+}

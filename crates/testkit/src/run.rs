@@ -1,0 +1,124 @@
+//! Files of a run directory, as a test reads them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value;
+
+/// Reads a JSON file.
+#[track_caller]
+pub fn read_json(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Parses JSON lines; blank ones are skipped.
+#[track_caller]
+pub fn json_lines(text: &str) -> Vec<Value> {
+    let parse = |l: &str| serde_json::from_str(l).unwrap_or_else(|e| panic!("not a line of JSON ({e}): {l}"));
+    text.lines().filter(|l| !l.trim().is_empty()).map(parse).collect()
+}
+
+/// Whole events of a run so far; none when there is no file yet, and a line that is being written is left out.
+pub fn events(run: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(run.join("events.jsonl")).unwrap_or_default();
+    text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect()
+}
+
+/// Events of one kind.
+pub fn events_of(run: &Path, kind: &str) -> Vec<Value> {
+    events(run).into_iter().filter(|e| e["kind"] == kind).collect()
+}
+
+/// Steps of the checkpoints that the log under `place` names, in the order of writing; removed ones are among them.
+pub fn committed(place: &Path) -> Vec<u64> {
+    let entries = std::fs::read_dir(place.join("log")).into_iter().flatten().flatten();
+    let mut paths: Vec<_> = entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "json")).collect();
+    paths.sort();
+    let texts = paths.iter().filter_map(|p| std::fs::read_to_string(p).ok());
+    let entries = texts.filter_map(|t| serde_json::from_str::<Value>(&t).ok());
+    entries.filter(|e| e["kind"] == "checkpoint").filter_map(|e| e["step"].as_u64()).collect()
+}
+
+/// One update of stage 2.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainStep {
+    /// Its number, from 1.
+    pub step: u64,
+    /// Groups that it trained: pass over the data, record id.
+    pub groups: Vec<(u64, String)>,
+}
+
+impl TrainStep {
+    #[track_caller]
+    fn read(event: &Value) -> Self {
+        let bad = || -> ! { panic!("not a whole train event: {event}") };
+        let names = |list: &Value| -> Vec<String> {
+            let list = list.as_array().unwrap_or_else(|| bad());
+            list.iter().map(|g| g.as_str().unwrap_or_else(|| bad()).to_owned()).collect()
+        };
+        let of = |pass: &Value, list: &Value| -> Vec<(u64, String)> {
+            let pass = pass.as_u64().unwrap_or_else(|| bad());
+            names(list).into_iter().map(|g| (pass, g)).collect()
+        };
+        let groups = match event["passes"].as_array() {
+            Some(passes) => passes.iter().flat_map(|p| of(&p[0], &p[1])).collect(),
+            None => of(&event["pass"], &event["groups"]),
+        };
+        Self { step: event["step"].as_u64().unwrap_or_else(|| bad()), groups }
+    }
+}
+
+/// Updates of the final lineage: those that were redone after a resumption do not count.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Lineage {
+    /// Updates in the order of training.
+    pub steps: Vec<TrainStep>,
+    /// Steps that stage 2 was resumed from.
+    pub resumed: Vec<u64>,
+}
+
+impl Lineage {
+    /// Reads it from `events.jsonl`.
+    #[track_caller]
+    pub fn read(run: &Path) -> Self {
+        let mut out = Self::default();
+        for e in events(run) {
+            match (e["kind"].as_str(), e["stage"].as_str()) {
+                (Some("resumed"), Some("rl")) => {
+                    let step = e["step"].as_u64().unwrap_or_else(|| panic!("no step in {e}"));
+                    out.steps.retain(|s| s.step <= step);
+                    out.resumed.push(step);
+                }
+                (Some("train"), _) => out.steps.push(TrainStep::read(&e)),
+                _ => {}
+            }
+        }
+        out
+    }
+
+    /// Requires steps 1 to `steps`, each once, with `per_step` groups; in no pass a group twice; and in each pass that is
+    /// over all `records` groups.
+    #[track_caller]
+    pub fn is_exactly_once(&self, steps: u64, per_step: usize, records: usize) {
+        let numbers: Vec<u64> = self.steps.iter().map(|s| s.step).collect();
+        assert_eq!(numbers, (1..=steps).collect::<Vec<_>>(), "steps of the final lineage");
+        let mut passes: BTreeMap<u64, Vec<&str>> = BTreeMap::new();
+        for s in &self.steps {
+            assert_eq!(s.groups.len(), per_step, "groups of step {}: {:?}", s.step, s.groups);
+            for (pass, group) in &s.groups {
+                passes.entry(*pass).or_default().push(group);
+            }
+        }
+        let last = passes.keys().next_back().copied();
+        for (pass, mut groups) in passes {
+            let all = groups.len();
+            groups.sort_unstable();
+            groups.dedup();
+            assert_eq!(groups.len(), all, "a group of pass {pass} was trained twice: {:?}", self.steps);
+            if Some(pass) != last {
+                assert_eq!(all, records, "groups of pass {pass}: one was lost: {:?}", self.steps);
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Bad records, models, configurations and places: one clear line that says what and where, and nothing damaged.
+
+use std::collections::HashMap;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use serde_json::{Value, json};
+use unveil_testkit::{Sandbox, SmallDisk, binary, committed, json_lines};
+
+const SOON: Duration = Duration::from_secs(120);
+
+fn write_records(path: &Path, records: &[Value]) {
+    let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+    std::fs::write(path, lines.join("\n") + "\n").expect("records are written");
+}
+
+/// `train` on a record file of one's own.
+fn train_on<'a>(config: &'a str, data: &'a str) -> Vec<&'a str> {
+    vec!["train", "--config", config, "--set", "data.kind=jsonl", "--set", data]
+}
+
+#[test]
+fn bad_records() {
+    let s = Sandbox::new();
+    let file = s.synth("data", 20, 1);
+    let good = json_lines(&std::fs::read_to_string(&file).expect("records"));
+    let bad = s.path("data/bad.jsonl");
+    let image = std::fs::read(s.path("data").join(good[0]["image"].as_str().expect("an image"))).expect("an image");
+    s.write("data/cut.png", &image[..image.len() / 2]);
+    let with = |changes: Value| {
+        let mut record = good[0].clone();
+        let fields = record.as_object_mut().expect("a record");
+        fields.insert("id".into(), json!("odd"));
+        for (key, value) in changes.as_object().expect("changes") {
+            fields.insert(key.clone(), value.clone());
+        }
+        fields.retain(|_, v| !v.is_null());
+        record
+    };
+    let first = good[0]["id"].as_str().expect("an id");
+    let cases = [
+        ("missing image", with(json!({"image": "gone.png"})), "odd", "gone.png"),
+        ("corrupt image", with(json!({"image": "cut.png"})), "odd", "cut.png"),
+        (
+            "box outside",
+            with(json!({"boxes": [[1, 1, 65, 9]], "labels": [], "category": "mass"})),
+            "odd",
+            "outside the image",
+        ),
+        (
+            "box without area",
+            with(json!({"boxes": [[5, 5, 5, 9]], "labels": [], "category": "mass"})),
+            "odd",
+            "no area",
+        ),
+        ("no id", with(json!({"id": null})), "", "`id`"),
+        ("the same id again", with(json!({"id": first})), first, "already on line 1"),
+    ];
+    let config = s.micro_config();
+    let (config, shown) = (config.to_string_lossy(), bad.to_string_lossy());
+    let root = format!("data.root={shown}");
+    let place = format!("{shown}:21");
+    for (name, record, id, what) in cases {
+        let mut records = good.clone();
+        records.push(record);
+        write_records(&bad, &records);
+
+        let checked = s.unveil(&["data", "check", &shown]);
+        let findings = checked.json();
+        let errors: Vec<&Value> = findings.iter().filter(|f| f["severity"] == "error").collect();
+        assert_eq!(errors.len(), 1, "{name}: {findings:?}");
+        assert_eq!((errors[0]["id"].as_str(), errors[0]["file"].as_str()), (Some(id), Some(place.as_str())), "{name}");
+        assert!(errors[0]["what"].as_str().is_some_and(|w| w.contains(what)), "{name}: {}", errors[0]);
+        checked.says(1, &["bad.jsonl"]);
+
+        let line = s.unveil(&train_on(&config, &root)).says(1, &[&place, id, what]);
+        assert!(line.len() < 400, "{name}: {line}");
+        assert!(!s.path("run/model-init").exists(), "{name}: nothing is started on bad data");
+    }
+    write_records(&bad, &good);
+    s.unveil(&["data", "check", &shown]).ok();
+}
+
+/// Writes `dir/model.safetensors` again with `change` applied to each tensor's shape; `None` leaves it out.
+fn rewrite(dir: &Path, change: impl Fn(&str, Vec<usize>) -> Option<Vec<usize>>) {
+    let path = dir.join("model.safetensors");
+    let bytes = std::fs::read(&path).expect("weights");
+    let old = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let tensors: Vec<(String, TensorView<'_>)> = old
+        .tensors()
+        .into_iter()
+        .filter_map(|(name, t)| {
+            let shape = change(&name, t.shape().to_vec())?;
+            assert_eq!(t.dtype(), Dtype::F32, "{name}");
+            let size = shape.iter().product::<usize>() * 4;
+            let data = bytes.get(bytes.len() - size..)?;
+            let same = shape == t.shape();
+            let view = TensorView::new(t.dtype(), shape, if same { t.data() } else { data }).expect("a view");
+            Some((name, view))
+        })
+        .collect();
+    let none: Option<HashMap<String, String>> = None;
+    std::fs::write(&path, serialize(tensors, none).expect("serialises")).expect("weights are written");
+}
+
+fn copy_model(from: &Path, to: &Path) {
+    std::fs::create_dir(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("a model").flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+    }
+}
+
+#[test]
+fn bad_model_directories() {
+    let s = Sandbox::new();
+    let good = s.tiny_model("good", 0);
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let is = |n: &str| n.ends_with("layers.0.mlp.down_proj.weight");
+    let missing = s.path("missing");
+    copy_model(&good, &missing);
+    rewrite(&missing, |n, shape| (!is(n)).then_some(shape));
+    let misshapen = s.path("misshapen");
+    copy_model(&good, &misshapen);
+    rewrite(&misshapen, |n, shape| Some(if is(n) { vec![shape[0], shape[1] - 1] } else { shape }));
+    let cut = s.path("cut");
+    copy_model(&good, &cut);
+    let weights = std::fs::read(good.join("model.safetensors")).expect("weights");
+    std::fs::write(cut.join("model.safetensors"), &weights[..weights.len() - 100]).expect("weights");
+
+    s.synth("data", 20, 1);
+    let config = s.micro_config();
+    let (config, root) = (config.to_string_lossy(), format!("data.root={}", s.path("data/records.jsonl").display()));
+    let cases: [(&PathBuf, &[&str]); 3] = [
+        (&missing, &["missing", "layers.0.mlp.down_proj.weight"]),
+        (&misshapen, &["layers.0.mlp.down_proj.weight", "shape"]),
+        (&cut, &["model.safetensors"]),
+    ];
+    for (number, (dir, parts)) in cases.into_iter().enumerate() {
+        let shown = dir.to_string_lossy();
+        s.unveil(&["model", "inspect", &shown]).says(1, parts);
+        let (model, run) =
+            (format!("model.dir={shown}"), format!("run.dir={}", s.path(&format!("run{number}")).display()));
+        let mut args = train_on(&config, &root);
+        args.extend(["--set", &model, "--set", &run]);
+        let done = s.unveil(&args).exits(1);
+        let found = done.stderr.lines().find(|l| l.contains("error") && parts.iter().all(|p| l.contains(p)));
+        assert!(found.is_some(), "{name} is named:\n{}", done.stderr);
+        assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
+    }
+    s.unveil(&["model", "inspect", &s.path("nowhere").to_string_lossy()]).says(1, &["nowhere"]);
+}
+
+#[test]
+fn bad_configurations() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let config = config.to_string_lossy();
+    let with = |set: &str| s.unveil(&["train", "--config", &config, "--set", set]);
+    with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
+    with("sft.steps=many").says(2, &["sft.steps", "integer"]);
+    with("rollout.n=1").exits(2);
+    s.write("odd.toml", "[learner]\nstepz = 3\n");
+    s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
+    s.write("odd.toml", "[learner\n");
+    s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "TOML"]);
+    s.unveil(&["config", "check", "--config", "nowhere.toml"]).says(2, &["nowhere.toml"]);
+    s.unveil(&["config", "check", "--config", &config]).ok();
+    s.unveil(&["trian"]).exits(2);
+    assert!(!s.path("run").exists(), "nothing is written");
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let s = Sandbox::new();
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = taken.local_addr().expect("its address").to_string();
+    let listen = format!("reward.listen={address}");
+    s.unveil(&["reward", "serve", "--set", &listen]).says(1, &[&address, "in use"]);
+
+    // In `train`, the role that needs it says so, and the others are ended.
+    let config = s.micro_config();
+    let (config, listen) = (config.to_string_lossy(), format!("learner.listen={address}"));
+    let done = s.unveil(&["train", "--config", &config, "--set", "sft.steps=0", "--set", &listen]).exits(1);
+    assert!(
+        done.stderr.lines().any(|l| l.contains("error") && l.contains(&address) && l.contains("in use")),
+        "{}",
+        done.stderr
+    );
+    assert_eq!(s.processes(), []);
+}
+
+#[test]
+fn a_run_directory_that_cannot_be_made_is_named() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let file = s.write("file", "not a folder");
+    let dir = format!("run.dir={}/run", file.display());
+    s.unveil(&["train", "--config", &config.to_string_lossy(), "--set", &dir])
+        .says(1, &["cannot", &format!("{}/run", file.display())]);
+}
+
+#[test]
+fn a_full_disk_stops_the_run_and_spares_the_checkpoints() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let run = s.path("run");
+    std::fs::create_dir(&run).expect("a folder");
+    let disk = SmallDisk::mount(&s, &run, 600);
+    let (config, unveil) = (config.to_string_lossy(), binary("unveil"));
+    let args = ["train", "--config", &config, "--set", "sft.steps=0"];
+    let mut train = s.start(&mut disk.inside(&s, &unveil, &args));
+    train.until("a checkpoint", SOON, || (!committed(&disk.seen("")).is_empty()).then_some(()));
+    disk.fill();
+    let done = train.wait(SOON).exits(1);
+    let found = done.stderr.lines().find(|l| l.contains("error") && l.contains("No space left on device"));
+    let line = found.unwrap_or_else(|| panic!("the full disk is named:\n{}", done.stderr));
+    let names_file = ["checkpoints/", "log/", "events.jsonl", "rollouts/", "metrics/"].iter().any(|f| line.contains(f));
+    assert!(names_file, "the file is named: {line}");
+    assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
+    let roles: Vec<_> = s.processes().into_iter().filter(|p| p.args[0].contains("unveil")).collect();
+    assert_eq!(roles, [], "nothing is left behind");
+
+    // Also on the disk that is still full, what was saved can be read.
+    let shown = run.to_string_lossy();
+    let verify =
+        |s: &Sandbox| s.start(&mut disk.inside(s, &unveil, &["checkpoint", "verify", &shown])).wait(SOON).ok().json();
+    let checks = verify(&s);
+    assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
+    disk.relieve();
+    s.start(&mut disk.inside(&s, &unveil, &args)).wait(SOON).ok();
+    assert!(verify(&s).iter().all(|c| c["ok"] == true));
+}

@@ -1,0 +1,158 @@
+//! `generate`, `score` and `reward score` on files, and the same model in transformers.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use unveil_testkit::{Sandbox, json_lines};
+
+const KEYS: [&str; 8] = ["id", "index", "tokens", "text", "logprobs", "boxes", "finish", "vision_relevance"];
+
+fn records(path: &Path) -> Vec<Value> {
+    json_lines(&std::fs::read_to_string(path).expect("records"))
+}
+
+fn keys(line: &Value) -> Vec<&str> {
+    line.as_object().expect("an object").keys().map(String::as_str).collect()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number")).collect()
+}
+
+#[test]
+fn generate_score_and_reward_agree() {
+    let s = Sandbox::new();
+    let (data, model) = (s.synth("data", 5, 2), s.tiny_model("model", 1));
+    let (data_arg, model_arg) = (data.to_string_lossy(), model.to_string_lossy());
+    let generate = |seed: &str| {
+        let args = [
+            "generate",
+            "--model",
+            &model_arg,
+            "--data",
+            &data_arg,
+            "--n",
+            "3",
+            "--max-new-tokens",
+            "16",
+            "--seed",
+            seed,
+        ];
+        s.unveil(&args).ok().stdout
+    };
+    let text = generate("5");
+    assert_eq!(text, generate("5"), "the same seed gives the same bytes");
+    assert_ne!(text, generate("6"), "another seed gives other answers");
+    let lines = json_lines(&text);
+    let of_id: BTreeMap<String, Value> =
+        records(&data).into_iter().map(|r| (r["id"].as_str().expect("an id").to_owned(), r)).collect();
+    assert_eq!(lines.len(), 15);
+    let mut responses = Vec::new();
+    for (i, line) in lines.iter().enumerate() {
+        assert_eq!(keys(line), KEYS, "{line}");
+        assert_eq!(line["index"], i % 3);
+        assert!(matches!(line["finish"].as_str(), Some("stop" | "length")), "{line}");
+        let logprobs = numbers(&line["logprobs"]);
+        assert_eq!(logprobs.len(), line["tokens"].as_array().map_or(0, Vec::len));
+        assert!((1..=16).contains(&logprobs.len()) && logprobs.iter().all(|l| *l <= 0.0), "{line}");
+        let mut response = of_id[line["id"].as_str().expect("an id")].clone();
+        let fields = response.as_object_mut().expect("a record");
+        fields.insert("index".into(), line["index"].clone());
+        fields.insert("tokens".into(), line["tokens"].clone());
+        fields.insert("response".into(), line["text"].clone());
+        responses.push(response.to_string());
+    }
+    let file = s.write("data/responses.jsonl", responses.join("\n"));
+    let file = file.to_string_lossy();
+
+    let scored = s.unveil(&["score", "--model", &model_arg, "--data", &file]).ok().json();
+    assert_eq!(scored.len(), lines.len());
+    for (a, b) in lines.iter().zip(&scored) {
+        assert_eq!(keys(b), ["id", "index", "tokens", "logprobs", "vision_relevance"], "{b}");
+        for key in ["id", "index", "tokens"] {
+            assert_eq!(a[key], b[key]);
+        }
+        let (x, y) = (numbers(&a["logprobs"]), numbers(&b["logprobs"]));
+        let worst = x.iter().zip(&y).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+        assert!(x.len() == y.len() && worst <= 1e-5, "log-probabilities differ by {worst}\n{a}\n{b}");
+        match (a["vision_relevance"].as_f64(), b["vision_relevance"].as_f64()) {
+            (None, None) => {}
+            (x, y) => assert!((x.unwrap_or(9.0) - y.unwrap_or(-9.0)).abs() < 1e-5, "{a}\n{b}"),
+        }
+    }
+
+    let set = format!("model.dir={model_arg}");
+    let rewards = s.unveil(&["reward", "score", "--set", &set, "--data", &file]).ok().json();
+    assert_eq!(rewards.len(), lines.len());
+    for (line, reward) in lines.iter().zip(&rewards) {
+        assert_eq!((&reward["id"], &reward["index"]), (&line["id"], &line["index"]));
+        assert!(reward["total"].is_number(), "{reward}");
+        let components = reward["components"].as_object().expect("components");
+        for name in ["localization", "vision_relevance", "format", "category"] {
+            let c = components.get(name).unwrap_or_else(|| panic!("no {name}: {reward}"));
+            let masked = c["masked"].as_bool().expect("masked");
+            assert_eq!(masked, c["value"].is_null(), "masked is never 0: {reward}");
+            assert_eq!(masked, c["reason"].is_string() || c["reason"].is_object(), "a mask has a reason: {reward}");
+        }
+    }
+}
+
+#[test]
+fn a_perfect_answer_earns_everything_that_can_be_earned() {
+    let s = Sandbox::new();
+    let line = |id: &str, index: u32, response: &str| {
+        json!({"id": id, "image_size": [100, 80], "question": "Where?", "category": "nodule", "boxes": [[10, 20, 50, 60]],
+            "labels": ["nodule"], "index": index, "response": response})
+        .to_string()
+    };
+    let lines = [line("a", 0, "[10,20,50,60] nodule"), line("a", 1, "[60,20,90,60] nodule"), line("a", 2, "what?")];
+    let file = s.write("responses.jsonl", lines.join("\n"));
+    let done = s.unveil(&["reward", "score", "--data", &file.to_string_lossy()]).ok().json();
+    let value = |i: usize, name: &str| done[i]["components"][name]["value"].as_f64();
+    assert_eq!([0, 1, 2].map(|i| value(i, "localization")), [Some(1.0), Some(0.0), Some(0.0)]);
+    assert_eq!([0, 1, 2].map(|i| value(i, "category")), [Some(1.0), Some(1.0), Some(0.0)]);
+    let total = |i: usize| done[i]["total"].as_f64().expect("a total");
+    assert!(total(0) > total(1) && total(1) > total(2), "{done:?}");
+}
+
+const TRANSFORMERS: &str = r#"
+import json, os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model_dir, data = sys.argv[1:]
+torch.set_num_threads(1)
+processor = AutoProcessor.from_pretrained(model_dir)
+model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
+banned = [processor.tokenizer.convert_tokens_to_ids(t) for t in
+          ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]]
+for line in open(data):
+    record = json.loads(line)
+    image = Image.open(os.path.join(os.path.dirname(data), record["image"])).convert("RGB")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": record["question"]}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=24, suppress_tokens=banned)
+    tokens = out[0, inputs["input_ids"].shape[1]:].tolist()
+    print(json.dumps({"id": record["id"], "class": type(model).__name__, "images": (inputs["input_ids"] == banned[0]).sum().item(),
+                      "tokens": tokens, "text": processor.tokenizer.decode(tokens, skip_special_tokens=True)}))
+"#;
+
+#[test]
+fn transformers_loads_the_model_and_answers_the_same() {
+    let s = Sandbox::new();
+    let (data, model) = (s.synth("data", 3, 4), s.tiny_model("model", 2));
+    let (data, model) = (data.to_string_lossy(), model.to_string_lossy());
+    let theirs = s.python(TRANSFORMERS, &[&model, &data]).ok().json();
+    let args = ["generate", "--model", &model, "--data", &data, "--temperature", "0", "--max-new-tokens", "24"];
+    let ours = s.unveil(&args).ok().json();
+    assert_eq!((ours.len(), theirs.len()), (3, 3));
+    for (a, b) in ours.iter().zip(&theirs) {
+        assert_eq!(b["class"], "Qwen2_5_VLForConditionalGeneration");
+        assert_eq!(b["images"], 16, "64 x 64 pixels are 16 image tokens");
+        assert_eq!((&a["id"], &a["tokens"], &a["text"]), (&b["id"], &b["tokens"], &b["text"]));
+    }
+}

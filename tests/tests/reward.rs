@@ -1,0 +1,37 @@
+//! The reward binary as it is deployed: without libtorch, and up at once.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use unveil_testkit::{Sandbox, binary, json_lines};
+
+#[test]
+fn it_links_no_torch() {
+    let linked = |name: &str| {
+        let out = Command::new("ldd").arg(binary(name)).output().expect("ldd runs");
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let reward = linked("unveil-reward");
+    assert!(reward.contains("libc.so"), "{reward}");
+    for library in ["libtorch", "libc10", "cuda", "libgomp"] {
+        assert!(!reward.contains(library), "unveil-reward links {library}:\n{reward}");
+    }
+    assert!(linked("unveil").contains("libtorch"), "the comparison is worth something");
+}
+
+#[test]
+fn it_is_ready_at_once_and_stops_when_asked() {
+    let s = Sandbox::new();
+    let start = Instant::now();
+    let mut service = s.spawn(&["reward", "serve"]);
+    let ready = json_lines(&service.first_line(Duration::from_secs(10)));
+    eprintln!("ready after {:?}", start.elapsed());
+    assert_eq!(ready[0]["role"], "reward");
+    let address = ready[0]["address"].as_str().expect("an address");
+    assert!(address.starts_with("127.0.0.1:") && !address.ends_with(":0"), "{address}");
+    std::net::TcpStream::connect(address).expect("it listens there");
+    let running = s.processes();
+    assert!(running.iter().all(|p| p.args[0].ends_with("unveil-reward")), "`unveil reward` became {running:?}");
+    service.interrupt();
+    assert!(service.wait(Duration::from_secs(5)).stdout.lines().count() == 1);
+}

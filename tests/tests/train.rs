@@ -1,0 +1,108 @@
+//! The main job as a person starts it: all processes, all files, and the commands that read them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+use unveil_testkit::{Lineage, Sandbox, events_of, read_json};
+
+fn finite(metrics: &Value) {
+    for key in ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"] {
+        let value = metrics[key].as_f64().unwrap_or(f64::NAN);
+        assert!(value.is_finite(), "`{key}` is {} in {metrics}", metrics[key]);
+    }
+    for key in ["accuracy", "mean_iou", "acc50", "soft_f1"] {
+        assert!((0.0..=1.0).contains(&metrics[key].as_f64().unwrap_or(-1.0)), "`{key}` in {metrics}");
+    }
+    assert_eq!(metrics["n"], 8, "the test split has 8 records");
+}
+
+fn tensorboard_files(dir: &Path) -> usize {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.fold(0, |sum, e| {
+        let whole = e.file_name().to_string_lossy().contains("tfevents") && e.metadata().is_ok_and(|m| m.len() > 0);
+        sum + if e.path().is_dir() { tensorboard_files(&e.path()) } else { usize::from(whole) }
+    })
+}
+
+#[test]
+fn the_main_job_end_to_end() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let args = ["train", "--config", &config];
+    let first = s.unveil(&args).ok();
+    assert_eq!(s.processes(), [], "every role ends with the run");
+
+    let summary = read_json(&run.join("summary.json"));
+    assert_eq!(first.json().last(), Some(&summary), "standard output ends with the summary");
+    finite(&summary["before"]);
+    finite(&summary["after"]);
+    assert_eq!((&summary["steps"], &summary["seed"]), (&6.into(), &3.into()));
+    for key in ["wall_s", "peak_rss_mib"] {
+        assert!(summary[key].as_f64().is_some_and(|v| v > 0.0), "`{key}` in {summary}");
+    }
+    let report = std::fs::read_to_string(run.join("report.html")).expect("report.html");
+    assert!(report.contains("data:image/") && report.contains("<svg"), "the report shows images and curves");
+    assert!(!report.contains("http://") && !report.contains("https://"), "the report loads nothing");
+
+    Lineage::read(&run).is_exactly_once(6, 2, 8);
+    assert_eq!(events_of(&run, "sft").len(), 3, "updates of stage 1");
+    for e in events_of(&run, "train") {
+        let agreement = e["agreement"].as_f64().expect("agreement of rollout and learner is measured");
+        assert!(agreement <= 1e-5, "{e}");
+        assert_eq!(e["staleness"], 0, "{e}");
+    }
+    assert!(!events_of(&run, "eval").is_empty(), "stage 2 is evaluated");
+    assert!(tensorboard_files(&run.join("metrics")) >= 2, "both stages write TensorBoard files");
+    assert!(run.join("rollouts/step-6.jsonl").exists(), "responses are kept as samples");
+
+    checkpoints(&s, &run.to_string_lossy());
+
+    let again = s.unveil(&args).ok();
+    assert!(again.waited < Duration::from_secs(20), "a finished run is not repeated: {:?}", again.waited);
+    let second = read_json(&run.join("summary.json"));
+    for key in ["before", "after", "steps", "seed"] {
+        assert_eq!(second[key], summary[key], "`{key}` of a finished run stays");
+    }
+    Lineage::read(&run).is_exactly_once(6, 2, 8);
+}
+
+fn checkpoints(s: &Sandbox, run: &str) {
+    let checks = s.unveil(&["checkpoint", "verify", run]).ok().json();
+    assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
+    s.unveil(&["checkpoint", "verify", &format!("{run}/sft")]).ok();
+    let list = s.unveil(&["checkpoint", "list", run]).ok().json();
+    let steps: Vec<u64> = list.iter().filter_map(|c| c["step"].as_u64()).collect();
+    assert_eq!(steps, [4, 6], "the newest two are kept, and the best one is among them");
+    let shown = s.unveil(&["checkpoint", "show", run, "--step", "4"]).ok().json();
+    assert_eq!(shown[0]["manifest"]["step"], 4);
+    let out = s.path("exported");
+    let out = out.to_string_lossy();
+    s.unveil(&["checkpoint", "export", run, "--out", &out]).ok();
+    let inspected = s.unveil(&["model", "inspect", &out]).ok().json();
+    assert!(inspected[0]["parameters"].as_u64().is_some_and(|p| (1_000_000..=6_000_000).contains(&p)), "{inspected:?}");
+    s.unveil(&["model", "inspect", &format!("{run}/model")]).ok();
+}
+
+#[test]
+fn ppo_with_a_value_head() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let sets =
+        ["learner.algorithm=ppo", "sft.steps=0", "learner.steps=2", "learner.inner_epochs=2", "learner.minibatches=2"];
+    let mut args = vec!["train", "--config", &config];
+    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+    s.unveil(&args).ok();
+    Lineage::read(&run).is_exactly_once(2, 2, 8);
+    for e in events_of(&run, "train") {
+        let loss = e["loss"].as_object().expect("parts of the loss");
+        let value = loss.iter().find(|(k, _)| k.contains("value")).and_then(|(_, v)| v.as_f64());
+        assert!(value.is_some_and(|v| v.is_finite() && v > 0.0), "the value head has a loss: {e}");
+    }
+    let shown = s.unveil(&["checkpoint", "show", &run.to_string_lossy()]).ok().json();
+    let objects = shown[0]["manifest"]["objects"].as_array().expect("objects");
+    assert!(objects.iter().any(|o| o["name"] == "value_head.safetensors"), "the value head is in the checkpoint");
+    finite(&read_json(&run.join("summary.json"))["after"]);
+}
