@@ -9,23 +9,29 @@ use unveil_model::{
     CaptureSpec, GroupCache, InitSpec, PackedBatch, PackedGroup, Prompt, SpecialIds, Vlm, init, logprobs_entropy,
 };
 
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+/// Processor seconds of all threads of this process so far (Linux), 0 where unknown.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    fields.skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
-fn time(mut f: impl FnMut()) -> f64 {
+/// Prints wall time (median) and processor time (mean) per call in ms.
+fn time(name: &str, mut f: impl FnMut()) {
     f();
     f();
-    median(
-        (0..9)
-            .map(|_| {
-                let start = Instant::now();
-                f();
-                start.elapsed().as_secs_f64() * 1e3
-            })
-            .collect(),
-    )
+    const RUNS: usize = 15;
+    let cpu = cpu_seconds();
+    let mut walls: Vec<f64> = (0..RUNS)
+        .map(|_| {
+            let start = Instant::now();
+            f();
+            start.elapsed().as_secs_f64() * 1e3
+        })
+        .collect();
+    walls.sort_by(f64::total_cmp);
+    let cpu = (cpu_seconds() - cpu) * 1e3 / RUNS as f64;
+    println!("{name:<18}{:8.1} ms wall {cpu:8.1} ms cpu", walls[RUNS / 2]);
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -67,40 +73,30 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (lp, ent) = logprobs_entropy(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
         lp.mean(Kind::Float) + ent.mean(Kind::Float) * 0.01
     };
-    println!("build batch      {:8.1} ms", time(|| drop(PackedBatch::build(&groups, vlm.config(), Device::Cpu))));
-    println!("vision fwd       {:8.1} ms", time(|| drop(tch::no_grad(|| vlm.encode_images(&pixels, &grids)))));
-    println!(
-        "vision fwd+bwd   {:8.1} ms",
-        time(|| {
-            clear();
-            vlm.encode_images(&pixels, &grids).expect("features").sum(Kind::Float).backward();
-        })
-    );
-    println!("fwd              {:8.1} ms", time(|| drop(tch::no_grad(|| train(None)))));
-    println!(
-        "fwd, captured    {:8.1} ms",
-        time(|| drop(tch::no_grad(|| train(Some(CaptureSpec { layer, differentiable: false })))))
-    );
-    println!(
-        "fwd+bwd          {:8.1} ms",
-        time(|| {
-            clear();
-            train(None).backward();
-        })
-    );
+    time("build batch", || drop(PackedBatch::build(&groups, vlm.config(), Device::Cpu)));
+    time("vision fwd", || drop(tch::no_grad(|| vlm.encode_images(&pixels, &grids))));
+    time("vision fwd+bwd", || {
+        clear();
+        vlm.encode_images(&pixels, &grids).expect("features").sum(Kind::Float).backward();
+    });
+    let spec = CaptureSpec { layer, differentiable: false };
+    time("fwd", || drop(tch::no_grad(|| train(None))));
+    time("fwd, captured", || drop(tch::no_grad(|| train(Some(spec)))));
+    time("fwd+bwd", || {
+        clear();
+        train(None).backward();
+    });
     vlm.set_trainable(|_| false);
-    println!(
-        "generate 8 x 11  {:8.1} ms",
-        time(|| tch::no_grad(|| {
-            let features = vlm.encode_images(&pixels, &grids).expect("features");
-            let prefill = vlm.prefill(&vec![prompt.clone(); count], Some(&features)).expect("prefill");
-            let mut hidden = prefill.last_hidden.repeat_interleave_self_int(8, 0, None);
-            let mut cache = GroupCache::new(prefill, 8, 11).expect("cache");
-            for _ in 0..11 {
-                let next = unveil_model::masked_logits(&vlm.lm_head(&hidden), 1.0, &[3, 4]).argmax(-1, false);
-                hidden = vlm.decode_step(&mut cache, &next, None, Some(layer)).expect("step").hidden;
-            }
-        }))
-    );
+    let generate = || {
+        let features = vlm.encode_images(&pixels, &grids).expect("features");
+        let prefill = vlm.prefill(&vec![prompt.clone(); count], Some(&features)).expect("prefill");
+        let mut hidden = prefill.last_hidden.repeat_interleave_self_int(8, 0, None);
+        let mut cache = GroupCache::new(prefill, 8, 11).expect("cache");
+        for _ in 0..11 {
+            let next = unveil_model::masked_logits(&vlm.lm_head(&hidden), 1.0, &[3, 4]).argmax(-1, false);
+            hidden = vlm.decode_step(&mut cache, &next, None, Some(layer)).expect("step").hidden;
+        }
+    };
+    time("generate 8 x 11", || tch::no_grad(generate));
     Ok(())
 }
