@@ -58,10 +58,18 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let config = vlm.borrow().config();
         let layers = config.text.num_hidden_layers;
         if let Some(layer) = options.capture_layer.filter(|l| *l >= layers) {
-            return Err(EngineError::request("*", format!("layer {layer} is to be captured, the model has {layers} (0-based)")));
+            return Err(EngineError::request(
+                "*",
+                format!("layer {layer} is to be captured, the model has {layers} (0-based)"),
+            ));
         }
         let mut banned = options.banned.clone();
-        banned.extend([config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]);
+        banned.extend([
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ]);
         banned.retain(|&id| i64::from(id) < config.text.vocab_size);
         banned.sort_unstable();
         banned.dedup();

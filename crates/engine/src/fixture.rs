@@ -13,11 +13,16 @@ pub(crate) const IMAGE: u32 = 61;
 pub(crate) fn model(seed: u64) -> Vlm {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
-    let special = SpecialIds { image_pad: IMAGE, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: EOS, pad: 63 };
+    let special =
+        SpecialIds { image_pad: IMAGE, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: EOS, pad: 63 };
     let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: VOCAB, seed, special };
     init(&spec, dir.path()).unwrap();
     let mut vlm = Vlm::load(dir.path(), tch::Device::Cpu, tch::Kind::Float).unwrap();
-    let wide: Vec<_> = vlm.named_parameters().iter().map(|(n, t)| (n.clone(), if n.contains("embed") { t * 6.0 } else { t * 2.0 })).collect();
+    let wide: Vec<_> = vlm
+        .named_parameters()
+        .iter()
+        .map(|(n, t)| (n.clone(), if n.contains("embed") { t * 6.0 } else { t * 2.0 }))
+        .collect();
     let norm = |n: &str| n.contains("norm") || n.contains("ln_q");
     let wide: Vec<_> = wide.into_iter().map(|(n, t)| if norm(&n) { (n, t / 2.0) } else { (n, t) }).collect();
     vlm.load_state(&wide).unwrap();

@@ -96,7 +96,11 @@ impl<V: Borrow<Vlm>> Engine<V> {
             };
             self.step(requests, n, &mut slots, cache)?;
         }
-        let rest = waiting.into_iter().map(|request| Slot { request, image_tokens: 0, rows: (0..n).map(|_| Row::default()).collect() });
+        let rest = waiting.into_iter().map(|request| Slot {
+            request,
+            image_tokens: 0,
+            rows: (0..n).map(|_| Row::default()).collect(),
+        });
         for slot in slots.into_iter().chain(rest) {
             let request = slot.request;
             out[request] = Some(self.finished(&requests[request], slot));
@@ -134,7 +138,13 @@ impl<V: Borrow<Vlm>> Engine<V> {
     }
 
     /// One token for each of `rows` from its row of `logits`.
-    fn sample(&mut self, requests: &[GroupRequest], logits: &Tensor, rows: &[(usize, usize)], slots: &mut [Slot]) -> Result<()> {
+    fn sample(
+        &mut self,
+        requests: &[GroupRequest],
+        logits: &Tensor,
+        rows: &[(usize, usize)],
+        slots: &mut [Slot],
+    ) -> Result<()> {
         let Some(&(s, _)) = rows.first() else { return Ok(()) };
         let temperature = requests[slots[s].request].sampling.temperature;
         let uniforms: Vec<f64> = if temperature > 0.0 {

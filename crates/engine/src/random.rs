@@ -66,7 +66,14 @@ mod tests {
         let chi: f64 = bins.iter().map(|&b| (f64::from(b) - 2000.0).powi(2) / 2000.0).sum();
         assert!(chi < 27.9, "chi-square {chi} with 9 degrees of freedom");
         let base = uniform(1, 2, 3, 4);
-        for other in [uniform(2, 2, 3, 4), uniform(1, 3, 3, 4), uniform(1, 2, 4, 4), uniform(1, 2, 3, 5), uniform(1 << 40, 2, 3, 4), uniform(1, 2 | 1 << 40, 3, 4)] {
+        for other in [
+            uniform(2, 2, 3, 4),
+            uniform(1, 3, 3, 4),
+            uniform(1, 2, 4, 4),
+            uniform(1, 2, 3, 5),
+            uniform(1 << 40, 2, 3, 4),
+            uniform(1, 2 | 1 << 40, 3, 4),
+        ] {
             assert_ne!(base, other);
         }
         assert_eq!(base, uniform(1, 2, 3, 4));

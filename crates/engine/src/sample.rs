@@ -9,7 +9,12 @@ use crate::Result;
 ///
 /// `uniforms` (one per row, in `[0, 1)`) choose by inverse CDF, summed in f64; an empty slice chooses the most probable
 /// token. The log-probability is that of the tempered distribution without `banned`.
-pub(crate) fn draw(logits: &Tensor, temperature: f64, banned: &[u32], uniforms: &[f64]) -> Result<(Vec<u32>, Vec<f32>)> {
+pub(crate) fn draw(
+    logits: &Tensor,
+    temperature: f64,
+    banned: &[u32],
+    uniforms: &[f64],
+) -> Result<(Vec<u32>, Vec<f32>)> {
     let log_probs = log_softmax(logits, temperature, banned);
     let vocab = *log_probs.size().last().unwrap_or(&0);
     let picked = if uniforms.is_empty() {

@@ -25,18 +25,27 @@ impl<V: Borrow<Vlm>> Engine<V> {
                 return refuse(format!("response token {id} is outside the model's vocabulary of {vocab}"));
             }
             if r.responses.iter().flatten().any(|t| placeholders.contains(t)) {
-                return refuse("a response holds an image or video placeholder, for which there is no image".to_owned());
+                return refuse(
+                    "a response holds an image or video placeholder, for which there is no image".to_owned(),
+                );
             }
         }
         let mut out: Vec<Vec<Scored>> = requests.iter().map(|r| vec![Scored::default(); r.responses.len()]).collect();
-        let busy: Vec<usize> = (0..requests.len()).filter(|&i| requests[i].responses.iter().any(|r| !r.is_empty())).collect();
+        let busy: Vec<usize> =
+            (0..requests.len()).filter(|&i| requests[i].responses.iter().any(|r| !r.is_empty())).collect();
         for chunk in busy.chunks(self.options.prefill_groups.max(1)) {
             self.score_chunk(requests, chunk, temperature, &mut out)?;
         }
         Ok(out)
     }
 
-    fn score_chunk(&mut self, requests: &[ScoreRequest], chunk: &[usize], temperature: f64, out: &mut [Vec<Scored>]) -> Result<()> {
+    fn score_chunk(
+        &mut self,
+        requests: &[ScoreRequest],
+        chunk: &[usize],
+        temperature: f64,
+        out: &mut [Vec<Scored>],
+    ) -> Result<()> {
         let features = self.encode(chunk.iter().map(|&i| &requests[i].input))?;
         let groups: Vec<PackedGroup> = chunk
             .iter()

@@ -238,7 +238,8 @@ fn scoring_takes_empty_responses_and_no_image() {
 #[test]
 fn damaged_weights_are_noticed() {
     let mut engine = Engine::new(model(10), options()).unwrap();
-    let named: Vec<(String, Tensor)> = engine.vlm().named_parameters().iter().map(|(n, t)| (n.clone(), t * f64::NAN)).collect();
+    let named: Vec<(String, Tensor)> =
+        engine.vlm().named_parameters().iter().map(|(n, t)| (n.clone(), t * f64::NAN)).collect();
     engine.load_weights(1, &named).unwrap();
     let r = vec![request(engine.vlm(), 0, 1.0)];
     assert!(matches!(engine.generate(&r, None), Err(EngineError::NotANumber { .. })));

@@ -108,7 +108,11 @@ fn serve(mut engine: Engine, inbox: &mpsc::Receiver<Command>, cancel: &AtomicBoo
             }
             Command::Load(version, bytes, reply) => {
                 let named = weights::tensors(&bytes);
-                drop(reply.send(named.and_then(|n: Vec<(String, Tensor)>| engine.load_weights(version, &n).map_err(|e| e.to_string()))));
+                drop(reply.send(
+                    named.and_then(|n: Vec<(String, Tensor)>| {
+                        engine.load_weights(version, &n).map_err(|e| e.to_string())
+                    }),
+                ));
             }
         }
     }

@@ -43,14 +43,18 @@ impl Experience {
     /// Groups to generate; waits up to `wait` on the server. The flag says that the service had been away, so that what
     /// this worker knows of its weights may be out of date.
     pub async fn lease(&self, max_groups: usize, wait: Duration) -> Result<(v1::LeaseResponse, bool)> {
-        let request =
-            v1::LeaseRequest { worker: self.worker.clone(), max_groups: max_groups as u32, wait_ms: wait.as_millis() as u32 };
+        let request = v1::LeaseRequest {
+            worker: self.worker.clone(),
+            max_groups: max_groups as u32,
+            wait_ms: wait.as_millis() as u32,
+        };
         let tries = AtomicU32::new(0);
         let answer = self
             .call("lease", |_| {
                 tries.fetch_add(1, Ordering::Relaxed);
                 // A peer that vanished without a word must not be waited for.
-                let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + Duration::from_secs(10)));
+                let (mut client, request) =
+                    (self.inner.clone(), with_deadline(request.clone(), wait + Duration::from_secs(10)));
                 async move { client.lease(request).await }
             })
             .await?;
@@ -101,7 +105,11 @@ impl Experience {
     }
 }
 
-async fn fetch(mut client: ExperienceClient<Channel>, worker: String, have_version: Option<u64>) -> Result<Option<(u64, Vec<u8>)>, Status> {
+async fn fetch(
+    mut client: ExperienceClient<Channel>,
+    worker: String,
+    have_version: Option<u64>,
+) -> Result<Option<(u64, Vec<u8>)>, Status> {
     let mut stream = client.weights(v1::WeightsRequest { worker, have_version }).await?.into_inner();
     let mut assembly = Assembly::default();
     while let Some(chunk) = stream.message().await? {

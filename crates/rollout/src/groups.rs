@@ -25,9 +25,15 @@ pub(crate) struct Leased {
 }
 
 /// Turns a lease into a request to the engine. `question` stands in where the record has none.
-pub(crate) fn prepare(preparer: &Preparer, lease: v1::LeasedGroup, question: &str, address: &str) -> Result<(Leased, GroupRequest)> {
+pub(crate) fn prepare(
+    preparer: &Preparer,
+    lease: v1::LeasedGroup,
+    question: &str,
+    address: &str,
+) -> Result<(Leased, GroupRequest)> {
     let protocol = |what: String| RolloutError::Protocol { address: address.to_owned(), what };
-    let group = group_from_wire(lease.group).map_err(|e| protocol(format!("sent a lease that does not hold together: {e}")))?;
+    let group =
+        group_from_wire(lease.group).map_err(|e| protocol(format!("sent a lease that does not hold together: {e}")))?;
     let record: Record = serde_json::from_str(&lease.record_json)
         .map_err(|e| protocol(format!("sent `{}`, which is not a record: {e}", group.record)))?;
     let asked = if record.question.is_empty() { question } else { &record.question };
@@ -66,7 +72,12 @@ impl Rewards {
     }
 
     /// One breakdown per response, masked when the service failed or the deadline has passed.
-    async fn score(&self, id: &str, request: Result<v1::ScoreRequest, RewardError>, indices: &[usize]) -> Vec<Breakdown> {
+    async fn score(
+        &self,
+        id: &str,
+        request: Result<v1::ScoreRequest, RewardError>,
+        indices: &[usize],
+    ) -> Vec<Breakdown> {
         let start = Instant::now();
         let masked = |reason: String| {
             tracing::warn!(group = id, "no reward, masked: {reason}");
@@ -81,7 +92,9 @@ impl Rewards {
         let client = match tokio::time::timeout(self.deadline, connecting).await {
             Ok(Ok(client)) => client,
             Ok(Err(e)) => return masked(e.to_string()),
-            Err(_) => return masked(format!("no connection to {} within {:.1} s", self.address, self.deadline.as_secs_f64())),
+            Err(_) => {
+                return masked(format!("no connection to {} within {:.1} s", self.address, self.deadline.as_secs_f64()));
+            }
         };
         client.score(request, self.deadline.saturating_sub(start.elapsed())).await
     }

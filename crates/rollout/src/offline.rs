@@ -115,7 +115,14 @@ impl<'a> Loaded<'a> {
     }
 
     /// The vision relevance by the project's definition; none where it is not defined (no true box, the whole image).
-    fn relevance(&self, record: &Record, frame: &Frame, text: &str, spans: &[(usize, usize)], attention: Option<&Attention>) -> Option<f64> {
+    fn relevance(
+        &self,
+        record: &Record,
+        frame: &Frame,
+        text: &str,
+        spans: &[(usize, usize)],
+        attention: Option<&Attention>,
+    ) -> Option<f64> {
         let mut region = Region::new(&record.boxes, frame.original());
         let names = self.scoring.names(&record.category);
         vision_relevance(text, &names, spans, attention, &mut region, VisionMode::AllTokens).value
@@ -135,7 +142,8 @@ pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()
         let mut requests = Vec::with_capacity(records.len());
         for record in records {
             let (input, frame) = model.input(data.folder(), record)?;
-            let (n, temperature, max_new_tokens, seed) = (options.n, options.temperature, options.max_new_tokens, options.seed);
+            let (n, temperature, max_new_tokens, seed) =
+                (options.n, options.temperature, options.max_new_tokens, options.seed);
             let sampling = Sampling { n, temperature, max_new_tokens, seed };
             requests.push(GroupRequest { input, key: group_key(&[record.id.as_bytes()]), sampling });
             frames.push(frame);
@@ -182,7 +190,9 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     let given = read_responses(&options.data, &model.preparer)?;
     let folder = folder_of(&options.data);
     // Neighbouring lines of one record are one group: its image is encoded once.
-    let same = |a: &Given, b: &Given| a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question;
+    let same = |a: &Given, b: &Given| {
+        a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question
+    };
     let groups: Vec<&[Given]> = given.chunk_by(same).collect();
     for chunk in groups.chunks(CHUNK) {
         let mut frames = Vec::with_capacity(chunk.len());
@@ -234,7 +244,9 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
         let id = &record.id;
         let mut key = |name: &str| record.extra.remove(name).filter(|v| !v.is_null());
         let tokens = match (key("tokens"), key("response")) {
-            (Some(ids), _) => serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?,
+            (Some(ids), _) => {
+                serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?
+            }
             (None, Some(serde_json::Value::String(text))) => {
                 let mut ids = preparer.tokenizer().encode(&text)?;
                 ids.push(preparer.tokenizer().special().im_end);
@@ -243,7 +255,10 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
             _ => return Err(bad(format!("record \"{id}\" has neither `response` (a text) nor `tokens` (ids)"))),
         };
         let index = match key("index") {
-            Some(value) => value.as_u64().ok_or_else(|| bad(format!("`index` of record \"{id}\" is {value}, a whole number is needed")))? as usize,
+            Some(value) => value
+                .as_u64()
+                .ok_or_else(|| bad(format!("`index` of record \"{id}\" is {value}, a whole number is needed")))?
+                as usize,
             None => next.get(id).copied().unwrap_or(0),
         };
         next.insert(id.clone(), index + 1);

@@ -88,7 +88,12 @@ fn generate_and_score_agree() {
         }
         let given: Vec<Value> = made
             .iter()
-            .map(|l| with(l["id"].as_str().unwrap()[1..].parse().unwrap(), json!({"tokens": l["tokens"], "index": l["index"]})))
+            .map(|l| {
+                with(
+                    l["id"].as_str().unwrap()[1..].parse().unwrap(),
+                    json!({"tokens": l["tokens"], "index": l["index"]}),
+                )
+            })
             .collect();
         let scored = place.score(&given, temperature).unwrap();
         assert_eq!(scored.len(), 4);

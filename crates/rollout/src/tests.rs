@@ -70,7 +70,12 @@ impl Experience for Fake {
         if let Some((version, bytes)) = weights.filter(|(v, _)| have != Some(*v)) {
             for part in bytes.chunks(1 << 20) {
                 let crc32c = crc32c::crc32c(part) ^ u32::from(damage && chunks.is_empty());
-                chunks.push(Ok(v1::WeightsChunk { version, total_bytes: bytes.len() as u64, data: part.to_vec().into(), crc32c }));
+                chunks.push(Ok(v1::WeightsChunk {
+                    version,
+                    total_bytes: bytes.len() as u64,
+                    data: part.to_vec().into(),
+                    crc32c,
+                }));
             }
         }
         Ok(Response::new(Box::pin(tokio_stream::iter(chunks))))
@@ -104,7 +109,8 @@ async fn stage() -> Stage {
     let model = tempfile::tempdir().unwrap();
     fixture::model_dir(model.path(), 1);
     let stop = CancellationToken::new();
-    let serve = async |routes: Routes| start("127.0.0.1:0", routes, ServeOptions::default(), stop.clone()).await.unwrap();
+    let serve =
+        async |routes: Routes| start("127.0.0.1:0", routes, ServeOptions::default(), stop.clone()).await.unwrap();
     let routes = |f: &dyn Fn(&mut RoutesBuilder)| {
         let mut b = RoutesBuilder::default();
         f(&mut b);
@@ -112,10 +118,12 @@ async fn stage() -> Stage {
     };
     let experience = serve(routes(&|b| {
         b.add_service(ExperienceServer::new(fake.clone()));
-    })).await;
+    }))
+    .await;
     let reward = serve(routes(&|b| {
         b.add_service(RewardServer::new(fake.clone()));
-    })).await;
+    }))
+    .await;
     Stage { fake, model, experience, reward, stop }
 }
 
@@ -126,7 +134,13 @@ impl Stage {
         config.rollout.threads = 1;
         config.reward.deadline_s = 5.0;
         let at = |r: &Running| format!("http://{}", r.address);
-        let mut o = WorkerOptions::new(config, self.model.path().to_owned(), at(&self.experience), at(&self.reward), "w0".into());
+        let mut o = WorkerOptions::new(
+            config,
+            self.model.path().to_owned(),
+            at(&self.experience),
+            at(&self.reward),
+            "w0".into(),
+        );
         o.patience = Duration::from_secs(3);
         o
     }
@@ -254,7 +268,10 @@ async fn without_a_reward_service_groups_are_masked() {
     stage.fake.with(|s| {
         for b in s.submitted.iter().flat_map(|g| &g.breakdowns) {
             assert_eq!(b.total, None);
-            assert!(b.components.len() == 4 && b.components.values().all(|c| c.masked && c.value.is_none() && c.reason.contains("failed")));
+            assert!(
+                b.components.len() == 4
+                    && b.components.values().all(|c| c.masked && c.value.is_none() && c.reason.contains("failed"))
+            );
         }
     });
     options.reward = "nowhere".into();

@@ -8,10 +8,7 @@ use unveil_model::Prompt;
 
 /// The engine's input for a prepared record.
 pub(crate) fn group_input(id: &str, prepared: Prepared) -> (GroupInput, Frame) {
-    let frame = Frame {
-        sizes: prepared.image.sizes(),
-        grid: prepared.image.merged,
-    };
+    let frame = Frame { sizes: prepared.image.sizes(), grid: prepared.image.merged };
     let grid = prepared.image.grid_thw.map(|v| v as i64);
     let input = GroupInput {
         id: id.to_owned(),
@@ -56,7 +53,10 @@ pub(crate) fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> (String, Vec<(usi
 }
 
 /// A generated response with its text and byte spans.
-pub(crate) fn response(tokenizer: &Tokenizer, raw: RawResponse) -> (Response, Vec<(usize, usize)>, Option<AttentionRows>) {
+pub(crate) fn response(
+    tokenizer: &Tokenizer,
+    raw: RawResponse,
+) -> (Response, Vec<(usize, usize)>, Option<AttentionRows>) {
     let (text, spans) = decode(tokenizer, &raw.tokens);
     let response = Response {
         index: raw.index,

@@ -67,7 +67,8 @@ pub(crate) fn tensors(bytes: &[u8]) -> Result<Vec<(String, Tensor)>, String> {
             other => return Err(format!("tensor `{name}` is {other:?}, weights are floating-point numbers")),
         };
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-        let tensor = Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|e| format!("tensor `{name}`: {e}"))?;
+        let tensor =
+            Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|e| format!("tensor `{name}`: {e}"))?;
         out.push((name.to_owned(), tensor));
     }
     Ok(out)

@@ -143,7 +143,8 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
 async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread)> {
     let config = &options.config;
     let dir = options.model_dir.clone();
-    let preparer = tokio::task::spawn_blocking(move || Preparer::load(&dir)).await.map_err(|_| RolloutError::Died("loader"))??;
+    let preparer =
+        tokio::task::spawn_blocking(move || Preparer::load(&dir)).await.map_err(|_| RolloutError::Died("loader"))??;
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         device: config.run.device.clone(),
@@ -254,7 +255,11 @@ impl Worker {
         let shared = self.shared.clone();
         let (question, address) = (self.options.config.data.question.clone(), self.options.experience.clone());
         let prepared = tokio::task::spawn_blocking(move || {
-            lease.groups.into_iter().map(|g| prepare(&shared.preparer, g, &question, &address)).collect::<Result<Vec<_>>>()
+            lease
+                .groups
+                .into_iter()
+                .map(|g| prepare(&shared.preparer, g, &question, &address))
+                .collect::<Result<Vec<_>>>()
         });
         let prepared = prepared.await.map_err(|_| RolloutError::Died("preparation"))??;
         let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
