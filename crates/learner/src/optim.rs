@@ -8,16 +8,14 @@ use unveil_config::schema::Optimizer;
 
 use crate::error::{LearnerError, Result};
 
-/// Learning rate of update number `step` (from 0) of `total`: linear over `warmup` updates, then a cosine from `lr` to
-/// `lr * lr_end` at the last update.
+/// Learning rate of update number `step` (from 0) of `total`: linear warm-up, constant, then linear from `lr` to
+/// `lr * lr_end` over the last `decay` share of the updates.
 pub fn lr_at(o: &Optimizer, step: u64, total: u64) -> f64 {
-    if step < o.warmup {
-        return o.lr * (step + 1) as f64 / o.warmup as f64;
-    }
-    let span = total.saturating_sub(o.warmup + 1).max(1) as f64;
-    let done = ((step - o.warmup) as f64 / span).min(1.0);
-    let low = o.lr * o.lr_end;
-    low + (o.lr - low) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+    let falling = (o.decay * total as f64).max(1.0);
+    let fallen = ((step + 1) as f64 - (total as f64 - falling)).clamp(0.0, falling) / falling;
+    let rise = ((step + 1) as f64 / o.warmup.max(1) as f64).min(1.0);
+    let fall = if o.decay > 0.0 { 1.0 - fallen * (1.0 - o.lr_end) } else { 1.0 };
+    o.lr * rise.min(fall)
 }
 
 /// One parameter's place in the flat buffers.

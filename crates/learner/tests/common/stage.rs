@@ -1,0 +1,220 @@
+//! A whole small run in a folder: model, synthetic records, configuration; and a worker that generates with the real engine.
+#![allow(dead_code)]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+use tch::{Device, Kind};
+use unveil_config::Config;
+use unveil_core::Sampling;
+use unveil_data::prepare::Preparer;
+use unveil_data::records::RecordFile;
+use unveil_data::synth::{RECORDS_FILE, SynthSpec, generate};
+use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+use unveil_engine::{Engine, EngineOptions, GroupInput, GroupRequest, random::group_key};
+use unveil_learner::{Dataset, EventSink, Silent, Stage};
+use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
+use unveil_proto::v1::experience_client::ExperienceClient;
+use unveil_proto::{breakdown_to_wire, response_to_wire, v1};
+use unveil_service::{CancellationToken, limited};
+
+use crate::common::{breakdown, low_tokens};
+
+pub struct Small {
+    pub dir: tempfile::TempDir,
+    pub config: Config,
+}
+
+impl Small {
+    pub fn new(records: usize) -> Self {
+        tch::set_num_threads(1);
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model0");
+        std::fs::create_dir(&model).unwrap();
+        let vocabulary = write_tiny(&model, &TinyProcessorSpec::default()).unwrap();
+        let s = &vocabulary.special;
+        let special = SpecialIds {
+            image_pad: s.image_pad,
+            video_pad: s.video_pad,
+            vision_start: s.vision_start,
+            vision_end: s.vision_end,
+            bos: None,
+            eos: s.im_end,
+            pad: s.end_of_text,
+        };
+        let (family, preset) = ("qwen2_5_vl".into(), "tiny".into());
+        init(&InitSpec { family, preset, vocab_size: vocabulary.vocab_size, seed: 1, special }, &model).unwrap();
+        let spec = SynthSpec { train: records, seed: 3, ..Default::default() };
+        generate(&spec, &dir.path().join("data"), |_, _| {}).unwrap();
+        let mut config = Config::default();
+        config.run.dir = dir.path().join("run").display().to_string();
+        config.run.threads = 1;
+        config.run.device = "cpu".into();
+        config.rollout.n = 4;
+        config.rollout.max_new_tokens = 6;
+        config.learner.groups = 2;
+        config.learner.optimizer.lr = 1e-3;
+        Self { dir, config }
+    }
+
+    pub fn model(&self) -> PathBuf {
+        self.dir.path().join("model0")
+    }
+
+    pub fn run(&self) -> PathBuf {
+        self.config.run.dir.clone().into()
+    }
+
+    pub fn data(&self) -> Arc<Dataset> {
+        let records = RecordFile::load(&self.dir.path().join("data").join(RECORDS_FILE)).unwrap();
+        let preparer = Arc::new(Preparer::load(&self.model()).unwrap());
+        Arc::new(Dataset::new(&self.config, records, preparer).unwrap())
+    }
+
+    /// A stage whose events go to `events`, writing its model to `out`.
+    pub fn stage<'a>(
+        &'a self,
+        model: &'a Path,
+        out: &'a Path,
+        events: &'a mut dyn EventSink,
+        silent: &'a mut Silent,
+        cancel: CancellationToken,
+    ) -> Stage<'a> {
+        let (config, data) = (&self.config, self.data());
+        Stage {
+            config,
+            model_dir: model,
+            out,
+            data,
+            environment: vec![],
+            cancel,
+            events,
+            progress: silent,
+            evaluator: None,
+        }
+    }
+}
+
+/// Cancels when an event of `kind` reaches `step`.
+pub struct StopAt {
+    pub kind: &'static str,
+    pub step: u64,
+    pub cancel: CancellationToken,
+    pub seen: Vec<Value>,
+}
+
+impl EventSink for StopAt {
+    fn append(&mut self, event: &Value) -> std::io::Result<()> {
+        if event["kind"] == self.kind && event["step"] == self.step {
+            self.cancel.cancel();
+        }
+        self.seen.push(event.clone());
+        Ok(())
+    }
+}
+
+/// Leases, generates and submits until the run is over or the service is gone. Returns how many groups were accepted.
+pub fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::JoinHandle<u64> {
+    let name = name.to_owned();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(worker(address, &model, &name))
+    })
+}
+
+async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
+    let preparer = Preparer::load(model).unwrap();
+    let vlm = Vlm::load(model, Device::Cpu, Kind::Float).unwrap();
+    let banned = preparer.tokenizer().special().banned.clone();
+    let mut engine = Engine::new(vlm, EngineOptions { banned, ..Default::default() }).unwrap();
+    let channel = unveil_service::connect(&address.to_string(), std::time::Duration::from_secs(5)).await.unwrap();
+    let mut client = limited!(ExperienceClient::new(channel));
+    let (mut accepted, mut version) = (0, None);
+    loop {
+        let ask = v1::LeaseRequest { worker: name.into(), max_groups: 2, wait_ms: 2000 };
+        let Ok(answer) = client.lease(ask).await else { return accepted };
+        let answer = answer.into_inner();
+        if answer.finished {
+            return accepted;
+        }
+        if version != Some(answer.version) {
+            let (found, bytes) = weights(&mut client, version).await;
+            let named = unveil_learner::codec::from_bytes(&bytes, "weights").unwrap();
+            engine.load_weights(found, &named).unwrap();
+            version = Some(found);
+        }
+        for submission in generate_groups(&mut engine, &preparer, answer.groups, name) {
+            let Ok(verdict) = client.submit(submission).await else { return accepted };
+            accepted += u64::from(verdict.into_inner().verdict() == v1::submit_response::Verdict::Accepted);
+        }
+    }
+}
+
+/// Newest weights, checksums checked.
+pub async fn weights(client: &mut ExperienceClient<tonic::transport::Channel>, have: Option<u64>) -> (u64, Vec<u8>) {
+    let ask = v1::WeightsRequest { worker: "w".into(), have_version: have };
+    let mut stream = client.weights(ask).await.unwrap().into_inner();
+    let (mut version, mut bytes) = (0, Vec::new());
+    while let Some(chunk) = stream.message().await.unwrap() {
+        assert_eq!(crc32c::crc32c(&chunk.data), chunk.crc32c);
+        bytes.extend_from_slice(&chunk.data);
+        version = chunk.version;
+    }
+    (version, bytes)
+}
+
+fn generate_groups(
+    engine: &mut Engine<Vlm>,
+    preparer: &Preparer,
+    groups: Vec<v1::LeasedGroup>,
+    name: &str,
+) -> Vec<v1::SubmitRequest> {
+    let request = |g: &v1::LeasedGroup| {
+        let record: unveil_core::Record = serde_json::from_str(&g.record_json).unwrap();
+        let made = preparer.prepare_bytes(&g.image, &record.id, &record.question).unwrap();
+        let prompt = Prompt { tokens: made.prompt.ids, grids: vec![made.image.grid_thw.map(|v| v as i64)] };
+        let key = g.group.as_ref().unwrap();
+        GroupRequest {
+            input: GroupInput { id: record.id, prompt, patches: made.image.patches },
+            key: group_key(&[&key.pass.to_le_bytes(), key.record.as_bytes()]),
+            sampling: Sampling {
+                n: g.n as usize,
+                temperature: g.temperature,
+                max_new_tokens: g.max_new_tokens as usize,
+                seed: g.seed,
+            },
+        }
+    };
+    let requests: Vec<GroupRequest> = groups.iter().map(request).collect();
+    let outputs = engine.generate(&requests, None).unwrap();
+    let submission = |(g, out): (v1::LeasedGroup, unveil_engine::GroupOutput)| {
+        let id = g.group.clone().unwrap().record;
+        let (mut responses, mut breakdowns) = (Vec::new(), Vec::new());
+        for r in out.responses {
+            let text = preparer.tokenizer().decode(&r.tokens).unwrap();
+            breakdowns.push(breakdown_to_wire(&breakdown(&id, r.index, low_tokens(&r.tokens))));
+            let (index, finish) = (r.index, r.finish);
+            let r = unveil_core::Response {
+                index,
+                tokens: r.tokens,
+                text,
+                logprobs: r.logprobs,
+                versions: r.versions,
+                finish,
+            };
+            responses.push(response_to_wire(&r, &[], None));
+        }
+        v1::SubmitRequest {
+            worker: name.into(),
+            lease: g.lease,
+            group: g.group,
+            responses,
+            breakdowns,
+            generate_ms: 1.0,
+            reward_ms: 1.0,
+        }
+    };
+    groups.into_iter().zip(outputs).map(submission).collect()
+}

@@ -1,0 +1,113 @@
+//! Stage 2 as a whole, with a worker over real gRPC: it trains, survives an interrupt to the bit, and keeps the best.
+
+mod common;
+#[path = "common/stage.rs"]
+mod stage;
+
+use std::path::Path;
+
+use serde_json::Value;
+use stage::{Small, StopAt, work};
+use unveil_config::schema::Algorithm;
+use unveil_learner::{Evaluation, Outcome, Silent, run_rl};
+use unveil_service::CancellationToken;
+
+fn run(small: &Small, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, Vec<Value>, u64) {
+    let (model, out) = (small.model(), small.dir.path().join("rl-out"));
+    let cancel = CancellationToken::new();
+    let mut events = StopAt { kind: "train", step: stop, cancel: cancel.clone(), seen: vec![] };
+    let mut silent = Silent;
+    let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
+        Ok(Evaluation { metrics: serde_json::Map::new(), score: evaluate.map_or(0.0, |f| f(step)) })
+    };
+    let mut stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
+    if evaluate.is_some() {
+        stage.evaluator = Some(&mut evaluator);
+    }
+    let mut worker = None;
+    let outcome = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1"))).unwrap();
+    (outcome, events.seen, worker.map_or(0, |w| w.join().unwrap()))
+}
+
+fn small(algorithm: Algorithm, steps: u64) -> Small {
+    let mut small = Small::new(5);
+    small.config.learner.algorithm = algorithm;
+    small.config.learner.steps = steps;
+    small.config.learner.checkpoint_every = 0;
+    small
+}
+
+fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    events.iter().filter(|e| e["kind"] == kind).collect()
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_weights() {
+    for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
+        let (straight, broken) = (small(algorithm, 4), small(algorithm, 4));
+        let (outcome, events, accepted) = run(&straight, u64::MAX, None);
+        assert_eq!((outcome.interrupted, outcome.step, outcome.exported, accepted), (false, 4, Some(4), 8));
+        let trained = of(&events, "train");
+        assert_eq!(trained.len(), 4);
+        assert!(trained.iter().all(|e| e["agreement"].as_f64().is_some_and(|a| a < 1e-5)), "{trained:?}");
+        let (first, _, _) = run(&broken, 2, None);
+        assert_eq!((first.interrupted, first.step, first.exported), (true, 2, None));
+        let (second, events, _) = run(&broken, u64::MAX, None);
+        assert_eq!((second.interrupted, second.step), (false, 4));
+        assert_eq!(of(&events, "resumed")[0]["step"], 2);
+        let bytes = |s: &Small| std::fs::read(s.dir.path().join("rl-out/model.safetensors")).unwrap();
+        assert!(bytes(&straight) == bytes(&broken), "2 + 2 updates are not 4 with {algorithm:?}");
+        // Each record of the first pass was trained once, over both lives.
+        let ids: Vec<&str> =
+            trained.iter().flat_map(|e| e["groups"].as_array().unwrap()).map(|v| v.as_str().unwrap()).collect();
+        let distinct: std::collections::BTreeSet<&&str> = ids[..5].iter().collect();
+        assert_eq!((ids.len(), distinct.len()), (8, 5));
+    }
+}
+
+#[test]
+fn the_best_checkpoint_is_what_comes_out() {
+    let mut small = small(Algorithm::Grpo, 4);
+    small.config.learner.eval_every = 1;
+    small.config.checkpoint.keep = 1;
+    let peak = |step: u64| -(step as f64 - 2.0).abs();
+    let (outcome, events, _) = run(&small, u64::MAX, Some(peak));
+    assert_eq!((outcome.step, outcome.exported, outcome.last.map(|e| e.score)), (4, Some(2), Some(-2.0)));
+    assert_eq!(of(&events, "eval").len(), 5);
+    let best: Vec<_> =
+        of(&events, "checkpoint").iter().map(|e| (e["step"].as_u64().unwrap(), e["best"] == true)).collect();
+    assert_eq!(best, vec![(1, true), (2, true), (4, false)]);
+    let exported = std::fs::read(small.dir.path().join("rl-out/model.safetensors")).unwrap();
+    let kept = std::fs::read(small.run().join("checkpoints/step-2/term-1/model/model.safetensors")).unwrap();
+    assert!(exported == kept);
+    unveil_data::prepare::Preparer::load(&small.dir.path().join("rl-out")).unwrap();
+    let samples = std::fs::read_to_string(small.run().join("rollouts/step-3.jsonl")).unwrap();
+    assert_eq!(samples.lines().count(), 8);
+    let line: Value = serde_json::from_str(samples.lines().next().unwrap()).unwrap();
+    assert!(line["components"]["toy"]["value"].is_number() && line["text"].is_string(), "{line}");
+}
+
+#[test]
+fn rollout_may_run_ahead_by_one_version() {
+    let mut small = small(Algorithm::Grpo, 4);
+    small.config.rollout.max_staleness = 1;
+    let (outcome, events, _) = run(&small, u64::MAX, None);
+    assert_eq!(outcome.step, 4);
+    assert!(of(&events, "train").iter().all(|e| e["staleness"].as_u64().is_some_and(|s| s <= 1)));
+}
+
+#[test]
+fn a_missing_image_ends_the_run_and_is_named() {
+    let small = small(Algorithm::Grpo, 2);
+    for k in 0..5 {
+        std::fs::remove_file(small.dir.path().join(format!("data/images/synth-3-{k:06}.png"))).unwrap();
+    }
+    let (model, out) = (small.model(), small.dir.path().join("o"));
+    let (mut events, mut silent) = (Vec::new(), Silent);
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let mut worker = None;
+    let e = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1"))).unwrap_err().to_string();
+    assert!(e.contains("synth-3-00000") && e.contains(".png"), "{e}");
+    assert_eq!(worker.unwrap().join().unwrap(), 0);
+    assert!(!Path::new(&out).exists());
+}

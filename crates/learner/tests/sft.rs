@@ -1,0 +1,127 @@
+//! Stage 1: it can learn four samples by heart, skips what is not finite, and goes on after an interrupt as if there was none.
+
+mod common;
+#[path = "common/stage.rs"]
+mod stage;
+
+use stage::{Small, StopAt};
+use unveil_config::schema::Optimizer;
+use unveil_learner::{Evaluation, LearnerError, SftBatch, SftTrainer, Silent, run_sft};
+use unveil_service::CancellationToken;
+
+fn batch(small: &Small) -> SftBatch {
+    let data = small.data();
+    let items: Vec<_> = (0..data.len()).map(|i| data.item(i, 0, false).unwrap()).collect();
+    SftBatch {
+        inputs: items.iter().map(|i| i.input.clone()).collect(),
+        targets: items.iter().map(|i| i.target.clone()).collect(),
+        pass: 0,
+    }
+}
+
+fn trainer(small: &Small, total: u64) -> SftTrainer {
+    let vlm = unveil_model::Vlm::load(&small.model(), tch::Device::Cpu, tch::Kind::Float).unwrap();
+    let options = Optimizer { lr: 3e-3, warmup: 5, weight_decay: 0.0, ..Default::default() };
+    SftTrainer::new(vlm, &options, total).unwrap()
+}
+
+#[test]
+fn four_samples_are_learnt_by_heart() {
+    let small = Small::new(4);
+    let batch = batch(&small);
+    let mut trainer = trainer(&small, 60);
+    let first = trainer.update(&batch).unwrap().loss;
+    let last = (1..60).map(|_| trainer.update(&batch).unwrap().loss).last().unwrap();
+    assert!(first > 5.0 && last < 0.1, "{first} -> {last}");
+}
+
+#[test]
+fn what_is_not_finite_is_skipped_then_fatal() {
+    let small = Small::new(4);
+    let good = batch(&small);
+    let mut bad = good.clone();
+    let mut spoilt = (*bad.inputs[0]).clone();
+    spoilt.patches[7] = f32::NAN;
+    bad.inputs[0] = spoilt.into();
+    let mut trainer = trainer(&small, 60);
+    let before = common::weights(trainer.vlm());
+    let report = trainer.update(&bad).unwrap();
+    assert_eq!(report.skipped.as_deref(), Some("the loss is not finite"));
+    assert_eq!((trainer.step(), common::weights(trainer.vlm()) == before), (1, true));
+    assert!(trainer.update(&good).unwrap().skipped.is_none());
+    for _ in 0..4 {
+        assert!(trainer.update(&bad).unwrap().skipped.is_some());
+    }
+    assert!(matches!(trainer.update(&bad), Err(LearnerError::Skipped { step: 7, in_a_row: 5, .. })));
+}
+
+fn small_sft() -> Small {
+    let mut small = Small::new(7);
+    small.config.sft.steps = 6;
+    small.config.sft.batch = 3;
+    small.config.data.augment.crop_min = 0.8;
+    small.config.data.augment.flip_horizontal = true;
+    small
+}
+
+fn run(small: &Small, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json::Value>) {
+    let (model, out) = (small.model(), small.dir.path().join("sft-out"));
+    let cancel = CancellationToken::new();
+    let mut events = StopAt { kind: "sft", step: stop, cancel: cancel.clone(), seen: vec![] };
+    let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
+        let metrics = serde_json::from_value(serde_json::json!({"mean_iou": 0.5})).unwrap();
+        Ok(Evaluation { metrics, score: step as f64 })
+    };
+    let mut silent = Silent;
+    let mut stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
+    stage.evaluator = Some(&mut evaluator);
+    let outcome = run_sft(stage).unwrap();
+    (outcome, events.seen)
+}
+
+#[test]
+fn an_interrupted_stage_ends_with_the_same_weights() {
+    let (straight, broken) = (small_sft(), small_sft());
+    let (outcome, events) = run(&straight, u64::MAX);
+    assert_eq!((outcome.interrupted, outcome.step, outcome.exported), (false, 6, Some(6)));
+    let kinds = |k: &str| events.iter().filter(|e| e["kind"] == k).count();
+    assert_eq!((kinds("sft"), kinds("eval"), kinds("checkpoint")), (6, 1, 1));
+    assert_eq!(outcome.last.unwrap().score, 6.0);
+
+    let (outcome, _) = run(&broken, 3);
+    assert_eq!((outcome.interrupted, outcome.step, outcome.exported), (true, 3, None));
+    let (outcome, events) = run(&broken, u64::MAX);
+    assert_eq!((outcome.interrupted, outcome.step), (false, 6));
+    assert_eq!(events[0], serde_json::json!({"kind": "resumed", "stage": "sft", "step": 3}));
+    let bytes = |s: &Small| std::fs::read(s.dir.path().join("sft-out/model.safetensors")).unwrap();
+    assert!(bytes(&straight) == bytes(&broken), "3 + 3 updates are not 6");
+    // Whole model directory, and a third start has nothing to do.
+    unveil_data::prepare::Preparer::load(&broken.dir.path().join("sft-out")).unwrap();
+    let (outcome, events) = run(&broken, u64::MAX);
+    assert_eq!((outcome.step, outcome.exported, events.len()), (6, Some(6), 1));
+}
+
+#[test]
+fn another_seed_is_refused() {
+    let mut small = small_sft();
+    small.config.sft.steps = 1;
+    run(&small, u64::MAX);
+    small.config.run.seed = 9;
+    let (model, out) = (small.model(), small.dir.path().join("o"));
+    let (mut events, mut silent) = (Vec::new(), Silent);
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let e = run_sft(stage).unwrap_err().to_string();
+    assert!(e.contains("run.seed 0, now 9"), "{e}");
+}
+
+#[test]
+fn a_corrupt_image_ends_the_stage_and_is_named() {
+    let small = small_sft();
+    let path = small.dir.path().join("data/images/synth-3-000002.png");
+    std::fs::write(&path, b"no image").unwrap();
+    let (model, out) = (small.model(), small.dir.path().join("o"));
+    let (mut events, mut silent) = (Vec::new(), Silent);
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let e = run_sft(stage).unwrap_err().to_string();
+    assert!(e.contains("synth-3-000002") && e.contains("decoded"), "{e}");
+}
