@@ -46,7 +46,7 @@ fn bad_records() {
         ("corrupt image", with(json!({"image": "cut.png"})), "odd", "cut.png"),
         (
             "box outside",
-            with(json!({"boxes": [[1, 1, 65, 9]], "labels": [], "category": "mass"})),
+            with(json!({"boxes": [[1, 1, 70, 9]], "labels": [], "category": "mass"})),
             "odd",
             "outside the image",
         ),
@@ -210,7 +210,7 @@ fn a_full_disk_stops_the_run_and_spares_the_checkpoints() {
     std::fs::create_dir(&run).expect("a folder");
     let disk = SmallDisk::mount(&s, &run, 600);
     let (config, unveil) = (config.to_string_lossy(), binary("unveil"));
-    let args = ["train", "--config", &config, "--set", "sft.steps=0"];
+    let args = ["train", "--config", &config];
     let mut train = s.start(&mut disk.inside(&s, &unveil, &args));
     train.until("a checkpoint", SOON, || (!committed(&disk.seen("")).is_empty()).then_some(()));
     disk.fill();

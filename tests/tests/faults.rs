@@ -7,10 +7,10 @@ use unveil_testkit::{Lineage, Process, Sandbox, committed, events_of};
 const SOON: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(5);
 
-/// Starts the micro job without stage 1.
+/// Starts the micro job.
 fn start(s: &Sandbox) -> Process {
     let config = s.micro_config();
-    s.spawn(&["train", "--config", &config.to_string_lossy(), "--set", "sft.steps=0"])
+    s.spawn(&["train", "--config", &config.to_string_lossy()])
 }
 
 fn after_first_update(s: &Sandbox, train: &mut Process) {
@@ -95,7 +95,7 @@ fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
     after_first_update(&s, &mut train);
 
     let config = s.micro_config();
-    let other = s.unveil(&["train", "--config", &config.to_string_lossy(), "--set", "sft.steps=0"]);
+    let other = s.unveil(&["train", "--config", &config.to_string_lossy()]);
     other.says(1, &["in use by another", &run.to_string_lossy()]);
 
     let asked = Instant::now();
@@ -120,7 +120,7 @@ fn an_interrupt_in_stage_1_resumes_there() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let (config, run) = (config.to_string_lossy(), s.path("run"));
-    let args = ["train", "--config", &config, "--set", "sft.steps=40", "--set", "learner.steps=0"];
+    let args = ["train", "--config", &config, "--set", "sft.steps=80", "--set", "learner.steps=0"];
     let mut train = s.spawn(&args);
     train.until("updates of stage 1", SOON, || (events_of(&run, "sft").len() >= 2).then_some(()));
     let asked = Instant::now();
@@ -135,5 +135,5 @@ fn an_interrupt_in_stage_1_resumes_there() {
 
     s.unveil(&args).ok();
     let steps: Vec<u64> = events_of(&run, "sft").iter().filter_map(|e| e["step"].as_u64()).collect();
-    assert_eq!(steps, (1..=40).collect::<Vec<_>>(), "no update is done twice");
+    assert_eq!(steps, (1..=80).collect::<Vec<_>>(), "no update is done twice");
 }

@@ -110,8 +110,9 @@ impl Sandbox {
         }
     }
 
-    /// Writes `micro.toml`: the whole main job in seconds, with run directory `run`. Stage 2 goes once and a half over eight
-    /// records in six updates, with a checkpoint after each second one.
+    /// Writes `micro.toml`: the whole main job in seconds, with run directory `run`. Stage 1 learns the form of the answers, so
+    /// that rewards differ; stage 2 goes once and a half over eight records in six updates, with a checkpoint after each
+    /// second one.
     pub fn micro_config(&self) -> PathBuf {
         self.write("micro.toml", micro(&self.path("run")))
     }
@@ -170,8 +171,11 @@ test = 8
 size = 64
 
 [sft]
-steps = 3
+steps = 40
 batch = 4
+[sft.optimizer]
+lr = 3e-3
+warmup = 5
 
 [rollout]
 n = 4
@@ -184,6 +188,7 @@ lease_s = 60.0
 steps = 6
 groups = 2
 checkpoint_every = 2
+entropy_coef = 0.01
 
 [eval]
 batch = 8
