@@ -36,11 +36,20 @@ pub struct RoleArgs {
     pub supervised: bool,
 }
 
-/// Errors that mean wrong usage (exit code 2) or an interruption (130) rather than a failure (1).
+/// A stop that was asked for (exit code 130) rather than a failure (1); what is written is whole.
 #[derive(Debug)]
 pub enum Stop {
-    /// Interrupted by a signal; what is written is whole.
+    /// By a signal.
     Interrupted,
+    /// By the supervisor, which tells the person itself.
+    Supervised,
+}
+
+impl Stop {
+    /// The stop of a role.
+    pub fn of_role(supervised: bool) -> Self {
+        if supervised { Self::Supervised } else { Self::Interrupted }
+    }
 }
 
 impl std::fmt::Display for Stop {
@@ -54,7 +63,11 @@ impl std::error::Error for Stop {}
 /// Prints an error as one line and gives the exit code: 0 done, 1 failed, 2 wrong configuration, 130 interrupted.
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    eprintln!("error: {error:#}");
+    match error.downcast_ref::<Stop>() {
+        Some(Stop::Supervised) => {}
+        Some(Stop::Interrupted) => eprintln!("error: {error}"),
+        None => eprintln!("error: {error:#}"),
+    }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)
     } else if error.downcast_ref::<Stop>().is_some() {
