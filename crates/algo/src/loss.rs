@@ -142,7 +142,7 @@ pub fn policy_loss(objective: &Objective, batch: &TokenBatch, stats: TokenStats)
         let before = need(batch.old_values, "value", "old_values", n)?;
         let targets = need(batch.targets, "value", "targets", n)?;
         value = mean(value_terms(values, before, targets, o.value_clip));
-        loss = loss + &value * o.value_coef;
+        loss = loss.f_add(&(&value * o.value_coef))?;
     }
     let mut entropy = zero();
     if let Some(e) = batch.entropy {
@@ -151,18 +151,18 @@ pub fn policy_loss(objective: &Objective, batch: &TokenBatch, stats: TokenStats)
     }
     if o.entropy_coef != 0.0 {
         need(batch.entropy, "entropy", "entropy", n)?;
-        loss = loss - &entropy * o.entropy_coef;
+        loss = loss.f_sub(&(&entropy * o.entropy_coef))?;
     }
     let mut kl = zero();
     if o.kl_coef > 0.0 {
         kl = mean(kl_k3(logprobs, need(batch.reference, "KL", "reference", n)?));
-        loss = loss + &kl * o.kl_coef;
+        loss = loss.f_add(&(&kl * o.kl_coef))?;
     }
     let mut attention = zero();
     if o.attention_coef > 0.0 {
         let (rows, mentions) = batch.attention.ok_or(AlgoError::Missing { term: "attention", input: "attention" })?;
         attention = attention_rewards(rows, mentions)?.sum(Kind::Float) / stats.attended.max(1.0);
-        loss = loss - &attention * o.attention_coef;
+        loss = loss.f_sub(&(&attention * o.attention_coef))?;
     }
     let (clipped, moved) =
         tch::no_grad(|| (mean(clip_fraction(logprobs, old, o.clip_low, o.clip_high)), mean(approx_kl(logprobs, old))));

@@ -187,12 +187,12 @@ mod tests {
 
     #[test]
     fn schedule() {
-        let o = Optimizer { lr: 1.0, lr_end: 0.1, warmup: 4, ..Default::default() };
+        let o = Optimizer { lr: 1.0, warmup: 4, decay: 0.25, lr_end: 0.1, ..Default::default() };
         let at = |s| lr_at(&o, s, 20);
-        assert_eq!((at(0), at(3), at(4)), (0.25, 1.0, 1.0));
+        assert_eq!((at(0), at(3), at(4), at(14)), (0.25, 1.0, 1.0, 1.0));
         assert!((at(19) - 0.1).abs() < 1e-12 && (at(500) - 0.1).abs() < 1e-12);
-        assert!((5..20).all(|s| at(s) < at(s - 1)));
-        assert_eq!(lr_at(&Optimizer { lr: 1.0, warmup: 0, ..o }, 0, 1), 1.0);
+        assert!((15..20).all(|s| at(s) < at(s - 1)));
+        assert_eq!(lr_at(&Optimizer { lr: 1.0, warmup: 0, decay: 0.0, ..o }, 0, 1), 1.0);
     }
 
     #[test]

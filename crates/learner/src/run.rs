@@ -17,9 +17,10 @@ use crate::codec::to_bytes;
 use crate::error::{LearnerError, Result};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions};
+use crate::settings::StepSettings;
 use crate::stage::{Evaluation, Outcome, Stage, load_model};
 use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles};
-use crate::step::{Learner, StepSettings};
+use crate::step::Learner;
 
 /// How often a waiting learner looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(100);
@@ -68,14 +69,15 @@ impl Run {
     fn open(stage: &mut Stage<'_>, handle: &Handle) -> Result<Self> {
         let config = stage.config;
         let files = StaticFiles::read(stage.model_dir)?;
-        let mut vlm = load_model(config, stage.model_dir)?;
+        let load = || load_model(config, config.learner.threads, stage.model_dir);
+        let mut vlm = load()?;
         let resume: Resume = config.run.resume.parse()?;
         let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
         if let Some(r) = &restored {
             vlm.load_state(&r.weights)?;
         }
-        let reference = if config.learner.kl_coef > 0.0 { Some(load_model(config, stage.model_dir)?) } else { None };
+        let reference = if config.learner.kl_coef > 0.0 { Some(load()?) } else { None };
         let banned = stage.data.preparer().tokenizer().special().banned.clone();
         let settings = StepSettings::new(config, &vlm, &banned);
         let vocab = vlm.config().text.vocab_size as u32;
@@ -105,7 +107,7 @@ impl Run {
     fn train(&mut self, stage: &mut Stage<'_>) -> Result<Outcome> {
         let config = stage.config;
         let total = config.learner.steps;
-        let due = |every: u64, step: u64| every > 0 && step % every == 0;
+        let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut outcome = Outcome::default();
         let begun = self.learner.step();
         if begun == 0 && total > 0 && config.learner.eval_every > 0 {

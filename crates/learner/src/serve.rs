@@ -66,6 +66,28 @@ struct State {
     fault: Option<LearnerError>,
 }
 
+impl State {
+    /// Notes a worker. A name `base#k` stands for a process that was started again: what other incarnations of `base` hold
+    /// is free at once.
+    fn welcome(&mut self, worker: &str, now: Duration) {
+        if !self.workers.insert(worker.to_owned()) {
+            return;
+        }
+        let Some((base, _)) = worker.rsplit_once('#') else { return };
+        let gone: Vec<String> = self
+            .workers
+            .iter()
+            .filter(|w| *w != worker && w.rsplit_once('#').is_some_and(|(b, _)| b == base))
+            .cloned()
+            .collect();
+        for name in gone {
+            let held = self.machine.worker_lost(&name, now);
+            tracing::warn!(worker = name, held, "the worker was started again: its groups return to the queue");
+            self.workers.remove(&name);
+        }
+    }
+}
+
 struct Shared {
     state: Mutex<State>,
     /// A batch may be whole, or something went wrong: for the training thread.
@@ -274,15 +296,13 @@ impl Handler {
             told.as_mut().enable();
             {
                 let mut state = shared.lock();
-                state.workers.insert(worker.to_owned());
+                let now = shared.now();
+                state.welcome(worker, now);
                 let version = state.machine.version();
                 if state.finished || state.machine.finished() {
-                    if state.finished {
-                        state.told.insert(worker.to_owned());
-                    }
-                    return (Vec::new(), version, state.finished);
+                    state.told.insert(worker.to_owned());
+                    return (Vec::new(), version, true);
                 }
-                let now = shared.now();
                 let leases = if state.weights.is_some() { state.machine.lease(worker, most, now) } else { Vec::new() };
                 if !leases.is_empty() || Instant::now() >= until {
                     let with_index = |l: Lease| state.machine.index_of(&l.group).map(|i| (l, i));

@@ -204,7 +204,8 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         .build()
         .map_err(LearnerError::io("runtime"))?;
     let files = StaticFiles::read(stage.model_dir)?;
-    let mut trainer = SftTrainer::new(load_model(config, stage.model_dir)?, &config.sft.optimizer, total)?;
+    let mut trainer =
+        SftTrainer::new(load_model(config, config.run.threads, stage.model_dir)?, &config.sft.optimizer, total)?;
     // A step number speaks of stage 2, which needs a stage 1 that is whole.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
     let (mut saver, loaded) = Saver::open(runtime.handle(), config, "sft", &stage.environment, resume)?;
@@ -218,7 +219,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         let meta = Meta { stage: "sft".into(), counters: trainer.counters, seed, experience: None, best: None };
         saver.save(trainer.step(), objects, &meta, false)
     };
-    let due = |every: u64, step: u64| every > 0 && step % every == 0;
+    let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
     let batches = prefetch(stage.data.clone(), config.sft.batch, seed, trainer.step(), total)?;
     let mut outcome = Outcome::default();
     let (started, mut images) = (Instant::now(), 0u64);

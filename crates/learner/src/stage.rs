@@ -180,9 +180,9 @@ pub fn device(name: &str) -> Result<Device> {
 }
 
 /// Loads the model of a stage in fp32 and sets the number of threads.
-pub(crate) fn load_model(config: &Config, dir: &Path) -> Result<Vlm> {
+pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path) -> Result<Vlm> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if config.run.threads == 0 { cores } else { config.run.threads };
+    let threads = if threads == 0 { cores } else { threads };
     tch::set_num_threads(threads as i32);
     Ok(Vlm::load(dir, device(&config.run.device)?, Kind::Float)?)
 }

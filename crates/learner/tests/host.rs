@@ -146,6 +146,17 @@ fn groups_of_a_worker_that_is_gone_come_back() {
 }
 
 #[test]
+fn a_worker_that_was_started_again_gets_its_groups_at_once() {
+    let mut s = serve(&["a", "b"], 60.0);
+    s.host.publish(0, vec![0]).unwrap();
+    let lost = s.lease("rollout-0#1", 100);
+    assert_eq!(lost.groups.len(), 2);
+    assert!(s.lease("rollout-1#1", 10).groups.is_empty(), "another worker takes nothing away");
+    assert_eq!(s.lease("rollout-0#2", 100).groups.len(), 2);
+    assert_eq!(s.submit(answer("rollout-0#1", &lost.groups[0], 0)).unwrap(), Verdict::Expired);
+}
+
+#[test]
 fn released_groups_are_leased_at_once() {
     let mut s = serve(&["a", "b"], 60.0);
     s.host.publish(0, vec![0]).unwrap();

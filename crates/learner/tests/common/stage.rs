@@ -51,6 +51,7 @@ impl Small {
         let mut config = Config::default();
         config.run.dir = dir.path().join("run").display().to_string();
         config.run.threads = 1;
+        config.learner.threads = 1;
         config.run.device = "cpu".into();
         config.rollout.n = 4;
         config.rollout.max_new_tokens = 6;
