@@ -88,14 +88,22 @@ where
         let token = unveil_service::cancel_on_signal()?;
         if supervised {
             let parent = token.clone();
-            std::thread::spawn(move || {
-                let mut sink = std::io::sink();
-                let _end_of_input = std::io::copy(&mut std::io::stdin().lock(), &mut sink);
-                parent.cancel();
-            });
+            when_input_ends(move || parent.cancel());
         }
         role(token).await
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
     result
+}
+
+/// For supervised commands that have no stop token: the process ends when standard input does.
+pub fn end_with_supervisor() {
+    when_input_ends(|| std::process::exit(130));
+}
+
+fn when_input_ends(act: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(move || {
+        let _end_of_input = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        act();
+    });
 }

@@ -1,20 +1,23 @@
 //! `unveil model`, `generate`, `score`, `eval`: everything that runs a model outside of training.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
-use unveil_cli::ConfigArgs;
+use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_data::prepare::Preparer;
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
-use unveil_engine::{Engine, EngineOptions};
+use unveil_engine::Engine;
 use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_model::{InitSpec, SpecialIds, Vlm};
 use unveil_reward::Scoring;
+use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
+
+use crate::roles::engine_options;
 
 #[derive(Subcommand)]
 pub enum ModelCommand {
@@ -42,6 +45,8 @@ pub enum ModelCommand {
 
 #[derive(Args)]
 pub struct GenerateArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
     /// Model directory.
     #[arg(long)]
     model: PathBuf,
@@ -64,18 +69,23 @@ pub struct GenerateArgs {
 
 #[derive(Args)]
 pub struct ScoreArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
     /// Model directory.
     #[arg(long)]
     model: PathBuf,
     /// Records with `index` and `response` or `tokens`.
     #[arg(long)]
     data: PathBuf,
+    /// Temperature of the distribution that is scored.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
 }
 
 #[derive(Args)]
 pub struct EvalArgs {
     #[command(flatten)]
-    config: ConfigArgs,
+    role: RoleArgs,
     /// Model directory.
     #[arg(long)]
     model: PathBuf,
@@ -134,7 +144,7 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
     }
 }
 
-fn describe(dir: &std::path::Path) -> anyhow::Result<serde_json::Value> {
+fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     let preparer = Preparer::load(dir)?;
     let vlm = Vlm::load(dir, Device::Cpu, Kind::Float)?;
     let count = |prefix: &str| -> i64 {
@@ -151,21 +161,40 @@ fn describe(dir: &std::path::Path) -> anyhow::Result<serde_json::Value> {
 
 /// `unveil generate`
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
-    let sampling = unveil_rollout::offline::Sampling {
+    let options = GenerateOptions {
+        model: offline(&args.config, &args.model)?,
+        data: args.data.clone(),
         n: args.n,
         temperature: args.temperature,
         max_new_tokens: args.max_new_tokens,
         seed: args.seed,
     };
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    unveil_rollout::offline::generate(&args.model, &args.data, sampling, &mut out)?;
+    generate_cli(&options, &mut out)?;
     Ok(out.flush()?)
+}
+
+fn offline(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
+    let c = config.load()?;
+    Ok(OfflineModel {
+        dir: dir.to_owned(),
+        device: c.run.device,
+        threads: c.run.threads,
+        layer: c.reward.vision_relevance.layer,
+        question: c.data.question,
+        synonyms: c.data.synonyms,
+    })
 }
 
 /// `unveil score`
 pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    unveil_rollout::offline::score(&args.model, &args.data, &mut out)?;
+    let options = ScoreOptions {
+        model: offline(&args.config, &args.model)?,
+        data: args.data.clone(),
+        temperature: args.temperature,
+    };
+    score_cli(&options, &mut out)?;
     Ok(out.flush()?)
 }
 
@@ -174,15 +203,16 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if args.suite != "summary" {
         bail!("no suite `{}`; there is: summary", args.suite);
     }
-    let config = args.config.load()?;
+    let config = args.role.config.load()?;
+    if args.role.supervised {
+        unveil_cli::end_with_supervisor();
+    }
     if config.run.threads > 0 {
         tch::set_num_threads(i32::try_from(config.run.threads)?);
     }
     let preparer = Preparer::load(&args.model)?;
-    let vlm = Vlm::load(&args.model, crate::roles::device(&config)?, Kind::Float)?;
-    let layer = config.reward.vision_relevance.layer.unwrap_or(vlm.config().default_capture_layer());
-    let banned = preparer.tokenizer().special().banned.clone();
-    let options = EngineOptions { capture_layer: Some(layer), banned, ..EngineOptions::default() };
+    let vlm = Vlm::load(&args.model, unveil_learner::device(&config.run.device)?, Kind::Float)?;
+    let options = engine_options(&vlm, config.reward.vision_relevance.layer, &preparer);
     let mut engine = Engine::new(vlm, options)?;
     let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;
     let settings = Settings {

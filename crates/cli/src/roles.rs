@@ -1,26 +1,24 @@
 //! Roles: the supervisor and what it starts.
 
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use tch::Device;
 use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role};
 use unveil_config::Config;
+use unveil_data::prepare::Preparer;
+use unveil_data::records::RecordFile;
+use unveil_engine::{Engine, EngineOptions};
+use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_launch::{LaunchError, Options};
-
-/// The device that `run.device` names; an error when it asks for CUDA and there is none.
-pub fn device(config: &Config) -> anyhow::Result<Device> {
-    let cuda = tch::Cuda::is_available();
-    Ok(match config.run.device.as_str() {
-        "cpu" => Device::Cpu,
-        "auto" => Device::cuda_if_available(),
-        name if !cuda => bail!("run.device = \"{name}\", but no CUDA device is available; use auto or cpu"),
-        "cuda" => Device::Cuda(0),
-        name => Device::Cuda(name.trim_start_matches("cuda:").parse()?),
-    })
-}
+use unveil_learner::{Dataset, Evaluation, Outcome, Stage, run_rl};
+use unveil_model::Vlm;
+use unveil_report::{EventLog, StageProgress};
+use unveil_reward::Scoring;
+use unveil_rollout::WorkerOptions;
+use unveil_service::announce;
 
 fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let me = std::env::current_exe().context("cannot find this program's own path")?;
@@ -64,32 +62,105 @@ pub fn reward(args: &[String]) -> anyhow::Result<()> {
 pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     unveil_service::init_tracing("sft", "warn")?;
-    let device = device(&config)?;
-    run_role(args.supervised, 1, |token| async move {
-        interruptible(unveil_learner::run_sft(config, device, token).await?)
-    })
+    let paths = (config.initial_model(), config.stage1_model());
+    let progress = StageProgress::new("stage 1", config.sft.steps, "images");
+    stage(args.supervised, "sft", &config, paths, progress, unveil_learner::run_sft)
 }
 
 /// `unveil learner`
 pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     unveil_service::init_tracing("learner", "warn")?;
-    let device = device(&config)?;
-    run_role(args.supervised, 2, |token| async move {
-        interruptible(unveil_learner::run_learner(config, device, token).await?)
+    let paths = (config.stage1_model(), config.final_model());
+    let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
+    stage(args.supervised, "learner", &config, paths, progress, |stage| {
+        run_rl(stage, |address| {
+            if let Err(e) = announce("learner", address) {
+                eprintln!("the ready line could not be written: {e}");
+            }
+        })
     })
+}
+
+/// Runs one training stage on a thread of its own, which owns the model.
+fn stage(
+    supervised: bool,
+    role: &str,
+    config: &Config,
+    (model_dir, out): (PathBuf, PathBuf),
+    mut progress: StageProgress,
+    run: impl FnOnce(Stage<'_>) -> unveil_learner::Result<Outcome> + Send,
+) -> anyhow::Result<()> {
+    let outcome = run_role(supervised, 1, |cancel| async move {
+        let work = || -> anyhow::Result<Outcome> {
+            let preparer = Arc::new(Preparer::load(&model_dir)?);
+            let mut evaluator = validation(config, &model_dir)?;
+            let mut events = EventLog::open(&config.run_dir(), role)?;
+            Ok(run(Stage {
+                config,
+                model_dir: &model_dir,
+                out: &out,
+                data: Arc::new(Dataset::new(config, RecordFile::load(&config.records())?, preparer)?),
+                environment: unveil_config::environment(),
+                cancel,
+                events: &mut events,
+                progress: &mut progress,
+                evaluator: Some(&mut evaluator),
+            })?)
+        };
+        tokio::task::block_in_place(|| {
+            std::thread::scope(|s| s.spawn(work).join().map_err(|_| anyhow::anyhow!("the {role} thread panicked")))
+        })?
+    })?;
+    if outcome.interrupted { Err(Stop::of_role(supervised).into()) } else { Ok(()) }
+}
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Held-out evaluation on the validation split, for use during training.
+fn validation(
+    config: &Config,
+    model_dir: &Path,
+) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, Failure>> {
+    let preparer = Preparer::load(model_dir)?;
+    let (data, eval) = (&config.data, &config.eval);
+    let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
+    let settings = Settings {
+        max_new_tokens: config.rollout.max_new_tokens,
+        batch: eval.batch,
+        scoring: Scoring::new(config),
+    };
+    let layer = config.reward.vision_relevance.layer;
+    Ok(move |vlm: &mut Vlm, _step: u64| {
+        let options = engine_options(vlm, layer, &preparer);
+        let metrics = evaluate(&mut Engine::new(&*vlm, options)?, &preparer, &samples, &settings)?.metrics;
+        let score = (metrics.mean_iou + metrics.soft_f1) / 2.0;
+        let metrics = serde_json::to_value(metrics)?.as_object().cloned().unwrap_or_default();
+        Ok(Evaluation { metrics, score })
+    })
+}
+
+/// Engine options for evaluation: attention captured at the layer that vision relevance reads.
+pub fn engine_options(vlm: &Vlm, layer: Option<usize>, preparer: &Preparer) -> EngineOptions {
+    EngineOptions {
+        capture_layer: Some(layer.unwrap_or(vlm.config().default_capture_layer())),
+        banned: preparer.tokenizer().special().banned.clone(),
+        ..EngineOptions::default()
+    }
 }
 
 /// `unveil rollout`
 pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
     let config = args.config.load()?;
     unveil_service::init_tracing("rollout", "info")?;
-    let device = device(&config)?;
-    run_role(args.supervised, 2, |token| async move {
-        Ok(unveil_rollout::run(config, worker, device, token).await?)
-    })
-}
-
-fn interruptible(finished: bool) -> anyhow::Result<()> {
-    if finished { Ok(()) } else { Err(Stop::Interrupted.into()) }
+    for (key, address) in [("learner.address", &config.learner.address), ("reward.address", &config.reward.address)] {
+        if address.is_empty() {
+            bail!("a rollout worker needs {key} (http://host:port)");
+        }
+    }
+    let (model, experience, reward) =
+        (config.stage1_model(), config.learner.address.clone(), config.reward.address.clone());
+    let options = WorkerOptions::new(config, model, experience, reward, worker);
+    let report = run_role(args.supervised, 1, |token| async move { Ok(unveil_rollout::run(options, token).await?) })?;
+    if report.finished { Ok(()) } else { Err(Stop::of_role(args.supervised).into()) }
 }

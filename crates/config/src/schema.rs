@@ -36,7 +36,7 @@ pub struct Run {
     pub seed: u64,
     /// `auto` (newest checkpoint that verifies, or start), `never`, or a step number.
     pub resume: String,
-    /// Threads of the learner, and of stage 1 and evaluation (0 = all cores).
+    /// Threads of stage 1 and of the evaluations before and after stage 2 (0 = all cores).
     pub threads: usize,
     /// `cpu`, `cuda`, `cuda:N`, or `auto`.
     pub device: String,
@@ -172,10 +172,12 @@ impl Default for Augment {
 pub struct Optimizer {
     /// Peak learning rate.
     pub lr: f64,
-    /// Learning rate at the end, as a fraction of `lr` (cosine from peak to here).
-    pub lr_end: f64,
-    /// Steps of linear warm-up.
+    /// Steps of linear warm-up; then the rate is constant.
     pub warmup: u64,
+    /// Share of all steps, at the end, over which the rate falls linearly to `lr_end` times `lr`; 0 = stays constant.
+    pub decay: f64,
+    /// Learning rate at the end, as a fraction of `lr`.
+    pub lr_end: f64,
     /// Adam's betas.
     pub betas: [f64; 2],
     /// Adam's epsilon.
@@ -188,7 +190,7 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { lr: 1e-3, lr_end: 0.1, warmup: 20, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, clip_norm: 1.0 }
+        Self { lr: 1e-3, warmup: 20, decay: 0.3, lr_end: 0.05, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, clip_norm: 1.0 }
     }
 }
 
@@ -404,6 +406,8 @@ pub struct Learner {
     pub listen: String,
     /// Where rollout workers find it (`http://host:port`); empty = the one that `train` starts.
     pub address: String,
+    /// Threads of the learner (0 = all cores); leave some to the rollout workers that run beside it.
+    pub threads: usize,
 }
 
 impl Default for Learner {
@@ -430,6 +434,7 @@ impl Default for Learner {
             checkpoint_every: 50,
             listen: "127.0.0.1:0".into(),
             address: String::new(),
+            threads: 0,
         }
     }
 }

@@ -97,6 +97,9 @@ fn optimizer(stage: &str, o: &Optimizer, out: &mut Vec<String>) {
     if !(0.0..=1.0).contains(&o.lr_end) {
         out.push(format!("{stage}.optimizer.lr_end is {}: it is a fraction of lr, 0 to 1", o.lr_end));
     }
+    if !(0.0..=1.0).contains(&o.decay) {
+        out.push(format!("{stage}.optimizer.decay is {}: it is a share of the steps, 0 to 1", o.decay));
+    }
     if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
         out.push(format!("{stage}.optimizer.betas is {:?}: each 0 up to below 1", o.betas));
     }

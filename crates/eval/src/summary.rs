@@ -65,7 +65,7 @@ fn predict(
     scoring: &Scoring,
 ) -> Result<Prediction, EvalError> {
     let record = &sample.record;
-    let decoded = preparer.tokenizer().decode_offsets(&response.tokens)?;
+    let decoded = preparer.tokenizer().decode_offsets(&response.tokens);
     let spans = byte_spans(&decoded.text, &decoded.spans);
     let answer = parse_answer(&decoded.text);
     let boxes = preparer.read_answer(&decoded.text, &sample.sizes).boxes;

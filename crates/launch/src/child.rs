@@ -30,6 +30,8 @@ impl Role {
         let stderr = if shown { Stdio::inherit() } else { Stdio::from(file) };
         let mut child = Command::new(program)
             .args(args)
+            // Roles share the cores: a thread that waits must not spin.
+            .env("OMP_WAIT_POLICY", "PASSIVE")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(stderr)

@@ -1,6 +1,7 @@
 //! `unveil train`: the whole main job in one run directory, resumable at every point.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -39,7 +40,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
     let memory = PeakMemory::start();
     let job = Job { config, options, run: &run, logs: &logs, file: &file };
     let wall = Wall::resume(&run, started);
-    prepare_data(config, options.note)?;
+    job.prepare()?;
 
     let initial = config.initial_model();
     if config.model.dir.is_empty() && !initial.join("config.json").exists() {
@@ -92,6 +93,26 @@ impl Job<'_> {
         [command, "--config", &self.file.display().to_string(), "--supervised"].map(str::to_owned).to_vec()
     }
 
+    /// Prepares the data on a thread of its own, which an interrupt leaves behind: record files appear whole or not at all.
+    fn prepare(&self) -> Result<(), LaunchError> {
+        let (tx, lines) = mpsc::channel();
+        let config = self.config.clone();
+        let work = std::thread::spawn(move || {
+            prepare_data(&config, &|line| {
+                let _nobody_listens = tx.send(line.to_owned());
+            })
+        });
+        loop {
+            match lines.recv_timeout(Duration::from_millis(50)) {
+                Ok(line) => (self.options.note)(&line),
+                Err(RecvTimeoutError::Timeout) if (self.options.stop)() => return Err(LaunchError::Interrupted),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        work.join().map_err(|_| LaunchError::Data("preparing the data failed: a thread panicked".into()))?
+    }
+
     /// Runs one program of ours to its end and returns its stdout lines.
     fn finish(&self, name: &str, args: Vec<String>, shown: bool) -> Result<Vec<String>, LaunchError> {
         let log = self.logs.join(format!("{name}.log"));
@@ -119,6 +140,7 @@ impl Job<'_> {
         let predictions = self.run.join("eval").join(format!("{name}.jsonl"));
         let args = [
             "eval".into(),
+            "--supervised".into(),
             "--config".into(),
             self.file.display().to_string(),
             "--model".into(),
