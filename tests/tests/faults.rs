@@ -88,6 +88,49 @@ fn verified_or_empty(s: &Sandbox) {
 }
 
 #[test]
+fn a_supervisor_that_is_killed_in_an_evaluation_takes_it_along() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let config = config.to_string_lossy();
+    let mut train = s.spawn(&["train", "--config", &config, "--set", "sft.steps=2", "--set", "data.synth.test=600"]);
+    train.until("the evaluation", SOON, || s.role("eval"));
+    train.kill();
+    s.all_gone(STOP);
+    assert!(!s.path("run/eval/before.json").exists(), "it was not over yet");
+}
+
+#[test]
+fn a_killed_reward_service_is_started_again() {
+    let s = Sandbox::new();
+    let mut train = start(&s);
+    after_first_update(&s, &mut train);
+    let service = s.role("serve").expect("the reward service runs");
+    service.kill();
+    let done = train.wait(SOON).ok();
+    assert!(
+        done.stderr.contains("reward service ended with signal: 9 (SIGKILL); starting it again"),
+        "{}",
+        done.stderr
+    );
+    Lineage::read(&s.path("run")).is_exactly_once(6, 2, 8);
+    assert_eq!(s.processes(), []);
+}
+
+#[test]
+fn an_interrupt_while_data_is_drawn() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let config = config.to_string_lossy();
+    let mut train = s.spawn(&["train", "--config", &config, "--set", "data.synth.train=50000"]);
+    train.until("drawing", SOON, || s.path("run/data/images").exists().then_some(()));
+    let asked = Instant::now();
+    train.interrupt();
+    train.wait(SOON).says(130, &["interrupted"]);
+    assert!(asked.elapsed() < STOP, "stopping took {:?}", asked.elapsed());
+    assert!(!s.path("run/data/records.jsonl").exists(), "records come last: half a data set is none");
+}
+
+#[test]
 fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
     let s = Sandbox::new();
     let run = s.path("run");
