@@ -125,11 +125,8 @@ fn validation(
     let preparer = Preparer::load(model_dir)?;
     let (data, eval) = (&config.data, &config.eval);
     let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
-    let settings = Settings {
-        max_new_tokens: config.rollout.max_new_tokens,
-        batch: eval.batch,
-        scoring: Scoring::new(config),
-    };
+    let settings =
+        Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
     let layer = config.reward.vision_relevance.layer;
     Ok(move |vlm: &mut Vlm, _step: u64| {
         let options = engine_options(vlm, layer, &preparer);

@@ -76,15 +76,13 @@ pub fn load_from(
     let mut merged = Table::new();
     if let Some(path) = file {
         let shown = path.display().to_string();
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
         let table: Table = text
             .parse()
             .map_err(|e: toml::de::Error| ConfigError::Syntax { path: shown.clone(), message: e.to_string() })?;
         merge(&mut merged, table, &template, "", &shown)?;
     }
-    let mut variables: Vec<(String, String)> =
-        environment.filter(|(k, _)| k.starts_with("UNVEIL__")).collect();
+    let mut variables: Vec<(String, String)> = environment.filter(|(k, _)| k.starts_with("UNVEIL__")).collect();
     variables.sort();
     for (name, value) in variables {
         let key = name.trim_start_matches("UNVEIL__").to_lowercase().replace("__", ".");
@@ -198,7 +196,11 @@ mod tests {
     use super::*;
 
     fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigError> {
-        let dir = std::env::temp_dir().join(format!("unveil-config-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let dir = std::env::temp_dir().join(format!(
+            "unveil-config-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("c.toml");
         std::fs::write(&path, text).unwrap();
@@ -235,7 +237,8 @@ mod tests {
 
     #[test]
     fn numbers_and_options() {
-        let c = with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layer=2", "run.resume=40"]).unwrap();
+        let c =
+            with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layer=2", "run.resume=40"]).unwrap();
         assert_eq!(c.learner.optimizer.lr, 1.0);
         assert_eq!(c.reward.vision_relevance.layer, Some(2));
         assert_eq!(c.run.resume, "40");

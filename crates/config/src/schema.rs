@@ -190,7 +190,16 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { lr: 1e-3, warmup: 20, decay: 0.3, lr_end: 0.05, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.01, clip_norm: 1.0 }
+        Self {
+            lr: 1e-3,
+            warmup: 20,
+            decay: 0.3,
+            lr_end: 0.05,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+        }
     }
 }
 

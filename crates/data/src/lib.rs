@@ -3,15 +3,15 @@
 //! Must not know: tch, tonic. Boxes are original-image pixels everywhere but inside a codec.
 
 pub mod augment;
+pub mod chat;
 pub mod check;
+pub mod codec;
 mod files;
 pub mod import;
+pub mod prepare;
+pub mod processor;
 pub mod records;
 pub mod stats;
 pub mod store;
 pub mod synth;
-pub mod chat;
-pub mod codec;
-pub mod prepare;
-pub mod processor;
 pub mod tokenizer;

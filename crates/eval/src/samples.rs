@@ -35,8 +35,7 @@ pub fn load_samples(
     preparer: &Preparer,
 ) -> Result<Vec<Sample>, EvalError> {
     let records = RecordFile::load(file)?;
-    let chosen: Vec<&Record> =
-        records.records.iter().filter(|r| split.is_empty() || r.split == split).collect();
+    let chosen: Vec<&Record> = records.records.iter().filter(|r| split.is_empty() || r.split == split).collect();
     if chosen.is_empty() {
         return Err(EvalError::Empty { file: file.display().to_string(), split: split.to_owned() });
     }
@@ -47,10 +46,7 @@ pub fn load_samples(
             let image = records.open_image(record)?;
             let asked = if record.question.is_empty() { question } else { &record.question };
             let prepared = preparer.prepare(&image, asked)?;
-            let prompt = Prompt {
-                tokens: prepared.prompt.ids,
-                grids: vec![prepared.image.grid_thw.map(|v| v as i64)],
-            };
+            let prompt = Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] };
             let path = records.folder().join(&record.image);
             Ok(Sample {
                 record: record.clone(),

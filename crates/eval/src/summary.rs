@@ -7,11 +7,11 @@ use unveil_data::prepare::Preparer;
 use unveil_engine::{AttentionRows, Engine, GroupRequest, RawResponse};
 use unveil_model::Vlm;
 use unveil_report::Prediction;
+use unveil_reward::Scoring;
 use unveil_reward::form::category;
 use unveil_reward::localization::localization;
 use unveil_reward::mention::{byte_spans, first_mention, tokens_of};
 use unveil_reward::vision::{Region, vision_relevance};
-use unveil_reward::Scoring;
 
 use crate::metrics::{Metrics, metrics};
 use crate::{EvalError, Sample};

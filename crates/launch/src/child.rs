@@ -52,7 +52,6 @@ impl Role {
         Ok(Self { name: name.to_owned(), log: log.to_owned(), child, lines, _stdin: stdin })
     }
 
-
     /// Waits for the role's ready line and returns the address in it.
     pub fn address(&mut self, within: Duration, stop: &dyn Fn() -> bool) -> Result<String, LaunchError> {
         let deadline = Instant::now() + within;

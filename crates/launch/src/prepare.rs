@@ -67,11 +67,6 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
             )));
         }
     }
-    note(&format!(
-        "data: {} train, {} val, {} test",
-        count(&d.train_split),
-        count(&d.val_split),
-        count(&d.test_split)
-    ));
+    note(&format!("data: {} train, {} val, {} test", count(&d.train_split), count(&d.val_split), count(&d.test_split)));
     Ok(())
 }

@@ -64,8 +64,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
         };
         stage2.run(options.stop, options.note)?;
     }
-    let after =
-        if config.learner.steps > 0 { job.evaluate(&config.final_model(), "after")? } else { before.clone() };
+    let after = if config.learner.steps > 0 { job.evaluate(&config.final_model(), "after")? } else { before.clone() };
 
     let summary = json!({
         "before": before,
@@ -155,10 +154,9 @@ impl Job<'_> {
             predictions.display().to_string(),
         ];
         let lines = self.finish("eval", args.to_vec(), false)?;
-        let metrics: Value = lines
-            .last()
-            .and_then(|l| serde_json::from_str(l).ok())
-            .ok_or_else(|| LaunchError::Data(format!("`unveil eval` printed no metrics; see {}", self.logs.display())))?;
+        let metrics: Value = lines.last().and_then(|l| serde_json::from_str(l).ok()).ok_or_else(|| {
+            LaunchError::Data(format!("`unveil eval` printed no metrics; see {}", self.logs.display()))
+        })?;
         std::fs::write(&result, format!("{metrics}\n")).map_err(io("cannot write", &result))?;
         Ok(metrics)
     }

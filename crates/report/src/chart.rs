@@ -36,7 +36,11 @@ pub(crate) fn panel(title: &str, x_name: &str, series: &[Series<'_>]) -> String 
         let y = y0 + (y1 - y0) * f64::from(k) / 4.0;
         out += &format!(
             "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{1:.1}\" y2=\"{1:.1}\" class=\"grid\"/><text x=\"{2}\" y=\"{3:.1}\" class=\"y\">{4}</text>",
-            W - RIGHT, py(y), LEFT - 5.0, py(y) + 4.0, short(y)
+            W - RIGHT,
+            py(y),
+            LEFT - 5.0,
+            py(y) + 4.0,
+            short(y)
         );
     }
     for (x, anchor) in [(x0, "start"), (x1, "end")] {

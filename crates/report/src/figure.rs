@@ -56,7 +56,8 @@ pub(crate) fn figure(run: &Path, p: &Prediction) -> String {
             if opacity > 0.02 {
                 svg += &format!(
                     "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{cw:.1}\" height=\"{ch:.1}\" fill=\"#ff7a00\" opacity=\"{opacity:.2}\"/>",
-                    c as f64 * cw, r as f64 * ch
+                    c as f64 * cw,
+                    r as f64 * ch
                 );
             }
         }
@@ -66,7 +67,10 @@ pub(crate) fn figure(run: &Path, p: &Prediction) -> String {
         for b in boxes.iter().filter(|b| b.area() > 0.0) {
             svg += &format!(
                 "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" class=\"{class}\" stroke-width=\"{line:.2}\"/>",
-                b.x1, b.y1, b.x2 - b.x1, b.y2 - b.y1
+                b.x1,
+                b.y1,
+                b.x2 - b.x1,
+                b.y2 - b.y1
             );
         }
     }

@@ -37,14 +37,19 @@ pub fn write_report(run: &Path, images: usize) -> Result<PathBuf, ReportError> {
         return Err(ReportError::NotARun(run.to_owned()));
     }
     let events = read_events(run).map_err(io(run))?;
-    let summary: Value =
-        std::fs::read_to_string(run.join("summary.json")).ok().and_then(|t| serde_json::from_str(&t).ok()).unwrap_or_default();
+    let summary: Value = std::fs::read_to_string(run.join("summary.json"))
+        .ok()
+        .and_then(|t| serde_json::from_str(&t).ok())
+        .unwrap_or_default();
     let mut body = String::new();
     body += &headline(&summary);
     body += &charts(&events);
     body += &gallery(run, images);
     if let Ok(config) = std::fs::read_to_string(run.join("config.toml")) {
-        body += &format!("<h2>Configuration</h2><details><summary>config.toml</summary><pre>{}</pre></details>", escape(&config));
+        body += &format!(
+            "<h2>Configuration</h2><details><summary>config.toml</summary><pre>{}</pre></details>",
+            escape(&config)
+        );
     }
     let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
     let page = format!(
@@ -71,7 +76,8 @@ fn headline(summary: &Value) -> String {
          <table><tr><th></th><th>Before</th><th>After</th></tr>",
     );
     for (key, name) in rows {
-        out += &format!("<tr><td>{name}</td><td>{}</td><td><b>{}</b></td></tr>", cell("before", key), cell("after", key));
+        out +=
+            &format!("<tr><td>{name}</td><td>{}</td><td><b>{}</b></td></tr>", cell("before", key), cell("after", key));
     }
     out += "</table>";
     let number = |k: &str| summary[k].as_f64();
@@ -87,9 +93,7 @@ fn headline(summary: &Value) -> String {
 fn charts(events: &[Value]) -> String {
     let of = |kind: &str| events.iter().filter(|e| e["kind"] == kind).collect::<Vec<_>>();
     let points = |rows: &[&Value], pointer: &str| {
-        rows.iter()
-            .filter_map(|e| Some((e["step"].as_f64()?, e.pointer(pointer)?.as_f64()?)))
-            .collect::<Vec<_>>()
+        rows.iter().filter_map(|e| Some((e["step"].as_f64()?, e.pointer(pointer)?.as_f64()?))).collect::<Vec<_>>()
     };
     let one = |title: &str, rows: &[&Value], pointer: &str| {
         panel(title, "step", &[Series { name: title, points: points(rows, pointer) }])
@@ -140,13 +144,15 @@ fn gallery(run: &Path, images: usize) -> String {
     );
     let shown = if before.is_empty() { &after } else { &before };
     for p in shown.iter().take(images) {
-        let find = |list: &[Prediction]| {
-            list.iter().find(|q| q.id == p.id).map_or_else(String::new, |q| figure(run, q))
-        };
+        let find =
+            |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map_or_else(String::new, |q| figure(run, q));
         let truth = if p.truth.is_empty() { "no finding".to_owned() } else { p.category.clone() };
         out += &format!(
             "<section><h3>{} <span>{}</span></h3><div><b>before</b>{}</div><div><b>after</b>{}</div></section>",
-            escape(&truth), escape(&p.id), find(&before), find(&after)
+            escape(&truth),
+            escape(&p.id),
+            find(&before),
+            find(&after)
         );
     }
     out + "</div>"
@@ -164,7 +170,9 @@ mod tests {
         let run = dir.path();
         assert!(matches!(write_report(run, 4), Err(ReportError::NotARun(_))));
         let events: Vec<String> = (0..5)
-            .map(|i| json!({"kind": "train", "step": i, "reward": {"total": 0.1 * f64::from(i)}, "kl": 0.0}).to_string())
+            .map(|i| {
+                json!({"kind": "train", "step": i, "reward": {"total": 0.1 * f64::from(i)}, "kl": 0.0}).to_string()
+            })
             .collect();
         std::fs::write(run.join("events.jsonl"), events.join("\n") + "\n{torn").unwrap();
         std::fs::create_dir(run.join("eval")).unwrap();

@@ -43,7 +43,8 @@ impl TensorBoard {
     pub fn create(dir: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(dir)?;
         let now = now();
-        let name = format!("events.out.tfevents.{:010}.{}.{}", now as u64, std::process::id(), (now.fract() * 1e6) as u64);
+        let name =
+            format!("events.out.tfevents.{:010}.{}.{}", now as u64, std::process::id(), (now.fract() * 1e6) as u64);
         let mut board = Self { file: File::create(dir.join(name))? };
         board.record(&Event { wall_time: now, step: 0, file_version: Some("brain.Event:2".into()), summary: None })?;
         Ok(board)
@@ -51,8 +52,7 @@ impl TensorBoard {
 
     /// Writes the scalars of one step.
     pub fn scalars(&mut self, step: i64, scalars: &[(String, f32)]) -> std::io::Result<()> {
-        let value =
-            scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: *v }).collect();
+        let value = scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: *v }).collect();
         self.record(&Event { wall_time: now(), step, file_version: None, summary: Some(Summary { value }) })
     }
 
@@ -90,9 +90,8 @@ mod tests {
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n\
             a = EventAccumulator(sys.argv[1]); a.Reload()\n\
             print([(e.step, e.value) for e in a.Scalars('train/loss')], a.Scalars('train/reward/total')[0].value)";
-        let python = std::env::var("UNVEIL_PYTHON").unwrap_or_else(|_| {
-            concat!(env!("CARGO_MANIFEST_DIR"), "/../../.venv/bin/python").to_owned()
-        });
+        let python = std::env::var("UNVEIL_PYTHON")
+            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../../.venv/bin/python").to_owned());
         let out = std::process::Command::new(&python).args(["-c", script]).arg(dir.path()).output().unwrap();
         let text = String::from_utf8_lossy(&out.stdout);
         assert_eq!(text.trim(), "[(3, 0.25), (4, 0.125)] -1.5", "{}", String::from_utf8_lossy(&out.stderr));

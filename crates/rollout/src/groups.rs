@@ -93,7 +93,11 @@ impl Rewards {
             Ok(Ok(client)) => client,
             Ok(Err(e)) => return masked(e.to_string()),
             Err(_) => {
-                return masked(format!("no connection to {} within {:.1} s", self.address, self.deadline.as_secs_f64()));
+                return masked(format!(
+                    "no connection to {} within {:.1} s",
+                    self.address,
+                    self.deadline.as_secs_f64()
+                ));
             }
         };
         client.score(request, self.deadline.saturating_sub(start.elapsed())).await
