@@ -22,7 +22,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     );
     match c.data.kind {
         DataKind::Synth => need(
-            c.data.synth.size % 16 == 0 && (48..=448).contains(&c.data.synth.size),
+            c.data.synth.size.is_multiple_of(16) && (48..=448).contains(&c.data.synth.size),
             format!("data.synth.size is {}: use a multiple of 16 from 48 to 448", c.data.synth.size),
         ),
         DataKind::Voc => {
@@ -60,7 +60,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.learner.groups > 0, "learner.groups is 0".into());
     need(c.learner.inner_epochs > 0, "learner.inner_epochs is 0".into());
     need(
-        c.learner.minibatches > 0 && c.learner.groups % c.learner.minibatches.max(1) == 0,
+        c.learner.minibatches > 0 && c.learner.groups.is_multiple_of(c.learner.minibatches.max(1)),
         format!("learner.minibatches ({}) must divide learner.groups ({})", c.learner.minibatches, c.learner.groups),
     );
     let r = &c.reward;

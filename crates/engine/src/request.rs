@@ -37,7 +37,7 @@ pub struct AttentionRows {
 impl AttentionRows {
     /// Number of rows.
     pub fn len(&self) -> usize {
-        if self.cells == 0 { 0 } else { self.values.len() / self.cells }
+        self.values.len().checked_div(self.cells).unwrap_or(0)
     }
 
     /// True without rows.

@@ -199,7 +199,7 @@ fn what_cannot_run_is_refused_by_name() {
         assert!(e.contains("g1") && words.iter().all(|w| e.contains(w)), "{e}");
     };
     refuse(&|r| r.input.prompt.tokens.push(IMAGE), &["image token(s)", "do not belong together"]);
-    refuse(&|r| drop(r.input.patches.pop()), &["patch values"]);
+    refuse(&|r| r.input.patches.truncate(r.input.patches.len() - 1), &["patch values"]);
     refuse(&|r| r.input.prompt.tokens.clear(), &["no tokens"]);
     refuse(&|r| r.input.prompt.tokens.push(9999), &["9999", "vocabulary of 64"]);
     refuse(&|r| r.input.prompt.grids[0] = [1, 3, 4], &["grid"]);
