@@ -1,4 +1,4 @@
-//! The typed configuration. Every key has a default or is required by [`crate::validate`]; unknown keys are refused.
+//! The typed configuration. Every key has a default or is checked when the file is loaded; unknown keys are refused.
 
 use serde::{Deserialize, Serialize};
 
