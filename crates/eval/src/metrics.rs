@@ -36,3 +36,40 @@ pub fn metrics(predictions: &[Prediction]) -> Metrics {
         n: predictions.len(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unveil_core::Grid;
+
+    fn prediction(correct: bool, iou: Option<f64>, soft_f1: f64, lift: Option<f64>) -> Prediction {
+        Prediction {
+            id: String::new(),
+            image: String::new(),
+            size: [1, 1],
+            category: String::new(),
+            truth: Vec::new(),
+            boxes: Vec::new(),
+            text: String::new(),
+            correct,
+            iou,
+            soft_f1,
+            lift,
+            grid: Grid { rows: 1, cols: 1 },
+            heat: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn each_number_averages_over_its_own_samples() {
+        let m = metrics(&[
+            prediction(true, Some(0.5), 0.5, Some(3.0)),
+            prediction(false, Some(0.0), 0.0, Some(0.0)),
+            prediction(true, None, 1.0, None),
+            prediction(false, None, 0.1, Some(6.0)),
+        ]);
+        let by_hand = Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4 };
+        assert_eq!(m, by_hand);
+        assert_eq!(metrics(&[]).mean_iou, 0.0);
+    }
+}

@@ -17,17 +17,21 @@ use crate::{LaunchError, io};
 /// A running role. Dropping it ends the process.
 pub(crate) struct Role {
     pub name: String,
-    pub log: PathBuf,
+    /// Absent when the terminal shows what the role says.
+    log: Option<PathBuf>,
     child: Child,
     lines: mpsc::Receiver<String>,
     _stdin: Option<ChildStdin>,
 }
 
 impl Role {
-    /// Starts `program args`; stderr goes to `log`, or to the terminal as well when `shown` (the role draws the progress line).
+    /// Starts `program args`; stderr goes to `log`, or to the terminal when `shown` (the role draws the progress line).
     pub fn start(name: &str, program: &Path, args: &[String], log: &Path, shown: bool) -> Result<Self, LaunchError> {
-        let file = File::options().create(true).append(true).open(log).map_err(io("cannot write", log))?;
-        let stderr = if shown { Stdio::inherit() } else { Stdio::from(file) };
+        let stderr = if shown {
+            Stdio::inherit()
+        } else {
+            File::options().create(true).append(true).open(log).map_err(io("cannot write", log))?.into()
+        };
         let mut child = Command::new(program)
             .args(args)
             // Roles share the cores: a thread that waits must not spin.
@@ -49,7 +53,7 @@ impl Role {
             });
         }
         let stdin = child.stdin.take();
-        Ok(Self { name: name.to_owned(), log: log.to_owned(), child, lines, _stdin: stdin })
+        Ok(Self { name: name.to_owned(), log: (!shown).then(|| log.to_owned()), child, lines, _stdin: stdin })
     }
 
     /// Waits for the role's ready line and returns the address in it.
@@ -68,7 +72,7 @@ impl Role {
                 return Err(self.failed(status));
             }
         }
-        Err(LaunchError::NotReady { role: self.name.clone(), seconds: within.as_secs(), log: self.log.clone() })
+        Err(LaunchError::NotReady { role: self.name.clone(), seconds: within.as_secs(), place: self.place() })
     }
 
     /// What the role printed on stdout since the last call.
@@ -87,13 +91,17 @@ impl Role {
 
     /// The error of a role that ended by itself; shows the end of its log.
     pub fn failed(&self, status: ExitStatus) -> LaunchError {
-        if let Ok(text) = std::fs::read_to_string(&self.log) {
-            let lines: Vec<&str> = text.lines().collect();
-            for line in &lines[lines.len().saturating_sub(8)..] {
-                eprintln!("  {}: {line}", self.name);
-            }
+        let text = self.log.as_ref().and_then(|l| std::fs::read_to_string(l).ok()).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        for line in &lines[lines.len().saturating_sub(8)..] {
+            eprintln!("  {}: {line}", self.name);
         }
-        LaunchError::Role { role: self.name.clone(), status: status.to_string(), log: self.log.clone() }
+        LaunchError::Role { role: self.name.clone(), status: status.to_string(), place: self.place() }
+    }
+
+    /// Where to read what the role said.
+    fn place(&self) -> String {
+        self.log.as_ref().map_or_else(|| "above".to_owned(), |l| format!("above and in {}", l.display()))
     }
 
     /// Asks the role to end.

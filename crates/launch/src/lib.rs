@@ -42,24 +42,24 @@ pub enum LaunchError {
     #[error("{0}")]
     Data(String),
     /// A role ended with an error.
-    #[error("{role} ended with {status}; its last lines are above and in {log}")]
+    #[error("{role} ended with {status}; its last lines are {place}")]
     Role {
         /// Which role.
         role: String,
         /// How it ended.
         status: String,
-        /// Its log.
-        log: PathBuf,
+        /// Where its messages are.
+        place: String,
     },
     /// A role did not announce itself in time.
-    #[error("{role} did not come up within {seconds} s; see {log}")]
+    #[error("{role} did not come up within {seconds} s; what it said is {place}")]
     NotReady {
         /// Which role.
         role: String,
         /// How long was waited.
         seconds: u64,
-        /// Its log.
-        log: PathBuf,
+        /// Where its messages are.
+        place: String,
     },
     /// Interrupted by a signal.
     #[error("interrupted; run the same command again to resume")]

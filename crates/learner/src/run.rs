@@ -88,9 +88,8 @@ impl Run {
             (Some(r), Some(l)) => resumed(&mut learner, r, l, accounting, ids)?,
             _ => Experience::new(accounting, ids)?,
         };
-        if restored.is_some() {
-            stage.event(&json!({"kind": "resumed", "stage": "rl", "step": learner.step()}))?;
-        }
+        let kind = if restored.is_some() { "resumed" } else { "started" };
+        stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step()}))?;
         let options = HostOptions { listen: config.learner.listen.clone(), sampling: sampling(config), vocab };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);

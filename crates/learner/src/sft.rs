@@ -209,11 +209,11 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     // A step number speaks of stage 2, which needs a stage 1 that is whole.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
     let (mut saver, loaded) = Saver::open(runtime.handle(), config, "sft", &stage.environment, resume)?;
-    if let Some(loaded) = loaded {
-        let restored = Restored::read(&loaded, "sft", seed)?;
-        trainer.restore(&restored)?;
-        stage.event(&json!({"kind": "resumed", "stage": "sft", "step": trainer.step()}))?;
+    if let Some(loaded) = &loaded {
+        trainer.restore(&Restored::read(loaded, "sft", seed)?)?;
     }
+    let kind = if loaded.is_some() { "resumed" } else { "started" };
+    stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
     let save = |saver: &mut Saver, trainer: &SftTrainer| {
         let objects = state::objects(&files, &trainer.vlm, &trainer.optimizer, None)?;
         let meta = Meta { stage: "sft".into(), counters: trainer.counters, seed, experience: None, best: None };

@@ -77,10 +77,47 @@ pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
     Ok(out)
 }
 
+/// Events of the lineage that led to the newest state: when a stage was started again or resumed from an earlier step, what it
+/// had logged beyond that step is left out.
+pub fn lineage(events: Vec<Value>) -> Vec<Value> {
+    let stage = |e: &Value| match e["kind"].as_str() {
+        Some("sft") => "sft".to_owned(),
+        Some("train") => "rl".to_owned(),
+        _ => e["stage"].as_str().unwrap_or_default().to_owned(),
+    };
+    let mut out: Vec<Value> = Vec::with_capacity(events.len());
+    for event in events {
+        if let (Some("started" | "resumed"), Some(from)) = (event["kind"].as_str(), event["step"].as_u64()) {
+            let again = stage(&event);
+            out.retain(|e| stage(e) != again || e["step"].as_u64().is_none_or(|s| s <= from));
+        }
+        out.push(event);
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn lineage_leaves_out_what_was_done_again() {
+        let train = |step: u64, v: f64| json!({"kind": "train", "step": step, "v": v});
+        let all = vec![
+            json!({"kind": "sft", "step": 3}),
+            json!({"kind": "started", "stage": "rl", "step": 0}),
+            train(1, 0.0),
+            train(2, 0.0),
+            json!({"kind": "eval", "stage": "rl", "step": 2}),
+            json!({"kind": "resumed", "stage": "rl", "step": 1}),
+            train(2, 1.0),
+        ];
+        let kept = lineage(all);
+        let steps: Vec<_> = kept.iter().filter(|e| e["kind"] == "train").map(|e| (&e["step"], &e["v"])).collect();
+        assert_eq!(steps, [(&json!(1), &json!(0.0)), (&json!(2), &json!(1.0))]);
+        assert!(kept.iter().any(|e| e["kind"] == "sft") && !kept.iter().any(|e| e["kind"] == "eval"));
+    }
 
     #[test]
     fn appends_and_skips_a_torn_line() {

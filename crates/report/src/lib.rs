@@ -9,7 +9,7 @@ mod page;
 pub mod progress;
 pub mod tensorboard;
 
-pub use events::{EventLog, read_events};
+pub use events::{EventLog, lineage, read_events};
 pub use figure::Prediction;
 pub use page::{ReportError, write_report};
 pub use progress::StageProgress;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::chart::{Series, panel};
-use crate::events::read_events;
+use crate::events::{lineage, read_events};
 use crate::figure::{Prediction, escape, figure};
 
 /// The page cannot be made.
@@ -36,7 +36,7 @@ pub fn write_report(run: &Path, images: usize) -> Result<PathBuf, ReportError> {
     if !run.join("events.jsonl").exists() {
         return Err(ReportError::NotARun(run.to_owned()));
     }
-    let events = read_events(run).map_err(io(run))?;
+    let events = lineage(read_events(run).map_err(io(run))?);
     let summary: Value = std::fs::read_to_string(run.join("summary.json"))
         .ok()
         .and_then(|t| serde_json::from_str(&t).ok())

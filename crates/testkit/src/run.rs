@@ -85,6 +85,7 @@ impl Lineage {
         let mut out = Self::default();
         for e in events(run) {
             match (e["kind"].as_str(), e["stage"].as_str()) {
+                (Some("started"), Some("rl")) => out.steps.clear(),
                 (Some("resumed"), Some("rl")) => {
                     let step = e["step"].as_u64().unwrap_or_else(|| panic!("no step in {e}"));
                     out.steps.retain(|s| s.step <= step);
