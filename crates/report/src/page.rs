@@ -121,7 +121,8 @@ fn charts(events: &[Value]) -> String {
         panel("Stage 2: reward by component", "step", &rewards),
         one("Stage 2: approximate KL per update", &train, "/kl"),
         one("Stage 2: entropy of the policy", &train, "/entropy"),
-        one("Stage 2: agreement, mean |Δ log p|", &train, "/agreement"),
+        one("Stage 2: agreement, mean |Δ log p| of the same weights", &train, "/agreement"),
+        one("Stage 2: drift, mean |Δ log p| of stale tokens", &train, "/drift"),
         one("Stage 2: gradient norm", &train, "/grad_norm"),
     ];
     format!("<h2>Curves</h2><div class=\"charts\">{}</div>", panels.concat())
