@@ -211,7 +211,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         tch::set_num_threads(i32::try_from(config.run.threads)?);
     }
     let preparer = Preparer::load(&args.model)?;
-    let vlm = Vlm::load(&args.model, unveil_learner::device(&config.run.device)?, Kind::Float)?;
+    let vlm = Vlm::load(&args.model, unveil_model::device(&config.run.device)?, Kind::Float)?;
     let options = engine_options(&vlm, config.reward.vision_relevance.layer, &preparer);
     let mut engine = Engine::new(vlm, options)?;
     let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;

@@ -25,5 +25,5 @@ pub use run::{run_rl, sampling};
 pub use serve::{Host, HostOptions, LeaseSource, Leased};
 pub use settings::{StepSettings, TOKEN_BUDGET, banned_ids};
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
-pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage, device};
+pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage};
 pub use step::Learner;

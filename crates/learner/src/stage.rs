@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use tch::{Device, Kind};
+use tch::Kind;
 use unveil_config::Config;
 use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
@@ -154,35 +154,10 @@ pub struct Outcome {
     pub skipped: u64,
 }
 
-/// The device that `run.device` names; `auto` is the first GPU, else the CPU.
-///
-/// # Errors
-/// A GPU was asked for by name and there is none.
-pub fn device(name: &str) -> Result<Device> {
-    let found = match name {
-        "auto" => return Ok(Device::cuda_if_available()),
-        "cpu" => return Ok(Device::Cpu),
-        "cuda" => Device::Cuda(0),
-        _ => match name.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
-            Some(n) => Device::Cuda(n),
-            None => {
-                return Err(LearnerError::Setting(format!("run.device is `{name}`: use auto, cpu, cuda or cuda:N")));
-            }
-        },
-    };
-    let there = tch::Cuda::device_count();
-    match found {
-        Device::Cuda(n) if (n as i64) < there => Ok(found),
-        _ => Err(LearnerError::Setting(format!(
-            "run.device is `{name}`, but {there} GPU(s) are usable: use auto or cpu"
-        ))),
-    }
-}
-
 /// Loads the model of a stage in fp32 and sets the number of threads.
 pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path) -> Result<Vlm> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
     tch::set_num_threads(threads as i32);
-    Ok(Vlm::load(dir, device(&config.run.device)?, Kind::Float)?)
+    Ok(Vlm::load(dir, unveil_model::device(&config.run.device)?, Kind::Float)?)
 }

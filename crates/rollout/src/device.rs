@@ -123,26 +123,7 @@ pub(crate) fn open(dir: &Path, device: &str, threads: usize, layer: Option<usize
     if threads > 0 {
         tch::set_num_threads(threads as i32);
     }
-    let vlm = Vlm::load(dir, parse_device(device)?, Kind::Float)?;
+    let vlm = Vlm::load(dir, unveil_model::device(device)?, Kind::Float)?;
     let layer = layer.unwrap_or_else(|| vlm.config().default_capture_layer());
     Ok(Engine::new(vlm, EngineOptions { capture_layer: Some(layer), banned, ..Default::default() })?)
-}
-
-/// The device that `run.device` names: `auto` is the first GPU where there is one, else the CPU.
-///
-/// # Errors
-/// A GPU was asked for that is not there, or the word is not known.
-pub fn parse_device(text: &str) -> Result<tch::Device> {
-    let bad = |why| RolloutError::Device(text.to_owned(), why);
-    let gpus = || tch::Cuda::device_count().max(0) as usize;
-    let gpu = |n: usize| if n < gpus() { Ok(tch::Device::Cuda(n)) } else { Err(bad("no such GPU is seen, use cpu")) };
-    match text {
-        "cpu" => Ok(tch::Device::Cpu),
-        "auto" => Ok(tch::Device::cuda_if_available()),
-        "cuda" => gpu(0),
-        other => match other.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
-            Some(n) => gpu(n),
-            None => Err(bad("use auto, cpu, cuda or cuda:N")),
-        },
-    }
 }

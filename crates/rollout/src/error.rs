@@ -79,9 +79,6 @@ pub enum RolloutError {
     /// The model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The device is not there.
-    #[error("run.device is `{0}`: {1}")]
-    Device(String, &'static str),
     /// A thread of the worker ended; its own message is in the log.
     #[error("the worker's {0} ended unexpectedly")]
     Died(&'static str),

@@ -20,7 +20,6 @@ mod offline_tests;
 #[cfg(test)]
 mod tests;
 
-pub use device::parse_device;
 pub use error::RolloutError;
 pub use offline::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
 pub use unveil_service::CancellationToken;

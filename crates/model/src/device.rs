@@ -1,0 +1,67 @@
+//! The device that a configuration names. Loads libtorch's CUDA half at run time, so that one build serves hosts with and
+//! without a GPU.
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use tch::Device;
+
+use crate::{ModelError, Result};
+
+/// The driver's own library: without it there is no GPU to use, and the large CUDA half is left alone.
+const DRIVER: &str = "libcuda.so.1";
+const TORCH_CUDA: &str = "libtorch_cuda.so";
+
+/// `cpu`; `auto`: the first GPU where one is usable, else the CPU; `cuda` or `cuda:N`: that GPU.
+///
+/// # Errors
+/// A GPU is named that is not usable (the message says why), or the word is not known.
+pub fn device(name: &str) -> Result<Device> {
+    let index = match name {
+        "cpu" => return Ok(Device::Cpu),
+        "auto" => return Ok(if load_cuda().is_ok() { Device::cuda_if_available() } else { Device::Cpu }),
+        "cuda" => Some(0),
+        other => other.strip_prefix("cuda:").and_then(|n| n.parse::<usize>().ok()),
+    };
+    let index = index.ok_or_else(|| ModelError::input(format!("device `{name}`: use auto, cpu, cuda or cuda:N")))?;
+    load_cuda().map_err(|why| ModelError::input(format!("device `{name}`: {why}; use auto or cpu")))?;
+    let usable = tch::Cuda::device_count();
+    if (index as i64) < usable {
+        Ok(Device::Cuda(index))
+    } else {
+        Err(ModelError::input(format!("device `{name}`: {usable} GPU(s) are usable; use another number, auto or cpu")))
+    }
+}
+
+fn load_cuda() -> Result<(), String> {
+    open(DRIVER).map_err(|_| format!("no NVIDIA driver here ({DRIVER} cannot be loaded)"))?;
+    open(TORCH_CUDA).map_err(|e| format!("libtorch's CUDA half cannot be loaded: {e}"))
+}
+
+/// Loads a library for the rest of the process, before libtorch is first asked about CUDA; its symbols and static registrations become visible to libtorch.
+#[allow(unsafe_code)]
+fn open(name: &str) -> Result<(), libloading::Error> {
+    // SAFETY: both libraries are meant to be loaded at any time, and stay loaded: the handle is never closed.
+    let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) }?;
+    std::mem::forget(library);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words() {
+        assert_eq!(device("cpu").unwrap(), Device::Cpu);
+        assert!(device("gpu").unwrap_err().to_string().contains("auto, cpu, cuda or cuda:N"));
+        let there = std::fs::exists("/dev/nvidia0").unwrap_or(false);
+        assert_eq!(device("auto").unwrap() != Device::Cpu, there);
+        assert!(device("cuda:99").unwrap_err().to_string().contains("cuda:99"));
+    }
+
+    #[test]
+    fn the_cuda_half_is_found_at_run_time() {
+        // libtorch looks for its CUDA half once, at the first question: it must be loaded before that.
+        open(TORCH_CUDA).unwrap();
+        assert!(tch::utils::has_cudart());
+    }
+}
