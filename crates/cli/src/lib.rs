@@ -66,7 +66,7 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     match error.downcast_ref::<Stop>() {
         Some(Stop::Supervised) => {}
         Some(Stop::Interrupted) => eprintln!("error: {error}"),
-        None => eprintln!("error: {error:#}"),
+        None => eprintln!("error: {}", one_line(&error)),
     }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)
@@ -75,6 +75,15 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     } else {
         ExitCode::FAILURE
     }
+}
+
+/// The error with its causes; one whose text an earlier message already holds is not said again.
+fn one_line(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .reduce(|said, cause| if said.contains(&cause) { said } else { format!("{said}: {cause}") })
+        .unwrap_or_default()
 }
 
 /// Runs an async role: a runtime of `threads` worker threads, a token that is cancelled by SIGINT, SIGTERM, or the end of
@@ -106,4 +115,18 @@ fn when_input_ends(act: impl FnOnce() + Send + 'static) {
         let _end_of_input = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
         act();
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = || std::io::Error::other("disk on fire");
+        let e = Err::<(), _>(cause()).context("cannot write x: disk on fire").unwrap_err();
+        assert_eq!(super::one_line(&e), "cannot write x: disk on fire");
+        let e = Err::<(), _>(cause()).context("cannot write x").unwrap_err();
+        assert_eq!(super::one_line(&e), "cannot write x: disk on fire");
+    }
 }
