@@ -149,7 +149,9 @@ fn an_interrupt_while_data_is_drawn() {
 fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
     let s = Sandbox::new();
     let run = s.path("run");
-    let mut train = start(&s);
+    // Long enough that the interrupt comes in the middle, however slow the machine is.
+    let long = ["learner.steps=60"];
+    let mut train = start_with(&s, &long);
     after_first_update(&s, &mut train);
 
     let config = s.micro_config();
@@ -167,10 +169,10 @@ fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
     let trained = events_of(&run, "train").len() as u64;
     assert_eq!(committed(&run).last(), Some(&trained), "the checkpoint holds every update");
 
-    start(&s).wait(SOON).ok();
+    start_with(&s, &long).wait(SOON).ok();
     let lineage = Lineage::read(&run);
     assert_eq!(lineage.resumed, [trained]);
-    lineage.is_exactly_once(6, 2, 8);
+    lineage.is_exactly_once(60, 2, 8);
 }
 
 #[test]
