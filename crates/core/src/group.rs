@@ -16,17 +16,63 @@ pub struct GroupId {
     pub record: String,
 }
 
-/// How responses are sampled.
+/// How responses are sampled. `top_k`, `top_p` and `min_p` are applied in this order to the tempered distribution, as in
+/// Hugging Face transformers; they decide what can be drawn, not what is recorded as its log-probability.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Sampling {
     /// Responses per prompt.
     pub n: usize,
     /// 0 is greedy.
     pub temperature: f64,
+    /// Only the k most probable tokens; 0 = all.
+    pub top_k: usize,
+    /// Only the most probable tokens that together reach this probability; 1 = all.
+    pub top_p: f64,
+    /// Only tokens with at least this share of the most probable token's probability; 0 = all.
+    pub min_p: f64,
     /// Length cap in tokens, end token included.
     pub max_new_tokens: usize,
     /// Run seed; the random numbers of a response are a function of (seed, group, index, position) alone.
     pub seed: u64,
+    /// Which distribution log-probabilities are of.
+    pub logprobs: Logprobs,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            n: 1,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            max_new_tokens: 64,
+            seed: 0,
+            logprobs: Logprobs::Tempered,
+        }
+    }
+}
+
+/// Which distribution recorded log-probabilities are of, always without the banned tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Logprobs {
+    /// The one that was sampled from: logits divided by the temperature (a temperature of 0 counts as 1).
+    #[default]
+    Tempered,
+    /// The model's own: temperature 1.
+    Untempered,
+}
+
+impl Logprobs {
+    /// The temperature of the recorded distribution.
+    pub fn temperature(self, sampled_at: f64) -> f64 {
+        match self {
+            Self::Tempered if sampled_at > 0.0 => sampled_at,
+            _ => 1.0,
+        }
+    }
 }
 
 /// Why a response ended.

@@ -10,6 +10,6 @@ pub mod reward;
 
 pub use answer::{Answer, ParseFault, format_answer, parse_answer};
 pub use geometry::{BBox, BoxFault, Grid};
-pub use group::{Finish, GroupId, Response, Sampling, WeightVersion};
+pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
 pub use reward::{Attention, Breakdown, Component, MaskReason};

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 use unveil_model::{
-    CaptureSpec, GroupCache, InitSpec, PackedBatch, PackedGroup, Prompt, SpecialIds, Vlm, init, logprobs_entropy,
+    AttentionSet, CacheShape, CaptureSpec, InitSpec, PackedBatch, PackedGroup, Prompt, SpecialIds, Vlm, init,
+    logprobs_entropy,
 };
 
 /// Processor seconds of all threads of this process so far (Linux), 0 where unknown.
@@ -79,9 +80,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         clear();
         vlm.encode_images(&pixels, &grids).expect("features").sum(Kind::Float).backward();
     });
-    let spec = CaptureSpec { layer, differentiable: false };
+    let spec = CaptureSpec { set: AttentionSet::layer(layer), differentiable: false };
     time("fwd", || drop(tch::no_grad(|| train(None))));
-    time("fwd, captured", || drop(tch::no_grad(|| train(Some(spec)))));
+    time("fwd, captured", || drop(tch::no_grad(|| train(Some(spec.clone())))));
     time("fwd+bwd", || {
         clear();
         train(None).backward();
@@ -91,10 +92,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let features = vlm.encode_images(&pixels, &grids).expect("features");
         let prefill = vlm.prefill(&vec![prompt.clone(); count], Some(&features)).expect("prefill");
         let mut hidden = prefill.last_hidden.repeat_interleave_self_int(8, 0, None);
-        let mut cache = GroupCache::new(prefill, 8, 11).expect("cache");
+        let shape = CacheShape { slots: count, n: 8, prompt: 0, response: 11, images: 0 };
+        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(layer))).expect("cache");
+        cache.admit(&prefill, &(0..count).collect::<Vec<_>>()).expect("admits");
+        let rows: Vec<usize> = (0..cache.rows()).collect();
         for _ in 0..11 {
             let next = unveil_model::masked_logits(&vlm.lm_head(&hidden), 1.0, &[3, 4]).argmax(-1, false);
-            hidden = vlm.decode_step(&mut cache, &next, None, Some(layer)).expect("step").hidden;
+            hidden = vlm.decode_step(&mut cache, &next, &rows).expect("step").hidden;
         }
     };
     time("generate 8 x 11", || tch::no_grad(generate));

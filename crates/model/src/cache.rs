@@ -1,9 +1,11 @@
-//! Keys and values of generation. A group's prefix is stored once; its n responses keep suffixes of their own.
-//! Row r = group * n + index. Knows no sampling and no scheduling.
+//! Keys and values of generation in fixed slots, one per group: the prefix is stored once, its n responses keep suffixes
+//! of their own. Row r = slot * n + index. A slot that is free computes along harmlessly, so that shapes stay the same
+//! from step to step. Keys and values are fp32 (see the decoder). Knows no sampling and no scheduling.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{ModelError, Result};
+use crate::attention::{AttentionSet, pick};
+use crate::{ModelError, Result, TextConfig};
 
 /// A prompt batch that has been run: keys and values per layer, and what predicts the first response token.
 pub struct Prefill {
@@ -11,12 +13,13 @@ pub struct Prefill {
     pub last_hidden: Tensor,
     /// Image tokens of each prompt.
     pub image_tokens: Vec<usize>,
-    /// Per layer (K, V) `[G, Hkv, P, d]`, padded at the end.
+    /// Per layer (K, V) `[G, Hkv, L, d]`, padded at the end.
     pub(crate) layers: Vec<(Tensor, Tensor)>,
     pub(crate) lengths: Vec<i64>,
     pub(crate) next: Vec<i64>,
-    pub(crate) image_index: Tensor,
-    pub(crate) image_valid: Tensor,
+    pub(crate) images: Vec<Vec<i64>>,
+    /// Where each response's tokens stand within L, by group; empty after a plain prefill.
+    pub(crate) responses: Vec<Vec<std::ops::Range<i64>>>,
 }
 
 impl Prefill {
@@ -28,9 +31,9 @@ impl Prefill {
 
 /// What a decode step returns.
 pub struct DecodeOut {
-    /// Hidden states that predict the next token `[R, D]`.
+    /// Hidden states that predict the next token `[R, D]`, in the order of the rows that were fed.
     pub hidden: Tensor,
-    /// Attention rows `[R, V]` (fp32) of the tokens just fed, if asked for.
+    /// Attention rows `[R, V]` (fp32) of the tokens just fed, if the cache captures.
     pub attention: Option<Tensor>,
 }
 
@@ -39,73 +42,127 @@ pub(crate) struct LayerStore {
     pub prefix_v: Tensor,
     pub suffix_k: Tensor,
     pub suffix_v: Tensor,
+    /// Keys of the image tokens `[S, Hkv, V, d]`, fp32, where the layer is captured.
+    pub image_k: Option<Tensor>,
 }
 
-/// Where the tokens of one step go.
+/// What one group of a cache is.
+#[derive(Clone, Default)]
+struct Slot {
+    /// Prompt tokens; 0 = free.
+    prefix: i64,
+    /// Rotary position of the first response token.
+    next: i64,
+    /// Image tokens.
+    images: usize,
+}
+
+/// The tensors of one step, all on the device: with equal shapes the same work is done, whatever the values.
 pub(crate) struct Place {
-    /// Suffix length after this step (the longest row's).
+    /// Rotary positions of the fed tokens `[A]`.
+    pub positions: Tensor,
+    /// Rows that are fed `[A]`, if not all.
+    pub rows: Option<Tensor>,
+    /// Cache row and slot of each new token `[A]`.
+    write: Write,
+    /// Suffix tokens that are looked at.
     pub used: i64,
     /// Additive mask `[R, 1, 1, used]` where rows differ in length.
-    pub bias: Option<Tensor>,
-    /// Row and slot of each new token where rows differ in length.
-    scatter: Option<(Tensor, Tensor)>,
+    pub suffix_bias: Option<Tensor>,
 }
 
-/// Caches of G groups with n responses each.
+enum Write {
+    /// All rows, at one slot.
+    Column(i64),
+    Scatter(Tensor, Tensor),
+}
+
+/// How much a cache may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Groups at a time.
+    pub slots: usize,
+    /// Responses per group.
+    pub n: usize,
+    /// Longest prompt in tokens; grows when a longer one is admitted.
+    pub prompt: usize,
+    /// Longest response in tokens.
+    pub response: usize,
+    /// Most image tokens of a prompt; grows like `prompt`.
+    pub images: usize,
+}
+
+/// Caches of some groups with n responses each.
 pub struct GroupCache {
-    n: usize,
-    capacity: i64,
+    shape: CacheShape,
     layers: Vec<LayerStore>,
-    prefix_lengths: Vec<i64>,
-    next: Vec<i64>,
+    slots: Vec<Slot>,
+    /// Tokens fed so far, by row.
     lengths: Vec<i64>,
-    image_tokens: Vec<usize>,
-    pub(crate) image_index: Tensor,
-    pub(crate) image_valid: Tensor,
-    /// Additive mask `[G, 1, 1, P]`, fp32, where prefixes differ in length.
+    capture: Option<AttentionSet>,
+    pub(crate) image_valid: Option<Tensor>,
+    /// Additive mask `[S, 1, 1, P]` where prefixes differ in length.
     pub(crate) prefix_bias: Option<Tensor>,
+    device: Device,
 }
 
 impl GroupCache {
-    /// Caches for n responses of up to `max_new_tokens` behind each prompt of `prefill`.
-    pub fn new(prefill: Prefill, n: usize, max_new_tokens: usize) -> Result<Self> {
-        if n == 0 || max_new_tokens == 0 || prefill.layers.is_empty() {
+    /// Empty caches. Errors for a shape without room, or a set of heads that the model does not have.
+    pub fn new(config: &TextConfig, shape: CacheShape, capture: Option<AttentionSet>, device: Device) -> Result<Self> {
+        if shape.slots == 0 || shape.n == 0 || shape.response == 0 {
             return Err(ModelError::input("a group cache needs at least one response of at least one token"));
         }
-        let capacity = max_new_tokens as i64;
-        let rows = (prefill.groups() * n) as i64;
-        let mut layers = Vec::with_capacity(prefill.layers.len());
-        for (k, v) in prefill.layers {
-            let (suffix_k, suffix_v) = (empty_suffix(&k, rows, capacity)?, empty_suffix(&v, rows, capacity)?);
-            layers.push(LayerStore { prefix_k: k, prefix_v: v, suffix_k, suffix_v });
+        if let Some(set) = &capture {
+            set.check(config)?;
         }
-        let mut cache = Self {
-            n,
-            capacity,
-            layers,
-            prefix_lengths: prefill.lengths,
-            next: prefill.next,
-            lengths: vec![0; rows as usize],
-            image_tokens: prefill.image_tokens,
-            image_index: prefill.image_index,
-            image_valid: prefill.image_valid,
-            prefix_bias: None,
+        let mut shape = shape;
+        (shape.prompt, shape.response) = (aligned(shape.prompt, device), aligned(shape.response, device));
+        let (s, rows) = (shape.slots as i64, (shape.slots * shape.n) as i64);
+        let (heads, d) = (config.num_key_value_heads, config.head_dim);
+        let room = |groups: i64, tokens: usize| -> Result<Tensor> {
+            Ok(Tensor::f_zeros([groups, heads, tokens as i64, d], (Kind::Float, device))?)
         };
-        cache.refresh_bias();
-        Ok(cache)
+        let layer = |index: usize| -> Result<LayerStore> {
+            let captured = capture.as_ref().is_some_and(|c| c.reads(index));
+            let image_k = || Tensor::f_zeros([s, heads, shape.images as i64, d], (Kind::Float, device));
+            Ok(LayerStore {
+                prefix_k: room(s, shape.prompt)?,
+                prefix_v: room(s, shape.prompt)?,
+                suffix_k: room(rows, shape.response)?,
+                suffix_v: room(rows, shape.response)?,
+                image_k: captured.then(image_k).transpose()?,
+            })
+        };
+        Ok(Self {
+            layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            slots: vec![Slot::default(); shape.slots],
+            lengths: vec![0; rows as usize],
+            shape,
+            capture,
+            image_valid: None,
+            prefix_bias: None,
+            device,
+        })
     }
 
-    /// Groups held.
-    pub fn groups(&self) -> usize {
-        self.prefix_lengths.len()
+    /// Bytes of device memory that a cache of `shape` takes.
+    pub fn bytes(config: &TextConfig, shape: &CacheShape) -> u64 {
+        let token = config.num_hidden_layers * 2 * (config.num_key_value_heads * config.head_dim).max(0) as usize;
+        let tokens = shape.slots * (shape.prompt + shape.n * shape.response);
+        (token * tokens * Kind::Float.elt_size_in_bytes()) as u64
+    }
+
+    /// Sizes, as they have grown.
+    pub fn shape(&self) -> CacheShape {
+        self.shape
     }
 
     /// Responses per group.
     pub fn n(&self) -> usize {
-        self.n
+        self.shape.n
     }
 
-    /// Groups times responses.
+    /// Slots times responses.
     pub fn rows(&self) -> usize {
         self.lengths.len()
     }
@@ -115,113 +172,198 @@ impl GroupCache {
         &self.lengths
     }
 
-    /// Image tokens per group.
-    pub fn image_tokens(&self) -> &[usize] {
-        &self.image_tokens
+    /// Image tokens of a slot's prompt.
+    pub fn image_tokens(&self, slot: usize) -> usize {
+        self.slots.get(slot).map_or(0, |s| s.images)
     }
 
-    /// Keeps the named groups, in the order given, and frees the rest.
-    pub fn keep_groups(&mut self, keep: &[usize]) -> Result<()> {
-        if let Some(bad) = keep.iter().find(|g| **g >= self.groups()) {
-            return Err(ModelError::input(format!("group {bad} is not among the {} of the cache", self.groups())));
-        }
-        let device = self.image_index.device();
-        let n = self.n;
-        let rows: Vec<i64> = keep.iter().flat_map(|g| (g * n..(g + 1) * n).map(|r| r as i64)).collect();
-        let groups: Vec<i64> = keep.iter().map(|g| *g as i64).collect();
-        self.lengths = rows.iter().map(|r| self.lengths[*r as usize]).collect();
-        let (rows, groups) =
-            (Tensor::from_slice(&rows).to_device(device), Tensor::from_slice(&groups).to_device(device));
-        let width = |lengths: &[i64], all: i64| lengths.iter().copied().max().unwrap_or(1).min(all);
-        self.prefix_lengths = keep.iter().map(|g| self.prefix_lengths[*g]).collect();
-        self.next = keep.iter().map(|g| self.next[*g]).collect();
-        self.image_tokens = keep.iter().map(|g| self.image_tokens[*g]).collect();
-        for layer in &mut self.layers {
-            let p = width(&self.prefix_lengths, layer.prefix_k.size()[2]);
-            layer.prefix_k = layer.prefix_k.narrow(2, 0, p).f_index_select(0, &groups)?;
-            layer.prefix_v = layer.prefix_v.narrow(2, 0, p).f_index_select(0, &groups)?;
-            layer.suffix_k = layer.suffix_k.f_index_select(0, &rows)?;
-            layer.suffix_v = layer.suffix_v.f_index_select(0, &rows)?;
-        }
-        self.image_index = self.image_index.f_index_select(0, &groups)?;
-        self.image_valid = self.image_valid.f_index_select(0, &groups)?;
-        self.refresh_bias();
-        Ok(())
+    /// Which attention is captured.
+    pub fn capture(&self) -> Option<&AttentionSet> {
+        self.capture.as_ref()
     }
 
-    /// Admits more groups behind those that are there.
-    pub fn append(&mut self, prefill: Prefill) -> Result<()> {
+    /// Puts the prompts of `prefill` into `slots`, in order. Where the prefill ran responses too, their keys and values go
+    /// into the rows and count as fed. What was in the slots is overwritten.
+    pub fn admit(&mut self, prefill: &Prefill, slots: &[usize]) -> Result<()> {
+        if slots.len() != prefill.groups() || slots.iter().any(|s| *s >= self.shape.slots) {
+            let (groups, all) = (prefill.groups(), self.shape.slots);
+            return Err(ModelError::input(format!("{groups} prompts cannot go to slots {slots:?} of {all}")));
+        }
         if prefill.layers.len() != self.layers.len() {
             return Err(ModelError::input("the prefill comes from a model with another number of layers"));
         }
-        let added = (prefill.groups() * self.n) as i64;
-        for (layer, (k, v)) in self.layers.iter_mut().zip(prefill.layers) {
-            layer.suffix_k = Tensor::f_cat(&[&layer.suffix_k, &empty_suffix(&k, added, self.capacity)?], 0)?;
-            layer.suffix_v = Tensor::f_cat(&[&layer.suffix_v, &empty_suffix(&v, added, self.capacity)?], 0)?;
-            layer.prefix_k = join_padded(&layer.prefix_k, &k, 2)?;
-            layer.prefix_v = join_padded(&layer.prefix_v, &v, 2)?;
+        let longest = prefill.lengths.iter().copied().max().unwrap_or(0);
+        let images = prefill.images.iter().map(Vec::len).max().unwrap_or(0);
+        self.grow(longest, images as i64)?;
+        for (g, &slot) in slots.iter().enumerate() {
+            self.fill(prefill, g as i64, slot)?;
+            self.slots[slot] =
+                Slot { prefix: prefill.lengths[g], next: prefill.next[g], images: prefill.images[g].len() };
+            let fed = prefill.responses.get(g);
+            for r in 0..self.shape.n {
+                let ran = fed.and_then(|f| f.get(r)).map_or(0, |range| range.end - range.start);
+                self.lengths[slot * self.shape.n + r] = ran;
+            }
         }
-        self.image_index = join_padded(&self.image_index, &prefill.image_index, 1)?;
-        self.image_valid = join_padded(&self.image_valid, &prefill.image_valid, 1)?;
-        self.lengths.extend(std::iter::repeat_n(0, added as usize));
-        self.prefix_lengths.extend(prefill.lengths);
-        self.next.extend(prefill.next);
-        self.image_tokens.extend(prefill.image_tokens);
-        self.refresh_bias();
+        self.refresh();
         Ok(())
     }
 
-    /// Checks that every active row has room for one more token.
-    pub(crate) fn check_room(&self, active: Option<&[bool]>) -> Result<()> {
-        if active.is_some_and(|a| a.len() != self.rows()) {
-            return Err(ModelError::input(format!("`active` must have one entry per row ({})", self.rows())));
+    /// Marks a slot as free.
+    pub fn free(&mut self, slot: usize) {
+        if let Some(s) = self.slots.get_mut(slot) {
+            *s = Slot::default();
+            self.lengths[slot * self.shape.n..(slot + 1) * self.shape.n].fill(0);
+            self.refresh();
         }
-        let full = (0..self.rows()).find(|r| self.lengths[*r] >= self.capacity && active.is_none_or(|a| a[*r]));
-        match full {
-            Some(row) => {
-                Err(ModelError::input(format!("row {row} already holds {} tokens, its capacity", self.capacity)))
+    }
+
+    /// Keeps the named slots, in the order given, and gives the others' memory back.
+    pub fn keep(&mut self, keep: &[usize]) -> Result<()> {
+        if let Some(bad) = keep.iter().find(|g| **g >= self.shape.slots) {
+            return Err(ModelError::input(format!("slot {bad} is not among the {} of the cache", self.shape.slots)));
+        }
+        let n = self.shape.n;
+        let rows: Vec<i64> = keep.iter().flat_map(|g| (g * n..(g + 1) * n).map(|r| r as i64)).collect();
+        let groups: Vec<i64> = keep.iter().map(|g| *g as i64).collect();
+        self.lengths = rows.iter().map(|r| self.lengths[*r as usize]).collect();
+        self.slots = keep.iter().map(|g| self.slots[*g].clone()).collect();
+        self.shape.slots = keep.len();
+        let (rows, groups) =
+            (Tensor::from_slice(&rows).to_device(self.device), Tensor::from_slice(&groups).to_device(self.device));
+        for layer in &mut self.layers {
+            layer.prefix_k = layer.prefix_k.f_index_select(0, &groups)?;
+            layer.prefix_v = layer.prefix_v.f_index_select(0, &groups)?;
+            layer.suffix_k = layer.suffix_k.f_index_select(0, &rows)?;
+            layer.suffix_v = layer.suffix_v.f_index_select(0, &rows)?;
+            layer.image_k = layer.image_k.as_ref().map(|k| k.f_index_select(0, &groups)).transpose()?;
+        }
+        self.refresh();
+        Ok(())
+    }
+
+    fn fill(&mut self, prefill: &Prefill, g: i64, slot: usize) -> Result<()> {
+        let (s, length) = (slot as i64, prefill.lengths[g as usize]);
+        let first = s * self.shape.n as i64;
+        let image = Tensor::from_slice(&prefill.images[g as usize]).to_device(self.device).unsqueeze(0);
+        for (store, (k, v)) in self.layers.iter_mut().zip(&prefill.layers) {
+            let (k, v) = (k.narrow(0, g, 1), v.narrow(0, g, 1));
+            for (target, source) in [(&store.prefix_k, &k), (&store.prefix_v, &v)] {
+                target.narrow(0, s, 1).narrow(2, 0, length).f_copy_(&source.narrow(2, 0, length))?;
             }
+            for (r, range) in prefill.responses.get(g as usize).into_iter().flatten().enumerate() {
+                let (row, count) = (first + r as i64, range.end - range.start);
+                if count > self.shape.response as i64 {
+                    return Err(ModelError::input(format!("a response of {count} tokens is longer than its row")));
+                }
+                for (target, source) in [(&store.suffix_k, &k), (&store.suffix_v, &v)] {
+                    target.narrow(0, row, 1).narrow(2, 0, count).f_copy_(&source.narrow(2, range.start, count))?;
+                }
+            }
+            if let Some(image_k) = store.image_k.as_ref().filter(|_| image.numel() > 0) {
+                let keys = pick(&k, &image);
+                image_k.narrow(0, s, 1).narrow(2, 0, image.size()[1]).f_copy_(&keys)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes room for longer prompts.
+    fn grow(&mut self, prompt: i64, images: i64) -> Result<()> {
+        let prompt = aligned(prompt as usize, self.device) as i64;
+        if prompt > self.shape.prompt as i64 {
+            for layer in &mut self.layers {
+                layer.prefix_k = widen(&layer.prefix_k, 2, prompt)?;
+                layer.prefix_v = widen(&layer.prefix_v, 2, prompt)?;
+            }
+            self.shape.prompt = prompt as usize;
+        }
+        if images > self.shape.images as i64 {
+            for layer in &mut self.layers {
+                layer.image_k = layer.image_k.as_ref().map(|k| widen(k, 2, images)).transpose()?;
+            }
+            self.shape.images = images as usize;
+        }
+        Ok(())
+    }
+
+    /// Makes room for more groups and longer responses; never less than there is.
+    pub fn extend(&mut self, slots: usize, response: usize) -> Result<()> {
+        let response = aligned(response, self.device).max(self.shape.response);
+        let slots = slots.max(self.shape.slots);
+        if (slots, response) == (self.shape.slots, self.shape.response) {
+            return Ok(());
+        }
+        let rows = slots * self.shape.n;
+        for layer in &mut self.layers {
+            layer.prefix_k = widen(&layer.prefix_k, 0, slots as i64)?;
+            layer.prefix_v = widen(&layer.prefix_v, 0, slots as i64)?;
+            layer.suffix_k = widen(&widen(&layer.suffix_k, 2, response as i64)?, 0, rows as i64)?;
+            layer.suffix_v = widen(&widen(&layer.suffix_v, 2, response as i64)?, 0, rows as i64)?;
+            layer.image_k = layer.image_k.as_ref().map(|k| widen(k, 0, slots as i64)).transpose()?;
+        }
+        self.slots.resize(slots, Slot::default());
+        self.lengths.resize(rows, 0);
+        (self.shape.slots, self.shape.response) = (slots, response);
+        self.refresh();
+        Ok(())
+    }
+
+    /// Checks that every named row has room for one more token.
+    pub(crate) fn check_room(&self, rows: &[usize]) -> Result<()> {
+        let capacity = self.shape.response as i64;
+        if let Some(bad) = rows.iter().find(|r| **r >= self.rows()) {
+            return Err(ModelError::input(format!("row {bad} is not among the {} of the cache", self.rows())));
+        }
+        match rows.iter().find(|r| self.lengths[**r] >= capacity) {
+            Some(row) => Err(ModelError::input(format!("row {row} already holds {capacity} tokens, its capacity"))),
             None => Ok(()),
         }
     }
 
-    /// Counts the step's token in for active rows.
-    pub(crate) fn advance(&mut self, active: Option<&[bool]>) {
-        for (row, length) in self.lengths.iter_mut().enumerate() {
-            *length += i64::from(active.is_none_or(|a| a[row]));
+    /// Counts the step's token in for the named rows.
+    pub(crate) fn advance(&mut self, rows: &[usize]) {
+        rows.iter().for_each(|r| self.lengths[*r] += 1);
+    }
+
+    /// Where the tokens of a step go that feeds `rows` (ascending). With `steady`, which takes all rows, shapes depend on the
+    /// cache's shape and on the suffix length in steps of [`STEADY`] alone; a row that is full writes over its last place,
+    /// so that only rows which go on may be looked at afterwards.
+    pub(crate) fn place(&self, rows: &[usize], steady: bool) -> Place {
+        let (n, last) = (self.shape.n, self.shape.response as i64 - 1);
+        let positions: Vec<i64> = rows.iter().map(|r| self.slots[r / n].next + self.lengths[*r]).collect();
+        let mut used =
+            self.lengths.iter().enumerate().map(|(r, l)| l + i64::from(rows.binary_search(&r).is_ok())).max();
+        if steady {
+            used = used.map(|u| ((u + STEADY - 1) / STEADY * STEADY).min(self.shape.response as i64));
         }
+        let used = used.unwrap_or(1).max(1);
+        let all = rows.len() == self.rows();
+        let slots: Vec<i64> = rows.iter().map(|r| self.lengths[*r].min(last)).collect();
+        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
+        let index = |values: &[usize]| tensor(&values.iter().map(|v| *v as i64).collect::<Vec<_>>());
+        let even = all && !steady && slots.iter().all(|s| s + 1 == used);
+        let write = if even { Write::Column(used - 1) } else { Write::Scatter(index(rows), tensor(&slots)) };
+        let suffix_bias = (!even).then(|| {
+            // A row that was never fed still sees its first place, so that its softmax is finite.
+            let mut seen: Vec<i64> = self.lengths.iter().map(|l| (*l).max(1)).collect();
+            rows.iter().for_each(|r| seen[*r] = self.lengths[*r] + 1);
+            let ahead =
+                Tensor::arange(used, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&tensor(&seen).unsqueeze(1));
+            minus_infinity_where(&ahead).view([-1, 1, 1, used])
+        });
+        Place { positions: tensor(&positions), rows: (!all).then(|| index(rows)), write, used, suffix_bias }
     }
 
-    /// Positions of the tokens of this step `[3, R]`.
-    pub(crate) fn positions(&self, device: Device) -> Tensor {
-        let positions: Vec<i64> = self.lengths.iter().enumerate().map(|(r, len)| self.next[r / self.n] + len).collect();
-        let rows = positions.len() as i64;
-        Tensor::from_slice(&positions).to_device(device).unsqueeze(0).expand([3, rows], false)
-    }
-
-    /// Where the tokens of this step go.
-    pub(crate) fn place(&self, device: Device) -> Place {
-        let slots: Vec<i64> = self.lengths.iter().map(|len| (*len).min(self.capacity - 1)).collect();
-        let used = slots.iter().copied().max().unwrap_or(0) + 1;
-        if slots.iter().all(|s| s + 1 == used) {
-            return Place { used, bias: None, scatter: None };
-        }
-        let rows = Tensor::arange(slots.len() as i64, (Kind::Int64, device));
-        let slots = Tensor::from_slice(&slots).to_device(device);
-        let ahead = Tensor::arange(used, (Kind::Int64, device)).unsqueeze(0).gt_tensor(&slots.unsqueeze(1));
-        let bias = minus_infinity_where(&ahead).view([-1, 1, 1, used]);
-        Place { used, bias: Some(bias), scatter: Some((rows, slots)) }
-    }
-
-    /// Stores keys and values `[R, Hkv, 1, d]` of this step.
-    pub(crate) fn write(&mut self, layer: usize, place: &Place, k: &Tensor, v: &Tensor) {
-        let store = &mut self.layers[layer];
-        for (target, new) in [(&mut store.suffix_k, k), (&mut store.suffix_v, v)] {
-            match &place.scatter {
-                None => target.narrow(2, place.used - 1, 1).copy_(new),
-                Some((rows, slots)) => {
-                    let index = [Some(rows), None, Some(slots)];
-                    let _ = target.index_put_(&index, &new.squeeze_dim(2), false);
+    /// Stores keys and values `[A, Hkv, 1, d]` of this step.
+    pub(crate) fn write(&self, layer: usize, place: &Place, k: &Tensor, v: &Tensor) {
+        let store = &self.layers[layer];
+        for (target, new) in [(&store.suffix_k, k), (&store.suffix_v, v)] {
+            match &place.write {
+                Write::Column(slot) => target.narrow(2, *slot, 1).copy_(new),
+                Write::Scatter(rows, slots) => {
+                    let mut target = target.shallow_clone();
+                    let _ = target.index_put_(&[Some(rows), None, Some(slots)], &new.squeeze_dim(2), false);
                 }
             }
         }
@@ -231,38 +373,43 @@ impl GroupCache {
         &self.layers[layer]
     }
 
-    fn refresh_bias(&mut self) {
-        let width = self.layers.first().map_or(0, |l| l.prefix_k.size()[2]);
-        self.prefix_bias = self.prefix_lengths.iter().any(|len| *len != width).then(|| {
-            let device = self.image_index.device();
-            let lengths = Tensor::from_slice(&self.prefix_lengths).to_device(device).unsqueeze(1);
-            let beyond = Tensor::arange(width, (Kind::Int64, device)).unsqueeze(0).ge_tensor(&lengths);
-            minus_infinity_where(&beyond).view([-1, 1, 1, width])
-        });
+    fn refresh(&mut self) {
+        let width = self.shape.prompt as i64;
+        // A free slot sees one key of zeros.
+        let lengths: Vec<i64> = self.slots.iter().map(|s| s.prefix.max(1)).collect();
+        let beyond = |lengths: &[i64], width: i64| {
+            let lengths = Tensor::from_slice(lengths).to_device(self.device).unsqueeze(1);
+            Tensor::arange(width, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&lengths)
+        };
+        self.prefix_bias = lengths
+            .iter()
+            .any(|len| *len != width)
+            .then(|| minus_infinity_where(&beyond(&lengths, width)).view([-1, 1, 1, width]));
+        let images: Vec<i64> = self.slots.iter().map(|s| s.images as i64).collect();
+        let width = self.shape.images as i64;
+        let unequal = self.capture.is_some() && images.iter().any(|v| *v != width);
+        self.image_valid = unequal.then(|| beyond(&images, width).logical_not().view([-1, 1, 1, width]));
     }
+}
+
+/// With steady shapes the suffix that is looked at grows in steps of so many tokens.
+pub(crate) const STEADY: i64 = 64;
+
+/// Zeros at the end of `dim` until it has `to` entries.
+fn widen(t: &Tensor, dim: usize, to: i64) -> Result<Tensor> {
+    let mut size = t.size();
+    if size[dim] >= to {
+        return Ok(t.shallow_clone());
+    }
+    size[dim] = to - size[dim];
+    Ok(Tensor::f_cat(&[t, &Tensor::f_zeros(size.as_slice(), (t.kind(), t.device()))?], dim as i64)?)
+}
+
+/// On a GPU the masks' rows must start at multiples of 16 bytes.
+fn aligned(tokens: usize, device: Device) -> usize {
+    if device.is_cuda() { tokens.next_multiple_of(16) } else { tokens }
 }
 
 fn minus_infinity_where(mask: &Tensor) -> Tensor {
     Tensor::zeros(mask.size().as_slice(), (Kind::Float, mask.device())).masked_fill(mask, f64::NEG_INFINITY)
-}
-
-/// Room for `capacity` tokens in each of `rows` rows, like a prefix tensor `[G, Hkv, P, d]`.
-fn empty_suffix(like: &Tensor, rows: i64, capacity: i64) -> Result<Tensor> {
-    let size = like.size();
-    Ok(Tensor::f_zeros([rows, size[1], capacity, size[3]], (like.kind(), like.device()))?)
-}
-
-/// Concatenates along dimension 0 after padding `dim` at the end with zeros to the wider of both.
-fn join_padded(a: &Tensor, b: &Tensor, dim: i64) -> Result<Tensor> {
-    let width = a.size()[dim as usize].max(b.size()[dim as usize]);
-    let pad = |t: &Tensor| -> Result<Tensor> {
-        let mut size = t.size();
-        let short = width - size[dim as usize];
-        if short == 0 {
-            return Ok(t.shallow_clone());
-        }
-        size[dim as usize] = short;
-        Ok(Tensor::f_cat(&[t, &Tensor::f_zeros(size.as_slice(), (t.kind(), t.device()))?], dim)?)
-    };
-    Ok(Tensor::f_cat(&[pad(a)?, pad(b)?], 0)?)
 }

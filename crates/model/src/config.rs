@@ -1,5 +1,5 @@
-//! `config.json` and `generation_config.json` of the Qwen2.5-VL family: reads the nested layout that transformers 5
-//! writes and the flat one of published checkpoints, writes the nested one. Knows no tensors.
+//! A model's configuration, whatever its family: what `config.json` and `generation_config.json` say, with the family's
+//! traits as data. The text of the files is the families' business. Knows no tensors.
 
 use std::path::Path;
 
@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use crate::config_json::{ids, ids_json, read_json, write_json};
+use crate::family::Family;
 use crate::{GridThw, ModelError, Result};
 
 /// The decoder's sizes.
@@ -24,6 +25,12 @@ pub struct TextConfig {
     pub num_attention_heads: i64,
     /// Key/value heads; divides `num_attention_heads`.
     pub num_key_value_heads: i64,
+    /// Size of one attention head.
+    pub head_dim: i64,
+    /// Queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Queries and keys go through an RMS norm over the head before they are rotated.
+    pub qk_norm: bool,
     /// Longest sequence the model was made for.
     pub max_position_embeddings: i64,
     /// Epsilon of the RMS norms.
@@ -32,6 +39,8 @@ pub struct TextConfig {
     pub rope_theta: f64,
     /// How many rotary frequencies follow the temporal, height and width position; sums to half the head size.
     pub mrope_section: [i64; 3],
+    /// The axes take turns over the frequencies, instead of one block of frequencies each.
+    pub mrope_interleaved: bool,
     /// Standard deviation of a fresh initialisation.
     pub initializer_range: f64,
     /// Begin token.
@@ -42,13 +51,6 @@ pub struct TextConfig {
     pub pad_token_id: Option<u32>,
 }
 
-impl TextConfig {
-    /// Size of one attention head.
-    pub fn head_dim(&self) -> i64 {
-        self.hidden_size / self.num_attention_heads
-    }
-}
-
 /// The vision tower's sizes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VisionConfig {
@@ -56,7 +58,7 @@ pub struct VisionConfig {
     pub depth: usize,
     /// Width of the residual stream.
     pub hidden_size: i64,
-    /// Width of the gated MLP.
+    /// Width of the MLP.
     pub intermediate_size: i64,
     /// Attention heads.
     pub num_heads: i64,
@@ -68,18 +70,36 @@ pub struct VisionConfig {
     pub temporal_patch_size: i64,
     /// Patches per merged token and side.
     pub spatial_merge_size: i64,
-    /// Pixels per attention window and side.
-    pub window_size: i64,
     /// Width of the merged features; equals the decoder's width.
     pub out_hidden_size: i64,
-    /// Blocks that attend over the whole image.
-    pub fullatt_block_indexes: Vec<usize>,
-    /// Time scale of videos (kept, unused for images).
-    pub tokens_per_second: i64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// Standard deviation of a fresh initialisation.
     pub initializer_range: f64,
+    /// How far the tower sees and where its positions come from.
+    pub reach: Reach,
+}
+
+/// What sets the families' vision towers apart besides norms and MLPs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Reach {
+    /// Most blocks attend within windows (Qwen2.5-VL).
+    Windows {
+        /// Pixels per attention window and side.
+        window_size: i64,
+        /// Blocks that attend over the whole image.
+        full_attention: Vec<usize>,
+        /// Time scale of videos (kept, unused for images).
+        tokens_per_second: i64,
+    },
+    /// Every block attends over the whole image, a learned square grid of positions is stretched over it, and some
+    /// blocks' features are handed to the decoder's first layers (Qwen3-VL; DeepStack, arXiv 2406.04334).
+    Whole {
+        /// Learned positions; a square number.
+        positions: i64,
+        /// Blocks whose features go to the decoder, ascending; the k-th one's are added after decoder layer k.
+        deepstack: Vec<usize>,
+    },
 }
 
 impl VisionConfig {
@@ -93,15 +113,20 @@ impl VisionConfig {
         self.spatial_merge_size * self.spatial_merge_size
     }
 
-    /// Merged tokens per window side.
-    pub fn window_cells(&self) -> i64 {
-        self.window_size / self.spatial_merge_size / self.patch_size
+    /// Sets of features that the decoder takes besides those that replace placeholders.
+    pub fn deepstack(&self) -> &[usize] {
+        match &self.reach {
+            Reach::Windows { .. } => &[],
+            Reach::Whole { deepstack, .. } => deepstack,
+        }
     }
 }
 
 /// A whole model's configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VlmConfig {
+    /// Model family.
+    pub family: Family,
     /// Decoder.
     pub text: TextConfig,
     /// Vision tower.
@@ -136,7 +161,7 @@ impl VlmConfig {
 
     /// Writes `config.json` and `generation_config.json`.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        write_json(&dir.join("config.json"), &self.to_json())?;
+        write_json(&dir.join("config.json"), &self.family.config_json(self))?;
         let generation = match &self.generation {
             Some(map) => Value::Object(map.clone()),
             None => json!({

@@ -1,4 +1,5 @@
-//! `config.json` as text: parsing with defaults and messages that name the key, and the canonical form that is written.
+//! `config.json` as text, as far as families share it: typed access with messages that name the key, the keys of the
+//! decoder, the checks that hold for every family. What is a family's own stands in its file.
 
 use std::path::Path;
 
@@ -6,42 +7,62 @@ use serde_json::{Map, Value, json};
 use tch::Kind;
 
 use crate::config::{TextConfig, VisionConfig, VlmConfig};
+use crate::family::Family;
 use crate::{ModelError, Result};
+
+/// What a family takes where the decoder's section is silent, and which traits its decoder has.
+pub(crate) struct TextDefaults {
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub layers: usize,
+    pub heads: i64,
+    pub kv_heads: i64,
+    /// None: the width shared out among the heads.
+    pub head_dim: Option<i64>,
+    pub max_positions: i64,
+    pub eps: f64,
+    pub rope_theta: f64,
+    pub mrope_section: [i64; 3],
+    pub mrope_interleaved: bool,
+    pub qkv_bias: bool,
+    pub qk_norm: bool,
+}
 
 impl VlmConfig {
     /// Parses the content of `config.json`. The error is a message that names the key.
     pub fn from_json(root: &Map<String, Value>) -> Result<Self, String> {
-        if let Some(family) = root.get("model_type").and_then(Value::as_str)
-            && family != "qwen2_5_vl"
-        {
-            return Err(format!("model_type `{family}` is not supported, expected `qwen2_5_vl`"));
-        }
-        // Published checkpoints keep the decoder's keys at the top.
-        let text = match root.get("text_config") {
-            Some(Value::Object(text)) => Section { map: text, name: "text_config." },
-            None | Some(Value::Null) => Section { map: root, name: "" },
-            Some(_) => return Err("text_config is not an object".into()),
+        let Some(name) = root.get("model_type").and_then(Value::as_str) else {
+            return Err("model_type is missing".into());
         };
-        let vision = match root.get("vision_config") {
-            Some(Value::Object(vision)) => Section { map: vision, name: "vision_config." },
-            _ => return Err("vision_config is missing".into()),
-        };
+        let config = Family::named(name)?.parse(root)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The parts that every family reads the same way.
+    pub(crate) fn common(
+        family: Family,
+        root: &Map<String, Value>,
+        text: &Section<'_>,
+        defaults: &TextDefaults,
+        vision: VisionConfig,
+    ) -> Result<Self, String> {
         let top = Section { map: root, name: "" };
-        let text_tied = text.map.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
+        let tied = |map: &Map<String, Value>| map.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
         let dtype = root.get("dtype").or_else(|| root.get("torch_dtype")).or_else(|| text.map.get("dtype"));
-        let config = Self {
+        Ok(Self {
+            family,
             image_token_id: top.id("image_token_id", 151655)?,
             video_token_id: top.id("video_token_id", 151656)?,
             vision_start_token_id: top.id("vision_start_token_id", 151652)?,
             vision_end_token_id: top.id("vision_end_token_id", 151653)?,
-            tie_word_embeddings: root.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false) || text_tied,
+            tie_word_embeddings: tied(root) || tied(text.map),
             dtype: kind_of(dtype.and_then(Value::as_str).unwrap_or("float32"))?,
-            text: text_config(&text, root)?,
-            vision: vision_config(&vision)?,
+            text: text_config(text, root, defaults)?,
+            vision,
             generation: None,
-        };
-        config.validate()?;
-        Ok(config)
+        })
     }
 
     fn validate(&self) -> Result<(), String> {
@@ -53,6 +74,7 @@ impl VlmConfig {
             ("text_config.num_hidden_layers", t.num_hidden_layers as i64),
             ("text_config.num_attention_heads", t.num_attention_heads),
             ("text_config.num_key_value_heads", t.num_key_value_heads),
+            ("text_config.head_dim", t.head_dim),
             ("vision_config.hidden_size", v.hidden_size),
             ("vision_config.intermediate_size", v.intermediate_size),
             ("vision_config.num_heads", v.num_heads),
@@ -65,25 +87,21 @@ impl VlmConfig {
             return Err(format!("{key} is {value}, must be at least 1"));
         }
         let divides = [
-            ("text_config.hidden_size", t.hidden_size, "num_attention_heads", t.num_attention_heads),
             ("text_config.num_attention_heads", t.num_attention_heads, "num_key_value_heads", t.num_key_value_heads),
             ("vision_config.hidden_size", v.hidden_size, "num_heads", v.num_heads),
         ];
         if let Some((a, x, b, y)) = divides.iter().find(|(_, x, _, y)| x % y != 0) {
             return Err(format!("{a} ({x}) is not a multiple of {b} ({y})"));
         }
-        if t.head_dim() % 2 != 0 || t.mrope_section.iter().sum::<i64>() * 2 != t.head_dim() {
+        if t.head_dim % 2 != 0 || t.mrope_section.iter().sum::<i64>() * 2 != t.head_dim {
             return Err(format!(
                 "rope_parameters.mrope_section {:?} must sum to half the head size ({})",
                 t.mrope_section,
-                t.head_dim() / 2
+                t.head_dim / 2
             ));
         }
         if (v.hidden_size / v.num_heads) % 4 != 0 {
             return Err(format!("vision head size {} is not a multiple of 4", v.hidden_size / v.num_heads));
-        }
-        if v.window_cells() < 1 {
-            return Err(format!("vision_config.window_size {} is smaller than one merged cell", v.window_size));
         }
         if v.out_hidden_size != t.hidden_size {
             return Err(format!(
@@ -91,73 +109,33 @@ impl VlmConfig {
                 v.out_hidden_size, t.hidden_size
             ));
         }
+        if v.deepstack().len() > t.num_hidden_layers {
+            let (k, layers) = (v.deepstack().len(), t.num_hidden_layers);
+            return Err(format!("vision_config.deepstack_visual_indexes names {k} blocks for {layers} decoder layers"));
+        }
         Ok(())
     }
 
-    pub(crate) fn to_json(&self) -> Value {
-        let (t, v) = (&self.text, &self.vision);
+    /// The whole file: `text` and `vision` are the family's sections.
+    pub(crate) fn document(&self, architecture: &str, text: Value, vision: Value) -> Value {
         json!({
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "architectures": [architecture],
             "dtype": kind_name(self.dtype),
             "image_token_id": self.image_token_id,
-            "model_type": "qwen2_5_vl",
-            "text_config": {
-                "attention_dropout": 0.0,
-                "bos_token_id": t.bos_token_id,
-                "dtype": kind_name(self.dtype),
-                "eos_token_id": ids_json(&t.eos_token_ids),
-                "hidden_act": "silu",
-                "hidden_size": t.hidden_size,
-                "initializer_range": t.initializer_range,
-                "intermediate_size": t.intermediate_size,
-                "layer_types": vec!["full_attention"; t.num_hidden_layers],
-                "max_position_embeddings": t.max_position_embeddings,
-                "max_window_layers": t.num_hidden_layers,
-                "model_type": "qwen2_5_vl_text",
-                "num_attention_heads": t.num_attention_heads,
-                "num_hidden_layers": t.num_hidden_layers,
-                "num_key_value_heads": t.num_key_value_heads,
-                "pad_token_id": t.pad_token_id,
-                "rms_norm_eps": t.rms_norm_eps,
-                "rope_parameters": {"mrope_section": t.mrope_section, "rope_theta": t.rope_theta, "rope_type": "default"},
-                "sliding_window": null,
-                "use_cache": true,
-                "use_sliding_window": false,
-                "vocab_size": t.vocab_size,
-            },
+            "model_type": self.family.name(),
+            "text_config": text,
             "tie_word_embeddings": self.tie_word_embeddings,
             "transformers_version": "5.23.0",
             "video_token_id": self.video_token_id,
-            "vision_config": {
-                "depth": v.depth,
-                "dtype": kind_name(self.dtype),
-                "fullatt_block_indexes": v.fullatt_block_indexes,
-                "hidden_act": "silu",
-                "hidden_size": v.hidden_size,
-                "in_channels": v.in_channels,
-                "initializer_range": v.initializer_range,
-                "intermediate_size": v.intermediate_size,
-                "model_type": "qwen2_5_vl_vision",
-                "num_heads": v.num_heads,
-                "out_hidden_size": v.out_hidden_size,
-                "patch_size": v.patch_size,
-                "rope_parameters": {"rope_theta": v.rope_theta, "rope_type": "axial"},
-                "spatial_merge_size": v.spatial_merge_size,
-                "temporal_patch_size": v.temporal_patch_size,
-                "tokens_per_second": v.tokens_per_second,
-                "window_size": v.window_size,
-            },
+            "vision_config": vision,
             "vision_end_token_id": self.vision_end_token_id,
             "vision_start_token_id": self.vision_start_token_id,
         })
     }
 }
 
-fn text_config(s: &Section, root: &Map<String, Value>) -> Result<TextConfig, String> {
+fn text_config(s: &Section<'_>, root: &Map<String, Value>, d: &TextDefaults) -> Result<TextConfig, String> {
     s.expect_str("hidden_act", "silu")?;
-    if s.map.get("use_sliding_window").and_then(Value::as_bool) == Some(true) {
-        return Err(format!("{}use_sliding_window = true is not supported", s.name));
-    }
     // `rope_parameters` (transformers 5) and `rope_scaling` + `rope_theta` (published) say the same thing.
     let object = |key: &str| s.map.get(key).or_else(|| root.get(key)).and_then(Value::as_object);
     let rope = object("rope_scaling").or_else(|| object("rope_parameters"));
@@ -166,24 +144,39 @@ fn text_config(s: &Section, root: &Map<String, Value>) -> Result<TextConfig, Str
         return Err(format!("rope_type `{kind}` is not supported, expected `default`"));
     }
     let theta = rope.and_then(|r| r.get("rope_theta")).or_else(|| s.map.get("rope_theta"));
-    let section = match rope.and_then(|r| r.get("mrope_section")) {
-        None => [16, 24, 24],
+    let mrope_section = match rope.and_then(|r| r.get("mrope_section")) {
+        None => d.mrope_section,
         Some(value) => serde_json::from_value(value.clone())
             .map_err(|_| format!("{}rope_parameters.mrope_section is not a list of three numbers", s.name))?,
     };
-    let heads = s.int("num_attention_heads", 64)?;
-    let kv = if s.map.get("num_key_value_heads").is_some_and(Value::is_null) { heads } else { 8 };
+    let hidden_size = s.int("hidden_size", d.hidden_size)?;
+    let heads = s.int("num_attention_heads", d.heads)?;
+    let kv = if s.map.get("num_key_value_heads").is_some_and(Value::is_null) { heads } else { d.kv_heads };
+    let head_dim = match d.head_dim {
+        Some(default) => s.int("head_dim", default)?,
+        None if heads > 0 && hidden_size % heads == 0 => hidden_size / heads,
+        None => {
+            return Err(format!(
+                "{}hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads})",
+                s.name
+            ));
+        }
+    };
     Ok(TextConfig {
-        vocab_size: s.int("vocab_size", 152064)?,
-        hidden_size: s.int("hidden_size", 8192)?,
-        intermediate_size: s.int("intermediate_size", 29568)?,
-        num_hidden_layers: s.count("num_hidden_layers", 80)?,
+        vocab_size: s.int("vocab_size", d.vocab_size)?,
+        hidden_size,
+        intermediate_size: s.int("intermediate_size", d.intermediate_size)?,
+        num_hidden_layers: s.count("num_hidden_layers", d.layers)?,
         num_attention_heads: heads,
         num_key_value_heads: s.int("num_key_value_heads", kv)?,
-        max_position_embeddings: s.int("max_position_embeddings", 32768)?,
-        rms_norm_eps: s.float("rms_norm_eps", 1e-5)?,
-        rope_theta: theta.and_then(Value::as_f64).unwrap_or(1_000_000.0),
-        mrope_section: section,
+        head_dim,
+        qkv_bias: d.qkv_bias,
+        qk_norm: d.qk_norm,
+        max_position_embeddings: s.int("max_position_embeddings", d.max_positions)?,
+        rms_norm_eps: s.float("rms_norm_eps", d.eps)?,
+        rope_theta: theta.and_then(Value::as_f64).unwrap_or(d.rope_theta),
+        mrope_section,
+        mrope_interleaved: d.mrope_interleaved,
         initializer_range: s.float("initializer_range", 0.02)?,
         bos_token_id: s.map.get("bos_token_id").and_then(Value::as_u64).map(|v| v as u32),
         eos_token_ids: s.map.get("eos_token_id").and_then(ids).unwrap_or_default(),
@@ -191,66 +184,110 @@ fn text_config(s: &Section, root: &Map<String, Value>) -> Result<TextConfig, Str
     })
 }
 
-fn vision_config(s: &Section) -> Result<VisionConfig, String> {
-    s.expect_str("hidden_act", "silu")?;
+/// The decoder's section with the keys that families share, and `more`.
+pub(crate) fn text_json(config: &VlmConfig, rope: Value, more: &[(&str, Value)]) -> Value {
+    let t = &config.text;
+    let mut out = json!({
+        "attention_dropout": 0.0,
+        "bos_token_id": t.bos_token_id,
+        "dtype": kind_name(config.dtype),
+        "eos_token_id": ids_json(&t.eos_token_ids),
+        "hidden_act": "silu",
+        "hidden_size": t.hidden_size,
+        "initializer_range": t.initializer_range,
+        "intermediate_size": t.intermediate_size,
+        "max_position_embeddings": t.max_position_embeddings,
+        "model_type": format!("{}_text", config.family.name()),
+        "num_attention_heads": t.num_attention_heads,
+        "num_hidden_layers": t.num_hidden_layers,
+        "num_key_value_heads": t.num_key_value_heads,
+        "pad_token_id": t.pad_token_id,
+        "rms_norm_eps": t.rms_norm_eps,
+        "rope_parameters": rope,
+        "use_cache": true,
+        "vocab_size": t.vocab_size,
+    });
+    extend(&mut out, more);
+    out
+}
+
+/// The vision tower's section with the keys that families share, and `more`.
+pub(crate) fn vision_json(config: &VlmConfig, activation: &str, more: &[(&str, Value)]) -> Value {
+    let v = &config.vision;
+    let mut out = json!({
+        "depth": v.depth,
+        "dtype": kind_name(config.dtype),
+        "hidden_act": activation,
+        "hidden_size": v.hidden_size,
+        "in_channels": v.in_channels,
+        "initializer_range": v.initializer_range,
+        "intermediate_size": v.intermediate_size,
+        "model_type": format!("{}_vision", config.family.name()),
+        "num_heads": v.num_heads,
+        "out_hidden_size": v.out_hidden_size,
+        "patch_size": v.patch_size,
+        "rope_parameters": {"rope_theta": v.rope_theta, "rope_type": "axial"},
+        "spatial_merge_size": v.spatial_merge_size,
+        "temporal_patch_size": v.temporal_patch_size,
+    });
+    extend(&mut out, more);
+    out
+}
+
+fn extend(object: &mut Value, more: &[(&str, Value)]) {
+    if let Value::Object(map) = object {
+        map.extend(more.iter().map(|(k, v)| ((*k).to_owned(), v.clone())));
+    }
+}
+
+/// The `vision_config` section.
+pub(crate) fn vision_section(root: &Map<String, Value>) -> Result<Section<'_>, String> {
+    match root.get("vision_config") {
+        Some(Value::Object(map)) => Ok(Section { map, name: "vision_config." }),
+        _ => Err("vision_config is missing".into()),
+    }
+}
+
+/// Base of the vision tower's rotary frequencies.
+pub(crate) fn vision_theta(s: &Section<'_>) -> f64 {
     let rope = s.map.get("rope_parameters").and_then(Value::as_object);
-    let full = match s.map.get("fullatt_block_indexes") {
-        None => vec![7, 15, 23, 31],
-        Some(value) => serde_json::from_value(value.clone())
-            .map_err(|_| format!("{}fullatt_block_indexes is not a list of numbers", s.name))?,
-    };
-    Ok(VisionConfig {
-        depth: s.count("depth", 32)?,
-        hidden_size: s.int("hidden_size", 3584)?,
-        intermediate_size: s.int("intermediate_size", 3420)?,
-        num_heads: s.int("num_heads", 16)?,
-        in_channels: s.int("in_channels", 3)?,
-        patch_size: s.square("patch_size", 14)?,
-        temporal_patch_size: s.square("temporal_patch_size", 2)?,
-        spatial_merge_size: s.int("spatial_merge_size", 2)?,
-        window_size: s.int("window_size", 112)?,
-        out_hidden_size: s.int("out_hidden_size", 3584)?,
-        fullatt_block_indexes: full,
-        tokens_per_second: s.int("tokens_per_second", 4)?,
-        rope_theta: rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64).unwrap_or(10_000.0),
-        initializer_range: s.float("initializer_range", 0.02)?,
-    })
+    rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64).unwrap_or(10_000.0)
 }
 
 /// One object of the file, with its name for messages.
-struct Section<'a> {
-    map: &'a Map<String, Value>,
-    name: &'static str,
+pub(crate) struct Section<'a> {
+    pub map: &'a Map<String, Value>,
+    pub name: &'static str,
 }
 
 impl Section<'_> {
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|v| !v.is_null())
     }
 
-    fn int(&self, key: &str, default: i64) -> Result<i64, String> {
+    pub(crate) fn int(&self, key: &str, default: i64) -> Result<i64, String> {
         self.get(key).map_or(Ok(default), |v| {
             v.as_i64().ok_or_else(|| format!("{}{key} is {v}, expected a whole number", self.name))
         })
     }
 
-    fn count(&self, key: &str, default: usize) -> Result<usize, String> {
+    pub(crate) fn count(&self, key: &str, default: usize) -> Result<usize, String> {
         let value = self.int(key, default as i64)?;
         usize::try_from(value).map_err(|_| format!("{}{key} is {value}, expected at least 0", self.name))
     }
 
-    fn id(&self, key: &str, default: u32) -> Result<u32, String> {
+    pub(crate) fn id(&self, key: &str, default: u32) -> Result<u32, String> {
         let value = self.int(key, i64::from(default))?;
         u32::try_from(value).map_err(|_| format!("{}{key} is {value}, expected a token id", self.name))
     }
 
-    fn float(&self, key: &str, default: f64) -> Result<f64, String> {
+    pub(crate) fn float(&self, key: &str, default: f64) -> Result<f64, String> {
         self.get(key)
             .map_or(Ok(default), |v| v.as_f64().ok_or_else(|| format!("{}{key} is {v}, expected a number", self.name)))
     }
 
     /// A whole number, or a list of equal ones.
-    fn square(&self, key: &str, default: i64) -> Result<i64, String> {
+    pub(crate) fn square(&self, key: &str, default: i64) -> Result<i64, String> {
         match self.get(key).and_then(Value::as_array) {
             None => self.int(key, default),
             Some(list) => {
@@ -262,7 +299,16 @@ impl Section<'_> {
         }
     }
 
-    fn expect_str(&self, key: &str, expected: &str) -> Result<(), String> {
+    /// A list of block numbers.
+    pub(crate) fn indexes(&self, key: &str, default: &[usize]) -> Result<Vec<usize>, String> {
+        match self.get(key) {
+            None => Ok(default.to_vec()),
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|_| format!("{}{key} is not a list of numbers", self.name)),
+        }
+    }
+
+    pub(crate) fn expect_str(&self, key: &str, expected: &str) -> Result<(), String> {
         match self.get(key).and_then(Value::as_str) {
             Some(found) if found != expected => {
                 Err(format!("{}{key} `{found}` is not supported, expected `{expected}`", self.name))
@@ -314,63 +360,4 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value).map_err(|e| ModelError::config(path, e.to_string()))?;
     text.push('\n');
     crate::weights::write_atomic(path, |tmp| std::fs::write(tmp, &text).map_err(|e| ModelError::io(tmp, e)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn published() -> Map<String, Value> {
-        let value = json!({
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
-            "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008,
-            "max_position_embeddings": 128000, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
-            "use_sliding_window": false, "vocab_size": 151936,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
-                "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}
-        });
-        value.as_object().cloned().unwrap_or_default()
-    }
-
-    #[test]
-    fn flat_layout_of_published_checkpoints() {
-        let config = VlmConfig::from_json(&published()).expect("parses");
-        assert_eq!(
-            (config.text.hidden_size, config.text.head_dim(), config.text.mrope_section),
-            (2048, 128, [16, 24, 24])
-        );
-        assert!(config.tie_word_embeddings);
-        assert_eq!(config.dtype, Kind::BFloat16);
-        assert_eq!(config.default_capture_layer(), 24);
-        assert_eq!(config.merged_tokens([1, 8, 12]).expect("fits"), 24);
-        assert!(config.merged_tokens([1, 7, 12]).is_err());
-    }
-
-    #[test]
-    fn writes_what_it_reads() {
-        let config = VlmConfig::from_json(&published()).expect("parses");
-        let nested = config.to_json();
-        let again = VlmConfig::from_json(nested.as_object().expect("object")).expect("parses");
-        assert_eq!(config, again);
-    }
-
-    #[test]
-    fn impossible_values_name_the_key() {
-        for (key, value, word) in [
-            ("hidden_size", json!(2050), "hidden_size"),
-            ("hidden_act", json!("gelu"), "hidden_act"),
-            ("model_type", json!("llava"), "llava"),
-            ("num_hidden_layers", json!("many"), "num_hidden_layers"),
-            ("rope_scaling", json!({"type": "mrope", "mrope_section": [1, 2, 3]}), "mrope_section"),
-            ("rope_scaling", json!({"type": "yarn"}), "yarn"),
-        ] {
-            let mut map = published();
-            map.insert(key.into(), value);
-            let message = VlmConfig::from_json(&map).expect_err("must fail");
-            assert!(message.contains(word), "{message}");
-        }
-    }
 }

@@ -1,20 +1,40 @@
-//! The decoder: grouped-query attention under multimodal rotary positions, RMS norms, gated MLP. Runs over whole
-//! sequences (any mask), returns keys and values for generation, and runs one token per response behind shared
-//! prefixes. Knows embeddings only, no token ids and no images.
+//! The decoder of all families: grouped-query attention under multimodal rotary positions, RMS norms, gated MLP. Runs over
+//! whole sequences (any mask), returns keys and values for generation, and runs one token per response behind shared
+//! prefixes. What families differ in is data: a bias on queries, keys and values, a norm on queries and keys, the
+//! order of rotary frequencies, features that are added to the first layers. Knows embeddings only, no token ids.
 
 use tch::{Kind, Tensor};
 
-use crate::attention::{Capture, capture_rows, rows_of_scores};
-use crate::cache::GroupCache;
+use crate::attention::{Capture, attend, capture_rows, merge};
+use crate::cache::{GroupCache, Place};
+use crate::family::Get;
 use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
 use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
+/// Weights (or biases) of queries, keys and values: the model's three parameters, and the one tensor whose rows they are.
+struct Fused {
+    parts: [Tensor; 3],
+    whole: Tensor,
+}
+
+impl Fused {
+    /// One product serves all three. Where gradients are asked for they must reach the parameters, so those are joined anew.
+    fn get(&self) -> Tensor {
+        if self.parts.iter().any(Tensor::requires_grad) {
+            Tensor::cat(&self.parts, 0)
+        } else {
+            self.whole.shallow_clone()
+        }
+    }
+}
+
 struct Layer {
     norm1: Tensor,
-    q: (Tensor, Tensor),
-    k: (Tensor, Tensor),
-    v: (Tensor, Tensor),
+    qkv: Fused,
+    qkv_bias: Option<Fused>,
+    /// Norms over the head of queries and keys.
+    qk_norm: Option<(Tensor, Tensor)>,
     o: Tensor,
     norm2: Tensor,
     gate: Tensor,
@@ -41,6 +61,8 @@ pub(crate) struct Decoder {
 #[derive(Default)]
 pub(crate) struct SequenceAsk<'a> {
     pub capture: Option<&'a Capture>,
+    /// Positions in `B * L` and, by layer, what is added there after the first layers: `[V]`, `[V, D]` each.
+    pub deepstack: Option<(&'a Tensor, &'a [Tensor])>,
     /// Hidden states of these positions only, `[M]` into `B * L`; the last layer skips the others.
     pub rows: Option<&'a Tensor>,
     /// Return keys and values.
@@ -57,17 +79,24 @@ pub(crate) struct SequenceOut {
 }
 
 impl Decoder {
-    pub(crate) fn new(config: &TextConfig, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Self> {
+    /// `fused` gives the tensor whose rows are the named parameters', one after another.
+    pub(crate) fn new(
+        config: &TextConfig,
+        get: &Get<'_>,
+        fused: &dyn Fn(&[String; 3]) -> Result<Tensor>,
+    ) -> Result<Self> {
         let layer = |l: usize| -> Result<Layer> {
             let at = |name: &str| get(&format!("model.layers.{l}.{name}"));
-            let pair = |name: &str| -> Result<(Tensor, Tensor)> {
-                Ok((at(&format!("self_attn.{name}.weight"))?, at(&format!("self_attn.{name}.bias"))?))
+            let three = |what: &str| -> Result<Fused> {
+                let names = ["q", "k", "v"].map(|x| format!("model.layers.{l}.self_attn.{x}_proj.{what}"));
+                Ok(Fused { parts: [get(&names[0])?, get(&names[1])?, get(&names[2])?], whole: fused(&names)? })
             };
+            let norms = || -> Result<_> { Ok((at("self_attn.q_norm.weight")?, at("self_attn.k_norm.weight")?)) };
             Ok(Layer {
                 norm1: at("input_layernorm.weight")?,
-                q: pair("q_proj")?,
-                k: pair("k_proj")?,
-                v: pair("v_proj")?,
+                qkv: three("weight")?,
+                qkv_bias: config.qkv_bias.then(|| three("bias")).transpose()?,
+                qk_norm: config.qk_norm.then(norms).transpose()?,
                 o: at("self_attn.o_proj.weight")?,
                 norm2: at("post_attention_layernorm.weight")?,
                 gate: at("mlp.gate_proj.weight")?,
@@ -93,25 +122,33 @@ impl Decoder {
         mask: Option<&Tensor>,
         ask: &SequenceAsk<'_>,
     ) -> SequenceOut {
-        let (cos, sin) = self.rotary.tables(positions, embeds.kind());
+        let (cos, sin) = self.rotary.tables(positions);
         let (cos, sin) = (cos.unsqueeze(2), sin.unsqueeze(2));
         let mut x = embeds.shallow_clone();
         let mut out = SequenceOut { hidden: Tensor::new(), attention: None, kv: Vec::new() };
         for (index, layer) in self.layers.iter().enumerate() {
             let Qkv { q, k, v } = self.qkv(layer, &x, &cos, &sin);
-            if let Some(capture) = ask.capture.filter(|c| c.layer == index) {
-                out.attention = Some(capture_rows(&q, &k, capture));
+            if let Some(capture) = ask.capture.filter(|c| c.set.reads(index)) {
+                let rows = capture_rows(index, &q, &k, capture);
+                out.attention = Some(out.attention.map_or_else(|| rows.shallow_clone(), |sum| sum + &rows));
             }
             let mut attended = sdpa(&q, &k, &v, mask, mask.is_none()).transpose(1, 2);
             if ask.keep_kv {
                 out.kv.push((k.contiguous(), v.contiguous()));
             }
-            if let Some(rows) = ask.rows.filter(|_| index + 1 == self.layers.len()) {
-                let d = self.config.hidden_size;
-                attended = attended.reshape([-1, d]).index_select(0, rows).unsqueeze(0);
-                x = x.reshape([-1, d]).index_select(0, rows).unsqueeze(0);
+            let added = ask.deepstack.and_then(|(at, levels)| Some((at, levels.get(index)?)));
+            let last = index + 1 == self.layers.len();
+            if let Some(rows) = ask.rows.filter(|_| last && added.is_none()) {
+                (x, attended) = (pick_rows(&x, rows), pick_rows(&attended.flatten(2, 3), rows));
             }
             x = self.finish(layer, &x, &attended);
+            if let Some((at, level)) = added {
+                let flat = x.reshape([-1, self.config.hidden_size]);
+                x = flat.index_add(0, at, level).view_as(&x);
+                if let Some(rows) = ask.rows.filter(|_| last) {
+                    x = pick_rows(&x, rows);
+                }
+            }
         }
         out.hidden = rms_norm(&x, &self.norm, self.config.rms_norm_eps);
         if ask.rows.is_some() {
@@ -120,97 +157,80 @@ impl Decoder {
         out
     }
 
-    /// One token per row `[R, D]` behind the rows' caches, which take the token's keys and values. Returns the hidden
-    /// states `[R, D]` and, for `capture_layer`, rows `[R, V]`.
-    pub(crate) fn step(
-        &self,
-        embeds: &Tensor,
-        cache: &mut GroupCache,
-        capture_layer: Option<usize>,
-    ) -> (Tensor, Option<Tensor>) {
-        let positions = cache.positions(embeds.device());
-        let (cos, sin) = self.rotary.tables(&positions, embeds.kind());
-        let (cos, sin) =
-            (cos.view([-1, 1, 1, self.config.head_dim() / 2]), sin.view([-1, 1, 1, self.config.head_dim() / 2]));
-        let place = cache.place(embeds.device());
+    /// One token per fed row `[A, D]` behind the rows' caches, which take the token's keys and values. Returns the hidden
+    /// states `[A, D]` and, where the cache captures, rows `[A, V]`.
+    pub(crate) fn step(&self, embeds: &Tensor, cache: &GroupCache, place: &Place) -> (Tensor, Option<Tensor>) {
+        let half = self.config.head_dim / 2;
+        let (cos, sin) = self.rotary.tables_of_text(&place.positions);
+        let (cos, sin) = (cos.view([-1, 1, 1, half]), sin.view([-1, 1, 1, half]));
         let mut x = embeds.unsqueeze(1);
-        let mut attention = None;
+        let mut attention: Option<Tensor> = None;
         for (index, layer) in self.layers.iter().enumerate() {
             let Qkv { q, k, v } = self.qkv(layer, &x, &cos, &sin);
-            cache.write(index, &place, &k, &v);
-            let capture = capture_layer == Some(index);
-            let (attended, rows) = self.group_attention(&q, cache, index, &place, capture);
-            attention = rows.or(attention);
+            cache.write(index, place, &k, &v);
+            let (attended, rows) = self.group_attention(&q, cache, index, place);
+            if let Some(rows) = rows {
+                attention = Some(attention.map_or_else(|| rows.shallow_clone(), |sum| sum + &rows));
+            }
             x = self.finish(layer, &x, &attended);
         }
         (rms_norm(&x, &self.norm, self.config.rms_norm_eps).squeeze_dim(1), attention)
     }
 
-    /// Attention of one query per row over the group's shared prefix and the row's own suffix, joined by one softmax.
-    /// The prefix is read once per group: a group's responses are query positions against it (arXiv 2402.05099).
-    fn group_attention(
-        &self,
-        q: &Tensor,
-        cache: &GroupCache,
-        layer: usize,
-        place: &crate::cache::Place,
-        capture: bool,
-    ) -> (Tensor, Option<Tensor>) {
+    /// Attention of one query per fed row `[A, Hq, 1, d]` over the group's shared prefix and the row's own suffix. The prefix
+    /// is read once per group: a group's responses are query positions against it (Hydragen, arXiv 2402.05099).
+    fn group_attention(&self, q: &Tensor, cache: &GroupCache, layer: usize, place: &Place) -> (Tensor, Option<Tensor>) {
         let c = &self.config;
-        let (hkv, d) = (c.num_key_value_heads, c.head_dim());
-        let (g, n, heads) = (cache.groups() as i64, cache.n() as i64, c.num_attention_heads / c.num_key_value_heads);
+        let (hkv, d, heads) = (c.num_key_value_heads, c.head_dim, c.num_attention_heads / c.num_key_value_heads);
+        let (rows, n) = (cache.rows() as i64, cache.n() as i64);
+        let groups = rows / n;
         let store = cache.layer(layer);
-        let kind = q.kind();
-        let scale = (d as f64).powf(-0.5);
-        // Rows as [R, Hkv, heads, d] meet their suffix, as [G, Hkv, n*heads, d] their prefix.
-        let own = q.reshape([g * n, hkv, heads, d]);
-        let to_group =
-            |t: &Tensor, last: i64| t.view([g, n, hkv, heads, last]).transpose(1, 2).reshape([g, hkv, n * heads, last]);
-        let to_rows =
-            |t: &Tensor, last: i64| t.view([g, hkv, n, heads, last]).transpose(1, 2).reshape([g * n, hkv, heads, last]);
-        let shared = to_group(&own, d);
-        let raw = shared.matmul(&store.prefix_k.transpose(-1, -2));
-        let rows = capture.then(|| {
-            let v = cache.image_index.size()[1];
-            let index = cache.image_index.view([g, 1, 1, v]).expand([g, hkv, n * heads, v], false);
-            let scores = if kind == Kind::Float {
-                raw.gather(-1, &index, false)
-            } else {
-                // Scores in the model's kind have lost digits: make them again from the keys at hand.
-                let wide = shared.to_kind(Kind::Float).matmul(&store.prefix_k.to_kind(Kind::Float).transpose(-1, -2));
-                wide.gather(-1, &index, false)
-            };
-            let scores = to_rows(&scores, v).reshape([g * n, hkv * heads, v]);
-            let valid = cache.image_valid.repeat_interleave_self_int(n, 0, None).view([g * n, 1, v]);
-            rows_of_scores(&scores, &valid, d, 1)
+        // Rows as [R, Hkv, heads, d] meet their suffix, as [S, Hkv, n*heads, d] their prefix.
+        let fed = q.reshape([-1, hkv, heads, d]);
+        let own = match &place.rows {
+            None => fed,
+            Some(index) => Tensor::zeros([rows, hkv, heads, d], (Kind::Float, fed.device())).index_copy(0, index, &fed),
+        };
+        let shared = own.view([groups, n, hkv, heads, d]).transpose(1, 2).reshape([groups, hkv, n * heads, d]);
+        let to_rows = |t: &Tensor, last: &[i64]| {
+            let size = [&[groups, hkv, n, heads], last].concat();
+            t.view(size.as_slice()).transpose(1, 2).reshape([&[rows, hkv, heads], last].concat().as_slice())
+        };
+        let back = |t: Tensor| match &place.rows {
+            None => t,
+            Some(index) => t.index_select(0, index),
+        };
+        let captured = cache.capture().zip(store.image_k.as_ref()).map(|(set, image_k)| {
+            let scores = shared.matmul(&image_k.transpose(-1, -2));
+            let v = scores.size()[3];
+            let by_head = scores.view([groups, hkv, n, heads, v]).transpose(2, 3);
+            let scores = by_head.reshape([groups, hkv * heads, n, v]);
+            back(set.rows(layer, &scores, cache.image_valid.as_ref(), d).reshape([rows, v]))
         });
-        let mut prefix = raw.to_kind(Kind::Float) * scale;
-        if let Some(bias) = &cache.prefix_bias {
-            prefix += bias;
-        }
+        let (prefix, lse) = attend(&shared, &store.prefix_k, &store.prefix_v, cache.prefix_bias.as_ref());
+        let prefix = (to_rows(&prefix.contiguous(), &[d]), to_rows(&lse.contiguous(), &[]));
         let (suffix_k, suffix_v) = (store.suffix_k.narrow(2, 0, place.used), store.suffix_v.narrow(2, 0, place.used));
-        let mut suffix = own.matmul(&suffix_k.transpose(-1, -2)).to_kind(Kind::Float) * scale;
-        if let Some(bias) = &place.bias {
-            suffix += bias;
-        }
-        let p = store.prefix_k.size()[2];
-        let weights = Tensor::cat(&[prefix, to_group(&suffix, place.used)], -1).softmax(-1, Kind::Float).to_kind(kind);
-        let (on_prefix, on_suffix) = split2(&weights, -1, p, place.used);
-        let from_prefix = to_rows(&on_prefix.matmul(&store.prefix_v), d);
-        let from_suffix = to_rows(&on_suffix.contiguous(), place.used).matmul(&suffix_v);
-        ((from_prefix + from_suffix).reshape([g * n, 1, hkv * heads, d]), rows)
+        let suffix = attend(&own, &suffix_k, &suffix_v, place.suffix_bias.as_ref());
+        (back(merge(prefix, suffix)).reshape([-1, 1, hkv * heads, d]), captured)
     }
 
     fn qkv(&self, layer: &Layer, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Qkv {
         let c = &self.config;
-        let (hq, hkv, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim());
+        let (hq, hkv, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let normed = rms_norm(x, &layer.norm1, c.rms_norm_eps);
-        // One product and one rotation for queries and keys together.
-        let weight = Tensor::cat(&[&layer.q.0, &layer.k.0, &layer.v.0], 0);
-        let bias = Tensor::cat(&[&layer.q.1, &layer.k.1, &layer.v.1], 0);
+        let bias = layer.qkv_bias.as_ref().map(Fused::get);
         let size = x.size();
-        let all = linear(&normed, &weight, Some(&bias)).view([size[0], size[1], hq + 2 * hkv, d]);
+        let all = linear(&normed, &layer.qkv.get(), bias.as_ref()).view([size[0], size[1], hq + 2 * hkv, d]);
         let (qk, v) = split2(&all, 2, hq + hkv, hkv);
+        let qk = match &layer.qk_norm {
+            None => qk,
+            Some((for_q, for_k)) => {
+                let (q, k) = split2(&qk, 2, hq, hkv);
+                let (q, k) = (rms_norm(&q, for_q, c.rms_norm_eps), rms_norm(&k, for_k, c.rms_norm_eps));
+                Tensor::cat(&[q, k], 2)
+            }
+        };
+        // One rotation for queries and keys together.
         let (q, k) = split2(&rotate(&qk, cos, sin), 2, hq, hkv);
         Qkv { q: q.transpose(1, 2), k: k.transpose(1, 2), v: v.transpose(1, 2) }
     }
@@ -223,4 +243,10 @@ impl Decoder {
         let gated = linear(&normed, &layer.gate, None).silu() * linear(&normed, &layer.up, None);
         x + linear(&gated, &layer.down, None)
     }
+}
+
+/// Rows `index [M]` of `x [B, L, D]` as `[1, M, D]`.
+fn pick_rows(x: &Tensor, index: &Tensor) -> Tensor {
+    let d = x.size()[x.dim() - 1];
+    x.reshape([-1, d]).index_select(0, index).unsqueeze(0)
 }

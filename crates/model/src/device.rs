@@ -45,6 +45,38 @@ fn open(name: &str) -> Result<(), libloading::Error> {
     Ok(())
 }
 
+/// Bytes that can still be allocated on `device`; none where the system does not say.
+pub fn free_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(_) => free_gpu_memory(),
+        _ => {
+            let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+            let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+            let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+            let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+            // A container may have less than its host.
+            let limit = number("/sys/fs/cgroup/memory.max");
+            let rest = limit.zip(number("/sys/fs/cgroup/memory.current")).map(|(max, used)| max.saturating_sub(used));
+            Some((kib * 1024).min(rest.unwrap_or(u64::MAX)))
+        }
+    }
+}
+
+/// Asks the driver about the GPU of the calling thread's context, which libtorch has made.
+#[allow(unsafe_code)]
+fn free_gpu_memory() -> Option<u64> {
+    type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+    let (mut free, mut total) = (0usize, 0usize);
+    // SAFETY: the driver library is loaded already; the symbol has this signature since CUDA 3.2, writes two numbers and keeps
+    // no pointer.
+    let status = unsafe {
+        let library = Library::open(Some(DRIVER), RTLD_NOW).ok()?;
+        let call = library.get::<MemGetInfo>(b"cuMemGetInfo_v2").ok()?;
+        call(&mut free, &mut total)
+    };
+    (status == 0).then_some(free as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,6 +88,12 @@ mod tests {
         let there = std::fs::exists("/dev/nvidia0").unwrap_or(false);
         assert_eq!(device("auto").unwrap() != Device::Cpu, there);
         assert!(device("cuda:99").unwrap_err().to_string().contains("cuda:99"));
+    }
+
+    #[test]
+    fn memory_is_known_here() {
+        let free = free_memory(Device::Cpu).unwrap();
+        assert!(free > 1 << 20, "{free}");
     }
 
     #[test]

@@ -1,16 +1,24 @@
-//! Small tensor operations that both towers share. Numerics follow the Hugging Face implementation of the family.
+//! Small tensor operations that both towers share. Numerics follow the Hugging Face implementation of the families, but
+//! activations are fp32 whatever the weights are: attention over parts that are joined later, and products over more or
+//! fewer rows, round differently, and rounding to bf16 after each would blow such differences up until rollout and
+//! training disagree about log-probabilities.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// RMS norm: `w * (x / sqrt(mean(x^2) + eps))`, the mean in fp32.
+/// The kind of activations behind weights of `kind`: fp32, or fp64 where the weights are.
+pub(crate) fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// RMS norm: `w * (x / sqrt(mean(x^2) + eps))`, fp32.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-    let kind = x.kind();
-    if kind == Kind::Float {
-        return x.rms_norm(weight.size().as_slice(), Some(weight), Some(eps));
-    }
-    let wide = x.to_kind(Kind::Float);
-    let scale = ((&wide * &wide).mean_dim([-1i64].as_slice(), true, Kind::Float) + eps).rsqrt();
-    (wide * scale).to_kind(kind) * weight
+    x.rms_norm(weight.size().as_slice(), Some(weight.to_kind(x.kind())), Some(eps))
+}
+
+/// Layer norm, fp32.
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Tensor {
+    let (weight, bias) = (weight.to_kind(x.kind()), bias.to_kind(x.kind()));
+    x.layer_norm(weight.size().as_slice(), Some(weight), Some(bias), eps, false)
 }
 
 /// Rotates pairs `(i, i + d/2)` of the last dimension; `cos` and `sin` hold half the last dimension and broadcast.
@@ -20,9 +28,31 @@ pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     Tensor::cat(&[&a * cos - &b * sin, &b * cos + &a * sin], -1)
 }
 
-/// `x W^T (+ b)`.
+/// `x W^T (+ b)` in fp32. Half-precision weights stay as they are on a GPU: x is cut into two half-precision summands that
+/// meet them in one product, summed in fp32. That keeps about 16 of x's 24 digits and reads the weights once.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    x.linear(weight, bias)
+    let kind = weight.kind();
+    if kind == x.kind() {
+        return x.linear(weight, bias);
+    }
+    let bias = bias.map(|b| b.to_kind(x.kind()));
+    if !matches!(x.device(), Device::Cuda(_)) || weight.requires_grad() {
+        return x.linear(&weight.to_kind(x.kind()), bias);
+    }
+    let mut size = x.size();
+    let flat = x.reshape([-1, size[size.len() - 1]]);
+    let high = flat.to_kind(kind);
+    let low = (&flat - high.to_kind(x.kind())).to_kind(kind);
+    let rows = flat.size()[0];
+    let (a, b) = split2(&Tensor::cat(&[high, low], 0).mm_dtype(&weight.tr(), x.kind()), 0, rows, rows);
+    let out = match bias {
+        None => a + b,
+        Some(bias) => a + b + bias,
+    };
+    if let Some(last) = size.last_mut() {
+        *last = weight.size()[0];
+    }
+    out.view(size.as_slice())
 }
 
 /// Scaled dot-product attention with the library's fused kernels; heads of `k` and `v` may be fewer (grouped queries).

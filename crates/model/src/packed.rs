@@ -47,12 +47,24 @@ pub struct PackedBatch {
     /// Index into `B * Q` of each response token `[N]`.
     pub query_flat: Tensor,
     count: usize,
+    /// Rotary position of the first response token, by group.
+    pub(crate) next: Vec<i64>,
 }
 
 impl PackedBatch {
     /// Packs groups. Errors: no group, an empty response, an image placeholder in a response, placeholders that do not
     /// fit the grids; the message says which group.
     pub fn build(groups: &[PackedGroup], config: &VlmConfig, device: Device) -> Result<Self> {
+        for (index, group) in groups.iter().enumerate() {
+            if let Some(r) = group.responses.iter().position(Vec::is_empty) {
+                return Err(ModelError::input(format!("group {index} of the batch: response {r} is empty")));
+            }
+        }
+        Self::pack(groups, config, device)
+    }
+
+    /// [`PackedBatch::build`], but responses may be empty.
+    pub(crate) fn pack(groups: &[PackedGroup], config: &VlmConfig, device: Device) -> Result<Self> {
         if groups.is_empty() {
             return Err(ModelError::input("a batch needs at least one group"));
         }
@@ -88,6 +100,7 @@ impl PackedBatch {
             query_flat: tensor(&query_flat, &[-1]),
             count: rows.targets.len(),
             ranges: rows.ranges,
+            next: rows.next,
         })
     }
 
@@ -115,6 +128,7 @@ struct Rows {
     ranges: Vec<Vec<Range<usize>>>,
     image_positions: Vec<Vec<i64>>,
     query_positions: Vec<Vec<i64>>,
+    next: Vec<i64>,
 }
 
 impl Rows {
@@ -142,9 +156,6 @@ impl Rows {
         let mut ranges = Vec::with_capacity(group.responses.len());
         let mut queries = Vec::new();
         for (r, response) in group.responses.iter().enumerate() {
-            if response.is_empty() {
-                return fault(format!("response {r} is empty"));
-            }
             if response.iter().any(|t| *t == config.image_token_id || *t == config.video_token_id) {
                 return fault(format!("response {r} holds an image placeholder"));
             }
@@ -169,6 +180,7 @@ impl Rows {
         let filler = padding_token(config);
         self.tokens.resize(base + l, filler);
         self.positions.resize((base + l) * 3, 0);
+        self.next.push(next);
         self.ranges.push(ranges);
         self.query_positions.push(queries);
         self.image_positions.push(image_positions(prompt, config));

@@ -54,28 +54,43 @@ pub fn rope_positions(tokens: &[u32], grids: &[GridThw], config: &VlmConfig) -> 
 /// Turns positions into rotary tables.
 pub(crate) struct Rotary {
     frequencies: Tensor,
-    section: [i64; 3],
+    /// The axis that each frequency follows `[head_dim/2]`.
+    axis: Tensor,
 }
 
 impl Rotary {
     pub(crate) fn new(config: &TextConfig, device: Device) -> Self {
         let frequencies =
-            Tensor::from_slice(&inverse_frequencies(config.rope_theta, config.head_dim())).to_device(device);
-        Self { frequencies, section: config.mrope_section }
+            Tensor::from_slice(&inverse_frequencies(config.rope_theta, config.head_dim)).to_device(device);
+        Self { frequencies, axis: Tensor::from_slice(&axes(config)).to_device(device) }
     }
 
-    /// Half-dimension cosines and sines `[.., head_dim/2]` in `kind` for positions `[3, ..]`.
-    pub(crate) fn tables(&self, positions: &Tensor, kind: Kind) -> (Tensor, Tensor) {
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.frequencies;
-        let mut start = 0;
-        let parts: Vec<Tensor> = (0i64..3)
-            .zip(self.section)
-            .map(|(axis, len)| {
-                start += len;
-                angles.select(0, axis).narrow(-1, start - len, len)
-            })
-            .collect();
-        let angles = Tensor::cat(&parts, -1);
-        (angles.cos().to_kind(kind), angles.sin().to_kind(kind))
+    /// Half-dimension cosines and sines `[.., head_dim/2]`, fp32, for positions `[3, ..]`.
+    pub(crate) fn tables(&self, positions: &Tensor) -> (Tensor, Tensor) {
+        let by_frequency = positions.to_kind(Kind::Float).index_select(0, &self.axis).movedim_int(0, -1);
+        let angles = by_frequency * &self.frequencies;
+        (angles.cos(), angles.sin())
     }
+
+    /// The same for positions `[..]` that are equal on all axes, as those of response tokens are.
+    pub(crate) fn tables_of_text(&self, positions: &Tensor) -> (Tensor, Tensor) {
+        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.frequencies;
+        (angles.cos(), angles.sin())
+    }
+}
+
+/// Which axis each frequency follows: one block of frequencies per axis, or the axes in turns for as long as the height's
+/// and the width's sections last, the rest being temporal.
+fn axes(config: &TextConfig) -> Vec<i64> {
+    let section = config.mrope_section;
+    if !config.mrope_interleaved {
+        return (0i64..3).zip(section).flat_map(|(axis, len)| std::iter::repeat_n(axis, len.max(0) as usize)).collect();
+    }
+    (0..config.head_dim / 2)
+        .map(|k| match k % 3 {
+            1 if k < section[1] * 3 => 1,
+            2 if k < section[2] * 3 => 2,
+            _ => 0,
+        })
+        .collect()
 }

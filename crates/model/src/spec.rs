@@ -20,6 +20,8 @@ pub(crate) enum Fill {
     Residual(usize),
     /// Embedding or output matrix.
     Embedding,
+    /// Learned positions.
+    Positions,
 }
 
 /// One tensor.
@@ -30,70 +32,74 @@ pub(crate) struct TensorSpec {
     pub fill: Fill,
 }
 
-/// All tensors of a model in stable order.
-pub(crate) fn tensors(config: &VlmConfig) -> Vec<TensorSpec> {
-    let mut out = Vec::new();
-    let mut push = |name: String, shape: &[i64], fill: Fill| out.push(TensorSpec { name, shape: shape.to_vec(), fill });
-    let v = &config.vision;
-    let (d, i) = (v.hidden_size, v.intermediate_size);
-    push(
-        "visual.patch_embed.proj.weight".into(),
-        &[d, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size],
-        Fill::Linear,
-    );
-    for b in 0..v.depth {
-        let p = format!("visual.blocks.{b}");
-        push(format!("{p}.norm1.weight"), &[d], Fill::Ones);
-        push(format!("{p}.attn.qkv.weight"), &[3 * d, d], Fill::Linear);
-        push(format!("{p}.attn.qkv.bias"), &[3 * d], Fill::VisionQkvBias);
-        push(format!("{p}.attn.proj.weight"), &[d, d], Fill::Residual(v.depth));
-        push(format!("{p}.attn.proj.bias"), &[d], Fill::Zeros);
-        push(format!("{p}.norm2.weight"), &[d], Fill::Ones);
-        let mlp = [
-            ("gate_proj", i, d, Fill::Linear),
-            ("up_proj", i, d, Fill::Linear),
-            ("down_proj", d, i, Fill::Residual(v.depth)),
-        ];
-        for (name, rows, cols, fill) in mlp {
-            push(format!("{p}.mlp.{name}.weight"), &[rows, cols], fill);
-            push(format!("{p}.mlp.{name}.bias"), &[rows], Fill::Zeros);
-        }
-    }
-    let wide = d * v.merge_unit();
-    push("visual.merger.ln_q.weight".into(), &[d], Fill::Ones);
-    push("visual.merger.mlp.0.weight".into(), &[wide, wide], Fill::Linear);
-    push("visual.merger.mlp.0.bias".into(), &[wide], Fill::Zeros);
-    push("visual.merger.mlp.2.weight".into(), &[v.out_hidden_size, wide], Fill::Linear);
-    push("visual.merger.mlp.2.bias".into(), &[v.out_hidden_size], Fill::Zeros);
-
-    let t = &config.text;
-    let (d, i, kv) = (t.hidden_size, t.intermediate_size, t.num_key_value_heads * t.head_dim());
-    push("model.embed_tokens.weight".into(), &[t.vocab_size, d], Fill::Embedding);
-    for l in 0..t.num_hidden_layers {
-        let p = format!("model.layers.{l}");
-        push(format!("{p}.input_layernorm.weight"), &[d], Fill::Ones);
-        for (name, rows, bias) in
-            [("q_proj", d, Fill::TextQkBias), ("k_proj", kv, Fill::TextQkBias), ("v_proj", kv, Fill::Zeros)]
-        {
-            push(format!("{p}.self_attn.{name}.weight"), &[rows, d], Fill::Linear);
-            push(format!("{p}.self_attn.{name}.bias"), &[rows], bias);
-        }
-        push(format!("{p}.self_attn.o_proj.weight"), &[d, d], Fill::Residual(t.num_hidden_layers));
-        push(format!("{p}.post_attention_layernorm.weight"), &[d], Fill::Ones);
-        push(format!("{p}.mlp.gate_proj.weight"), &[i, d], Fill::Linear);
-        push(format!("{p}.mlp.up_proj.weight"), &[i, d], Fill::Linear);
-        push(format!("{p}.mlp.down_proj.weight"), &[d, i], Fill::Residual(t.num_hidden_layers));
-    }
-    push("model.norm.weight".into(), &[d], Fill::Ones);
-    if !config.tie_word_embeddings {
-        push("lm_head.weight".into(), &[t.vocab_size, d], Fill::Embedding);
-    }
-    out
+/// A list of tensors while it grows.
+#[derive(Default)]
+pub(crate) struct Specs {
+    pub list: Vec<TensorSpec>,
 }
 
-/// The published spelling of a tensor's name: transformers' in-memory names (`model.language_model.…`,
+impl Specs {
+    pub(crate) fn push(&mut self, name: impl Into<String>, shape: &[i64], fill: Fill) {
+        self.list.push(TensorSpec { name: name.into(), shape: shape.to_vec(), fill });
+    }
+
+    /// A matrix (or kernel) and its bias.
+    pub(crate) fn linear<const N: usize>(
+        &mut self,
+        name: impl std::fmt::Display,
+        shape: [i64; N],
+        weight: Fill,
+        bias: Fill,
+    ) {
+        self.push(format!("{name}.weight"), &shape, weight);
+        self.push(format!("{name}.bias"), &shape[..1], bias);
+    }
+
+    /// A layer norm.
+    pub(crate) fn norm(&mut self, name: impl std::fmt::Display, width: i64) {
+        self.push(format!("{name}.weight"), &[width], Fill::Ones);
+        self.push(format!("{name}.bias"), &[width], Fill::Zeros);
+    }
+}
+
+/// All tensors of a model in stable order.
+pub(crate) fn tensors(config: &VlmConfig) -> Vec<TensorSpec> {
+    let mut out = Specs { list: config.family.vision_tensors(&config.vision) };
+    let t = &config.text;
+    let (d, i, hd) = (t.hidden_size, t.intermediate_size, t.head_dim);
+    let (q, kv) = (t.num_attention_heads * hd, t.num_key_value_heads * hd);
+    out.push("model.embed_tokens.weight", &[t.vocab_size, d], Fill::Embedding);
+    for l in 0..t.num_hidden_layers {
+        let p = format!("model.layers.{l}");
+        out.push(format!("{p}.input_layernorm.weight"), &[d], Fill::Ones);
+        for (name, rows, bias) in
+            [("q_proj", q, Fill::TextQkBias), ("k_proj", kv, Fill::TextQkBias), ("v_proj", kv, Fill::Zeros)]
+        {
+            out.push(format!("{p}.self_attn.{name}.weight"), &[rows, d], Fill::Linear);
+            if t.qkv_bias {
+                out.push(format!("{p}.self_attn.{name}.bias"), &[rows], bias);
+            }
+        }
+        if t.qk_norm {
+            out.push(format!("{p}.self_attn.q_norm.weight"), &[hd], Fill::Ones);
+            out.push(format!("{p}.self_attn.k_norm.weight"), &[hd], Fill::Ones);
+        }
+        out.push(format!("{p}.self_attn.o_proj.weight"), &[d, q], Fill::Residual(t.num_hidden_layers));
+        out.push(format!("{p}.post_attention_layernorm.weight"), &[d], Fill::Ones);
+        out.push(format!("{p}.mlp.gate_proj.weight"), &[i, d], Fill::Linear);
+        out.push(format!("{p}.mlp.up_proj.weight"), &[i, d], Fill::Linear);
+        out.push(format!("{p}.mlp.down_proj.weight"), &[d, i], Fill::Residual(t.num_hidden_layers));
+    }
+    out.push("model.norm.weight", &[d], Fill::Ones);
+    if !config.tie_word_embeddings {
+        out.push("lm_head.weight", &[t.vocab_size, d], Fill::Embedding);
+    }
+    out.list
+}
+
+/// The name that a tensor has here: transformers' in-memory names (`model.language_model.…`,
 /// `model.visual.…`) and older ones (`language_model.model.…`) mean the same tensors.
-pub(crate) fn published_name(name: &str) -> String {
+pub(crate) fn own_name(name: &str) -> String {
     for (from, to) in
         [("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.model.", "model.")]
     {

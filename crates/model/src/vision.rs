@@ -1,38 +1,105 @@
-//! The vision tower: patch embedding, blocks with window and full attention under 2-D rotary positions, merger.
+//! The vision tower: patch embedding, blocks with window and full attention under 2-D rotary positions, mergers. What
+//! the families' towers are made of stands in [`Tower`]; how one is put together, in the family's file.
 //!
-//! Frames of equal size are computed as one batch `[N, patches, d]`; a video of t frames is t frames here, as windows
-//! and full attention never cross frames in this family. Knows no text.
+//! Frames of equal size are computed as one batch `[N, patches, d]`; a video of t frames is t frames here, as attention
+//! never crosses frames in these families. Knows no text.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
-use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
+use crate::ops::{layer_norm, linear, rms_norm, rotate, sdpa, split2, wide};
 use crate::window::FrameTables;
 use crate::{GridThw, ModelError, Result, VisionConfig};
 
 const NORM_EPS: f64 = 1e-6;
 
-struct Block {
-    norm1: Tensor,
-    qkv: (Tensor, Tensor),
-    proj: (Tensor, Tensor),
-    norm2: Tensor,
-    gate: (Tensor, Tensor),
-    up: (Tensor, Tensor),
-    down: (Tensor, Tensor),
-    full: bool,
+/// A norm over the width.
+pub(crate) enum Norm {
+    /// RMS norm with a weight.
+    Rms(Tensor),
+    /// Layer norm with weight and bias.
+    Layer(Tensor, Tensor),
 }
 
-/// The tower; shares its tensors with the model's parameter list.
+impl Norm {
+    fn apply(&self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Rms(weight) => rms_norm(x, weight, NORM_EPS),
+            Self::Layer(weight, bias) => layer_norm(x, weight, bias, NORM_EPS),
+        }
+    }
+}
+
+/// The MLP of a block; matrices with their biases.
+pub(crate) enum Mlp {
+    /// `down(silu(gate x) * up x)`
+    Gated { gate: Pair, up: Pair, down: Pair },
+    /// `fc2(gelu_tanh(fc1 x))`
+    Plain { fc1: Pair, fc2: Pair },
+}
+
+type Pair = (Tensor, Tensor);
+
+fn affine(x: &Tensor, (weight, bias): &Pair) -> Tensor {
+    linear(x, weight, Some(bias))
+}
+
+impl Mlp {
+    fn apply(&self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Gated { gate, up, down } => affine(&(affine(x, gate).silu() * affine(x, up)), down),
+            Self::Plain { fc1, fc2 } => affine(&affine(x, fc1).gelu("tanh"), fc2),
+        }
+    }
+}
+
+/// One block of the tower.
+pub(crate) struct Block {
+    pub norm1: Norm,
+    pub qkv: Pair,
+    pub proj: Pair,
+    pub norm2: Norm,
+    pub mlp: Mlp,
+    /// Attends over the whole frame.
+    pub full: bool,
+}
+
+/// Joins neighbouring patches into one image token of the decoder's width.
+pub(crate) struct Merger {
+    pub norm: Norm,
+    /// The norm runs over the joined patches.
+    pub norm_after_shuffle: bool,
+    pub fc1: Pair,
+    pub fc2: Pair,
+}
+
+impl Merger {
+    /// `[N, patches, d]` in cell order to `[N, cells, out]`; `wide` is the width of a cell's joined patches.
+    fn apply(&self, x: &Tensor, wide: i64) -> Tensor {
+        let joined = |t: &Tensor| t.reshape([t.size()[0], -1, wide]);
+        let normed = if self.norm_after_shuffle { self.norm.apply(&joined(x)) } else { joined(&self.norm.apply(x)) };
+        affine(&affine(&normed, &self.fc1).gelu("none"), &self.fc2)
+    }
+}
+
+/// The tower's tensors, put together by the family; shares them with the model's parameter list.
+pub(crate) struct Tower {
+    /// Patch embedding and its bias.
+    pub patch: (Tensor, Option<Tensor>),
+    /// Learned square grid of positions `[side^2, d]`.
+    pub positions: Option<Tensor>,
+    pub blocks: Vec<Block>,
+    pub merger: Merger,
+    /// Blocks whose features go to the decoder's first layers, with their mergers.
+    pub deepstack: Vec<(usize, Merger)>,
+}
+
+/// The tower of one model.
 pub(crate) struct Vision {
     config: VisionConfig,
-    patch: Tensor,
-    blocks: Vec<Block>,
-    norm: Tensor,
-    merge0: (Tensor, Tensor),
-    merge2: (Tensor, Tensor),
+    tower: Tower,
     tables: RefCell<HashMap<(i64, i64), FrameTables>>,
 }
 
@@ -40,35 +107,17 @@ pub(crate) struct Vision {
 const KEPT_TABLES: usize = 256;
 
 impl Vision {
-    pub(crate) fn new(config: &VisionConfig, get: &dyn Fn(&str) -> Result<Tensor>) -> Result<Self> {
-        let pair = |name: &str| -> Result<(Tensor, Tensor)> {
-            Ok((get(&format!("visual.{name}.weight"))?, get(&format!("visual.{name}.bias"))?))
-        };
-        let block = |b: usize| -> Result<Block> {
-            Ok(Block {
-                norm1: get(&format!("visual.blocks.{b}.norm1.weight"))?,
-                qkv: pair(&format!("blocks.{b}.attn.qkv"))?,
-                proj: pair(&format!("blocks.{b}.attn.proj"))?,
-                norm2: get(&format!("visual.blocks.{b}.norm2.weight"))?,
-                gate: pair(&format!("blocks.{b}.mlp.gate_proj"))?,
-                up: pair(&format!("blocks.{b}.mlp.up_proj"))?,
-                down: pair(&format!("blocks.{b}.mlp.down_proj"))?,
-                full: config.fullatt_block_indexes.contains(&b),
-            })
-        };
-        Ok(Self {
-            config: config.clone(),
-            patch: get("visual.patch_embed.proj.weight")?,
-            blocks: (0..config.depth).map(block).collect::<Result<Vec<_>>>()?,
-            norm: get("visual.merger.ln_q.weight")?,
-            merge0: pair("merger.mlp.0")?,
-            merge2: pair("merger.mlp.2")?,
-            tables: RefCell::default(),
-        })
+    pub(crate) fn new(config: &VisionConfig, tower: Tower) -> Self {
+        Self { config: config.clone(), tower, tables: RefCell::default() }
     }
 
-    /// Features of several images of any sizes: patches `[sum t*h*w, patch_len]` to `[sum merged, out_hidden]`, both
-    /// in the processor's order.
+    /// Width of a row of features: the decoder's, once for the placeholder and once per deepstack level.
+    fn width(&self) -> i64 {
+        self.config.out_hidden_size * (1 + self.tower.deepstack.len() as i64)
+    }
+
+    /// Features of several images of any sizes: patches `[sum t*h*w, patch_len]` to `[sum merged, (1 + k) out_hidden]`,
+    /// both in the processor's order: what replaces placeholders, then what each of k deepstack levels adds.
     pub(crate) fn forward(&self, pixels: &Tensor, grids: &[GridThw]) -> Result<Tensor> {
         let c = &self.config;
         let m = c.spatial_merge_size;
@@ -86,12 +135,11 @@ impl Vision {
         if grids.is_empty() {
             return Err(ModelError::input("no image was given to the vision tower"));
         }
-        let (device, kind) = (self.patch.device(), self.patch.kind());
-        let pixels = pixels.f_to_device(device)?.f_to_kind(kind)?;
+        let pixels = pixels.f_to_device(self.tower.patch.0.device())?.f_to_kind(wide(self.tower.patch.0.kind()))?;
         let [_, h0, w0] = grids[0];
         if grids.iter().all(|[_, h, w]| (*h, *w) == (h0, w0)) {
             let out = self.frames(&pixels.view([-1, h0 * w0, c.patch_len()]), h0, w0);
-            return Ok(out.reshape([-1, c.out_hidden_size]));
+            return Ok(out.reshape([-1, self.width()]));
         }
         self.mixed(&pixels, grids)
     }
@@ -118,45 +166,48 @@ impl Vision {
             let out = self.frames(&frames, h, w);
             let counts: Vec<i64> = members.iter().map(|i| grids[*i][0]).collect();
             for (i, part) in members.iter().zip(out.f_split_with_sizes(counts.as_slice(), 0)?) {
-                parts[*i] = Some(part.reshape([-1, c.out_hidden_size]));
+                parts[*i] = Some(part.reshape([-1, self.width()]));
             }
         }
         let parts: Vec<Tensor> = parts.into_iter().flatten().collect();
         Ok(Tensor::cat(&parts, 0))
     }
 
-    /// Frames of one size `[N, h*w, patch_len]` to `[N, h*w/m^2, out_hidden]`.
+    /// Frames of one size `[N, h*w, patch_len]` to `[N, h*w/m^2, width]`.
     fn frames(&self, patches: &Tensor, h: i64, w: i64) -> Tensor {
-        let c = &self.config;
+        let (c, tower) = (&self.config, &self.tower);
         let tables = self.tables(h, w, patches.device());
-        let weight = self.patch.view([c.hidden_size, c.patch_len()]);
-        let mut x = linear(patches, &weight, None).index_select(1, &tables.permute);
-        for block in &self.blocks {
-            x = self.block(block, &x, &tables);
+        let weight = tower.patch.0.view([c.hidden_size, c.patch_len()]);
+        let mut x = linear(patches, &weight, tower.patch.1.as_ref());
+        if let (Some(grid), Some((index, weights))) = (&tower.positions, &tables.positions) {
+            let taps = grid.index_select(0, index).view([-1, weights.size()[1], c.hidden_size]).to_kind(x.kind());
+            x += (taps * weights.unsqueeze(-1)).sum_dim_intlist([1i64].as_slice(), false, x.kind());
         }
-        let merged = rms_norm(&x, &self.norm, NORM_EPS).view([x.size()[0], -1, c.hidden_size * c.merge_unit()]);
-        let merged = linear(&merged, &self.merge0.0, Some(&self.merge0.1)).gelu("none");
-        linear(&merged, &self.merge2.0, Some(&self.merge2.1)).index_select(1, &tables.restore)
-    }
-
-    fn block(&self, block: &Block, x: &Tensor, tables: &FrameTables) -> Tensor {
-        let attended = self.attention(block, &rms_norm(x, &block.norm1, NORM_EPS), tables);
-        let x = x + attended;
-        let normed = rms_norm(&x, &block.norm2, NORM_EPS);
-        let gate = linear(&normed, &block.gate.0, Some(&block.gate.1)).silu();
-        let up = linear(&normed, &block.up.0, Some(&block.up.1));
-        x + linear(&(gate * up), &block.down.0, Some(&block.down.1))
+        x = x.index_select(1, &tables.permute);
+        let wide = c.hidden_size * c.merge_unit();
+        let mut levels = Vec::with_capacity(tower.deepstack.len());
+        for (index, block) in tower.blocks.iter().enumerate() {
+            let attended = self.attention(block, &block.norm1.apply(&x), &tables);
+            x = x + attended;
+            let expanded = block.mlp.apply(&block.norm2.apply(&x));
+            x = x + expanded;
+            if let Some((_, merger)) = tower.deepstack.iter().find(|(b, _)| *b == index) {
+                levels.push(merger.apply(&x, wide));
+            }
+        }
+        levels.insert(0, tower.merger.apply(&x, wide));
+        let all = if levels.len() == 1 { levels.swap_remove(0) } else { Tensor::cat(&levels, -1) };
+        all.index_select(1, &tables.restore)
     }
 
     fn attention(&self, block: &Block, x: &Tensor, tables: &FrameTables) -> Tensor {
         let c = &self.config;
         let (size, heads) = (x.size(), c.num_heads);
         let (n, s, d) = (size[0], size[1], c.hidden_size / heads);
-        let qkv = linear(x, &block.qkv.0, Some(&block.qkv.1)).view([n, s, 3, heads, d]);
-        let kind = qkv.kind();
+        let qkv = affine(x, &block.qkv).view([n, s, 3, heads, d]);
         let (cos, sin) = (tables.cos.view([s, 1, 1, d / 2]), tables.sin.view([s, 1, 1, d / 2]));
         let (qk, v) = split2(&qkv, 2, 2, 1);
-        let (q, k) = split2(&rotate(&qk.to_kind(Kind::Float), &cos, &sin).to_kind(kind), 2, 1, 1);
+        let (q, k) = split2(&rotate(&qk, &cos, &sin), 2, 1, 1);
         let part = |start: i64, count: i64, len: i64| {
             let cut = |t: &Tensor| {
                 let t = if count * len == s { t.shallow_clone() } else { t.narrow(1, start, count * len) };
@@ -175,7 +226,7 @@ impl Vision {
             }
             if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(&parts, 1) }
         };
-        linear(&out, &block.proj.0, Some(&block.proj.1))
+        affine(&out, &block.proj)
     }
 
     fn tables(&self, h: i64, w: i64, device: Device) -> FrameTables {

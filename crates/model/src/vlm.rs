@@ -6,11 +6,13 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::attention::{Capture, CaptureSpec};
-use crate::cache::{DecodeOut, GroupCache, Prefill};
+use crate::attention::{AttentionSet, Capture, CaptureSpec};
+use crate::cache::{CacheShape, DecodeOut, GroupCache, Place, Prefill};
 use crate::decoder::{Decoder, SequenceAsk, SequenceOut};
-use crate::packed::{PackedBatch, image_positions, pad, padding_token};
+use crate::ops::{linear, wide};
+use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::rope::rope_positions;
+use crate::shards::{Plan, SHARD_BYTES};
 use crate::vision::Vision;
 use crate::weights::{self, check_names};
 use crate::{GridThw, ModelError, Result, VlmConfig, spec};
@@ -59,26 +61,37 @@ impl Vlm {
         Self::assemble(config, parameters)
     }
 
-    pub(crate) fn assemble(config: VlmConfig, parameters: Vec<(String, Tensor)>) -> Result<Self> {
+    pub(crate) fn assemble(config: VlmConfig, mut parameters: Vec<(String, Tensor)>) -> Result<Self> {
         let by_name: HashMap<String, usize> = parameters.iter().enumerate().map(|(i, (n, _))| (n.clone(), i)).collect();
-        let get = |name: &str| -> Result<Tensor> {
-            let index = by_name.get(name).ok_or_else(|| ModelError::input(format!("no tensor `{name}`")))?;
-            Ok(parameters[*index].1.shallow_clone())
+        let place = |name: &str| -> Result<usize> {
+            by_name.get(name).copied().ok_or_else(|| ModelError::input(format!("no tensor `{name}`")))
+        };
+        let fused = fuse(&config, &mut parameters, &place)?;
+        let get = |name: &str| -> Result<Tensor> { Ok(parameters[place(name)?].1.shallow_clone()) };
+        let whole = |names: &[String; 3]| -> Result<Tensor> {
+            let found = fused.get(&names[0]).map(Tensor::shallow_clone);
+            found.ok_or_else(|| ModelError::input(format!("no tensor `{}`", names[0])))
         };
         let embedding = get("model.embed_tokens.weight")?;
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight")? };
-        let (vision, decoder) = (Vision::new(&config.vision, &get)?, Decoder::new(&config.text, &get)?);
+        let vision = Vision::new(&config.vision, config.family.tower(&config.vision, &get)?);
+        let decoder = Decoder::new(&config.text, &get, &whole)?;
         Ok(Self { vision, decoder, embedding, head, config, parameters, by_name })
     }
 
-    /// Writes `model.safetensors`, `config.json` and `generation_config.json`, each whole or not at all. Weights are
-    /// stored in the kind that they have here.
+    /// Writes the weights (in shards where they are large), `config.json` and `generation_config.json`, each file whole or not
+    /// at all. Weights are stored in the kind that they have here.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        self.save_as(dir, self.kind())
+    }
+
+    /// [`Vlm::save`] in another kind of numbers.
+    pub fn save_as(&self, dir: &Path, kind: Kind) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
         let mut config = self.config.clone();
-        config.dtype = self.kind();
-        let tensors: Vec<_> = self.parameters.iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-        weights::write_safetensors(&dir.join("model.safetensors"), &tensors)?;
+        config.dtype = kind;
+        let plan = Plan::new(&config, &spec::tensors(&config), SHARD_BYTES);
+        plan.write(dir, &mut |index| Ok(self.parameters[index].1.detach().f_to_kind(kind)?))?;
         config.save(dir)
     }
 
@@ -136,64 +149,78 @@ impl Vlm {
         })
     }
 
-    /// Features `[sum merged, D]` of images given as patches `[sum t*h*w, patch_len]`, in the processor's order.
+    /// Features of images given as patches `[sum t*h*w, patch_len]`, in the processor's order: `[sum merged, (1 + k) D]`, what
+    /// replaces placeholders and then what each of k deepstack levels adds in the decoder (k = 0 in families without).
     pub fn encode_images(&self, pixel_values: &Tensor, grids: &[GridThw]) -> Result<Tensor> {
         self.vision.forward(pixel_values, grids)
     }
 
-    /// Embeddings `[B, L, D]` of tokens `[B, L]`, placeholders replaced by feature rows in row-major order.
+    /// Embeddings `[B, L, D]` of tokens `[B, L]`, placeholders replaced by feature rows in row-major order, and what
+    /// deepstack adds where.
     ///
-    /// Errors with [`ModelError::ImageTokens`] when their numbers differ.
-    pub fn embed(&self, tokens: &Tensor, image_features: Option<&Tensor>) -> Result<Tensor> {
+    /// Errors with [`ModelError::ImageTokens`] when placeholders and features differ in number.
+    fn embed(
+        &self,
+        tokens: &Tensor,
+        image_features: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<(Tensor, Vec<Tensor>)>)> {
         let vocab = self.config.text.vocab_size;
         if tokens.numel() > 0 && (tokens.max().int64_value(&[]) >= vocab || tokens.min().int64_value(&[]) < 0) {
             return Err(ModelError::input(format!("a token id is outside the vocabulary of {vocab}")));
         }
-        let embeds = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?;
+        let embeds = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(wide(self.kind()))?;
         let places = tokens.eq(i64::from(self.config.image_token_id));
         let count = places.sum(Kind::Int64).int64_value(&[]);
         let rows = image_features.map_or(0, |f| f.size().first().copied().unwrap_or(0));
         if count != rows {
             return Err(ModelError::ImageTokens { tokens: count, features: rows });
         }
-        match image_features {
-            Some(features) if count > 0 => {
-                Ok(embeds.f_masked_scatter(&places.unsqueeze(-1), &features.to_kind(embeds.kind()))?)
-            }
-            _ => Ok(embeds),
+        let Some(features) = image_features.filter(|_| count > 0) else { return Ok((embeds, None)) };
+        let (d, levels) = (self.config.text.hidden_size, self.config.vision.deepstack().len() as i64);
+        if features.size() != [rows, d * (1 + levels)] {
+            let found = features.size();
+            return Err(ModelError::input(format!(
+                "image features have shape {found:?}, expected [{rows}, {}]",
+                d * (1 + levels)
+            )));
         }
+        let mut parts = features.f_split(d, 1)?;
+        let added = parts.split_off(1);
+        let embeds = embeds.f_masked_scatter(&places.unsqueeze(-1), &parts[0])?;
+        let at = (levels > 0).then(|| places.flatten(0, 1).nonzero().squeeze_dim(1));
+        Ok((embeds, at.map(|at| (at, added))))
     }
 
-    /// Teacher-forced pass. `positions [3, B, L]`; `mask` none is causal, bool `[B, 1, L, L]` is true where a row may
-    /// attend, any other kind is added to the scores. No row may be masked entirely.
+    /// Teacher-forced pass over tokens `[B, L]`. `positions [3, B, L]`; `mask` none is causal, bool `[B, 1, L, L]` is true where a
+    /// row may attend, any other kind is added to the scores. No row may be masked entirely.
     pub fn forward(
         &self,
-        embeds: &Tensor,
+        tokens: &Tensor,
+        image_features: Option<&Tensor>,
         positions: &Tensor,
         mask: Option<&Tensor>,
         capture: Option<&Capture>,
     ) -> Result<ForwardOut> {
-        let out = self.sequences(embeds, positions, mask, &SequenceAsk { capture, ..SequenceAsk::default() })?;
+        let ask = SequenceAsk { capture, ..SequenceAsk::default() };
+        let out = self.sequences(tokens, image_features, positions, mask, ask)?;
         Ok(ForwardOut { hidden: out.hidden, attention: out.attention })
     }
 
     /// Checks shapes, makes the mask additive, runs the decoder.
     fn sequences(
         &self,
-        embeds: &Tensor,
+        tokens: &Tensor,
+        image_features: Option<&Tensor>,
         positions: &Tensor,
         mask: Option<&Tensor>,
-        ask: &SequenceAsk<'_>,
+        ask: SequenceAsk<'_>,
     ) -> Result<SequenceOut> {
-        let size = embeds.size();
-        let [b, l, d] = size[..] else {
-            return Err(ModelError::input(format!("embeddings have shape {size:?}, expected [B, L, D]")));
+        let size = tokens.size();
+        let [b, l] = size[..] else {
+            return Err(ModelError::input(format!("tokens have shape {size:?}, expected [B, L]")));
         };
-        if d != self.config.text.hidden_size || positions.size() != [3, b, l] {
-            return Err(ModelError::input(format!(
-                "embeddings {size:?} and positions {:?} do not fit",
-                positions.size()
-            )));
+        if positions.size() != [3, b, l] {
+            return Err(ModelError::input(format!("tokens {size:?} and positions {:?} do not fit", positions.size())));
         }
         if let Some(m) = mask
             && (m.dim() != 4 || m.size()[2..] != [l, l] || ![1, b].contains(&m.size()[0]))
@@ -201,21 +228,23 @@ impl Vlm {
             return Err(ModelError::input(format!("mask has shape {:?}, expected [{b}, 1, {l}, {l}]", m.size())));
         }
         if let Some(c) = ask.capture {
-            self.check_layer(c.layer)?;
+            c.set.check(&self.config.text)?;
         }
-        let kind = embeds.kind();
+        let kind = wide(self.kind());
         let additive = mask.map(|m| match m.kind() {
             Kind::Bool => {
                 Tensor::zeros(m.size().as_slice(), (kind, m.device())).masked_fill(&m.logical_not(), f64::NEG_INFINITY)
             }
             _ => m.to_kind(kind),
         });
-        Ok(self.decoder.sequences(embeds, positions, additive.as_ref(), ask))
+        let (embeds, deepstack) = self.embed(tokens, image_features)?;
+        let deepstack = deepstack.as_ref().map(|(at, levels)| (at, levels.as_slice()));
+        Ok(self.decoder.sequences(&embeds, positions, additive.as_ref(), &SequenceAsk { deepstack, ..ask }))
     }
 
-    /// Logits `[.., V]` of hidden states `[.., D]`; give it only the rows that are needed.
+    /// Logits `[.., V]`, fp32, of hidden states `[.., D]`; give it only the rows that are needed.
     pub fn lm_head(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear(&self.head, None::<Tensor>)
+        linear(hidden, &self.head, None)
     }
 
     /// Teacher-forced pass over packed groups.
@@ -225,16 +254,15 @@ impl Vlm {
         image_features: Option<&Tensor>,
         capture: Option<CaptureSpec>,
     ) -> Result<PackedOut> {
-        let embeds = self.embed(&batch.tokens, image_features)?;
         let capture = capture.map(|c| Capture {
-            layer: c.layer,
+            set: c.set,
             queries: batch.query_index.shallow_clone(),
             image_index: batch.image_index.shallow_clone(),
             image_valid: batch.image_valid.shallow_clone(),
             differentiable: c.differentiable,
         });
-        let ask = SequenceAsk { capture: capture.as_ref(), rows: Some(&batch.predict_index), keep_kv: false };
-        let out = self.sequences(&embeds, &batch.positions, Some(&batch.mask), &ask)?;
+        let ask = SequenceAsk { capture: capture.as_ref(), rows: Some(&batch.predict_index), ..SequenceAsk::default() };
+        let out = self.sequences(&batch.tokens, image_features, &batch.positions, Some(&batch.mask), ask)?;
         let attention = match out.attention {
             Some(rows) => {
                 let v = rows.size()[2];
@@ -266,56 +294,99 @@ impl Vlm {
         let (g, device) = (prompts.len() as i64, self.device());
         let tokens = Tensor::from_slice(&tokens).view([g, l as i64]).to_device(device);
         let positions = Tensor::from_slice(&positions).view([g, l as i64, 3]).to_device(device).permute([2, 0, 1]);
-        let embeds = self.embed(&tokens, image_features)?;
         let lengths: Vec<i64> = prompts.iter().map(|p| p.tokens.len() as i64).collect();
         let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| (i * l) as i64 + len - 1).collect();
         let last = Tensor::from_slice(&last).to_device(device);
-        let out = self.sequences(
-            &embeds,
-            &positions,
-            None,
-            &SequenceAsk { capture: None, rows: Some(&last), keep_kv: true },
-        )?;
+        let ask = SequenceAsk { rows: Some(&last), keep_kv: true, ..SequenceAsk::default() };
+        let out = self.sequences(&tokens, image_features, &positions, None, ask)?;
         let images: Vec<Vec<i64>> = prompts.iter().map(|p| image_positions(&p.tokens, &self.config)).collect();
-        let (index, valid) = pad(&images);
         Ok(Prefill {
             last_hidden: out.hidden,
             image_tokens: images.iter().map(Vec::len).collect(),
             layers: out.kv,
             lengths,
             next,
-            image_index: Tensor::from_slice(&index).view([g, -1]).to_device(device),
-            image_valid: Tensor::from_slice(&valid).view([g, -1]).to_kind(Kind::Bool).to_device(device),
+            images,
+            responses: Vec::new(),
         })
     }
 
-    /// Feeds one token per row `[R]` and returns what predicts the next. Rows that are not `active` are computed
-    /// (finite, meaningless) but do not advance. Run it without gradients: caches are written in place.
-    pub fn decode_step(
-        &self,
-        cache: &mut GroupCache,
-        tokens: &Tensor,
-        active: Option<&[bool]>,
-        capture_layer: Option<usize>,
-    ) -> Result<DecodeOut> {
-        if tokens.size() != [cache.rows() as i64] {
-            return Err(ModelError::input(format!("{:?} tokens for {} rows", tokens.size(), cache.rows())));
+    /// Runs prompts and what has been fed of their responses (which may be empty) under the present weights, for caches that
+    /// were filled under other ones. All groups have equally many responses.
+    pub fn refill(&self, groups: &[PackedGroup], image_features: Option<&Tensor>) -> Result<Prefill> {
+        let batch = PackedBatch::pack(groups, &self.config, self.device())?;
+        let lengths: Vec<i64> = groups.iter().map(|g| g.prompt.tokens.len() as i64).collect();
+        let l = batch.tokens.size()[1];
+        let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| i as i64 * l + len - 1).collect();
+        let last = Tensor::from_slice(&last).to_device(self.device());
+        let ask = SequenceAsk { rows: Some(&last), keep_kv: true, ..SequenceAsk::default() };
+        let out = self.sequences(&batch.tokens, image_features, &batch.positions, Some(&batch.mask), ask)?;
+        let ranges = |g: &PackedGroup| {
+            let mut at = g.prompt.tokens.len() as i64;
+            let one = |r: &Vec<u32>| {
+                at += r.len() as i64;
+                at - r.len() as i64..at
+            };
+            g.responses.iter().map(one).collect()
+        };
+        let images: Vec<Vec<i64>> = groups.iter().map(|g| image_positions(&g.prompt.tokens, &self.config)).collect();
+        Ok(Prefill {
+            last_hidden: out.hidden,
+            image_tokens: batch.image_tokens,
+            layers: out.kv,
+            lengths,
+            next: batch.next,
+            images,
+            responses: groups.iter().map(ranges).collect(),
+        })
+    }
+
+    /// Empty caches for this model.
+    pub fn cache(&self, shape: CacheShape, capture: Option<AttentionSet>) -> Result<GroupCache> {
+        GroupCache::new(&self.config.text, shape, capture, self.device())
+    }
+
+    /// Feeds one token `[A]` to each of `rows` (ascending) and returns what predicts the next. Run it without gradients:
+    /// caches are written in place.
+    pub fn decode_step(&self, cache: &mut GroupCache, tokens: &Tensor, rows: &[usize]) -> Result<DecodeOut> {
+        if tokens.size() != [rows.len() as i64] || rows.is_empty() || !rows.is_sorted_by(|a, b| a < b) {
+            return Err(ModelError::input(format!("{:?} tokens for rows {rows:?}", tokens.size())));
         }
-        cache.check_room(active)?;
-        if let Some(layer) = capture_layer {
-            self.check_layer(layer)?;
-        }
-        let embeds = Tensor::f_embedding(&self.embedding, &tokens.f_to_device(self.device())?, -1, false, false)?;
-        let (hidden, attention) = tch::no_grad(|| self.decoder.step(&embeds, cache, capture_layer));
-        cache.advance(active);
+        cache.check_room(rows)?;
+        let place = cache.place(rows, false);
+        let (hidden, attention) = tch::no_grad(|| self.step(&tokens.f_to_device(self.device())?, cache, &place))?;
+        cache.advance(rows);
         Ok(DecodeOut { hidden, attention })
     }
 
-    fn check_layer(&self, layer: usize) -> Result<()> {
-        let layers = self.config.text.num_hidden_layers;
-        if layer < layers {
-            return Ok(());
-        }
-        Err(ModelError::input(format!("capture layer {layer} is not among the {layers} layers")))
+    /// The tensor work of a decode step: nothing but the values in `tokens` and `place` changes between steps of one shape.
+    pub(crate) fn step(&self, tokens: &Tensor, cache: &GroupCache, place: &Place) -> Result<(Tensor, Option<Tensor>)> {
+        let embeds = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(wide(self.kind()))?;
+        Ok(self.decoder.step(&embeds, cache, place))
     }
+}
+
+/// Makes the weights of queries, keys and values rows of one tensor per layer (and so their biases), and returns those
+/// tensors by the name of their first part.
+fn fuse(
+    config: &VlmConfig,
+    parameters: &mut [(String, Tensor)],
+    place: &dyn Fn(&str) -> Result<usize>,
+) -> Result<HashMap<String, Tensor>> {
+    let mut out = HashMap::new();
+    let kinds: &[&str] = if config.text.qkv_bias { &["weight", "bias"] } else { &["weight"] };
+    for (layer, kind) in (0..config.text.num_hidden_layers).flat_map(|l| kinds.iter().map(move |k| (l, k))) {
+        let names = ["q", "k", "v"].map(|x| format!("model.layers.{layer}.self_attn.{x}_proj.{kind}"));
+        let places = [place(&names[0])?, place(&names[1])?, place(&names[2])?];
+        let whole = Tensor::f_cat(&places.map(|p| &parameters[p].1), 0)?;
+        let mut at = 0;
+        for p in places {
+            let rows = parameters[p].1.size()[0];
+            parameters[p].1 = whole.f_narrow(0, at, rows)?.f_detach()?;
+            at += rows;
+        }
+        let [first, ..] = names;
+        out.insert(first, whole);
+    }
+    Ok(out)
 }

@@ -14,14 +14,15 @@ use crate::error::name_list;
 use crate::spec::{self, TensorSpec};
 use crate::{ModelError, Result, VlmConfig};
 
-/// Loads the tensors that `config` calls for from a model directory, in the order of the specification.
+/// Loads the tensors that `config` calls for from a model directory, in the order of the specification. Each is read from the
+/// file's pages straight into its place on `device`, in `kind`: there is no second copy in host memory.
 pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
     let files = weight_files(dir)?;
     let maps = files.iter().map(|path| map_file(path)).collect::<Result<Vec<_>>>()?;
     let mut found: HashMap<String, (usize, TensorView<'_>)> = HashMap::new();
     for (index, map) in maps.iter().enumerate() {
         for (name, view) in parse(&files[index], map)?.tensors() {
-            let name = spec::published_name(&name);
+            let name = spec::own_name(&name);
             if spec::ignorable(&name, config.tie_word_embeddings) {
                 continue;
             }
@@ -32,18 +33,20 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
     }
     let specs = spec::tensors(config);
     check_names(dir, &specs, &found.iter().map(|(n, (_, v))| (n.as_str(), shape_of(v))).collect())?;
-    let mut out = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let Some((index, view)) = found.remove(&spec.name) else { continue };
-        let tensor = to_tensor(&files[index], &spec.name, &view)?;
-        if !tensor.is_floating_point() {
+    for (name, (index, view)) in &found {
+        if !matches!(view.dtype(), Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64) {
             return Err(ModelError::corrupt(
-                &files[index],
-                format!("tensor `{}` holds {:?}, expected floating-point numbers", spec.name, view.dtype()),
+                &files[*index],
+                format!("tensor `{name}` holds {:?}, expected floating-point numbers", view.dtype()),
             ));
         }
-        // The copy frees us from the map; `to` is free where kind and device already fit.
-        out.push((spec.name, tensor.f_to_kind(kind)?.f_to_device(device)?));
+    }
+    let mut out = Vec::with_capacity(specs.len());
+    for spec in specs {
+        let Some((index, view)) = found.get(&spec.name) else { continue };
+        let tensor = Tensor::f_empty(spec.shape.as_slice(), (kind, device))?;
+        copy_view(&files[*index], &spec.name, view, &mut tensor.shallow_clone())?;
+        out.push((spec.name, tensor));
     }
     Ok(out)
 }
@@ -192,7 +195,13 @@ fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
 }
 
 fn to_tensor(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
-    let kind = match view.dtype() {
+    let mut out = Tensor::f_empty(shape_of(view).as_slice(), (kind_of(path, name, view)?, Device::Cpu))?;
+    copy_view(path, name, view, &mut out)?;
+    Ok(out)
+}
+
+fn kind_of(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
+    Ok(match view.dtype() {
         Dtype::F32 => Kind::Float,
         Dtype::BF16 => Kind::BFloat16,
         Dtype::F16 => Kind::Half,
@@ -202,8 +211,29 @@ fn to_tensor(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
         Dtype::U8 => Kind::Uint8,
         Dtype::BOOL => Kind::Bool,
         other => return Err(ModelError::corrupt(path, format!("tensor `{name}` has the unsupported kind {other:?}"))),
-    };
-    Ok(Tensor::f_from_data_size(view.data(), &shape_of(view), kind)?)
+    })
+}
+
+/// Copies the file's numbers to `target`, which may be of another kind or on another device.
+#[allow(unsafe_code)]
+fn copy_view(path: &Path, name: &str, view: &TensorView<'_>, target: &mut Tensor) -> Result<()> {
+    let kind = kind_of(path, name, view)?;
+    if target.numel() == 0 {
+        return Ok(());
+    }
+    let (shape, data) = (shape_of(view), view.data());
+    if (data.as_ptr() as usize) % kind.elt_size_in_bytes() != 0 {
+        let bytes = Tensor::f_from_data_size(data, &shape, kind)?;
+        return Ok(target.f_copy_(&bytes)?);
+    }
+    let mut strides = vec![1i64; shape.len()];
+    for i in (1..shape.len()).rev() {
+        strides[i - 1] = strides[i] * shape[i];
+    }
+    // SAFETY: the view's bytes hold exactly this shape and kind (safetensors checks that), are aligned for it, are only
+    // read, and outlive the borrowed tensor, which ends with this function.
+    let source = unsafe { Tensor::f_from_blob(data.as_ptr(), &shape, &strides, kind, Device::Cpu) }?;
+    Ok(target.f_copy_(&source)?)
 }
 
 /// A tensor as the safetensors writer wants it; bytes are copied out only when its turn comes.

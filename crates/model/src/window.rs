@@ -7,6 +7,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::VisionConfig;
+use crate::config::Reach;
 use crate::ops::inverse_frequencies;
 
 /// Tables for frames of `h x w` patches.
@@ -21,26 +22,30 @@ pub(crate) struct FrameTables {
     pub cos: Tensor,
     /// See `cos`.
     pub sin: Tensor,
+    /// Where each patch (in the processor's order) reads a learned position grid, and with which weights, fp32:
+    /// `[h*w*4]` and `[h*w, 4]`.
+    pub positions: Option<(Tensor, Tensor)>,
 }
 
 impl FrameTables {
     pub(crate) fn new(config: &VisionConfig, h: i64, w: i64, device: Device) -> Self {
         let m = config.spatial_merge_size;
         let unit = config.merge_unit();
-        let (windows, order) = window_order(h / m, w / m, config.window_cells());
+        let (rows, cols) = (h / m, w / m);
+        let side = match &config.reach {
+            Reach::Windows { window_size, .. } => window_size / m / config.patch_size,
+            Reach::Whole { .. } => rows.max(cols),
+        };
+        let (windows, order) = window_order(rows, cols, side);
         let permute: Vec<i64> = order.iter().flat_map(|cell| (0..unit).map(move |u| cell * unit + u)).collect();
         let mut restore = vec![0i64; order.len()];
         for (place, cell) in order.iter().enumerate() {
             restore[*cell as usize] = place as i64;
         }
-        // The processor orders patches cell by cell, row-major inside a cell.
-        let cells_w = w / m;
         let freqs = inverse_frequencies(config.rope_theta, config.hidden_size / config.num_heads / 2);
         let mut angles = Vec::with_capacity(permute.len() * freqs.len() * 2);
         for patch in &permute {
-            let (cell, inner) = (patch / unit, patch % unit);
-            let row = (cell / cells_w) * m + inner / m;
-            let col = (cell % cells_w) * m + inner % m;
+            let (row, col) = place(*patch, m, cols);
             angles.extend(freqs.iter().map(|f| row as f32 * f));
             angles.extend(freqs.iter().map(|f| col as f32 * f));
         }
@@ -52,6 +57,14 @@ impl FrameTables {
             windows: windows.into_iter().map(|(count, cells)| (count, cells * unit)).collect(),
             cos: angles.cos().to_device(device),
             sin: angles.sin().to_device(device),
+            positions: match &config.reach {
+                Reach::Windows { .. } => None,
+                Reach::Whole { positions, .. } => {
+                    let (index, weights) = interpolation(h, w, m, positions.isqrt());
+                    let weights = Tensor::from_slice(&weights).view([-1, 4]);
+                    Some((Tensor::from_slice(&index).to_device(device), weights.to_device(device)))
+                }
+            },
         }
     }
 
@@ -63,6 +76,7 @@ impl FrameTables {
             windows: self.windows.clone(),
             cos: self.cos.shallow_clone(),
             sin: self.sin.shallow_clone(),
+            positions: self.positions.as_ref().map(|(i, w)| (i.shallow_clone(), w.shallow_clone())),
         }
     }
 
@@ -70,6 +84,33 @@ impl FrameTables {
     pub(crate) fn single_window(&self) -> bool {
         matches!(self.windows.as_slice(), [(1, _)])
     }
+}
+
+/// Row and column of a patch. The processor orders patches cell by cell, row-major inside a cell; `cols` counts cells.
+fn place(patch: i64, m: i64, cols: i64) -> (i64, i64) {
+    let (cell, inner) = (patch / (m * m), patch % (m * m));
+    ((cell / cols) * m + inner / m, (cell % cols) * m + inner % m)
+}
+
+/// Bilinear taps of every patch into a learned grid of `side x side` whose corners lie on the image's corner patches.
+fn interpolation(h: i64, w: i64, m: i64, side: i64) -> (Vec<i64>, Vec<f32>) {
+    let axis = |at: i64, length: i64| {
+        let source = (at * (side - 1)) as f32 / (length - 1).max(1) as f32;
+        let low = source.floor();
+        let share = source - low;
+        [(low as i64, 1.0 - share), ((low as i64 + 1).min(side - 1), share)]
+    };
+    let (mut index, mut weights) = (Vec::new(), Vec::new());
+    for patch in 0..h * w {
+        let (row, col) = place(patch, m, w / m);
+        for (r, a) in axis(row, h) {
+            for (c, b) in axis(col, w) {
+                index.push(r * side + c);
+                weights.push(a * b);
+            }
+        }
+    }
+    (index, weights)
 }
 
 /// Windows of a grid of merged cells, equal sizes together: (count, cells per window) runs and the cell order.

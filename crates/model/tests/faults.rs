@@ -126,7 +126,7 @@ fn tiny_is_tiny_and_seeded() {
     big.vocab_size = 3000;
     let config = init(&big, dir.path()).expect("init");
     let sides = preset("qwen2_5_vl", "tiny").expect("exists");
-    assert_eq!((sides.patch_size, sides.merge_size), (config.vision.patch_size, config.vision.spatial_merge_size));
+    assert_eq!((sides.patch_size, sides.merge_size()), (config.vision.patch_size, config.vision.spatial_merge_size));
     let first = std::fs::read(dir.path().join("model.safetensors")).expect("reads");
     init(&big, dir.path()).expect("init");
     assert_eq!(first, std::fs::read(dir.path().join("model.safetensors")).expect("reads"));

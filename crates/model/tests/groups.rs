@@ -2,10 +2,11 @@
 
 mod common;
 
-use common::{lively, max_diff};
+use common::{lively, lively_of, max_diff};
 use tch::{Device, Kind, Tensor};
 use unveil_model::{
-    CaptureSpec, GroupCache, ModelError, PackedBatch, PackedGroup, Prompt, Vlm, logprobs, logprobs_entropy,
+    AttentionSet, CacheShape, CaptureSpec, Family, ModelError, PackedBatch, PackedGroup, Prompt, Vlm, logprobs,
+    logprobs_entropy,
 };
 
 const VOCAB: u32 = 300;
@@ -55,7 +56,7 @@ fn separately(vlm: &Vlm, groups: &[PackedGroup], pixels: &Tensor, layer: usize) 
         for response in &group.responses {
             let one = PackedGroup { prompt: group.prompt.clone(), responses: vec![response.clone()] };
             let batch = PackedBatch::build(&[one], vlm.config(), Device::Cpu).expect("packs");
-            let spec = CaptureSpec { layer, differentiable: false };
+            let spec = CaptureSpec { set: AttentionSet::layer(layer), differentiable: false };
             let out = vlm.forward_packed(&batch, features.as_ref(), Some(spec)).expect("runs");
             lps.push(logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 0.7, &[3, 4]));
             rows.push(out.attention.expect("captured"));
@@ -66,17 +67,22 @@ fn separately(vlm: &Vlm, groups: &[PackedGroup], pixels: &Tensor, layer: usize) 
 
 #[test]
 fn packed_equals_separate() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let vlm = lively(dir.path());
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        check_packed(&lively_of(family, dir.path()));
+    }
+}
+
+fn check_packed(vlm: &Vlm) {
     let groups = groups();
-    let (grids, pixels) = pixels(&vlm, &groups);
+    let (grids, pixels) = pixels(vlm, &groups);
     tch::no_grad(|| {
         let features = vlm.encode_images(&pixels, &grids).expect("features");
         let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-        let spec = CaptureSpec { layer: 2, differentiable: false };
+        let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: false };
         let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
         let together = logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 0.7, &[3, 4]);
-        let (apart, rows) = separately(&vlm, &groups, &pixels, 2);
+        let (apart, rows) = separately(vlm, &groups, &pixels, 2);
         assert_eq!(batch.len() as i64, apart.size()[0]);
         let diff = max_diff(&together, &apart);
         assert!(diff < 1e-5, "log-probabilities differ by {diff}");
@@ -90,12 +96,17 @@ fn packed_equals_separate() {
     });
 }
 
-/// Decoding responses of unequal length, with inactive rows, late admission and dropped groups, gives the
-/// log-probabilities of the packed pass.
+/// Decoding responses of unequal length, where rows stop, groups are admitted late and slots are freed, taken again and given
+/// back, gives the log-probabilities and attention of the packed pass.
 #[test]
 fn decoding_equals_packed() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let vlm = lively(dir.path());
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        check_decoding(&lively_of(family, dir.path()));
+    }
+}
+
+fn check_decoding(vlm: &Vlm) {
     let mut groups = groups();
     for (g, group) in groups.iter_mut().enumerate() {
         while group.responses.len() < 4 {
@@ -103,83 +114,160 @@ fn decoding_equals_packed() {
             group.responses.push((0..4 + n).map(|i| 30 + (g as u32 * 50 + n * 11 + i * 7) % 200).collect());
         }
     }
-    let (grids, pixels) = pixels(&vlm, &groups);
+    let (grids, pixels) = pixels(vlm, &groups);
     tch::no_grad(|| {
         let features = vlm.encode_images(&pixels, &grids).expect("features");
         let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-        let spec = CaptureSpec { layer: 2, differentiable: false };
+        let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: false };
         let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
         let expected = logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
         let expected_rows = out.attention.expect("captured");
 
-        // Group 1 first; 0 and 2 join after two steps; 1 leaves when it is done.
+        // Group 1 first, in slot 2 of 3; 0 and 2 join after two steps; slots of groups that are done are freed, then dropped.
         let feature_rows = |g: usize| groups[g].prompt.grids.iter().map(|x| x.iter().product::<i64>() / 4).sum::<i64>();
         let (a, b) = (feature_rows(0), feature_rows(1));
         let first = vlm.prefill(&[groups[1].prompt.clone()], Some(&features.narrow(0, a, b))).expect("prefill");
         let rest = vlm
             .prefill(&[groups[0].prompt.clone(), groups[2].prompt.clone()], Some(&features.narrow(0, 0, a)))
             .expect("prefill");
-        let mut hidden = first.last_hidden.repeat_interleave_self_int(4, 0, None);
-        let mut cache = GroupCache::new(first, 4, 14).expect("cache");
-        let (mut order, mut rest) = (vec![1usize], Some(rest));
+        let shape = CacheShape { slots: 3, n: 4, prompt: 10, response: 14, images: 1 };
+        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(2))).expect("cache");
+        cache.admit(&first, &[2]).expect("admits");
+        // What predicts the next token of each (group, response).
+        let mut hidden: std::collections::BTreeMap<(usize, usize), Tensor> = Default::default();
+        let mut slots: Vec<Option<usize>> = vec![None, None, Some(1)];
+        (0..4).for_each(|r| drop(hidden.insert((1, r), first.last_hidden.get(0))));
         for step in 0..40 {
-            if step == 2
-                && let Some(rest) = rest.take()
-            {
-                hidden = Tensor::cat(&[hidden, rest.last_hidden.repeat_interleave_self_int(4, 0, None)], 0);
-                cache.append(rest).expect("appends");
-                order.extend([0, 2]);
+            if step == 2 {
+                cache.admit(&rest, &[1, 0]).expect("admits");
+                slots = vec![Some(2), Some(0), Some(1)];
+                for r in 0..4 {
+                    hidden.insert((0, r), rest.last_hidden.get(0));
+                    hidden.insert((2, r), rest.last_hidden.get(1));
+                }
             }
-            let responses: Vec<&Vec<u32>> = order.iter().flat_map(|g| &groups[*g].responses).collect();
-            let at = |r: usize| cache.lengths()[r] as usize;
-            let active: Vec<bool> = responses.iter().enumerate().map(|(r, x)| at(r) < x.len()).collect();
-            let tokens: Vec<i64> =
-                responses.iter().enumerate().map(|(r, x)| x.get(at(r)).map_or(0, |t| i64::from(*t))).collect();
-            let flat: Vec<Option<i64>> = (0..responses.len())
-                .map(|r| active[r].then(|| (batch.ranges[order[r / 4]][r % 4].start + at(r)) as i64))
+            let at = |row: usize| cache.lengths()[row] as usize;
+            let place = |row: usize| slots[row / 4].map(|g| (g, row % 4));
+            let rows: Vec<usize> = (0..cache.rows())
+                .filter(|row| place(*row).is_some_and(|(g, r)| at(*row) < groups[g].responses[r].len()))
                 .collect();
-            let tokens = Tensor::from_slice(&tokens);
-            let got = logprobs(&vlm.lm_head(&hidden), &tokens, 1.0, &[3, 4]);
-            let out = vlm.decode_step(&mut cache, &tokens, Some(&active), Some(2)).expect("step");
-            let rows = out.attention.expect("captured");
-            assert_eq!(out.hidden.isfinite().all().int64_value(&[]), 1);
-            for (r, place) in flat.iter().enumerate().filter_map(|(r, p)| p.map(|p| (r as i64, p))) {
-                let diff = (got.double_value(&[r]) - expected.double_value(&[place])).abs();
-                assert!(diff < 2e-5, "row {r} at step {step} differs by {diff}");
-                let width = rows.size()[1];
-                let diff = max_diff(&rows.get(r), &expected_rows.get(place).narrow(0, 0, width));
-                assert!(diff < 1e-5, "attention of row {r} at step {step} differs by {diff}");
-            }
-            // Finished rows keep their last hidden state out of the comparison; done groups leave.
-            hidden = out.hidden;
-            let done =
-                |i: usize| (0..4).all(|k| cache.lengths()[i * 4 + k] as usize >= groups[order[i]].responses[k].len());
-            let keep: Vec<usize> = (0..order.len()).filter(|i| !done(*i)).collect();
-            if keep.is_empty() && rest.is_none() {
+            if rows.is_empty() {
+                assert!(step > 2 && slots.len() < 3, "slots were given back");
                 return;
             }
-            if keep.len() < order.len() && rest.is_none() {
-                let index: Vec<i64> = keep.iter().flat_map(|g| (g * 4..g * 4 + 4).map(|r| r as i64)).collect();
-                hidden = hidden.index_select(0, &Tensor::from_slice(&index));
-                cache.keep_groups(&keep).expect("keeps");
-                order = keep.iter().map(|i| order[*i]).collect();
+            let of = |row: usize| place(row).expect("taken");
+            let tokens: Vec<i64> =
+                rows.iter().map(|row| i64::from(groups[of(*row).0].responses[of(*row).1][at(*row)])).collect();
+            let flat: Vec<i64> =
+                rows.iter().map(|row| (batch.ranges[of(*row).0][of(*row).1].start + at(*row)) as i64).collect();
+            let tokens = Tensor::from_slice(&tokens);
+            let before: Vec<&Tensor> = rows.iter().map(|row| &hidden[&of(*row)]).collect();
+            let got = logprobs(&vlm.lm_head(&Tensor::stack(&before, 0)), &tokens, 1.0, &[3, 4]);
+            let out = vlm.decode_step(&mut cache, &tokens, &rows).expect("step");
+            let attention = out.attention.expect("captured");
+            let width = attention.size()[1];
+            for (i, (row, place)) in rows.iter().zip(&flat).enumerate() {
+                let diff = (got.double_value(&[i as i64]) - expected.double_value(&[*place])).abs();
+                assert!(diff < 2e-5, "row {row} at step {step} differs by {diff}");
+                let both = width.min(expected_rows.size()[1]);
+                let diff = max_diff(
+                    &attention.get(i as i64).narrow(0, 0, both),
+                    &expected_rows.get(*place).narrow(0, 0, both),
+                );
+                assert!(diff < 1e-5, "attention of row {row} at step {step} differs by {diff}");
+                hidden.insert(of(*row), out.hidden.get(i as i64));
+            }
+            let done = |cache: &unveil_model::GroupCache, slot: usize| {
+                slots[slot].is_none_or(|g| {
+                    (0..4).all(|r| cache.lengths()[slot * 4 + r] as usize >= groups[g].responses[r].len())
+                })
+            };
+            if step > 2 {
+                let finished: Vec<usize> =
+                    (0..slots.len()).filter(|s| slots[*s].is_some() && done(&cache, *s)).collect();
+                finished.iter().for_each(|s| cache.free(*s));
+                finished.iter().for_each(|s| slots[*s] = None);
+                let keep: Vec<usize> = (0..slots.len()).filter(|s| slots[*s].is_some()).collect();
+                if step % 5 == 0 && !keep.is_empty() && keep.len() < slots.len() {
+                    cache.keep(&keep).expect("keeps");
+                    slots = keep.iter().map(|s| slots[*s]).collect();
+                }
             }
         }
         panic!("the groups never finished");
     });
 }
 
+/// Caches filled again in the middle of the responses, as after a swap of weights, go on like those that grew token by token.
+#[test]
+fn refilled_caches_go_on() {
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let vlm = lively_of(family, dir.path());
+        let groups: Vec<PackedGroup> = groups()
+            .into_iter()
+            .map(|mut g| {
+                g.responses.resize(2, vec![40, 41, 42]);
+                g
+            })
+            .collect();
+        let (grids, pixels) = pixels(&vlm, &groups);
+        tch::no_grad(|| {
+            let features = vlm.encode_images(&pixels, &grids).expect("features");
+            let fed = |g: &PackedGroup| PackedGroup {
+                prompt: g.prompt.clone(),
+                responses: g
+                    .responses
+                    .iter()
+                    .enumerate()
+                    .map(|(r, x)| x[..(2 * r).min(x.len() - 1)].to_vec())
+                    .collect(),
+            };
+            let part: Vec<PackedGroup> = groups.iter().map(fed).collect();
+            let refilled = vlm.refill(&part, Some(&features)).expect("refills");
+            let shape = CacheShape { slots: 3, n: 2, prompt: 0, response: 20, images: 0 };
+            let mut one = vlm.cache(shape, Some(AttentionSet::layer(1))).expect("cache");
+            one.admit(&refilled, &[0, 1, 2]).expect("admits");
+            let prompts: Vec<Prompt> = groups.iter().map(|g| g.prompt.clone()).collect();
+            let prefill = vlm.prefill(&prompts, Some(&features)).expect("prefill");
+            let mut two = vlm.cache(shape, Some(AttentionSet::layer(1))).expect("cache");
+            two.admit(&prefill, &[0, 1, 2]).expect("admits");
+            let token = |row: usize, at: usize| i64::from(groups[row / 2].responses[row % 2][at]);
+            for at in 0..2 {
+                let rows: Vec<usize> = (0..6).filter(|r| part[r / 2].responses[r % 2].len() > at).collect();
+                let tokens: Vec<i64> = rows.iter().map(|r| token(*r, at)).collect();
+                vlm.decode_step(&mut two, &Tensor::from_slice(&tokens), &rows).expect("step");
+            }
+            assert_eq!(one.lengths(), two.lengths());
+            let rows: Vec<usize> = (0..6).collect();
+            let tokens: Vec<i64> = rows.iter().map(|r| token(*r, one.lengths()[*r] as usize)).collect();
+            let next = |cache: &mut unveil_model::GroupCache| {
+                let out = vlm.decode_step(cache, &Tensor::from_slice(&tokens), &rows).expect("step");
+                (vlm.lm_head(&out.hidden), out.attention.expect("captured"))
+            };
+            let ((a, rows_a), (b, rows_b)) = (next(&mut one), next(&mut two));
+            assert!(max_diff(&a, &b) < 1e-4, "{}", max_diff(&a, &b));
+            assert!(max_diff(&rows_a, &rows_b) < 1e-5);
+        });
+    }
+}
+
 #[test]
 fn gradients_reach_every_parameter_and_the_tree_mask_holds() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let vlm = lively(dir.path());
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        check_gradients(&lively_of(family, dir.path()));
+    }
+}
+
+fn check_gradients(vlm: &Vlm) {
     let count = vlm.set_trainable(|_| true);
     assert_eq!(count, vlm.named_parameters().len());
     let groups = groups();
-    let (grids, pixels) = pixels(&vlm, &groups);
+    let (grids, pixels) = pixels(vlm, &groups);
     let features = vlm.encode_images(&pixels, &grids).expect("features");
     let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-    let spec = CaptureSpec { layer: 2, differentiable: true };
+    let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: true };
     let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
     let (lp, ent) = logprobs_entropy(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
     let attention = out.attention.expect("captured");
@@ -191,7 +279,8 @@ fn gradients_reach_every_parameter_and_the_tree_mask_holds() {
         // The bias of keys shifts all scores of a query alike: its gradient is zero up to rotation and rounding.
         assert!(grad.abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
     }
-    assert_eq!(vlm.set_trainable(|n| n.starts_with("visual.merger")), 5);
+    let merger = if vlm.config().family == Family::Qwen2_5Vl { 5 } else { 6 };
+    assert_eq!(vlm.set_trainable(|n| n.starts_with("visual.merger")), merger);
 
     // Changing one response changes nothing of its siblings.
     tch::no_grad(|| {
@@ -216,9 +305,9 @@ fn counts_are_checked() {
     let group = &groups()[0];
     let batch = PackedBatch::build(std::slice::from_ref(group), vlm.config(), Device::Cpu).expect("packs");
     let few = Tensor::zeros([35, vlm.config().text.hidden_size], (Kind::Float, Device::Cpu));
-    match vlm.embed(&batch.tokens, Some(&few)) {
+    match vlm.forward_packed(&batch, Some(&few), None) {
         Err(ModelError::ImageTokens { tokens: 36, features: 35 }) => {}
-        other => panic!("expected a mismatch, got {:?}", other.map(|t| t.size())),
+        other => panic!("expected a mismatch, got {:?}", other.map(|t| t.hidden.size())),
     }
     let mut wrong = group.clone();
     wrong.prompt.grids = vec![[1, 12, 10]];

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+use unveil_model::{Family, InitSpec, SpecialIds, Vlm, init};
 
 pub fn spec(seed: u64) -> InitSpec {
     let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
@@ -14,8 +14,13 @@ pub fn spec(seed: u64) -> InitSpec {
 
 /// A tiny model whose logits and attention are far from uniform.
 pub fn lively(dir: &Path) -> Vlm {
+    lively_of(Family::Qwen2_5Vl, dir)
+}
+
+/// The same of any family.
+pub fn lively_of(family: Family, dir: &Path) -> Vlm {
     tch::set_num_threads(1);
-    init(&spec(7), dir).expect("init");
+    init(&InitSpec { family: family.name().into(), ..spec(7) }, dir).expect("init");
     let mut vlm = Vlm::load(dir, Device::Cpu, Kind::Float).expect("load");
     tch::manual_seed(11);
     let state: Vec<(String, Tensor)> = vlm
