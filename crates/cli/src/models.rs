@@ -9,15 +9,13 @@ use serde_json::json;
 use tch::{Device, Kind};
 use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::schema::Model as ModelConfig;
+use unveil_core::Sampling;
 use unveil_data::prepare::Preparer;
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
-use unveil_engine::Engine;
 use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_model::{InitSpec, SpecialIds, Vlm};
 use unveil_reward::Scoring;
-use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
-
-use crate::roles::engine_options;
+use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, open_engine, score_cli};
 
 #[derive(Subcommand)]
 pub enum ModelCommand {
@@ -59,9 +57,21 @@ pub struct GenerateArgs {
     /// 0 is greedy.
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
+    /// Draw among the k most probable tokens only; 0 = all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Draw among the most probable tokens that together reach this probability; 1 = all.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Draw among tokens with at least this share of the most probable one's probability; 0 = all.
+    #[arg(long, default_value_t = 0.0)]
+    min_p: f64,
     /// Length cap in tokens.
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
+    /// Text that ends a response; may be repeated.
+    #[arg(long)]
+    stop: Vec<String>,
     /// Seed.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -111,8 +121,8 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
                 patch: shape.patch_size as u32,
-                merge: shape.merge_size as u32,
-                temporal: shape.temporal_patch_size as u32,
+                merge: shape.merge_size() as u32,
+                temporal: shape.temporal_patch_size() as u32,
                 ..Default::default()
             };
             let vocabulary = write_tiny(out, &processor)?;
@@ -161,13 +171,21 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
 
 /// `unveil generate`
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
+    let model = offline(&args.config, &args.model)?;
     let options = GenerateOptions {
-        model: offline(&args.config, &args.model)?,
         data: args.data.clone(),
-        n: args.n,
-        temperature: args.temperature,
-        max_new_tokens: args.max_new_tokens,
-        seed: args.seed,
+        sampling: Sampling {
+            n: args.n,
+            temperature: args.temperature,
+            top_k: args.top_k,
+            top_p: args.top_p,
+            min_p: args.min_p,
+            max_new_tokens: args.max_new_tokens,
+            seed: args.seed,
+            logprobs: model.config.rollout.logprobs,
+        },
+        model,
+        stop: args.stop.clone(),
     };
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     generate_cli(&options, &mut out)?;
@@ -175,15 +193,7 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn offline(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
-    let c = config.load()?;
-    Ok(OfflineModel {
-        dir: dir.to_owned(),
-        device: c.run.device,
-        threads: c.run.threads,
-        layer: c.reward.vision_relevance.layer,
-        question: c.data.question,
-        synonyms: c.data.synonyms,
-    })
+    Ok(OfflineModel { dir: dir.to_owned(), config: config.load()? })
 }
 
 /// `unveil score`
@@ -207,13 +217,9 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if args.role.supervised {
         unveil_cli::end_with_supervisor();
     }
-    if config.run.threads > 0 {
-        tch::set_num_threads(i32::try_from(config.run.threads)?);
-    }
     let preparer = Preparer::load(&args.model)?;
-    let vlm = Vlm::load(&args.model, unveil_model::device(&config.run.device)?, Kind::Float)?;
-    let options = engine_options(&vlm, config.reward.vision_relevance.layer, &preparer);
-    let mut engine = Engine::new(vlm, options)?;
+    let banned = &preparer.tokenizer().special().banned;
+    let mut engine = open_engine(&config, &args.model, config.run.threads, banned)?;
     let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;
     let settings = Settings {
         max_new_tokens: config.rollout.max_new_tokens,

@@ -10,7 +10,7 @@ use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role};
 use unveil_config::Config;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
-use unveil_engine::{Engine, EngineOptions};
+use unveil_engine::Engine;
 use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_launch::{LaunchError, Options};
 use unveil_learner::{Dataset, Evaluation, Outcome, Stage, run_rl};
@@ -127,23 +127,14 @@ fn validation(
     let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
     let settings =
         Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
-    let layer = config.reward.vision_relevance.layer;
+    let config = config.clone();
     Ok(move |vlm: &mut Vlm, _step: u64| {
-        let options = engine_options(vlm, layer, &preparer);
+        let options = engine_options(&config, vlm.config(), &preparer.tokenizer().special().banned);
         let metrics = evaluate(&mut Engine::new(&*vlm, options)?, &preparer, &samples, &settings)?.metrics;
         let score = (metrics.mean_iou + metrics.soft_f1) / 2.0;
         let metrics = serde_json::to_value(metrics)?.as_object().cloned().unwrap_or_default();
         Ok(Evaluation { metrics, score })
     })
-}
-
-/// Engine options for evaluation: attention captured at the layer that vision relevance reads.
-pub fn engine_options(vlm: &Vlm, layer: Option<usize>, preparer: &Preparer) -> EngineOptions {
-    EngineOptions {
-        capture_layer: Some(layer.unwrap_or(vlm.config().default_capture_layer())),
-        banned: preparer.tokenizer().special().banned.clone(),
-        ..EngineOptions::default()
-    }
 }
 
 /// `unveil rollout`

@@ -238,9 +238,9 @@ mod tests {
     #[test]
     fn numbers_and_options() {
         let c =
-            with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layer=2", "run.resume=40"]).unwrap();
+            with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layers=[2]", "run.resume=40"]).unwrap();
         assert_eq!(c.learner.optimizer.lr, 1.0);
-        assert_eq!(c.reward.vision_relevance.layer, Some(2));
+        assert_eq!(c.reward.vision_relevance.layers, [2]);
         assert_eq!(c.run.resume, "40");
         let c = with("[data.synonyms]\nnodule = [\"nodules\"]", &[], &[]).unwrap();
         assert_eq!(c.data.synonyms["nodule"], ["nodules"]);

@@ -1,6 +1,7 @@
 //! The typed configuration. Every key has a default or is checked when the file is loaded; unknown keys are refused.
 
 use serde::{Deserialize, Serialize};
+use unveil_core::Logprobs;
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -40,11 +41,31 @@ pub struct Run {
     pub threads: usize,
     /// `cpu`, `cuda`, `cuda:N`, or `auto`.
     pub device: String,
+    /// Weights of rollout workers, `generate`, `score` and `eval`; the learner's are fp32. Activations are fp32 always.
+    pub dtype: Dtype,
+}
+
+/// Kind of numbers that weights are held in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// 4 bytes.
+    #[default]
+    Float32,
+    /// 2 bytes.
+    Bfloat16,
 }
 
 impl Default for Run {
     fn default() -> Self {
-        Self { dir: "runs/run".into(), seed: 0, resume: "auto".into(), threads: 0, device: "auto".into() }
+        Self {
+            dir: "runs/run".into(),
+            seed: 0,
+            resume: "auto".into(),
+            threads: 0,
+            device: "auto".into(),
+            dtype: Dtype::default(),
+        }
     }
 }
 
@@ -231,8 +252,19 @@ impl Default for Sft {
 pub struct Rollout {
     /// Responses per group.
     pub n: usize,
-    /// Sampling temperature; log-probabilities are of the tempered distribution on both sides.
+    /// Sampling temperature.
     pub temperature: f64,
+    /// Draw among the k most probable tokens only; 0 = all.
+    pub top_k: usize,
+    /// Draw among the most probable tokens that together reach this probability; 1 = all.
+    pub top_p: f64,
+    /// Draw among tokens with at least this share of the most probable one's probability; 0 = all.
+    pub min_p: f64,
+    /// The distribution that log-probabilities are of, on both sides: `tempered` (the one sampled from, without the three
+    /// filters) or `untempered`.
+    pub logprobs: Logprobs,
+    /// Texts that end a response besides the end token.
+    pub stop: Vec<String>,
     /// Length cap in tokens.
     pub max_new_tokens: usize,
     /// Groups a worker leases and generates at once.
@@ -245,6 +277,10 @@ pub struct Rollout {
     pub threads: usize,
     /// Rollout workers that `train` starts.
     pub workers: usize,
+    /// Responses that a worker decodes at once.
+    pub max_rows: usize,
+    /// GiB that keys, values and work may take in a worker; 0 = what is free.
+    pub memory_gib: f64,
 }
 
 impl Default for Rollout {
@@ -252,12 +288,19 @@ impl Default for Rollout {
         Self {
             n: 8,
             temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            logprobs: Logprobs::Tempered,
+            stop: Vec::new(),
             max_new_tokens: 40,
             groups_per_lease: 16,
             max_staleness: 0,
             lease_s: 60.0,
             threads: 0,
             workers: 1,
+            max_rows: 256,
+            memory_gib: 0.0,
         }
     }
 }
@@ -310,15 +353,24 @@ pub struct VisionRelevance {
     pub normalise: Normalise,
     /// Form.
     pub mode: VisionMode,
-    /// Decoder layer whose attention is read; unset = floor(2L/3).
-    pub layer: Option<usize>,
+    /// Decoder layers whose attention is read, all heads of each (0-based); with `heads` empty too, the layer floor(2L/3).
+    pub layers: Vec<usize>,
+    /// Single heads that are read besides: `[layer, head]`. Rows are averaged over all that is read.
+    pub heads: Vec<[usize; 2]>,
     /// Scale of the differentiable attention term in the learner's loss, times `weight`; 0 = reward only.
     pub gradient: f64,
 }
 
 impl Default for VisionRelevance {
     fn default() -> Self {
-        Self { weight: 0.5, normalise: Normalise::None, mode: VisionMode::AllTokens, layer: None, gradient: 0.0 }
+        Self {
+            weight: 0.5,
+            normalise: Normalise::None,
+            mode: VisionMode::AllTokens,
+            layers: Vec::new(),
+            heads: Vec::new(),
+            gradient: 0.0,
+        }
     }
 }
 

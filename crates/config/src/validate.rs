@@ -53,6 +53,18 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             .into(),
     );
     need(c.rollout.temperature > 0.0, "rollout.temperature must be above 0: a greedy policy cannot be improved".into());
+    let (top_p, min_p) = (c.rollout.top_p, c.rollout.min_p);
+    need(top_p > 0.0 && top_p <= 1.0, format!("rollout.top_p is {top_p}: use a share above 0 up to 1"));
+    need((0.0..=1.0).contains(&min_p), format!("rollout.min_p is {min_p}: use a share from 0 to 1"));
+    need(c.rollout.stop.iter().all(|s| !s.is_empty()), "rollout.stop holds an empty text".into());
+    need(
+        c.rollout.max_rows >= c.rollout.n,
+        format!("rollout.max_rows ({}) must hold one group of rollout.n ({})", c.rollout.max_rows, c.rollout.n),
+    );
+    need(
+        c.rollout.memory_gib >= 0.0 && c.rollout.memory_gib.is_finite(),
+        format!("rollout.memory_gib is {}: use 0 (what is free) or more", c.rollout.memory_gib),
+    );
     need(c.rollout.max_new_tokens > 0, "rollout.max_new_tokens is 0".into());
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());

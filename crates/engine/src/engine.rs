@@ -1,12 +1,17 @@
-//! The engine: a model, its options, the version of its weights, and what is checked before a step.
+//! The engine: a model, its options, the requests that wait and the batch that runs, the version of the weights, and what
+//! is checked before a step.
 
 use std::borrow::{Borrow, BorrowMut};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Kind, Tensor};
 use unveil_core::WeightVersion;
-use unveil_model::Vlm;
+use unveil_model::{AttentionSet, Vlm};
 
-use crate::request::GroupInput;
+use crate::batch::Batch;
+use crate::images::ImageCache;
+use crate::request::{GroupInput, GroupOutput, GroupRequest};
 use crate::{EngineError, Result};
 
 /// What an engine does besides sampling.
@@ -14,17 +19,28 @@ use crate::{EngineError, Result};
 pub struct EngineOptions {
     /// Responses decoded at once; groups beyond wait until others have finished.
     pub max_rows: usize,
-    /// Groups prefilled or scored in one forward pass.
-    pub prefill_groups: usize,
-    /// Decoder layer whose attention over the image tokens is returned; none = no attention.
-    pub capture_layer: Option<usize>,
+    /// Tokens (prompts padded to the longest) prefilled or scored in one forward pass; one group always runs.
+    pub prefill_tokens: usize,
+    /// Layers and heads whose attention over the image tokens is returned; none = no attention.
+    pub capture: Option<AttentionSet>,
     /// Token ids that are never sampled, besides the model's vision tokens.
     pub banned: Vec<u32>,
+    /// Bytes that caches and work may take; none = what is free, with a reserve.
+    pub memory: Option<u64>,
+    /// Bytes of image features that are kept for images that come again.
+    pub image_memory: u64,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { max_rows: 256, prefill_groups: 16, capture_layer: None, banned: Vec::new() }
+        Self {
+            max_rows: 256,
+            prefill_tokens: 8192,
+            capture: None,
+            banned: Vec::new(),
+            memory: None,
+            image_memory: 256 << 20,
+        }
     }
 }
 
@@ -37,31 +53,48 @@ pub struct Stats {
     pub prompts_prefilled: u64,
     /// Decode steps (all rows at once).
     pub decode_steps: u64,
+    /// Tokens fed in decode steps; those of responses that had ended are not among them.
+    pub tokens_fed: u64,
     /// Tokens sampled.
     pub tokens: u64,
+    /// Groups whose caches were made again because weights were swapped under them.
+    pub groups_refilled: u64,
+}
+
+/// Names a submitted group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// A group that waits.
+pub(crate) struct Waiting {
+    pub ticket: Ticket,
+    pub request: GroupRequest,
 }
 
 /// Generates and scores groups with a model that it owns (`Engine<Vlm>`) or borrows (`Engine<&Vlm>`).
 ///
-/// One thread owns it. Weights can change only between calls, so a response is made by one version.
+/// One thread owns it. [`Engine::generate`] runs given groups to their end; [`Engine::submit`], [`Engine::step`] and
+/// [`Engine::cancel`] run a stream of groups, between whose steps weights may change.
 pub struct Engine<V = Vlm> {
     pub(crate) vlm: V,
     pub(crate) options: EngineOptions,
     pub(crate) banned: Vec<u32>,
+    pub(crate) ends: Vec<u32>,
     pub(crate) version: WeightVersion,
     pub(crate) stats: Stats,
+    pub(crate) images: ImageCache,
+    pub(crate) waiting: VecDeque<Waiting>,
+    pub(crate) batch: Option<Batch>,
+    next_ticket: u64,
 }
 
 impl<V: Borrow<Vlm>> Engine<V> {
-    /// An engine around `vlm`, whose weights count as version 0. Errors when `capture_layer` is not a layer of the model.
+    /// An engine around `vlm`, whose weights count as version 0. Errors when the model does not have the layers and heads
+    /// that are to be captured.
     pub fn new(vlm: V, options: EngineOptions) -> Result<Self> {
         let config = vlm.borrow().config();
-        let layers = config.text.num_hidden_layers;
-        if let Some(layer) = options.capture_layer.filter(|l| *l >= layers) {
-            return Err(EngineError::request(
-                "*",
-                format!("layer {layer} is to be captured, the model has {layers} (0-based)"),
-            ));
+        if let Some(set) = &options.capture {
+            set.check(&config.text)?;
         }
         let mut banned = options.banned.clone();
         banned.extend([
@@ -70,10 +103,22 @@ impl<V: Borrow<Vlm>> Engine<V> {
             config.vision_start_token_id,
             config.vision_end_token_id,
         ]);
+        // Rows of the embedding that no token has are never trained: they would be noise.
         banned.retain(|&id| i64::from(id) < config.text.vocab_size);
         banned.sort_unstable();
         banned.dedup();
-        Ok(Self { vlm, options, banned, version: 0, stats: Stats::default() })
+        Ok(Self {
+            ends: config.eos_token_ids(),
+            images: ImageCache::new(options.image_memory),
+            vlm,
+            options,
+            banned,
+            version: 0,
+            stats: Stats::default(),
+            waiting: VecDeque::new(),
+            batch: None,
+            next_ticket: 0,
+        })
     }
 
     /// The model.
@@ -101,9 +146,93 @@ impl<V: Borrow<Vlm>> Engine<V> {
         self.stats
     }
 
-    /// Layer that is captured.
-    pub fn capture_layer(&self) -> Option<usize> {
-        self.options.capture_layer
+    /// Layers and heads that are captured.
+    pub fn capture(&self) -> Option<&AttentionSet> {
+        self.options.capture.as_ref()
+    }
+
+    /// Bytes of keys and values held at present.
+    pub fn cache_bytes(&self) -> u64 {
+        self.batch.as_ref().map_or(0, |b| b.bytes(&self.vlm.borrow().config().text))
+    }
+
+    /// Whether nothing runs and nothing waits.
+    pub fn idle(&self) -> bool {
+        self.batch.is_none() && self.waiting.is_empty()
+    }
+
+    /// Takes a group in; [`Engine::step`] gives it back when it is done.
+    ///
+    /// # Errors
+    /// The group cannot run; the message names it. Nothing has changed then.
+    pub fn submit(&mut self, request: GroupRequest) -> Result<Ticket> {
+        self.check_request(&request)?;
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.waiting.push_back(Waiting { ticket, request });
+        Ok(ticket)
+    }
+
+    /// Ends a group at once: its responses so far, marked [`unveil_core::Finish::Cancelled`] where they had not ended. Its
+    /// memory is free for others. None for a group that is not here any more.
+    pub fn cancel(&mut self, ticket: Ticket) -> Option<GroupOutput> {
+        if let Some(at) = self.waiting.iter().position(|w| w.ticket == ticket) {
+            return self.waiting.remove(at).map(|w| GroupOutput::nothing(w.request.sampling.n));
+        }
+        let batch = self.batch.as_mut()?;
+        let out = batch.cancel(ticket);
+        if batch.is_empty() {
+            self.batch = None;
+        }
+        out
+    }
+
+    /// Generates the responses of every group, in the order of `requests`.
+    ///
+    /// Each image is encoded once and each prompt prefilled once. When `cancel` becomes true, what is under way ends with
+    /// [`unveil_core::Finish::Cancelled`] after the present step, and groups that wait end with no tokens.
+    ///
+    /// Errors before any step when a request cannot run; the message names the group.
+    pub fn generate(&mut self, requests: &[GroupRequest], cancel: Option<&AtomicBool>) -> Result<Vec<GroupOutput>> {
+        requests.iter().try_for_each(|r| self.check_request(r))?;
+        if !self.idle() {
+            return Err(EngineError::request(
+                "*",
+                "the engine is in the middle of other groups: step it to their end first",
+            ));
+        }
+        let tickets = requests.iter().map(|r| self.submit(r.clone())).collect::<Result<Vec<_>>>()?;
+        let mut done: std::collections::HashMap<Ticket, GroupOutput> = std::collections::HashMap::new();
+        while !self.idle() {
+            if cancel.is_some_and(|c| c.load(Ordering::Relaxed)) {
+                done.extend(tickets.iter().filter_map(|t| self.cancel(*t).map(|out| (*t, out))));
+                break;
+            }
+            done.extend(self.step()?);
+        }
+        let out = tickets.iter().zip(requests);
+        Ok(out.map(|(t, r)| done.remove(t).unwrap_or_else(|| GroupOutput::nothing(r.sampling.n))).collect())
+    }
+
+    fn check_request(&self, r: &GroupRequest) -> Result<()> {
+        let images = self.check(&r.input, r.sampling.max_new_tokens)?;
+        let s = &r.sampling;
+        let refuse = |m: String| Err(EngineError::request(&r.input.id, m));
+        if s.n == 0 || s.max_new_tokens == 0 {
+            return refuse("n and max_new_tokens must be at least 1".into());
+        }
+        if !(s.temperature >= 0.0 && s.temperature.is_finite()) {
+            return refuse(format!("temperature {} must be 0 or more", s.temperature));
+        }
+        if !(s.top_p > 0.0 && s.top_p <= 1.0) {
+            return refuse(format!("top_p {} must be above 0 and at most 1", s.top_p));
+        }
+        if !(0.0..=1.0).contains(&s.min_p) {
+            return refuse(format!("min_p {} must be from 0 to 1", s.min_p));
+        }
+        let longest =
+            crate::Longest { n: s.n, prompt: r.input.prompt.tokens.len(), images, response: s.max_new_tokens };
+        self.plan(&r.input.id, &longest).map(|_| ())
     }
 
     /// Checks a prompt against its image and the context, `new` tokens included. Returns its image tokens.
@@ -132,41 +261,30 @@ impl<V: Borrow<Vlm>> Engine<V> {
         if input.patches.len() as i64 != expected {
             return Err(refuse(format!("{} patch values where {expected} are needed", input.patches.len())));
         }
+        if !input.hashes.is_empty() && input.hashes.len() != input.prompt.grids.len() {
+            return Err(refuse(format!("{} hashes for {} images", input.hashes.len(), input.prompt.grids.len())));
+        }
         let (prompt, context) = (input.prompt.tokens.len(), config.text.max_position_embeddings.max(0) as usize);
         if prompt + new > context {
-            return Err(EngineError::Context { group: input.id.clone(), prompt, new, context });
+            return Err(EngineError::Context { group: input.id.clone(), prompt, images: features, new, context });
         }
         Ok(features)
-    }
-
-    /// Image features of several prompts in one pass; none when there is no image.
-    pub(crate) fn encode<'a>(&mut self, inputs: impl Iterator<Item = &'a GroupInput>) -> Result<Option<Tensor>> {
-        let (mut values, mut grids) = (Vec::new(), Vec::new());
-        for input in inputs {
-            values.extend_from_slice(&input.patches);
-            grids.extend_from_slice(&input.prompt.grids);
-        }
-        if grids.is_empty() {
-            return Ok(None);
-        }
-        let vlm = self.vlm.borrow();
-        let pixels = Tensor::f_from_slice(&values)?
-            .f_view([-1, vlm.config().vision.patch_len()])?
-            .f_to_device(vlm.device())?
-            .f_to_kind(vlm.kind())?;
-        let features = vlm.encode_images(&pixels, &grids)?;
-        self.stats.images_encoded += grids.len() as u64;
-        Ok(Some(features))
     }
 }
 
 impl<V: BorrowMut<Vlm>> Engine<V> {
-    /// Takes over weights in place: all parameters by name, with the model's shapes. They are `version` from here on.
-    /// After an error the model may hold a mixture: load again before generating.
+    /// Takes over weights in place: all parameters by name, with the model's shapes. They are `version` from here on. Groups
+    /// under way go on: the keys and values of what they hold are made again with the new weights, so that each token's
+    /// log-probability is that of its version.
+    ///
+    /// # Errors
+    /// A name or shape does not fit: nothing has changed. After any other error the model may hold a mixture: load again
+    /// before generating.
     pub fn load_weights(&mut self, version: WeightVersion, named: &[(String, Tensor)]) -> Result<()> {
         self.vlm.borrow_mut().load_state(named)?;
         self.version = version;
-        Ok(())
+        self.images.clear();
+        self.refill()
     }
 }
 

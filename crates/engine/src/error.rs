@@ -28,18 +28,40 @@ pub enum EngineError {
     },
     /// Prompt and response do not fit the model's context.
     #[error(
-        "group `{group}`: {prompt} prompt tokens and up to {new} new ones are more than the model's context of {context}: \
-         lower max_new_tokens or the image size"
+        "group `{group}`: {prompt} prompt tokens ({images} of them image tokens) and up to {new} new ones are more than the \
+         model's context of {context}: lower max_new_tokens or the image size"
     )]
     Context {
         /// The group's id.
         group: String,
         /// Prompt tokens.
         prompt: usize,
+        /// Image tokens among them.
+        images: usize,
         /// Tokens that may be added.
         new: usize,
         /// The model's limit.
         context: usize,
+    },
+    /// Not even one group fits into memory.
+    #[error(
+        "group `{group}`: its {n} response(s) of up to {new} tokens behind a prompt of {prompt} tokens take {} MiB, there are \
+         {} MiB: lower the number of responses, max_new_tokens or the image size",
+        needed >> 20, available >> 20
+    )]
+    Memory {
+        /// The group's id.
+        group: String,
+        /// Bytes that it takes, work included.
+        needed: u64,
+        /// Bytes that may be used.
+        available: u64,
+        /// Responses.
+        n: usize,
+        /// Prompt tokens.
+        prompt: usize,
+        /// Response tokens.
+        new: usize,
     },
     /// The model's output is not a number.
     #[error("group `{group}`: the model gives log-probabilities that are not numbers: its weights are damaged")]
@@ -47,6 +69,9 @@ pub enum EngineError {
         /// The group's id.
         group: String,
     },
+    /// What was under way was lost with another group's failure.
+    #[error("generation ended with another group: {0}")]
+    Lost(String),
     /// The model refused.
     #[error(transparent)]
     Model(#[from] ModelError),

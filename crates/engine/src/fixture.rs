@@ -31,11 +31,11 @@ pub(crate) fn input(vlm: &Vlm, k: usize) -> GroupInput {
     tokens.push(59);
     tokens.extend((0..1 + k as u32).map(|i| 10 + i));
     let patches = (0..h * w * v.patch_len()).map(|i| ((i as f32 + 1.0) * (0.37 + k as f32)).sin()).collect();
-    GroupInput { id: format!("g{k}"), prompt: Prompt { tokens, grids: vec![[1, h, w]] }, patches }
+    GroupInput { id: format!("g{k}"), prompt: Prompt { tokens, grids: vec![[1, h, w]] }, patches, hashes: vec![] }
 }
 
 /// A request for prompt `k`.
 pub(crate) fn request(vlm: &Vlm, k: usize, temperature: f64) -> GroupRequest {
-    let sampling = Sampling { n: 4, temperature, max_new_tokens: 12, seed: 5 };
-    GroupRequest { input: input(vlm, k), key: 100 + k as u64, sampling }
+    let sampling = Sampling { n: 4, temperature, max_new_tokens: 12, seed: 5, ..Default::default() };
+    GroupRequest { input: input(vlm, k), key: 100 + k as u64, sampling, stop: None }
 }

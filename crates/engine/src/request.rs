@@ -1,5 +1,7 @@
 //! What goes into the engine and what comes out: host data, no tensors.
 
+use std::sync::Arc;
+
 use unveil_core::{Attention, Finish, Grid, Sampling, WeightVersion};
 use unveil_model::Prompt;
 
@@ -12,17 +14,25 @@ pub struct GroupInput {
     pub prompt: Prompt,
     /// Flattened patches of all images of the prompt in order: `sum(t*h*w) x patch length`, row-major.
     pub patches: Vec<f32>,
+    /// What each image's patches were made from, by content: an image that was seen under the present weights is not encoded
+    /// again. Empty = not known.
+    pub hashes: Vec<[u8; 32]>,
 }
 
+/// Tells of a response's tokens, one after another, whether it ends with the one just given. Made anew for each response.
+pub type StopRule = Arc<dyn Fn() -> Box<dyn FnMut(u32) -> bool + Send> + Send + Sync>;
+
 /// One group to generate.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct GroupRequest {
     /// Prompt and image.
     pub input: GroupInput,
     /// Together with the seed, the key of its random numbers ([`crate::random::group_key`]).
     pub key: u64,
-    /// Responses, temperature, length cap, seed.
+    /// Responses, temperature, filters, length cap, seed.
     pub sampling: Sampling,
+    /// Ends responses besides the end token; such a response finishes with `stop`.
+    pub stop: Option<StopRule>,
 }
 
 /// Attention of response tokens over the image tokens of their prompt. Row `i` belongs to response token `i`.
@@ -67,9 +77,9 @@ pub struct RawResponse {
     pub index: usize,
     /// Token ids, end token included when it was produced.
     pub tokens: Vec<u32>,
-    /// Log-probability of each token (fp32, tempered distribution without the banned tokens).
+    /// Log-probability of each token (fp32) in the distribution that the request names, without the banned tokens.
     pub logprobs: Vec<f32>,
-    /// Weight version that made each token.
+    /// Weight version that made each token; from one to the next they differ where weights were swapped in between.
     pub versions: Vec<WeightVersion>,
     /// Why it ended.
     pub finish: Finish,
@@ -82,6 +92,21 @@ pub struct RawResponse {
 pub struct GroupOutput {
     /// n responses.
     pub responses: Vec<RawResponse>,
+}
+
+impl GroupOutput {
+    /// n responses that were cancelled before their first token.
+    pub(crate) fn nothing(n: usize) -> Self {
+        let response = |index| RawResponse {
+            index,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            versions: Vec::new(),
+            finish: Finish::Cancelled,
+            attention: None,
+        };
+        Self { responses: (0..n).map(response).collect() }
+    }
 }
 
 /// Responses to score under the present weights.

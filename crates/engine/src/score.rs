@@ -33,8 +33,14 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let mut out: Vec<Vec<Scored>> = requests.iter().map(|r| vec![Scored::default(); r.responses.len()]).collect();
         let busy: Vec<usize> =
             (0..requests.len()).filter(|&i| requests[i].responses.iter().any(|r| !r.is_empty())).collect();
-        for chunk in busy.chunks(self.options.prefill_groups.max(1)) {
+        let length = |i: &usize| {
+            requests[*i].input.prompt.tokens.len() + requests[*i].responses.iter().map(Vec::len).sum::<usize>()
+        };
+        let mut rest = busy.as_slice();
+        while !rest.is_empty() {
+            let (chunk, later) = rest.split_at(self.share(rest, length));
             self.score_chunk(requests, chunk, temperature, &mut out)?;
+            rest = later;
         }
         Ok(out)
     }
@@ -56,7 +62,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             .collect();
         let vlm = self.vlm.borrow();
         let batch = PackedBatch::build(&groups, vlm.config(), vlm.device())?;
-        let capture = self.options.capture_layer.map(|layer| CaptureSpec { layer, differentiable: false });
+        let capture = self.options.capture.clone().map(|set| CaptureSpec { set, differentiable: false });
         let packed = vlm.forward_packed(&batch, features.as_ref(), capture)?;
         let log_probs = log_softmax(&vlm.lm_head(&packed.hidden), temperature, &self.banned);
         let chosen = host(&log_probs.f_gather(-1, &batch.targets.f_unsqueeze(-1)?, false)?)?;

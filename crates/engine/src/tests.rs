@@ -4,12 +4,13 @@ use std::sync::atomic::AtomicBool;
 
 use tch::Tensor;
 use unveil_core::{Finish, Grid};
+use unveil_model::AttentionSet;
 
 use crate::fixture::{EOS, IMAGE, input, model, request};
 use crate::{Engine, EngineError, EngineOptions, GroupOutput, GroupRequest, ScoreRequest};
 
 fn options() -> EngineOptions {
-    EngineOptions { capture_layer: Some(2), ..Default::default() }
+    EngineOptions { capture: Some(AttentionSet::layer(2)), ..Default::default() }
 }
 
 fn score_of(requests: &[GroupRequest], outputs: &[GroupOutput]) -> Vec<ScoreRequest> {
@@ -64,7 +65,7 @@ fn a_group_does_not_depend_on_its_company() {
     let requests: Vec<_> = (0..5).map(|k| request(&vlm, k, 1.0)).collect();
     let whole = Engine::new(&vlm, options()).unwrap().generate(&requests, None).unwrap();
     // Few slots: groups are admitted into a running batch.
-    let narrow = EngineOptions { max_rows: 8, prefill_groups: 1, ..options() };
+    let narrow = EngineOptions { max_rows: 8, prefill_tokens: 1, ..options() };
     let refilled = Engine::new(&vlm, narrow).unwrap().generate(&requests, None).unwrap();
     for (k, request) in requests.iter().enumerate() {
         let alone = Engine::new(&vlm, options()).unwrap().generate(std::slice::from_ref(request), None).unwrap();
@@ -210,7 +211,7 @@ fn what_cannot_run_is_refused_by_name() {
         let bad = ScoreRequest { input: input(&vlm, 0), responses: vec![vec![1], vec![token]] };
         assert!(matches!(engine.score(&[bad], 1.0), Err(EngineError::Request { .. })));
     }
-    assert!(Engine::new(&vlm, EngineOptions { capture_layer: Some(99), ..options() }).is_err());
+    assert!(Engine::new(&vlm, EngineOptions { capture: Some(AttentionSet::layer(99)), ..options() }).is_err());
 }
 
 #[test]

@@ -53,7 +53,12 @@ pub fn load_samples(
                 image: std::fs::canonicalize(&path).unwrap_or(path).display().to_string(),
                 sizes: prepared.image.sizes(),
                 grid: prepared.image.merged,
-                input: GroupInput { id: record.id.clone(), prompt, patches: prepared.image.patches },
+                input: GroupInput {
+                    id: record.id.clone(),
+                    prompt,
+                    patches: prepared.image.patches,
+                    hashes: Vec::new(),
+                },
             })
         })
         .collect()

@@ -43,11 +43,11 @@ pub fn evaluate<V: Borrow<Vlm>>(
     samples: &[Sample],
     settings: &Settings,
 ) -> Result<Evaluation, EvalError> {
-    let sampling = Sampling { n: 1, temperature: 0.0, max_new_tokens: settings.max_new_tokens, seed: 0 };
+    let sampling = Sampling { n: 1, temperature: 0.0, max_new_tokens: settings.max_new_tokens, ..Default::default() };
     let mut predictions = Vec::with_capacity(samples.len());
     for chunk in samples.chunks(settings.batch.max(1)) {
         let requests: Vec<GroupRequest> =
-            chunk.iter().map(|s| GroupRequest { input: s.input.clone(), key: 0, sampling }).collect();
+            chunk.iter().map(|s| GroupRequest { input: s.input.clone(), key: 0, sampling, stop: None }).collect();
         let outputs = engine.generate(&requests, None)?;
         for (sample, output) in chunk.iter().zip(outputs) {
             for response in output.responses {

@@ -90,7 +90,12 @@ impl Run {
         };
         let kind = if restored.is_some() { "resumed" } else { "started" };
         stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step()}))?;
-        let options = HostOptions { listen: config.learner.listen.clone(), sampling: sampling(config), vocab };
+        let options = HostOptions {
+            listen: config.learner.listen.clone(),
+            sampling: sampling(config),
+            stop: config.rollout.stop.clone(),
+            vocab,
+        };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
         Ok(Self { learner, host, saver, files, best, responses: 0 })
@@ -206,7 +211,16 @@ impl Run {
 /// How the configuration has responses sampled.
 pub fn sampling(config: &Config) -> Sampling {
     let r = &config.rollout;
-    Sampling { n: r.n, temperature: r.temperature, max_new_tokens: r.max_new_tokens, seed: config.run.seed }
+    Sampling {
+        n: r.n,
+        temperature: r.temperature,
+        top_k: r.top_k,
+        top_p: r.top_p,
+        min_p: r.min_p,
+        max_new_tokens: r.max_new_tokens,
+        seed: config.run.seed,
+        logprobs: r.logprobs,
+    }
 }
 
 fn accounting(config: &Config, term: u64) -> Settings {

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio_stream::Stream;
 use tonic::{Request, Response as Answer, Status};
-use unveil_core::{GroupId, Sampling, WeightVersion};
+use unveil_core::{GroupId, Logprobs, Sampling, WeightVersion};
 use unveil_experience::{Event, Experience, Lease, Snapshot, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::{Experience as Service, ExperienceServer};
 use unveil_proto::{breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
@@ -97,6 +97,7 @@ struct Shared {
     started: Instant,
     source: Arc<dyn LeaseSource>,
     sampling: Sampling,
+    stop: Vec<String>,
     vocab: u32,
 }
 
@@ -125,6 +126,8 @@ pub struct HostOptions {
     pub listen: String,
     /// How responses are sampled.
     pub sampling: Sampling,
+    /// Texts that end a response.
+    pub stop: Vec<String>,
     /// Token ids of the model are below this.
     pub vocab: u32,
 }
@@ -165,6 +168,7 @@ impl Host {
             started: Instant::now(),
             source,
             sampling: options.sampling,
+            stop: options.stop,
             vocab: options.vocab,
         });
         let stop = CancellationToken::new();
@@ -389,6 +393,11 @@ impl Service for Handler {
                 temperature: s.temperature,
                 max_new_tokens: s.max_new_tokens as u32,
                 seed: s.seed,
+                top_k: s.top_k as u32,
+                top_p: s.top_p,
+                min_p: s.min_p,
+                untempered: s.logprobs == Logprobs::Untempered,
+                stop: self.shared.stop.clone(),
             });
             state.inputs.insert(lease.group, made.input);
         }

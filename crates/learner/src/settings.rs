@@ -3,7 +3,7 @@
 use unveil_algo::Objective;
 use unveil_config::Config;
 use unveil_config::schema::{Algorithm, Optimizer};
-use unveil_model::Vlm;
+use unveil_model::{AttentionSet, Vlm};
 use unveil_reward::Scoring;
 
 /// Padded tokens of one forward and backward pass; a larger batch is split and its gradients added up.
@@ -30,14 +30,14 @@ pub struct StepSettings {
     pub optimizer: Optimizer,
     /// Updates of the whole run, for the schedule.
     pub total_steps: u64,
-    /// Sampling temperature of the rollout.
+    /// Temperature of the distribution that log-probabilities are of.
     pub temperature: f64,
     /// Token ids that the rollout never samples.
     pub banned: Vec<u32>,
     /// Largest mean |delta log p| on tokens of the same version.
     pub agreement_limit: f64,
-    /// Layer whose attention enters the loss.
-    pub attention_layer: usize,
+    /// Layers and heads whose attention enters the loss.
+    pub attention: AttentionSet,
     /// Class names and synonyms.
     pub scoring: Scoring,
     /// Parameter name prefixes that are not trained.
@@ -72,10 +72,10 @@ impl StepSettings {
             minibatches: l.minibatches,
             optimizer: l.optimizer.clone(),
             total_steps: l.steps,
-            temperature: config.rollout.temperature,
+            temperature: config.rollout.logprobs.temperature(config.rollout.temperature),
             banned: banned_ids(vlm, banned),
             agreement_limit: l.agreement_limit,
-            attention_layer: vision.layer.unwrap_or_else(|| vlm.config().default_capture_layer()),
+            attention: AttentionSet::configured(vlm.config(), &vision.layers, &vision.heads),
             scoring: Scoring::new(config),
             frozen: l.frozen.clone(),
             token_budget: TOKEN_BUDGET,

@@ -56,10 +56,8 @@ impl Learner {
                 return fault(format!("learner.frozen has `{prefix}`, but no parameter's name starts so"));
             }
         }
-        let layers = vlm.config().text.num_hidden_layers;
-        if settings.attention_layer >= layers {
-            let layer = settings.attention_layer;
-            return fault(format!("reward.vision_relevance.layer is {layer}, the model has {layers} layers (0-based)"));
+        if let Err(e) = settings.attention.check(&vlm.config().text) {
+            return fault(format!("reward.vision_relevance.layers and .heads (0-based): {e}"));
         }
         if settings.objective.kl_coef > 0.0 && reference.is_none() {
             return fault("learner.kl_coef is above 0, but there is no reference model".into());
@@ -261,7 +259,7 @@ impl Learner {
     fn forward(&self, members: &[&Member<'_>]) -> Result<Forward> {
         let o = &self.settings.objective;
         let capture = (o.attention_coef > 0.0)
-            .then_some(CaptureSpec { layer: self.settings.attention_layer, differentiable: true });
+            .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
         let (hidden, attention, targets) = packed(&self.vlm, members, capture)?;
         let s = &self.settings;
         let (logprobs, entropy) = logprobs_entropy(&self.vlm.lm_head(&hidden), &targets, s.temperature, &s.banned);

@@ -46,8 +46,8 @@ fn serve(ids: &[&str], lease_s: f64) -> Served {
     let settings = Settings { groups_per_step: 2, max_staleness: 0, lease_s, seed: 0, term: 1, total_groups: Some(4) };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
-    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7 };
-    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, vocab: 50 };
+    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
+    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50 };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Source)).unwrap();
     let address = host.address().to_string();
     let channel = runtime.block_on(unveil_service::connect(&address, Duration::from_secs(5))).unwrap();
@@ -209,9 +209,9 @@ fn a_port_in_use_is_named() {
     let settings =
         Settings { groups_per_step: 2, max_staleness: 0, lease_s: 1.0, seed: 0, term: 1, total_groups: None };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
-    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7 };
+    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.host.address().to_string();
-    let options = HostOptions { listen: listen.clone(), sampling, vocab: 50 };
+    let options = HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50 };
     let e = Host::start(s.runtime.handle(), options, machine, Arc::new(Source)).err().map(|e| e.to_string());
     assert!(e.is_some_and(|e| e.contains(&listen) && e.contains("in use")));
 }

@@ -166,7 +166,7 @@ fn settings_that_do_not_fit_are_named() {
         Learner::new(vlm, None, s).err().map(|e| e.to_string()).unwrap_or_default()
     };
     assert!(refuse(&|s| s.frozen = vec!["vision.".into()]).contains("`vision.`"));
-    assert!(refuse(&|s| s.attention_layer = 99).contains("layer is 99"));
+    assert!(refuse(&|s| s.attention = unveil_model::AttentionSet::layer(99)).contains("layer 99"));
     assert!(refuse(&|s| s.objective.kl_coef = 0.1).contains("reference"));
     assert!(refuse(&|s| s.frozen = vec!["visual".into(), "model".into()]).contains("frozen"));
     assert_eq!(refuse(&|s| s.frozen = vec!["visual".into()]), "");

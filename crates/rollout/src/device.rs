@@ -1,27 +1,23 @@
 //! The one thread that owns the model. Commands go in by channel, answers come back by one-shot channels.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use tokio::sync::oneshot;
-use unveil_engine::{Engine, EngineOptions, GroupOutput, GroupRequest};
-use unveil_model::Vlm;
+use unveil_config::Config;
+use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
 
-use crate::{Result, RolloutError, weights};
+use crate::{Result, RolloutError, open_engine, weights};
 
 /// What the thread needs to start.
 pub(crate) struct DeviceSpec {
     pub model_dir: PathBuf,
-    pub device: String,
-    /// 0 = all cores.
-    pub threads: usize,
-    /// None = the model's default layer.
-    pub layer: Option<usize>,
+    pub config: Config,
     pub banned: Vec<u32>,
 }
 
@@ -54,11 +50,10 @@ impl DeviceThread {
         let thread = std::thread::Builder::new()
             .name("unveil-device".to_owned())
             .spawn(move || {
-                let engine = open(&spec.model_dir, &spec.device, spec.threads, spec.layer, spec.banned);
-                match engine {
+                match open_engine(&spec.config, &spec.model_dir, spec.config.rollout.threads, &spec.banned) {
                     Ok(engine) => {
                         if ready.send(Ok(())).is_ok() {
-                            serve(engine, &inbox, &cancel);
+                            Device { engine, jobs: Vec::new() }.serve(&inbox, &cancel);
                         }
                     }
                     Err(e) => drop(ready.send(Err(e))),
@@ -78,7 +73,7 @@ impl DeviceThread {
         }
     }
 
-    /// Generates groups, all in one batch.
+    /// Generates groups, together with whatever is under way.
     pub async fn generate(&self, requests: Vec<GroupRequest>) -> Result<Generated> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Generate(requests, reply))?;
@@ -97,33 +92,113 @@ impl DeviceThread {
     }
 }
 
-fn serve(mut engine: Engine, inbox: &mpsc::Receiver<Command>, cancel: &AtomicBool) {
-    while let Ok(command) = inbox.recv() {
-        match command {
-            Command::Generate(requests, reply) => {
-                let start = Instant::now();
-                let made = engine.generate(&requests, Some(cancel)).map_err(RolloutError::from);
-                let ms = start.elapsed().as_secs_f64() * 1e3;
-                drop(reply.send(made.map(|outputs| Generated { outputs, ms })));
+/// Groups that were asked for together.
+struct Job {
+    tickets: Vec<Ticket>,
+    outputs: Vec<Option<GroupOutput>>,
+    start: Instant,
+    reply: oneshot::Sender<Result<Generated>>,
+}
+
+impl Job {
+    /// Answers when every group is there; otherwise it goes on.
+    fn settle(self) -> Option<Self> {
+        if self.outputs.iter().any(Option::is_none) {
+            return Some(self);
+        }
+        let ms = self.start.elapsed().as_secs_f64() * 1e3;
+        drop(self.reply.send(Ok(Generated { outputs: self.outputs.into_iter().flatten().collect(), ms })));
+        None
+    }
+
+    fn put(&mut self, ticket: Ticket, output: GroupOutput) -> Option<GroupOutput> {
+        match self.tickets.iter().position(|t| *t == ticket) {
+            Some(at) => {
+                self.outputs[at] = Some(output);
+                None
             }
-            Command::Load(version, bytes, reply) => {
-                let named = weights::tensors(&bytes);
-                drop(reply.send(
-                    named.and_then(|n: Vec<(String, Tensor)>| {
-                        engine.load_weights(version, &n).map_err(|e| e.to_string())
-                    }),
-                ));
-            }
+            None => Some(output),
         }
     }
 }
 
-/// Loads a model into an engine on the calling thread, which it then belongs to.
-pub(crate) fn open(dir: &Path, device: &str, threads: usize, layer: Option<usize>, banned: Vec<u32>) -> Result<Engine> {
-    if threads > 0 {
-        tch::set_num_threads(threads as i32);
+/// The engine, and who waits for what it makes.
+struct Device {
+    engine: Engine,
+    jobs: Vec<Job>,
+}
+
+impl Device {
+    /// Takes commands between steps, so that weights change under groups that are under way. Ends when nobody is left to send.
+    fn serve(mut self, inbox: &mpsc::Receiver<Command>, cancel: &AtomicBool) {
+        loop {
+            let command = if self.jobs.is_empty() {
+                let Ok(command) = inbox.recv() else { return };
+                Some(command)
+            } else {
+                match inbox.try_recv() {
+                    Ok(command) => Some(command),
+                    Err(mpsc::TryRecvError::Empty) => None,
+                    Err(mpsc::TryRecvError::Disconnected) => return,
+                }
+            };
+            match command {
+                Some(Command::Generate(requests, reply)) => self.submit(requests, reply),
+                Some(Command::Load(version, bytes, reply)) => drop(reply.send(self.load(version, &bytes))),
+                None => self.step(cancel),
+            }
+        }
     }
-    let vlm = Vlm::load(dir, unveil_model::device(device)?, Kind::Float)?;
-    let layer = layer.unwrap_or_else(|| vlm.config().default_capture_layer());
-    Ok(Engine::new(vlm, EngineOptions { capture_layer: Some(layer), banned, ..Default::default() })?)
+
+    fn submit(&mut self, requests: Vec<GroupRequest>, reply: oneshot::Sender<Result<Generated>>) {
+        let outputs = requests.iter().map(|_| None).collect();
+        let mut tickets = Vec::with_capacity(requests.len());
+        for request in requests {
+            match self.engine.submit(request) {
+                Ok(ticket) => tickets.push(ticket),
+                Err(e) => {
+                    tickets.into_iter().for_each(|t| drop(self.engine.cancel(t)));
+                    return drop(reply.send(Err(e.into())));
+                }
+            }
+        }
+        self.jobs.extend(Job { tickets, outputs, start: Instant::now(), reply }.settle());
+    }
+
+    fn load(&mut self, version: u64, bytes: &[u8]) -> Result<(), String> {
+        let named: Vec<(String, Tensor)> = weights::tensors(bytes)?;
+        self.engine.load_weights(version, &named).map_err(|e| e.to_string())
+    }
+
+    /// One token for everything under way; after `cancel`, what there is.
+    fn step(&mut self, cancel: &AtomicBool) {
+        let done = if cancel.load(Ordering::Relaxed) {
+            let tickets: Vec<Ticket> = self.jobs.iter().flat_map(|j| j.tickets.iter().copied()).collect();
+            Ok(tickets.into_iter().filter_map(|t| self.engine.cancel(t).map(|out| (t, out))).collect())
+        } else {
+            self.engine.step()
+        };
+        match done {
+            Ok(done) => {
+                for (ticket, output) in done {
+                    let mut left = Some(output);
+                    for job in &mut self.jobs {
+                        left = left.and_then(|output| job.put(ticket, output));
+                    }
+                }
+                self.jobs = std::mem::take(&mut self.jobs).into_iter().filter_map(Job::settle).collect();
+            }
+            Err(e) => {
+                // The engine has dropped everything; each job is told why.
+                let why = e.to_string();
+                let mut first = Some(e);
+                for job in std::mem::take(&mut self.jobs) {
+                    let error = first
+                        .take()
+                        .map_or_else(|| RolloutError::Engine(EngineError::Lost(why.clone())), RolloutError::Engine);
+                    drop(job.reply.send(Err(error)));
+                }
+            }
+        }
+    }
 }

@@ -1,16 +1,19 @@
 //! What happens to one leased group: model input before generation, scores and submission after it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
-use unveil_core::{Breakdown, Finish, GroupId, Record, Sampling};
+use unveil_core::{Breakdown, Finish, GroupId, Logprobs, Record, Sampling};
 use unveil_data::prepare::Preparer;
+use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
 use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
 use unveil_reward::{RewardClient, RewardError, masked_group, score_request};
 use unveil_service::connect;
 
+use crate::engine::stop_rule;
 use crate::experience::Experience;
 use crate::text::{self, Frame};
 use crate::{Result, RolloutError};
@@ -26,7 +29,7 @@ pub(crate) struct Leased {
 
 /// Turns a lease into a request to the engine. `question` stands in where the record has none.
 pub(crate) fn prepare(
-    preparer: &Preparer,
+    preparer: &Arc<Preparer>,
     lease: v1::LeasedGroup,
     question: &str,
     address: &str,
@@ -41,16 +44,22 @@ pub(crate) fn prepare(
     let prepared = preparer
         .prepare_bytes(&lease.image, &name, asked)
         .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
-    let (input, frame) = text::group_input(&record.id, prepared);
+    let hash = ContentHash::parse(&lease.image_hash);
+    let (input, frame) = text::group_input(&record.id, hash, prepared);
     let key = group_key(&[&group.pass.to_le_bytes(), &group.position.to_le_bytes(), group.record.as_bytes()]);
     let sampling = Sampling {
         n: lease.n as usize,
         temperature: lease.temperature,
+        top_k: lease.top_k as usize,
+        top_p: if lease.top_p > 0.0 { lease.top_p } else { 1.0 },
+        min_p: lease.min_p,
         max_new_tokens: lease.max_new_tokens as usize,
         seed: lease.seed,
+        logprobs: if lease.untempered { Logprobs::Untempered } else { Logprobs::Tempered },
     };
+    let stop = stop_rule(preparer, &lease.stop);
     let leased = Leased { lease: lease.lease, group, record, frame, min_version: lease.min_version };
-    Ok((leased, GroupRequest { input, key, sampling }))
+    Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
 /// The reward service, connected to when it is first needed. Where it cannot be had, groups are masked.

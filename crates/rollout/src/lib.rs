@@ -5,6 +5,7 @@
 //! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
 
 mod device;
+mod engine;
 mod error;
 mod experience;
 mod groups;
@@ -20,6 +21,7 @@ mod offline_tests;
 #[cfg(test)]
 mod tests;
 
+pub use engine::{engine_options, open_engine};
 pub use error::RolloutError;
 pub use offline::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
 pub use unveil_service::CancellationToken;

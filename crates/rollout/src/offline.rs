@@ -1,21 +1,25 @@
 //! `unveil generate` and `unveil score`: the worker's engine over a file, one JSON line per response on the output.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
+use unveil_config::Config;
 use unveil_config::schema::VisionMode;
 use unveil_core::{Attention, BBox, Finish, Record, Sampling};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::{RecordFile, folder_of, open_image, path_fault};
+use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
 use unveil_reward::Scoring;
 use unveil_reward::vision::{Region, vision_relevance};
 
+use crate::engine::stop_rule;
 use crate::text::{self, Frame};
-use crate::{Result, RolloutError, device};
+use crate::{Result, RolloutError, open_engine};
 
 /// Records that are in memory at once.
 const CHUNK: usize = 32;
@@ -25,16 +29,8 @@ const CHUNK: usize = 32;
 pub struct OfflineModel {
     /// Model directory.
     pub dir: PathBuf,
-    /// `run.device`.
-    pub device: String,
-    /// Threads; 0 = all cores.
-    pub threads: usize,
-    /// Decoder layer whose attention is read; none = floor(2L/3).
-    pub layer: Option<usize>,
-    /// Asked where a record has no question.
-    pub question: String,
-    /// Synonyms of categories that count as a mention.
-    pub synonyms: BTreeMap<String, Vec<String>>,
+    /// Device, threads, kind of numbers, attention that is read, question where a record has none, synonyms.
+    pub config: Config,
 }
 
 /// `unveil generate`.
@@ -44,14 +40,10 @@ pub struct GenerateOptions {
     pub model: OfflineModel,
     /// Record file.
     pub data: PathBuf,
-    /// Responses per record.
-    pub n: usize,
-    /// 0 is greedy.
-    pub temperature: f64,
-    /// Length cap in tokens.
-    pub max_new_tokens: usize,
-    /// With the record's id, decides the random numbers.
-    pub seed: u64,
+    /// Responses per record, filters, length cap; the seed and the record's id decide the random numbers.
+    pub sampling: Sampling,
+    /// Texts that end a response.
+    pub stop: Vec<String>,
 }
 
 /// `unveil score`.
@@ -90,28 +82,28 @@ struct ScoredLine<'a> {
 
 struct Loaded<'a> {
     engine: Engine,
-    preparer: Preparer,
+    preparer: Arc<Preparer>,
     scoring: Scoring,
     options: &'a OfflineModel,
 }
 
 impl<'a> Loaded<'a> {
     fn open(options: &'a OfflineModel) -> Result<Self> {
-        let preparer = Preparer::load(&options.dir)?;
-        let banned = preparer.tokenizer().special().banned.clone();
-        let engine = device::open(&options.dir, &options.device, options.threads, options.layer, banned)?;
-        let scoring = Scoring { synonyms: options.synonyms.clone(), ..Default::default() };
+        let (config, dir) = (&options.config, &options.dir);
+        let preparer = Arc::new(Preparer::load(dir)?);
+        let engine = open_engine(config, dir, config.run.threads, &preparer.tokenizer().special().banned)?;
+        let scoring = Scoring { synonyms: config.data.synonyms.clone(), ..Default::default() };
         Ok(Self { engine, preparer, scoring, options })
     }
 
     fn input(&self, folder: &Path, record: &Record) -> Result<(GroupInput, Frame)> {
         let image = open_image(folder, record)?;
-        let question = if record.question.is_empty() { &self.options.question } else { &record.question };
+        let question = if record.question.is_empty() { &self.options.config.data.question } else { &record.question };
         let prepared = self
             .preparer
             .prepare(&image, question)
             .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
-        Ok(text::group_input(&record.id, prepared))
+        Ok(text::group_input(&record.id, Some(ContentHash::of(&image.rgb)), prepared))
     }
 
     /// The vision relevance by the project's definition; none where it is not defined (no true box, the whole image).
@@ -137,15 +129,14 @@ impl<'a> Loaded<'a> {
 pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()> {
     let data = RecordFile::load(&options.data)?;
     let mut model = Loaded::open(&options.model)?;
+    let stop = stop_rule(&model.preparer, &options.stop);
     for records in data.records.chunks(CHUNK) {
         let mut frames = Vec::with_capacity(records.len());
         let mut requests = Vec::with_capacity(records.len());
         for record in records {
             let (input, frame) = model.input(data.folder(), record)?;
-            let (n, temperature, max_new_tokens, seed) =
-                (options.n, options.temperature, options.max_new_tokens, options.seed);
-            let sampling = Sampling { n, temperature, max_new_tokens, seed };
-            requests.push(GroupRequest { input, key: group_key(&[record.id.as_bytes()]), sampling });
+            let key = group_key(&[record.id.as_bytes()]);
+            requests.push(GroupRequest { input, key, sampling: options.sampling, stop: stop.clone() });
             frames.push(frame);
         }
         let outputs = model.engine.generate(&requests, None)?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use unveil_core::Sampling;
 
 use crate::{GenerateOptions, OfflineModel, Result, ScoreOptions, fixture, generate_cli, score_cli};
 
@@ -29,19 +30,15 @@ impl Place {
     }
 
     fn model(&self) -> OfflineModel {
-        OfflineModel {
-            dir: self.path().join("model"),
-            device: "cpu".into(),
-            threads: 1,
-            layer: None,
-            question: "What is abnormal, and where?".into(),
-            synonyms: Default::default(),
-        }
+        let mut config = unveil_config::Config::default();
+        (config.run.device, config.run.threads) = ("cpu".into(), 1);
+        OfflineModel { dir: self.path().join("model"), config }
     }
 
     fn generate(&self, temperature: f64, seed: u64) -> Vec<Value> {
         let data = self.path().join("d.jsonl");
-        let options = GenerateOptions { model: self.model(), data, n: 2, temperature, max_new_tokens: 8, seed };
+        let sampling = Sampling { n: 2, temperature, max_new_tokens: 8, seed, ..Default::default() };
+        let options = GenerateOptions { model: self.model(), data, sampling, stop: Vec::new() };
         let mut out = Vec::new();
         generate_cli(&options, &mut out).unwrap();
         lines(&out)

@@ -2,18 +2,20 @@
 
 use unveil_core::{Attention, Response};
 use unveil_data::prepare::Prepared;
+use unveil_data::store::ContentHash;
 use unveil_data::tokenizer::Tokenizer;
 use unveil_engine::{AttentionRows, GroupInput, RawResponse};
 use unveil_model::Prompt;
 
-/// The engine's input for a prepared record.
-pub(crate) fn group_input(id: &str, prepared: Prepared) -> (GroupInput, Frame) {
+/// The engine's input for a prepared record, whose image has this content.
+pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: Prepared) -> (GroupInput, Frame) {
     let frame = Frame { sizes: prepared.image.sizes(), grid: prepared.image.merged };
     let grid = prepared.image.grid_thw.map(|v| v as i64);
     let input = GroupInput {
         id: id.to_owned(),
         prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
         patches: prepared.image.patches,
+        hashes: hash.iter().map(|h| *h.as_bytes()).collect(),
     };
     (input, frame)
 }

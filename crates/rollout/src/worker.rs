@@ -147,9 +147,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         tokio::task::spawn_blocking(move || Preparer::load(&dir)).await.map_err(|_| RolloutError::Died("loader"))??;
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
-        device: config.run.device.clone(),
-        threads: config.rollout.threads,
-        layer: config.reward.vision_relevance.layer,
+        config: config.clone(),
         banned: preparer.tokenizer().special().banned.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;

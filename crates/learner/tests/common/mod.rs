@@ -68,7 +68,7 @@ pub fn rollout(
     version: u64,
     reward: &dyn Fn(&[u32]) -> Option<f64>,
 ) -> Vec<TrainGroup> {
-    let sampling = Sampling { n, temperature: 1.0, max_new_tokens: 8, seed: 11 };
+    let sampling = Sampling { n, temperature: 1.0, max_new_tokens: 8, seed: 11, ..Default::default() };
     let mut engine = Engine::new(vlm, EngineOptions::default()).unwrap();
     engine.set_version(version);
     let inputs: Vec<GroupInput> = (0..groups).map(|k| input(vlm, k)).collect();
@@ -80,9 +80,11 @@ pub fn rollout(
                 id: i.record.id.clone(),
                 prompt: i.prompt.clone(),
                 patches: i.patches.clone(),
+                hashes: vec![],
             },
             key: version * 1000 + k as u64,
             sampling,
+            stop: None,
         })
         .collect();
     let outputs = engine.generate(&requests, None).unwrap();
