@@ -9,7 +9,7 @@ use serde_json::json;
 use tch::{Device, Kind};
 use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::schema::Model as ModelConfig;
-use unveil_data::prepare::Preparer;
+use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_engine::Engine;
 use unveil_eval::{Settings, evaluate, load_samples};
@@ -110,6 +110,7 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             let shape = unveil_model::preset(family, preset)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
+                family: Family::named(family).unwrap_or_default(),
                 patch: shape.patch_size as u32,
                 merge: shape.merge_size as u32,
                 temporal: shape.temporal_patch_size as u32,
@@ -153,7 +154,7 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     };
     let c = vlm.config();
     Ok(json!({
-        "dir": dir, "family": format!("{:?}", preparer.family()), "parameters": count(""), "vision_parameters": count("visual."),
+        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "parameters": count(""), "vision_parameters": count("visual."),
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
         "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
     }))
@@ -182,6 +183,7 @@ fn offline(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
         threads: c.run.threads,
         layer: c.reward.vision_relevance.layer,
         question: c.data.question,
+        boxes: c.model.boxes,
         synonyms: c.data.synonyms,
     })
 }
@@ -210,7 +212,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if config.run.threads > 0 {
         tch::set_num_threads(i32::try_from(config.run.threads)?);
     }
-    let preparer = Preparer::load(&args.model)?;
+    let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let vlm = Vlm::load(&args.model, unveil_model::device(&config.run.device)?, Kind::Float)?;
     let options = engine_options(&vlm, config.reward.vision_relevance.layer, &preparer);
     let mut engine = Engine::new(vlm, options)?;

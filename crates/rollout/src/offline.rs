@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use unveil_config::schema::VisionMode;
-use unveil_core::{Attention, BBox, Finish, Record, Sampling};
+use unveil_core::{Attention, BBox, BoxForm, Finish, Record, Sampling};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::{RecordFile, folder_of, open_image, path_fault};
 use unveil_engine::random::group_key;
@@ -33,6 +33,8 @@ pub struct OfflineModel {
     pub layer: Option<usize>,
     /// Asked where a record has no question.
     pub question: String,
+    /// How boxes are written; none = as the model's family does.
+    pub boxes: Option<BoxForm>,
     /// Synonyms of categories that count as a mention.
     pub synonyms: BTreeMap<String, Vec<String>>,
 }
@@ -97,7 +99,7 @@ struct Loaded<'a> {
 
 impl<'a> Loaded<'a> {
     fn open(options: &'a OfflineModel) -> Result<Self> {
-        let preparer = Preparer::load(&options.dir)?;
+        let preparer = Preparer::load_with(&options.dir, options.boxes)?;
         let banned = preparer.tokenizer().special().banned.clone();
         let engine = device::open(&options.dir, &options.device, options.threads, options.layer, banned)?;
         let scoring = Scoring { synonyms: options.synonyms.clone(), ..Default::default() };

@@ -35,6 +35,7 @@ impl Place {
             threads: 1,
             layer: None,
             question: "What is abnormal, and where?".into(),
+            boxes: None,
             synonyms: Default::default(),
         }
     }

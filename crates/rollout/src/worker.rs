@@ -143,8 +143,10 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
 async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread)> {
     let config = &options.config;
     let dir = options.model_dir.clone();
-    let preparer =
-        tokio::task::spawn_blocking(move || Preparer::load(&dir)).await.map_err(|_| RolloutError::Died("loader"))??;
+    let boxes = config.model.boxes;
+    let preparer = tokio::task::spawn_blocking(move || Preparer::load_with(&dir, boxes))
+        .await
+        .map_err(|_| RolloutError::Died("loader"))??;
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         device: config.run.device.clone(),

@@ -3,62 +3,20 @@
 //! Must not know: tensors, devices, training.
 
 pub(crate) mod error;
+mod family;
 
 use std::path::Path;
 
-use serde::Deserialize;
-use unveil_core::{Grid, Record};
+use unveil_core::{BoxForm, Grid, Record};
 
 pub use error::PrepareError;
+pub use family::Family;
 
 use crate::chat::{ChatTemplate, Prompt};
-use crate::codec::{self, AbsoluteResized, BoxCodec, GroundedAnswer, Sizes};
+use crate::codec::{self, BoxCodec, GroundedAnswer, Sizes};
 use crate::processor::{ImageProcessor, Processed};
 use crate::store::Image;
 use crate::tokenizer::Tokenizer;
-
-/// A model family, as far as data preparation differs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
-    /// Qwen2.5-VL: boxes in absolute pixels of the resized image.
-    Qwen2_5Vl,
-}
-
-#[derive(Deserialize)]
-struct ModelType {
-    model_type: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct ProcessorClass {
-    processor_class: Option<String>,
-}
-
-impl Family {
-    /// Reads the family from `config.json`; where the weights are not there yet, from `preprocessor_config.json`.
-    pub fn detect(dir: &Path) -> Result<Self, PrepareError> {
-        let config = dir.join("config.json");
-        let (path, found) = if config.is_file() {
-            let found = error::read_json::<ModelType>(&config)?.model_type;
-            (config, found)
-        } else {
-            let path = dir.join("preprocessor_config.json");
-            let found = error::read_json::<ProcessorClass>(&path)?.processor_class;
-            (path, found)
-        };
-        match found.as_deref() {
-            Some("qwen2_5_vl" | "Qwen2_5_VLProcessor") => Ok(Self::Qwen2_5Vl),
-            other => Err(PrepareError::Family { path, found: other.unwrap_or("(none)").to_owned() }),
-        }
-    }
-
-    /// How the family writes boxes.
-    pub fn codec(&self) -> &'static dyn BoxCodec {
-        match self {
-            Self::Qwen2_5Vl => &AbsoluteResized,
-        }
-    }
-}
 
 /// Prompt and pixels of one image and question.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,20 +31,32 @@ pub struct Prepared {
 #[derive(Debug, Clone)]
 pub struct Preparer {
     family: Family,
+    codec: &'static dyn BoxCodec,
     processor: ImageProcessor,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
 }
 
 impl Preparer {
-    /// Reads a model directory; the weights are not needed.
+    /// Reads a model directory; the weights are not needed. Boxes are written as the family does.
+    ///
+    /// # Errors
+    /// As [`Preparer::load_with`].
     pub fn load(dir: &Path) -> Result<Self, PrepareError> {
-        Ok(Self {
-            family: Family::detect(dir)?,
-            processor: ImageProcessor::load(dir)?,
-            tokenizer: Tokenizer::load(dir)?,
-            chat: ChatTemplate::load(dir)?,
-        })
+        Self::load_with(dir, None)
+    }
+
+    /// The same with a box form of the caller's choice; none: the family's.
+    ///
+    /// # Errors
+    /// A file that is missing or cannot be used, a family that is not built in, a tokenizer without a token that the family or the box
+    /// form needs.
+    pub fn load_with(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, PrepareError> {
+        let family = Family::detect(dir)?;
+        let codec = codec::codec(boxes.unwrap_or(family.box_form()));
+        let mut tokenizer = Tokenizer::load(dir)?;
+        tokenizer.allow(codec.special_tokens())?;
+        Ok(Self { family, codec, processor: ImageProcessor::load(dir)?, tokenizer, chat: ChatTemplate::load(dir)? })
     }
 
     /// Prompt and pixels of an image and a question.
@@ -114,7 +84,7 @@ impl Preparer {
 
     /// The training answer of a record as text.
     pub fn answer_text(&self, record: &Record, sizes: &Sizes) -> Result<String, PrepareError> {
-        codec::answer_text(self.family.codec(), record, sizes)
+        codec::answer_text(self.codec, record, sizes)
     }
 
     /// The training answer of a record as token ids, end token included.
@@ -122,21 +92,25 @@ impl Preparer {
     /// # Errors
     /// As [`codec::answer_text`], and a category that holds a special token.
     pub fn target_ids(&self, record: &Record, sizes: &Sizes) -> Result<Vec<u32>, PrepareError> {
-        let text = self.answer_text(record, sizes)?;
-        let mut ids = self
-            .tokenizer
-            .encode_plain(&text)
-            .map_err(|e| PrepareError::Record { id: record.id.clone(), what: e.to_string() })?;
+        let bad = |e: PrepareError| PrepareError::Record { id: record.id.clone(), what: e.to_string() };
+        // The form may write special tokens, the category must not.
+        self.tokenizer.encode_plain(&record.category).map_err(bad)?;
+        let mut ids = self.tokenizer.encode(&self.answer_text(record, sizes)?).map_err(bad)?;
         ids.push(self.tokenizer.special().im_end);
         Ok(ids)
     }
 
     /// Reads a response; its boxes come back in original pixels.
     pub fn read_answer(&self, text: &str, sizes: &Sizes) -> GroundedAnswer {
-        codec::read_answer(self.family.codec(), text, sizes)
+        codec::read_answer(self.codec, text, sizes)
     }
 
-    /// The tokenizer.
+    /// The form in which boxes are written and read.
+    pub fn box_form(&self) -> BoxForm {
+        self.codec.form()
+    }
+
+    /// The tokenizer; its banned tokens leave out those of the box form.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }

@@ -2,10 +2,11 @@
 //!
 //! Must not know: images, records, chat templates.
 
+pub mod stop;
 pub mod tiny;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
@@ -63,6 +64,8 @@ pub struct Tokenizer {
     special: SpecialTokens,
     /// Ids that decoding skips, with their text.
     hidden: HashMap<u32, String>,
+    /// The tokenizer file.
+    path: PathBuf,
     bytes: HashMap<char, u8>,
     vocab_size: usize,
 }
@@ -104,7 +107,20 @@ impl Tokenizer {
         let hidden = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
         let bytes = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
-        Ok(Self { special, hidden, bytes, vocab_size, inner })
+        Ok(Self { special, hidden, path, bytes, vocab_size, inner })
+    }
+
+    /// Takes special tokens that answers are written with off the list of banned ones.
+    ///
+    /// # Errors
+    /// The vocabulary lacks one of them.
+    pub(crate) fn allow(&mut self, tokens: &[&'static str]) -> Result<(), PrepareError> {
+        for token in tokens {
+            let missing = || PrepareError::MissingToken { path: self.path.clone(), token };
+            let id = self.id(token).filter(|id| self.hidden.contains_key(id)).ok_or_else(missing)?;
+            self.special.banned.retain(|b| *b != id);
+        }
+        Ok(())
     }
 
     /// Largest token id plus one.
@@ -183,6 +199,13 @@ impl Tokenizer {
             start = end;
         }
         Decoded { text, spans }
+    }
+
+    /// The bytes that a token adds to the text; none for a special or unknown one.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.append(id, &mut out);
+        out
     }
 
     /// Appends the bytes of a token as the byte-level decoder writes them; nothing for a special or unknown one.
