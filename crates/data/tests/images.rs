@@ -54,6 +54,7 @@ fn every_form_is_read_and_bad_files_are_refused() {
         assert!(worst <= limit, "{file}: differs by {worst}");
         println!("{file}: differs by {worst} at most");
     }
+    checked(root);
     damaged(root);
 }
 
@@ -115,7 +116,26 @@ fn bombs(root: &Path) {
     bytes[at + 8..at + 12].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
     assert!(Image::decode(&bytes, "lying").unwrap_err().to_string().contains("lying"));
     let grown = peak() - before;
+    println!("refusing bombs took {grown} KiB");
     assert!(grown < SPARE, "refusing took {grown} KiB");
+}
+
+/// `data check` and `data stats` take DICOM like the other formats.
+fn checked(root: &Path) {
+    use unveil_data::{check, records::RecordFile, stats};
+    let line = |id: &str, image: &str| {
+        let v = serde_json::json!({"id": id, "image": image, "category": "x", "boxes": [[1, 1, 30, 20]], "question": "q", "split": "train"});
+        v.to_string()
+    };
+    let path = root.join("r.jsonl");
+    std::fs::write(&path, [line("a", "s16_window.dcm"), line("b", "frames.dcm"), line("c", "other.gif")].join("\n"))
+        .unwrap();
+    let found = check::check_file(&path).unwrap();
+    let said: Vec<String> = found.iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("frames.dcm") && said[1].contains("other.gif"), "{said:?}");
+    let s = stats::stats(&RecordFile::load(&path).unwrap());
+    assert_eq!((s.image_sizes["34x21"], s.image_sizes["unknown"]), (2, 1));
 }
 
 /// Damaged files are errors or other images, never a panic or much memory.
@@ -137,8 +157,11 @@ fn damaged(root: &Path) {
         prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
         any::<prop::sample::Index>(),
     );
-    let mut runner =
-        proptest::test_runner::TestRunner::new(ProptestConfig { cases: 3000, ..ProptestConfig::default() });
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 3000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
     runner
         .run(&strategy, |(which, changes, end)| {
             let mut bytes = originals[which].clone();

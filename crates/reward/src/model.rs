@@ -44,10 +44,12 @@ impl ModelSide {
         (decoded.text, spans)
     }
 
-    /// Spans of a text's own tokens; empty when the tokens do not give the text back.
-    pub(crate) fn spans_of(&self, text: &str) -> Result<Vec<(usize, usize)>, String> {
-        let tokens = self.preparer.tokenizer().encode(text).map_err(|e| format!("`response`: {e}"))?;
+    /// A text without its special tokens and the spans of its own tokens; no spans when the tokens do not give the text back.
+    pub(crate) fn read_text(&self, text: String) -> Result<TextAndSpans, String> {
+        let tokenizer = self.preparer.tokenizer();
+        let tokens = tokenizer.encode(&text).map_err(|e| format!("`response`: {e}"))?;
         let (back, spans) = self.read_tokens(&tokens);
-        Ok(if back == text { spans } else { Vec::new() })
+        let special = tokens.iter().any(|t| tokenizer.special_name(*t).is_some());
+        Ok(if back == text || special { (back, spans) } else { (text, Vec::new()) })
     }
 }

@@ -162,10 +162,7 @@ fn group_input(
 fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, String> {
     let (text, spans) = match (line.response, line.tokens, model) {
         (_, Some(tokens), Some(m)) => m.read_tokens(&tokens),
-        (Some(text), None, Some(m)) => {
-            let spans = m.spans_of(&text)?;
-            (text, spans)
-        }
+        (Some(text), None, Some(m)) => m.read_text(text)?,
         (Some(text), _, None) => (text, Vec::new()),
         (None, Some(_), None) => {
             return Err("has `tokens` but no `response`, and reading tokens needs a tokenizer: \

@@ -5,7 +5,10 @@ use std::io::Cursor;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use super::{Fault, check_size, fail};
-use crate::store::{Image, MAX_PIXELS};
+use crate::store::Image;
+
+/// Bytes that a decoder may take beside the pixels: rows in work, a colour profile.
+const MAX_BESIDE: u64 = 32 << 20;
 
 /// Decodes either format.
 pub(super) fn decode(bytes: &[u8]) -> Result<Image, Fault> {
@@ -21,7 +24,7 @@ pub(super) fn size(bytes: &[u8]) -> Result<(u32, u32), Fault> {
     Ok(open(bytes)?.dimensions())
 }
 
-/// Reads the header; unpacking stays within a limit of memory.
+/// Reads the header; what is not pixels stays within a limit of memory.
 fn open(bytes: &[u8]) -> Result<impl ImageDecoder + '_, Fault> {
     let format = match image::guess_format(bytes) {
         Ok(f @ (ImageFormat::Png | ImageFormat::Jpeg)) => f,
@@ -34,7 +37,7 @@ fn open(bytes: &[u8]) -> Result<impl ImageDecoder + '_, Fault> {
     };
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     let mut limits = Limits::no_limits();
-    limits.max_alloc = Some(MAX_PIXELS * 8);
+    limits.max_alloc = Some(MAX_BESIDE);
     reader.limits(limits);
     reader.into_decoder().map_err(fail)
 }

@@ -183,12 +183,77 @@ mod tests {
         assert!(e.contains("a7") && e.contains("<|im_end|>"), "{e}");
     }
 
+    /// A processor directory of `family` whose tokenizer also has the box tokens of Qwen2-VL.
+    fn with_box_tokens(dir: &Path, family: Family) -> usize {
+        write_tiny(dir, &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+        let path = dir.join("tokenizer.json");
+        let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let size = Tokenizer::load(dir).unwrap().vocab_size();
+        let added = json["added_tokens"].as_array_mut().unwrap();
+        for (i, token) in codec::codec(BoxForm::Qwen2Vl).special_tokens().iter().enumerate() {
+            let mut entry = added[0].clone();
+            (entry["id"], entry["content"]) = ((size + i).into(), (*token).into());
+            added.push(entry);
+        }
+        std::fs::write(path, json.to_string()).unwrap();
+        size
+    }
+
+    #[test]
+    fn the_form_is_the_familys_unless_it_is_chosen() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = with_box_tokens(dir.path(), Family::Qwen3Vl) as u32;
+        let r: Record = serde_json::from_str(r#"{"id":"a","category":"cyst","boxes":[[48,24,96,96]]}"#).unwrap();
+        let sizes = Sizes { original: (96, 96), resized: (96, 96) };
+        let load = |form| Preparer::load_with(dir.path(), form).unwrap();
+        let family = Preparer::load(dir.path()).unwrap();
+        assert_eq!((family.family(), family.box_form()), (Family::Qwen3Vl, BoxForm::PerMille));
+        assert_eq!(family.answer_text(&r, &sizes).unwrap(), "[500,250,1000,1000] cyst");
+        assert!((first..first + 4).all(|id| family.tokenizer().special().banned.contains(&id)));
+        for form in BoxForm::ALL {
+            let p = load(Some(form));
+            let ids = p.target_ids(&r, &sizes).unwrap();
+            let back = p.read_answer(&p.tokenizer().decode(&ids).unwrap(), &sizes);
+            assert_eq!(
+                (p.box_form(), back.boxes, back.category.as_str(), back.fault),
+                (form, r.boxes.clone(), "cyst", None)
+            );
+            // What training writes can be sampled.
+            assert!(ids.iter().all(|id| !p.tokenizer().special().banned.contains(id)), "{form}");
+        }
+        let e = load(Some(BoxForm::Qwen2Vl));
+        let sly: Record =
+            serde_json::from_str(r#"{"id":"a8","category":"<|box_end|>","boxes":[[1,5,20,25]]}"#).unwrap();
+        assert!(e.target_ids(&sly, &sizes).unwrap_err().to_string().contains("a8"));
+    }
+
+    #[test]
+    fn missing_tokens_are_named_for_every_family() {
+        for family in Family::ALL {
+            let dir = tempfile::tempdir().unwrap();
+            write_tiny(dir.path(), &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+            assert_eq!(Preparer::load(dir.path()).unwrap().family(), family);
+            let e = Preparer::load_with(dir.path(), Some(BoxForm::Qwen2Vl)).unwrap_err().to_string();
+            assert!(e.contains("<|object_ref_start|>") && e.contains("tokenizer.json"), "{e}");
+            let path = dir.path().join("tokenizer.json");
+            let text = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, text.replace("<|vision_start|>", "<|look|>")).unwrap();
+            let e = Preparer::load(dir.path()).unwrap_err().to_string();
+            assert!(e.contains("<|vision_start|>") && e.contains("tokenizer.json"), "{e}");
+            // transformers 5 saves one file for the whole processor.
+            let whole = format!(r#"{{"processor_class":"{}"}}"#, family.processor_class());
+            std::fs::write(dir.path().join("processor_config.json"), whole).unwrap();
+            std::fs::remove_file(dir.path().join("preprocessor_config.json")).unwrap();
+            assert_eq!(Family::detect(dir.path()).unwrap(), family);
+        }
+    }
+
     #[test]
     fn other_families_are_refused_by_name() {
         let (dir, _) = tiny();
         std::fs::write(dir.path().join("config.json"), r#"{"model_type":"llava"}"#).unwrap();
         let e = Preparer::load(dir.path()).unwrap_err().to_string();
-        assert!(e.contains("llava") && e.contains("qwen2_5_vl"), "{e}");
+        assert!(e.contains("llava") && Family::ALL.iter().all(|f| e.contains(f.name())), "{e}");
         std::fs::write(dir.path().join("config.json"), "{").unwrap();
         assert!(Preparer::load(dir.path()).unwrap_err().to_string().contains("config.json"));
     }

@@ -268,6 +268,18 @@ mod tests {
     }
 
     #[test]
+    fn pieces_of_tokens_make_the_text() {
+        let t = Tokenizer::load(tiny_dir().path()).unwrap();
+        let ids = t.encode("[1,2] \u{20ac}<|im_end|>no finding").unwrap();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| t.token_bytes(*id)).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), t.decode(&ids).unwrap());
+        assert!(t.token_bytes(t.special().im_end).is_empty());
+        let mut stop = stop::StopStrings::new(["\u{20ac}no"]);
+        let hits: Vec<bool> = ids.iter().map(|id| stop.push(&t.token_bytes(*id))).collect();
+        assert_eq!(hits.iter().position(|h| *h), Some(ids.len() - 2));
+    }
+
+    #[test]
     fn faults_name_file_and_token() {
         let dir = tiny_dir();
         let path = dir.path().join("tokenizer.json");
