@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_core::Sampling;
-use unveil_data::prepare::Preparer;
+use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_model::{InitSpec, SpecialIds, Vlm};
@@ -120,6 +120,7 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             let shape = unveil_model::preset(family, preset)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
+                family: Family::named(family).unwrap_or_default(),
                 patch: shape.patch_size as u32,
                 merge: shape.merge_size() as u32,
                 temporal: shape.temporal_patch_size() as u32,
@@ -163,7 +164,7 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     };
     let c = vlm.config();
     Ok(json!({
-        "dir": dir, "family": format!("{:?}", preparer.family()), "parameters": count(""), "vision_parameters": count("visual."),
+        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "parameters": count(""), "vision_parameters": count("visual."),
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
         "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
     }))
@@ -217,7 +218,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if args.role.supervised {
         unveil_cli::end_with_supervisor();
     }
-    let preparer = Preparer::load(&args.model)?;
+    let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
     let mut engine = open_engine(&config, &args.model, config.run.threads, banned)?;
     let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;

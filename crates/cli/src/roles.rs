@@ -17,7 +17,7 @@ use unveil_learner::{Dataset, Evaluation, Outcome, Stage, run_rl};
 use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
-use unveil_rollout::WorkerOptions;
+use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::announce;
 
 fn sibling(name: &str) -> anyhow::Result<PathBuf> {
@@ -93,7 +93,7 @@ fn stage(
 ) -> anyhow::Result<()> {
     let outcome = run_role(supervised, 1, |cancel| async move {
         let work = || -> anyhow::Result<Outcome> {
-            let preparer = Arc::new(Preparer::load(&model_dir)?);
+            let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
             let mut evaluator = validation(config, &model_dir)?;
             let mut events = EventLog::open(&config.run_dir(), role)?;
             Ok(run(Stage {
@@ -122,7 +122,7 @@ fn validation(
     config: &Config,
     model_dir: &Path,
 ) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, Failure>> {
-    let preparer = Preparer::load(model_dir)?;
+    let preparer = Preparer::load_with(model_dir, config.model.boxes)?;
     let (data, eval) = (&config.data, &config.eval);
     let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
     let settings =

@@ -2,6 +2,7 @@
 //!
 //! The only room that reads environment variables. Must not know: tokio, tch.
 
+mod auto;
 mod load;
 mod paths;
 pub mod schema;

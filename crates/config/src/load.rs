@@ -231,6 +231,11 @@ mod tests {
         assert!(m.contains("min") && m.contains("zscore"), "{m}");
         let m = e("[run\n", &[]);
         assert!(m.contains("TOML"), "{m}");
+        let m = e("[model]\nboxes = \"pixels\"", &[]);
+        assert!(
+            m.contains("model.boxes") && m.contains("pixels") && m.contains("per_mille") && m.contains("auto"),
+            "{m}"
+        );
         assert!(e("", &["run.seed"]).contains("section.key=value"));
         assert!(e("[sft]\nsteps = -1", &[]).contains("steps"));
     }
@@ -242,6 +247,11 @@ mod tests {
         assert_eq!(c.learner.optimizer.lr, 1.0);
         assert_eq!(c.reward.vision_relevance.layers, [2]);
         assert_eq!(c.run.resume, "40");
+        for form in unveil_core::BoxForm::ALL {
+            let c = with("", &[], &[&format!("model.boxes={form}")]).unwrap();
+            assert_eq!(c.model.boxes, Some(form));
+            assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c);
+        }
         let c = with("[data.synonyms]\nnodule = [\"nodules\"]", &[], &[]).unwrap();
         assert_eq!(c.data.synonyms["nodule"], ["nodules"]);
     }

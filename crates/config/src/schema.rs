@@ -1,7 +1,7 @@
 //! The typed configuration. Every key has a default or is checked when the file is loaded; unknown keys are refused.
 
 use serde::{Deserialize, Serialize};
-use unveil_core::Logprobs;
+use unveil_core::{BoxForm, Logprobs};
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -79,11 +79,15 @@ pub struct Model {
     pub family: String,
     /// Preset of that family.
     pub preset: String,
+    /// How boxes are written in answers: `auto` (as the model's family does), `absolute` (pixels of the resized image), `per_mille`
+    /// (thousandths of the sides), `qwen2_vl` (thousandths between box tokens), `llava` (fractions with three decimals).
+    #[serde(with = "crate::auto")]
+    pub boxes: Option<BoxForm>,
 }
 
 impl Default for Model {
     fn default() -> Self {
-        Self { dir: String::new(), family: "qwen2_5_vl".into(), preset: "tiny".into() }
+        Self { dir: String::new(), family: "qwen2_5_vl".into(), preset: "tiny".into(), boxes: None }
     }
 }
 

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 /// What an answer says, in the coordinates of the text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Answer {
-    /// Every group of four numbers in square brackets, as written (never repaired, never dropped).
+    /// Every group of four numbers, as written (never repaired, never dropped).
     pub boxes: Vec<[f64; 4]>,
-    /// Text after the boxes, trimmed.
+    /// Text beside the boxes, trimmed.
     pub category: String,
     /// The text says "no finding".
     pub no_finding: bool,
@@ -31,17 +31,19 @@ pub enum ParseFault {
     NoBox,
     /// Words before or between the boxes, or brackets after the category.
     Order,
+    /// It reads well, but is written as the model was published to write it, not as it was asked for.
+    OtherForm,
 }
 
 /// The words that stand for an empty answer.
 pub const NO_FINDING: &str = "no finding";
 
 /// Writes an answer: `[x1,y1,x2,y2], [..] category`, or `no finding` when there is no box.
-pub fn format_answer(boxes: &[[i64; 4]], category: &str) -> String {
+pub fn format_answer<N: std::fmt::Display>(boxes: &[[N; 4]], category: &str) -> String {
     if boxes.is_empty() {
         return NO_FINDING.to_owned();
     }
-    let list: Vec<String> = boxes.iter().map(|b| format!("[{},{},{},{}]", b[0], b[1], b[2], b[3])).collect();
+    let list: Vec<String> = boxes.iter().map(|[x1, y1, x2, y2]| format!("[{x1},{y1},{x2},{y2}]")).collect();
     format!("{} {category}", list.join(", "))
 }
 
@@ -100,7 +102,7 @@ mod tests {
         let a = parse_answer(&t);
         assert_eq!(a.boxes, vec![[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]);
         assert_eq!((a.category.as_str(), a.fault), ("white blood cell", None));
-        assert!(parse_answer(&format_answer(&[], "x")).no_finding);
+        assert!(parse_answer(&format_answer::<i64>(&[], "x")).no_finding);
     }
 
     #[test]

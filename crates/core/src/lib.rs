@@ -3,12 +3,14 @@
 //! Must not know: tokio, tch, tonic. Pure data and pure functions; serde is the only format it speaks.
 
 pub mod answer;
+pub mod boxes;
 pub mod geometry;
 pub mod group;
 pub mod record;
 pub mod reward;
 
-pub use answer::{Answer, ParseFault, format_answer, parse_answer};
+pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
+pub use boxes::{BoxForm, UnknownBoxForm};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};

@@ -6,6 +6,7 @@ pub mod augment;
 pub mod chat;
 pub mod check;
 pub mod codec;
+mod decode;
 mod files;
 pub mod import;
 pub mod prepare;

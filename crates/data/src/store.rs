@@ -2,11 +2,12 @@
 //!
 //! Must not know: records, model families, tch, tonic. An [`Image`] is always 8-bit RGB; what was grey stays grey in all channels.
 
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
-use image::{ExtendedColorType, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, Limits};
+use image::{ExtendedColorType, ImageEncoder};
+
+use crate::decode;
 
 /// Largest width or height that is decoded, in pixels.
 pub const MAX_SIDE: u32 = 16_384;
@@ -26,7 +27,7 @@ pub enum ImageError {
         /// What the system said.
         cause: std::io::Error,
     },
-    /// The bytes are not a whole PNG or JPEG image.
+    /// The bytes are not a whole image of a format that is read.
     #[error("image {name}: cannot be decoded: {cause}")]
     Decode {
         /// Path or name of the image.
@@ -81,29 +82,9 @@ impl Image {
         self.rgb[i..i + 3].copy_from_slice(&rgb);
     }
 
-    /// Decodes PNG or JPEG bytes, the format told by the content. `name` appears in errors.
+    /// Decodes PNG, JPEG or DICOM bytes, the format told by the content. `name` appears in errors.
     pub fn decode(bytes: &[u8], name: &str) -> Result<Self, ImageError> {
-        let fail = |cause: String| ImageError::Decode { name: name.to_owned(), cause };
-        let format = match image::guess_format(bytes) {
-            Ok(f @ (ImageFormat::Png | ImageFormat::Jpeg)) => f,
-            _ if bytes.is_empty() => return Err(fail("the file is empty".to_owned())),
-            _ => return Err(fail("neither PNG nor JPEG".to_owned())),
-        };
-        let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
-        let mut limits = Limits::default();
-        limits.max_image_width = Some(MAX_SIDE);
-        limits.max_image_height = Some(MAX_SIDE);
-        limits.max_alloc = Some(MAX_PIXELS * 8);
-        reader.limits(limits);
-        let decoder = reader.into_decoder().map_err(|e| fail(e.to_string()))?;
-        let (width, height) = decoder.dimensions();
-        let pixels = u64::from(width) * u64::from(height);
-        if pixels > MAX_PIXELS {
-            let what = format!("{width} x {height} = {pixels} pixels");
-            return Err(ImageError::TooLarge { name: name.to_owned(), what, limit: MAX_PIXELS });
-        }
-        let rgb = image::DynamicImage::from_decoder(decoder).map_err(|e| fail(e.to_string()))?.into_rgb8().into_raw();
-        Ok(Self { width, height, rgb })
+        decode::decode(bytes, name)
     }
 
     /// Reads and decodes a file.
@@ -129,12 +110,9 @@ impl Image {
     }
 }
 
-/// Width and height of a PNG or JPEG file from its header alone.
+/// Width and height of a PNG, JPEG or DICOM file from its header alone.
 pub fn image_size(path: &Path) -> Result<(u32, u32), ImageError> {
-    let name = path.display().to_string();
-    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
-    let reader = reader.map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
-    reader.into_dimensions().map_err(|e| ImageError::Decode { name, cause: e.to_string() })
+    decode::size(&read_file(path)?, &path.display().to_string())
 }
 
 /// Reads an image file whole, up to [`MAX_FILE`] bytes.

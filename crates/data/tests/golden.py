@@ -62,9 +62,10 @@ def main():
     with open(os.path.join(root, "job.json"), encoding="utf-8") as f:
         job = json.load(f)
     tokenizer = AutoTokenizer.from_pretrained(os.path.join(root, "tiny"))
-    processor = AutoProcessor.from_pretrained(os.path.join(root, "tiny"))
+    processors = {d: AutoProcessor.from_pretrained(os.path.join(root, d)) for d in job["directories"]}
     prompts = []
     for p in job["prompts"]:
+        processor = processors[p["dir"]]
         picture = [read_image(root, i) for i in p["images"]]
         content = [{"type": "image"} for _ in picture] + [{"type": "text", "text": p["question"]}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -79,9 +80,9 @@ def main():
         "vocab_size": len(tokenizer),
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
-        "image_token_id": processor.image_token_id,
-        "video_token_id": processor.video_token_id,
-        "processor": type(processor).__name__,
+        "image_token_id": processors["tiny"].image_token_id,
+        "video_token_id": processors["tiny"].video_token_id,
+        "classes": {d: type(p).__name__ for d, p in processors.items()},
     }
     with open(os.path.join(root, "out.json"), "w", encoding="utf-8") as f:
         json.dump(out, f)

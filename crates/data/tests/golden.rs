@@ -1,14 +1,15 @@
 //! Processor, tokenizer, chat template and resize rule against transformers, on seeded random input (`UNVEIL_SEED` chooses another seed).
 //!
-//! Python is `UNVEIL_PYTHON`, else `.venv/bin/python` of the workspace; a missing one is a failure.
+//! Each prompt is made with the template of the tiny processor and with templates of the structure of the published ones.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+mod common;
+
+use std::path::Path;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use unveil_data::prepare::Preparer;
+use unveil_data::prepare::{Family, Preparer};
 use unveil_data::processor::{Filter, ImageProcessor, resize, smart_resize};
 use unveil_data::store::Image;
 use unveil_data::tokenizer::Tokenizer;
@@ -56,13 +57,6 @@ const WORDS: [&str; 20] = [
     "½ ² Ⅳ ٣",
 ];
 
-fn python() -> PathBuf {
-    let path = std::env::var_os("UNVEIL_PYTHON")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run `make setup`, or set UNVEIL_PYTHON", path.display());
-    path
-}
-
 fn draw(rng: &mut ChaCha8Rng, (w, h): (u32, u32)) -> Image {
     let mut image = Image::new(w, h);
     let (fx, fy, sharp) = (rng.random_range(0.01..0.6), rng.random_range(0.01..0.6), rng.random_bool(0.4));
@@ -94,6 +88,26 @@ fn text(rng: &mut ChaCha8Rng) -> String {
     out
 }
 
+/// Processor directories of both families, with their own chat templates and with ones like the published.
+fn directories(root: &Path) -> Vec<&'static str> {
+    let templates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/templates");
+    let template = |name: &str| std::fs::read_to_string(templates.join(name)).unwrap();
+    let numbered = |name: &str| format!("{{% set add_vision_id = true %}}{}", template(name));
+    let cases = [
+        ("tiny25", Family::Qwen2_5Vl, template("qwen2_5_vl.jinja")),
+        ("tiny25n", Family::Qwen2_5Vl, numbered("qwen2_5_vl.jinja")),
+        ("tiny3", Family::Qwen3Vl, template("qwen3_vl.jinja")),
+        ("tiny3n", Family::Qwen3Vl, numbered("qwen3_vl.jinja")),
+    ];
+    let mut names = vec!["tiny"];
+    for (name, family, template) in cases {
+        write_tiny(&root.join(name), &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+        std::fs::write(root.join(name).join("chat_template.jinja"), template).unwrap();
+        names.push(name);
+    }
+    names
+}
+
 struct Job {
     dir: tempfile::TempDir,
     images: Vec<(String, Image)>,
@@ -102,12 +116,23 @@ struct Job {
 }
 
 fn job() -> Job {
-    let seed = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7);
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(common::seed());
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
     let tiny = write_tiny(&root.join("tiny"), &TinyProcessorSpec::default()).unwrap();
+    let directories = directories(root);
     let configs = [
+        (
+            "published",
+            json!({"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}, "patch_size": 16, "temporal_patch_size": 2,
+                             "merge_size": 2, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+                             "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor"}),
+        ),
+        (
+            "saved",
+            json!({"size": {"shortest_edge": 65_536, "longest_edge": 100_000}, "min_pixels": 3136, "max_pixels": null,
+                         "crop_size": null, "device": null, "do_normalize": null, "do_convert_rgb": true, "image_std": 0.5}),
+        ),
         ("full", json!({"size": {"shortest_edge": 3136, "longest_edge": 150_000}})),
         (
             "large",
@@ -120,8 +145,13 @@ fn job() -> Job {
         ),
     ];
     for (name, mut config) in configs {
-        config["image_processor_type"] = json!("Qwen2VLImageProcessor");
-        config["processor_class"] = json!("Qwen2_5_VLProcessor");
+        for (key, value) in
+            [("image_processor_type", "Qwen2VLImageProcessor"), ("processor_class", "Qwen2_5_VLProcessor")]
+        {
+            if config.get(key).is_none() {
+                config[key] = json!(value);
+            }
+        }
         std::fs::create_dir(root.join(name)).unwrap();
         std::fs::write(root.join(name).join("preprocessor_config.json"), config.to_string()).unwrap();
     }
@@ -157,15 +187,15 @@ fn job() -> Job {
     ]
     .iter()
     .enumerate()
-    .map(|(i, (n, q, a))| json!({"images": listed[i..i + n], "question": q, "answer": a}))
+    .flat_map(|(i, (n, q, a))| {
+        let listed = &listed;
+        directories.iter().map(move |d| json!({"dir": d, "images": listed[i..i + n], "question": q, "answer": a}))
+    })
     .collect();
-    let job = json!({"processors": ["tiny", "full", "large", "plain"], "images": listed, "sizes": rules, "texts": texts, "ids": ids,
+    let job = json!({"directories": directories, "processors": ["tiny", "tiny3", "full", "large", "plain", "published", "saved"], "images": listed, "sizes": rules, "texts": texts, "ids": ids,
                      "prompts": prompts});
     std::fs::write(root.join("job.json"), job.to_string()).unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden.py");
-    let run = Command::new(python()).arg(script).arg(root).env("OMP_NUM_THREADS", "1").output().unwrap();
-    assert!(run.status.success(), "golden.py failed: {}", String::from_utf8_lossy(&run.stderr));
-    let out = serde_json::from_slice(&std::fs::read(root.join("out.json")).unwrap()).unwrap();
+    let out = common::run("golden.py", root);
     Job { images, job, out, dir }
 }
 
@@ -246,13 +276,19 @@ fn texts(job: &Job) {
     assert_eq!(job.out["pad"], json!(t.special().end_of_text));
     assert_eq!(job.out["image_token_id"], json!(t.special().image_pad));
     assert_eq!(job.out["video_token_id"], json!(t.special().video_pad));
-    assert_eq!(job.out["processor"], json!("Qwen2_5_VLProcessor"));
+    for (dir, class) in job.out["classes"].as_object().unwrap() {
+        assert_eq!(
+            Family::detect(&job.dir.path().join(dir)).unwrap().processor_class(),
+            class.as_str().unwrap(),
+            "{dir}"
+        );
+    }
 }
 
 fn prompts(job: &Job) {
-    let p = Preparer::load(&job.dir.path().join("tiny")).unwrap();
     let asked = job.job["prompts"].as_array().unwrap();
     for (asked, made) in asked.iter().zip(job.out["prompts"].as_array().unwrap()) {
+        let p = Preparer::load(&job.dir.path().join(asked["dir"].as_str().unwrap())).unwrap();
         let grids: Vec<_> = asked["images"]
             .as_array()
             .unwrap()
@@ -263,6 +299,6 @@ fn prompts(job: &Job) {
         assert_eq!(p.chat().render(grids.len(), question).unwrap(), made["text"].as_str().unwrap());
         let mut ids = p.chat().prompt(p.tokenizer(), &grids, question).unwrap().ids;
         ids.extend(p.tokenizer().encode(asked["answer"].as_str().unwrap()).unwrap());
-        assert_eq!(ids, list::<Vec<u32>>(&made["ids"]), "{question:?}");
+        assert_eq!(ids, list::<Vec<u32>>(&made["ids"]), "{question:?} {}", asked["dir"]);
     }
 }

@@ -1,7 +1,7 @@
 //! A random tiny model and prompts for the tests of this crate.
 
 use unveil_core::Sampling;
-use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
+use unveil_model::{Family, InitSpec, Prompt, SpecialIds, Vlm, init};
 
 use crate::{GroupInput, GroupRequest};
 
@@ -11,11 +11,16 @@ pub(crate) const IMAGE: u32 = 61;
 
 /// A tiny model with random weights.
 pub(crate) fn model(seed: u64) -> Vlm {
+    model_of(Family::Qwen2_5Vl, seed)
+}
+
+/// The same of any family.
+pub(crate) fn model_of(family: Family, seed: u64) -> Vlm {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
     let special =
         SpecialIds { image_pad: IMAGE, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: EOS, pad: 63 };
-    let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: VOCAB, seed, special };
+    let spec = InitSpec { family: family.name().into(), preset: "tiny".into(), vocab_size: VOCAB, seed, special };
     init(&spec, dir.path()).unwrap();
     Vlm::load(dir.path(), tch::Device::Cpu, tch::Kind::Float).unwrap()
 }

@@ -21,6 +21,8 @@ mod score;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]
+mod stream_tests;
+#[cfg(test)]
 mod tests;
 
 pub use engine::{Engine, EngineOptions, Stats, Ticket};

@@ -103,7 +103,8 @@ fn blockwise(probabilities: &Tensor, draws: &[Draw]) -> Result<Tensor> {
     let (block, rest) = pass(&sums, |total| Ok(total * column(draws, probabilities, |d| d.uniform)?))?;
     let index = block.f_unsqueeze(-1)?.f_expand([rows, 1, BLOCK], false)?;
     let (token, _) = pass(&padded.f_gather(1, &index, false)?.f_squeeze_dim(1)?, |_| Ok(rest))?;
-    Ok(block * BLOCK + token)
+    // Only logits that are no numbers lead past the vocabulary.
+    Ok((block * BLOCK + token).f_clamp_max(vocab - 1)?)
 }
 
 /// The entry in which the sums (in f64) of `weights [R, N]` pass a number `[R, 1]`, which may depend on their total, and how much

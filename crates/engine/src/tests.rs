@@ -4,9 +4,9 @@ use std::sync::atomic::AtomicBool;
 
 use tch::Tensor;
 use unveil_core::{Finish, Grid};
-use unveil_model::AttentionSet;
+use unveil_model::{AttentionSet, Family, Vlm};
 
-use crate::fixture::{EOS, IMAGE, input, model, request};
+use crate::fixture::{EOS, IMAGE, input, model, model_of, request};
 use crate::{Engine, EngineError, EngineOptions, GroupOutput, GroupRequest, ScoreRequest};
 
 fn options() -> EngineOptions {
@@ -28,9 +28,15 @@ fn near(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn generation_agrees_with_teacher_forcing() {
-    let vlm = model(1);
-    let mut engine = Engine::new(&vlm, options()).unwrap();
-    let requests: Vec<_> = (0..4).map(|k| request(&vlm, k, 0.8)).collect();
+    let two = AttentionSet::new(&[0, 3], &[[1, 2]]);
+    check_agreement(&model(1), options());
+    check_agreement(&model(1), EngineOptions { capture: Some(two), ..options() });
+    check_agreement(&model_of(Family::Qwen3Vl, 1), options());
+}
+
+fn check_agreement(vlm: &Vlm, options: EngineOptions) {
+    let mut engine = Engine::new(vlm, options).unwrap();
+    let requests: Vec<_> = (0..4).map(|k| request(vlm, k, 0.8)).collect();
     let outputs = engine.generate(&requests, None).unwrap();
     assert_eq!((engine.stats().images_encoded, engine.stats().prompts_prefilled), (4, 4));
     let scored = engine.score(&score_of(&requests, &outputs), 0.8).unwrap();
@@ -50,7 +56,7 @@ fn generation_agrees_with_teacher_forcing() {
             for i in 0..mine.len() {
                 assert!((mine.row(i).unwrap().iter().sum::<f32>() - 1.0).abs() < 1e-4);
             }
-            let grid = input(&vlm, k).prompt.grids[0];
+            let grid = input(vlm, k).prompt.grids[0];
             let grid = Grid { rows: grid[1] as usize / 2, cols: grid[2] as usize / 2 };
             assert_eq!(mine.to_attention(grid).unwrap().rows.len(), fed);
             assert!(mine.to_attention(Grid { rows: 1, cols: 1 }).is_none());

@@ -2,7 +2,7 @@
 
 use std::borrow::Borrow;
 
-use unveil_core::{Grid, Sampling, parse_answer};
+use unveil_core::{Grid, Sampling};
 use unveil_data::prepare::Preparer;
 use unveil_engine::{AttentionRows, Engine, GroupRequest, RawResponse};
 use unveil_model::Vlm;
@@ -67,20 +67,19 @@ fn predict(
     let record = &sample.record;
     let decoded = preparer.tokenizer().decode_offsets(&response.tokens);
     let spans = byte_spans(&decoded.text, &decoded.spans);
-    let answer = parse_answer(&decoded.text);
-    let boxes = preparer.read_answer(&decoded.text, &sample.sizes).boxes;
+    let answer = preparer.read_answer(&decoded.text, &sample.sizes);
     let names = scoring.names(&record.category);
     let size: [u32; 2] = sample.sizes.original.into();
     let attention = response.attention.as_ref().and_then(|a| a.to_attention(sample.grid));
     let mut region = Region::new(&record.boxes, size);
     let mode = scoring.reward.vision_relevance.mode;
     let vision = vision_relevance(&decoded.text, &names, &spans, attention.as_ref(), &mut region, mode);
-    let place = localization(&boxes, answer.no_finding, &record.boxes, size);
+    let place = localization(&answer.boxes, answer.no_finding, &record.boxes, size);
     let named = category(&answer, &names, !record.boxes.is_empty());
     // One true box is compared with the first box of the answer; more boxes cannot raise it (soft F1 charges for them).
     let valid = |b: &&unveil_core::BBox| b.fault(size[0] as f32, size[1] as f32).is_none();
     let iou = match &record.boxes[..] {
-        [truth] => Some(boxes.first().filter(valid).map_or(0.0, |b| b.iou(truth))),
+        [truth] => Some(answer.boxes.first().filter(valid).map_or(0.0, |b| b.iou(truth))),
         _ => None,
     };
     let heat_names = if answer.category.is_empty() { names } else { vec![answer.category.clone()] };
@@ -94,7 +93,7 @@ fn predict(
         size,
         category: record.category.clone(),
         truth: record.boxes.clone(),
-        boxes,
+        boxes: answer.boxes,
         text: decoded.text,
         correct: named.value == Some(1.0),
         iou,

@@ -1,6 +1,6 @@
 //! Domain types to wire types and back. What comes from the wire is checked here.
 
-use unveil_core::{Attention, Breakdown, Component, Finish, GroupId, MaskReason, Response};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, GroupId, MaskReason, Response};
 
 use crate::v1;
 
@@ -39,6 +39,27 @@ pub fn group_to_wire(g: &GroupId) -> v1::GroupKey {
 pub fn group_from_wire(g: Option<v1::GroupKey>) -> Result<GroupId, ConvertError> {
     let g = g.ok_or(ConvertError::Missing("group"))?;
     Ok(GroupId { pass: g.pass, position: g.position, record: g.record })
+}
+
+/// Box form to the wire.
+pub fn box_form_to_wire(form: BoxForm) -> v1::BoxForm {
+    match form {
+        BoxForm::Absolute => v1::BoxForm::Absolute,
+        BoxForm::PerMille => v1::BoxForm::PerMille,
+        BoxForm::Qwen2Vl => v1::BoxForm::Qwen2Vl,
+        BoxForm::Llava => v1::BoxForm::Llava,
+    }
+}
+
+/// Box form from the wire; a message without one speaks of absolute pixels.
+pub fn box_form_from_wire(form: i32) -> Result<BoxForm, ConvertError> {
+    match v1::BoxForm::try_from(form) {
+        Ok(v1::BoxForm::Absolute) => Ok(BoxForm::Absolute),
+        Ok(v1::BoxForm::PerMille) => Ok(BoxForm::PerMille),
+        Ok(v1::BoxForm::Qwen2Vl) => Ok(BoxForm::Qwen2Vl),
+        Ok(v1::BoxForm::Llava) => Ok(BoxForm::Llava),
+        Err(_) => Err(ConvertError::Unknown { field: "box_form", found: form.to_string() }),
+    }
 }
 
 /// A response to the wire; spans are byte ranges of `text`, one per token, or empty.
@@ -163,6 +184,15 @@ mod tests {
         b.components.insert("x".into(), Component::masked(MaskReason::Failed("late".into())));
         b.components.insert("y".into(), Component::value(0.5).with("lift", 2.0));
         assert_eq!(breakdown_from_wire("a", breakdown_to_wire(&b)), b);
+    }
+
+    #[test]
+    fn every_box_form_travels_and_none_is_absolute() {
+        for form in BoxForm::ALL {
+            assert_eq!(box_form_from_wire(box_form_to_wire(form).into()), Ok(form));
+        }
+        assert_eq!(box_form_from_wire(v1::ScoreRequest::default().box_form), Ok(BoxForm::Absolute));
+        assert!(box_form_from_wire(99).unwrap_err().to_string().contains("box_form"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod convert;
 
 pub use convert::{ConvertError, attention_from_wire, attention_to_wire, breakdown_from_wire, breakdown_to_wire};
+pub use convert::{box_form_from_wire, box_form_to_wire};
 pub use convert::{group_from_wire, group_to_wire, response_from_wire, response_to_wire};
 
 /// Version 1 of the protocol.

@@ -5,6 +5,7 @@ use std::path::Path;
 use base64::Engine;
 use serde::{Deserialize, Serialize};
 use unveil_core::{BBox, Grid};
+use unveil_data::store::Image;
 
 /// One held-out answer; a line of `eval/before.jsonl` and `eval/after.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,12 +85,61 @@ pub(crate) fn figure(run: &Path, p: &Prediction) -> String {
 }
 
 fn embed(path: &Path) -> Option<String> {
-    let bytes = std::fs::read(path).ok()?;
-    let kind = if bytes.starts_with(b"\x89PNG") { "png" } else { "jpeg" };
+    let mut bytes = std::fs::read(path).ok()?;
+    let kind = match &bytes[..] {
+        [0x89, b'P', b'N', b'G', ..] => "png",
+        [0xff, 0xd8, ..] => "jpeg",
+        // What browsers do not show.
+        _ => {
+            bytes = Image::decode(&bytes, &path.display().to_string()).and_then(|i| i.to_png()).ok()?;
+            "png"
+        }
+    };
     Some(format!("data:image/{kind};base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes)))
 }
 
 /// Text made safe for HTML.
 pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A DICOM file of 2 x 1 pixels.
+    fn dicom() -> Vec<u8> {
+        let element = |tag: [u16; 2], vr: &str, value: &[u8]| {
+            let mut out = [tag[0].to_le_bytes(), tag[1].to_le_bytes()].concat();
+            out.extend(vr.bytes());
+            match vr {
+                "OB" => out.extend([[0; 2].to_vec(), (value.len() as u32).to_le_bytes().to_vec()].concat()),
+                _ => out.extend((value.len() as u16).to_le_bytes()),
+            }
+            out.extend(value);
+            out
+        };
+        let number = |tag, value: u16| element(tag, "US", &value.to_le_bytes());
+        let syntax = element([2, 0x10], "UI", b"1.2.840.10008.1.2.1\0");
+        let mut out = vec![0; 128];
+        out.extend(b"DICM");
+        out.extend(element([2, 0], "UL", &(syntax.len() as u32).to_le_bytes()));
+        out.extend(syntax);
+        out.extend(element([0x28, 4], "CS", b"MONOCHROME2 "));
+        out.extend([number([0x28, 0x10], 1), number([0x28, 0x11], 2), number([0x28, 0x100], 8)].concat());
+        out.extend(element([0x7fe0, 0x10], "OB", &[10, 20]));
+        out
+    }
+
+    #[test]
+    fn what_browsers_do_not_show_becomes_png() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.dcm");
+        std::fs::write(&path, dicom()).unwrap();
+        let png = Image { width: 2, height: 1, rgb: vec![0, 0, 0, 255, 255, 255] }.to_png().unwrap();
+        let encoded = base64::engine::general_purpose::STANDARD.encode(png);
+        assert_eq!(embed(&path), Some(format!("data:image/png;base64,{encoded}")));
+        std::fs::write(&path, "no image").unwrap();
+        assert_eq!(embed(&path), None);
+    }
 }

@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use tonic::transport::Channel;
-use unveil_core::{Breakdown, Component, MaskReason, Record};
+use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record};
+use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
-use unveil_proto::{breakdown_from_wire, v1};
+use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
 use unveil_service::{Backoff, connect, limited, retry, with_deadline};
 
 use crate::RewardError;
@@ -50,24 +51,25 @@ impl RewardClient {
     }
 }
 
-/// The request for a group; `record.boxes` in pixels of the image of `image` = `[width, height]`.
+/// The request for a group; `record.boxes` in pixels of the original image, those of the responses written as `boxes` says.
 ///
 /// # Errors
 /// The record cannot be written as JSON.
 pub fn score_request(
     record: &Record,
-    image: [u32; 2],
-    resized: [u32; 2],
+    sizes: &Sizes,
+    boxes: BoxForm,
     responses: Vec<v1::Response>,
 ) -> Result<v1::ScoreRequest, RewardError> {
     let record_json = serde_json::to_string(record).map_err(|e| RewardError::request("record_json", e.to_string()))?;
     Ok(v1::ScoreRequest {
         record_json,
-        image_width: image[0],
-        image_height: image[1],
-        resized_width: resized[0],
-        resized_height: resized[1],
+        image_width: sizes.original.0,
+        image_height: sizes.original.1,
+        resized_width: sizes.resized.0,
+        resized_height: sizes.resized.1,
         responses,
+        box_form: box_form_to_wire(boxes).into(),
     })
 }
 

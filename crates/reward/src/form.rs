@@ -1,22 +1,23 @@
 //! Format and category: is the answer in the form that was asked for, and does it name the right class.
 
-use unveil_core::{Answer, BBox, BoxFault, Component, MaskReason};
+use unveil_core::{BBox, BoxFault, Component, MaskReason};
+use unveil_data::codec::GroundedAnswer;
 
 /// 1 when the answer reads without a fault and every box is finite, not inverted and has area; else 0. Range `{0, 1}`.
 ///
 /// A box outside the image is localization's matter. Detail: `boxes`, `faulty`.
-pub fn format(answer: &Answer, boxes: &[BBox]) -> Component {
+pub fn format(answer: &GroundedAnswer) -> Component {
     let faulty = |b: &&BBox| b.fault(f32::INFINITY, f32::INFINITY).is_some_and(|f| f != BoxFault::Outside);
-    let faulty = boxes.iter().filter(faulty).count();
+    let faulty = answer.boxes.iter().filter(faulty).count();
     Component::value(f64::from(u8::from(answer.fault.is_none() && faulty == 0)))
-        .with("boxes", boxes.len() as f64)
+        .with("boxes", answer.boxes.len() as f64)
         .with("faulty", faulty as f64)
 }
 
 /// 1 when the right class is named: the category after the boxes equals one of `names` (case-insensitive, nothing more and
 /// nothing less), or, where nothing is to be found, the text says "no finding". Range `{0, 1}`; masked when a finding is
 /// expected but the record names no class.
-pub fn category(answer: &Answer, names: &[String], finding_expected: bool) -> Component {
+pub fn category(answer: &GroundedAnswer, names: &[String], finding_expected: bool) -> Component {
     if !finding_expected {
         return Component::value(f64::from(u8::from(answer.no_finding)));
     }
@@ -31,21 +32,30 @@ pub fn category(answer: &Answer, names: &[String], finding_expected: bool) -> Co
 #[cfg(test)]
 mod tests {
     use super::*;
-    use unveil_core::parse_answer;
+    use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
+
+    fn read(text: &str) -> GroundedAnswer {
+        read_answer(&AbsoluteResized, text, &Sizes { original: (9, 9), resized: (9, 9) })
+    }
 
     fn form_of(text: &str) -> f64 {
-        let a = parse_answer(text);
-        let boxes: Vec<BBox> = a.boxes.iter().map(|b| b.map(|v| v as f32).into()).collect();
-        format(&a, &boxes).value.unwrap()
+        format(&read(text)).value.unwrap()
     }
 
     #[test]
     fn forms() {
         assert_eq!(form_of("[1,2,3,4] nodule"), 1.0);
         assert_eq!(form_of("no finding"), 1.0);
-        for bad in
-            ["", "nodule", "[1,2,3,4]", "[3,4,1,2] nodule", "[1,2,1,4] nodule", "[nan,2,3,4] nodule", "x [1,2,3,4] y"]
-        {
+        for bad in [
+            "",
+            "nodule",
+            "[1,2,3,4]",
+            "[3,4,1,2] nodule",
+            "[1,2,1,4] nodule",
+            "[nan,2,3,4] nodule",
+            "x [1,2,3,4] y",
+            r#"[{"bbox_2d":[1,2,3,4],"label":"nodule"}]"#,
+        ] {
             assert_eq!(form_of(bad), 0.0, "{bad}");
         }
     }
@@ -53,7 +63,7 @@ mod tests {
     #[test]
     fn categories() {
         let names = vec!["Nodule".to_owned(), "lung nodule".to_owned()];
-        let c = |t: &str, expected| category(&parse_answer(t), &names, expected).value.unwrap();
+        let c = |t: &str, expected| category(&read(t), &names, expected).value.unwrap();
         assert_eq!(c("[1,2,3,4] nodule", true), 1.0);
         assert_eq!(c("[1,2,3,4] Lung Nodule", true), 1.0);
         assert_eq!(c("[1,2,3,4] nodule nodule", true), 0.0);
@@ -61,6 +71,6 @@ mod tests {
         assert_eq!(c("no finding", true), 0.0);
         assert_eq!(c("no finding", false), 1.0);
         assert_eq!(c("", false), 0.0);
-        assert!(category(&parse_answer("x"), &[String::new()], true).masked);
+        assert!(category(&read("x"), &[String::new()], true).masked);
     }
 }

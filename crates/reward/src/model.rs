@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use unveil_core::BoxForm;
+use unveil_data::codec::Sizes;
 use unveil_data::prepare::Preparer;
 
 use crate::RewardError;
@@ -16,19 +18,23 @@ pub(crate) struct ModelSide {
 }
 
 impl ModelSide {
-    /// Reads the tokenizer and processor files of `dir`.
-    pub(crate) fn load(dir: &Path) -> Result<Self, RewardError> {
+    /// Reads the tokenizer and processor files of `dir`; boxes are written as `boxes` says, none: as the family does.
+    pub(crate) fn load(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, RewardError> {
         let fail = |e: unveil_data::prepare::PrepareError| RewardError::Model {
             path: PathBuf::from(dir),
             what: e.to_string(),
         };
-        Ok(Self { preparer: Preparer::load(dir).map_err(fail)? })
+        Ok(Self { preparer: Preparer::load_with(dir, boxes).map_err(fail)? })
     }
 
-    /// Pixels after the processor's resize, `[width, height]`.
-    pub(crate) fn resized(&self, image: [u32; 2]) -> Result<[u32; 2], String> {
-        let size = self.preparer.processor().resized_size((image[0], image[1]));
-        size.map(|(w, h)| [w, h]).map_err(|e| e.to_string())
+    /// Size of an image before and after the processor's resize.
+    pub(crate) fn sizes(&self, original: (u32, u32)) -> Result<Sizes, String> {
+        self.preparer.sizes(original).map_err(|e| e.to_string())
+    }
+
+    /// How boxes are written.
+    pub(crate) fn box_form(&self) -> BoxForm {
+        self.preparer.box_form()
     }
 
     /// Token ids as text, special and unknown tokens skipped.
@@ -38,10 +44,12 @@ impl ModelSide {
         (decoded.text, spans)
     }
 
-    /// Spans of a text's own tokens; empty when the tokens do not give the text back.
-    pub(crate) fn spans_of(&self, text: &str) -> Result<Vec<(usize, usize)>, String> {
-        let tokens = self.preparer.tokenizer().encode(text).map_err(|e| format!("`response`: {e}"))?;
+    /// A text without its special tokens and the spans of its own tokens; no spans when the tokens do not give the text back.
+    pub(crate) fn read_text(&self, text: String) -> Result<TextAndSpans, String> {
+        let tokenizer = self.preparer.tokenizer();
+        let tokens = tokenizer.encode(&text).map_err(|e| format!("`response`: {e}"))?;
         let (back, spans) = self.read_tokens(&tokens);
-        Ok(if back == text { spans } else { Vec::new() })
+        let special = tokens.iter().any(|t| tokenizer.special_name(*t).is_some());
+        Ok(if back == text || special { (back, spans) } else { (text, Vec::new()) })
     }
 }

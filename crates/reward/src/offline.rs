@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use unveil_config::Config;
-use unveil_core::{Attention, Breakdown, Record};
+use unveil_core::{Attention, BoxForm, Breakdown, Record};
+use unveil_data::codec::Sizes;
+use unveil_data::prepare::Family;
 use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
 
 use crate::RewardError;
@@ -27,22 +29,28 @@ struct Line {
     spans: Option<Vec<(usize, usize)>>,
     attention: Option<Attention>,
     /// Not in the contract, taken when there: pixels in which the answer gives its boxes.
-    resized_size: Option<[u32; 2]>,
+    resized_size: Option<(u32, u32)>,
 }
 
 /// Scores every response of `data` (JSON lines: a record plus `index` and `response` or `tokens`, optional `attention`) and
 /// writes one JSON line each to `out`. Returns how many.
 ///
-/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are in the pixels of the resized image: of `resized_size`
-/// in the line, else of what the processor in `model.dir` makes of the image, else (no model directory) of the image itself. With
-/// `model.dir` set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
+/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are read in the form of `model.boxes`, else in that of the
+/// model directory's family, else (no model directory) in that of `model.family`. Where the form speaks of the resized image, its size
+/// is `resized_size` in the line, else what the processor in `model.dir` makes of the image, else the image's own. With `model.dir`
+/// set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
 ///
 /// # Errors
 /// The first line that cannot be used, as `file:line: what`; nothing is written then.
 pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<usize, RewardError> {
     let model = match config.model.dir.as_str() {
         "" => None,
-        dir => Some(ModelSide::load(Path::new(dir))?),
+        dir => Some(ModelSide::load(Path::new(dir), config.model.boxes)?),
+    };
+    let family = || Family::named(&config.model.family).map(Family::box_form);
+    let boxes = match &model {
+        Some(model) => model.box_form(),
+        None => config.model.boxes.or_else(family).unwrap_or_default(),
     };
     let lines = read_lines(data)?;
     let mut order: Vec<String> = Vec::new();
@@ -59,7 +67,7 @@ pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<us
     for id in order {
         let lines = groups.remove(&id).unwrap_or_default();
         let numbers: Vec<usize> = lines.iter().map(|l| l.number).collect();
-        let group = group_input(data, model.as_ref(), lines)?;
+        let group = group_input(data, model.as_ref(), boxes, lines)?;
         done.extend(numbers.into_iter().zip(score_group(&scoring, &group)));
     }
     done.sort_by_key(|(number, _)| *number);
@@ -104,7 +112,7 @@ fn parse_line(number: usize, text: &str) -> Result<Line, String> {
     if line.response.is_none() && line.tokens.is_none() {
         return Err("neither `response` nor `tokens`: give the text or the token ids".to_owned());
     }
-    if line.resized_size.is_some_and(|s| s.contains(&0)) {
+    if line.resized_size.is_some_and(|(w, h)| w == 0 || h == 0) {
         return Err("`resized_size` is 0".to_owned());
     }
     Ok(line)
@@ -115,7 +123,12 @@ fn take<T: DeserializeOwned>(record: &mut Record, key: &str) -> Result<Option<T>
     value.map_or(Ok(None), |v| Option::<T>::deserialize(v).map_err(|e| format!("`{key}`: {e}")))
 }
 
-fn group_input(data: &Path, model: Option<&ModelSide>, lines: Vec<Line>) -> Result<GroupInput, RewardError> {
+fn group_input(
+    data: &Path,
+    model: Option<&ModelSide>,
+    boxes: BoxForm,
+    lines: Vec<Line>,
+) -> Result<GroupInput, RewardError> {
     let fail = |line: usize, what: String| RewardError::Line { path: data.to_owned(), line, what };
     let Some(first) = lines.first() else {
         return Err(RewardError::request("responses", "is empty"));
@@ -123,10 +136,10 @@ fn group_input(data: &Path, model: Option<&ModelSide>, lines: Vec<Line>) -> Resu
     let record = first.record.clone();
     let image = image_size(data, &record).map_err(|what| fail(first.number, what))?;
     check_record(&record, image).map_err(|what| fail(first.number, format!("the record {what}")))?;
-    let resized = match (first.resized_size, model) {
-        (Some(size), _) => size,
-        (None, Some(m)) => m.resized(image).map_err(|what| fail(first.number, what))?,
-        (None, None) => image,
+    let sizes = match (first.resized_size, model) {
+        (Some(resized), _) => Sizes { original: image, resized },
+        (None, Some(m)) => m.sizes(image).map_err(|what| fail(first.number, what))?,
+        (None, None) => Sizes { original: image, resized: image },
     };
     let first_number = first.number;
     let mut seen = std::collections::BTreeSet::new();
@@ -143,16 +156,13 @@ fn group_input(data: &Path, model: Option<&ModelSide>, lines: Vec<Line>) -> Resu
         let number = line.number;
         responses.push(response(model, line).map_err(|what| fail(number, what))?);
     }
-    Ok(GroupInput { record, image, resized, responses })
+    Ok(GroupInput { record, sizes, boxes, responses })
 }
 
 fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, String> {
     let (text, spans) = match (line.response, line.tokens, model) {
         (_, Some(tokens), Some(m)) => m.read_tokens(&tokens),
-        (Some(text), None, Some(m)) => {
-            let spans = m.spans_of(&text)?;
-            (text, spans)
-        }
+        (Some(text), None, Some(m)) => m.read_text(text)?,
         (Some(text), _, None) => (text, Vec::new()),
         (None, Some(_), None) => {
             return Err("has `tokens` but no `response`, and reading tokens needs a tokenizer: \
@@ -168,16 +178,16 @@ fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, Stri
     Ok(ResponseInput { index: line.index, text, spans, attention: line.attention })
 }
 
-/// `[width, height]` from the record, else from the image's header.
-fn image_size(data: &Path, record: &Record) -> Result<[u32; 2], String> {
+/// `(width, height)` from the record, else from the image's header.
+fn image_size(data: &Path, record: &Record) -> Result<(u32, u32), String> {
     if let Some(size) = record.image_size {
-        return if size.contains(&0) { Err("`image_size` is 0".to_owned()) } else { Ok(size) };
+        return if size.contains(&0) { Err("`image_size` is 0".to_owned()) } else { Ok(size.into()) };
     }
     if let Some(fault) = path_fault(&record.image) {
         return Err(format!("image `{}`: {fault}", record.image));
     }
     match image_ref(folder_of(data), record) {
-        ImageRef::File(path) => unveil_data::store::image_size(&path).map(|(w, h)| [w, h]).map_err(|e| e.to_string()),
+        ImageRef::File(path) => unveil_data::store::image_size(&path).map_err(|e| e.to_string()),
         ImageRef::Url(url) => Err(format!("the size of {url} is not known here: give `image_size`")),
         ImageRef::None => Err("the record has neither `image` nor `image_size`".to_owned()),
     }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use unveil_config::Config;
 use unveil_config::schema::{Normalise, Reward};
-use unveil_core::{Attention, BBox, Breakdown, Record, parse_answer};
+use unveil_core::{Attention, BoxForm, Breakdown, Record};
+use unveil_data::codec::{Sizes, codec, read_answer};
 
 use crate::compose::{Part, compose};
 use crate::form;
@@ -53,10 +54,10 @@ impl Scoring {
 pub struct GroupInput {
     /// Question, class, true boxes in pixels of the image the policy saw.
     pub record: Record,
-    /// `[width, height]` of that image.
-    pub image: [u32; 2],
-    /// `[width, height]` after the processor's resize: the pixels in which answers give boxes.
-    pub resized: [u32; 2],
+    /// Size of that image, and its size after the processor's resize.
+    pub sizes: Sizes,
+    /// How answers give boxes.
+    pub boxes: BoxForm,
     /// In the order of the breakdowns.
     pub responses: Vec<ResponseInput>,
 }
@@ -78,19 +79,20 @@ pub struct ResponseInput {
 pub fn score_group(scoring: &Scoring, input: &GroupInput) -> Vec<Breakdown> {
     let names = scoring.names(&input.record.category);
     let truth = &input.record.boxes;
-    let mut region = Region::new(truth, input.image);
+    let image: [u32; 2] = input.sizes.original.into();
+    let codec = codec(input.boxes);
+    let mut region = Region::new(truth, image);
     let mut components: Vec<BTreeMap<String, _>> = input
         .responses
         .iter()
         .map(|r| {
-            let answer = parse_answer(&r.text);
-            let boxes: Vec<BBox> = answer.boxes.iter().map(|b| to_original(*b, input.image, input.resized)).collect();
+            let answer = read_answer(codec, &r.text, &input.sizes);
             let mode = scoring.reward.vision_relevance.mode;
             let attention = r.attention.as_ref();
             let scores = [
-                localization(&boxes, answer.no_finding, truth, input.image),
+                localization(&answer.boxes, answer.no_finding, truth, image),
                 vision_relevance(&r.text, &names, &r.spans, attention, &mut region, mode),
-                form::format(&answer, &boxes),
+                form::format(&answer),
                 form::category(&answer, &names, !truth.is_empty()),
             ];
             COMPONENTS.iter().map(|n| (*n).to_owned()).zip(scores).collect()
@@ -104,15 +106,6 @@ pub fn score_group(scoring: &Scoring, input: &GroupInput) -> Vec<Breakdown> {
         .zip(components)
         .map(|((r, total), components)| Breakdown { id: input.record.id.clone(), index: r.index, total, components })
         .collect()
-}
-
-/// A box of an answer (pixels of the resized image) in original-image pixels. What is too large for f32 becomes infinite,
-/// and is invalid then.
-pub fn to_original(written: [f64; 4], image: [u32; 2], resized: [u32; 2]) -> BBox {
-    let scale = |a: usize| f64::from(image[a]) / f64::from(resized[a]);
-    let (sx, sy) = (scale(0), scale(1));
-    let [x1, y1, x2, y2] = written;
-    [(x1 * sx) as f32, (y1 * sy) as f32, (x2 * sx) as f32, (y2 * sy) as f32].into()
 }
 
 #[cfg(test)]
@@ -129,7 +122,8 @@ mod tests {
             .enumerate()
             .map(|(index, t)| ResponseInput { index, text: (*t).to_owned(), ..Default::default() })
             .collect();
-        GroupInput { record, image: [200, 100], resized: [100, 50], responses }
+        let sizes = Sizes { original: (200, 100), resized: (100, 50) };
+        GroupInput { record, sizes, boxes: BoxForm::Absolute, responses }
     }
 
     #[test]
@@ -145,12 +139,25 @@ mod tests {
     }
 
     #[test]
-    fn the_scale_is_the_codecs() {
-        use unveil_data::codec::{AbsoluteResized, BoxCodec, Sizes};
-        let sizes = Sizes { original: (640, 480), resized: (128, 96) };
-        for b in [[1.0, 2.0, 3.0, 4.0], [127.0, 95.5, 128.0, 96.0], [-1e300, 0.0, 1e300, 7.0]] {
-            assert_eq!(AbsoluteResized.decode(&b, &sizes), to_original(b, [640, 480], [128, 96]), "{b:?}");
+    fn every_form_scores_alike() {
+        let mut group = input(&[]);
+        for form in BoxForm::ALL {
+            let truth = group.record.boxes[0];
+            let right = codec(form).write(&[codec(form).encode(&truth, &group.sizes)], "nodule");
+            group.boxes = form;
+            group.responses = vec![ResponseInput { text: right, ..Default::default() }];
+            let b = &score_group(&Scoring::default(), &group)[0];
+            for name in ["localization", "format", "category"] {
+                assert_eq!(b.components[name].value, Some(1.0), "{form} {name}");
+            }
         }
+        // Numbers of one form are no boxes of the right place in another.
+        group.boxes = BoxForm::Absolute;
+        group.responses[0].text = "[100,100,300,300] nodule".into();
+        let value = |g: &GroupInput| score_group(&Scoring::default(), g)[0].components["localization"].value;
+        assert_eq!(value(&group), Some(0.0));
+        group.boxes = BoxForm::PerMille;
+        assert_eq!(value(&group), Some(1.0));
     }
 
     #[test]

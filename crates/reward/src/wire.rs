@@ -1,7 +1,8 @@
 //! A score request, checked: what does not hold together is refused with the field's name.
 
 use unveil_core::{Record, RecordFault};
-use unveil_proto::{attention_from_wire, v1};
+use unveil_data::codec::Sizes;
+use unveil_proto::{attention_from_wire, box_form_from_wire, v1};
 
 use crate::RewardError;
 use crate::score::{GroupInput, ResponseInput};
@@ -18,9 +19,11 @@ const BOX_LIMIT: usize = 1024;
 pub fn group_from_request(request: v1::ScoreRequest) -> Result<GroupInput, RewardError> {
     let record: Record =
         serde_json::from_str(&request.record_json).map_err(|e| RewardError::request("record_json", e.to_string()))?;
-    let image = [size("image_width", request.image_width)?, size("image_height", request.image_height)?];
-    let resized = [size("resized_width", request.resized_width)?, size("resized_height", request.resized_height)?];
-    check_record(&record, image).map_err(|what| RewardError::request("record_json", what))?;
+    let original = (size("image_width", request.image_width)?, size("image_height", request.image_height)?);
+    let resized = (size("resized_width", request.resized_width)?, size("resized_height", request.resized_height)?);
+    let boxes = box_form_from_wire(request.box_form)
+        .map_err(|_| RewardError::request("box_form", format!("is {}, which is not known", request.box_form)))?;
+    check_record(&record, original).map_err(|what| RewardError::request("record_json", what))?;
     if request.responses.is_empty() {
         return Err(RewardError::request("responses", "is empty: send the whole group"));
     }
@@ -36,17 +39,17 @@ pub fn group_from_request(request: v1::ScoreRequest) -> Result<GroupInput, Rewar
             response(at, r)
         })
         .collect::<Result<_, _>>()?;
-    Ok(GroupInput { record, image, resized, responses })
+    Ok(GroupInput { record, sizes: Sizes { original, resized }, boxes, responses })
 }
 
 /// Faults of a record that make its scores meaningless.
-pub(crate) fn check_record(record: &Record, image: [u32; 2]) -> Result<(), String> {
+pub(crate) fn check_record(record: &Record, image: (u32, u32)) -> Result<(), String> {
     if record.boxes.len() > BOX_LIMIT {
         return Err(format!("has {} boxes; at most {BOX_LIMIT} can be scored", record.boxes.len()));
     }
-    let faults = record.faults(Some((image[0], image[1])));
+    let faults = record.faults(Some(image));
     match faults.iter().find(|f| matches!(f, RecordFault::NoId | RecordFault::Box { .. })) {
-        Some(fault) => Err(format!("is not valid: {fault} (image {} x {})", image[0], image[1])),
+        Some(fault) => Err(format!("is not valid: {fault} (image {} x {})", image.0, image.1)),
         None => Ok(()),
     }
 }
@@ -86,6 +89,7 @@ mod tests {
             resized_width: 10,
             resized_height: 10,
             responses: vec![v1::Response { text: "x".into(), tokens: vec![1], ..Default::default() }],
+            box_form: 0,
         }
     }
 
@@ -93,12 +97,13 @@ mod tests {
     fn the_field_is_named() {
         assert!(group_from_request(request()).is_ok());
         type Change = fn(&mut v1::ScoreRequest);
-        let cases: [(&str, Change); 9] = [
+        let cases: [(&str, Change); 10] = [
             ("record_json", |r| r.record_json = "{".into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,1,1]]}"#.into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,100,4]]}"#.into()),
             ("image_width", |r| r.image_width = 0),
             ("resized_height", |r| r.resized_height = 0),
+            ("box_form", |r| r.box_form = 9),
             ("responses", |r| r.responses.clear()),
             ("responses[1].index", |r| r.responses.push(r.responses[0].clone())),
             ("responses[0].spans", |r| r.responses[0].spans = vec![v1::TokenSpan::default(); 2]),

@@ -1,10 +1,11 @@
 //! Known ways in which rewards of this kind are gamed: none of them pays, and no score leaves its range.
 
 use proptest::prelude::*;
-use unveil_core::{Attention, Breakdown, Record, format_answer};
+use unveil_core::{Attention, BoxForm, Breakdown, Record, format_answer};
+use unveil_data::codec::Sizes;
 use unveil_reward::{COMPONENTS, GroupInput, ResponseInput, Scoring, score_group};
 
-const IMAGE: [u32; 2] = [96, 96];
+const IMAGE: Sizes = Sizes { original: (96, 96), resized: (96, 96) };
 const GRID: [usize; 2] = [6, 6];
 
 fn record(boxes: &str) -> Record {
@@ -25,7 +26,7 @@ fn half_inside() -> Vec<f32> {
 
 fn score(boxes: &str, texts: &[&str]) -> Vec<Breakdown> {
     let responses = texts.iter().enumerate().map(|(i, t)| response(i, t, &half_inside())).collect();
-    let group = GroupInput { record: record(boxes), image: IMAGE, resized: IMAGE, responses };
+    let group = GroupInput { record: record(boxes), sizes: IMAGE, boxes: BoxForm::Absolute, responses };
     score_group(&Scoring::default(), &group)
 }
 
@@ -143,6 +144,7 @@ proptest! {
         row in prop::collection::vec(any::<f32>(), 36),
         boxes in prop::collection::vec((0..95_u32, 0..95_u32, 1..40_u32, 1..40_u32), 0..4),
         resized in (1..4000_u32, 1..4000_u32),
+        form in prop::sample::select(BoxForm::ALL.to_vec()),
     ) {
         let boxes: Vec<[u32; 4]> =
             boxes.into_iter().map(|(x, y, w, h)| [x, y, (x + w).min(96), (y + h).min(96)]).collect();
@@ -155,7 +157,7 @@ proptest! {
             .enumerate()
             .map(|(i, t)| response(i, t, if i % 2 == 0 { &softmax } else { &row }))
             .collect();
-        let group = GroupInput { record, image: IMAGE, resized: [resized.0, resized.1], responses };
+        let group = GroupInput { record, sizes: Sizes { resized, ..IMAGE }, boxes: form, responses };
         let scoring = Scoring::default();
         let weights = 1.8;
         for b in score_group(&scoring, &group) {

@@ -7,7 +7,8 @@ use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use unveil_config::Config;
-use unveil_core::{Attention, Finish, MaskReason, Record, Response};
+use unveil_core::{Attention, BoxForm, Finish, MaskReason, Record, Response};
+use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{response_to_wire, v1};
 use unveil_reward::{COMPONENTS, RewardClient, RewardError, score_request, serve_with};
@@ -42,7 +43,8 @@ fn request() -> v1::ScoreRequest {
             let attention = Attention { grid: [6, 6], tokens: vec![0, 1], rows: vec![row; 2] };
             response_to_wire(&r, &[(0, *split), (*split, text.len())], Some(&attention))
         });
-    score_request(&record, [96, 96], [96, 96], responses.collect()).unwrap()
+    let sizes = Sizes { original: (96, 96), resized: (96, 96) };
+    score_request(&record, &sizes, BoxForm::Absolute, responses.collect()).unwrap()
 }
 
 #[tokio::test]

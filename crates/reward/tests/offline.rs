@@ -163,3 +163,46 @@ fn tokens_and_mentions_through_a_tokenizer() {
     let e = run_score(&config, &s.file(&[line("a", 0, text)]), &mut Vec::new()).unwrap_err().to_string();
     assert!(e.contains("/no/such/model"), "{e}");
 }
+
+/// The form is that of the configuration, else of the model directory's family, else of the configured family.
+#[test]
+fn boxes_are_read_in_the_form_that_is_configured_or_the_familys() {
+    use unveil_core::BoxForm;
+    use unveil_data::prepare::Family;
+    use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+    let s = Sandbox::new();
+    let place = |config: &Config, text: &str| {
+        let mut out = Vec::new();
+        run_score(config, &s.file(&[line("a", 0, text)]), &mut out).unwrap();
+        let v: Value = serde_json::from_slice(&out).unwrap();
+        v["components"]["localization"]["value"].as_f64().unwrap()
+    };
+    let right = |form| match form {
+        BoxForm::Absolute => "[16,16,32,32] nodule",
+        BoxForm::PerMille => "[167,167,333,333] nodule",
+        BoxForm::Qwen2Vl => "<|object_ref_start|>nodule<|object_ref_end|><|box_start|>(167,167),(333,333)<|box_end|>",
+        BoxForm::Llava => "[0.167,0.167,0.333,0.333] nodule",
+    };
+    let mut config = Config::default();
+    for form in BoxForm::ALL {
+        config.model.boxes = Some(form);
+        for other in BoxForm::ALL {
+            assert_eq!(place(&config, right(other)) > 0.98, form == other, "{form} {other}");
+        }
+    }
+    config.model.boxes = None;
+    for family in Family::ALL {
+        config.model.family = family.name().into();
+        config.model.dir = String::new();
+        assert!(place(&config, right(family.box_form())) > 0.98, "{}", family.name());
+        let dir = s.dir.path().join(family.name());
+        std::fs::create_dir(&dir).unwrap();
+        write_tiny(&dir, &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+        config.model.dir = dir.display().to_string();
+        config.model.family = "another".into();
+        assert!(place(&config, right(family.box_form())) > 0.98, "{}", family.name());
+    }
+    config.model.boxes = Some(BoxForm::Qwen2Vl);
+    let e = run_score(&config, &s.file(&[line("a", 0, "x")]), &mut Vec::new()).unwrap_err().to_string();
+    assert!(e.contains("<|object_ref_start|>") && e.contains("qwen3_vl"), "{e}");
+}

@@ -8,7 +8,7 @@ use tch::Kind;
 use unveil_config::Config;
 use unveil_config::schema::Dtype;
 use unveil_data::prepare::Preparer;
-use unveil_data::tokenizer::StopStrings;
+use unveil_data::tokenizer::stop::StopStrings;
 use unveil_engine::{Engine, EngineOptions, StopRule};
 use unveil_model::{AttentionSet, Vlm, VlmConfig};
 

@@ -142,7 +142,7 @@ pub(crate) async fn deliver(
         bare.push(wire);
     }
     let start = Instant::now();
-    let request = score_request(&leased.record, leased.frame.original(), leased.frame.resized(), scored);
+    let request = score_request(&leased.record, &leased.frame.sizes, preparer.box_form(), scored);
     let breakdowns = rewards.score(&leased.record.id, request, &indices).await;
     let reward_ms = start.elapsed().as_secs_f64() * 1e3;
     let request = v1::SubmitRequest {

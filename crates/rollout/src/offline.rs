@@ -90,7 +90,7 @@ struct Loaded<'a> {
 impl<'a> Loaded<'a> {
     fn open(options: &'a OfflineModel) -> Result<Self> {
         let (config, dir) = (&options.config, &options.dir);
-        let preparer = Arc::new(Preparer::load(dir)?);
+        let preparer = Arc::new(Preparer::load_with(dir, config.model.boxes)?);
         let engine = open_engine(config, dir, config.run.threads, &preparer.tokenizer().special().banned)?;
         let scoring = Scoring { synonyms: config.data.synonyms.clone(), ..Default::default() };
         Ok(Self { engine, preparer, scoring, options })

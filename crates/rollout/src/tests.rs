@@ -162,6 +162,7 @@ fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
         temperature: 1.0,
         max_new_tokens: 6,
         seed: 7,
+        ..Default::default()
     }
 }
 

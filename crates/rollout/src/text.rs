@@ -33,11 +33,6 @@ impl Frame {
         [self.sizes.original.0, self.sizes.original.1]
     }
 
-    /// Width and height after the processor's resize.
-    pub fn resized(&self) -> [u32; 2] {
-        [self.sizes.resized.0, self.sizes.resized.1]
-    }
-
     /// Attention rows on this image's grid.
     pub fn attention(&self, rows: Option<&AttentionRows>) -> Option<Attention> {
         rows.and_then(|r| r.to_attention(self.grid))

@@ -96,7 +96,7 @@ impl Held {
 struct Shared {
     experience: Experience,
     rewards: Rewards,
-    preparer: Preparer,
+    preparer: Arc<Preparer>,
     held: Held,
     counters: Counters,
 }
@@ -143,8 +143,10 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
 async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread)> {
     let config = &options.config;
     let dir = options.model_dir.clone();
-    let preparer =
-        tokio::task::spawn_blocking(move || Preparer::load(&dir)).await.map_err(|_| RolloutError::Died("loader"))??;
+    let boxes = config.model.boxes;
+    let preparer = tokio::task::spawn_blocking(move || Preparer::load_with(&dir, boxes))
+        .await
+        .map_err(|_| RolloutError::Died("loader"))??;
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         config: config.clone(),
@@ -154,7 +156,13 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
     let rewards = Rewards::new(&options.reward, Duration::from_secs_f64(config.reward.deadline_s)).await?;
     let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
-    let shared = Shared { experience, rewards, preparer, held: Held::default(), counters: Counters::default() };
+    let shared = Shared {
+        experience,
+        rewards,
+        preparer: Arc::new(preparer),
+        held: Held::default(),
+        counters: Counters::default(),
+    };
     Ok((shared, device))
 }
 

@@ -2,12 +2,21 @@
 //!
 //! The only place where a box is anything but original pixels. Must not know: tokenizers, images, files.
 
-mod qwen2_5_vl;
+mod absolute;
+mod json;
+mod llava;
+mod per_mille;
+mod qwen2_vl;
+
+use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use unveil_core::{BBox, ParseFault, Record, format_answer, parse_answer};
+use unveil_core::{Answer, BBox, BoxForm, ParseFault, Record, format_answer, parse_answer};
 
-pub use qwen2_5_vl::AbsoluteResized;
+pub use absolute::AbsoluteResized;
+pub use llava::Fractions;
+pub use per_mille::PerMille;
+pub use qwen2_vl::BoxTokens;
 
 use crate::prepare::PrepareError;
 
@@ -20,22 +29,47 @@ pub struct Sizes {
     pub resized: (u32, u32),
 }
 
-/// How a model family writes a box.
+/// How a model family writes boxes.
 pub trait BoxCodec: std::fmt::Debug + Send + Sync {
+    /// The form that this codec is of.
+    fn form(&self) -> BoxForm;
+
     /// Largest numbers `(x, y)` that stand for the right and bottom border; 0 stands for the left and top border.
     fn extent(&self, sizes: &Sizes) -> (f64, f64);
 
-    /// Numbers of a box given in original pixels, clamped to the image. Each is within half a code step of the truth, except that a
+    /// Code steps that make 1 in the text.
+    fn steps_per_unit(&self) -> f64 {
+        1.0
+    }
+
+    /// Special tokens that answers are written with; they must not be banned from sampling.
+    fn special_tokens(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The answer text of boxes in code steps and a category; "no finding" when there is no box.
+    fn write(&self, codes: &[[i64; 4]], category: &str) -> String {
+        format_answer(codes, category)
+    }
+
+    /// Reads any text, with or without special tokens, in time linear in its length. Boxes come back in the text's numbers.
+    fn read(&self, text: &str) -> Answer {
+        parse_answer(text)
+    }
+
+    /// Code steps of a box given in original pixels, clamped to the image. Each is within half a code step of the truth, except that a
     /// box narrower than a step, which would lose its area, is widened to one step (then within one step).
     fn encode(&self, b: &BBox, sizes: &Sizes) -> [i64; 4] {
-        let (ex, ey) = self.extent(sizes);
+        let ((ex, ey), steps) = (self.extent(sizes), self.steps_per_unit());
+        let (ex, ey) = (ex * steps, ey * steps);
         let (w, h) = (f64::from(sizes.original.0), f64::from(sizes.original.1));
         let (x1, x2) = interval(f64::from(b.x1) * ex / w, f64::from(b.x2) * ex / w, ex);
         let (y1, y2) = interval(f64::from(b.y1) * ey / h, f64::from(b.y2) * ey / h, ey);
         [x1, y1, x2, y2]
     }
 
-    /// Box in original pixels of the numbers that a model wrote. Never repaired: what lies outside or is inverted stays so.
+    /// Box in original pixels of the numbers that a model wrote. Never repaired: what lies outside or is inverted stays so, and what
+    /// is too large for f32 becomes infinite.
     fn decode(&self, numbers: &[f64; 4], sizes: &Sizes) -> BBox {
         let (ex, ey) = self.extent(sizes);
         let (sx, sy) = (f64::from(sizes.original.0) / ex, f64::from(sizes.original.1) / ey);
@@ -45,9 +79,26 @@ pub trait BoxCodec: std::fmt::Debug + Send + Sync {
 
     /// Original pixels per code step `(x, y)`.
     fn step(&self, sizes: &Sizes) -> (f64, f64) {
-        let (ex, ey) = self.extent(sizes);
-        (f64::from(sizes.original.0) / ex, f64::from(sizes.original.1) / ey)
+        let ((ex, ey), steps) = (self.extent(sizes), self.steps_per_unit());
+        (f64::from(sizes.original.0) / (ex * steps), f64::from(sizes.original.1) / (ey * steps))
     }
+}
+
+/// The codec of a form.
+pub fn codec(form: BoxForm) -> &'static dyn BoxCodec {
+    match form {
+        BoxForm::Absolute => &AbsoluteResized,
+        BoxForm::PerMille => &PerMille,
+        BoxForm::Qwen2Vl => &BoxTokens,
+        BoxForm::Llava => &Fractions,
+    }
+}
+
+/// Several labels as one category: each once, in their order.
+fn joined<'a>(labels: impl Iterator<Item = &'a str>) -> String {
+    let mut seen = HashSet::new();
+    let each: Vec<&str> = labels.map(str::trim).filter(|l| !l.is_empty() && seen.insert(*l)).collect();
+    each.join(", ")
 }
 
 /// Rounds an interval to whole numbers in `0..=extent`; one that had a length keeps at least 1.
@@ -65,7 +116,7 @@ fn interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
 pub struct GroundedAnswer {
     /// Every box that was written, as written (never repaired, never dropped).
     pub boxes: Vec<BBox>,
-    /// Text after the boxes.
+    /// What the boxes are said to hold; several labels are joined by commas.
     pub category: String,
     /// The text says "no finding".
     pub no_finding: bool,
@@ -76,7 +127,8 @@ pub struct GroundedAnswer {
 /// The training answer of a record: its boxes in the family's numbers, sorted by (x1, y1), then its category; or "no finding".
 ///
 /// # Errors
-/// A record with boxes but no category, or with a box that is not valid for its image.
+/// A record with boxes but no category, with a category that does not read back in this form, or with a box that is not valid for its
+/// image.
 pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Result<String, PrepareError> {
     let bad = |what: String| PrepareError::Record { id: record.id.clone(), what };
     let category = record.category.trim();
@@ -91,12 +143,17 @@ pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Resu
         boxes.push(codec.encode(b, sizes));
     }
     boxes.sort_unstable();
-    Ok(format_answer(&boxes, category))
+    let text = codec.write(&boxes, category);
+    let back = codec.read(&text);
+    if back.boxes.len() != boxes.len() || back.fault.is_some() || (!boxes.is_empty() && back.category != category) {
+        return Err(bad(format!("the category {category:?} cannot be told from a box in the form `{}`", codec.form())));
+    }
+    Ok(text)
 }
 
 /// Reads a model's text; its boxes come back in original pixels.
 pub fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedAnswer {
-    let a = parse_answer(text);
+    let a = codec.read(text);
     GroundedAnswer {
         boxes: a.boxes.iter().map(|b| codec.decode(b, sizes)).collect(),
         category: a.category,
@@ -117,32 +174,103 @@ mod tests {
 
     const SIZES: Sizes = Sizes { original: (640, 480), resized: (128, 96) };
 
+    fn each() -> impl Iterator<Item = &'static dyn BoxCodec> {
+        BoxForm::ALL.into_iter().map(codec)
+    }
+
     #[test]
     fn answers_by_hand() {
         let r = record(vec![[320.0, 100.0, 400.0, 200.0].into(), [10.0, 5.0, 20.0, 480.0].into()], "polyp");
-        let text = answer_text(&AbsoluteResized, &r, &SIZES).unwrap();
-        assert_eq!(text, "[2,1,4,96], [64,20,80,40] polyp");
-        let back = read_answer(&AbsoluteResized, &text, &SIZES);
-        assert_eq!(back.boxes[1], [320.0, 100.0, 400.0, 200.0].into());
-        assert_eq!((back.category.as_str(), back.fault), ("polyp", None));
-        assert_eq!(answer_text(&AbsoluteResized, &record(vec![], "x"), &SIZES).unwrap(), "no finding");
-        assert!(read_answer(&AbsoluteResized, "no finding", &SIZES).no_finding);
+        let want = [
+            "[2,1,4,96], [64,20,80,40] polyp",
+            "[16,10,31,1000], [500,208,625,417] polyp",
+            "<|object_ref_start|>polyp<|object_ref_end|><|box_start|>(16,10),(31,1000)<|box_end|>\
+             <|box_start|>(500,208),(625,417)<|box_end|>",
+            "[0.016,0.01,0.031,1.0], [0.5,0.208,0.625,0.417] polyp",
+        ];
+        for (codec, want) in each().zip(want) {
+            let text = answer_text(codec, &r, &SIZES).unwrap();
+            assert_eq!(text, want);
+            let back = read_answer(codec, &text, &SIZES);
+            assert_eq!((back.boxes[1].x1, back.boxes[1].x2, back.boxes[0].y2), (320.0, 400.0, 480.0));
+            assert_eq!((back.category.as_str(), back.fault), ("polyp", None));
+            assert_eq!(answer_text(codec, &record(vec![], "x"), &SIZES).unwrap(), "no finding");
+            assert!(read_answer(codec, "no finding", &SIZES).no_finding);
+        }
     }
 
     #[test]
     fn bad_records_name_their_id() {
-        for r in [record(vec![[0.0, 0.0, 9.0, 9.0].into()], " "), record(vec![[9.0, 0.0, 9.0, 9.0].into()], "polyp")] {
-            assert!(answer_text(&AbsoluteResized, &r, &SIZES).unwrap_err().to_string().contains("record r7"));
+        let valid: BBox = [0.0, 0.0, 9.0, 9.0].into();
+        for codec in each() {
+            let strange = if codec.form() == BoxForm::Qwen2Vl { "x (1,2)" } else { "x [1]" };
+            for r in [
+                record(vec![valid], " "),
+                record(vec![[9.0, 0.0, 9.0, 9.0].into()], "polyp"),
+                record(vec![valid], strange),
+            ] {
+                assert!(answer_text(codec, &r, &SIZES).unwrap_err().to_string().contains("record r7"));
+            }
         }
     }
 
     #[test]
     fn impossible_numbers_stay_impossible() {
-        let a = read_answer(&AbsoluteResized, "[1000000,1000000,0,0], [nan,0,1,1] x", &SIZES);
-        assert!(a.boxes.iter().all(|b| b.fault(640.0, 480.0).is_some()));
+        for codec in each() {
+            for text in [
+                "[1000000,1000000,0,0], [nan,0,1,1], [0,0,1e308,1e308], [-inf,0,1,1] x",
+                "x(1000000,1000000),(0,0)(nan,0),(1,1)(0,0),(1e308,1e308)(-inf,0),(1,1)",
+            ] {
+                let a = read_answer(codec, text, &SIZES);
+                assert_eq!(
+                    a.boxes.len(),
+                    if (codec.form() == BoxForm::Qwen2Vl) == text.starts_with('x') { 4 } else { 0 }
+                );
+                assert!(a.boxes.iter().all(|b| b.fault(640.0, 480.0).is_some()));
+            }
+        }
+    }
+
+    #[test]
+    fn published_json_is_read_in_the_forms_own_numbers() {
+        let text = "```json\n[{\"bbox_2d\": [64, 24, 128, 48], \"label\": \"polyp\"}]\n```";
+        let a = read_answer(&AbsoluteResized, text, &SIZES);
+        assert_eq!((a.boxes, a.category.as_str()), (vec![[320.0, 120.0, 640.0, 240.0].into()], "polyp"));
+        assert_eq!(a.fault, Some(ParseFault::OtherForm));
+        assert_eq!(read_answer(&PerMille, text, &SIZES).boxes, [[40.96, 11.52, 81.92, 23.04].into()]);
+    }
+
+    #[test]
+    fn reading_is_linear() {
+        for unit in
+            ["[", "(", "[1,2,3,4]", "a(1,2)", "(1,2),(3,4)", "<|", "```", "{\"bbox_2d\":", "[{", "<|box_start|>"]
+        {
+            let text = unit.repeat(1_000_000 / unit.len());
+            for codec in each() {
+                let start = std::time::Instant::now();
+                codec.read(&text);
+                assert!(start.elapsed().as_secs_f64() < 5.0, "{unit} {codec:?}");
+            }
+        }
     }
 
     proptest! {
+        #[test]
+        fn any_text_is_read(text in "\\PC*", pieces in prop::collection::vec(0usize..24, 0..40)) {
+            const PIECES: [&str; 24] = [
+                "[", "]", "(", ")", ",", "1", "-2.5", "nan", "inf", "1e999", " ", "polyp", "no finding", "<|", "<|box_start|>",
+                "<|box_end|>", "<|object_ref_start|>", "```", "```json", "{", "}", "\"bbox_2d\":", "\"label\":", "é",
+            ];
+            let made: String = pieces.iter().map(|i| PIECES[*i]).collect();
+            for codec in each() {
+                for t in [&text, &made, &format!("{made}{text}")] {
+                    let a = codec.read(t);
+                    prop_assert!(!(a.no_finding && (a.fault.is_some() || !a.boxes.is_empty())));
+                    prop_assert!(a.fault.is_some() || a.no_finding || !(a.boxes.is_empty() || a.category.is_empty()));
+                }
+            }
+        }
+
         #[test]
         fn round_trip_within_half_a_step(
             w in 8u32..3000, h in 8u32..3000, cols in 1u32..40, rows in 1u32..40,
@@ -153,17 +281,23 @@ mod tests {
             let (x1, y1) = (x * fw * 0.99, y * fh * 0.99);
             let b: BBox = [x1 as f32, y1 as f32, (x1 + bw * (fw - x1)).max(x1 + 1e-3) as f32, (y1 + bh * (fh - y1)).max(y1 + 1e-3) as f32].into();
             prop_assume!(b.fault(w as f32, h as f32).is_none());
-            let code = AbsoluteResized.encode(&b, &s);
-            prop_assert!(code[0] < code[2] && code[1] < code[3] && code[0] >= 0 && code[1] >= 0);
-            prop_assert!(code[2] <= i64::from(cols * 16) && code[3] <= i64::from(rows * 16));
-            let back = AbsoluteResized.decode(&code.map(|v| v as f64), &s);
-            let (sx, sy) = AbsoluteResized.step(&s);
-            for (a, o, step, side) in [
-                (back.x1, b.x1, sx, b.x2 - b.x1), (back.x2, b.x2, sx, b.x2 - b.x1),
-                (back.y1, b.y1, sy, b.y2 - b.y1), (back.y2, b.y2, sy, b.y2 - b.y1),
-            ] {
-                let limit = if f64::from(side) >= step { 0.5 } else { 1.0 } * step + 1e-3;
-                prop_assert!(f64::from((a - o).abs()) <= limit, "{a} {o} {limit}");
+            for codec in each() {
+                let code = codec.encode(&b, &s);
+                let (ex, ey) = codec.extent(&s);
+                let (ex, ey) = ((ex * codec.steps_per_unit()) as i64, (ey * codec.steps_per_unit()) as i64);
+                prop_assert!(code[0] < code[2] && code[1] < code[3] && code[0] >= 0 && code[1] >= 0);
+                prop_assert!(code[2] <= ex && code[3] <= ey);
+                let back = read_answer(codec, &codec.write(&[code], "cyst"), &s);
+                prop_assert_eq!((back.boxes.len(), back.category.as_str(), back.fault), (1, "cyst", None));
+                let back = back.boxes[0];
+                let (sx, sy) = codec.step(&s);
+                for (a, o, step, side) in [
+                    (back.x1, b.x1, sx, b.x2 - b.x1), (back.x2, b.x2, sx, b.x2 - b.x1),
+                    (back.y1, b.y1, sy, b.y2 - b.y1), (back.y2, b.y2, sy, b.y2 - b.y1),
+                ] {
+                    let limit = if f64::from(side) >= step { 0.5 } else { 1.0 } * step + 1e-3;
+                    prop_assert!(f64::from((a - o).abs()) <= limit, "{:?} {} {} {}", codec, a, o, limit);
+                }
             }
         }
     }

@@ -34,7 +34,7 @@ pub enum PrepareError {
         what: String,
     },
     /// The tokenizer has no such special token.
-    #[error("{}: the special token {token} is missing; the model needs a tokenizer with the vision tokens of its family", path.display())]
+    #[error("{}: the special token {token} is missing; the tokenizer must have the vision tokens of the model's family and the tokens of the box form", path.display())]
     MissingToken {
         /// The tokenizer file.
         path: PathBuf,
@@ -84,7 +84,7 @@ pub enum PrepareError {
         expected: usize,
     },
     /// The model family is not one of those that are built in.
-    #[error("{}: model type `{found}` is not supported; supported: qwen2_5_vl", path.display())]
+    #[error("{}: model type `{found}` is not supported; supported: {}", path.display(), supported())]
     Family {
         /// The file that names it.
         path: PathBuf,
@@ -110,6 +110,10 @@ pub enum PrepareError {
         /// What happened.
         cause: Box<PrepareError>,
     },
+}
+
+fn supported() -> String {
+    super::Family::ALL.map(|f| f.name()).join(", ")
 }
 
 /// Reads a file of a model directory.

@@ -3,62 +3,20 @@
 //! Must not know: tensors, devices, training.
 
 pub(crate) mod error;
+mod family;
 
 use std::path::Path;
 
-use serde::Deserialize;
-use unveil_core::{Grid, Record};
+use unveil_core::{BoxForm, Grid, Record};
 
 pub use error::PrepareError;
+pub use family::Family;
 
 use crate::chat::{ChatTemplate, Prompt};
-use crate::codec::{self, AbsoluteResized, BoxCodec, GroundedAnswer, Sizes};
+use crate::codec::{self, BoxCodec, GroundedAnswer, Sizes};
 use crate::processor::{ImageProcessor, Processed};
 use crate::store::Image;
 use crate::tokenizer::Tokenizer;
-
-/// A model family, as far as data preparation differs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Family {
-    /// Qwen2.5-VL: boxes in absolute pixels of the resized image.
-    Qwen2_5Vl,
-}
-
-#[derive(Deserialize)]
-struct ModelType {
-    model_type: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct ProcessorClass {
-    processor_class: Option<String>,
-}
-
-impl Family {
-    /// Reads the family from `config.json`; where the weights are not there yet, from `preprocessor_config.json`.
-    pub fn detect(dir: &Path) -> Result<Self, PrepareError> {
-        let config = dir.join("config.json");
-        let (path, found) = if config.is_file() {
-            let found = error::read_json::<ModelType>(&config)?.model_type;
-            (config, found)
-        } else {
-            let path = dir.join("preprocessor_config.json");
-            let found = error::read_json::<ProcessorClass>(&path)?.processor_class;
-            (path, found)
-        };
-        match found.as_deref() {
-            Some("qwen2_5_vl" | "Qwen2_5_VLProcessor") => Ok(Self::Qwen2_5Vl),
-            other => Err(PrepareError::Family { path, found: other.unwrap_or("(none)").to_owned() }),
-        }
-    }
-
-    /// How the family writes boxes.
-    pub fn codec(&self) -> &'static dyn BoxCodec {
-        match self {
-            Self::Qwen2_5Vl => &AbsoluteResized,
-        }
-    }
-}
 
 /// Prompt and pixels of one image and question.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,20 +31,32 @@ pub struct Prepared {
 #[derive(Debug, Clone)]
 pub struct Preparer {
     family: Family,
+    codec: &'static dyn BoxCodec,
     processor: ImageProcessor,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
 }
 
 impl Preparer {
-    /// Reads a model directory; the weights are not needed.
+    /// Reads a model directory; the weights are not needed. Boxes are written as the family does.
+    ///
+    /// # Errors
+    /// As [`Preparer::load_with`].
     pub fn load(dir: &Path) -> Result<Self, PrepareError> {
-        Ok(Self {
-            family: Family::detect(dir)?,
-            processor: ImageProcessor::load(dir)?,
-            tokenizer: Tokenizer::load(dir)?,
-            chat: ChatTemplate::load(dir)?,
-        })
+        Self::load_with(dir, None)
+    }
+
+    /// The same with a box form of the caller's choice; none: the family's.
+    ///
+    /// # Errors
+    /// A file that is missing or cannot be used, a family that is not built in, a tokenizer without a token that the family or the box
+    /// form needs.
+    pub fn load_with(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, PrepareError> {
+        let family = Family::detect(dir)?;
+        let codec = codec::codec(boxes.unwrap_or(family.box_form()));
+        let mut tokenizer = Tokenizer::load(dir)?;
+        tokenizer.allow(codec.special_tokens())?;
+        Ok(Self { family, codec, processor: ImageProcessor::load(dir)?, tokenizer, chat: ChatTemplate::load(dir)? })
     }
 
     /// Prompt and pixels of an image and a question.
@@ -114,7 +84,7 @@ impl Preparer {
 
     /// The training answer of a record as text.
     pub fn answer_text(&self, record: &Record, sizes: &Sizes) -> Result<String, PrepareError> {
-        codec::answer_text(self.family.codec(), record, sizes)
+        codec::answer_text(self.codec, record, sizes)
     }
 
     /// The training answer of a record as token ids, end token included.
@@ -122,21 +92,25 @@ impl Preparer {
     /// # Errors
     /// As [`codec::answer_text`], and a category that holds a special token.
     pub fn target_ids(&self, record: &Record, sizes: &Sizes) -> Result<Vec<u32>, PrepareError> {
-        let text = self.answer_text(record, sizes)?;
-        let mut ids = self
-            .tokenizer
-            .encode_plain(&text)
-            .map_err(|e| PrepareError::Record { id: record.id.clone(), what: e.to_string() })?;
+        let bad = |e: PrepareError| PrepareError::Record { id: record.id.clone(), what: e.to_string() };
+        // The form may write special tokens, the category must not.
+        self.tokenizer.encode_plain(&record.category).map_err(bad)?;
+        let mut ids = self.tokenizer.encode(&self.answer_text(record, sizes)?).map_err(bad)?;
         ids.push(self.tokenizer.special().im_end);
         Ok(ids)
     }
 
     /// Reads a response; its boxes come back in original pixels.
     pub fn read_answer(&self, text: &str, sizes: &Sizes) -> GroundedAnswer {
-        codec::read_answer(self.family.codec(), text, sizes)
+        codec::read_answer(self.codec, text, sizes)
     }
 
-    /// The tokenizer.
+    /// The form in which boxes are written and read.
+    pub fn box_form(&self) -> BoxForm {
+        self.codec.form()
+    }
+
+    /// The tokenizer; its banned tokens leave out those of the box form.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
@@ -209,12 +183,77 @@ mod tests {
         assert!(e.contains("a7") && e.contains("<|im_end|>"), "{e}");
     }
 
+    /// A processor directory of `family` whose tokenizer also has the box tokens of Qwen2-VL.
+    fn with_box_tokens(dir: &Path, family: Family) -> usize {
+        write_tiny(dir, &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+        let path = dir.join("tokenizer.json");
+        let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let size = Tokenizer::load(dir).unwrap().vocab_size();
+        let added = json["added_tokens"].as_array_mut().unwrap();
+        for (i, token) in codec::codec(BoxForm::Qwen2Vl).special_tokens().iter().enumerate() {
+            let mut entry = added[0].clone();
+            (entry["id"], entry["content"]) = ((size + i).into(), (*token).into());
+            added.push(entry);
+        }
+        std::fs::write(path, json.to_string()).unwrap();
+        size
+    }
+
+    #[test]
+    fn the_form_is_the_familys_unless_it_is_chosen() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = with_box_tokens(dir.path(), Family::Qwen3Vl) as u32;
+        let r: Record = serde_json::from_str(r#"{"id":"a","category":"cyst","boxes":[[48,24,96,96]]}"#).unwrap();
+        let sizes = Sizes { original: (96, 96), resized: (96, 96) };
+        let load = |form| Preparer::load_with(dir.path(), form).unwrap();
+        let family = Preparer::load(dir.path()).unwrap();
+        assert_eq!((family.family(), family.box_form()), (Family::Qwen3Vl, BoxForm::PerMille));
+        assert_eq!(family.answer_text(&r, &sizes).unwrap(), "[500,250,1000,1000] cyst");
+        assert!((first..first + 4).all(|id| family.tokenizer().special().banned.contains(&id)));
+        for form in BoxForm::ALL {
+            let p = load(Some(form));
+            let ids = p.target_ids(&r, &sizes).unwrap();
+            let back = p.read_answer(&p.tokenizer().decode(&ids).unwrap(), &sizes);
+            assert_eq!(
+                (p.box_form(), back.boxes, back.category.as_str(), back.fault),
+                (form, r.boxes.clone(), "cyst", None)
+            );
+            // What training writes can be sampled.
+            assert!(ids.iter().all(|id| !p.tokenizer().special().banned.contains(id)), "{form}");
+        }
+        let e = load(Some(BoxForm::Qwen2Vl));
+        let sly: Record =
+            serde_json::from_str(r#"{"id":"a8","category":"<|box_end|>","boxes":[[1,5,20,25]]}"#).unwrap();
+        assert!(e.target_ids(&sly, &sizes).unwrap_err().to_string().contains("a8"));
+    }
+
+    #[test]
+    fn missing_tokens_are_named_for_every_family() {
+        for family in Family::ALL {
+            let dir = tempfile::tempdir().unwrap();
+            write_tiny(dir.path(), &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
+            assert_eq!(Preparer::load(dir.path()).unwrap().family(), family);
+            let e = Preparer::load_with(dir.path(), Some(BoxForm::Qwen2Vl)).unwrap_err().to_string();
+            assert!(e.contains("<|object_ref_start|>") && e.contains("tokenizer.json"), "{e}");
+            let path = dir.path().join("tokenizer.json");
+            let text = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, text.replace("<|vision_start|>", "<|look|>")).unwrap();
+            let e = Preparer::load(dir.path()).unwrap_err().to_string();
+            assert!(e.contains("<|vision_start|>") && e.contains("tokenizer.json"), "{e}");
+            // transformers 5 saves one file for the whole processor.
+            let whole = format!(r#"{{"processor_class":"{}"}}"#, family.processor_class());
+            std::fs::write(dir.path().join("processor_config.json"), whole).unwrap();
+            std::fs::remove_file(dir.path().join("preprocessor_config.json")).unwrap();
+            assert_eq!(Family::detect(dir.path()).unwrap(), family);
+        }
+    }
+
     #[test]
     fn other_families_are_refused_by_name() {
         let (dir, _) = tiny();
         std::fs::write(dir.path().join("config.json"), r#"{"model_type":"llava"}"#).unwrap();
         let e = Preparer::load(dir.path()).unwrap_err().to_string();
-        assert!(e.contains("llava") && e.contains("qwen2_5_vl"), "{e}");
+        assert!(e.contains("llava") && Family::ALL.iter().all(|f| e.contains(f.name())), "{e}");
         std::fs::write(dir.path().join("config.json"), "{").unwrap();
         assert!(Preparer::load(dir.path()).unwrap_err().to_string().contains("config.json"));
     }

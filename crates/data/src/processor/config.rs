@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::Filter;
 use crate::prepare::PrepareError;
@@ -13,6 +13,9 @@ use crate::store::MAX_PIXELS;
 
 /// Longest side over shortest side that the family accepts.
 const MAX_ASPECT: f64 = 200.0;
+
+/// Image processor classes that do the same: names that the class has had.
+const PROCESSORS: [&str; 3] = ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2_5_VLImageProcessor"];
 
 /// Settings of an image processor, checked.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,21 +61,39 @@ struct RawSize {
     max_pixels: Option<u64>,
 }
 
+/// A key that may be absent (the default stands), null, or a value: in transformers null is a value of its own.
+type Given<T> = Option<Option<T>>;
+
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Given<T>, D::Error> {
+    Option::deserialize(d).map(Some)
+}
+
 #[derive(Deserialize)]
 struct Raw {
-    patch_size: Option<u32>,
-    temporal_patch_size: Option<u32>,
-    merge_size: Option<u32>,
+    #[serde(default, deserialize_with = "given")]
+    patch_size: Given<u32>,
+    #[serde(default, deserialize_with = "given")]
+    temporal_patch_size: Given<u32>,
+    #[serde(default, deserialize_with = "given")]
+    merge_size: Given<u32>,
     min_pixels: Option<u64>,
     max_pixels: Option<u64>,
     size: Option<RawSize>,
-    do_resize: Option<bool>,
-    resample: Option<u32>,
-    do_rescale: Option<bool>,
-    rescale_factor: Option<f64>,
-    do_normalize: Option<bool>,
-    image_mean: Option<PerChannel>,
-    image_std: Option<PerChannel>,
+    image_processor_type: Option<String>,
+    #[serde(default, deserialize_with = "given")]
+    do_resize: Given<bool>,
+    #[serde(default, deserialize_with = "given")]
+    resample: Given<u32>,
+    #[serde(default, deserialize_with = "given")]
+    do_rescale: Given<bool>,
+    #[serde(default, deserialize_with = "given")]
+    rescale_factor: Given<f64>,
+    #[serde(default, deserialize_with = "given")]
+    do_normalize: Given<bool>,
+    #[serde(default, deserialize_with = "given")]
+    image_mean: Given<PerChannel>,
+    #[serde(default, deserialize_with = "given")]
+    image_std: Given<PerChannel>,
 }
 
 #[derive(Deserialize)]
@@ -96,20 +117,28 @@ impl ProcessorConfig {
     fn check(raw: Raw, path: PathBuf) -> Result<Self, PrepareError> {
         let bad =
             |key: &'static str, what: &str| PrepareError::Config { path: path.clone(), key, what: what.to_owned() };
-        let side = |key: &'static str, value: Option<u32>, default: u32| match value.unwrap_or(default) {
-            v @ 1..=1024 => Ok(v),
-            v => Err(bad(key, &format!("is {v}, it must be from 1 to 1024"))),
+        let null = |key| bad(key, "is null, it must have a value");
+        let side = |key: &'static str, value: Given<u32>, default: u32| match value.unwrap_or(Some(default)) {
+            Some(v @ 1..=1024) => Ok(v),
+            Some(v) => Err(bad(key, &format!("is {v}, it must be from 1 to 1024"))),
+            None => Err(null(key)),
         };
+        if let Some(other) = raw.image_processor_type.filter(|t| !PROCESSORS.contains(&t.as_str())) {
+            return Err(bad("image_processor_type", &format!("is {other}, supported are {}", PROCESSORS.join(", "))));
+        }
+        let flag = |value: Given<bool>| value.unwrap_or(Some(true)).unwrap_or(false);
         let (shortest, longest) = raw.size.map_or((Some(56 * 56), Some(28 * 28 * 1280)), |s| {
             (s.shortest_edge.or(s.min_pixels), s.longest_edge.or(s.max_pixels))
         });
         let min_pixels = raw.min_pixels.or(shortest).filter(|v| *v > 0);
         let max_pixels = raw.max_pixels.or(longest).filter(|v| *v > 0);
-        let channels = |key, value: Option<PerChannel>, default: [f64; 3]| {
+        let do_normalize = flag(raw.do_normalize);
+        let channels = |key, value: Given<PerChannel>, default: [f64; 3]| {
             let v = match value {
-                None => default,
-                Some(PerChannel::One(v)) => [v; 3],
-                Some(PerChannel::Each(v)) => v,
+                Some(None) if do_normalize => return Err(null(key)),
+                None | Some(None) => default,
+                Some(Some(PerChannel::One(v))) => [v; 3],
+                Some(Some(PerChannel::Each(v))) => v,
             };
             if v.iter().all(|x| x.is_finite()) { Ok(v) } else { Err(bad(key, "must be finite")) }
         };
@@ -120,15 +149,15 @@ impl ProcessorConfig {
             min_pixels: min_pixels
                 .ok_or_else(|| bad("size", "needs `shortest_edge` (the fewest pixels), at least 1"))?,
             max_pixels: max_pixels.ok_or_else(|| bad("size", "needs `longest_edge` (the most pixels), at least 1"))?,
-            do_resize: raw.do_resize.unwrap_or(true),
-            filter: match raw.resample.unwrap_or(3) {
+            do_resize: flag(raw.do_resize),
+            filter: match raw.resample.unwrap_or(Some(3)).ok_or_else(|| null("resample"))? {
                 2 => Filter::Bilinear,
                 3 => Filter::Bicubic,
                 v => return Err(bad("resample", &format!("is {v}, supported are 2 (bilinear) and 3 (bicubic)"))),
             },
-            do_rescale: raw.do_rescale.unwrap_or(true),
-            rescale_factor: raw.rescale_factor.unwrap_or(1.0 / 255.0),
-            do_normalize: raw.do_normalize.unwrap_or(true),
+            do_rescale: flag(raw.do_rescale),
+            rescale_factor: raw.rescale_factor.unwrap_or(Some(1.0 / 255.0)).ok_or_else(|| null("rescale_factor"))?,
+            do_normalize,
             image_mean: channels("image_mean", raw.image_mean, [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
             image_std: channels("image_std", raw.image_std, [0.268_629_54, 0.261_302_58, 0.275_777_11])?,
         };
@@ -219,6 +248,23 @@ mod tests {
     }
 
     #[test]
+    fn published_and_saved_directories() {
+        let c = load(
+            "preprocessor_config.json",
+            r#"{"size":{"shortest_edge":65536,"longest_edge":16777216},"patch_size":16}"#,
+        );
+        let c = c.unwrap();
+        assert_eq!((c.min_pixels, c.max_pixels, c.factor()), (65_536, 16_777_216, 32));
+        let both =
+            r#"{"min_pixels":3136,"max_pixels":12845056,"size":{"shortest_edge":65536,"longest_edge":16777216}}"#;
+        let c = load("preprocessor_config.json", both).unwrap();
+        assert_eq!((c.min_pixels, c.max_pixels), (3136, 12_845_056));
+        let nulls = r#"{"min_pixels":null,"max_pixels":null,"size":null,"do_normalize":null,"image_mean":null,"crop_size":null}"#;
+        let c = load("preprocessor_config.json", nulls).unwrap();
+        assert_eq!((c.min_pixels, c.max_pixels, c.do_normalize, c.do_rescale), (3136, 1_003_520, false, true));
+    }
+
+    #[test]
     fn faults_name_file_and_key() {
         let text = |r: Result<ProcessorConfig, PrepareError>| r.unwrap_err().to_string();
         let missing = text(ProcessorConfig::load(Path::new("/no/such")));
@@ -231,6 +277,9 @@ mod tests {
             (r#"{"size":{"height":3}}"#, "`size`"),
             (r#"{"image_std":[0,1,1]}"#, "`image_std`"),
             (r#"{"rescale_factor":0}"#, "`rescale_factor`"),
+            (r#"{"patch_size":null}"#, "`patch_size` is null"),
+            (r#"{"image_mean":null}"#, "`image_mean` is null"),
+            (r#"{"image_processor_type":"CLIPImageProcessor"}"#, "CLIPImageProcessor"),
         ] {
             let e = text(load("preprocessor_config.json", json));
             assert!(e.contains("preprocessor_config.json") && e.contains(needle), "{e}");

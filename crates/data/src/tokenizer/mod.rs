@@ -2,10 +2,11 @@
 //!
 //! Must not know: images, records, chat templates.
 
+pub mod stop;
 pub mod tiny;
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
@@ -63,6 +64,8 @@ pub struct Tokenizer {
     special: SpecialTokens,
     /// Ids that decoding skips, with their text.
     hidden: HashMap<u32, String>,
+    /// The tokenizer file.
+    path: PathBuf,
     bytes: HashMap<char, u8>,
     vocab_size: usize,
 }
@@ -104,7 +107,20 @@ impl Tokenizer {
         let hidden = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
         let bytes = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
-        Ok(Self { special, hidden, bytes, vocab_size, inner })
+        Ok(Self { special, hidden, path, bytes, vocab_size, inner })
+    }
+
+    /// Takes special tokens that answers are written with off the list of banned ones.
+    ///
+    /// # Errors
+    /// The vocabulary lacks one of them.
+    pub(crate) fn allow(&mut self, tokens: &[&'static str]) -> Result<(), PrepareError> {
+        for token in tokens {
+            let missing = || PrepareError::MissingToken { path: self.path.clone(), token };
+            let id = self.id(token).filter(|id| self.hidden.contains_key(id)).ok_or_else(missing)?;
+            self.special.banned.retain(|b| *b != id);
+        }
+        Ok(())
     }
 
     /// Largest token id plus one.
@@ -185,6 +201,13 @@ impl Tokenizer {
         Decoded { text, spans }
     }
 
+    /// The bytes that a token adds to the text; none for a special or unknown one.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.append(id, &mut out);
+        out
+    }
+
     /// Appends the bytes of a token as the byte-level decoder writes them; nothing for a special or unknown one.
     fn append(&self, id: u32, out: &mut Vec<u8>) {
         if self.hidden.contains_key(&id) {
@@ -242,6 +265,18 @@ mod tests {
         for cut in [&ids[..2], &ids[..3], &ids[2..], &[999_999][..]] {
             assert_eq!(t.decode_offsets(cut).text, t.decode(cut).unwrap());
         }
+    }
+
+    #[test]
+    fn pieces_of_tokens_make_the_text() {
+        let t = Tokenizer::load(tiny_dir().path()).unwrap();
+        let ids = t.encode("[1,2] \u{20ac}<|im_end|>no finding").unwrap();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| t.token_bytes(*id)).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), t.decode(&ids).unwrap());
+        assert!(t.token_bytes(t.special().im_end).is_empty());
+        let mut stop = stop::StopStrings::new(["\u{20ac}no"]);
+        let hits: Vec<bool> = ids.iter().map(|id| stop.push(&t.token_bytes(*id))).collect();
+        assert_eq!(hits.iter().position(|h| *h), Some(ids.len() - 2));
     }
 
     #[test]

@@ -10,11 +10,13 @@ use serde_json::{Value, json};
 
 use super::{SpecialTokens, Tokenizer, byte_char};
 use crate::files::write_atomic;
-use crate::prepare::PrepareError;
+use crate::prepare::{Family, PrepareError};
 
-/// Sizes of a tiny processor.
+/// Family and sizes of a tiny processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TinyProcessorSpec {
+    /// Family: names the processor class, and decides how levels are normalised.
+    pub family: Family,
     /// Side of a patch in pixels.
     pub patch: u32,
     /// Patches along one side of an image token.
@@ -30,7 +32,7 @@ pub struct TinyProcessorSpec {
 impl Default for TinyProcessorSpec {
     /// 96 x 96 stays (36 image tokens); 640 x 480 becomes 128 x 96 (48 image tokens).
     fn default() -> Self {
-        Self { patch: 8, merge: 2, temporal: 2, min_pixels: 96 * 96, max_pixels: 128 * 96 }
+        Self { family: Family::Qwen2_5Vl, patch: 8, merge: 2, temporal: 2, min_pixels: 96 * 96, max_pixels: 128 * 96 }
     }
 }
 
@@ -120,7 +122,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary, PrepareError> {
     let files = [
         ("tokenizer.json", text(&tokenizer_json())),
-        ("tokenizer_config.json", text(&tokenizer_config())),
+        ("tokenizer_config.json", text(&tokenizer_config(spec.family))),
         ("special_tokens_map.json", text(&json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))),
         ("chat_template.jinja", CHAT_TEMPLATE.to_owned()),
         ("preprocessor_config.json", text(&image_config(spec))),
@@ -215,10 +217,10 @@ fn tokenizer_json() -> Value {
     })
 }
 
-fn tokenizer_config() -> Value {
+fn tokenizer_config(family: Family) -> Value {
     json!({
         "tokenizer_class": "Qwen2Tokenizer",
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": family.processor_class(),
         "add_prefix_space": false,
         "bos_token": null,
         "eos_token": "<|im_end|>",
@@ -232,8 +234,12 @@ fn tokenizer_config() -> Value {
 }
 
 fn image_config(spec: &TinyProcessorSpec) -> Value {
+    let (mean, std) = match spec.family {
+        Family::Qwen2_5Vl => ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        Family::Qwen3Vl => ([0.5; 3], [0.5; 3]),
+    };
     json!({
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": spec.family.processor_class(),
         "image_processor_type": "Qwen2VLImageProcessor",
         "do_convert_rgb": true,
         "do_resize": true,
@@ -242,8 +248,8 @@ fn image_config(spec: &TinyProcessorSpec) -> Value {
         "do_rescale": true,
         "rescale_factor": 1.0 / 255.0,
         "do_normalize": true,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": mean,
+        "image_std": std,
         "patch_size": spec.patch,
         "temporal_patch_size": spec.temporal,
         "merge_size": spec.merge,
@@ -255,7 +261,11 @@ fn video_config(spec: &TinyProcessorSpec) -> Value {
     let mut config = image_config(spec);
     if let Some(map) = config.as_object_mut() {
         map.remove("image_processor_type");
-        map.insert("video_processor_type".to_owned(), Value::from("Qwen2VLVideoProcessor"));
+        let processor = match spec.family {
+            Family::Qwen2_5Vl => "Qwen2VLVideoProcessor",
+            Family::Qwen3Vl => "Qwen3VLVideoProcessor",
+        };
+        map.insert("video_processor_type".to_owned(), Value::from(processor));
     }
     config
 }

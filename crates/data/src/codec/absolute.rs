@@ -1,13 +1,23 @@
 //! Qwen2.5-VL writes boxes as absolute pixels of the resized image.
 
-use super::{BoxCodec, Sizes};
+use unveil_core::{Answer, BoxForm, parse_answer};
+
+use super::{BoxCodec, Sizes, json};
 
 /// Whole pixels of the resized image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AbsoluteResized;
 
 impl BoxCodec for AbsoluteResized {
+    fn form(&self) -> BoxForm {
+        BoxForm::Absolute
+    }
+
     fn extent(&self, sizes: &Sizes) -> (f64, f64) {
         (f64::from(sizes.resized.0), f64::from(sizes.resized.1))
+    }
+
+    fn read(&self, text: &str) -> Answer {
+        json::read(text).unwrap_or_else(|| parse_answer(text))
     }
 }

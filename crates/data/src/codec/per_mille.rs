@@ -1,0 +1,23 @@
+//! Qwen3-VL writes boxes as thousandths of the image's sides, whatever its size.
+
+use unveil_core::{Answer, BoxForm, parse_answer};
+
+use super::{BoxCodec, Sizes, json};
+
+/// Whole numbers from 0 to 1000.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerMille;
+
+impl BoxCodec for PerMille {
+    fn form(&self) -> BoxForm {
+        BoxForm::PerMille
+    }
+
+    fn extent(&self, _: &Sizes) -> (f64, f64) {
+        (1000.0, 1000.0)
+    }
+
+    fn read(&self, text: &str) -> Answer {
+        json::read(text).unwrap_or_else(|| parse_answer(text))
+    }
+}

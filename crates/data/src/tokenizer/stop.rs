@@ -1,0 +1,109 @@
+//! Stop strings, found while a text grows token by token.
+//!
+//! Must not know: tokenizers, sampling; it sees bytes only.
+
+/// Tells when a growing text first holds one of some strings. Clone one per text; each token costs time linear in its own bytes (times
+/// the number of strings), whatever came before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StopStrings {
+    stops: Vec<Vec<u8>>,
+    /// Last bytes of the text, as many as a match may still begin in: one less than the longest string.
+    tail: Vec<u8>,
+}
+
+impl StopStrings {
+    /// Looks for `stops`; empty strings are left out, they would be found in every text.
+    pub fn new<S: AsRef<str>>(stops: impl IntoIterator<Item = S>) -> Self {
+        let stops = stops.into_iter().map(|s| s.as_ref().as_bytes().to_vec()).filter(|s| !s.is_empty()).collect();
+        Self { stops, tail: Vec::new() }
+    }
+
+    /// There is nothing to look for.
+    pub fn is_empty(&self) -> bool {
+        self.stops.is_empty()
+    }
+
+    /// Adds the bytes of the next token. True when they complete a stop string: one that ends in these bytes, wherever it began.
+    pub fn push(&mut self, piece: &[u8]) -> bool {
+        let Some(longest) = self.stops.iter().map(Vec::len).max() else { return false };
+        if piece.is_empty() {
+            return false;
+        }
+        let old = self.tail.len();
+        self.tail.extend_from_slice(piece);
+        let text = &self.tail;
+        // A match that is new ends behind `old`, so it begins no further before it than its length less one.
+        let new = |s: &Vec<u8>| text[(old + 1).saturating_sub(s.len())..].windows(s.len()).any(|w| w == &s[..]);
+        let found = self.stops.iter().any(new);
+        let spare = self.tail.len().saturating_sub(longest - 1);
+        self.tail.drain(..spare);
+        found
+    }
+
+    /// Forgets the text.
+    pub fn reset(&mut self) {
+        self.tail.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hits(stops: &[&str], pieces: &[&[u8]]) -> Vec<bool> {
+        let mut s = StopStrings::new(stops);
+        pieces.iter().map(|p| s.push(p)).collect()
+    }
+
+    #[test]
+    fn split_over_tokens() {
+        assert_eq!(hits(&["\n\n"], &[b"a", b"\n", b"\n", b"b", b""]), [false, false, true, false, false]);
+        assert_eq!(hits(&["abcd"], &[b"xab", b"", b"c", b"dabc", b"d"]), [false, false, false, true, true]);
+        assert_eq!(hits(&["END", "."], &[b"a. E", b"N", b"D"]), [true, false, true]);
+        assert_eq!(hits(&["aa"], &[b"aaa", b"b", b"a", b"a"]), [true, false, false, true]);
+        assert_eq!(hits(&["long one", "x"], &[b"x", b"y", b"long on", b"e"]), [true, false, false, true]);
+    }
+
+    #[test]
+    fn split_inside_a_character() {
+        let euro = "€".as_bytes();
+        assert_eq!(hits(&["1€"], &[b"1", &euro[..1], &euro[1..2], &euro[2..]]), [false, false, false, true]);
+        assert_eq!(
+            hits(&["€é"], &[&euro[..2], &["€é".as_bytes()[2..].to_vec(), b"z".to_vec()].concat()]),
+            [false, true]
+        );
+    }
+
+    #[test]
+    fn nothing_to_look_for() {
+        let mut s = StopStrings::new(["", ""]);
+        assert!(s.is_empty() && !s.push(b"abc"));
+        let mut s = StopStrings::new(["ab"]);
+        assert!(!s.push(b"a"));
+        s.reset();
+        assert!(!s.push(b"b"));
+    }
+
+    proptest! {
+        #[test]
+        fn equal_to_a_search_of_the_whole_text(
+            stops in prop::collection::vec("[ab€]{1,4}", 1..4),
+            pieces in prop::collection::vec(prop::collection::vec(prop::sample::select("ab€".as_bytes().to_vec()), 0..6), 0..12),
+        ) {
+            let mut s = StopStrings::new(&stops);
+            let longest = stops.iter().map(String::len).max().unwrap();
+            let mut text: Vec<u8> = Vec::new();
+            for piece in &pieces {
+                let old = text.len();
+                text.extend(piece);
+                let ends_new = |stop: &String| {
+                    (0..text.len()).any(|i| text[i..].starts_with(stop.as_bytes()) && i + stop.len() > old)
+                };
+                prop_assert_eq!(s.push(piece), stops.iter().any(ends_new));
+                prop_assert!(s.tail.len() < longest);
+            }
+        }
+    }
+}

@@ -1,0 +1,266 @@
+"""Images in forms that Rust does not write, and what Pillow and pydicom make of them: the other side of tests/images.rs.
+
+Usage: images.py DIR. Reads DIR/job.json ({"seed"}), writes files, NAME.rgb beside those with a reference, and DIR/out.json.
+"""
+
+import json
+import os
+import struct
+import sys
+import zlib
+
+import numpy as np
+from PIL import Image, ImageSequence
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+from pydicom.sequence import Sequence
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+)
+
+root = sys.argv[1]
+with open(os.path.join(root, "job.json"), encoding="utf-8") as f:
+    rng = np.random.default_rng(json.load(f)["seed"])
+out = []
+
+
+def path(name):
+    return os.path.join(root, name)
+
+
+def reference(name, rgb):
+    """Lists a file that must decode to these pixels within one level."""
+    rgb = np.ascontiguousarray(rgb, dtype=np.uint8)
+    rgb.tofile(path(name + ".rgb"))
+    out.append({"file": name, "width": rgb.shape[1], "height": rgb.shape[0]})
+
+
+def colours(h=40, w=56):
+    y, x = np.mgrid[0:h, 0:w]
+    return np.stack([x * 4 % 256, y * 6 % 256, (x * 2 + y * 3) % 256, x + y], -1).astype(np.uint8)
+
+
+def picture(name, image, **options):
+    image.save(path(name), **options)
+    with Image.open(path(name)) as back:
+        reference(name, np.asarray(back.convert("RGB")))
+
+
+def rasters():
+    a = colours()
+    rgb = Image.fromarray(a[..., :3])
+    noise = Image.fromarray(rng.integers(0, 256, (17, 23), dtype=np.uint8))
+    picture("rgb.png", rgb)
+    picture("rgba.png", Image.fromarray(a))
+    picture("grey.png", noise)
+    picture("grey_alpha.png", Image.fromarray(a[..., 2:]))
+    picture("one_bit.png", noise.convert("1"))
+    picture("palette.png", rgb.quantize(17))
+    picture("palette_clear.png", rgb.quantize(5), transparency=2)
+    picture("baseline.jpg", rgb, quality=95, subsampling=0)
+    picture("progressive.jpg", rgb, quality=90, progressive=True)
+    picture("grey.jpg", noise, quality=90)
+    picture("cmyk.jpg", Image.fromarray(a, "CMYK"), quality=95)
+    picture("one.png", Image.new("RGB", (1, 1), (1, 2, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture("turned.jpg", rgb, quality=95, subsampling=0, exif=exif)
+    frames = [Image.new("RGB", (9, 5), (i * 90, 10, 20)) for i in range(3)]
+    picture("animated.png", frames[0], save_all=True, append_images=frames[1:], duration=50)
+    with Image.open(path("animated.png")) as back:
+        assert len(list(ImageSequence.Iterator(back))) == 3
+    for kind in ("gif", "tiff", "webp", "bmp"):
+        rgb.save(path("other." + kind))
+    Image.new("L", (20000, 20)).save(path("long.png"))
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bombs():
+    def png(name, w, h, data, extra=b""):
+        head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)
+        with open(path(name), "wb") as f:
+            f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+    pack = zlib.compressobj(9)
+    blown = b"".join(pack.compress(bytes(1 << 20)) for _ in range(400)) + pack.flush()
+    png("claims.png", 60000, 60000, zlib.compress(bytes(100)))
+    png("area.png", 16000, 16000, zlib.compress(bytes(100)))
+    png("zip.png", 16, 16, blown)
+    png("text.png", 4, 4, zlib.compress(bytes(52)), chunk(b"zTXt", b"note\0\0" + blown))
+    png("profile.png", 4, 4, zlib.compress(bytes(52)), chunk(b"iCCP", b"icc\0\0" + blown))
+
+
+def dicom(name, array, syntax=ExplicitVRLittleEndian, fragments=None, raw=None, **elements):
+    """A file with these pixels; elements override what follows from the array."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    ds.PatientName = "Doe^J\u00e4ne"
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    inner = Dataset()
+    # Inside of a sequence these are not the image's.
+    inner.Rows, inner.WindowCenter, inner.WindowWidth = 1, 5, 6
+    inner.IconImageSequence = Sequence([Dataset()])
+    ds.ReferencedImageSequence = Sequence([inner, inner])
+    ds["ReferencedImageSequence"].is_undefined_length = True
+    ds.SourceImageSequence = Sequence([])
+    ds.Rows, ds.Columns = array.shape[:2]
+    ds.SamplesPerPixel = 1 if array.ndim == 2 else 3
+    ds.PhotometricInterpretation = "MONOCHROME2" if array.ndim == 2 else "RGB"
+    if array.ndim == 3:
+        ds.PlanarConfiguration = 0
+    bits = array.dtype.itemsize * 8
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = bits, bits, bits - 1
+    ds.PixelRepresentation = int(array.dtype.kind == "i")
+    for key, value in elements.items():
+        setattr(ds, key, value)
+    ds.HighBit = elements.get("HighBit", ds.BitsStored - 1)
+    data = raw if raw is not None else array.astype(array.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
+    if fragments is not None:
+        ds.PixelData = encapsulate(fragments)
+        ds["PixelData"].is_undefined_length = True
+    else:
+        ds.PixelData = data + b"\0" * (len(data) % 2)
+    ds["PixelData"].VR = "OB" if bits == 8 or fragments is not None else "OW"
+    if syntax == RLELossless:
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.compress(RLELossless, generate_instance_uid=False)
+    ds.save_as(path(name), enforce_file_format=True)
+    return ds
+
+
+def shown(ds, array):
+    """Grey as pydicom shows it: its modality and VOI functions, then the output range to 8 bits."""
+    values = apply_modality_lut(array, ds).astype(np.float64)
+    if "WindowWidth" in ds:
+        low, high = 0.0, 2.0**ds.BitsStored - 1
+        if ds.PixelRepresentation:
+            low, high = -(2.0 ** (ds.BitsStored - 1)), 2.0 ** (ds.BitsStored - 1) - 1
+        slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
+        low, high = sorted((low * slope + intercept, high * slope + intercept))
+        values = apply_voi_lut(values, ds, index=0).astype(np.float64)
+    else:
+        low, high = values.min(), values.max()
+    share = np.clip((values - low) / (high - low), 0, 1)
+    if ds.PhotometricInterpretation == "MONOCHROME1":
+        share = 1 - share
+    return np.repeat(np.rint(share * 255)[..., None], 3, -1)
+
+
+def grey(name, array, stored=None, **elements):
+    ds = dicom(name, array, **elements)
+    reference(name, shown(ds, array if stored is None else stored))
+
+
+def random(low, high, dtype, shape=(21, 34)):
+    return rng.integers(low, high, shape).astype(dtype)
+
+
+def lossless_jpeg(array, bits):
+    """A JPEG lossless stream (process 14, first-order prediction) with one Huffman code of five bits per category."""
+    h, w = array.shape
+    stream = bytearray(b"\xff\xd8\xff\xc3" + struct.pack(">HBHHB3B", 11, bits, h, w, 1, 1, 0x11, 0))
+    stream += b"\xff\xc4" + struct.pack(">HB16B", 2 + 17 + 17, 0, *[0, 0, 0, 0, 17] + [0] * 11) + bytes(range(17))
+    stream += b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0, 1, 0, 0)
+    digits = []
+    a = array.astype(int)
+    for y in range(h):
+        for x in range(w):
+            before = a[y, x - 1] if x else a[y - 1, x] if y else 1 << (bits - 1)
+            d = (a[y, x] - before + 32768) % 65536 - 32768
+            size = int(abs(d)).bit_length()
+            digits.append(format(size, "05b"))
+            if 0 < size < 16:
+                digits.append(format(d if d > 0 else d + (1 << size) - 1, f"0{size}b"))
+    text = "".join(digits)
+    text += "1" * (-len(text) % 8)
+    stream += bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8)).replace(b"\xff", b"\xff\0")
+    return bytes(stream + b"\xff\xd9")
+
+
+def dicoms():
+    u8, u12, s16 = random(3, 250, "u1"), random(0, 4096, "<u2"), random(-32768, 32768, "<i2")
+    window = {"WindowCenter": 600, "WindowWidth": 900}
+    hounsfield = {"RescaleSlope": "1.5", "RescaleIntercept": "-1024"}
+    grey("u8.dcm", u8)
+    grey("u8_odd.dcm", random(0, 256, "u1", (7, 9)))
+    grey("u12.dcm", u12, BitsStored=12)
+    grey("u12_window.dcm", u12, BitsStored=12, **window)
+    grey("u12_rescaled.dcm", u12, BitsStored=12, **window, **hounsfield)
+    grey("u12_minmax.dcm", u12, BitsStored=12, **hounsfield)
+    grey("negative_slope.dcm", u12, BitsStored=12, RescaleSlope="-2", RescaleIntercept="7")
+    grey("narrow.dcm", u12, BitsStored=12, WindowCenter=2000, WindowWidth=1)
+    grey("u16.dcm", random(0, 65536, "<u2"))
+    grey("s16.dcm", s16)
+    grey("s16_window.dcm", s16, WindowCenter="40.5", WindowWidth="20000", **hounsfield)
+    grey("windows.dcm", s16, WindowCenter=["-600", "40"], WindowWidth=["1500", "400"])
+    s12 = random(-2048, 2048, "<i2")
+    grey("s12.dcm", s12, BitsStored=12, WindowCenter=40, WindowWidth=400)
+    grey("s12_masked.dcm", s12 & 0xFFF, stored=s12, BitsStored=12, WindowCenter=40, WindowWidth=400)
+    grey("high_bits.dcm", u12 << 4, stored=u12, BitsStored=12, HighBit=15, **window)
+    for kind in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        grey(f"{kind}.dcm", u12, BitsStored=12, VOILUTFunction=kind, **window)
+    grey("mono1.dcm", u12, BitsStored=12, PhotometricInterpretation="MONOCHROME1")
+    grey("mono1_window.dcm", u12, BitsStored=12, PhotometricInterpretation="MONOCHROME1", **window, **hounsfield)
+    grey("implicit.dcm", s16, syntax=ImplicitVRLittleEndian, **window)
+    grey("big_endian.dcm", s16, syntax=ExplicitVRBigEndian, **window)
+    grey("rle8.dcm", u8, syntax=RLELossless)
+    grey("rle16.dcm", np.repeat(u12, 9, 1), syntax=RLELossless, BitsStored=12, **window)
+    grey("lossless.dcm", u12, syntax=JPEGLosslessSV1, fragments=[lossless_jpeg(u12, 12)], BitsStored=12, **window)
+    grey("lossless16.dcm", u16 := random(0, 65536, "<u2"), syntax=JPEGLosslessSV1, fragments=[lossless_jpeg(u16, 16)])
+    a = np.ascontiguousarray(colours()[..., :3])
+    reference("rgb.dcm", pixel_array(dicom("rgb.dcm", a)))
+    planes = np.ascontiguousarray(a.transpose(2, 0, 1)).tobytes()
+    reference("planar.dcm", pixel_array(dicom("planar.dcm", a, raw=planes, PlanarConfiguration=1)))
+    reference("ybr.dcm", pixel_array(dicom("ybr.dcm", a, PhotometricInterpretation="YBR_FULL")))
+    half = np.stack([a[:, 0::2, 0], a[:, 1::2, 0], a[:, 0::2, 1], a[:, 0::2, 2]], -1).tobytes()
+    reference("ybr422.dcm", pixel_array(dicom("ybr422.dcm", a, raw=half, PhotometricInterpretation="YBR_FULL_422")))
+    dicom("rle_rgb.dcm", a, syntax=RLELossless)
+    reference("rle_rgb.dcm", a)
+    for name, image, photometric in [
+        ("jpeg_grey.dcm", Image.fromarray(u8), "MONOCHROME2"),
+        ("jpeg_colour.dcm", Image.fromarray(a), "YBR_FULL"),
+    ]:
+        image.save(path("stream.jpg"), quality=95, subsampling=0)
+        with open(path("stream.jpg"), "rb") as f:
+            stream = f.read()
+        ds = dicom(name, np.asarray(image), syntax=JPEGBaseline8Bit, fragments=[stream], PhotometricInterpretation=photometric)
+        with Image.open(path("stream.jpg")) as back:
+            pixels = np.asarray(back)
+        reference(name, shown(ds, pixels) if pixels.ndim == 2 else pixels)
+    # Refused ones.
+    dicom("frames.dcm", u8, NumberOfFrames=12)
+    dicom("cut.dcm", u8, raw=u8.tobytes()[:-2])
+    dicom("huge.dcm", u8, Rows=65535, Columns=65535)
+    dicom("area.dcm", u8, Rows=16000, Columns=16000)
+    dicom("bomb_rle.dcm", u8, syntax=RLELossless)
+    dicom("no_rows.dcm", u8, Rows=0)
+    dicom("palette.dcm", u8, PhotometricInterpretation="PALETTE COLOR")
+    dicom("deep.dcm", random(0, 9, "<u4"))
+    dicom("jpeg2000.dcm", u8, syntax=JPEG2000Lossless, fragments=[b"\xff\x4f\xff\x51"])
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType, table.LUTData = [4, 0, 8], "US", bytes(8)
+    dicom("table.dcm", u8, ModalityLUTSequence=Sequence([table]))
+    ds = dicom("no_pixels.dcm", u8)
+    del ds.PixelData
+    ds.save_as(path("no_pixels.dcm"), enforce_file_format=True)
+
+
+rasters()
+bombs()
+dicoms()
+with open(path("out.json"), "w", encoding="utf-8") as f:
+    json.dump(out, f)

@@ -1,0 +1,210 @@
+//! Images in every form that is read, against Pillow and pydicom; and those that are refused, with what is said.
+
+mod common;
+
+use std::path::Path;
+
+use proptest::prelude::*;
+use serde_json::Value;
+use unveil_data::store::{Image, ImageError, image_size};
+
+/// Memory that refusing a file may take beyond what the process had, in KiB.
+const SPARE: u64 = 48 << 10;
+
+fn made() -> (tempfile::TempDir, Value) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("job.json"), serde_json::json!({"seed": common::seed()}).to_string()).unwrap();
+    let listed = common::run("images.py", dir.path());
+    (dir, listed)
+}
+
+/// Highest resident memory so far, in KiB.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+fn refusal(path: &Path) -> String {
+    match Image::open(path) {
+        Err(e) => e.to_string(),
+        Ok(i) => panic!("{} is read as {} x {}", path.display(), i.width, i.height),
+    }
+}
+
+#[test]
+fn every_form_is_read_and_bad_files_are_refused() {
+    let (dir, listed) = made();
+    let root = dir.path();
+    refused(root);
+    bombs(root);
+    let listed = listed.as_array().unwrap();
+    assert!(listed.len() > 45);
+    for item in listed {
+        let file = item["file"].as_str().unwrap();
+        let (w, h) = (item["width"].as_u64().unwrap() as u32, item["height"].as_u64().unwrap() as u32);
+        let image = Image::open(&root.join(file)).unwrap();
+        assert_eq!((image.width, image.height), (w, h), "{file}");
+        assert_eq!(image_size(&root.join(file)).unwrap(), (w, h), "{file}");
+        let theirs = std::fs::read(root.join(format!("{file}.rgb"))).unwrap();
+        assert_eq!(image.rgb.len(), theirs.len(), "{file}");
+        let worst = image.rgb.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
+        // Decoders of lossy JPEG may round their transforms and colours differently.
+        let limit = if file.ends_with(".jpg") || file == "jpeg_colour.dcm" { 3 } else { 1 };
+        assert!(worst <= limit, "{file}: differs by {worst}");
+        println!("{file}: differs by {worst} at most");
+    }
+    checked(root);
+    damaged(root);
+}
+
+fn refused(root: &Path) {
+    for (file, needle) in [
+        ("other.gif", "GIF"),
+        ("other.tiff", "TIFF"),
+        ("other.webp", "WEBP"),
+        ("other.bmp", "BMP"),
+        ("frames.dcm", "12 frames"),
+        ("cut.dcm", "21 pixels need 714 bytes"),
+        ("no_rows.dcm", "34 x 0 pixels"),
+        ("palette.dcm", "PALETTE COLOR"),
+        ("deep.dcm", "32 bits"),
+        ("jpeg2000.dcm", "1.2.840.10008.1.2.4.90"),
+        ("table.dcm", "modality lookup table"),
+        ("no_pixels.dcm", "no pixels"),
+    ] {
+        let said = refusal(&root.join(file));
+        assert!(said.contains(file) && said.contains(needle), "{said}");
+        if file.starts_with("other") {
+            assert!(said.contains("PNG, JPEG and DICOM"), "{said}");
+        }
+    }
+}
+
+fn bombs(root: &Path) {
+    let before = peak();
+    for (file, needle) in [
+        ("long.png", "20000"),
+        ("claims.png", "60000"),
+        ("area.png", "256000000 pixels"),
+        ("huge.dcm", "65535"),
+        ("area.dcm", "256000000 pixels"),
+    ] {
+        let path = root.join(file);
+        let said = refusal(&path);
+        assert!(said.contains(file) && said.contains(needle) && said.contains("limit"), "{said}");
+        assert!(matches!(Image::open(&path), Err(ImageError::TooLarge { .. })), "{said}");
+    }
+    // Data that unpacks to 400 MiB behind headers of a few pixels: what does not belong to the pixels is never unpacked whole.
+    for file in ["zip.png", "text.png", "profile.png"] {
+        if let Ok(image) = Image::open(&root.join(file)) {
+            assert!(image.width <= 16 && image.height <= 16);
+        }
+    }
+    // A run-length stream of a small image that claims to be a large one.
+    let path = root.join("bomb_rle.dcm");
+    let mut bytes = std::fs::read(&path).unwrap();
+    for tag in [[0x28, 0, 0x10, 0], [0x28, 0, 0x11, 0]] {
+        let at = bytes.windows(6).rposition(|w| w[..4] == tag && &w[4..] == b"US").unwrap();
+        bytes[at + 8..at + 10].copy_from_slice(&8000u16.to_le_bytes());
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    assert!(refusal(&path).contains("RLE"));
+    // A length of almost 4 GiB in a file of a few hundred bytes.
+    let mut bytes = std::fs::read(root.join("u8.dcm")).unwrap();
+    let at = bytes.windows(8).rposition(|w| w[..6] == [0xe0, 0x7f, 0x10, 0, b'O', b'B']).unwrap();
+    bytes[at + 8..at + 12].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
+    assert!(Image::decode(&bytes, "lying").unwrap_err().to_string().contains("lying"));
+    let grown = peak() - before;
+    println!("refusing bombs took {grown} KiB");
+    assert!(grown < SPARE, "refusing took {grown} KiB");
+}
+
+/// `data check` and `data stats` take DICOM like the other formats.
+fn checked(root: &Path) {
+    use unveil_data::{check, records::RecordFile, stats};
+    let line = |id: &str, image: &str| {
+        let v = serde_json::json!({"id": id, "image": image, "category": "x", "boxes": [[1, 1, 30, 20]], "question": "q", "split": "train"});
+        v.to_string()
+    };
+    let path = root.join("r.jsonl");
+    std::fs::write(&path, [line("a", "s16_window.dcm"), line("b", "frames.dcm"), line("c", "other.gif")].join("\n"))
+        .unwrap();
+    let found = check::check_file(&path).unwrap();
+    let said: Vec<String> = found.iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("frames.dcm") && said[1].contains("other.gif"), "{said:?}");
+    let s = stats::stats(&RecordFile::load(&path).unwrap());
+    assert_eq!((s.image_sizes["34x21"], s.image_sizes["unknown"]), (2, 1));
+}
+
+/// Damaged files are errors or other images, never a panic or much memory.
+fn damaged(root: &Path) {
+    let before = peak();
+    let files = [
+        "u8.dcm",
+        "implicit.dcm",
+        "big_endian.dcm",
+        "rle16.dcm",
+        "lossless.dcm",
+        "jpeg_colour.dcm",
+        "palette.png",
+        "cmyk.jpg",
+    ];
+    let originals: Vec<Vec<u8>> = files.iter().map(|f| std::fs::read(root.join(f)).unwrap()).collect();
+    let strategy = (
+        0..files.len(),
+        prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        any::<prop::sample::Index>(),
+    );
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 3000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    runner
+        .run(&strategy, |(which, changes, end)| {
+            let mut bytes = originals[which].clone();
+            for (at, value) in changes {
+                // Headers are where the structure is.
+                let span = if which < 6 { 132..bytes.len().min(900) } else { 0..bytes.len() };
+                let at = span.start + at.index(span.len());
+                bytes[at] = value;
+            }
+            if end.index(2) == 0 {
+                bytes.truncate(end.index(bytes.len()) + 1);
+            }
+            if let Ok(image) = Image::decode(&bytes, "damaged") {
+                prop_assert_eq!(image.rgb.len(), image.width as usize * image.height as usize * 3);
+            }
+            Ok(())
+        })
+        .unwrap();
+    let grown = peak() - before;
+    assert!(grown < 1 << 20, "damaged files took {grown} KiB");
+}
+
+#[test]
+fn sixteen_bits_are_scaled_to_eight() {
+    use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
+    let values: Vec<u16> = (0..48).map(|i| i * 1365).collect();
+    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_ne_bytes()).collect();
+    for (colour, width, channels) in [
+        (ExtendedColorType::L16, 8, 1),
+        (ExtendedColorType::Rgb16, 4, 3),
+        (ExtendedColorType::La16, 4, 2),
+        (ExtendedColorType::Rgba16, 3, 4),
+    ] {
+        let height = (values.len() / channels / width) as u32;
+        let mut png = Vec::new();
+        PngEncoder::new(&mut png).write_image(&bytes, width as u32, height, colour).unwrap();
+        let image = Image::decode(&png, "16 bits").unwrap();
+        let shown = |v: u16| (f64::from(v) / 257.0).round() as u8;
+        let want: Vec<u8> = values
+            .chunks(channels)
+            .flat_map(|p| if channels < 3 { [p[0]; 3] } else { [p[0], p[1], p[2]] })
+            .map(shown)
+            .collect();
+        assert!(image.rgb.iter().zip(&want).all(|(a, b)| a.abs_diff(*b) <= 1), "{colour:?}");
+    }
+}
