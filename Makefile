@@ -16,7 +16,7 @@ PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 .PHONY: help setup build train test check bench-rollout bench-load bench-gpu fmt lint doc clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: ## Python environment with libtorch, Debian packages, .cargo/config.toml (VENV=DIR reuses one)
 	@.ci/setup

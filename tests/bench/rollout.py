@@ -96,8 +96,10 @@ def check(pair):
         different = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
         if different is not None or len(a) != len(b):
             i = min(len(a), len(b)) if different is None else different
+            gap = pair.peer.ask("gaps", responses=ours)["gaps"][g][i]
             raise SystemExit(f"bench: {pair.shape}: greedy token {i} of prompt {g} differs: ours {a[i:i + 1]}, the peer's "
-                             f"{b[i:i + 1]}: the two sides do not run the same model")
+                             f"{b[i:i + 1]}, whose logits the peer sees {gap:.1e} standard deviations apart: the two sides do "
+                             "not run the same model (rounding explains gaps up to about 1e-4)")
     kinds = len({t for row in peer for t in row})
     return f"{pair.shape}: {GROUPS} x {NEW} greedy tokens are equal ({kinds} different ones)"
 
