@@ -10,11 +10,13 @@ else
 NEXTEST_ONLY := -E 'not test(bccd)'
 TEST_ONLY := -- --skip bccd
 endif
+# The interpreter that setup chose.
+PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check fmt lint doc clean
+.PHONY: help setup build train test check bench-rollout bench-load bench-gpu fmt lint doc clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: ## Python environment with libtorch, Debian packages, .cargo/config.toml (VENV=DIR reuses one)
 	@.ci/setup
@@ -37,6 +39,20 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
+
+bench-rollout: bench-build ## rollout against transformers, loading against reading (ARGS="--shapes 6m --rounds 3")
+	$(PYTHON) tests/bench/rollout.py --load $(ARGS)
+
+bench-load: bench-build ## loading a 3B model directory against reading its files
+	$(PYTHON) tests/bench/load.py $(ARGS)
+
+bench-gpu: bench-build ## rollout against transformers on a GPU, 3B and 7B in bfloat16
+	$(PYTHON) tests/bench/rollout.py --name gpu --device cuda --dtype bfloat16 --shapes 3b,7b --bandwidth $(ARGS)
+
+.PHONY: bench-build
+bench-build:
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-engine --example rollout_bench -p unveil-model --example load
 
 fmt: ## format
 	cargo fmt --all

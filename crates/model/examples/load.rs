@@ -1,0 +1,105 @@
+//! Our side of the load benchmark (tests/bench/load.py), one JSON line per run.
+//!
+//! `load model DIR DEVICE DTYPE` loads a model directory and then reads one byte of every page of every parameter, so that
+//! nothing is left to a later page fault; `load raw DIR` reads the same weight files with read(2) into one buffer.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+use unveil_model::{Vlm, device};
+
+type Fault = Box<dyn std::error::Error>;
+
+const PAGE: usize = 4096;
+const BUFFER: usize = 8 << 20;
+
+/// Loads the directory; what is touched afterwards counts into the time.
+fn model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Fault> {
+    let kind = match kind {
+        "float32" => Kind::Float,
+        "bfloat16" => Kind::BFloat16,
+        other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
+    };
+    let device = device(device_name)?;
+    if device != Device::Cpu {
+        // The context of the GPU is made before the clock starts.
+        let _ = Tensor::zeros([1], (kind, device)).sum(kind).double_value(&[]);
+    }
+    let start = Instant::now();
+    let vlm = Vlm::load(dir, device, kind)?;
+    let loaded = start.elapsed().as_secs_f64();
+    let (mut bytes, mut check) = (0, 0u64);
+    for (_, tensor) in vlm.named_parameters() {
+        bytes += size_of(tensor);
+        check = check.wrapping_add(touch(tensor));
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let kib = |field: &str| -> u64 {
+        let line = status.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
+        line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+    };
+    Ok(format!(
+        "{{\"seconds\":{seconds},\"load_seconds\":{loaded},\"bytes\":{bytes},\"check\":{check},\
+         \"peak_kib\":{},\"anonymous_kib\":{},\"file_kib\":{}}}",
+        kib("VmHWM"),
+        kib("RssAnon"),
+        kib("RssFile")
+    ))
+}
+
+fn size_of(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// Reads a byte of each page of a tensor in host memory; one sum on another device, which waits for its copies.
+#[allow(unsafe_code)]
+fn touch(tensor: &Tensor) -> u64 {
+    if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+        return tensor.sum(Kind::Float).double_value(&[]).to_bits();
+    }
+    let (start, size) = (tensor.data_ptr().cast::<u8>().cast_const(), size_of(tensor));
+    // SAFETY: the tensor is contiguous, in host memory, lives through this call and nobody writes to it: `size` bytes
+    // from its data pointer on can be read.
+    let bytes = unsafe { std::slice::from_raw_parts(start, size) };
+    bytes.iter().step_by(PAGE).fold(0u64, |sum, b| sum.wrapping_add(u64::from(std::hint::black_box(*b))))
+}
+
+/// Reads every weight file from start to end.
+fn raw(dir: &Path) -> Result<String, Fault> {
+    let mut files: Vec<_> = std::fs::read_dir(dir)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
+    files.retain(|f| f.extension().is_some_and(|e| e == "safetensors"));
+    files.sort();
+    // Written once, so that its pages exist.
+    let mut buffer = vec![1u8; BUFFER];
+    let (mut bytes, mut check) = (0, 0u64);
+    let start = Instant::now();
+    for path in files {
+        let mut file = File::open(path)?;
+        loop {
+            let count = file.read(&mut buffer)?;
+            if count == 0 {
+                break;
+            }
+            bytes += count;
+            check = check.wrapping_add(u64::from(std::hint::black_box(buffer[count - 1])));
+        }
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(format!("{{\"seconds\":{seconds},\"bytes\":{bytes},\"check\":{check}}}"))
+}
+
+fn main() -> Result<(), Fault> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let line = match words[..] {
+        ["model", dir, device_name, kind] => model(Path::new(dir), device_name, kind)?,
+        ["raw", dir] => raw(Path::new(dir))?,
+        _ => return Err("usage: load model DIR DEVICE DTYPE | load raw DIR".into()),
+    };
+    println!("{line}");
+    Ok(())
+}

@@ -1,0 +1,253 @@
+"""Rollout against `generate` of transformers, in turns: `make bench-rollout`, `make bench-gpu`.
+
+Each of 4 prompts holds one image of 256 tokens and about 30 text tokens; n responses of 64 tokens are sampled to each, at
+temperature 1 with no filter. A side's number is tokens per second over whole calls, from pixel values to tokens on the host,
+image encoding included. Both sides run the same random weights with the same number of threads, as processes that wait on
+their input while it is the other's turn. Ours also returns log-probabilities and attention rows; the peer does not.
+
+First, both sides must give the same 64 most probable tokens to each prompt; the benchmark ends with an error that names the
+first difference otherwise. In bfloat16, where near ties fall either way, each of our tokens must be within a tenth of a
+standard deviation of the peer's highest logit instead. The peer's fastest cache is used, as measured before the rounds.
+
+Rows, for each shape (shapes.py has the sizes):
+    SHAPE-n8, SHAPE-n1       tokens per second with 8 and 1 responses per prompt, attention capture on
+    SHAPE-attention-n8       share of rollout time that the capture costs: ours with and without it, in turns
+    SHAPE-images-n8          images that go through the vision tower, per image
+    SHAPE-memory-n8          peak memory of one call above the loaded model, in a process of its own
+    SHAPE-growth-n8          our peak of a call with 8 responses per prompt over that with 1
+    SHAPE-bandwidth-n8       (--bandwidth) share of the memory-bandwidth bound of decoding with 64 responses under way: bytes of
+                             weights, keys and values that a step must read, over the bandwidth of a large copy, over the
+                             time of a step
+`spread` is (highest - lowest) / median of the ratios of the rounds. A turn waits until the machine is free, and is repeated
+when other programs used more than --others cores while it ran. The notes say how often, and how much processor time the idle
+side used.
+
+    rollout.py --shapes 6m,100m --rounds 5 [--device cuda --dtype bfloat16] [--load] [--name rollout]
+"""
+
+import argparse
+import os
+import sys
+from statistics import median
+
+import load
+import shapes
+import table
+from process import Child, Quiet
+
+GROUPS, NEW, TURN_SECONDS = 4, 64, 2.0
+CLOSE = 0.1  # standard deviations of the logits, for number kinds that round
+
+
+class Pair:
+    """Both sides with one model, and the processor time of whoever waits."""
+
+    def __init__(self, shape, args, prompts):
+        self.shape, self.args = shape, args
+        self.dir = shapes.make(shape, args.dtype)
+        self.file = shapes.prompts(shape, prompts)
+        self.idle = self.waited = 0.0
+        self.quiet = Quiet(args.others)
+
+    def start(self, side):
+        rest = [self.dir, self.file, self.args.device, self.args.dtype, self.args.threads]
+        here = os.path.dirname(os.path.abspath(__file__))
+        program = [binary("rollout_bench")] if side == "ours" else [sys.executable, f"{here}/peer.py"]
+        return Child(f"{self.shape}-{side}", program + rest, self.args.threads)
+
+    def __enter__(self):
+        self.ours, self.peer = self.start("ours"), self.start("peer")
+        return self
+
+    def __exit__(self, *_):
+        for child in (self.ours, self.peer):
+            child.__exit__()
+
+    def turn(self, side, **command):
+        """Seconds of each call of one turn; the other side must sleep."""
+        other = self.peer if side is self.ours else self.ours
+        own = self.ours.cpu_seconds, self.peer.cpu_seconds
+        before = other.cpu_seconds()
+        reply = self.quiet.turn(lambda: sum(cpu() for cpu in own), lambda: side.ask("generate", **command))
+        self.idle += other.cpu_seconds() - before
+        self.waited += sum(reply["seconds"])
+        return reply["seconds"]
+
+
+def binary(name):
+    path = shapes.OUT.parent / "release" / "examples" / name
+    if not path.exists():
+        raise SystemExit(f"bench: {path} is missing; run it through make, or cargo build --release --examples")
+    return path
+
+
+def check(pair):
+    """Equal greedy tokens, or near ties where the number kind rounds."""
+    ours = pair.ours.ask("greedy", groups=GROUPS, new=NEW)["tokens"]
+    if pair.args.dtype != "float32":
+        gaps = pair.peer.ask("gaps", responses=ours)["gaps"]
+        worst, g, i = max((gap, g, i) for g, row in enumerate(gaps) for i, gap in enumerate(row))
+        if worst > CLOSE:
+            raise SystemExit(f"bench: {pair.shape}: token {i} of our answer to prompt {g} ({ours[g][i]}) lies {worst:.3f} "
+                             "standard deviations below the peer's highest logit: the two sides do not run the same model")
+        return f"{pair.shape}: our greedy tokens are within {worst:.4f} standard deviations of the peer's highest logits"
+    peer = pair.peer.ask("greedy", groups=GROUPS, new=NEW)["tokens"]
+    for g, (a, b) in enumerate(zip(ours, peer, strict=True)):
+        different = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if different is not None or len(a) != len(b):
+            i = min(len(a), len(b)) if different is None else different
+            gap = pair.peer.ask("gaps", responses=ours)["gaps"][g][i]
+            raise SystemExit(f"bench: {pair.shape}: greedy token {i} of prompt {g} differs: ours {a[i:i + 1]}, the peer's "
+                             f"{b[i:i + 1]}, whose logits the peer sees {gap:.1e} standard deviations apart: the two sides do "
+                             "not run the same model (rounding explains gaps up to about 1e-4)")
+    kinds = len({t for row in peer for t in row})
+    return f"{pair.shape}: {GROUPS} x {NEW} greedy tokens are equal ({kinds} different ones)"
+
+
+def fastest_cache(pair, n, names):
+    """The peer's cache with the shortest second call (the first may compile), and all of these."""
+    times = {}
+    for cache in names:
+        pair.peer.ask("generate", groups=GROUPS, n=n, new=NEW, cache=cache, calls=1)
+        times[cache] = min(pair.turn(pair.peer, groups=GROUPS, n=n, new=NEW, cache=cache, calls=2))
+    print(f"{pair.shape}-n{n}: seconds of a call of the peer by cache: "
+          + ", ".join(f"{c} {t:.2f}" for c, t in times.items()), flush=True)
+    return min(times, key=times.get), times
+
+
+def rounds(pair, n, caches, count):
+    """Turns A B A B …, the first of a round alternating; returns seconds per call of each side and without capture."""
+    cache, times = fastest_cache(pair, n, caches)
+    work = dict(groups=GROUPS, n=n, new=NEW)
+    pair.ours.ask("generate", **work, capture=True, calls=1)
+    pair.ours.ask("generate", **work, capture=False, calls=1)
+    own = min(pair.turn(pair.ours, **work, capture=True, calls=2))
+    calls = {"ours": calls_for(own), "plain": calls_for(own), "peer": calls_for(times[cache])}
+    sides = {
+        "ours": lambda seed: pair.turn(pair.ours, **work, capture=True, calls=calls["ours"], seed=seed),
+        "peer": lambda seed: pair.turn(pair.peer, **work, cache=cache, calls=calls["peer"], seed=seed),
+    }
+    if n > 1:
+        sides["plain"] = lambda seed: pair.turn(pair.ours, **work, capture=False, calls=calls["plain"], seed=seed)
+    seconds = {name: [] for name in sides}
+    for r in range(count):
+        order = list(sides) if r % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            seconds[name].append(sum(sides[name](1000 * r)) / calls[name])
+    return seconds, cache
+
+
+def calls_for(seconds):
+    """Calls in one turn, so that a turn is long against the clock and the scheduler."""
+    return max(1, round(TURN_SECONDS / seconds))
+
+
+def speed_rows(pair, count, caches):
+    rows, shape = [], pair.shape
+    for n in (8, 1):
+        seconds, cache = rounds(pair, n, caches, count)
+        tokens, ratios = GROUPS * n * NEW, [p / o for o, p in zip(seconds["ours"], seconds["peer"])]
+        rows.append(table.row(
+            f"{shape}-n{n}", "tokens/s", tokens / median(seconds["ours"]), tokens / median(seconds["peer"]),
+            f"transformers generate, sdpa, {cache} cache", median(ratios), table.spread(ratios)))
+        if n > 1:
+            shares = [1 - p / o for o, p in zip(seconds["ours"], seconds["plain"])]
+            share = median(shares)
+            rows.append(table.row(f"{shape}-attention-n{n}", "share of rollout time", share, None, None, share,
+                                  max(shares) - min(shares)))
+    return rows
+
+
+def memory_rows(pair):
+    """Peaks of one call in a fresh process, and images encoded."""
+    above, images, shape = {}, {}, pair.shape
+    for side, n, how in (("ours", 1, {"capture": True}), ("ours", 8, {"capture": True}), ("peer", 8, {"cache": "dynamic"})):
+        with pair.start(side) as child:
+            base = child.resident_mib()
+            reply = child.ask("generate", groups=GROUPS, n=n, new=NEW, calls=1, **how)
+            above[side, n], images[side, n] = max(child.peak_mib() - base, 0.0), reply["images"] / GROUPS
+    ours, peer, one = above["ours", 8], above["peer", 8], above["ours", 1]
+    return [
+        table.row(f"{shape}-images-n8", "vision passes per image", images["ours", 8], images["peer", 8],
+                  "transformers generate", images["peer", 8] / images["ours", 8]),
+        table.row(f"{shape}-memory-n8", "MiB of host memory above the loaded model", ours, peer,
+                  "transformers generate, dynamic cache", peer / ours),
+        table.row(f"{shape}-growth-n8", "MiB of host memory above the loaded model", ours, one, "ours with n = 1", one / ours),
+    ]
+
+
+def bandwidth_row(pair, count):
+    """Decoding with 64 responses under way (8 prompts x 8), against what memory can deliver."""
+    text, groups, n, short = shapes.config_of(pair.shape).text_config, 8, 8, 16
+    size = {"float32": 4, "bfloat16": 2}[pair.args.dtype]
+    weights = shapes.decoder_parameters(pair.shape) * size
+    head = text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
+    prompt = shapes.GRID[1] * shapes.GRID[2] // 4 + shapes.TEXT_TOKENS
+    step_bytes = weights + token * (groups * prompt + groups * n * (short + NEW) / 2)
+    shares, bounds, steps = [], [], []
+    work = dict(groups=groups, n=n, capture=True)
+    pair.ours.ask("generate", **work, new=NEW, calls=1)
+    for _ in range(count):
+        # Two lengths differ in decode steps only; the mean row of the difference lies half way between them.
+        calls = calls_for(median(pair.turn(pair.ours, **work, new=short, calls=1)))
+        first = median(pair.turn(pair.ours, **work, new=short, calls=calls))
+        second = median(pair.turn(pair.ours, **work, new=NEW, calls=calls))
+        rate = pair.peer.ask("bandwidth")["bytes_per_second"]
+        steps.append((second - first) / (NEW - short))
+        bounds.append(step_bytes / rate)
+        shares.append(bounds[-1] / steps[-1])
+    share = median(shares)
+    print(f"{pair.shape}: a step takes {median(steps) * 1e3:.3f} ms, its {step_bytes / 2**20:.0f} MiB at the bandwidth of a "
+          f"copy {median(bounds) * 1e3:.3f} ms", flush=True)
+    return table.row(f"{pair.shape}-bandwidth-n8", "share of the memory-bandwidth bound", share, None, None, share,
+                     table.spread(shares))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="6m,100m", help=f"of {','.join(shapes.SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument("--caches", default=None, help="the peer's caches to choose from: dynamic, static, static-compiled")
+    parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
+    parser.add_argument("--bandwidth", action="store_true", help="the share of the memory-bandwidth bound as well")
+    parser.add_argument("--load", action="store_true", help="the rows of load.py as well")
+    parser.add_argument("--name", default="rollout", help="of the file under target/bench")
+    args = parser.parse_args()
+    unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
+    if unknown or args.rounds < 1:
+        parser.error(f"there is no shape {unknown[0]}" if unknown else "--rounds must be at least 1")
+    if args.device != "cpu":
+        require_gpu()
+    caches = (args.caches or ("dynamic,static" if args.device == "cpu" else "dynamic,static-compiled")).split(",")
+    rows, notes, gpu = [], [], None
+    for shape in args.shapes.split(","):
+        print(f"bench: {shape}: {shapes.parameters(shape):,} parameters", flush=True)
+        with Pair(shape, args, prompts=8) as pair:
+            gpu = pair.peer.ready.get("gpu")
+            notes.append(check(pair))
+            print("bench:", notes[-1], flush=True)
+            rows += speed_rows(pair, args.rounds, caches)
+            if args.bandwidth:
+                rows.append(bandwidth_row(pair, args.rounds))
+            notes.append(f"{shape}: the waiting side used {pair.idle / pair.waited:.1%} of one core; "
+                         f"{pair.quiet.repeated} turn(s) were repeated because other programs ran")
+            print("bench:", notes[-1], flush=True)
+        rows += memory_rows(pair)
+    if args.load:
+        rows += load.measure(load.Options())
+    table.write(args.name, table.machine(gpu), rows, notes)
+
+
+def require_gpu():
+    import torch
+    if not torch.cuda.is_available():
+        raise SystemExit("bench: no GPU is usable here (torch.cuda.is_available() is false): bench-gpu needs an NVIDIA GPU and "
+                         "its driver; make bench-rollout runs on the CPU")
+
+
+if __name__ == "__main__":
+    main()
