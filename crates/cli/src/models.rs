@@ -120,7 +120,7 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             let shape = unveil_model::preset(family, preset)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
-                family: Family::named(family).unwrap_or_default(),
+                family: Family::named(family).with_context(|| format!("no processor for the family `{family}`"))?,
                 patch: shape.patch_size as u32,
                 merge: shape.merge_size() as u32,
                 temporal: shape.temporal_patch_size() as u32,

@@ -79,6 +79,8 @@ fn response(at: usize, r: v1::Response) -> Result<ResponseInput, RewardError> {
 
 #[cfg(test)]
 mod tests {
+    use unveil_core::BoxForm;
+
     use super::*;
 
     fn request() -> v1::ScoreRequest {
@@ -115,6 +117,13 @@ mod tests {
             let e = group_from_request(r).unwrap_err().to_string();
             assert!(e.starts_with(&format!("`{field}` ")), "{e}");
         }
+    }
+
+    #[test]
+    fn the_box_form_arrives() {
+        let llava = v1::ScoreRequest { box_form: v1::BoxForm::Llava.into(), ..request() };
+        assert_eq!(group_from_request(llava).unwrap().boxes, BoxForm::Llava);
+        assert_eq!(group_from_request(request()).unwrap().boxes, BoxForm::Absolute);
     }
 
     #[test]

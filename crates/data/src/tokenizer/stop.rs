@@ -39,11 +39,6 @@ impl StopStrings {
         self.tail.drain(..spare);
         found
     }
-
-    /// Forgets the text.
-    pub fn reset(&mut self) {
-        self.tail.clear();
-    }
 }
 
 #[cfg(test)]
@@ -80,10 +75,6 @@ mod tests {
     fn nothing_to_look_for() {
         let mut s = StopStrings::new(["", ""]);
         assert!(s.is_empty() && !s.push(b"abc"));
-        let mut s = StopStrings::new(["ab"]);
-        assert!(!s.push(b"a"));
-        s.reset();
-        assert!(!s.push(b"b"));
     }
 
     proptest! {

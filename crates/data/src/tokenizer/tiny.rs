@@ -286,6 +286,24 @@ mod tests {
         }
     }
 
+    /// Runs repeat only as long as these files stay as they are.
+    #[test]
+    fn the_default_files_do_not_change() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        let mut hash = blake3::Hasher::new();
+        for name in names {
+            hash.update(name.as_encoded_bytes());
+            hash.update(&std::fs::read(dir.path().join(name)).unwrap());
+        }
+        assert_eq!(
+            hash.finalize().to_hex().as_str(),
+            "51cc4ebe90ebda99fc0012c6fa486ea90364e6c1308c80374aaf46794e6e98ff"
+        );
+    }
+
     #[test]
     fn words_and_numbers_are_single_tokens() {
         let dir = tempfile::tempdir().unwrap();
