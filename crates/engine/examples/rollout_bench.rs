@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use unveil_core::{Finish, Sampling};
 use unveil_engine::{Engine, EngineOptions, GroupInput, GroupOutput, GroupRequest};
-use unveil_model::{Prompt, Vlm, device, read_safetensors};
+use unveil_model::{AttentionSet, Prompt, Vlm, device, read_safetensors};
 
 type Fault = Box<dyn std::error::Error>;
 
@@ -30,7 +30,7 @@ impl<'a> Bench<'a> {
         if slot.is_none() {
             let config = self.vlm.config();
             let options = EngineOptions {
-                capture_layer: capture.then(|| config.default_capture_layer()),
+                capture: capture.then(|| AttentionSet::layer(config.default_capture_layer())),
                 // Every response has the same length on both sides.
                 banned: config.eos_token_ids(),
                 ..EngineOptions::default()
@@ -42,12 +42,18 @@ impl<'a> Bench<'a> {
 
     fn requests(&self, groups: usize, sampling: Sampling) -> Result<Vec<GroupRequest>, Fault> {
         let inputs = self.inputs.get(..groups).ok_or("more groups are asked for than there are prompts")?;
-        let request = |(key, input): (usize, &GroupInput)| GroupRequest { input: input.clone(), key: key as u64, sampling };
+        let request = |(key, input): (usize, &GroupInput)| GroupRequest {
+            input: input.clone(),
+            key: key as u64,
+            sampling,
+            stop: None,
+        };
         Ok(inputs.iter().enumerate().map(request).collect())
     }
 
     fn greedy(&mut self, command: &Value) -> Result<Value, Fault> {
-        let sampling = Sampling { n: 1, temperature: 0.0, max_new_tokens: number(command, "new")?, seed: 0 };
+        let sampling =
+            Sampling { n: 1, temperature: 0.0, max_new_tokens: number(command, "new")?, ..Default::default() };
         let requests = self.requests(number(command, "groups")?, sampling)?;
         let out = self.engine(true)?.generate(&requests, None)?;
         let tokens: Vec<&[u32]> = out.iter().map(|g| g.responses[0].tokens.as_slice()).collect();
@@ -62,7 +68,8 @@ impl<'a> Bench<'a> {
         let mut seconds = Vec::with_capacity(calls);
         let mut images = 0;
         for call in 0..calls {
-            let sampling = Sampling { n, temperature: 1.0, max_new_tokens: new, seed: seed + call as u64 };
+            let sampling =
+                Sampling { n, temperature: 1.0, max_new_tokens: new, seed: seed + call as u64, ..Default::default() };
             let requests = self.requests(groups, sampling)?;
             let engine = self.engine(capture)?;
             let before = engine.stats().images_encoded;
@@ -107,7 +114,8 @@ fn prompts(path: &Path) -> Result<Vec<GroupInput>, Fault> {
         let pixels = get(&format!("{id}.pixels")).ok_or("a prompt without pixels")?;
         let tokens = Vec::<i64>::try_from(tokens)?.into_iter().map(|t| t as u32).collect();
         let patches = Vec::<f32>::try_from(Tensor::f_view(pixels, [-1])?)?;
-        out.push(GroupInput { id, prompt: Prompt { tokens, grids: vec![grid] }, patches });
+        let prompt = Prompt { tokens, grids: vec![grid] };
+        out.push(GroupInput { id, prompt, patches: patches.into(), hashes: Vec::new() });
     }
     Ok(out)
 }
@@ -123,8 +131,7 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
         other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
     };
     let vlm = Vlm::load(Path::new(dir), device(device_name)?, kind)?;
-    let mut bench =
-        Bench { vlm: &vlm, inputs: prompts(Path::new(file))?, with_capture: None, without_capture: None };
+    let mut bench = Bench { vlm: &vlm, inputs: prompts(Path::new(file))?, with_capture: None, without_capture: None };
     say(json!({ "ready": true }))?;
     for line in std::io::stdin().lock().lines() {
         let command: Value = serde_json::from_str(&line?)?;

@@ -32,6 +32,8 @@ pub(crate) struct Batch {
     pub n: usize,
     pub cache: GroupCache,
     pub slots: Vec<Option<Running>>,
+    /// Recorded steps that are counted already.
+    pub graph_steps: u64,
 }
 
 impl Running {
@@ -108,7 +110,7 @@ impl Running {
 impl Batch {
     pub(crate) fn new(n: usize, cache: GroupCache) -> Self {
         let slots = (0..cache.shape().slots).map(|_| None).collect();
-        Self { n, cache, slots }
+        Self { n, cache, slots, graph_steps: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

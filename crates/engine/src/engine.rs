@@ -27,6 +27,8 @@ pub struct EngineOptions {
     pub banned: Vec<u32>,
     /// Bytes that caches and work may take; none = what is free, with a reserve.
     pub memory: Option<u64>,
+    /// Steps take all rows in shapes that repeat, whatever has ended; always so on a GPU, where they are recorded as graphs.
+    pub steady: bool,
     /// Bytes of image features that are kept for images that come again.
     pub image_memory: u64,
 }
@@ -39,6 +41,7 @@ impl Default for EngineOptions {
             capture: None,
             banned: Vec::new(),
             memory: None,
+            steady: false,
             image_memory: 256 << 20,
         }
     }
@@ -53,6 +56,8 @@ pub struct Stats {
     pub prompts_prefilled: u64,
     /// Decode steps (all rows at once).
     pub decode_steps: u64,
+    /// Decode steps that ran as recorded GPU graphs.
+    pub graph_steps: u64,
     /// Tokens fed in decode steps; those of responses that had ended are not among them.
     pub tokens_fed: u64,
     /// Tokens sampled.
@@ -85,6 +90,7 @@ pub struct Engine<V = Vlm> {
     pub(crate) images: ImageCache,
     pub(crate) waiting: VecDeque<Waiting>,
     pub(crate) batch: Option<Batch>,
+    pub(crate) graph_fault: Option<String>,
     next_ticket: u64,
 }
 
@@ -117,6 +123,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             stats: Stats::default(),
             waiting: VecDeque::new(),
             batch: None,
+            graph_fault: None,
             next_ticket: 0,
         })
     }
@@ -144,6 +151,15 @@ impl<V: Borrow<Vlm>> Engine<V> {
     /// Counters.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// Why decode steps could not be recorded as GPU graphs, if so: they run one operation after another then.
+    pub fn graph_fault(&self) -> Option<&str> {
+        self.graph_fault.as_deref()
+    }
+
+    pub(crate) fn steady(&self) -> bool {
+        self.options.steady || self.vlm().device().is_cuda()
     }
 
     /// Layers and heads that are captured.

@@ -1,5 +1,7 @@
 //! A random tiny model and prompts for the tests of this crate.
 
+use std::sync::Arc;
+
 use unveil_core::Sampling;
 use unveil_model::{Family, InitSpec, Prompt, SpecialIds, Vlm, init};
 
@@ -35,8 +37,13 @@ pub(crate) fn input(vlm: &Vlm, k: usize) -> GroupInput {
     tokens.extend(vec![IMAGE; cells]);
     tokens.push(59);
     tokens.extend((0..1 + k as u32).map(|i| 10 + i));
-    let patches = (0..h * w * v.patch_len()).map(|i| ((i as f32 + 1.0) * (0.37 + k as f32)).sin()).collect();
-    GroupInput { id: format!("g{k}"), prompt: Prompt { tokens, grids: vec![[1, h, w]] }, patches, hashes: vec![] }
+    let patches: Vec<f32> = (0..h * w * v.patch_len()).map(|i| ((i as f32 + 1.0) * (0.37 + k as f32)).sin()).collect();
+    GroupInput {
+        id: format!("g{k}"),
+        prompt: Prompt { tokens, grids: vec![[1, h, w]] },
+        patches: Arc::new(patches),
+        hashes: vec![],
+    }
 }
 
 /// A request for prompt `k`.

@@ -96,7 +96,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
         }
         let Longest { n, prompt, images, response } = *longest;
         let shape = CacheShape { slots, n, prompt, response, images };
-        self.batch = Some(Batch::new(n, self.vlm.borrow().cache(shape, self.options.capture.clone())?));
+        self.batch = Some(Batch::new(n, self.vlm.borrow().cache(shape, self.options.capture.clone(), self.steady())?));
         Ok(())
     }
 
@@ -154,6 +154,11 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let vlm = self.vlm.borrow();
         let out = vlm.decode_step(&mut batch.cache, &Tensor::f_from_slice(&tokens)?, &rows)?;
         self.stats.decode_steps += 1;
+        let (graph_steps, fault) = batch.cache.graph_steps();
+        self.stats.graph_steps += graph_steps - std::mem::replace(&mut batch.graph_steps, graph_steps);
+        if self.graph_fault.is_none() {
+            self.graph_fault = fault.map(str::to_owned);
+        }
         self.stats.tokens_fed += rows.len() as u64;
         let width = |a: &Tensor| a.size().last().copied().unwrap_or(0) as usize;
         let attention = out.attention.map(|a| host(&a).map(|values| (width(&a), values))).transpose()?;
@@ -183,7 +188,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let taken: Vec<usize> = (0..batch.slots.len()).filter(|s| batch.slots[*s].is_some()).collect();
         if taken.is_empty() {
             self.batch = None;
-        } else if self.waiting.is_empty() && taken.len() * 2 <= batch.slots.len() {
+        } else if self.waiting.is_empty() && !batch.cache.steady() && taken.len() * 2 <= batch.slots.len() {
             batch.cache.keep(&taken)?;
             batch.slots.retain(Option::is_some);
         }

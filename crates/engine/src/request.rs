@@ -13,7 +13,7 @@ pub struct GroupInput {
     /// Token ids with image placeholders already expanded, and the grid of each image.
     pub prompt: Prompt,
     /// Flattened patches of all images of the prompt in order: `sum(t*h*w) x patch length`, row-major.
-    pub patches: Vec<f32>,
+    pub patches: Arc<Vec<f32>>,
     /// What each image's patches were made from, by content: an image that was seen under the present weights is not encoded
     /// again. Empty = not known.
     pub hashes: Vec<[u8; 32]>,

@@ -86,8 +86,13 @@ fn weights_change_between_steps() {
 #[test]
 fn a_stream_equals_groups_alone() {
     let vlm = model(23);
-    let mut engine = Engine::new(model(23), EngineOptions { max_rows: 8, ..options() }).unwrap();
-    let mut requests: Vec<GroupRequest> = (0..7).map(|k| request(&vlm, k, 1.0)).collect();
+    for steady in [false, true] {
+        check_stream(&vlm, Engine::new(model(23), EngineOptions { max_rows: 8, steady, ..options() }).unwrap());
+    }
+}
+
+fn check_stream(vlm: &Vlm, mut engine: Engine) {
+    let mut requests: Vec<GroupRequest> = (0..7).map(|k| request(vlm, k, 1.0)).collect();
     (requests[3].sampling.n, requests[5].sampling.n) = (2, 2);
     requests[1].sampling.max_new_tokens = 3;
     requests[4].sampling.max_new_tokens = 25;
@@ -102,7 +107,7 @@ fn a_stream_equals_groups_alone() {
     finish(&mut engine, &mut done);
     assert_eq!(engine.cache_bytes(), 0);
     for (ticket, r) in tickets.iter().zip(&requests) {
-        let alone = Engine::new(&vlm, options()).unwrap().generate(std::slice::from_ref(r), None).unwrap().remove(0);
+        let alone = Engine::new(vlm, options()).unwrap().generate(std::slice::from_ref(r), None).unwrap().remove(0);
         assert_eq!(done[ticket].responses.len(), r.sampling.n);
         for (a, b) in done[ticket].responses.iter().zip(&alone.responses) {
             assert_eq!((&a.tokens, a.finish), (&b.tokens, b.finish));

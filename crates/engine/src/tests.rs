@@ -72,10 +72,12 @@ fn a_group_does_not_depend_on_its_company() {
     let whole = Engine::new(&vlm, options()).unwrap().generate(&requests, None).unwrap();
     // Few slots: groups are admitted into a running batch.
     let narrow = EngineOptions { max_rows: 8, prefill_tokens: 1, ..options() };
-    let refilled = Engine::new(&vlm, narrow).unwrap().generate(&requests, None).unwrap();
+    let refilled = Engine::new(&vlm, narrow.clone()).unwrap().generate(&requests, None).unwrap();
+    let steady = EngineOptions { steady: true, ..narrow };
+    let steady = Engine::new(&vlm, steady).unwrap().generate(&requests, None).unwrap();
     for (k, request) in requests.iter().enumerate() {
         let alone = Engine::new(&vlm, options()).unwrap().generate(std::slice::from_ref(request), None).unwrap();
-        for other in [&alone[0], &refilled[k]] {
+        for other in [&alone[0], &refilled[k], &steady[k]] {
             for (a, b) in whole[k].responses.iter().zip(&other.responses) {
                 assert_eq!((a.index, &a.tokens, a.finish), (b.index, &b.tokens, b.finish), "group {k}");
                 let off = near(&a.logprobs, &b.logprobs);
@@ -206,7 +208,7 @@ fn what_cannot_run_is_refused_by_name() {
         assert!(e.contains("g1") && words.iter().all(|w| e.contains(w)), "{e}");
     };
     refuse(&|r| r.input.prompt.tokens.push(IMAGE), &["image token(s)", "do not belong together"]);
-    refuse(&|r| r.input.patches.truncate(r.input.patches.len() - 1), &["patch values"]);
+    refuse(&|r| r.input.patches = vec![0.0; r.input.patches.len() - 1].into(), &["patch values"]);
     refuse(&|r| r.input.prompt.tokens.clear(), &["no tokens"]);
     refuse(&|r| r.input.prompt.tokens.push(9999), &["9999", "vocabulary of 64"]);
     refuse(&|r| r.input.prompt.grids[0] = [1, 3, 4], &["grid"]);
@@ -226,7 +228,7 @@ fn scoring_takes_empty_responses_and_no_image() {
     let mut engine = Engine::new(&vlm, options()).unwrap();
     let mut plain = input(&vlm, 0);
     plain.prompt = unveil_model::Prompt { tokens: vec![1, 2, 3], grids: vec![] };
-    plain.patches.clear();
+    plain.patches = Default::default();
     let requests = vec![
         ScoreRequest { input: input(&vlm, 0), responses: vec![vec![], vec![5, EOS], vec![]] },
         ScoreRequest { input: plain.clone(), responses: vec![vec![5, 6, 7]] },

@@ -56,7 +56,7 @@ pub fn load_samples(
                 input: GroupInput {
                     id: record.id.clone(),
                     prompt,
-                    patches: prepared.image.patches,
+                    patches: prepared.image.patches.into(),
                     hashes: Vec::new(),
                 },
             })

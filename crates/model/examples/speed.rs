@@ -93,7 +93,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let prefill = vlm.prefill(&vec![prompt.clone(); count], Some(&features)).expect("prefill");
         let mut hidden = prefill.last_hidden.repeat_interleave_self_int(8, 0, None);
         let shape = CacheShape { slots: count, n: 8, prompt: 0, response: 11, images: 0 };
-        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(layer))).expect("cache");
+        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(layer)), false).expect("cache");
         cache.admit(&prefill, &(0..count).collect::<Vec<_>>()).expect("admits");
         let rows: Vec<usize> = (0..cache.rows()).collect();
         for _ in 0..11 {

@@ -73,13 +73,24 @@ impl AttentionSet {
         1.0 / pairs.max(1) as f64
     }
 
-    /// What `layer` adds to the rows: scores `[B, Hq, Q, V]` (unscaled, fp32) over image tokens, softmax over those that
+    /// The heads of a layer that are read, none = all.
+    pub(crate) fn heads(&self, layer: usize, device: Device) -> Option<Tensor> {
+        let list = self.layers.iter().find(|(l, _)| *l == layer)?.1.as_ref()?;
+        Some(Tensor::from_slice(list).to_device(device))
+    }
+
+    /// What one layer adds to the rows: scores `[B, Hq, Q, V]` (unscaled, fp32) over image tokens, softmax over those that
     /// are `valid` (broadcast), summed over the layer's heads and divided by all pairs: `[B, Q, V]`.
-    pub(crate) fn rows(&self, layer: usize, scores: &Tensor, valid: Option<&Tensor>, head_dim: i64) -> Tensor {
-        let heads = scores.size()[1];
-        let share = self.share(heads);
-        let named = self.layers.iter().find(|(l, _)| *l == layer).and_then(|(_, list)| list.as_ref());
-        let picked = named.map(|list| scores.index_select(1, &Tensor::from_slice(list).to_device(scores.device())));
+    /// `heads` is [`AttentionSet::heads`] of the layer.
+    pub(crate) fn rows(
+        &self,
+        scores: &Tensor,
+        heads: Option<&Tensor>,
+        valid: Option<&Tensor>,
+        head_dim: i64,
+    ) -> Tensor {
+        let share = self.share(scores.size()[1]);
+        let picked = heads.map(|index| scores.index_select(1, index));
         let scores = picked.as_ref().unwrap_or(scores) * (head_dim as f64).powf(-0.5);
         let kind = scores.kind();
         let rows = match valid {
@@ -125,7 +136,8 @@ pub(crate) fn capture_rows(layer: usize, q: &Tensor, k: &Tensor, capture: &Captu
     let q = pick(&q, &capture.queries).reshape([b, hkv, hq / hkv * nq, d]);
     let k = pick(&k, &capture.image_index);
     let scores = q.matmul(&k.transpose(-1, -2)).view([b, hq, nq, nv]);
-    capture.set.rows(layer, &scores, Some(&capture.image_valid.view([b, 1, 1, nv])), d)
+    let heads = capture.set.heads(layer, scores.device());
+    capture.set.rows(&scores, heads.as_ref(), Some(&capture.image_valid.view([b, 1, 1, nv])), d)
 }
 
 /// Positions `index [B, N]` of `t [B, H, L, d]`: `[B, H, N, d]`.
@@ -192,7 +204,8 @@ mod tests {
         assert!(set.reads(1) && set.reads(3) && !set.reads(2));
         // Uniform scores: every row is uniform, and the two layers' parts sum to 1.
         let scores = Tensor::zeros([1, 4, 2, 5], (Kind::Float, Device::Cpu));
-        let sum = set.rows(1, &scores, None, 16) + set.rows(3, &scores, None, 16);
+        let rows = |layer| set.rows(&scores, set.heads(layer, Device::Cpu).as_ref(), None, 16);
+        let sum = rows(1) + rows(3);
         assert!((sum - 0.2).abs().max().double_value(&[]) < 1e-6);
     }
 }

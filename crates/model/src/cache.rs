@@ -5,6 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{AttentionSet, pick};
+use crate::graph::Graphs;
 use crate::{ModelError, Result, TextConfig};
 
 /// A prompt batch that has been run: keys and values per layer, and what predicts the first response token.
@@ -42,39 +43,27 @@ pub(crate) struct LayerStore {
     pub prefix_v: Tensor,
     pub suffix_k: Tensor,
     pub suffix_v: Tensor,
-    /// Keys of the image tokens `[S, Hkv, V, d]`, fp32, where the layer is captured.
-    pub image_k: Option<Tensor>,
+    /// Where the layer's attention is captured.
+    pub captured: Option<Captured>,
+}
+
+/// What capture needs of one layer.
+pub(crate) struct Captured {
+    /// Keys of the image tokens `[S, Hkv, V, d]`.
+    pub image_k: Tensor,
+    /// Heads that are read, none = all.
+    pub heads: Option<Tensor>,
 }
 
 /// What one group of a cache is.
 #[derive(Clone, Default)]
-struct Slot {
+pub(crate) struct Slot {
     /// Prompt tokens; 0 = free.
     prefix: i64,
     /// Rotary position of the first response token.
-    next: i64,
+    pub next: i64,
     /// Image tokens.
     images: usize,
-}
-
-/// The tensors of one step, all on the device: with equal shapes the same work is done, whatever the values.
-pub(crate) struct Place {
-    /// Rotary positions of the fed tokens `[A]`.
-    pub positions: Tensor,
-    /// Rows that are fed `[A]`, if not all.
-    pub rows: Option<Tensor>,
-    /// Cache row and slot of each new token `[A]`.
-    write: Write,
-    /// Suffix tokens that are looked at.
-    pub used: i64,
-    /// Additive mask `[R, 1, 1, used]` where rows differ in length.
-    pub suffix_bias: Option<Tensor>,
-}
-
-enum Write {
-    /// All rows, at one slot.
-    Column(i64),
-    Scatter(Tensor, Tensor),
 }
 
 /// How much a cache may hold.
@@ -96,19 +85,31 @@ pub struct CacheShape {
 pub struct GroupCache {
     shape: CacheShape,
     layers: Vec<LayerStore>,
-    slots: Vec<Slot>,
+    pub(crate) slots: Vec<Slot>,
     /// Tokens fed so far, by row.
-    lengths: Vec<i64>,
+    pub(crate) lengths: Vec<i64>,
     capture: Option<AttentionSet>,
+    /// Which image tokens are real `[S, 1, 1, V]`, where slots differ in number.
     pub(crate) image_valid: Option<Tensor>,
     /// Additive mask `[S, 1, 1, P]` where prefixes differ in length.
     pub(crate) prefix_bias: Option<Tensor>,
-    device: Device,
+    pub(crate) device: Device,
+    /// Every step takes all rows, in shapes that repeat.
+    steady: bool,
+    /// Recorded steps.
+    pub(crate) graphs: Graphs,
 }
 
 impl GroupCache {
-    /// Empty caches. Errors for a shape without room, or a set of heads that the model does not have.
-    pub fn new(config: &TextConfig, shape: CacheShape, capture: Option<AttentionSet>, device: Device) -> Result<Self> {
+    /// Empty caches. With `steady`, a step's shapes depend on the cache's shape and the suffix length in steps of 64 alone, at
+    /// the price of computing rows that have ended along; on a GPU steps are recorded then and run again. Errors for a shape without room, or a set of heads that the model does not have.
+    pub fn new(
+        config: &TextConfig,
+        shape: CacheShape,
+        capture: Option<AttentionSet>,
+        steady: bool,
+        device: Device,
+    ) -> Result<Self> {
         if shape.slots == 0 || shape.n == 0 || shape.response == 0 {
             return Err(ModelError::input("a group cache needs at least one response of at least one token"));
         }
@@ -123,17 +124,20 @@ impl GroupCache {
             Ok(Tensor::f_zeros([groups, heads, tokens as i64, d], (Kind::Float, device))?)
         };
         let layer = |index: usize| -> Result<LayerStore> {
-            let captured = capture.as_ref().is_some_and(|c| c.reads(index));
-            let image_k = || Tensor::f_zeros([s, heads, shape.images as i64, d], (Kind::Float, device));
+            let set = capture.as_ref().filter(|c| c.reads(index));
+            let captured = |set: &AttentionSet| -> Result<Captured> {
+                let image_k = Tensor::f_zeros([s, heads, shape.images as i64, d], (Kind::Float, device))?;
+                Ok(Captured { image_k, heads: set.heads(index, device) })
+            };
             Ok(LayerStore {
                 prefix_k: room(s, shape.prompt)?,
                 prefix_v: room(s, shape.prompt)?,
                 suffix_k: room(rows, shape.response)?,
                 suffix_v: room(rows, shape.response)?,
-                image_k: captured.then(image_k).transpose()?,
+                captured: set.map(captured).transpose()?,
             })
         };
-        Ok(Self {
+        let mut cache = Self {
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?,
             slots: vec![Slot::default(); shape.slots],
             lengths: vec![0; rows as usize],
@@ -142,7 +146,11 @@ impl GroupCache {
             image_valid: None,
             prefix_bias: None,
             device,
-        })
+            steady,
+            graphs: Graphs::default(),
+        };
+        cache.refresh();
+        Ok(cache)
     }
 
     /// Bytes of device memory that a cache of `shape` takes.
@@ -175,6 +183,16 @@ impl GroupCache {
     /// Image tokens of a slot's prompt.
     pub fn image_tokens(&self, slot: usize) -> usize {
         self.slots.get(slot).map_or(0, |s| s.images)
+    }
+
+    /// Whether every step takes all rows.
+    pub fn steady(&self) -> bool {
+        self.steady
+    }
+
+    /// Steps that ran as recorded graphs, and why recording failed, if it did.
+    pub fn graph_steps(&self) -> (u64, Option<&str>) {
+        (self.graphs.replayed, self.graphs.fault.as_deref())
     }
 
     /// Which attention is captured.
@@ -236,8 +254,11 @@ impl GroupCache {
             layer.prefix_v = layer.prefix_v.f_index_select(0, &groups)?;
             layer.suffix_k = layer.suffix_k.f_index_select(0, &rows)?;
             layer.suffix_v = layer.suffix_v.f_index_select(0, &rows)?;
-            layer.image_k = layer.image_k.as_ref().map(|k| k.f_index_select(0, &groups)).transpose()?;
+            if let Some(captured) = &mut layer.captured {
+                captured.image_k = captured.image_k.f_index_select(0, &groups)?;
+            }
         }
+        self.graphs.clear();
         self.refresh();
         Ok(())
     }
@@ -260,9 +281,9 @@ impl GroupCache {
                     target.narrow(0, row, 1).narrow(2, 0, count).f_copy_(&source.narrow(2, range.start, count))?;
                 }
             }
-            if let Some(image_k) = store.image_k.as_ref().filter(|_| image.numel() > 0) {
+            if let Some(captured) = store.captured.as_ref().filter(|_| image.numel() > 0) {
                 let keys = pick(&k, &image);
-                image_k.narrow(0, s, 1).narrow(2, 0, image.size()[1]).f_copy_(&keys)?;
+                captured.image_k.narrow(0, s, 1).narrow(2, 0, image.size()[1]).f_copy_(&keys)?;
             }
         }
         Ok(())
@@ -276,12 +297,16 @@ impl GroupCache {
                 layer.prefix_k = widen(&layer.prefix_k, 2, prompt)?;
                 layer.prefix_v = widen(&layer.prefix_v, 2, prompt)?;
             }
+            self.graphs.clear();
             self.shape.prompt = prompt as usize;
         }
         if images > self.shape.images as i64 {
             for layer in &mut self.layers {
-                layer.image_k = layer.image_k.as_ref().map(|k| widen(k, 2, images)).transpose()?;
+                if let Some(captured) = &mut layer.captured {
+                    captured.image_k = widen(&captured.image_k, 2, images)?;
+                }
             }
+            self.graphs.clear();
             self.shape.images = images as usize;
         }
         Ok(())
@@ -300,8 +325,11 @@ impl GroupCache {
             layer.prefix_v = widen(&layer.prefix_v, 0, slots as i64)?;
             layer.suffix_k = widen(&widen(&layer.suffix_k, 2, response as i64)?, 0, rows as i64)?;
             layer.suffix_v = widen(&widen(&layer.suffix_v, 2, response as i64)?, 0, rows as i64)?;
-            layer.image_k = layer.image_k.as_ref().map(|k| widen(k, 0, slots as i64)).transpose()?;
+            if let Some(captured) = &mut layer.captured {
+                captured.image_k = widen(&captured.image_k, 0, slots as i64)?;
+            }
         }
+        self.graphs.clear();
         self.slots.resize(slots, Slot::default());
         self.lengths.resize(rows, 0);
         (self.shape.slots, self.shape.response) = (slots, response);
@@ -326,49 +354,6 @@ impl GroupCache {
         rows.iter().for_each(|r| self.lengths[*r] += 1);
     }
 
-    /// Where the tokens of a step go that feeds `rows` (ascending). With `steady`, which takes all rows, shapes depend on the
-    /// cache's shape and on the suffix length in steps of [`STEADY`] alone; a row that is full writes over its last place,
-    /// so that only rows which go on may be looked at afterwards.
-    pub(crate) fn place(&self, rows: &[usize], steady: bool) -> Place {
-        let (n, last) = (self.shape.n, self.shape.response as i64 - 1);
-        let positions: Vec<i64> = rows.iter().map(|r| self.slots[r / n].next + self.lengths[*r]).collect();
-        let mut used =
-            self.lengths.iter().enumerate().map(|(r, l)| l + i64::from(rows.binary_search(&r).is_ok())).max();
-        if steady {
-            used = used.map(|u| ((u + STEADY - 1) / STEADY * STEADY).min(self.shape.response as i64));
-        }
-        let used = used.unwrap_or(1).max(1);
-        let all = rows.len() == self.rows();
-        let slots: Vec<i64> = rows.iter().map(|r| self.lengths[*r].min(last)).collect();
-        let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
-        let index = |values: &[usize]| tensor(&values.iter().map(|v| *v as i64).collect::<Vec<_>>());
-        let even = all && !steady && slots.iter().all(|s| s + 1 == used);
-        let write = if even { Write::Column(used - 1) } else { Write::Scatter(index(rows), tensor(&slots)) };
-        let suffix_bias = (!even).then(|| {
-            // A row that was never fed still sees its first place, so that its softmax is finite.
-            let mut seen: Vec<i64> = self.lengths.iter().map(|l| (*l).max(1)).collect();
-            rows.iter().for_each(|r| seen[*r] = self.lengths[*r] + 1);
-            let ahead =
-                Tensor::arange(used, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&tensor(&seen).unsqueeze(1));
-            minus_infinity_where(&ahead).view([-1, 1, 1, used])
-        });
-        Place { positions: tensor(&positions), rows: (!all).then(|| index(rows)), write, used, suffix_bias }
-    }
-
-    /// Stores keys and values `[A, Hkv, 1, d]` of this step.
-    pub(crate) fn write(&self, layer: usize, place: &Place, k: &Tensor, v: &Tensor) {
-        let store = &self.layers[layer];
-        for (target, new) in [(&store.suffix_k, k), (&store.suffix_v, v)] {
-            match &place.write {
-                Write::Column(slot) => target.narrow(2, *slot, 1).copy_(new),
-                Write::Scatter(rows, slots) => {
-                    let mut target = target.shallow_clone();
-                    let _ = target.index_put_(&[Some(rows), None, Some(slots)], &new.squeeze_dim(2), false);
-                }
-            }
-        }
-    }
-
     pub(crate) fn layer(&self, layer: usize) -> &LayerStore {
         &self.layers[layer]
     }
@@ -381,19 +366,24 @@ impl GroupCache {
             let lengths = Tensor::from_slice(lengths).to_device(self.device).unsqueeze(1);
             Tensor::arange(width, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&lengths)
         };
-        self.prefix_bias = lengths
-            .iter()
-            .any(|len| *len != width)
-            .then(|| minus_infinity_where(&beyond(&lengths, width)).view([-1, 1, 1, width]));
+        let needed = self.steady || lengths.iter().any(|len| *len != width);
+        let bias = needed.then(|| minus_infinity_where(&beyond(&lengths, width)).view([-1, 1, 1, width]));
+        replace(&mut self.prefix_bias, bias);
         let images: Vec<i64> = self.slots.iter().map(|s| s.images as i64).collect();
         let width = self.shape.images as i64;
-        let unequal = self.capture.is_some() && images.iter().any(|v| *v != width);
-        self.image_valid = unequal.then(|| beyond(&images, width).logical_not().view([-1, 1, 1, width]));
+        let needed = self.capture.is_some() && (self.steady || images.iter().any(|v| *v != width));
+        let valid = needed.then(|| beyond(&images, width).logical_not().view([-1, 1, 1, width]));
+        replace(&mut self.image_valid, valid);
     }
 }
 
-/// With steady shapes the suffix that is looked at grows in steps of so many tokens.
-pub(crate) const STEADY: i64 = 64;
+/// Takes over a tensor's values in place where the shape is the same, since recorded work reads from there.
+fn replace(old: &mut Option<Tensor>, new: Option<Tensor>) {
+    match (old.as_mut(), new) {
+        (Some(old), Some(new)) if old.size() == new.size() => old.copy_(&new),
+        (_, new) => *old = new,
+    }
+}
 
 /// Zeros at the end of `dim` until it has `to` entries.
 fn widen(t: &Tensor, dim: usize, to: i64) -> Result<Tensor> {
@@ -410,6 +400,6 @@ fn aligned(tokens: usize, device: Device) -> usize {
     if device.is_cuda() { tokens.next_multiple_of(16) } else { tokens }
 }
 
-fn minus_infinity_where(mask: &Tensor) -> Tensor {
+pub(crate) fn minus_infinity_where(mask: &Tensor) -> Tensor {
     Tensor::zeros(mask.size().as_slice(), (Kind::Float, mask.device())).masked_fill(mask, f64::NEG_INFINITY)
 }

@@ -6,9 +6,10 @@
 use tch::{Kind, Tensor};
 
 use crate::attention::{Capture, attend, capture_rows, merge};
-use crate::cache::{GroupCache, Place};
+use crate::cache::GroupCache;
 use crate::family::Get;
 use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
+use crate::place::Place;
 use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
@@ -200,12 +201,13 @@ impl Decoder {
             None => t,
             Some(index) => t.index_select(0, index),
         };
-        let captured = cache.capture().zip(store.image_k.as_ref()).map(|(set, image_k)| {
-            let scores = shared.matmul(&image_k.transpose(-1, -2));
+        let captured = cache.capture().zip(store.captured.as_ref()).map(|(set, captured)| {
+            let scores = shared.matmul(&captured.image_k.transpose(-1, -2));
             let v = scores.size()[3];
             let by_head = scores.view([groups, hkv, n, heads, v]).transpose(2, 3);
             let scores = by_head.reshape([groups, hkv * heads, n, v]);
-            back(set.rows(layer, &scores, cache.image_valid.as_ref(), d).reshape([rows, v]))
+            let rows_of = set.rows(&scores, captured.heads.as_ref(), cache.image_valid.as_ref(), d);
+            back(rows_of.reshape([rows, v]))
         });
         let (prefix, lse) = attend(&shared, &store.prefix_k, &store.prefix_v, cache.prefix_bias.as_ref());
         let prefix = (to_rows(&prefix.contiguous(), &[d]), to_rows(&lse.contiguous(), &[]));

@@ -78,6 +78,9 @@ pub enum ModelError {
     /// A caller's input does not fit together.
     #[error("{0}")]
     Input(String),
+    /// Recorded GPU work failed.
+    #[error(transparent)]
+    Ext(#[from] unveil_torch_ext::ExtError),
     /// libtorch refused an operation.
     #[error("tensor library: {0}")]
     Torch(#[from] tch::TchError),

@@ -7,15 +7,16 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use crate::attention::{AttentionSet, Capture, CaptureSpec};
-use crate::cache::{CacheShape, DecodeOut, GroupCache, Place, Prefill};
+use crate::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 use crate::decoder::{Decoder, SequenceAsk, SequenceOut};
 use crate::ops::{linear, wide};
 use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
+use crate::place::Place;
 use crate::rope::rope_positions;
 use crate::shards::{Plan, SHARD_BYTES};
 use crate::vision::Vision;
 use crate::weights::{self, check_names};
-use crate::{GridThw, ModelError, Result, VlmConfig, spec};
+use crate::{GridThw, ModelError, Result, VlmConfig, graph, spec};
 
 /// A prompt as the model takes it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -341,9 +342,9 @@ impl Vlm {
         })
     }
 
-    /// Empty caches for this model.
-    pub fn cache(&self, shape: CacheShape, capture: Option<AttentionSet>) -> Result<GroupCache> {
-        GroupCache::new(&self.config.text, shape, capture, self.device())
+    /// Empty caches for this model; see [`GroupCache::new`].
+    pub fn cache(&self, shape: CacheShape, capture: Option<AttentionSet>, steady: bool) -> Result<GroupCache> {
+        GroupCache::new(&self.config.text, shape, capture, steady, self.device())
     }
 
     /// Feeds one token `[A]` to each of `rows` (ascending) and returns what predicts the next. Run it without gradients:
@@ -353,10 +354,27 @@ impl Vlm {
             return Err(ModelError::input(format!("{:?} tokens for rows {rows:?}", tokens.size())));
         }
         cache.check_room(rows)?;
-        let place = cache.place(rows, false);
-        let (hidden, attention) = tch::no_grad(|| self.step(&tokens.f_to_device(self.device())?, cache, &place))?;
+        let tokens = tokens.f_to_device(self.device())?;
+        let (hidden, attention) = if cache.steady() && rows.len() < cache.rows() {
+            let index: Vec<i64> = rows.iter().map(|r| *r as i64).collect();
+            let index = Tensor::from_slice(&index).to_device(self.device());
+            let all = Tensor::zeros([cache.rows() as i64], (Kind::Int64, self.device())).index_copy(0, &index, &tokens);
+            let (hidden, attention) = self.run_step(cache, &all, &(0..cache.rows()).collect::<Vec<_>>())?;
+            (hidden.index_select(0, &index), attention.map(|a| a.index_select(0, &index)))
+        } else {
+            self.run_step(cache, &tokens, rows)?
+        };
         cache.advance(rows);
         Ok(DecodeOut { hidden, attention })
+    }
+
+    fn run_step(&self, cache: &mut GroupCache, tokens: &Tensor, rows: &[usize]) -> Result<(Tensor, Option<Tensor>)> {
+        let _guard = tch::no_grad_guard();
+        let place = cache.place(rows);
+        match self.device() {
+            Device::Cuda(gpu) if cache.steady() => graph::step(self, cache, gpu, tokens, place),
+            _ => self.step(tokens, cache, &place),
+        }
     }
 
     /// The tensor work of a decode step: nothing but the values in `tokens` and `place` changes between steps of one shape.

@@ -84,7 +84,7 @@ fn check_greedy(vlm: &Vlm, cases: &[Case], which: usize, set: &AttentionSet, ban
     let mut next = greedy(&prefill.last_hidden.repeat_interleave_self_int(n, 0, None));
     let steps = cases[0].response.len();
     let shape = CacheShape { slots: cases.len(), n: n as usize, prompt: 0, response: steps, images: 0 };
-    let mut cache = vlm.cache(shape, Some(set.clone())).expect("cache");
+    let mut cache = vlm.cache(shape, Some(set.clone()), false).expect("cache");
     cache.admit(&prefill, &(0..cases.len()).collect::<Vec<_>>()).expect("admitted");
     let rows: Vec<usize> = (0..cache.rows()).collect();
     let mut tokens: Vec<Vec<i64>> = vec![Vec::new(); cases.len() * n as usize];
@@ -126,7 +126,7 @@ fn check_half(dir: &Path, cases: &[Case]) -> (f64, f64, usize) {
         let packed = half.lm_head(&packed.hidden).log_softmax(-1, Kind::Float);
         let prefill = half.prefill(std::slice::from_ref(&case.prompt), features.as_ref()).expect("prefill");
         let shape = CacheShape { slots: 1, n: 1, prompt: 0, response: case.response.len(), images: 0 };
-        let mut cache = half.cache(shape, None).expect("cache");
+        let mut cache = half.cache(shape, None, false).expect("cache");
         cache.admit(&prefill, &[0]).expect("admitted");
         let mut hidden = vec![prefill.last_hidden];
         for token in &case.response[..case.response.len() - 1] {

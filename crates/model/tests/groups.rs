@@ -131,7 +131,7 @@ fn check_decoding(vlm: &Vlm) {
             .prefill(&[groups[0].prompt.clone(), groups[2].prompt.clone()], Some(&features.narrow(0, 0, a)))
             .expect("prefill");
         let shape = CacheShape { slots: 3, n: 4, prompt: 10, response: 14, images: 1 };
-        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(2))).expect("cache");
+        let mut cache = vlm.cache(shape, Some(AttentionSet::layer(2)), false).expect("cache");
         cache.admit(&first, &[2]).expect("admits");
         // What predicts the next token of each (group, response).
         let mut hidden: std::collections::BTreeMap<(usize, usize), Tensor> = Default::default();
@@ -226,11 +226,11 @@ fn refilled_caches_go_on() {
             let part: Vec<PackedGroup> = groups.iter().map(fed).collect();
             let refilled = vlm.refill(&part, Some(&features)).expect("refills");
             let shape = CacheShape { slots: 3, n: 2, prompt: 0, response: 20, images: 0 };
-            let mut one = vlm.cache(shape, Some(AttentionSet::layer(1))).expect("cache");
+            let mut one = vlm.cache(shape, Some(AttentionSet::layer(1)), false).expect("cache");
             one.admit(&refilled, &[0, 1, 2]).expect("admits");
             let prompts: Vec<Prompt> = groups.iter().map(|g| g.prompt.clone()).collect();
             let prefill = vlm.prefill(&prompts, Some(&features)).expect("prefill");
-            let mut two = vlm.cache(shape, Some(AttentionSet::layer(1))).expect("cache");
+            let mut two = vlm.cache(shape, Some(AttentionSet::layer(1)), false).expect("cache");
             two.admit(&prefill, &[0, 1, 2]).expect("admits");
             let token = |row: usize, at: usize| i64::from(groups[row / 2].responses[row % 2][at]);
             for at in 0..2 {

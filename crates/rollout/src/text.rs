@@ -1,5 +1,7 @@
 //! Between the engine's ids and the texts that people and rewards read; between prepared records and the engine's input.
 
+use std::sync::Arc;
+
 use unveil_core::{Attention, Response};
 use unveil_data::prepare::Prepared;
 use unveil_data::store::ContentHash;
@@ -14,7 +16,7 @@ pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: Prepare
     let input = GroupInput {
         id: id.to_owned(),
         prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
-        patches: prepared.image.patches,
+        patches: Arc::new(prepared.image.patches),
         hashes: hash.iter().map(|h| *h.as_bytes()).collect(),
     };
     (input, frame)

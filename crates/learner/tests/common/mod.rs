@@ -79,7 +79,7 @@ pub fn rollout(
             input: unveil_engine::GroupInput {
                 id: i.record.id.clone(),
                 prompt: i.prompt.clone(),
-                patches: i.patches.clone(),
+                patches: i.patches.clone().into(),
                 hashes: vec![],
             },
             key: version * 1000 + k as u64,

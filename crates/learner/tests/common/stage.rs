@@ -178,7 +178,7 @@ fn generate_groups(
         let prompt = Prompt { tokens: made.prompt.ids, grids: vec![made.image.grid_thw.map(|v| v as i64)] };
         let key = g.group.as_ref().unwrap();
         GroupRequest {
-            input: GroupInput { id: record.id, prompt, patches: made.image.patches, hashes: vec![] },
+            input: GroupInput { id: record.id, prompt, patches: made.image.patches.into(), hashes: vec![] },
             key: group_key(&[&key.pass.to_le_bytes(), key.record.as_bytes()]),
             sampling: Sampling {
                 n: g.n as usize,

@@ -1,0 +1,75 @@
+//! CUDA graphs: work that is recorded once and run again with one call, on the same memory.
+
+use std::ffi::c_void;
+
+use crate::Result;
+use crate::library::{Functions, checked, functions};
+
+/// Recorded work of one thread on one GPU. What it reads and writes must stay where it was: tensors that were made during the
+/// recording belong to the graph's own memory and hold the newest run's values.
+pub struct CudaGraph {
+    handle: *mut c_void,
+    functions: &'static Functions,
+}
+
+impl CudaGraph {
+    /// Records what `work` does on GPU `device`; nothing of it runs yet. Work that waits for the GPU or copies to the host
+    /// cannot be recorded. Run it once before, so that libraries have set themselves up.
+    ///
+    /// # Errors
+    /// The CUDA part cannot be used, or the work cannot be recorded.
+    #[allow(unsafe_code)]
+    pub fn record<T>(device: usize, work: impl FnOnce() -> T) -> Result<(Self, T)> {
+        let functions = functions()?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is written before it is used, and freed once, by Drop.
+        checked("a CUDA graph", |m, n| unsafe { (functions.new)(&mut handle, m, n) })?;
+        let graph = Self { handle, functions };
+        // SAFETY: the handle is valid until Drop; both calls are made on this thread.
+        checked("begin to record a CUDA graph", |m, n| unsafe { (functions.begin)(handle, device as i32, m, n) })?;
+        let made = work();
+        checked("record a CUDA graph", |m, n| unsafe { (functions.end)(handle, m, n) })?;
+        Ok((graph, made))
+    }
+
+    /// Runs the recorded work, in order with the thread's other work.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    #[allow(unsafe_code)]
+    pub fn replay(&self) -> Result<()> {
+        // SAFETY: the handle is valid until Drop.
+        checked("run a CUDA graph", |m, n| unsafe { (self.functions.replay)(self.handle, m, n) })
+    }
+}
+
+impl Drop for CudaGraph {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: the handle came from `new` and is not used again.
+        unsafe { (self.functions.free)(self.handle) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+    use super::*;
+
+    /// The CUDA part is in this build, finds libtorch's symbols, and says so where there is no GPU; it never takes the process
+    /// down.
+    #[test]
+    #[allow(unsafe_code)]
+    fn the_cuda_part_loads_and_refuses_without_a_gpu() {
+        // SAFETY: libtorch's library may be loaded at any time; it stays loaded.
+        std::mem::forget(unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }.unwrap());
+        functions().unwrap();
+        if std::fs::exists("/dev/nvidia0").unwrap_or(false) {
+            CudaGraph::record(0, || ()).unwrap().0.replay().unwrap();
+            return;
+        }
+        let error = CudaGraph::record(0, || ()).err().unwrap().to_string();
+        assert!(error.contains("CUDA graph"), "{error}");
+    }
+}
