@@ -13,7 +13,7 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check bench-rollout bench-load bench-gpu fmt lint doc clean
+.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-gpu fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,9 +36,12 @@ test: ## all tests
 
 check: setup ## format, clippy, docs, licences, unused dependencies, room boundaries
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
+
+test-gpu: setup ## tests of the engine on a GPU; they fail where there is none
+	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
 
 bench-rollout: bench-build ## rollout against transformers, loading against reading (ARGS="--shapes 6m --rounds 3")
 	$(PYTHON) tests/bench/rollout.py --load $(ARGS)
@@ -58,7 +61,7 @@ fmt: ## format
 	cargo fmt --all
 
 lint: setup ## clippy alone
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 
 doc: setup ## the documentation of all rooms
 	cargo doc --locked --workspace --no-deps

@@ -13,7 +13,7 @@ use unveil_core::Sampling;
 use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_eval::{Settings, evaluate, load_samples};
-use unveil_model::{InitSpec, SpecialIds, Vlm};
+use unveil_model::{InitSpec, SpecialIds, Vlm, VlmConfig};
 use unveil_reward::Scoring;
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, open_engine, score_cli};
 
@@ -33,6 +33,17 @@ pub enum ModelCommand {
         /// Seed of the weights.
         #[arg(long, default_value_t = 0)]
         seed: u64,
+    },
+    /// Writes a model directory again, as transformers reads it, in another kind of numbers if asked.
+    Export {
+        /// Model directory.
+        dir: PathBuf,
+        /// Directory to write.
+        #[arg(long)]
+        out: PathBuf,
+        /// float32, bfloat16 or float16; as stored without it.
+        #[arg(long, value_parser = kind_of)]
+        dtype: Option<Kind>,
     },
     /// Checks a model directory and describes it.
     Inspect {
@@ -148,6 +159,11 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             println!("{}", describe(out)?);
             Ok(())
         }
+        ModelCommand::Export { dir, out, dtype } => {
+            unveil_model::export(dir, out, *dtype)?;
+            println!("{}", describe(out)?);
+            Ok(())
+        }
         ModelCommand::Inspect { dir } => {
             println!("{}", describe(dir)?);
             Ok(())
@@ -155,16 +171,26 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
     }
 }
 
+fn kind_of(name: &str) -> Result<Kind, String> {
+    match name {
+        "float32" => Ok(Kind::Float),
+        "bfloat16" => Ok(Kind::BFloat16),
+        "float16" => Ok(Kind::Half),
+        other => Err(format!("`{other}`: use float32, bfloat16 or float16")),
+    }
+}
+
 fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     let preparer = Preparer::load(dir)?;
-    let vlm = Vlm::load(dir, Device::Cpu, Kind::Float)?;
+    let vlm = Vlm::load(dir, Device::Cpu, VlmConfig::load(dir)?.dtype)?;
     let count = |prefix: &str| -> i64 {
         let of = vlm.named_parameters().iter().filter(|(n, _)| n.starts_with(prefix));
         of.map(|(_, t)| t.numel() as i64).sum()
     };
     let c = vlm.config();
     Ok(json!({
-        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "parameters": count(""), "vision_parameters": count("visual."),
+        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "dtype": format!("{:?}", c.dtype),
+        "parameters": count(""), "vision_parameters": count("visual."),
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
         "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
     }))

@@ -111,7 +111,7 @@ fn blockwise(probabilities: &Tensor, draws: &[Draw]) -> Result<Tensor> {
 /// of the number that entry covers. The entry has a weight above 0, whatever rounding does.
 fn pass(weights: &Tensor, number: impl FnOnce(Tensor) -> Result<Tensor>) -> Result<(Tensor, Tensor)> {
     let sums = weights.f_cumsum(-1, Kind::Double)?;
-    let total = sums.f_narrow(-1, sums.size()[1] - 1, 1)?;
+    let total = sums.f_narrow(-1, sums.size()[1] - 1, 1)?.f_contiguous()?;
     let number = number(total.shallow_clone())?;
     let search = |at: &Tensor, side: &str| at.f_searchsorted(&sums, false, side == "right", side, None::<Tensor>);
     // The last entry with a weight is where the sum first reaches its total.

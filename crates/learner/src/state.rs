@@ -22,7 +22,7 @@ use crate::step::Counters;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const VALUE_HEAD: &str = "value_head.safetensors";
-const WEIGHTS: &str = "model/model.safetensors";
+const MODEL: &str = "model/";
 
 /// What a checkpoint says beside the tensors.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -56,20 +56,12 @@ pub(crate) struct StaticFiles(Vec<(String, Bytes)>);
 impl StaticFiles {
     /// Reads them from `dir`; weights and what the model writes itself are left out.
     pub fn read(dir: &Path) -> Result<Self> {
-        let own = ["config.json", "generation_config.json", "manifest.json"];
         let mut files = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(LearnerError::io(dir))? {
-            let path = entry.map_err(LearnerError::io(dir))?.path();
-            let Some(name) = path.file_name().and_then(|n| n.to_str()).map(str::to_owned) else { continue };
-            let weights = name.contains(".safetensors") || name.ends_with(".bin");
-            let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
-            if weights || !plain || name.starts_with('.') || own.contains(&name.as_str()) || !path.is_file() {
-                continue;
-            }
+        for path in unveil_model::companions(dir)? {
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
-            files.push((format!("model/{name}"), Bytes::from(bytes)));
+            files.push((format!("{MODEL}{name}"), Bytes::from(bytes)));
         }
-        files.sort_by(|a, b| a.0.cmp(&b.0));
         Ok(Self(files))
     }
 }
@@ -87,7 +79,7 @@ pub(crate) fn objects(
     for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
         let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        out.push((format!("model/{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
+        out.push((format!("{MODEL}{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
     }
     out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state())?.into()));
     if let Some(head) = head {
@@ -126,12 +118,24 @@ impl Restored {
         }
         let get = |name: &str| object(&loaded.objects, name, step);
         Ok(Self {
-            weights: from_bytes(get(WEIGHTS)?, WEIGHTS)?,
+            weights: weights(&loaded.objects, step)?,
             moments: from_bytes(get(OPTIMIZER)?, OPTIMIZER)?,
             head: loaded.objects.get(VALUE_HEAD).map(|b| from_bytes(b, VALUE_HEAD)).transpose()?,
             meta,
         })
     }
+}
+
+/// The model's parameters, from one file or from shards, under the names that they have here.
+fn weights(objects: &BTreeMap<String, Bytes>, step: u64) -> Result<Vec<(String, Tensor)>> {
+    let mut out = Vec::new();
+    for (name, bytes) in objects.iter().filter(|(n, _)| n.starts_with(MODEL) && n.ends_with(".safetensors")) {
+        out.extend(from_bytes(bytes, name)?.into_iter().map(|(n, t)| (unveil_model::own_name(&n), t)));
+    }
+    if out.is_empty() {
+        return Err(LearnerError::State { step, what: format!("it has no weights under `{MODEL}`") });
+    }
+    Ok(out)
 }
 
 fn object<'a>(objects: &'a BTreeMap<String, Bytes>, name: &str, step: u64) -> Result<&'a Bytes> {

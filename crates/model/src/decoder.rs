@@ -5,7 +5,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::attention::{Capture, attend, capture_rows, merge};
+use crate::attention::{Capture, attend, attend_rows, capture_rows, merge};
 use crate::cache::GroupCache;
 use crate::family::Get;
 use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
@@ -13,14 +13,14 @@ use crate::place::Place;
 use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
-/// Weights (or biases) of queries, keys and values: the model's three parameters, and the one tensor whose rows they are.
+/// Parameters that one product serves: queries, keys and values, or gate and up; and the one tensor whose rows they are.
 struct Fused {
-    parts: [Tensor; 3],
+    parts: Vec<Tensor>,
     whole: Tensor,
 }
 
 impl Fused {
-    /// One product serves all three. Where gradients are asked for they must reach the parameters, so those are joined anew.
+    /// Where gradients are asked for they must reach the parameters, so those are joined anew.
     fn get(&self) -> Tensor {
         if self.parts.iter().any(Tensor::requires_grad) {
             Tensor::cat(&self.parts, 0)
@@ -38,8 +38,7 @@ struct Layer {
     qk_norm: Option<(Tensor, Tensor)>,
     o: Tensor,
     norm2: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate_up: Fused,
     down: Tensor,
 }
 
@@ -80,18 +79,15 @@ pub(crate) struct SequenceOut {
 }
 
 impl Decoder {
-    /// `fused` gives the tensor whose rows are the named parameters', one after another.
-    pub(crate) fn new(
-        config: &TextConfig,
-        get: &Get<'_>,
-        fused: &dyn Fn(&[String; 3]) -> Result<Tensor>,
-    ) -> Result<Self> {
+    /// `fused` gives the tensor whose first rows are the named parameter's.
+    pub(crate) fn new(config: &TextConfig, get: &Get<'_>, fused: &Get<'_>) -> Result<Self> {
         let layer = |l: usize| -> Result<Layer> {
             let at = |name: &str| get(&format!("model.layers.{l}.{name}"));
-            let three = |what: &str| -> Result<Fused> {
-                let names = ["q", "k", "v"].map(|x| format!("model.layers.{l}.self_attn.{x}_proj.{what}"));
-                Ok(Fused { parts: [get(&names[0])?, get(&names[1])?, get(&names[2])?], whole: fused(&names)? })
+            let join = |names: &[String]| -> Result<Fused> {
+                Ok(Fused { parts: names.iter().map(|n| get(n)).collect::<Result<_>>()?, whole: fused(&names[0])? })
             };
+            let three =
+                |what: &str| join(&["q", "k", "v"].map(|x| format!("model.layers.{l}.self_attn.{x}_proj.{what}")));
             let norms = || -> Result<_> { Ok((at("self_attn.q_norm.weight")?, at("self_attn.k_norm.weight")?)) };
             Ok(Layer {
                 norm1: at("input_layernorm.weight")?,
@@ -100,8 +96,7 @@ impl Decoder {
                 qk_norm: config.qk_norm.then(norms).transpose()?,
                 o: at("self_attn.o_proj.weight")?,
                 norm2: at("post_attention_layernorm.weight")?,
-                gate: at("mlp.gate_proj.weight")?,
-                up: at("mlp.up_proj.weight")?,
+                gate_up: join(&["gate", "up"].map(|x| format!("model.layers.{l}.mlp.{x}_proj.weight")))?,
                 down: at("mlp.down_proj.weight")?,
             })
         };
@@ -204,15 +199,21 @@ impl Decoder {
         let captured = cache.capture().zip(store.captured.as_ref()).map(|(set, captured)| {
             let scores = shared.matmul(&captured.image_k.transpose(-1, -2));
             let v = scores.size()[3];
-            let by_head = scores.view([groups, hkv, n, heads, v]).transpose(2, 3);
-            let scores = by_head.reshape([groups, hkv * heads, n, v]);
-            let rows_of = set.rows(&scores, captured.heads.as_ref(), cache.image_valid.as_ref(), d);
+            let scores = scores.view([groups, hkv, n, heads, v]);
+            let rows_of = match &captured.heads {
+                // All heads: their order does not matter, so nothing is moved.
+                None => set.all_rows(&scores, cache.image_valid.as_ref(), d),
+                Some(_) => {
+                    let by_head = scores.transpose(2, 3).reshape([groups, hkv * heads, n, v]);
+                    set.rows(&by_head, captured.heads.as_ref(), cache.image_valid.as_ref(), d)
+                }
+            };
             back(rows_of.reshape([rows, v]))
         });
         let (prefix, lse) = attend(&shared, &store.prefix_k, &store.prefix_v, cache.prefix_bias.as_ref());
         let prefix = (to_rows(&prefix.contiguous(), &[d]), to_rows(&lse.contiguous(), &[]));
         let (suffix_k, suffix_v) = (store.suffix_k.narrow(2, 0, place.used), store.suffix_v.narrow(2, 0, place.used));
-        let suffix = attend(&own, &suffix_k, &suffix_v, place.suffix_bias.as_ref());
+        let suffix = attend_rows(&own, &suffix_k, &suffix_v, place.suffix_bias.as_ref());
         (back(merge(prefix, suffix)).reshape([-1, 1, hkv * heads, d]), captured)
     }
 
@@ -242,7 +243,9 @@ impl Decoder {
         let size = x.size();
         let x = x + linear(&attended.reshape([size[0], size[1], -1]), &layer.o, None);
         let normed = rms_norm(&x, &layer.norm2, self.config.rms_norm_eps);
-        let gated = linear(&normed, &layer.gate, None).silu() * linear(&normed, &layer.up, None);
+        let width = self.config.intermediate_size;
+        let (gate, up) = split2(&linear(&normed, &layer.gate_up.get(), None), -1, width, width);
+        let gated = gate.silu() * up;
         x + linear(&gated, &layer.down, None)
     }
 }

@@ -99,7 +99,7 @@ pub(crate) fn tensors(config: &VlmConfig) -> Vec<TensorSpec> {
 
 /// The name that a tensor has here: transformers' in-memory names (`model.language_model.…`,
 /// `model.visual.…`) and older ones (`language_model.model.…`) mean the same tensors.
-pub(crate) fn own_name(name: &str) -> String {
+pub fn own_name(name: &str) -> String {
     for (from, to) in
         [("model.language_model.", "model."), ("model.visual.", "visual."), ("language_model.model.", "model.")]
     {

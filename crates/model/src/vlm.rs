@@ -69,9 +69,9 @@ impl Vlm {
         };
         let fused = fuse(&config, &mut parameters, &place)?;
         let get = |name: &str| -> Result<Tensor> { Ok(parameters[place(name)?].1.shallow_clone()) };
-        let whole = |names: &[String; 3]| -> Result<Tensor> {
-            let found = fused.get(&names[0]).map(Tensor::shallow_clone);
-            found.ok_or_else(|| ModelError::input(format!("no tensor `{}`", names[0])))
+        let whole = |first: &str| -> Result<Tensor> {
+            let found = fused.get(first).map(Tensor::shallow_clone);
+            found.ok_or_else(|| ModelError::input(format!("no tensor `{first}`")))
         };
         let embedding = get("model.embed_tokens.weight")?;
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight")? };
@@ -384,27 +384,30 @@ impl Vlm {
     }
 }
 
-/// Makes the weights of queries, keys and values rows of one tensor per layer (and so their biases), and returns those
-/// tensors by the name of their first part.
+/// Makes parameters that one product serves rows of one tensor (queries, keys and values, their biases, gate and up), and returns
+/// those tensors by the name of their first part.
 fn fuse(
     config: &VlmConfig,
     parameters: &mut [(String, Tensor)],
     place: &dyn Fn(&str) -> Result<usize>,
 ) -> Result<HashMap<String, Tensor>> {
     let mut out = HashMap::new();
-    let kinds: &[&str] = if config.text.qkv_bias { &["weight", "bias"] } else { &["weight"] };
-    for (layer, kind) in (0..config.text.num_hidden_layers).flat_map(|l| kinds.iter().map(move |k| (l, k))) {
-        let names = ["q", "k", "v"].map(|x| format!("model.layers.{layer}.self_attn.{x}_proj.{kind}"));
-        let places = [place(&names[0])?, place(&names[1])?, place(&names[2])?];
-        let whole = Tensor::f_cat(&places.map(|p| &parameters[p].1), 0)?;
-        let mut at = 0;
-        for p in places {
-            let rows = parameters[p].1.size()[0];
-            parameters[p].1 = whole.f_narrow(0, at, rows)?.f_detach()?;
-            at += rows;
+    for layer in 0..config.text.num_hidden_layers {
+        let qkv =
+            |kind: &str| ["q", "k", "v"].map(|x| format!("model.layers.{layer}.self_attn.{x}_proj.{kind}")).to_vec();
+        let gate_up = ["gate", "up"].map(|x| format!("model.layers.{layer}.mlp.{x}_proj.weight")).to_vec();
+        let bias = config.text.qkv_bias.then(|| qkv("bias"));
+        for names in [qkv("weight"), gate_up].into_iter().chain(bias) {
+            let places = names.iter().map(|n| place(n)).collect::<Result<Vec<_>>>()?;
+            let whole = Tensor::f_cat(&places.iter().map(|p| &parameters[*p].1).collect::<Vec<_>>(), 0)?;
+            let mut at = 0;
+            for p in places {
+                let rows = parameters[p].1.size()[0];
+                parameters[p].1 = whole.f_narrow(0, at, rows)?.f_detach()?;
+                at += rows;
+            }
+            out.extend(names.into_iter().next().map(|first| (first, whole)));
         }
-        let [first, ..] = names;
-        out.insert(first, whole);
     }
     Ok(out)
 }
