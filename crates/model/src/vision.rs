@@ -188,9 +188,9 @@ impl Vision {
         let mut levels = Vec::with_capacity(tower.deepstack.len());
         for (index, block) in tower.blocks.iter().enumerate() {
             let attended = self.attention(block, &block.norm1.apply(&x), &tables);
-            x = x + attended;
+            x = &x + attended;
             let expanded = block.mlp.apply(&block.norm2.apply(&x));
-            x = x + expanded;
+            x = &x + expanded;
             if let Some((_, merger)) = tower.deepstack.iter().find(|(b, _)| *b == index) {
                 levels.push(merger.apply(&x, wide));
             }

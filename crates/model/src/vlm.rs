@@ -43,6 +43,9 @@ pub struct PackedOut {
     pub attention: Option<Tensor>,
 }
 
+/// Positions in `B * L`, and what is added there after each of the first layers.
+type Deepstack = (Tensor, Vec<Tensor>);
+
 /// A vision-language model on one device.
 pub struct Vlm {
     config: VlmConfig,
@@ -160,11 +163,7 @@ impl Vlm {
     /// deepstack adds where.
     ///
     /// Errors with [`ModelError::ImageTokens`] when placeholders and features differ in number.
-    fn embed(
-        &self,
-        tokens: &Tensor,
-        image_features: Option<&Tensor>,
-    ) -> Result<(Tensor, Option<(Tensor, Vec<Tensor>)>)> {
+    fn embed(&self, tokens: &Tensor, image_features: Option<&Tensor>) -> Result<(Tensor, Option<Deepstack>)> {
         let vocab = self.config.text.vocab_size;
         if tokens.numel() > 0 && (tokens.max().int64_value(&[]) >= vocab || tokens.min().int64_value(&[]) < 0) {
             return Err(ModelError::input(format!("a token id is outside the vocabulary of {vocab}")));

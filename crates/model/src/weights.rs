@@ -222,7 +222,7 @@ fn copy_view(path: &Path, name: &str, view: &TensorView<'_>, target: &mut Tensor
         return Ok(());
     }
     let (shape, data) = (shape_of(view), view.data());
-    if (data.as_ptr() as usize) % kind.elt_size_in_bytes() != 0 {
+    if !(data.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
         let bytes = Tensor::f_from_data_size(data, &shape, kind)?;
         return Ok(target.f_copy_(&bytes)?);
     }
