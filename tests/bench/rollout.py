@@ -212,7 +212,8 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    parser.add_argument("--caches", default=None, help="the peer's caches to choose from: dynamic, static, static-compiled")
+    parser.add_argument("--caches", default="dynamic,static-compiled",
+                        help="the peer's caches to choose from: dynamic, static, static-compiled")
     parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
     parser.add_argument("--bandwidth", action="store_true", help="the share of the memory-bandwidth bound as well")
     parser.add_argument("--load", action="store_true", help="the rows of load.py as well")
@@ -223,7 +224,7 @@ def main():
         parser.error(f"there is no shape {unknown[0]}" if unknown else "--rounds must be at least 1")
     if args.device != "cpu":
         require_gpu()
-    caches = (args.caches or ("dynamic,static" if args.device == "cpu" else "dynamic,static-compiled")).split(",")
+    caches = args.caches.split(",")
     rows, notes, gpu = [], [], None
     if args.dtype != "float32":
         with Pair("6m", args, "float32") as pair:

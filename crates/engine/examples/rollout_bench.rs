@@ -42,7 +42,8 @@ impl<'a> Bench<'a> {
 
     fn requests(&self, groups: usize, sampling: Sampling) -> Result<Vec<GroupRequest>, Fault> {
         let inputs = self.inputs.get(..groups).ok_or("more groups are asked for than there are prompts")?;
-        let request = |(key, input): (usize, &GroupInput)| GroupRequest { input: input.clone(), key: key as u64, sampling };
+        let request =
+            |(key, input): (usize, &GroupInput)| GroupRequest { input: input.clone(), key: key as u64, sampling };
         Ok(inputs.iter().enumerate().map(request).collect())
     }
 
@@ -123,8 +124,7 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
         other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
     };
     let vlm = Vlm::load(Path::new(dir), device(device_name)?, kind)?;
-    let mut bench =
-        Bench { vlm: &vlm, inputs: prompts(Path::new(file))?, with_capture: None, without_capture: None };
+    let mut bench = Bench { vlm: &vlm, inputs: prompts(Path::new(file))?, with_capture: None, without_capture: None };
     say(json!({ "ready": true }))?;
     for line in std::io::stdin().lock().lines() {
         let command: Value = serde_json::from_str(&line?)?;
