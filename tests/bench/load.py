@@ -32,7 +32,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 logging.set_verbosity_error()
 start = time.perf_counter()
-model = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16, device_map=sys.argv[2])
+model = Qwen2_5_VLForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to(sys.argv[2])
 for value in model.parameters():
     value.detach().reshape(-1)[::2048].float().sum().item()
 print('{"seconds":%f}' % (time.perf_counter() - start))
@@ -121,6 +121,8 @@ def measure(options):
                 reply = run(command)
                 seconds[side].append(reply["seconds"])
                 last[side] = reply
+        print(f"{name}-{state}: seconds of ours {[round(s, 2) for s in seconds['ours']]}, of the plain read "
+              f"{[round(s, 2) for s in seconds['raw']]}", flush=True)
         size = last["raw"]["bytes"]
         if last["ours"]["bytes"] > size or last["ours"]["bytes"] < 0.999 * size:
             raise SystemExit(f"bench: {last['ours']['bytes']} bytes of parameters against {size} bytes of files")
