@@ -22,8 +22,14 @@ fn numbers(value: &Value) -> Vec<f64> {
 
 #[test]
 fn generate_score_and_reward_agree() {
+    for family in ["qwen2_5_vl", "qwen3_vl"] {
+        check_family(family);
+    }
+}
+
+fn check_family(family: &str) {
     let s = Sandbox::new();
-    let (data, model) = (s.synth("data", 5, 2), s.tiny_model("model", 1));
+    let (data, model) = (s.synth("data", 5, 2), s.tiny_model_of(family, "model", 1));
     let (data_arg, model_arg) = (data.to_string_lossy(), model.to_string_lossy());
     let generate = |seed: &str| {
         let args = [
@@ -81,6 +87,22 @@ fn generate_score_and_reward_agree() {
             (x, y) => assert!((x.unwrap_or(9.0) - y.unwrap_or(-9.0)).abs() < 1e-5, "{a}\n{b}"),
         }
     }
+
+    // Weights of two bytes: both sides hold the same ones, and still agree.
+    let half = "run.dtype=\"bfloat16\"";
+    let halves = s.unveil(&["score", "--model", &model_arg, "--data", &file, "--set", half]).ok().json();
+    let args =
+        ["generate", "--model", &model_arg, "--data", &data_arg, "--n", "3", "--max-new-tokens", "16", "--seed", "5"];
+    let made = s.unveil(&[&args[..], &["--set", half]].concat()).ok().json();
+    let same: Vec<_> = made.iter().zip(&halves).filter(|(a, b)| a["tokens"] == b["tokens"]).collect();
+    assert!(same.len() > 3, "{} responses are the same in both kinds of numbers", same.len());
+    let deltas: Vec<f64> = same
+        .iter()
+        .flat_map(|(a, b)| numbers(&a["logprobs"]).into_iter().zip(numbers(&b["logprobs"])).map(|(x, y)| (x - y).abs()))
+        .collect();
+    let mean = deltas.iter().sum::<f64>() / deltas.len() as f64;
+    assert!(mean <= 1e-3 && deltas.iter().all(|d| *d <= 1e-2), "bf16 log-probabilities differ by {mean} on average");
+    assert_ne!(scored, halves, "the kind of numbers is used");
 
     let set = format!("model.dir={model_arg}");
     let rewards = s.unveil(&["reward", "score", "--set", &set, "--data", &file]).ok().json();
@@ -143,16 +165,54 @@ for line in open(data):
 
 #[test]
 fn transformers_loads_the_model_and_answers_the_same() {
-    let s = Sandbox::new();
-    let (data, model) = (s.synth("data", 3, 4), s.tiny_model("model", 2));
-    let (data, model) = (data.to_string_lossy(), model.to_string_lossy());
-    let theirs = s.python(TRANSFORMERS, &[&model, &data]).ok().json();
-    let args = ["generate", "--model", &model, "--data", &data, "--temperature", "0", "--max-new-tokens", "24"];
-    let ours = s.unveil(&args).ok().json();
-    assert_eq!((ours.len(), theirs.len()), (3, 3));
-    for (a, b) in ours.iter().zip(&theirs) {
-        assert_eq!(b["class"], "Qwen2_5_VLForConditionalGeneration");
-        assert_eq!(b["images"], 36, "the least number of pixels is that of 36 image tokens");
-        assert_eq!((&a["id"], &a["tokens"], &a["text"]), (&b["id"], &b["tokens"], &b["text"]));
+    for (family, class) in
+        [("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"), ("qwen3_vl", "Qwen3VLForConditionalGeneration")]
+    {
+        let s = Sandbox::new();
+        let (data, model, out) = (s.synth("data", 3, 4), s.tiny_model_of(family, "model", 2), s.path("exported"));
+        let (data, model, out) = (data.to_string_lossy(), model.to_string_lossy(), out.to_string_lossy());
+        let described = s.unveil(&["model", "export", &model, "--out", &out]).ok().json();
+        assert_eq!((&described[0]["family"], &described[0]["dtype"]), (&json!(family), &json!("Float")));
+        let theirs = s.python(TRANSFORMERS, &[&out, &data]).ok().json();
+        let args = ["generate", "--model", &model, "--data", &data, "--temperature", "0", "--max-new-tokens", "24"];
+        let ours = s.unveil(&args).ok().json();
+        assert_eq!((ours.len(), theirs.len()), (3, 3));
+        for (a, b) in ours.iter().zip(&theirs) {
+            assert_eq!(b["class"], class);
+            assert_eq!(b["images"], 36, "the least number of pixels is that of 36 image tokens");
+            assert_eq!((&a["id"], &a["tokens"], &a["text"]), (&b["id"], &b["tokens"], &b["text"]));
+        }
+        let half = s.unveil(&["model", "export", &model, "--out", &format!("{out}-half"), "--dtype", "bfloat16"]).ok();
+        assert_eq!(half.json()[0]["dtype"], "BFloat16");
+        let refused = s.unveil(&["model", "export", &model, "--out", &model]).exits(1);
+        assert!(refused.stderr.contains("onto itself"), "{}", refused.stderr);
     }
+}
+
+/// A text that ends a response, filters that leave one token, a cap on memory that nothing fits under.
+#[test]
+fn sampling_is_shaped_and_memory_is_counted() {
+    let s = Sandbox::new();
+    let (data, model) = (s.synth("data", 2, 7), s.tiny_model("model", 3));
+    let (data, model) = (data.to_string_lossy(), model.to_string_lossy());
+    let base = ["generate", "--model", &model, "--data", &data, "--max-new-tokens", "16", "--seed", "1"];
+    let run = |more: &[&str]| s.unveil(&[&base[..], more].concat());
+    let greedy = run(&["--temperature", "0"]).ok().json();
+    let tokens = |lines: &[Value]| lines.iter().map(|l| l["tokens"].clone()).collect::<Vec<_>>();
+    for one in [["--top-k", "1"], ["--top-p", "0.000001"], ["--min-p", "1"]] {
+        assert_eq!(tokens(&run(&one).ok().json()), tokens(&greedy), "{one:?}");
+    }
+    // The last two characters of a greedy answer's middle end it there.
+    let text: Vec<char> = greedy[0]["text"].as_str().expect("a text").chars().collect();
+    let stop: String = text[..text.len() / 2].iter().rev().take(2).rev().collect();
+    let stopped = run(&["--temperature", "0", "--stop", &stop]).ok().json();
+    let found = stopped[0]["text"].as_str().expect("a text");
+    assert!(found.contains(&stop) && found.chars().count() < text.len(), "`{found}` does not end at `{stop}`");
+    assert_eq!(stopped[0]["finish"], "stop");
+    let refused = run(&["--set", "rollout.memory_gib=0.001"]).exits(1);
+    for word in ["MiB", "max_new_tokens", "image size"] {
+        assert!(refused.stderr.contains(word), "{}", refused.stderr);
+    }
+    let refused = run(&["--max-new-tokens", "5000"]).exits(1);
+    assert!(refused.stderr.contains("5000") && refused.stderr.contains("2048"), "{}", refused.stderr);
 }

@@ -122,6 +122,13 @@ fn pass(weights: &Tensor, number: impl FnOnce(Tensor) -> Result<Tensor>) -> Resu
 
 /// The same among the tokens that the row's filters leave.
 fn filtered(probabilities: &Tensor, draws: &[Draw]) -> Result<Tensor> {
+    let (kept, order) = keep(probabilities, draws)?;
+    let (place, _) = pass(&kept, |total| Ok(total * column(draws, probabilities, |d| d.uniform)?))?;
+    Ok(order.f_gather(-1, &place, false)?)
+}
+
+/// Probabilities `[R, V]` in falling order, 0 where a filter leaves the token out, and the tokens in that order.
+fn keep(probabilities: &Tensor, draws: &[Draw]) -> Result<(Tensor, Tensor)> {
     let vocab = *probabilities.size().last().unwrap_or(&0);
     let (sorted, order) = probabilities.f_sort_stable(true, -1, true)?;
     let sorted = sorted.f_to_kind(Kind::Double)?;
@@ -136,8 +143,7 @@ fn filtered(probabilities: &Tensor, draws: &[Draw]) -> Result<Tensor> {
     let least = |d: &Draw| if d.filtered() { d.sampling.min_p } else { 0.0 };
     let floor = sorted.f_narrow(-1, 0, 1)? * column(draws, probabilities, least)?;
     let kept = kept * within.f_logical_and(&sorted.f_ge_tensor(&floor)?)?.f_to_kind(Kind::Double)?;
-    let (place, _) = pass(&kept, |total| Ok(total * column(draws, probabilities, |d| d.uniform)?))?;
-    Ok(order.f_gather(-1, &place, false)?)
+    Ok((kept, order))
 }
 
 #[cfg(test)]
@@ -198,6 +204,48 @@ mod tests {
             }
             assert!(off <= 2, "{off} of {n} draws differ at a vocabulary of {vocab}");
         }
+    }
+
+    /// What the filters leave equals transformers' logits warpers on random logits and settings.
+    #[test]
+    fn filters_equal_transformers() {
+        let seed = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+        tch::manual_seed(seed);
+        let (rows, vocab) = (40i64, 300i64);
+        let logits = Tensor::randn([rows, vocab], (Kind::Float, tch::Device::Cpu)) * 2.5;
+        let pick = |r: i64, k: u32| uniform(seed as u64, 3, k, r as u32);
+        let draws: Vec<Draw> = (0..rows)
+            .map(|r| {
+                let sampling = Sampling {
+                    temperature: 0.3 + 2.0 * pick(r, 0),
+                    top_k: if pick(r, 1) < 0.3 { 0 } else { 1 + (pick(r, 2) * 60.0) as usize },
+                    top_p: if pick(r, 3) < 0.3 { 1.0 } else { 0.05 + 0.9 * pick(r, 4) },
+                    min_p: if pick(r, 5) < 0.5 { 0.0 } else { 0.3 * pick(r, 6) },
+                    ..Default::default()
+                };
+                Draw { sampling, uniform: 0.0 }
+            })
+            .collect();
+        let dir = tempfile::tempdir().unwrap();
+        let settings: Vec<f64> = draws
+            .iter()
+            .flat_map(|d| [d.sampling.temperature, d.sampling.top_k as f64, d.sampling.top_p, d.sampling.min_p])
+            .collect();
+        let named = [("logits", logits.shallow_clone()), ("settings", Tensor::from_slice(&settings).view([rows, 4]))];
+        Tensor::write_safetensors(&named, dir.path().join("in.st")).unwrap();
+        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = std::env::var_os("UNVEIL_PYTHON")
+            .map_or_else(|| here.join("../../.venv/bin/python"), std::path::PathBuf::from);
+        let run =
+            std::process::Command::new(python).arg(here.join("tests/warpers.py")).arg(dir.path()).output().unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let expected = Tensor::read_safetensors(dir.path().join("out.st")).unwrap().remove(0).1;
+        let tempered = &logits / column(&draws, &logits, Draw::temperature).unwrap().to_kind(Kind::Float);
+        let (kept, order) = keep(&tempered.softmax(-1, Kind::Float), &draws).unwrap();
+        let shares = &kept / kept.sum_dim_intlist([-1i64].as_slice(), true, Kind::Double);
+        let mine = Tensor::zeros([rows, vocab], (Kind::Double, tch::Device::Cpu)).scatter(-1, &order, &shares);
+        assert_eq!(mine.gt(0.0).ne_tensor(&expected.gt(0.0)).sum(Kind::Int64).int64_value(&[]), 0);
+        assert!((mine - expected).abs().max().double_value(&[]) < 1e-5);
     }
 
     #[test]

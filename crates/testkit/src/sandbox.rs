@@ -130,8 +130,14 @@ impl Sandbox {
     /// Runs `unveil model init` and returns the directory.
     #[track_caller]
     pub fn tiny_model(&self, folder: &str, seed: u64) -> PathBuf {
+        self.tiny_model_of("qwen2_5_vl", folder, seed)
+    }
+
+    /// The same of another family.
+    pub fn tiny_model_of(&self, family: &str, folder: &str, seed: u64) -> PathBuf {
         let out = self.path(folder);
-        self.unveil(&["model", "init", "--seed", &seed.to_string(), "--out", &out.to_string_lossy()]).ok();
+        let (seed, dir) = (seed.to_string(), out.to_string_lossy());
+        self.unveil(&["model", "init", "--family", family, "--seed", &seed, "--out", &dir]).ok();
         out
     }
 
