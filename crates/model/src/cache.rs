@@ -359,7 +359,7 @@ impl GroupCache {
     }
 
     fn refresh(&mut self) {
-        let width = self.shape.prompt as i64;
+        let (slots, width) = (self.slots.len() as i64, self.shape.prompt as i64);
         // A free slot sees one key of zeros.
         let lengths: Vec<i64> = self.slots.iter().map(|s| s.prefix.max(1)).collect();
         let beyond = |lengths: &[i64], width: i64| {
@@ -367,12 +367,12 @@ impl GroupCache {
             Tensor::arange(width, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&lengths)
         };
         let needed = self.steady || lengths.iter().any(|len| *len != width);
-        let bias = needed.then(|| minus_infinity_where(&beyond(&lengths, width)).view([-1, 1, 1, width]));
+        let bias = needed.then(|| minus_infinity_where(&beyond(&lengths, width)).view([slots, 1, 1, width]));
         replace(&mut self.prefix_bias, bias);
         let images: Vec<i64> = self.slots.iter().map(|s| s.images as i64).collect();
         let width = self.shape.images as i64;
         let needed = self.capture.is_some() && (self.steady || images.iter().any(|v| *v != width));
-        let valid = needed.then(|| beyond(&images, width).logical_not().view([-1, 1, 1, width]));
+        let valid = needed.then(|| beyond(&images, width).logical_not().view([slots, 1, 1, width]));
         replace(&mut self.image_valid, valid);
     }
 }
