@@ -13,19 +13,29 @@ use crate::place::Place;
 use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
-/// Parameters that one product serves: queries, keys and values, or gate and up; and the one tensor whose rows they are.
+/// Matrices that meet the same input: queries, keys and values, or gate and up, with their biases.
 struct Fused {
     parts: Vec<Tensor>,
-    whole: Tensor,
+    bias: Vec<Tensor>,
+    /// The tensors whose rows they are, where they are small: one product serves all then.
+    whole: Option<(Tensor, Option<Tensor>)>,
 }
 
 impl Fused {
-    /// Where gradients are asked for they must reach the parameters, so those are joined anew.
-    fn get(&self) -> Tensor {
-        if self.parts.iter().any(Tensor::requires_grad) {
-            Tensor::cat(&self.parts, 0)
-        } else {
-            self.whole.shallow_clone()
+    /// The products side by side on the last dimension.
+    fn apply(&self, x: &Tensor) -> Tensor {
+        let trained = || self.parts.iter().chain(&self.bias).any(Tensor::requires_grad);
+        match &self.whole {
+            Some((weight, bias)) if !trained() => linear(x, weight, bias.as_ref()),
+            // Gradients must reach the parameters, so those are joined anew.
+            Some(_) => {
+                let bias = (!self.bias.is_empty()).then(|| Tensor::cat(&self.bias, 0));
+                linear(x, &Tensor::cat(&self.parts, 0), bias.as_ref())
+            }
+            None => {
+                let one = |(i, weight): (usize, &Tensor)| linear(x, weight, self.bias.get(i));
+                Tensor::cat(&self.parts.iter().enumerate().map(one).collect::<Vec<_>>(), -1)
+            }
         }
     }
 }
@@ -33,7 +43,6 @@ impl Fused {
 struct Layer {
     norm1: Tensor,
     qkv: Fused,
-    qkv_bias: Option<Fused>,
     /// Norms over the head of queries and keys.
     qk_norm: Option<(Tensor, Tensor)>,
     o: Tensor,
@@ -79,24 +88,26 @@ pub(crate) struct SequenceOut {
 }
 
 impl Decoder {
-    /// `fused` gives the tensor whose first rows are the named parameter's.
-    pub(crate) fn new(config: &TextConfig, get: &Get<'_>, fused: &Get<'_>) -> Result<Self> {
+    /// `fused` gives the tensor whose first rows are the named parameter's, if there is one.
+    pub(crate) fn new(config: &TextConfig, get: &Get<'_>, fused: &dyn Fn(&str) -> Option<Tensor>) -> Result<Self> {
         let layer = |l: usize| -> Result<Layer> {
             let at = |name: &str| get(&format!("model.layers.{l}.{name}"));
-            let join = |names: &[String]| -> Result<Fused> {
-                Ok(Fused { parts: names.iter().map(|n| get(n)).collect::<Result<_>>()?, whole: fused(&names[0])? })
+            let join = |what: &str, names: &[&str], biased: bool| -> Result<Fused> {
+                let at = |name: &str, kind: &str| format!("model.layers.{l}.{what}.{name}_proj.{kind}");
+                let all = |kind: &str| names.iter().map(|n| get(&at(n, kind))).collect::<Result<Vec<_>>>();
+                let whole = |kind: &str| fused(&at(names[0], kind));
+                let bias = if biased { all("bias")? } else { Vec::new() };
+                let joined = whole("weight").map(|w| (w, if biased { whole("bias") } else { None }));
+                Ok(Fused { parts: all("weight")?, bias, whole: joined.filter(|(_, b)| b.is_some() == biased) })
             };
-            let three =
-                |what: &str| join(&["q", "k", "v"].map(|x| format!("model.layers.{l}.self_attn.{x}_proj.{what}")));
             let norms = || -> Result<_> { Ok((at("self_attn.q_norm.weight")?, at("self_attn.k_norm.weight")?)) };
             Ok(Layer {
                 norm1: at("input_layernorm.weight")?,
-                qkv: three("weight")?,
-                qkv_bias: config.qkv_bias.then(|| three("bias")).transpose()?,
+                qkv: join("self_attn", &["q", "k", "v"], config.qkv_bias)?,
                 qk_norm: config.qk_norm.then(norms).transpose()?,
                 o: at("self_attn.o_proj.weight")?,
                 norm2: at("post_attention_layernorm.weight")?,
-                gate_up: join(&["gate", "up"].map(|x| format!("model.layers.{l}.mlp.{x}_proj.weight")))?,
+                gate_up: join("mlp", &["gate", "up"], false)?,
                 down: at("mlp.down_proj.weight")?,
             })
         };
@@ -221,9 +232,8 @@ impl Decoder {
         let c = &self.config;
         let (hq, hkv, d) = (c.num_attention_heads, c.num_key_value_heads, c.head_dim);
         let normed = rms_norm(x, &layer.norm1, c.rms_norm_eps);
-        let bias = layer.qkv_bias.as_ref().map(Fused::get);
         let size = x.size();
-        let all = linear(&normed, &layer.qkv.get(), bias.as_ref()).view([size[0], size[1], hq + 2 * hkv, d]);
+        let all = layer.qkv.apply(&normed).view([size[0], size[1], hq + 2 * hkv, d]);
         let (qk, v) = split2(&all, 2, hq + hkv, hkv);
         let qk = match &layer.qk_norm {
             None => qk,
@@ -244,7 +254,7 @@ impl Decoder {
         let x = x + linear(&attended.reshape([size[0], size[1], -1]), &layer.o, None);
         let normed = rms_norm(&x, &layer.norm2, self.config.rms_norm_eps);
         let width = self.config.intermediate_size;
-        let (gate, up) = split2(&linear(&normed, &layer.gate_up.get(), None), -1, width, width);
+        let (gate, up) = split2(&layer.gate_up.apply(&normed), -1, width, width);
         let gated = gate.silu() * up;
         x + linear(&gated, &layer.down, None)
     }

@@ -72,10 +72,7 @@ impl Vlm {
         };
         let fused = fuse(&config, &mut parameters, &place)?;
         let get = |name: &str| -> Result<Tensor> { Ok(parameters[place(name)?].1.shallow_clone()) };
-        let whole = |first: &str| -> Result<Tensor> {
-            let found = fused.get(first).map(Tensor::shallow_clone);
-            found.ok_or_else(|| ModelError::input(format!("no tensor `{first}`")))
-        };
+        let whole = |first: &str| fused.get(first).map(Tensor::shallow_clone);
         let embedding = get("model.embed_tokens.weight")?;
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight")? };
         let vision = Vision::new(&config.vision, config.family.tower(&config.vision, &get)?);
@@ -383,6 +380,10 @@ impl Vlm {
     }
 }
 
+/// Largest matrices, in bytes, that are joined on the CPU. Larger ones are limited by reading them, not by the number of products,
+/// and stay where the file's map has them.
+const JOINED: usize = 32 << 20;
+
 /// Makes parameters that one product serves rows of one tensor (queries, keys and values, their biases, gate and up), and returns
 /// those tensors by the name of their first part.
 fn fuse(
@@ -398,6 +399,11 @@ fn fuse(
         let bias = config.text.qkv_bias.then(|| qkv("bias"));
         for names in [qkv("weight"), gate_up].into_iter().chain(bias) {
             let places = names.iter().map(|n| place(n)).collect::<Result<Vec<_>>>()?;
+            let bytes = |p: &usize| parameters[*p].1.numel() * parameters[*p].1.kind().elt_size_in_bytes();
+            let on_cpu = places.iter().all(|p| parameters[*p].1.device() == Device::Cpu);
+            if on_cpu && places.iter().map(bytes).sum::<usize>() > JOINED {
+                continue;
+            }
             let whole = Tensor::f_cat(&places.iter().map(|p| &parameters[*p].1).collect::<Vec<_>>(), 0)?;
             let mut at = 0;
             for p in places {

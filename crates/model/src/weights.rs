@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{MmapMut, MmapOptions};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use tch::{Device, Kind, Tensor};
 
@@ -14,11 +14,16 @@ use crate::error::name_list;
 use crate::spec::{self, TensorSpec};
 use crate::{ModelError, Result, VlmConfig};
 
-/// Loads the tensors that `config` calls for from a model directory, in the order of the specification. Each is read from the
-/// file's pages straight into its place on `device`, in `kind`: there is no second copy in host memory.
+/// Files from this size on are used where they are mapped, if device and kind of numbers allow.
+const MAPPED: usize = 64 << 20;
+
+/// Loads the tensors that `config` calls for from a model directory, in the order of the specification. There is no second copy in
+/// host memory: on the CPU, numbers of the stored kind stay in the file's pages (a page that is written becomes the process's
+/// own; the file never changes), others go from there straight to their place on `device`, in `kind`.
 pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
     let files = weight_files(dir)?;
     let maps = files.iter().map(|path| map_file(path)).collect::<Result<Vec<_>>>()?;
+    let mut kept = vec![false; files.len()];
     let mut found: HashMap<String, (usize, TensorView<'_>)> = HashMap::new();
     for (index, map) in maps.iter().enumerate() {
         for (name, view) in parse(&files[index], map)?.tensors() {
@@ -44,9 +49,24 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
     let mut out = Vec::with_capacity(specs.len());
     for spec in specs {
         let Some((index, view)) = found.get(&spec.name) else { continue };
-        let tensor = Tensor::f_empty(spec.shape.as_slice(), (kind, device))?;
-        copy_view(&files[*index], &spec.name, view, &mut tensor.shallow_clone())?;
+        let in_place = device == Device::Cpu && kind_of(&files[*index], &spec.name, view)? == kind;
+        let mapped = if in_place && maps[*index].len() >= MAPPED { borrow_view(view, kind)? } else { None };
+        kept[*index] |= mapped.is_some();
+        let tensor = match mapped {
+            Some(tensor) => tensor,
+            None => {
+                let mut tensor = Tensor::f_empty(spec.shape.as_slice(), (kind, device))?;
+                copy_view(&files[*index], &spec.name, view, &mut tensor)?;
+                tensor
+            }
+        };
         out.push((spec.name, tensor));
+    }
+    drop(found);
+    for (map, _) in maps.into_iter().zip(kept).filter(|(_, kept)| *kept) {
+        // Tensors outlive the model that they came with, so the map stays for the rest of the process: pages that were not
+        // written are the file's and cost no memory of their own.
+        std::mem::forget(map);
     }
     Ok(out)
 }
@@ -161,11 +181,11 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 #[allow(unsafe_code)]
-fn map_file(path: &Path) -> Result<Mmap> {
+fn map_file(path: &Path) -> Result<MmapMut> {
     let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
-    // SAFETY: the map is read-only and private to this call chain; weights files are replaced by rename, never
+    // SAFETY: the map is private: what is written to it never reaches the file. Weights files are replaced by rename, never
     // rewritten in place, so the mapped bytes do not change under us.
-    unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))
+    unsafe { MmapOptions::new().map_copy(&file) }.map_err(|e| ModelError::io(path, e))
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
@@ -214,25 +234,32 @@ fn kind_of(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
     })
 }
 
-/// Copies the file's numbers to `target`, which may be of another kind or on another device.
+/// The file's numbers as a tensor where they are; none where they are not aligned. The map must live as long as the tensor.
 #[allow(unsafe_code)]
-fn copy_view(path: &Path, name: &str, view: &TensorView<'_>, target: &mut Tensor) -> Result<()> {
-    let kind = kind_of(path, name, view)?;
-    if target.numel() == 0 {
-        return Ok(());
-    }
+fn borrow_view(view: &TensorView<'_>, kind: Kind) -> Result<Option<Tensor>> {
     let (shape, data) = (shape_of(view), view.data());
-    if !(data.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
-        let bytes = Tensor::f_from_data_size(data, &shape, kind)?;
-        return Ok(target.f_copy_(&bytes)?);
+    if data.is_empty() || !(data.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
+        return Ok(None);
     }
     let mut strides = vec![1i64; shape.len()];
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i] * shape[i];
     }
-    // SAFETY: the view's bytes hold exactly this shape and kind (safetensors checks that), are aligned for it, are only
-    // read, and outlive the borrowed tensor, which ends with this function.
-    let source = unsafe { Tensor::f_from_blob(data.as_ptr(), &shape, &strides, kind, Device::Cpu) }?;
+    // SAFETY: the bytes hold exactly this shape and kind (safetensors checks that) and are aligned for it. They belong to a
+    // private writable map, which the callers keep: until the tensor is dropped, or for good.
+    Ok(Some(unsafe { Tensor::f_from_blob(data.as_ptr(), &shape, &strides, kind, Device::Cpu) }?))
+}
+
+/// Copies the file's numbers to `target`, which may be of another kind or on another device.
+fn copy_view(path: &Path, name: &str, view: &TensorView<'_>, target: &mut Tensor) -> Result<()> {
+    let kind = kind_of(path, name, view)?;
+    if target.numel() == 0 {
+        return Ok(());
+    }
+    let source = match borrow_view(view, kind)? {
+        Some(source) => source,
+        None => Tensor::f_from_data_size(view.data(), &shape_of(view), kind)?,
+    };
     Ok(target.f_copy_(&source)?)
 }
 

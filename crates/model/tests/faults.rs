@@ -150,3 +150,27 @@ fn tiny_is_tiny_and_seeded() {
     let message = preset("qwen2_5_vl", "huge").expect_err("unknown").to_string();
     assert!(message.contains("qwen2_5_vl/tiny"), "{message}");
 }
+
+/// A directory large enough to be used where it is mapped: values as stored, weights change in place, the file never does.
+#[test]
+fn large_files_stay_mapped_and_untouched() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let big = unveil_model::InitSpec { vocab_size: 140_000, ..spec(3) };
+    init(&big, dir.path()).expect("init");
+    let file = dir.path().join("model.safetensors");
+    assert!(std::fs::metadata(&file).expect("there").len() > 64 << 20);
+    let stored = read_safetensors(&file).expect("reads");
+    let before = std::fs::read(&file).expect("reads");
+    let mut vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).expect("loads");
+    for (name, tensor) in vlm.named_parameters() {
+        let (_, gold) = stored.iter().find(|(n, _)| n == name).expect("stored");
+        assert_eq!(max_diff(tensor, gold), 0.0, "{name}");
+    }
+    let doubled: Vec<(String, Tensor)> = vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t * 2.0)).collect();
+    vlm.load_state(&doubled).expect("fits");
+    let kept = vlm.parameter("model.embed_tokens.weight").expect("there").shallow_clone();
+    drop(vlm);
+    let (_, gold) = stored.iter().find(|(n, _)| n == "model.embed_tokens.weight").expect("stored");
+    assert_eq!(max_diff(&kept, &(gold * 2.0)), 0.0);
+    assert!(std::fs::read(&file).expect("reads") == before, "the file has changed");
+}
