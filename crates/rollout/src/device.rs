@@ -53,7 +53,7 @@ impl DeviceThread {
                 match open_engine(&spec.config, &spec.model_dir, spec.config.rollout.threads, &spec.banned) {
                     Ok(engine) => {
                         if ready.send(Ok(())).is_ok() {
-                            Device { engine, jobs: Vec::new() }.serve(&inbox, &cancel);
+                            Device { engine, jobs: Vec::new(), warned: false }.serve(&inbox, &cancel);
                         }
                     }
                     Err(e) => drop(ready.send(Err(e))),
@@ -126,6 +126,8 @@ impl Job {
 struct Device {
     engine: Engine,
     jobs: Vec<Job>,
+    /// It was said that steps are not recorded.
+    warned: bool,
 }
 
 impl Device {
@@ -178,6 +180,12 @@ impl Device {
         } else {
             self.engine.step()
         };
+        if let Some(fault) = self.engine.graph_fault().filter(|_| !self.warned) {
+            tracing::warn!(
+                "decode steps cannot be recorded as GPU graphs and run one operation after another: {fault}"
+            );
+            self.warned = true;
+        }
         match done {
             Ok(done) => {
                 for (ticket, output) in done {
