@@ -2,7 +2,7 @@
 
 use std::borrow::Borrow;
 
-use unveil_model::{CacheShape, GroupCache, Vlm, free_memory};
+use unveil_model::{AttentionSet, CacheShape, GroupCache, Vlm, free_memory};
 
 use crate::{Engine, EngineError, Result};
 
@@ -56,7 +56,9 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let per_slot = |rows: usize| 4 * positive(c.vocab_size) * rows as u64;
         let shape =
             CacheShape { slots: 1, n: longest.n, prompt: longest.prompt, response: longest.response, images: 0 };
-        let captured = if self.options.capture.is_some() { (longest.images * 128) as u64 * float } else { 0 };
+        // Captured layers keep the image tokens' keys apart.
+        let layers = self.options.capture.as_ref().map_or(0, AttentionSet::layers) as u64;
+        let captured = layers * positive(c.head_dim * c.num_key_value_heads) * longest.images as u64 * float;
         let per_group = GroupCache::bytes(c, &shape) + per_slot(longest.n) * float + captured;
         let work = prefill * float;
         let fit = available.saturating_sub(work) / per_group.max(1);

@@ -62,7 +62,12 @@ impl AttentionSet {
         Ok(())
     }
 
-    /// Layers that are read.
+    /// How many layers are read.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Whether a layer is read.
     pub(crate) fn reads(&self, layer: usize) -> bool {
         self.layers.iter().any(|(l, _)| *l == layer)
     }
