@@ -1,46 +1,56 @@
-//! Builds the CUDA part into a shared library that the crate carries in itself; an empty file where the CUDA headers that come
-//! with torch's GPU packages are not there.
+//! Builds the C++ parts into shared libraries that the crate carries in itself; a part that this machine cannot build is an
+//! empty file.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn main() {
-    println!("cargo:rerun-if-changed=cpp/cuda.cc");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("libunveil_cuda.so");
-    let built = std::env::var_os("LIBTORCH").map(PathBuf::from).is_some_and(|torch| build(&torch, &out));
-    if !built {
-        std::fs::write(&out, b"").expect("OUT_DIR can be written");
+    let torch = std::env::var_os("LIBTORCH").map(PathBuf::from);
+    match torch.as_deref().and_then(|torch| Some((torch, cuda_headers(torch)?))) {
+        Some((torch, cuda)) => {
+            let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include"), cuda];
+            let libraries = ["-ltorch_cuda", "-lc10_cuda", "-ltorch_cpu", "-lc10"];
+            compile("cuda", &["-O2"], &headers, Some((torch, &libraries)));
+        }
+        None => {
+            println!("cargo:warning=no CUDA headers beside libtorch: decoding on a GPU will not use graphs");
+            leave_out("cuda");
+        }
     }
 }
 
-fn build(torch: &Path, out: &Path) -> bool {
-    // The headers of the CUDA runtime lie beside the torch package.
-    let Some(site) = torch.parent() else { return false };
-    let headers = ["nvidia/cu13/include", "nvidia/cuda_runtime/include"].map(|p| site.join(p));
-    let Some(cuda) =
-        headers.iter().find(|p| p.join("crt/host_config.h").exists() && p.join("cuda_runtime_api.h").exists())
-    else {
-        println!("cargo:warning=no CUDA headers beside {}: decoding on a GPU will not use graphs", torch.display());
-        return false;
-    };
+/// The headers of the CUDA runtime lie beside the torch package.
+fn cuda_headers(torch: &Path) -> Option<PathBuf> {
+    let site = torch.parent()?;
+    let places = ["nvidia/cu13/include", "nvidia/cuda_runtime/include"].map(|p| site.join(p));
+    places.into_iter().find(|p| p.join("crt/host_config.h").exists() && p.join("cuda_runtime_api.h").exists())
+}
+
+fn out(name: &str) -> PathBuf {
+    PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join(format!("libunveil_{name}.so"))
+}
+
+fn leave_out(name: &str) {
+    std::fs::write(out(name), b"").expect("OUT_DIR can be written");
+}
+
+/// Builds cpp/`name`.cc, linked with libraries of libtorch where they are given.
+fn compile(name: &str, flags: &[&str], headers: &[PathBuf], torch: Option<(&Path, &[&str])>) {
+    let source = format!("cpp/{name}.cc");
+    println!("cargo:rerun-if-changed={source}");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    let status = Command::new(&compiler)
-        .args(["-std=c++20", "-O2", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1", "cpp/cuda.cc"])
-        .arg("-isystem")
-        .arg(torch.join("include"))
-        .arg("-isystem")
-        .arg(torch.join("include/torch/csrc/api/include"))
-        .arg("-isystem")
-        .arg(cuda)
-        .arg("-L")
-        .arg(torch.join("lib"))
-        .args(["-Wl,--no-as-needed", "-ltorch_cuda", "-lc10_cuda", "-ltorch_cpu", "-lc10", "-o"])
-        .arg(out)
-        .status();
-    match status {
-        Ok(status) if status.success() => true,
-        Ok(status) => panic!("{compiler} could not build cpp/cuda.cc ({status})"),
-        Err(e) => panic!("{compiler} is needed to build cpp/cuda.cc: {e}"),
+    let mut command = Command::new(&compiler);
+    command.args(["-std=c++20", "-Wall", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1"]).args(flags).arg(&source);
+    for place in headers {
+        command.arg("-isystem").arg(place);
+    }
+    if let Some((torch, libraries)) = torch {
+        command.arg("-L").arg(torch.join("lib")).arg("-Wl,--no-as-needed").args(libraries);
+    }
+    match command.arg("-o").arg(out(name)).status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => panic!("{compiler} could not build {source} ({status})"),
+        Err(e) => panic!("{compiler} is needed to build {source}: {e}"),
     }
 }

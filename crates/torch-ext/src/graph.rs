@@ -1,9 +1,44 @@
 //! CUDA graphs: work that is recorded once and run again with one call, on the same memory.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::OnceLock;
 
-use crate::Result;
-use crate::library::{Functions, checked, functions};
+use crate::library::{Part, checked};
+use crate::{ExtError, Result};
+
+type Call = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
+
+/// The functions of cpp/cuda.cc.
+struct Functions {
+    new: unsafe extern "C" fn(*mut *mut c_void, *mut c_char, usize) -> c_int,
+    begin: unsafe extern "C" fn(*mut c_void, c_int, *mut c_char, usize) -> c_int,
+    end: Call,
+    replay: Call,
+    free: unsafe extern "C" fn(*mut c_void),
+}
+
+fn functions() -> Result<&'static Functions> {
+    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(load).as_ref();
+    loaded.map_err(|e| ExtError::Unavailable { part: "CUDA", reason: e.clone() })
+}
+
+#[allow(unsafe_code)]
+fn load() -> Result<Functions, String> {
+    let part = Part::load("unveil_cuda", include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cuda.so")))?;
+    // SAFETY: the types are those of cpp/cuda.cc, and the part is kept.
+    let out = unsafe {
+        Functions {
+            new: part.get(b"unveil_graph_new")?,
+            begin: part.get(b"unveil_graph_begin")?,
+            end: part.get(b"unveil_graph_end")?,
+            replay: part.get(b"unveil_graph_replay")?,
+            free: part.get(b"unveil_graph_free")?,
+        }
+    };
+    part.keep();
+    Ok(out)
+}
 
 /// Recorded work of one thread on one GPU. What it reads and writes must stay where it was: tensors that were made during the
 /// recording belong to the graph's own memory and hold the newest run's values.

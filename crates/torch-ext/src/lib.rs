@@ -11,12 +11,17 @@ pub use graph::CudaGraph;
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum ExtError {
-    /// The CUDA part cannot be used.
-    #[error("the CUDA part of this build cannot be used: {0}")]
-    Unavailable(String),
+    /// A part cannot be used.
+    #[error("the {part} part of this build cannot be used: {reason}")]
+    Unavailable {
+        /// Which part.
+        part: &'static str,
+        /// Why.
+        reason: String,
+    },
     /// libtorch or the driver refused.
     #[error("{what}: {message}")]
-    Cuda {
+    Refused {
         /// What was tried.
         what: &'static str,
         /// What libtorch said.

@@ -1,60 +1,54 @@
-//! The CUDA part: written to a temporary file, loaded once, and looked up. libtorch's own CUDA library must be loaded before.
+//! The C++ parts: libraries that this crate carries, loaded from memory at first use and kept for the life of the process.
 
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int};
 use std::io::Write;
-use std::sync::OnceLock;
+use std::os::fd::AsRawFd;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::{ExtError, Result};
 
-static BYTES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cuda.so"));
+/// A loaded part.
+pub(crate) struct Part(Library);
 
-type Call = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
-
-/// The functions of cpp/cuda.cc.
-pub(crate) struct Functions {
-    pub new: unsafe extern "C" fn(*mut *mut c_void, *mut c_char, usize) -> c_int,
-    pub begin: unsafe extern "C" fn(*mut c_void, c_int, *mut c_char, usize) -> c_int,
-    pub end: Call,
-    pub replay: Call,
-    pub free: unsafe extern "C" fn(*mut c_void),
-}
-
-pub(crate) fn functions() -> Result<&'static Functions> {
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    LOADED.get_or_init(|| load().map_err(|e| e.to_string())).as_ref().map_err(|e| ExtError::Unavailable(e.clone()))
-}
-
-#[allow(unsafe_code)]
-fn load() -> Result<Functions, Box<dyn std::error::Error>> {
-    if BYTES.is_empty() {
-        return Err("it was built without CUDA headers".into());
+impl Part {
+    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text.
+    #[allow(unsafe_code)]
+    pub(crate) fn load(name: &str, bytes: &[u8]) -> Result<Self, String> {
+        if bytes.is_empty() {
+            return Err("it was left out of this build: its headers were not there".into());
+        }
+        let text = |e: &dyn std::error::Error| e.to_string();
+        let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).map_err(|e| text(&e))?;
+        let mut file = std::fs::File::from(file);
+        file.write_all(bytes).map_err(|e| text(&e))?;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        // SAFETY: the library is this crate's own and has no initialisers beyond those of libtorch.
+        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map(Self).map_err(|e| text(&e))
     }
-    let mut file = tempfile::NamedTempFile::new()?;
-    file.write_all(BYTES)?;
-    // SAFETY: the library is this crate's own; it has no initialisers of its own beyond libtorch's, and stays loaded: the
-    // handle is forgotten, so the symbols live as long as the process. Their types are those of cpp/cuda.cc.
-    unsafe {
-        let library = Library::open(Some(file.path()), RTLD_NOW | RTLD_LOCAL)?;
-        let out = Functions {
-            new: *library.get(b"unveil_graph_new")?,
-            begin: *library.get(b"unveil_graph_begin")?,
-            end: *library.get(b"unveil_graph_end")?,
-            replay: *library.get(b"unveil_graph_replay")?,
-            free: *library.get(b"unveil_graph_free")?,
-        };
-        std::mem::forget(library);
-        Ok(out)
+
+    /// A function of the part.
+    ///
+    /// # Safety
+    /// `F` is the function's type, and [`Part::keep`] is called before it is used.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn get<F: Copy>(&self, name: &[u8]) -> Result<F, String> {
+        // SAFETY: by the caller.
+        unsafe { self.0.get::<F>(name) }.map(|f| *f).map_err(|e| e.to_string())
+    }
+
+    /// Keeps the library loaded for the life of the process.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self.0);
     }
 }
 
-/// Runs one call and reads its message.
+/// Runs one call that returns 0, or 1 with a message.
 pub(crate) fn checked(what: &'static str, call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
     let mut message = [0u8; 1024];
     if call(message.as_mut_ptr().cast(), message.len()) == 0 {
         return Ok(());
     }
     let end = message.iter().position(|b| *b == 0).unwrap_or(message.len());
-    Err(ExtError::Cuda { what, message: String::from_utf8_lossy(&message[..end]).into_owned() })
+    Err(ExtError::Refused { what, message: String::from_utf8_lossy(&message[..end]).into_owned() })
 }
