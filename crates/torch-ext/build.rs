@@ -6,12 +6,23 @@ use std::process::Command;
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-changed=cpp");
+    // Portable code and OpenMP, by the library that libtorch has loaded; once for each instruction set that it is fast with.
+    let levels: &[&str] = match std::env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
+        Ok("x86_64") => &["x86-64", "x86-64-v3", "x86-64-v4"],
+        _ => &["native"],
+    };
+    for level in levels {
+        let arch = format!("-march={level}");
+        let name = format!("cpu_{}", level.replace('-', "_"));
+        compile(&name, "cpu/step.cc", &["-O3", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi", &arch], &[], None);
+    }
     let torch = std::env::var_os("LIBTORCH").map(PathBuf::from);
     match torch.as_deref().and_then(|torch| Some((torch, cuda_headers(torch)?))) {
         Some((torch, cuda)) => {
             let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include"), cuda];
             let libraries = ["-ltorch_cuda", "-lc10_cuda", "-ltorch_cpu", "-lc10"];
-            compile("cuda", &["-O2"], &headers, Some((torch, &libraries)));
+            compile("cuda", "cuda.cc", &["-O2"], &headers, Some((torch, &libraries)));
         }
         None => {
             println!("cargo:warning=no CUDA headers beside libtorch: decoding on a GPU will not use graphs");
@@ -35,10 +46,9 @@ fn leave_out(name: &str) {
     std::fs::write(out(name), b"").expect("OUT_DIR can be written");
 }
 
-/// Builds cpp/`name`.cc, linked with libraries of libtorch where they are given.
-fn compile(name: &str, flags: &[&str], headers: &[PathBuf], torch: Option<(&Path, &[&str])>) {
-    let source = format!("cpp/{name}.cc");
-    println!("cargo:rerun-if-changed={source}");
+/// Builds one file under cpp/, linked with libraries of libtorch where they are given.
+fn compile(name: &str, source: &str, flags: &[&str], headers: &[PathBuf], torch: Option<(&Path, &[&str])>) {
+    let source = format!("cpp/{source}");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut command = Command::new(&compiler);
     command.args(["-std=c++20", "-Wall", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1"]).args(flags).arg(&source);

@@ -73,7 +73,7 @@ impl AttentionSet {
     }
 
     /// One over the number of (layer, head) pairs.
-    fn share(&self, heads: i64) -> f64 {
+    pub(crate) fn share(&self, heads: i64) -> f64 {
         let pairs: i64 = self.layers.iter().map(|(_, list)| list.as_ref().map_or(heads, |l| l.len() as i64)).sum();
         1.0 / pairs.max(1) as f64
     }
@@ -82,6 +82,12 @@ impl AttentionSet {
     pub(crate) fn heads(&self, layer: usize, device: Device) -> Option<Tensor> {
         let list = self.layers.iter().find(|(l, _)| *l == layer)?.1.as_ref()?;
         Some(Tensor::from_slice(list).to_device(device))
+    }
+
+    /// 1 for each of a layer's `count` heads that is read, 0 for the others; none = all are read.
+    pub(crate) fn flags(&self, layer: usize, count: i64) -> Option<Vec<u8>> {
+        let list = self.layers.iter().find(|(l, _)| *l == layer)?.1.as_ref()?;
+        Some((0..count).map(|head| u8::from(list.contains(&head))).collect())
     }
 
     /// What one layer adds to the rows: scores `[B, Hq, Q, V]` (unscaled, fp32) over image tokens, softmax over those that
@@ -180,24 +186,6 @@ pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) 
     }
 }
 
-/// [`attend`] for few queries and keys in many rows, as suffixes are: there plain products cost less than starting the fused
-/// kernel for each row. `q [R, H, Q, d]`.
-pub(crate) fn attend_rows(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
-    let size = q.size();
-    if q.device().is_cuda() || size[2] * k.size()[2] > FEW {
-        return attend(q, k, v, bias);
-    }
-    let mut scores = (q * (size[3] as f64).powf(-0.5)).matmul(&k.transpose(-1, -2));
-    if let Some(bias) = bias {
-        scores += bias;
-    }
-    let lse = scores.logsumexp([-1i64].as_slice(), false);
-    ((scores - lse.unsqueeze(-1)).exp().matmul(v), lse)
-}
-
-/// Scores per row and head up to which plain products are the cheaper way (measured on two cores of Zen 3).
-const FEW: i64 = 1024;
-
 /// Joins two parts of an attention by the logs of their sums: outputs `[.., d]`, sums `[..]`.
 pub(crate) fn merge((a, lse_a): (Tensor, Tensor), (b, lse_b): (Tensor, Tensor)) -> Tensor {
     // The weight of the first part is exp(lse_a) / (exp(lse_a) + exp(lse_b)).
@@ -223,10 +211,6 @@ mod tests {
             let one = attend(&q, &part(&k, 0, first), &part(&v, 0, first), Some(&bias));
             let second = (part(&k, first, second), part(&v, first, second));
             let two = attend(&q, &second.0, &second.1, None);
-            let rows = attend_rows(&q, &second.0, &second.1, None);
-            for (a, b) in [(&two.0, &rows.0), (&two.1, &rows.1)] {
-                assert!((a - b).abs().max().double_value(&[]) < 1e-5);
-            }
             let second = second.0.size()[2];
             let whole_bias = Tensor::cat(&[bias, Tensor::zeros([2, 1, 1, second], (Kind::Float, Device::Cpu))], -1);
             let scores = q.matmul(&k.transpose(-1, -2)) * (d as f64).powf(-0.5) + whole_bias;

@@ -53,17 +53,19 @@ pub(crate) struct Captured {
     pub image_k: Tensor,
     /// Heads that are read, none = all.
     pub heads: Option<Tensor>,
+    /// The same as 1 for each head that is read.
+    pub flags: Option<Vec<u8>>,
 }
 
 /// What one group of a cache is.
 #[derive(Clone, Default)]
 pub(crate) struct Slot {
     /// Prompt tokens; 0 = free.
-    prefix: i64,
+    pub prefix: i64,
     /// Rotary position of the first response token.
     pub next: i64,
     /// Image tokens.
-    images: usize,
+    pub images: usize,
 }
 
 /// How much a cache may hold.
@@ -127,7 +129,8 @@ impl GroupCache {
             let set = capture.as_ref().filter(|c| c.reads(index));
             let captured = |set: &AttentionSet| -> Result<Captured> {
                 let image_k = Tensor::f_zeros([s, heads, shape.images as i64, d], (Kind::Float, device))?;
-                Ok(Captured { image_k, heads: set.heads(index, device) })
+                let flags = set.flags(index, config.num_attention_heads);
+                Ok(Captured { image_k, heads: set.heads(index, device), flags })
             };
             Ok(LayerStore {
                 prefix_k: room(s, shape.prompt)?,

@@ -5,7 +5,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::attention::{Capture, attend, attend_rows, capture_rows, merge};
+use crate::attention::{Capture, attend, capture_rows, merge};
 use crate::cache::GroupCache;
 use crate::family::Get;
 use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
@@ -14,9 +14,9 @@ use crate::rope::Rotary;
 use crate::{Result, TextConfig};
 
 /// Matrices that meet the same input: queries, keys and values, or gate and up, with their biases.
-struct Fused {
-    parts: Vec<Tensor>,
-    bias: Vec<Tensor>,
+pub(crate) struct Fused {
+    pub parts: Vec<Tensor>,
+    pub bias: Vec<Tensor>,
     /// The tensors whose rows they are, where they are small: one product serves all then.
     whole: Option<(Tensor, Option<Tensor>)>,
 }
@@ -40,15 +40,15 @@ impl Fused {
     }
 }
 
-struct Layer {
-    norm1: Tensor,
-    qkv: Fused,
+pub(crate) struct Layer {
+    pub norm1: Tensor,
+    pub qkv: Fused,
     /// Norms over the head of queries and keys.
-    qk_norm: Option<(Tensor, Tensor)>,
-    o: Tensor,
-    norm2: Tensor,
-    gate_up: Fused,
-    down: Tensor,
+    pub qk_norm: Option<(Tensor, Tensor)>,
+    pub o: Tensor,
+    pub norm2: Tensor,
+    pub gate_up: Fused,
+    pub down: Tensor,
 }
 
 /// Queries, keys and values of one layer, rotated: `[B, heads, L, d]`.
@@ -60,10 +60,10 @@ struct Qkv {
 
 /// The stack of layers; shares its tensors with the model's parameter list.
 pub(crate) struct Decoder {
-    config: TextConfig,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    rotary: Rotary,
+    pub config: TextConfig,
+    pub layers: Vec<Layer>,
+    pub norm: Tensor,
+    pub rotary: Rotary,
 }
 
 /// What a pass over sequences is asked for besides hidden states.
@@ -224,7 +224,7 @@ impl Decoder {
         let (prefix, lse) = attend(&shared, &store.prefix_k, &store.prefix_v, cache.prefix_bias.as_ref());
         let prefix = (to_rows(&prefix.contiguous(), &[d]), to_rows(&lse.contiguous(), &[]));
         let (suffix_k, suffix_v) = (store.suffix_k.narrow(2, 0, place.used), store.suffix_v.narrow(2, 0, place.used));
-        let suffix = attend_rows(&own, &suffix_k, &suffix_v, place.suffix_bias.as_ref());
+        let suffix = attend(&own, &suffix_k, &suffix_v, place.suffix_bias.as_ref());
         (back(merge(prefix, suffix)).reshape([-1, 1, hkv * heads, d]), captured)
     }
 

@@ -14,6 +14,7 @@ mod error;
 mod export;
 mod family;
 mod graph;
+mod host;
 mod init;
 mod logprob;
 mod ops;

@@ -33,7 +33,7 @@ pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let kind = weight.kind();
     if kind == x.kind() {
-        return x.linear(weight, bias);
+        return few_rows(x, weight, bias).unwrap_or_else(|| x.linear(weight, bias));
     }
     let bias = bias.map(|b| b.to_kind(x.kind()));
     if !matches!(x.device(), Device::Cuda(_)) || weight.requires_grad() {
@@ -54,6 +54,19 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     }
     out.view(size.as_slice())
 }
+
+/// The product of few rows on the CPU, where libtorch's own reads the weights more than once.
+fn few_rows(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option<Tensor> {
+    let few = x.dim() == 2 && x.size()[0] <= FEW;
+    let trained = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::requires_grad);
+    if !few || trained || x.device() != Device::Cpu || x.kind() != Kind::Float {
+        return None;
+    }
+    unveil_torch_ext::linear(x, weight, bias).ok()
+}
+
+/// Rows up to which it is the faster one.
+const FEW: i64 = 64;
 
 /// Scaled dot-product attention with the library's fused kernels; heads of `k` and `v` may be fewer (grouped queries).
 pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {

@@ -29,23 +29,39 @@ pub(crate) enum Write {
     Scatter(Tensor, Tensor),
 }
 
+/// Where the tokens of one step go, as numbers: all by fed row.
+pub(crate) struct Seats {
+    /// Rotary positions.
+    pub positions: Vec<i64>,
+    /// Rows, ascending.
+    pub rows: Vec<i64>,
+    /// Places in the row's suffix.
+    pub places: Vec<i64>,
+}
+
 impl GroupCache {
     /// Where the tokens of a step go that feeds `rows` (ascending); all of them in a steady cache, where a row that is full
     /// writes over its last place, so that only rows which go on may be looked at afterwards.
+    pub(crate) fn seats(&self, rows: &[usize]) -> Seats {
+        let (n, last) = (self.shape().n, self.shape().response as i64 - 1);
+        Seats {
+            positions: rows.iter().map(|r| self.slots[r / n].next + self.lengths[*r]).collect(),
+            rows: rows.iter().map(|r| *r as i64).collect(),
+            places: rows.iter().map(|r| self.lengths[*r].min(last)).collect(),
+        }
+    }
+
+    /// [`GroupCache::seats`] as tensors, with the masks that go with them.
     pub(crate) fn place(&self, rows: &[usize]) -> Place {
-        let (n, response) = (self.shape().n, self.shape().response as i64);
-        let lengths = &self.lengths;
-        let positions: Vec<i64> = rows.iter().map(|r| self.slots[r / n].next + lengths[*r]).collect();
-        let mut seen = lengths.clone();
-        rows.iter().for_each(|r| seen[*r] = (lengths[*r] + 1).min(response));
+        let Seats { positions, rows: index, places } = self.seats(rows);
+        let mut seen = self.lengths.clone();
+        rows.iter().zip(&places).for_each(|(r, place)| seen[*r] = place + 1);
         let mut used = seen.iter().copied().max().unwrap_or(1).max(1);
         if self.steady() {
-            used = ((used + STEADY - 1) / STEADY * STEADY).min(response);
+            used = ((used + STEADY - 1) / STEADY * STEADY).min(self.shape().response as i64);
         }
         let all = rows.len() == self.rows();
-        let slots: Vec<i64> = rows.iter().map(|r| seen[*r] - 1).collect();
         let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
-        let index = || tensor(&rows.iter().map(|v| *v as i64).collect::<Vec<_>>());
         let even = all && !self.steady() && seen.iter().all(|s| *s == used);
         let suffix_bias = (!even).then(|| {
             // A row that was never fed still sees its first place, so that its softmax is finite.
@@ -55,8 +71,8 @@ impl GroupCache {
         });
         Place {
             positions: tensor(&positions),
-            rows: (!all).then(index),
-            write: if even { Write::Column(used - 1) } else { Write::Scatter(index(), tensor(&slots)) },
+            rows: (!all).then(|| tensor(&index)),
+            write: if even { Write::Column(used - 1) } else { Write::Scatter(tensor(&index), tensor(&places)) },
             used,
             suffix_bias,
         }

@@ -165,7 +165,7 @@ impl Vlm {
         if tokens.numel() > 0 && (tokens.max().int64_value(&[]) >= vocab || tokens.min().int64_value(&[]) < 0) {
             return Err(ModelError::input(format!("a token id is outside the vocabulary of {vocab}")));
         }
-        let embeds = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(wide(self.kind()))?;
+        let embeds = self.embed_text(tokens)?;
         let places = tokens.eq(i64::from(self.config.image_token_id));
         let count = places.sum(Kind::Int64).int64_value(&[]);
         let rows = image_features.map_or(0, |f| f.size().first().copied().unwrap_or(0));
@@ -366,6 +366,9 @@ impl Vlm {
 
     fn run_step(&self, cache: &mut GroupCache, tokens: &Tensor, rows: &[usize]) -> Result<(Tensor, Option<Tensor>)> {
         let _guard = tch::no_grad_guard();
+        if self.decoder.on_host() {
+            return self.decoder.host_step(&self.embed_text(tokens)?, cache, &cache.seats(rows));
+        }
         let place = cache.place(rows);
         match self.device() {
             Device::Cuda(gpu) if cache.steady() => graph::step(self, cache, gpu, tokens, place),
@@ -373,10 +376,13 @@ impl Vlm {
         }
     }
 
+    fn embed_text(&self, tokens: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(wide(self.kind()))?)
+    }
+
     /// The tensor work of a decode step: nothing but the values in `tokens` and `place` changes between steps of one shape.
     pub(crate) fn step(&self, tokens: &Tensor, cache: &GroupCache, place: &Place) -> Result<(Tensor, Option<Tensor>)> {
-        let embeds = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(wide(self.kind()))?;
-        Ok(self.decoder.step(&embeds, cache, place))
+        Ok(self.decoder.step(&self.embed_text(tokens)?, cache, place))
     }
 }
 

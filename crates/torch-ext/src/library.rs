@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::{ExtError, Result};
 
@@ -19,7 +20,7 @@ impl Part {
             return Err("it was left out of this build: its headers were not there".into());
         }
         let text = |e: &dyn std::error::Error| e.to_string();
-        let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).map_err(|e| text(&e))?;
+        let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| text(&e))?;
         let mut file = std::fs::File::from(file);
         file.write_all(bytes).map_err(|e| text(&e))?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());

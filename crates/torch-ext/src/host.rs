@@ -1,0 +1,356 @@
+//! Kernels for the CPU: products of few rows, and decode steps of a decoder behind shared prefixes. libtorch's own cost more to start
+//! than to run there. Each is built for several instruction sets; the best that this machine has is taken.
+
+use std::sync::OnceLock;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::library::Part;
+use crate::{ExtError, Result};
+
+/// Weights and caches of one layer: contiguous, fp32, on the CPU.
+pub struct DecodeLayer<'a> {
+    /// RMS norm before attention `[D]`.
+    pub norm1: &'a Tensor,
+    /// Projections to queries `[Hq d, D]`, keys and values `[Hkv d, D]`.
+    pub qkv: [&'a Tensor; 3],
+    /// Their biases.
+    pub qkv_bias: Option<[&'a Tensor; 3]>,
+    /// RMS norms of queries and keys over the head `[d]`.
+    pub qk_norm: Option<(&'a Tensor, &'a Tensor)>,
+    /// Output projection `[D, Hq d]`.
+    pub o: &'a Tensor,
+    /// RMS norm before the MLP `[D]`.
+    pub norm2: &'a Tensor,
+    /// Gate and up projections `[I, D]`.
+    pub gate_up: [&'a Tensor; 2],
+    /// Down projection `[D, I]`.
+    pub down: &'a Tensor,
+    /// Keys and values of the prefixes `[S, Hkv, P, d]`.
+    pub prefix: [&'a Tensor; 2],
+    /// Keys and values of the rows `[R, Hkv, L, d]`; the step's own are written there.
+    pub suffix: [&'a Tensor; 2],
+    /// Where the layer's attention over images is read: keys of the image tokens `[S, Hkv, V, d]`, and 1 for each head that
+    /// counts, none = all.
+    pub capture: Option<(&'a Tensor, Option<&'a [u8]>)>,
+}
+
+/// One token for each fed row.
+pub struct DecodeStep<'a> {
+    /// Query heads, key/value heads.
+    pub heads: (i64, i64),
+    /// Responses per slot.
+    pub n: i64,
+    /// Added to mean squares.
+    pub eps: f64,
+    /// Embeddings `[A, D]`.
+    pub x: &'a Tensor,
+    /// Cosines and sines `[A, d / 2]`.
+    pub rotary: [&'a Tensor; 2],
+    /// Rows `[A]`, ascending, and the tokens that each held before.
+    pub rows: &'a [i64],
+    /// See `rows`.
+    pub held: &'a [i64],
+    /// Tokens of each slot's prefix `[S]`.
+    pub prefix: &'a [i64],
+    /// Image tokens of each slot `[S]`.
+    pub images: &'a [i64],
+    /// What a head's attention is multiplied with before heads and layers are added up.
+    pub share: f64,
+}
+
+#[repr(C)]
+struct CLayer {
+    norm1: *const f32,
+    qkv: [*const f32; 3],
+    qkv_bias: [*const f32; 3],
+    q_norm: *const f32,
+    k_norm: *const f32,
+    o: *const f32,
+    norm2: *const f32,
+    gate: *const f32,
+    up: *const f32,
+    down: *const f32,
+    prefix_k: *const f32,
+    prefix_v: *const f32,
+    suffix_k: *mut f32,
+    suffix_v: *mut f32,
+    image_k: *const f32,
+    heads: *const u8,
+}
+
+#[repr(C)]
+struct CStep {
+    fed: i64,
+    hidden: i64,
+    intermediate: i64,
+    heads: i64,
+    kv_heads: i64,
+    head_dim: i64,
+    slots: i64,
+    n: i64,
+    prompt: i64,
+    response: i64,
+    images: i64,
+    eps: f32,
+    share: f32,
+    threads: i32,
+    x: *mut f32,
+    cos: *const f32,
+    sin: *const f32,
+    row: *const i64,
+    held: *const i64,
+    prefix: *const i64,
+    image: *const i64,
+    attention: *mut f32,
+}
+
+type Linear = unsafe extern "C" fn(*const f32, i64, i64, *const f32, i64, *const f32, *mut f32, i32);
+type Decode = unsafe extern "C" fn(*const CStep, *const CLayer, i64);
+
+/// The functions of cpp/cpu/step.cc.
+struct Functions {
+    linear: Linear,
+    decode: Decode,
+}
+
+fn functions() -> Result<&'static Functions> {
+    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(|| load(best())).as_ref();
+    loaded.map_err(|e| ExtError::Unavailable { part: "CPU", reason: e.clone() })
+}
+
+macro_rules! built {
+    ($level:literal) => {
+        include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cpu_", $level, ".so"))
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+fn best() -> &'static [u8] {
+    let v4 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512cd")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl");
+    let v3 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("bmi1")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("lzcnt")
+        && is_x86_feature_detected!("movbe");
+    match (v4 && v3, v3) {
+        (true, _) => built!("x86_64_v4"),
+        (_, true) => built!("x86_64_v3"),
+        _ => built!("x86_64"),
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn best() -> &'static [u8] {
+    built!("native")
+}
+
+#[allow(unsafe_code)]
+fn load(bytes: &[u8]) -> Result<Functions, String> {
+    let part = Part::load("unveil_cpu", bytes)?;
+    // SAFETY: the types are those of cpp/cpu/step.cc, and the part is kept.
+    let out = unsafe { Functions { linear: part.get(b"unveil_linear")?, decode: part.get(b"unveil_decode")? } };
+    part.keep();
+    Ok(out)
+}
+
+/// The memory of a tensor that must be contiguous, fp32, on the CPU, and of one shape.
+fn memory(what: &'static str, t: &Tensor, shape: &[i64]) -> Result<*mut f32> {
+    if t.kind() == Kind::Float && t.device() == Device::Cpu && t.is_contiguous() && t.size() == shape {
+        return Ok(t.data_ptr().cast());
+    }
+    Err(ExtError::Tensor { what, found: format!("{t:?}"), expected: shape.to_vec() })
+}
+
+/// `x W^T (+ bias)` for `x [M, K]`, `weight [N, K]`, `bias [N]`, all contiguous fp32 on the CPU; records no gradient. Each row's
+/// result is the same whatever the other rows are.
+///
+/// # Errors
+/// A tensor is of another kind or shape, or the kernels cannot be loaded.
+#[allow(unsafe_code)]
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (m, n, k) = match (&x.size()[..], &weight.size()[..]) {
+        (&[m, k], &[n, _]) => (m, n, k),
+        _ => return Err(ExtError::Tensor { what: "input", found: format!("{x:?}"), expected: vec![0, 0] }),
+    };
+    let (px, pw) = (memory("input", x, &[m, k])?, memory("weight", weight, &[n, k])?);
+    let pb = bias.map(|b| memory("bias", b, &[n])).transpose()?.unwrap_or(std::ptr::null_mut());
+    let out = Tensor::empty([m, n], (Kind::Float, Device::Cpu));
+    let threads = tch::get_num_threads();
+    // SAFETY: all memory has the sizes that are passed, by the checks above.
+    unsafe { (functions()?.linear)(px, m, k, pw, n, pb, out.data_ptr().cast(), threads) };
+    Ok(out)
+}
+
+/// Runs a step through `layers`. Returns hidden states `[A, D]` (before the last norm) and, where layers capture, what each
+/// key/value head adds to the attention rows `[Hkv, A, V]`. Records no gradient.
+///
+/// # Errors
+/// A tensor is of another kind or shape, an index is out of range, or the kernels cannot be loaded.
+#[allow(unsafe_code)]
+pub fn decode(step: &DecodeStep<'_>, layers: &[DecodeLayer<'_>]) -> Result<(Tensor, Option<Tensor>)> {
+    let Some(first) = layers.first() else { return Ok((step.x.copy(), None)) };
+    let (hq, hkv) = step.heads;
+    let wrong = |what, t: &Tensor| ExtError::Tensor { what, found: format!("{t:?}"), expected: Vec::new() };
+    let &[a, hidden] = &step.x.size()[..] else { return Err(wrong("embeddings", step.x)) };
+    let &[slots, _, prompt, d] = &first.prefix[0].size()[..] else { return Err(wrong("prefix", first.prefix[0])) };
+    let &[rows, _, response, _] = &first.suffix[0].size()[..] else { return Err(wrong("suffix", first.suffix[0])) };
+    let &[intermediate, _] = &first.gate_up[0].size()[..] else { return Err(wrong("gate", first.gate_up[0])) };
+    let images = layers.iter().find_map(|l| l.capture).map(|(keys, _)| keys.size().get(2).copied().unwrap_or(0));
+    check(step, a, slots, [rows, prompt, response, images.unwrap_or(i64::MAX)])?;
+    if hkv < 1 || hq % hkv != 0 || d % 2 != 0 {
+        return Err(ExtError::Index { what: "heads", value: hq, limit: hkv });
+    }
+    let kv = [slots, hkv, prompt, d];
+    let layer = |l: &DecodeLayer<'_>| -> Result<CLayer> {
+        let none = std::ptr::null();
+        let mut out = CLayer {
+            norm1: memory("norm1", l.norm1, &[hidden])?,
+            qkv: [none; 3],
+            qkv_bias: [none; 3],
+            q_norm: none,
+            k_norm: none,
+            o: memory("o", l.o, &[hidden, hq * d])?,
+            norm2: memory("norm2", l.norm2, &[hidden])?,
+            gate: memory("gate", l.gate_up[0], &[intermediate, hidden])?,
+            up: memory("up", l.gate_up[1], &[intermediate, hidden])?,
+            down: memory("down", l.down, &[hidden, intermediate])?,
+            prefix_k: memory("prefix keys", l.prefix[0], &kv)?,
+            prefix_v: memory("prefix values", l.prefix[1], &kv)?,
+            suffix_k: memory("suffix keys", l.suffix[0], &[rows, hkv, response, d])?,
+            suffix_v: memory("suffix values", l.suffix[1], &[rows, hkv, response, d])?,
+            image_k: none,
+            heads: std::ptr::null(),
+        };
+        for (i, width) in [hq * d, hkv * d, hkv * d].into_iter().enumerate() {
+            out.qkv[i] = memory("qkv", l.qkv[i], &[width, hidden])?;
+            if let Some(bias) = l.qkv_bias {
+                out.qkv_bias[i] = memory("qkv bias", bias[i], &[width])?;
+            }
+        }
+        if let Some((q, k)) = l.qk_norm {
+            (out.q_norm, out.k_norm) = (memory("query norm", q, &[d])?, memory("key norm", k, &[d])?);
+        }
+        if let Some((keys, heads)) = l.capture {
+            out.image_k = memory("image keys", keys, &[slots, hkv, images.unwrap_or(0), d])?;
+            if let Some(heads) = heads {
+                if heads.len() as i64 != hq {
+                    return Err(ExtError::Index { what: "heads that are read", value: heads.len() as i64, limit: hq });
+                }
+                out.heads = heads.as_ptr();
+            }
+        }
+        Ok(out)
+    };
+    let c_layers = layers.iter().map(layer).collect::<Result<Vec<_>>>()?;
+    let functions = functions()?;
+    let x = step.x.copy();
+    let attention = images.map(|v| Tensor::zeros([hkv, a, v], (Kind::Float, Device::Cpu)));
+    let c_step = CStep {
+        fed: a,
+        hidden,
+        intermediate,
+        heads: hq,
+        kv_heads: hkv,
+        head_dim: d,
+        slots,
+        n: step.n,
+        prompt,
+        response,
+        images: images.unwrap_or(0),
+        eps: step.eps as f32,
+        share: step.share as f32,
+        threads: tch::get_num_threads(),
+        x: memory("embeddings", &x, &[a, hidden])?,
+        cos: memory("cosines", step.rotary[0], &[a, d / 2])?,
+        sin: memory("sines", step.rotary[1], &[a, d / 2])?,
+        row: step.rows.as_ptr(),
+        held: step.held.as_ptr(),
+        prefix: step.prefix.as_ptr(),
+        image: step.images.as_ptr(),
+        attention: attention.as_ref().map_or(std::ptr::null_mut(), |t| t.data_ptr().cast()),
+    };
+    // SAFETY: every pointer leads to memory of the size that the step states, checked above, and outlives the call.
+    unsafe { (functions.decode)(&c_step, c_layers.as_ptr(), c_layers.len() as i64) };
+    Ok((x, attention))
+}
+
+/// Lengths and ranges of a step's indices.
+fn check(step: &DecodeStep<'_>, a: i64, slots: i64, [rows, prompt, response, images]: [i64; 4]) -> Result<()> {
+    let within = |what, values: &[i64], count: i64, limit: i64| {
+        if values.len() as i64 != count {
+            return Err(ExtError::Index { what, value: values.len() as i64, limit: count });
+        }
+        match values.iter().find(|v| **v < 0 || **v > limit) {
+            Some(v) => Err(ExtError::Index { what, value: *v, limit }),
+            None => Ok(()),
+        }
+    };
+    within("rows", step.rows, a, rows - 1)?;
+    within("held tokens", step.held, a, response - 1)?;
+    within("prefix lengths", step.prefix, slots, prompt)?;
+    within("image tokens", step.images, slots, images)?;
+    if step.n < 1 || step.n.checked_mul(slots) != Some(rows) || !step.rows.is_sorted_by(|a, b| a < b) {
+        return Err(ExtError::Index { what: "rows per slot", value: step.n, limit: rows });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_equal_torch_and_do_not_depend_on_other_rows() {
+        tch::manual_seed(7);
+        for (m, n, k) in [(1, 1, 3), (4, 24, 32), (7, 50, 40), (33, 101, 67)] {
+            let r = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
+            let (x, w, b) = (r(&[m, k]), r(&[n, k]), r(&[n]));
+            let out = linear(&x, &w, Some(&b)).unwrap();
+            let exact = x.to_kind(Kind::Double).linear(&w.to_kind(Kind::Double), Some(b.to_kind(Kind::Double)));
+            assert!((&out - exact).abs().max().double_value(&[]) < 1e-4);
+            let alone = linear(&x.narrow(0, m - 1, 1).contiguous(), &w, Some(&b)).unwrap();
+            assert_eq!(alone, out.narrow(0, m - 1, 1), "{m} {n} {k}");
+        }
+        let (x, w) =
+            (Tensor::zeros([2, 4], (Kind::Float, Device::Cpu)), Tensor::zeros([3, 5], (Kind::Float, Device::Cpu)));
+        assert!(linear(&x, &w, None).unwrap_err().to_string().contains("weight"));
+    }
+
+    /// Every instruction set that this machine has gives the same products within rounding.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unsafe_code)]
+    fn all_instruction_sets_load() {
+        let x = Tensor::randn([5, 70], (Kind::Float, Device::Cpu));
+        let w = Tensor::randn([31, 70], (Kind::Float, Device::Cpu));
+        let wanted = x.linear(&w, None::<Tensor>);
+        let mut built: Vec<&[u8]> = vec![built!("x86_64"), best()];
+        built.dedup();
+        for bytes in built {
+            let f = load(bytes).unwrap();
+            let out = Tensor::zeros([5, 31], (Kind::Float, Device::Cpu));
+            // SAFETY: the sizes are those of the tensors.
+            unsafe {
+                (f.linear)(
+                    x.data_ptr().cast(),
+                    5,
+                    70,
+                    w.data_ptr().cast(),
+                    31,
+                    std::ptr::null(),
+                    out.data_ptr().cast(),
+                    1,
+                )
+            };
+            assert!((out - &wanted).abs().max().double_value(&[]) < 1e-4);
+        }
+    }
+}
