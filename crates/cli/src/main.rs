@@ -28,11 +28,24 @@ enum Command {
         /// auto: newest checkpoint that verifies; never: start stage 2 afresh; or a step.
         #[arg(long, value_name = "auto|never|STEP")]
         resume: Option<String>,
+        #[command(flatten)]
+        dump: DumpArgs,
     },
     /// Stage 1: instruction tuning.
     Sft(RoleArgs),
     /// Stage 2: the learner, which also hosts the experience service.
-    Learner(RoleArgs),
+    #[command(args_conflicts_with_subcommands = true)]
+    Learner {
+        #[command(flatten)]
+        role: RoleArgs,
+        /// auto: newest checkpoint that verifies; never: start afresh; or a step.
+        #[arg(long, value_name = "auto|never|STEP")]
+        resume: Option<String>,
+        #[command(flatten)]
+        dump: DumpArgs,
+        #[command(subcommand)]
+        command: Option<LearnerCommand>,
+    },
     /// Stage 2: a rollout worker.
     Rollout {
         #[command(flatten)]
@@ -75,6 +88,20 @@ enum Command {
     },
 }
 
+/// Keeps the batches of a run.
+#[derive(Debug, Clone, clap::Args)]
+struct DumpArgs {
+    /// Writes every batch to DIR/step-N before its update, for `unveil learner replay`.
+    #[arg(long, value_name = "DIR")]
+    dump_batch: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum LearnerCommand {
+    /// One update from a dumped batch: replay.json, grads.safetensors and model/ in OUT.
+    Replay(models::ReplayArgs),
+}
+
 #[derive(Subcommand)]
 enum ConfigCommand {
     /// Loads and checks; prints nothing but errors.
@@ -89,9 +116,16 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Train { config, resume } => roles::train(&config, resume),
+        Command::Train { mut config, resume, dump } => {
+            config.sets.extend(overrides(resume, dump));
+            roles::train(&config)
+        }
         Command::Sft(role) => roles::sft(&role),
-        Command::Learner(role) => roles::learner(&role),
+        Command::Learner { command: Some(LearnerCommand::Replay(args)), .. } => models::replay(&args),
+        Command::Learner { mut role, resume, dump, command: None } => {
+            role.config.sets.extend(overrides(resume, dump));
+            roles::learner(&role)
+        }
         Command::Rollout { role, worker } => roles::rollout(&role, worker),
         Command::Reward { args } => roles::reward(&args),
         Command::Generate(args) => models::generate(&args),
@@ -114,4 +148,10 @@ fn run(command: Command) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Flags that stand for configuration keys.
+fn overrides(resume: Option<String>, dump: DumpArgs) -> impl Iterator<Item = String> {
+    let resume = resume.map(|r| format!("run.resume={r}"));
+    resume.into_iter().chain(dump.dump_batch.map(|dir| format!("run.dump_batch={}", dir.display())))
 }

@@ -104,6 +104,21 @@ pub struct ScoreArgs {
 }
 
 #[derive(Args)]
+pub struct ReplayArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Model directory that the update starts from.
+    #[arg(long)]
+    model: PathBuf,
+    /// Dumped batch: a directory with batch.json and batch.safetensors.
+    #[arg(long)]
+    batch: PathBuf,
+    /// Directory to write.
+    #[arg(long)]
+    out: PathBuf,
+}
+
+#[derive(Args)]
 pub struct EvalArgs {
     #[command(flatten)]
     role: RoleArgs,
@@ -233,6 +248,16 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
     };
     score_cli(&options, &mut out)?;
     Ok(out.flush()?)
+}
+
+/// `unveil learner replay`
+pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    unveil_service::init_tracing("replay", "warn")?;
+    let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
+    let banned = &preparer.tokenizer().special().banned;
+    println!("{}", unveil_learner::replay(&config, &args.model, &args.batch, &args.out, banned)?);
+    Ok(())
 }
 
 /// `unveil eval`

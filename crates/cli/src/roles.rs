@@ -30,9 +30,7 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// `unveil train`
-pub fn train(args: &ConfigArgs, resume: Option<String>) -> anyhow::Result<()> {
-    let mut args = args.clone();
-    args.sets.extend(resume.map(|r| format!("run.resume={r}")));
+pub fn train(args: &ConfigArgs) -> anyhow::Result<()> {
     let config = args.load()?;
     unveil_service::init_tracing("train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);

@@ -41,6 +41,8 @@ pub struct Run {
     pub seed: u64,
     /// `auto` (newest checkpoint that verifies, or start), `never`, or a step number.
     pub resume: String,
+    /// Directory that every batch of stage 2 is written to before its update, as `step-N`; empty = none.
+    pub dump_batch: String,
     /// Threads of stage 1 and of the evaluations before and after stage 2 (0 = all cores).
     pub threads: usize,
     /// `cpu`, `cuda`, `cuda:N`, or `auto`.
@@ -66,6 +68,7 @@ impl Default for Run {
             dir: "runs/run".into(),
             seed: 0,
             resume: "auto".into(),
+            dump_batch: String::new(),
             threads: 0,
             device: "auto".into(),
             dtype: Dtype::default(),

@@ -48,6 +48,14 @@ pub enum LearnerError {
     /// A setting that does not fit this model or data.
     #[error("{0}")]
     Setting(String),
+    /// A dumped batch does not fit.
+    #[error("{path}: {what}")]
+    Dump {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// What a checkpoint holds does not fit.
     #[error("checkpoint of step {step}: {what}")]
     State {

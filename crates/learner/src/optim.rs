@@ -111,6 +111,14 @@ impl AdamW {
         })
     }
 
+    /// Copies of a gradient's parts in the parameters' shapes, by name.
+    pub fn by_name(&self, gradient: &Gradient) -> Result<Vec<(String, Tensor)>> {
+        let part = |s: &Slot| -> Result<_> {
+            Ok((s.name.clone(), gradient.flat.f_narrow(0, s.begin, s.count)?.f_view(s.shape.as_slice())?.copy()))
+        };
+        self.slots.iter().map(part).collect()
+    }
+
     /// Clips by global norm as `torch.nn.utils.clip_grad_norm_` does, then applies one update at learning rate `lr`.
     pub fn step(&mut self, mut gradient: Gradient, lr: f64) -> Result<()> {
         let o = &self.options;

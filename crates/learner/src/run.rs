@@ -14,6 +14,7 @@ use unveil_experience::{Event, Experience, Settings};
 
 use crate::batch::TrainGroup;
 use crate::codec::to_bytes;
+use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions};
@@ -121,6 +122,10 @@ impl Run {
             let waiting = Instant::now();
             let Some(batch) = self.wait(stage)? else { break };
             let wait_ms = waiting.elapsed().as_secs_f64() * 1e3;
+            if !config.run.dump_batch.is_empty() {
+                let to = Path::new(&config.run.dump_batch).join(format!("step-{}", self.learner.step() + 1));
+                dump::write(&to, config, &self.learner, &batch)?;
+            }
             let mut report = self.learner.update(&batch)?;
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
             let step = self.learner.step();

@@ -1,7 +1,7 @@
 //! One policy update from a batch of groups: advantages, packed forward pass, loss, gradients, AdamW. A function of the batch
 //! and the learner's state alone. Must not know: tonic, tokio, where groups come from.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
 use unveil_algo::{LossParts, TokenBatch, TokenStats, gae, policy_loss, whiten};
 use unveil_config::schema::Algorithm;
+use unveil_core::GroupId;
 use unveil_model::{CaptureSpec, PackedBatch, ValueHead, Vlm, logprobs_entropy};
 
 use crate::batch::{GroupInput, Member, TrainGroup, attended, flat, mentions, parts, pixels};
@@ -31,7 +32,12 @@ pub struct Learner {
     pub(crate) step: u64,
     pub(crate) skipped: u64,
     pub(crate) skipped_in_a_row: u64,
+    /// Gradients of the last optimiser step, where they are asked for.
+    trace: Option<Vec<(String, Tensor)>>,
 }
+
+/// Values before an update, by group and response; empty for responses that do not count.
+pub(crate) type Values = HashMap<GroupId, Vec<Vec<f32>>>;
 
 /// Results of a forward pass over some members, flat.
 struct Forward {
@@ -77,7 +83,17 @@ impl Learner {
             trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
         }
         let optimizer = AdamW::new(&settings.optimizer, &trained)?;
-        Ok(Self { vlm, value_head, optimizer, reference, settings, step: 0, skipped: 0, skipped_in_a_row: 0 })
+        Ok(Self {
+            vlm,
+            value_head,
+            optimizer,
+            reference,
+            settings,
+            step: 0,
+            skipped: 0,
+            skipped_in_a_row: 0,
+            trace: None,
+        })
     }
 
     /// The policy.
@@ -107,11 +123,16 @@ impl Learner {
     /// [`LearnerError::Agreement`], [`LearnerError::Skipped`] after [`SKIP_LIMIT`] skipped steps in a row, or inputs that do not
     /// fit the model.
     pub fn update(&mut self, groups: &[TrainGroup]) -> Result<UpdateReport> {
+        self.update_with(groups, &Values::new())
+    }
+
+    /// [`Learner::update`] with values from before where they are `given`, in place of those of the present value head.
+    pub(crate) fn update_with(&mut self, groups: &[TrainGroup], given: &Values) -> Result<UpdateReport> {
         let mut report = describe(groups, self.step);
         report.lr = lr_at(&self.settings.optimizer, self.step, self.settings.total_steps);
         let outcome = match usable(groups) {
             Err(unusable) => Err(unusable),
-            Ok(()) => self.apply(groups, &mut report)?,
+            Ok(()) => self.apply(groups, given, &mut report)?,
         };
         self.optimizer.zero_grad();
         self.step += 1;
@@ -133,7 +154,12 @@ impl Learner {
         Ok(report)
     }
 
-    fn apply(&mut self, groups: &[TrainGroup], report: &mut UpdateReport) -> Result<Result<(), Unusable>> {
+    fn apply(
+        &mut self,
+        groups: &[TrainGroup],
+        given: &Values,
+        report: &mut UpdateReport,
+    ) -> Result<Result<(), Unusable>> {
         let mut members: Vec<Member> =
             groups.iter().filter_map(|g| Member::new(g, self.settings.scale_by_std)).collect();
         report.dropped_groups = groups.len() - members.len();
@@ -146,7 +172,7 @@ impl Learner {
         let all: Vec<&Member> = members.iter().collect();
         let whole = self.settings.minibatches <= 1 && parts(&all, self.settings.token_budget).len() == 1;
         let first = if whole { Some(self.forward(&all)?) } else { None };
-        let (before, values) = match &first {
+        let (before, mut values) = match &first {
             Some(f) => (host(&f.logprobs)?, f.values.as_ref().map(host).transpose()?),
             None => self.forward_detached(&all)?,
         };
@@ -160,6 +186,9 @@ impl Learner {
             Some(r) if self.settings.objective.kl_coef > 0.0 => Some(self.reference_logprobs(r, &all)?),
             _ => None,
         };
+        if let Some(values) = &mut values {
+            take_given(&all, given, values)?;
+        }
         drop(all);
         self.fill(&mut members, values.as_deref(), reference.as_deref())?;
 
@@ -220,6 +249,9 @@ impl Learner {
             return Ok(Err(Unusable("a gradient is not finite".into())));
         }
         sums.take(total, gradient.norm);
+        if let Some(trace) = &mut self.trace {
+            *trace = self.optimizer.by_name(&gradient)?;
+        }
         self.optimizer.step(gradient, lr)?;
         Ok(Ok(()))
     }
@@ -344,6 +376,41 @@ impl Learner {
         }
     }
 
+    /// Values of the present value head for every response that counts.
+    pub(crate) fn values(&self, groups: &[TrainGroup]) -> Result<Values> {
+        let members: Vec<Member> = groups.iter().filter_map(|g| Member::new(g, self.settings.scale_by_std)).collect();
+        if self.value_head.is_none() || members.is_empty() {
+            return Ok(Values::new());
+        }
+        let (_, values) = self.forward_detached(&members.iter().collect::<Vec<_>>())?;
+        let mut rest = values.as_deref().unwrap_or_default();
+        let mut out = Values::new();
+        for m in &members {
+            let own = out.entry(m.group.id.clone()).or_insert_with(|| vec![Vec::new(); m.group.responses.len()]);
+            for (row, range) in m.rows.iter().zip(m.ranges()) {
+                let (head, tail) = rest.split_at(range.len());
+                own[row.response] = head.to_vec();
+                rest = tail;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Keeps the gradients of optimiser steps from here on.
+    pub(crate) fn trace(&mut self) {
+        self.trace = Some(Vec::new());
+    }
+
+    /// The gradients of the last optimiser step, before clipping, by parameter.
+    pub(crate) fn take_trace(&mut self) -> Vec<(String, Tensor)> {
+        self.trace.take().unwrap_or_default()
+    }
+
+    /// Sets the counters, as at the start of a step.
+    pub(crate) fn stand_at(&mut self, at: Counters) {
+        (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
+    }
+
     /// Moments, value head and counters are taken over; the weights are loaded apart.
     pub(crate) fn restore(
         &mut self,
@@ -355,7 +422,7 @@ impl Learner {
             own.load_state(named)?;
         }
         self.optimizer.load_state(moments, at.updates)?;
-        (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
+        self.stand_at(at);
         Ok(())
     }
 
@@ -404,6 +471,25 @@ pub(crate) fn forward_groups<'a>(
     };
     let out = vlm.forward_packed(&batch, features.as_ref(), capture)?;
     Ok((out.hidden, out.attention, batch.targets))
+}
+
+/// Puts values that are given in place of `values`, those of all members' tokens.
+fn take_given(members: &[&Member<'_>], given: &Values, values: &mut [f32]) -> Result<()> {
+    let mut begin = 0;
+    for m in members {
+        for (row, range) in m.rows.iter().zip(m.ranges()) {
+            let own = &mut values[begin + range.start..begin + range.end];
+            if let Some(list) = given.get(&m.group.id).and_then(|g| g.get(row.response)).filter(|v| !v.is_empty()) {
+                if list.len() != own.len() {
+                    let (found, need) = (list.len(), own.len());
+                    return Err(LearnerError::Setting(format!("{found} values are given for {need} tokens")));
+                }
+                own.copy_from_slice(list);
+            }
+        }
+        begin += m.tokens();
+    }
+    Ok(())
 }
 
 /// Refuses batches with numbers that are not finite, naming the first.

@@ -62,6 +62,11 @@ impl AttentionSet {
         Ok(())
     }
 
+    /// The layers that are read, and which of their heads; none = all.
+    pub fn named(&self) -> &[(usize, Option<Vec<i64>>)] {
+        &self.layers
+    }
+
     /// How many layers are read.
     pub fn layers(&self) -> usize {
         self.layers.len()

@@ -36,9 +36,15 @@ pub fn export(dir: &Path, out: &Path, kind: Option<Kind>) -> Result<VlmConfig> {
         )));
     }
     vlm.save_as(out, kind.unwrap_or(stored))?;
+    copy_companions(dir, out)?;
+    VlmConfig::load(out)
+}
+
+/// Copies what lies beside the weights of `dir` to `out`: tokenizer, processor, chat template.
+pub fn copy_companions(dir: &Path, out: &Path) -> Result<()> {
     for path in companions(dir)? {
         let name = path.file_name().unwrap_or_default();
         std::fs::copy(&path, out.join(name)).map_err(|e| ModelError::io(&path, e))?;
     }
-    VlmConfig::load(out)
+    Ok(())
 }

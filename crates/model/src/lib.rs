@@ -35,7 +35,7 @@ pub use cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 pub use config::{Reach, TextConfig, VisionConfig, VlmConfig};
 pub use device::{device, free_memory};
 pub use error::ModelError;
-pub use export::{companions, export};
+pub use export::{companions, copy_companions, export};
 pub use family::Family;
 pub use init::{InitSpec, SpecialIds, init, init_with_numbers};
 pub use logprob::{entropy, log_softmax, logprobs, logprobs_entropy, masked_logits};

@@ -1,0 +1,58 @@
+//! One update from a dumped batch, with everything that another program needs to check it: `replay.json`, `grads.safetensors`,
+//! `model/`. Moments start at 0; rates and schedules are those of the dumped step.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use unveil_config::Config;
+use unveil_model::{ValueHead, copy_companions, write_safetensors};
+
+use crate::dump;
+use crate::error::{LearnerError, Result};
+use crate::settings::StepSettings;
+use crate::stage::load_model;
+use crate::step::{Counters, Learner};
+
+/// Makes the update of the batch in `dump` from the weights in `model` (and its value head, where there is one) under `config`, and
+/// writes results to `out`. `banned` are ids that the rollout never samples. Gradients are those of the last optimiser step, before
+/// clipping. Agreement is reported, not enforced. Returns what `replay.json` holds.
+///
+/// # Errors
+/// Files that cannot be read or do not fit, an update that had to be skipped.
+pub fn replay(config: &Config, model: &Path, batch: &Path, out: &Path, banned: &[u32]) -> Result<Value> {
+    let load = || load_model(config, config.learner.threads, model);
+    let vlm = load()?;
+    let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
+    let reference = if config.learner.kl_coef > 0.0 { Some(load()?) } else { None };
+    let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
+    let (hidden, device) = (vlm.config().text.hidden_size, vlm.device());
+    let mut learner = Learner::new(vlm, reference, settings)?;
+    if let (Some(own), Some(stored)) = (&mut learner.value_head, ValueHead::load(model, hidden, device)?) {
+        own.load_state(stored.named_parameters())?;
+    }
+    learner.stand_at(Counters { updates: 0, ..at });
+    learner.trace();
+    let report = learner.update_with(&groups, &values)?;
+    if let Some(why) = &report.skipped {
+        return Err(LearnerError::Setting(format!("{}: the update was skipped: {why}", batch.display())));
+    }
+    std::fs::create_dir_all(out).map_err(LearnerError::io(out))?;
+    write_safetensors(&out.join("grads.safetensors"), &learner.take_trace())?;
+    let made = out.join("model");
+    learner.vlm().save(&made)?;
+    copy_companions(model, &made)?;
+    if let Some(head) = &learner.value_head {
+        head.save(&made)?;
+    }
+    let mut parts = report.loss.clone();
+    let loss = parts.remove("loss");
+    let result = json!({
+        "loss": loss, "parts": parts, "entropy": report.entropy, "kl": report.kl, "kl_reference": report.kl_reference,
+        "clip_fraction": report.clip_fraction, "grad_norm": report.grad_norm, "agreement": report.agreement,
+        "drift": report.drift, "step": report.step, "lr": report.lr, "groups": groups.len(), "tokens": report.tokens,
+        "dropped_groups": report.dropped_groups,
+    });
+    let path = out.join("replay.json");
+    std::fs::write(&path, format!("{result:#}\n")).map_err(LearnerError::io(&path))?;
+    Ok(result)
+}

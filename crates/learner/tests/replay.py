@@ -1,0 +1,148 @@
+"""The update of a dumped batch, computed anew: padded copies, transformers, autograd, torch's AdamW.
+
+replay.py DIR    with base/ (the model before), dump/, out/ (what replay wrote)
+
+Tolerances, per tensor by norm: gradients 1e-4, weight change 1e-3; loss parts 1e-5.
+"""
+
+import json
+import pathlib
+import sys
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+root = pathlib.Path(sys.argv[1])
+GRADIENT, CHANGE, PART = 1e-4, 1e-3, 1e-5
+dump = json.loads((root / "dump/batch.json").read_text())
+pixels = load_file(root / "dump/batch.safetensors")
+result = json.loads((root / "out/replay.json").read_text())
+s = dump["settings"]
+a, optimizer = s["learner"], s["learner"]["optimizer"]
+ppo = a["algorithm"] == "ppo"
+DT = torch.float32
+model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="eager").eval()
+# Random responses hold the padding token, whose row the embedding leaves out of its gradient otherwise.
+model.get_input_embeddings().padding_idx = None
+head = load_file(root / "base/value_head.safetensors") if ppo else {}
+head = {k: v.to(DT).requires_grad_() for k, v in head.items()}
+# What is never sampled: ids of the dump and the model's own vision tokens.
+banned = torch.tensor(s["banned"])
+
+
+def rows(group):
+    """Log-probabilities, entropies and values of each response that counts, each in a padded row with its own copy of the image."""
+    i = dump["groups"].index(group)
+    chosen = [r for r in group["responses"] if not r["masked"] and r["tokens"]]
+    prompt, longest = group["prompt"], max(len(r["tokens"]) for r in chosen)
+    ids = torch.tensor([prompt + r["tokens"] + [0] * (longest - len(r["tokens"])) for r in chosen])
+    mask = torch.tensor([[1] * (len(prompt) + len(r["tokens"])) + [0] * (longest - len(r["tokens"])) for r in chosen])
+    n = len(chosen)
+    out = model(
+        input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        pixel_values=pixels[f"{i:04}.pixel_values"].to(DT).repeat(n, 1),
+        image_grid_thw=pixels[f"{i:04}.image_grid_thw"].repeat(n, 1), output_hidden_states=True)
+    logits = out.logits / s["temperature"]
+    logits[..., banned] = -torch.inf
+    logp = logits.log_softmax(-1)
+    for k, r in enumerate(chosen):
+        at = torch.arange(len(r["tokens"])) + len(prompt) - 1
+        own = logp[k, at]
+        finite = own.clamp(min=-1e4)
+        values = None
+        if ppo:
+            values = out.hidden_states[-1][k, at] @ head["value_head.weight"][0] + head["value_head.bias"][0]
+        yield r, own.gather(-1, torch.tensor(r["tokens"])[:, None])[:, 0], -(finite.exp() * finite).sum(-1), values
+
+
+def gae(reward, values):
+    out, last, following = [], 0.0, 0.0
+    for t in reversed(range(len(values))):
+        delta = (reward if t + 1 == len(values) else 0.0) + a["gamma"] * following - values[t]
+        last = delta + a["gamma"] * a["lambda"] * last
+        following = values[t]
+        out.insert(0, last)
+    return torch.tensor(out, dtype=DT)
+
+
+tokens = dict(logp=[], old=[], adv=[], ent=[], val=[], old_val=[], target=[])
+for group in dump["groups"]:
+    rewards = torch.tensor([r["reward"] for r in group["responses"] if not r["masked"]], dtype=torch.float64)
+    spread = (rewards - rewards.mean()).abs().max() > 1e-9
+    scale = rewards.std() + 1e-6 if a["scale_by_std"] else 1.0
+    relative = (rewards - rewards.mean()) / scale * spread
+    for (r, logp, ent, values), adv in zip(rows(group), relative):
+        tokens["logp"].append(logp)
+        tokens["ent"].append(ent)
+        tokens["old"].append(torch.tensor(r["logprobs"], dtype=DT))
+        if ppo:
+            old = torch.tensor(r["values"], dtype=DT)
+            adv = gae(r["reward"], r["values"])
+            tokens["val"].append(values)
+            tokens["old_val"].append(old)
+            tokens["target"].append(adv + old)
+        tokens["adv"].append(adv.to(DT).expand(len(logp)))
+t = {k: torch.cat(v) for k, v in tokens.items() if v}
+if ppo:
+    t["adv"] = (t["adv"] - t["adv"].mean()) / (t["adv"].var() + 1e-8).sqrt()
+
+ratio = (t["logp"] - t["old"]).exp()
+clipped = ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"])
+parts = {"policy": -torch.minimum(ratio * t["adv"], clipped * t["adv"]).mean(), "entropy": t["ent"].mean()}
+loss = parts["policy"] - a["entropy_coef"] * parts["entropy"]
+if ppo:
+    near = t["old_val"] + (t["val"] - t["old_val"]).clamp(-a["value_clip"], a["value_clip"])
+    parts["value"] = 0.5 * torch.maximum((t["val"] - t["target"]) ** 2, (near - t["target"]) ** 2).mean()
+    loss = loss + a["value_coef"] * parts["value"]
+named = {n: p for n, p in model.named_parameters()} | head
+loss.backward()
+
+faults = []
+
+
+def close(what, ours, theirs, tolerance):
+    gap = (ours.double() - theirs.double()).norm().item()
+    size = theirs.double().norm().item()
+    if gap > tolerance * size + 1e-12:
+        faults.append(f"{what}: differs by {gap:.3e} of {size:.3e} (tolerance {tolerance:.0e})")
+
+
+scalar = torch.tensor
+found = dict(result["parts"], entropy=result["entropy"], loss=result["loss"])
+for name, value in dict(parts, loss=loss).items():
+    gap = abs(found[name] - value.item())
+    if gap > PART * max(1.0, abs(value.item())):
+        faults.append(f"{name}: {found[name]} is not {value.item()}")
+ours = load_file(root / "out/grads.safetensors")
+
+
+def stored(name):
+    """The name that a parameter has in files."""
+    tries = [name, name.replace("model.language_model.", "model."), name.replace("model.visual.", "visual.")]
+    return next((n for n in tries if n in ours), None)
+
+
+by_name = {stored(n): p for n, p in named.items() if stored(n)}
+missing = set(ours) ^ set(by_name)
+if missing or len(ours) < 20:
+    faults.append(f"{len(ours)} gradients; names on one side only: {sorted(missing)[:4]}")
+norm = torch.stack([p.grad.double().norm() for p in by_name.values()]).norm().item()
+if abs(norm - result["grad_norm"]) > 1e-4 * norm:
+    faults.append(f"gradient norm: {result['grad_norm']} is not {norm}")
+for name, p in by_name.items():
+    close(f"gradient of {name}", ours[name], p.grad, GRADIENT)
+
+before = {n: p.detach().clone() for n, p in by_name.items()}
+torch.nn.utils.clip_grad_norm_(list(by_name.values()), optimizer["clip_norm"])
+options = dict(lr=s["lr"], betas=tuple(optimizer["betas"]), eps=optimizer["eps"])
+torch.optim.AdamW([
+    dict(params=[p for p in by_name.values() if p.dim() >= 2], weight_decay=optimizer["weight_decay"]),
+    dict(params=[p for p in by_name.values() if p.dim() < 2], weight_decay=0.0)], **options).step()
+after = {}
+for file in (root / "out/model").glob("*.safetensors"):
+    after |= load_file(file)
+for name, p in by_name.items():
+    close(f"change of {name}", after[name].to(DT) - before[name], p.detach() - before[name], CHANGE)
+if faults:
+    sys.exit(f"{len(faults)} differences:\n" + "\n".join(faults[:10]))

@@ -1,0 +1,138 @@
+//! One update from a dumped batch against an independent computation in Python (`replay.py`): every response in a padded row of its
+//! own, transformers' model, autograd, torch's AdamW. Importance ratios and values are moved away from what the weights say.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{low_tokens, model, rollout, write_model};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+use unveil_config::Config;
+use unveil_config::schema::Algorithm;
+use unveil_learner::{Learner, StepSettings, dump, replay};
+use unveil_model::ValueHead;
+
+fn seed() -> u64 {
+    std::env::var("UNVEIL_SEED").map_or(1, |s| s.parse().expect("UNVEIL_SEED is a number"))
+}
+
+fn python() -> PathBuf {
+    let p = std::env::var_os("UNVEIL_PYTHON")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
+    assert!(p.exists(), "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON", p.display());
+    p
+}
+
+/// A dump whose log-probabilities and values are not those of the weights, with one masked response and one group of equal rewards.
+fn dumped(dir: &Path, config: &Config) {
+    let seed = seed();
+    write_model(&dir.join("base"), seed);
+    let vlm = model(seed);
+    let mut groups = rollout(&vlm, 3, 4, 0, &low_tokens);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    for g in &mut groups {
+        for r in &mut g.responses {
+            r.logprobs.iter_mut().for_each(|v| *v += rng.random_range(-0.5..0.4));
+            r.versions.fill(0);
+        }
+    }
+    groups[0].breakdowns[1].total = None;
+    groups[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
+    let settings = StepSettings::new(config, &vlm, &[]);
+    let (hidden, ppo) = (vlm.config().text.hidden_size, settings.algorithm == Algorithm::Ppo);
+    let learner = Learner::new(vlm, None, settings).unwrap();
+    dump::write(&dir.join("dump"), config, &learner, &groups).unwrap();
+    if ppo {
+        tch::manual_seed(seed as i64);
+        let mut head = ValueHead::new(hidden, Device::Cpu);
+        let random: Vec<(String, Tensor)> = head
+            .named_parameters()
+            .iter()
+            .map(|(n, t)| (n.clone(), Tensor::randn(t.size(), (Kind::Float, Device::Cpu)) * 0.1))
+            .collect();
+        head.load_state(&random).unwrap();
+        head.save(&dir.join("base")).unwrap();
+        edit(&dir.join("dump/batch.json"), |file| {
+            for v in file.pointer_mut("/groups").unwrap().as_array_mut().unwrap().iter_mut() {
+                for a in v["responses"].as_array_mut().unwrap() {
+                    let n = a["tokens"].as_array().unwrap().len();
+                    if a["masked"] == false {
+                        a["values"] = (0..n).map(|_| rng.random_range(-0.5f32..0.5)).collect::<Vec<_>>().into();
+                    }
+                }
+            }
+        });
+    }
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut file: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    change(&mut file);
+    std::fs::write(path, file.to_string()).unwrap();
+}
+
+fn config(algorithm: Algorithm) -> Config {
+    let mut c = Config::default();
+    c.run.device = "cpu".into();
+    c.learner.threads = 1;
+    c.learner.algorithm = algorithm;
+    c.learner.entropy_coef = 0.01;
+    c.learner.optimizer.lr = 1e-3;
+    c.learner.optimizer.warmup = 1;
+    c.learner.optimizer.weight_decay = 0.1;
+    c.learner.optimizer.clip_norm = 0.5;
+    c
+}
+
+fn compare(config: &Config) {
+    let dir = tempfile::tempdir().unwrap();
+    dumped(dir.path(), config);
+    let at = |name: &str| dir.path().join(name);
+    let result = replay(config, &at("base"), &at("dump"), &at("out"), &[]).unwrap();
+    assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
+    let done = Command::new(python()).arg(script).arg(dir.path()).env("OMP_NUM_THREADS", "2").output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "seed {}: {}{said}", seed(), String::from_utf8_lossy(&done.stdout));
+}
+
+#[test]
+fn grpo_equals_an_independent_update() {
+    compare(&config(Algorithm::Grpo));
+}
+
+#[test]
+fn ppo_equals_an_independent_update() {
+    compare(&config(Algorithm::Ppo));
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let config = config(Algorithm::Grpo);
+    let dir = tempfile::tempdir().unwrap();
+    dumped(dir.path(), &config);
+    let at = |name: &str| dir.path().join(name);
+    let text = std::fs::read(at("dump/batch.json")).unwrap();
+    let fault = |change: &dyn Fn(&mut Value)| {
+        edit(&at("dump/batch.json"), change);
+        let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[]).unwrap_err().to_string();
+        std::fs::write(at("dump/batch.json"), &text).unwrap();
+        e
+    };
+    let e = fault(&|f| f["groups"][1]["responses"][2]["logprobs"] = serde_json::json!([0.5]));
+    assert!(e.contains("group 1 (record \"r1\"): response 2") && e.contains("`logprobs`"), "{e}");
+    let e = fault(&|f| f["groups"][0]["grids"] = serde_json::json!([[1, 2, 2]]));
+    assert!(e.contains("`0000.pixel_values` has shape"), "{e}");
+    let e = fault(&|f| f["format"] = 9.into());
+    assert!(e.contains("format 9"), "{e}");
+    let e = fault(&|f| f["groups"][1]["responses"][0]["reward"] = Value::Null);
+    assert!(e.contains("`masked`"), "{e}");
+    assert!(!at("out").exists());
+    std::fs::remove_file(at("dump/batch.safetensors")).unwrap();
+    let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[]).unwrap_err().to_string();
+    assert!(e.contains("batch.safetensors"), "{e}");
+}
