@@ -2,7 +2,9 @@
 
 Shapes keep the proportions of the published family: a vision tower of a fifth to a quarter of all parameters, few
 key/value heads, a gated MLP several times as wide as the residual stream, 14-pixel patches merged 2 x 2, 112-pixel windows.
+`tiny` is the preset of that name, with patches of 8 pixels and windows of 32.
 
+    tiny    1,060,000 parameters   decoder 128 wide, 4 layers; vision tower 64 wide, 3 blocks
     6m      6,112,896 parameters   decoder 192 wide, 8 layers; vision tower 128 wide, 5 blocks
     100m  101,023,360 parameters   decoder 640 wide, 10 layers; vision tower 384 wide, 10 blocks
     3b  3,754,622,976 parameters   the published 3B configuration
@@ -31,12 +33,14 @@ SHARD_BYTES = 5_000_000_000
 # vocabulary, decoder (hidden, layers, heads, kv heads, intermediate, rotary section, rotary base), vision tower (hidden,
 # depth, heads, intermediate, blocks with full attention), output matrix tied to the embedding
 SHAPES = {
+    "tiny": (512, (128, 4, 8, 4, 384, [2, 3, 3], 4.0), (64, 3, 2, 176, [2]), True),
     "6m": (4096, (192, 8, 6, 2, 640, [4, 6, 6], 1e6), (128, 5, 4, 384, [2, 4]), True),
     "100m": (32000, (640, 10, 10, 2, 2560, [8, 12, 12], 1e6), (384, 10, 6, 1024, [4, 9]), True),
     "3b": (151936, (2048, 36, 16, 2, 11008, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), True),
     "7b": (152064, (3584, 28, 28, 4, 18944, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), False),
 }
-GRID = [1, 32, 32]  # 448 x 448 pixels in 14-pixel patches: 256 image tokens
+PATCH = {"tiny": (8, 32)}  # side of a patch and of a window in pixels, where they are not the published 14 and 112
+GRID = [1, 32, 32]  # patches of an image: 256 image tokens
 TEXT_TOKENS = 30  # of a prompt, on average
 
 
@@ -44,6 +48,7 @@ def config_of(shape):
     """The shape as a configuration of transformers; the last ids of the vocabulary are the special ones."""
     vocab, text, vision, tied = SHAPES[shape]
     hidden, layers, heads, kv, intermediate, section, theta = text
+    patch, window = PATCH.get(shape, (14, 112))
     return Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -52,7 +57,7 @@ def config_of(shape):
             rope_parameters={"rope_type": "default", "rope_theta": theta, "mrope_section": section}),
         vision_config=dict(
             hidden_size=vision[0], depth=vision[1], num_heads=vision[2], intermediate_size=vision[3],
-            fullatt_block_indexes=vision[4], out_hidden_size=hidden, patch_size=14, window_size=112,
+            fullatt_block_indexes=vision[4], out_hidden_size=hidden, patch_size=patch, window_size=window,
             spatial_merge_size=2, temporal_patch_size=2),
         image_token_id=vocab - 3, video_token_id=vocab - 4, vision_start_token_id=vocab - 5,
         vision_end_token_id=vocab - 6, tie_word_embeddings=tied)

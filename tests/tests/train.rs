@@ -111,3 +111,32 @@ fn ppo_with_a_value_head() {
     assert!(objects.iter().any(|o| o["name"] == "value_head.safetensors"), "the value head is in the checkpoint");
     finite(&read_json(&run.join("summary.json"))["after"]);
 }
+
+/// A batch that a run wrote gives the same update again, by the command.
+#[test]
+fn a_dumped_batch_replays_to_the_same_weights() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let (config, run, dumps, out) = (config.to_string_lossy(), s.path("run"), s.path("dumps"), s.path("out"));
+    let one = ["--config", &config, "--set", "learner.steps=1"];
+    s.unveil(&[&["train"], &one[..], &["--dump-batch", &dumps.to_string_lossy()]].concat()).ok();
+    let batch = dumps.join("step-1");
+    let (model, batch, to) = (run.join("stage1"), batch.to_string_lossy(), out.to_string_lossy());
+    let args = ["--model", &model.to_string_lossy(), "--batch", &batch, "--out", &to];
+    let replayed = s.unveil(&[&["learner", "replay"], &one[..], &args].concat()).ok().json();
+    let event = &events_of(&run, "train")[0];
+    let found = read_json(&out.join("replay.json"));
+    assert_eq!(replayed.last(), Some(&found));
+    let near = |a: &Value, b: &Value| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() <= 1e-6;
+    assert!(near(&found["loss"], &event["loss"]["loss"]) && near(&found["grad_norm"], &event["grad_norm"]), "{found} {event}");
+    let code = "import sys,glob,torch\nfrom safetensors.torch import load_file\n\
+        a,b=({k:v for f in glob.glob(d+'/*.safetensors') for k,v in load_file(f).items()} for d in sys.argv[1:3])\n\
+        assert set(a)==set(b) and len(a)>20\n\
+        print(max((a[k].double()-b[k].double()).abs().max().item() for k in a))";
+    let (made, expected) = (out.join("model"), run.join("model"));
+    let gap = s.python(code, &[&made.to_string_lossy(), &expected.to_string_lossy()]).ok().stdout;
+    assert!(gap.trim().parse::<f64>().unwrap() < 1e-6, "weights differ by {gap}");
+
+    let missing = s.unveil(&["learner", "replay", "--model", &made.to_string_lossy(), "--batch", "none", "--out", &to]);
+    missing.says(1, &["none/batch.json"]);
+}
