@@ -128,7 +128,10 @@ fn a_dumped_batch_replays_to_the_same_weights() {
     let found = read_json(&out.join("replay.json"));
     assert_eq!(replayed.last(), Some(&found));
     let near = |a: &Value, b: &Value| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() <= 1e-6;
-    assert!(near(&found["loss"], &event["loss"]["loss"]) && near(&found["grad_norm"], &event["grad_norm"]), "{found} {event}");
+    assert!(
+        near(&found["loss"], &event["loss"]["loss"]) && near(&found["grad_norm"], &event["grad_norm"]),
+        "{found} {event}"
+    );
     let code = "import sys,glob,torch\nfrom safetensors.torch import load_file\n\
         a,b=({k:v for f in glob.glob(d+'/*.safetensors') for k,v in load_file(f).items()} for d in sys.argv[1:3])\n\
         assert set(a)==set(b) and len(a)>20\n\

@@ -143,6 +143,19 @@ pub struct Capture {
     pub differentiable: bool,
 }
 
+impl Capture {
+    /// The same, sharing its tensors.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            set: self.set.clone(),
+            queries: self.queries.shallow_clone(),
+            image_index: self.image_index.shallow_clone(),
+            image_valid: self.image_valid.shallow_clone(),
+            differentiable: self.differentiable,
+        }
+    }
+}
+
 /// What to capture where the positions are known from the batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaptureSpec {

@@ -3,6 +3,8 @@
 //! prefixes. What families differ in is data: a bias on queries, keys and values, a norm on queries and keys, the
 //! order of rotary frequencies, features that are added to the first layers. Knows embeddings only, no token ids.
 
+use std::rc::Rc;
+
 use tch::{Kind, Tensor};
 
 use crate::attention::{Capture, attend, capture_rows, merge};
@@ -11,6 +13,7 @@ use crate::family::Get;
 use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
 use crate::place::Place;
 use crate::rope::Rotary;
+use crate::tape::{Tape, Var};
 use crate::{Result, TextConfig};
 
 /// Matrices that meet the same input: queries, keys and values, or gate and up, with their biases.
@@ -68,21 +71,36 @@ pub(crate) struct Decoder {
 
 /// What a pass over sequences is asked for besides hidden states.
 #[derive(Default)]
-pub(crate) struct SequenceAsk<'a> {
-    pub capture: Option<&'a Capture>,
+pub(crate) struct SequenceAsk {
+    pub capture: Option<Rc<Capture>>,
     /// Positions in `B * L` and, by layer, what is added there after the first layers: `[V]`, `[V, D]` each.
-    pub deepstack: Option<(&'a Tensor, &'a [Tensor])>,
+    pub deepstack: Option<(Tensor, Vec<Var>)>,
     /// Hidden states of these positions only, `[M]` into `B * L`; the last layer skips the others.
-    pub rows: Option<&'a Tensor>,
+    pub rows: Option<Tensor>,
     /// Return keys and values.
     pub keep_kv: bool,
+}
+
+/// What all layers of a pass see.
+struct Pass {
+    cos: Tensor,
+    sin: Tensor,
+    mask: Option<Tensor>,
+    ask: SequenceAsk,
+}
+
+impl Pass {
+    fn reads(&self, layer: usize) -> bool {
+        self.ask.capture.as_ref().is_some_and(|c| c.set.reads(layer))
+    }
 }
 
 /// Result of a pass over sequences.
 pub(crate) struct SequenceOut {
     /// `[B, L, D]`, or `[M, D]` where rows were named.
-    pub hidden: Tensor,
-    pub attention: Option<Tensor>,
+    pub hidden: Var,
+    /// Attention rows `[B, Q, V]` that each layer adds.
+    pub attention: Vec<Var>,
     /// Per layer (K, V) `[B, Hkv, L, d]`; empty unless asked for.
     pub kv: Vec<(Tensor, Tensor)>,
 }
@@ -120,46 +138,66 @@ impl Decoder {
         })
     }
 
-    /// Embeddings `[B, L, D]` with positions `[3, B, L]` through all layers. `mask` is additive in the embeddings'
-    /// kind, `[B or 1, 1, L, L]`; none means causal.
-    pub(crate) fn sequences(
-        &self,
-        embeds: &Tensor,
+    /// Embeddings `[B, L, D]` with positions `[3, B, L]` through all layers, a segment each. `mask` is additive in the
+    /// embeddings' kind, `[B or 1, 1, L, L]`; none means causal.
+    pub(crate) fn sequences<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        embeds: Var,
         positions: &Tensor,
-        mask: Option<&Tensor>,
-        ask: &SequenceAsk<'_>,
+        mask: Option<Tensor>,
+        ask: SequenceAsk,
     ) -> SequenceOut {
         let (cos, sin) = self.rotary.tables(positions);
-        let (cos, sin) = (cos.unsqueeze(2), sin.unsqueeze(2));
-        let mut x = embeds.shallow_clone();
-        let mut out = SequenceOut { hidden: Tensor::new(), attention: None, kv: Vec::new() };
-        for (index, layer) in self.layers.iter().enumerate() {
-            let Qkv { q, k, v } = self.qkv(layer, &x, &cos, &sin);
-            if let Some(capture) = ask.capture.filter(|c| c.set.reads(index)) {
-                let rows = capture_rows(index, &q, &k, capture);
-                out.attention = Some(out.attention.map_or_else(|| rows.shallow_clone(), |sum| sum + &rows));
+        let pass = Rc::new(Pass { cos: cos.unsqueeze(2), sin: sin.unsqueeze(2), mask, ask });
+        let mut x = embeds;
+        let mut out = SequenceOut { hidden: Var::constant(Tensor::new()), attention: Vec::new(), kv: Vec::new() };
+        for index in 0..self.layers.len() {
+            let level = pass.ask.deepstack.as_ref().and_then(|(_, levels)| levels.get(index));
+            let inputs: Vec<&Var> = std::iter::once(&x).chain(level).collect();
+            let own = pass.clone();
+            let mut made = tape.call(&inputs, move |t| self.layer_pass(index, &own, &t[0], t.get(1)));
+            if pass.ask.keep_kv {
+                let v = made.pop().map(|v| v.tensor);
+                out.kv.extend(made.pop().map(|k| k.tensor).zip(v));
             }
-            let mut attended = sdpa(&q, &k, &v, mask, mask.is_none()).transpose(1, 2);
-            if ask.keep_kv {
-                out.kv.push((k.contiguous(), v.contiguous()));
+            if pass.reads(index) {
+                out.attention.extend(made.pop());
             }
-            let added = ask.deepstack.and_then(|(at, levels)| Some((at, levels.get(index)?)));
-            let last = index + 1 == self.layers.len();
-            if let Some(rows) = ask.rows.filter(|_| last && added.is_none()) {
-                (x, attended) = (pick_rows(&x, rows), pick_rows(&attended.flatten(2, 3), rows));
-            }
-            x = self.finish(layer, &x, &attended);
-            if let Some((at, level)) = added {
-                let flat = x.reshape([-1, self.config.hidden_size]);
-                x = flat.index_add(0, at, level).view_as(&x);
-                if let Some(rows) = ask.rows.filter(|_| last) {
-                    x = pick_rows(&x, rows);
-                }
+            x = made.remove(0);
+        }
+        let picked = pass.ask.rows.is_some();
+        out.hidden = tape.call1(&[&x], move |t| {
+            let hidden = rms_norm(&t[0], &self.norm, self.config.rms_norm_eps);
+            if picked { hidden.squeeze_dim(0) } else { hidden }
+        });
+        out
+    }
+
+    /// One layer over sequences: its output, the attention rows it adds where they are read, keys and values where they are kept.
+    fn layer_pass(&self, index: usize, pass: &Pass, x: &Tensor, level: Option<&Tensor>) -> Vec<Tensor> {
+        let (layer, ask) = (&self.layers[index], &pass.ask);
+        let Qkv { q, k, v } = self.qkv(layer, x, &pass.cos, &pass.sin);
+        let capture = ask.capture.as_deref().filter(|_| pass.reads(index));
+        let captured = capture.map(|capture| capture_rows(index, &q, &k, capture));
+        let mut attended = sdpa(&q, &k, &v, pass.mask.as_ref(), pass.mask.is_none()).transpose(1, 2);
+        let rows = ask.rows.as_ref().filter(|_| index + 1 == self.layers.len());
+        let mut x = x.shallow_clone();
+        if let Some(rows) = rows.filter(|_| level.is_none()) {
+            (x, attended) = (pick_rows(&x, rows), pick_rows(&attended.flatten(2, 3), rows));
+        }
+        x = self.finish(layer, &x, &attended);
+        if let Some((level, (at, _))) = level.zip(ask.deepstack.as_ref()) {
+            let flat = x.reshape([-1, self.config.hidden_size]);
+            x = flat.index_add(0, at, level).view_as(&x);
+            if let Some(rows) = rows {
+                x = pick_rows(&x, rows);
             }
         }
-        out.hidden = rms_norm(&x, &self.norm, self.config.rms_norm_eps);
-        if ask.rows.is_some() {
-            out.hidden = out.hidden.squeeze_dim(0);
+        let mut out = vec![x];
+        out.extend(captured);
+        if ask.keep_kv {
+            out.extend([k.contiguous(), v.contiguous()]);
         }
         out
     }

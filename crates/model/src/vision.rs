@@ -6,10 +6,12 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use tch::{Device, Tensor};
 
 use crate::ops::{layer_norm, linear, rms_norm, rotate, sdpa, split2, wide};
+use crate::tape::{Tape, Var};
 use crate::window::FrameTables;
 use crate::{GridThw, ModelError, Result, VisionConfig};
 
@@ -118,7 +120,7 @@ impl Vision {
 
     /// Features of several images of any sizes: patches `[sum t*h*w, patch_len]` to `[sum merged, (1 + k) out_hidden]`,
     /// both in the processor's order: what replaces placeholders, then what each of k deepstack levels adds.
-    pub(crate) fn forward(&self, pixels: &Tensor, grids: &[GridThw]) -> Result<Tensor> {
+    pub(crate) fn forward<'a>(&'a self, tape: &mut Tape<'a>, pixels: &Tensor, grids: &[GridThw]) -> Result<Var> {
         let c = &self.config;
         let m = c.spatial_merge_size;
         if let Some(grid) = grids.iter().find(|[t, h, w]| *t < 1 || *h < 1 || *w < 1 || h % m != 0 || w % m != 0) {
@@ -138,14 +140,14 @@ impl Vision {
         let pixels = pixels.f_to_device(self.tower.patch.0.device())?.f_to_kind(wide(self.tower.patch.0.kind()))?;
         let [_, h0, w0] = grids[0];
         if grids.iter().all(|[_, h, w]| (*h, *w) == (h0, w0)) {
-            let out = self.frames(&pixels.view([-1, h0 * w0, c.patch_len()]), h0, w0);
-            return Ok(out.reshape([-1, self.width()]));
+            let out = self.frames(tape, pixels.view([-1, h0 * w0, c.patch_len()]), h0, w0);
+            return Ok(tape.call1(&[&out], |t| t[0].reshape([-1, self.width()])));
         }
-        self.mixed(&pixels, grids)
+        self.mixed(tape, &pixels, grids)
     }
 
     /// Images of unequal size: one batch per size, results put back in order.
-    fn mixed(&self, pixels: &Tensor, grids: &[GridThw]) -> Result<Tensor> {
+    fn mixed<'a>(&'a self, tape: &mut Tape<'a>, pixels: &Tensor, grids: &[GridThw]) -> Result<Var> {
         let c = &self.config;
         let mut sizes: Vec<(i64, i64)> = grids.iter().map(|[_, h, w]| (*h, *w)).collect();
         sizes.sort_unstable();
@@ -157,47 +159,62 @@ impl Vision {
                 Some(*at - t * h * w)
             })
             .collect();
-        let mut parts: Vec<Option<Tensor>> = grids.iter().map(|_| None).collect();
+        let mut parts: Vec<Option<Var>> = grids.iter().map(|_| None).collect();
         for (h, w) in sizes {
             let members: Vec<usize> = (0..grids.len()).filter(|i| (grids[*i][1], grids[*i][2]) == (h, w)).collect();
             let slices: Vec<Tensor> =
                 members.iter().map(|i| pixels.narrow(0, starts[*i], grids[*i][0] * h * w)).collect();
-            let frames = Tensor::cat(&slices, 0).view([-1, h * w, c.patch_len()]);
-            let out = self.frames(&frames, h, w);
+            let out = self.frames(tape, Tensor::cat(&slices, 0).view([-1, h * w, c.patch_len()]), h, w);
             let counts: Vec<i64> = members.iter().map(|i| grids[*i][0]).collect();
-            for (i, part) in members.iter().zip(out.f_split_with_sizes(counts.as_slice(), 0)?) {
-                parts[*i] = Some(part.reshape([-1, self.width()]));
+            let cut = move |t: &[Tensor]| {
+                let each = t[0].split_with_sizes(counts.as_slice(), 0);
+                each.into_iter().map(|part| part.reshape([-1, self.width()])).collect()
+            };
+            for (i, part) in members.iter().zip(tape.call(&[&out], cut)) {
+                parts[*i] = Some(part);
             }
         }
-        let parts: Vec<Tensor> = parts.into_iter().flatten().collect();
-        Ok(Tensor::cat(&parts, 0))
+        let parts: Vec<&Var> = parts.iter().flatten().collect();
+        Ok(tape.call1(&parts, |t| Tensor::cat(t, 0)))
     }
 
-    /// Frames of one size `[N, h*w, patch_len]` to `[N, h*w/m^2, width]`.
-    fn frames(&self, patches: &Tensor, h: i64, w: i64) -> Tensor {
+    /// Frames of one size `[N, h*w, patch_len]` to `[N, h*w/m^2, width]`, a segment for each block.
+    fn frames<'a>(&'a self, tape: &mut Tape<'a>, patches: Tensor, h: i64, w: i64) -> Var {
         let (c, tower) = (&self.config, &self.tower);
-        let tables = self.tables(h, w, patches.device());
+        let tables = Rc::new(self.tables(h, w, patches.device()));
+        let own = tables.clone();
+        let mut x = tape.call1(&[], move |_| self.embed(&patches, &own));
+        let wide = c.hidden_size * c.merge_unit();
+        let mut levels = Vec::with_capacity(tower.deepstack.len());
+        for (index, block) in tower.blocks.iter().enumerate() {
+            let own = tables.clone();
+            x = tape.call1(&[&x], move |t| {
+                let x = &t[0] + self.attention(block, &block.norm1.apply(&t[0]), &own);
+                &x + block.mlp.apply(&block.norm2.apply(&x))
+            });
+            if let Some((_, merger)) = tower.deepstack.iter().find(|(b, _)| *b == index) {
+                levels.push(tape.call1(&[&x], move |t| merger.apply(&t[0], wide)));
+            }
+        }
+        let inputs: Vec<&Var> = std::iter::once(&x).chain(&levels).collect();
+        tape.call1(&inputs, move |t| {
+            let mut all = vec![tower.merger.apply(&t[0], wide)];
+            all.extend(t[1..].iter().map(Tensor::shallow_clone));
+            let all = if all.len() == 1 { all.swap_remove(0) } else { Tensor::cat(&all, -1) };
+            all.index_select(1, &tables.restore)
+        })
+    }
+
+    /// Patch embeddings with learned positions, in window order `[N, h*w, d]`.
+    fn embed(&self, patches: &Tensor, tables: &FrameTables) -> Tensor {
+        let (c, tower) = (&self.config, &self.tower);
         let weight = tower.patch.0.view([c.hidden_size, c.patch_len()]);
         let mut x = linear(patches, &weight, tower.patch.1.as_ref());
         if let (Some(grid), Some((index, weights))) = (&tower.positions, &tables.positions) {
             let taps = grid.index_select(0, index).view([-1, weights.size()[1], c.hidden_size]).to_kind(x.kind());
             x += (taps * weights.unsqueeze(-1)).sum_dim_intlist([1i64].as_slice(), false, x.kind());
         }
-        x = x.index_select(1, &tables.permute);
-        let wide = c.hidden_size * c.merge_unit();
-        let mut levels = Vec::with_capacity(tower.deepstack.len());
-        for (index, block) in tower.blocks.iter().enumerate() {
-            let attended = self.attention(block, &block.norm1.apply(&x), &tables);
-            x = &x + attended;
-            let expanded = block.mlp.apply(&block.norm2.apply(&x));
-            x = &x + expanded;
-            if let Some((_, merger)) = tower.deepstack.iter().find(|(b, _)| *b == index) {
-                levels.push(merger.apply(&x, wide));
-            }
-        }
-        levels.insert(0, tower.merger.apply(&x, wide));
-        let all = if levels.len() == 1 { levels.swap_remove(0) } else { Tensor::cat(&levels, -1) };
-        all.index_select(1, &tables.restore)
+        x.index_select(1, &tables.permute)
     }
 
     fn attention(&self, block: &Block, x: &Tensor, tables: &FrameTables) -> Tensor {

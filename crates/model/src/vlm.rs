@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -14,6 +15,7 @@ use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::place::Place;
 use crate::rope::rope_positions;
 use crate::shards::{Plan, SHARD_BYTES};
+use crate::tape::{Mode, Tape, Var};
 use crate::vision::Vision;
 use crate::weights::{self, check_names};
 use crate::{GridThw, ModelError, Result, VlmConfig, graph, spec};
@@ -44,7 +46,7 @@ pub struct PackedOut {
 }
 
 /// Positions in `B * L`, and what is added there after each of the first layers.
-type Deepstack = (Tensor, Vec<Tensor>);
+type Deepstack = (Tensor, Vec<Var>);
 
 /// A vision-language model on one device.
 pub struct Vlm {
@@ -153,38 +155,47 @@ impl Vlm {
     /// Features of images given as patches `[sum t*h*w, patch_len]`, in the processor's order: `[sum merged, (1 + k) D]`, what
     /// replaces placeholders and then what each of k deepstack levels adds in the decoder (k = 0 in families without).
     pub fn encode_images(&self, pixel_values: &Tensor, grids: &[GridThw]) -> Result<Tensor> {
-        self.vision.forward(pixel_values, grids)
+        Ok(self.vision.forward(&mut Tape::new(Mode::Graph), pixel_values, grids)?.tensor)
     }
 
     /// Embeddings `[B, L, D]` of tokens `[B, L]`, placeholders replaced by feature rows in row-major order, and what
     /// deepstack adds where.
     ///
     /// Errors with [`ModelError::ImageTokens`] when placeholders and features differ in number.
-    fn embed(&self, tokens: &Tensor, image_features: Option<&Tensor>) -> Result<(Tensor, Option<Deepstack>)> {
+    fn embed<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        tokens: &Tensor,
+        image_features: Option<&Var>,
+    ) -> Result<(Var, Option<Deepstack>)> {
         let vocab = self.config.text.vocab_size;
         if tokens.numel() > 0 && (tokens.max().int64_value(&[]) >= vocab || tokens.min().int64_value(&[]) < 0) {
             return Err(ModelError::input(format!("a token id is outside the vocabulary of {vocab}")));
         }
-        let embeds = self.embed_text(tokens)?;
         let places = tokens.eq(i64::from(self.config.image_token_id));
         let count = places.sum(Kind::Int64).int64_value(&[]);
-        let rows = image_features.map_or(0, |f| f.size().first().copied().unwrap_or(0));
+        let features = image_features.map(|f| f.tensor.size());
+        let rows = features.as_ref().and_then(|f| f.first().copied()).unwrap_or(0);
         if count != rows {
             return Err(ModelError::ImageTokens { tokens: count, features: rows });
         }
-        let Some(features) = image_features.filter(|_| count > 0) else { return Ok((embeds, None)) };
+        let ids = tokens.shallow_clone();
+        let Some(features) = image_features.filter(|_| count > 0) else {
+            return Ok((tape.call1(&[], move |_| self.look_up(&ids)), None));
+        };
         let (d, levels) = (self.config.text.hidden_size, self.config.vision.deepstack().len() as i64);
-        if features.size() != [rows, d * (1 + levels)] {
-            let found = features.size();
+        if features.tensor.size() != [rows, d * (1 + levels)] {
+            let found = features.tensor.size();
             return Err(ModelError::input(format!(
                 "image features have shape {found:?}, expected [{rows}, {}]",
                 d * (1 + levels)
             )));
         }
-        let mut parts = features.f_split(d, 1)?;
+        let mut parts = tape.call(&[features], move |t| t[0].split(d, 1));
         let added = parts.split_off(1);
-        let embeds = embeds.f_masked_scatter(&places.unsqueeze(-1), &parts[0])?;
         let at = (levels > 0).then(|| places.flatten(0, 1).nonzero().squeeze_dim(1));
+        let places = places.unsqueeze(-1);
+        let embeds = tape.call1(&[&parts[0]], move |t| self.look_up(&ids).masked_scatter(&places, &t[0]));
         Ok((embeds, at.map(|at| (at, added))))
     }
 
@@ -198,19 +209,24 @@ impl Vlm {
         mask: Option<&Tensor>,
         capture: Option<&Capture>,
     ) -> Result<ForwardOut> {
+        let capture = capture.map(|c| Rc::new(c.share()));
         let ask = SequenceAsk { capture, ..SequenceAsk::default() };
-        let out = self.sequences(tokens, image_features, positions, mask, ask)?;
-        Ok(ForwardOut { hidden: out.hidden, attention: out.attention })
+        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
+        let mut tape = Tape::new(Mode::Graph);
+        let out = self.sequences(&mut tape, tokens, features.as_ref(), positions, mask, ask)?;
+        let attention = out.attention.into_iter().map(|v| v.tensor).reduce(|a, b| a + b);
+        Ok(ForwardOut { hidden: out.hidden.tensor, attention })
     }
 
     /// Checks shapes, makes the mask additive, runs the decoder.
-    fn sequences(
-        &self,
+    fn sequences<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
         tokens: &Tensor,
-        image_features: Option<&Tensor>,
+        image_features: Option<&Var>,
         positions: &Tensor,
         mask: Option<&Tensor>,
-        ask: SequenceAsk<'_>,
+        ask: SequenceAsk,
     ) -> Result<SequenceOut> {
         let size = tokens.size();
         let [b, l] = size[..] else {
@@ -224,7 +240,7 @@ impl Vlm {
         {
             return Err(ModelError::input(format!("mask has shape {:?}, expected [{b}, 1, {l}, {l}]", m.size())));
         }
-        if let Some(c) = ask.capture {
+        if let Some(c) = &ask.capture {
             c.set.check(&self.config.text)?;
         }
         let kind = wide(self.kind());
@@ -234,9 +250,8 @@ impl Vlm {
             }
             _ => m.to_kind(kind),
         });
-        let (embeds, deepstack) = self.embed(tokens, image_features)?;
-        let deepstack = deepstack.as_ref().map(|(at, levels)| (at, levels.as_slice()));
-        Ok(self.decoder.sequences(&embeds, positions, additive.as_ref(), &SequenceAsk { deepstack, ..ask }))
+        let (embeds, deepstack) = self.embed(tape, tokens, image_features)?;
+        Ok(self.decoder.sequences(tape, embeds, positions, additive, SequenceAsk { deepstack, ..ask }))
     }
 
     /// Logits `[.., V]`, fp32, of hidden states `[.., D]`; give it only the rows that are needed.
@@ -251,23 +266,51 @@ impl Vlm {
         image_features: Option<&Tensor>,
         capture: Option<CaptureSpec>,
     ) -> Result<PackedOut> {
-        let capture = capture.map(|c| Capture {
-            set: c.set,
-            queries: batch.query_index.shallow_clone(),
-            image_index: batch.image_index.shallow_clone(),
-            image_valid: batch.image_valid.shallow_clone(),
-            differentiable: c.differentiable,
+        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
+        let (hidden, attention) = self.packed(&mut Tape::new(Mode::Graph), batch, features.as_ref(), capture)?;
+        Ok(PackedOut { hidden: hidden.tensor, attention: attention.map(|a| a.tensor) })
+    }
+
+    /// [`Vlm::forward_packed`] on a tape, from the pixels of all images in order: hidden states `[N, D]` and attention rows
+    /// `[N, V]`.
+    pub fn train_packed<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        batch: &PackedBatch,
+        images: Option<(&Tensor, &[GridThw])>,
+        capture: Option<CaptureSpec>,
+    ) -> Result<(Var, Option<Var>)> {
+        let features = images.map(|(pixels, grids)| self.vision.forward(tape, pixels, grids)).transpose()?;
+        self.packed(tape, batch, features.as_ref(), capture)
+    }
+
+    fn packed<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        batch: &PackedBatch,
+        features: Option<&Var>,
+        capture: Option<CaptureSpec>,
+    ) -> Result<(Var, Option<Var>)> {
+        let capture = capture.map(|c| {
+            Rc::new(Capture {
+                set: c.set,
+                queries: batch.query_index.shallow_clone(),
+                image_index: batch.image_index.shallow_clone(),
+                image_valid: batch.image_valid.shallow_clone(),
+                differentiable: c.differentiable,
+            })
         });
-        let ask = SequenceAsk { capture: capture.as_ref(), rows: Some(&batch.predict_index), ..SequenceAsk::default() };
-        let out = self.sequences(&batch.tokens, image_features, &batch.positions, Some(&batch.mask), ask)?;
-        let attention = match out.attention {
-            Some(rows) => {
-                let v = rows.size()[2];
-                Some(rows.view([-1, v]).f_index_select(0, &batch.query_flat)?)
-            }
-            None => None,
-        };
-        Ok(PackedOut { hidden: out.hidden, attention })
+        let rows = Some(batch.predict_index.shallow_clone());
+        let ask = SequenceAsk { capture, rows, ..SequenceAsk::default() };
+        let out = self.sequences(tape, &batch.tokens, features, &batch.positions, Some(&batch.mask), ask)?;
+        let attention = (!out.attention.is_empty()).then(|| {
+            let index = batch.query_flat.shallow_clone();
+            tape.call1(&out.attention.iter().collect::<Vec<_>>(), move |layers| {
+                let sum = layers.iter().skip(1).fold(layers[0].shallow_clone(), |sum, rows| sum + rows);
+                sum.flatten(0, 1).index_select(0, &index)
+            })
+        });
+        Ok((out.hidden, attention))
     }
 
     /// Runs prompts and keeps their keys and values. `image_features` holds all images of all prompts, in order.
@@ -294,11 +337,13 @@ impl Vlm {
         let lengths: Vec<i64> = prompts.iter().map(|p| p.tokens.len() as i64).collect();
         let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| (i * l) as i64 + len - 1).collect();
         let last = Tensor::from_slice(&last).to_device(device);
-        let ask = SequenceAsk { rows: Some(&last), keep_kv: true, ..SequenceAsk::default() };
-        let out = self.sequences(&tokens, image_features, &positions, None, ask)?;
+        let ask = SequenceAsk { rows: Some(last), keep_kv: true, ..SequenceAsk::default() };
+        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
+        let mut tape = Tape::new(Mode::Graph);
+        let out = self.sequences(&mut tape, &tokens, features.as_ref(), &positions, None, ask)?;
         let images: Vec<Vec<i64>> = prompts.iter().map(|p| image_positions(&p.tokens, &self.config)).collect();
         Ok(Prefill {
-            last_hidden: out.hidden,
+            last_hidden: out.hidden.tensor,
             image_tokens: images.iter().map(Vec::len).collect(),
             layers: out.kv,
             lengths,
@@ -316,8 +361,11 @@ impl Vlm {
         let l = batch.tokens.size()[1];
         let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| i as i64 * l + len - 1).collect();
         let last = Tensor::from_slice(&last).to_device(self.device());
-        let ask = SequenceAsk { rows: Some(&last), keep_kv: true, ..SequenceAsk::default() };
-        let out = self.sequences(&batch.tokens, image_features, &batch.positions, Some(&batch.mask), ask)?;
+        let ask = SequenceAsk { rows: Some(last), keep_kv: true, ..SequenceAsk::default() };
+        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
+        let mut tape = Tape::new(Mode::Graph);
+        let out =
+            self.sequences(&mut tape, &batch.tokens, features.as_ref(), &batch.positions, Some(&batch.mask), ask)?;
         let ranges = |g: &PackedGroup| {
             let mut at = g.prompt.tokens.len() as i64;
             let one = |r: &Vec<u32>| {
@@ -328,7 +376,7 @@ impl Vlm {
         };
         let images: Vec<Vec<i64>> = groups.iter().map(|g| image_positions(&g.prompt.tokens, &self.config)).collect();
         Ok(Prefill {
-            last_hidden: out.hidden,
+            last_hidden: out.hidden.tensor,
             image_tokens: batch.image_tokens,
             layers: out.kv,
             lengths,
@@ -374,6 +422,11 @@ impl Vlm {
             Device::Cuda(gpu) if cache.steady() => graph::step(self, cache, gpu, tokens, place),
             _ => self.step(tokens, cache, &place),
         }
+    }
+
+    /// Embeddings of ids that are known to be within the vocabulary.
+    fn look_up(&self, tokens: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embedding, tokens, -1, false, false).to_kind(wide(self.kind()))
     }
 
     fn embed_text(&self, tokens: &Tensor) -> Result<Tensor> {

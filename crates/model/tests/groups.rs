@@ -5,8 +5,8 @@ mod common;
 use common::{lively, lively_of, max_diff};
 use tch::{Device, Kind, Tensor};
 use unveil_model::{
-    AttentionSet, CacheShape, CaptureSpec, Family, ModelError, PackedBatch, PackedGroup, Prompt, Vlm, logprobs,
-    logprobs_entropy,
+    AttentionSet, CacheShape, CaptureSpec, Family, Mode, ModelError, PackedBatch, PackedGroup, Prompt, Tape, Var, Vlm,
+    logprobs, logprobs_entropy,
 };
 
 const VOCAB: u32 = 300;
@@ -320,4 +320,54 @@ fn counts_are_checked() {
     let pixels = Tensor::zeros([143, 384], (Kind::Float, Device::Cpu));
     let message = vlm.encode_images(&pixels, &[[1, 12, 12]]).expect_err("short").to_string();
     assert!(message.contains("[143, 384]") && message.contains("[144, 384]"), "{message}");
+}
+
+/// The backward pass in segments, with activations kept or computed again, gives the gradients of one graph: of all parameters, and
+/// where the vision tower is frozen.
+#[test]
+fn segments_equal_one_graph() {
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let vlm = lively_of(family, dir.path());
+        let groups = groups();
+        let (grids, pixels) = pixels(&vlm, &groups);
+        let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
+        let gradients = |mode: Mode, frozen: &str| -> Vec<(String, Tensor)> {
+            vlm.set_trainable(|name| !name.starts_with(frozen));
+            for (_, t) in vlm.named_parameters() {
+                t.shallow_clone().zero_grad();
+            }
+            let spec = CaptureSpec { set: AttentionSet::new(&[1, 2], &[]), differentiable: true };
+            let mut tape = Tape::new(mode);
+            let (hidden, rows) =
+                vlm.train_packed(&mut tape, &batch, Some((&pixels, &grids)), Some(spec)).expect("runs");
+            let chunks = tape.call(&[&hidden], |t| t[0].split(9, 0));
+            let mut at = 0;
+            let parts: Vec<Var> = chunks
+                .iter()
+                .map(|chunk| {
+                    let targets = batch.targets.narrow(0, at, chunk.tensor.size()[0]);
+                    at += chunk.tensor.size()[0];
+                    tape.call1(&[chunk], move |t| logprobs(&vlm.lm_head(&t[0]), &targets, 0.7, &[3]))
+                })
+                .collect();
+            let logp = Tensor::cat(&parts.iter().map(|v| tape.leaf(v)).collect::<Vec<_>>(), 0);
+            let rows = tape.leaf(&rows.expect("captured"));
+            (logp.sin().sum(Kind::Float) + rows.square().sum(Kind::Float) * 10.0).backward();
+            tape.backward();
+            let trained = vlm.named_parameters().iter().filter(|(_, t)| t.requires_grad());
+            trained.map(|(n, t)| (n.clone(), t.grad().copy())).collect()
+        };
+        for frozen in ["nothing", "visual.", "model.embed_tokens"] {
+            let whole = gradients(Mode::Graph, frozen);
+            assert!(whole.len() > 20);
+            for mode in [Mode::Keep, Mode::Recompute] {
+                for ((name, a), (_, b)) in whole.iter().zip(gradients(mode, frozen)) {
+                    let norm = |t: &Tensor| t.norm().double_value(&[]);
+                    assert!(norm(a) > 0.0, "{family:?}: no gradient of {name}");
+                    assert!(norm(&(a - b)) <= 1e-5 * norm(a) + 1e-7, "{family:?} {mode:?}: {name}, {frozen} frozen");
+                }
+            }
+        }
+    }
 }
