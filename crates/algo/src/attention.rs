@@ -1,8 +1,9 @@
 //! Vision relevance as a differentiable quantity of the attention rows that the learner recomputes.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use crate::{AlgoError, expect_shape};
+use crate::AlgoError;
+use crate::error::expect_shape;
 
 /// Which attention rows of a batch belong to mentions of the abnormal class, and which cells count.
 ///
@@ -14,9 +15,9 @@ pub struct MentionBatch {
     pub tokens: Tensor,
     /// `[K]` Int64: which of the R responses each belongs to.
     pub response: Tensor,
-    /// `[R, V]` f32: M, the share of each cell that true boxes cover; 0 beyond the sample's own image.
+    /// `[R, V]`, a floating kind: M, the share of each cell that true boxes cover; 0 beyond the sample's own image.
     pub coverage: Tensor,
-    /// `[R]` f32: a, the mean of M over the sample's own cells, below 1.
+    /// `[R]`, a floating kind: a, the mean of M over the sample's own cells, below 1.
     pub baseline: Tensor,
 }
 
@@ -25,24 +26,31 @@ pub struct MentionBatch {
 ///
 /// The reward clips this to `[0, 1]`. Here the lower clip is left out, since it would cut the gradient exactly where attention
 /// looks away from the lesion and a gradient is wanted most; the upper one never binds, as s <= 1. Differentiable in
-/// `attention` `[N, V]`.
+/// `attention` `[N, V]`, and of its kind.
+///
+/// # Errors
+/// Shapes that do not fit together.
 pub fn attention_rewards(attention: &Tensor, m: &MentionBatch) -> Result<Tensor, AlgoError> {
     let responses = m.baseline.size().first().copied().unwrap_or(0);
     let width = attention.size().get(1).copied().unwrap_or(0);
     expect_shape("coverage", &m.coverage, &[responses, width])?;
     expect_shape("response", &m.response, &m.tokens.size())?;
+    let kind = attention.kind();
     let rows = attention.f_index_select(0, &m.tokens)?;
-    let covered = m.coverage.f_index_select(0, &m.response)?;
-    let per_token = (rows * covered).f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?;
-    let zeros = Tensor::zeros([responses], (Kind::Float, attention.device()));
+    let covered = m.coverage.f_to_kind(kind)?.f_index_select(0, &m.response)?;
+    let per_token = (rows * covered).f_sum_dim_intlist([1i64].as_slice(), false, kind)?;
+    let zeros = Tensor::zeros([responses], (kind, attention.device()));
     let counts = zeros.f_index_add(0, &m.response, &per_token.ones_like())?;
     let mean = zeros.f_index_add(0, &m.response, &per_token)? / counts.clamp_min(1.0);
-    let relevance = (mean - &m.baseline) / (1.0 - &m.baseline);
-    Ok(relevance * counts.gt(0.0).to_kind(Kind::Float))
+    let baseline = m.baseline.f_to_kind(kind)?;
+    let relevance = (mean - &baseline) / (1.0 - &baseline);
+    Ok(relevance * counts.gt(0.0).to_kind(kind))
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     fn batch(tokens: &[i64], response: &[i64]) -> MentionBatch {

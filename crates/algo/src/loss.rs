@@ -1,38 +1,25 @@
-//! The stage 2 loss: clipped surrogate, value loss, entropy bonus, KL to a reference, attention term; every one a mean over the
-//! tokens of the whole batch, so that long responses weigh by their tokens and micro-batches add up.
+//! The stage 2 loss: clipped surrogate, value loss, entropy bonus, KL to a reference, attention term, put together from the terms
+//! of single tokens. Results have the kind of the log-probabilities. Must not know: how its inputs were made.
 
-use tch::{Kind, Tensor};
+use tch::{Tensor, no_grad};
 
 use crate::attention::{MentionBatch, attention_rewards};
-use crate::{AlgoError, expect_shape};
+use crate::error::expect_shape;
+use crate::kl::kl_terms;
+use crate::layout::{Counts, Layout};
+use crate::surrogate::{approx_kl, clip_fraction, log_ratios, policy_terms};
+use crate::{AlgoError, Objective};
 
-/// Weights and clip ranges of the loss
-/// `L = L_clip + value_coef L_VF - entropy_coef S + kl_coef KL - attention_coef mean(r_att)`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Objective {
-    /// Ratios below `1 - clip_low` are clipped.
-    pub clip_low: f64,
-    /// Ratios above `1 + clip_high` are clipped (a higher one than `clip_low`: DAPO, arXiv 2503.14476, eq. 10).
-    pub clip_high: f64,
-    /// c2; 0 = no value loss.
-    pub value_coef: f64,
-    /// Clip range of the value loss; 0 = not clipped.
-    pub value_clip: f64,
-    /// c3.
-    pub entropy_coef: f64,
-    /// Weight of the k3 estimate of KL(policy || reference).
-    pub kl_coef: f64,
-    /// Weight of the differentiable vision relevance.
-    pub attention_coef: f64,
-}
-
-/// The tokens of a (micro-)batch: all `[N]`, f32.
+/// The tokens of a (micro-)batch: all `[N]`, of one kind (f32 or f64).
 #[derive(Debug, Default)]
 pub struct TokenBatch<'a> {
     /// Log-probabilities under the policy; differentiable.
     pub logprobs: Option<&'a Tensor>,
-    /// Log-probabilities under the weights that made the tokens.
+    /// Log-probabilities under the policy that the ratio is taken to: the weights that made the tokens as the rollout recorded
+    /// them, or the learner's own before the update (proximal).
     pub old_logprobs: Option<&'a Tensor>,
+    /// Log-probabilities as the rollout recorded them, for [`crate::Correction`].
+    pub behaviour: Option<&'a Tensor>,
     /// Advantages.
     pub advantages: Option<&'a Tensor>,
     /// Entropy of the policy at each token; differentiable.
@@ -49,46 +36,43 @@ pub struct TokenBatch<'a> {
     pub attention: Option<(&'a Tensor, &'a MentionBatch)>,
 }
 
-/// What a mean is divided by: the counts of the whole batch, so that the losses of its micro-batches add up to its own.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TokenStats {
-    /// Tokens in the whole batch.
-    pub tokens: f64,
-    /// Responses in the whole batch that have vision relevance.
-    pub attended: f64,
-}
-
-/// The loss and its parts; the parts are detached scalars, weights not applied.
+/// The loss and its parts: detached scalars, aggregated as the objective says, weights not applied. They add up over
+/// micro-batches and ranks.
 #[derive(Debug)]
 pub struct LossParts {
     /// What is differentiated.
     pub loss: Tensor,
-    /// Clipped surrogate.
+    /// Clipped surrogate, importance weights applied.
     pub policy: Tensor,
     /// Value loss; 0 where there is none.
     pub value: Tensor,
-    /// Mean entropy; 0 where there is none.
+    /// Entropy; 0 where it was not given.
     pub entropy: Tensor,
-    /// KL to the reference; 0 where there is none.
+    /// KL to the reference; 0 where none was given.
     pub kl: Tensor,
     /// Mean differentiable vision relevance; 0 where there is none.
     pub attention: Tensor,
+    /// Means over tokens.
+    pub means: TokenMeans,
+}
+
+/// Means over the tokens of the whole batch, whatever the aggregation: this part's share of them, detached scalars.
+#[derive(Debug)]
+pub struct TokenMeans {
+    /// Entropy in nats; 0 where it was not given.
+    pub entropy: Tensor,
+    /// KL to the reference in the objective's form; 0 where none was given.
+    pub kl: Tensor,
     /// Share of tokens whose ratio left the clip range.
     pub clip_fraction: Tensor,
     /// k3 estimate of KL(old policy || policy).
     pub approx_kl: Tensor,
-}
-
-/// Per token, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with rho = exp(logp - old) (PPO, arXiv 1707.06347, eq. 7; asymmetric
-/// range: DAPO, eq. 10). `[N]`, differentiable in `logprobs`.
-pub fn policy_terms(logprobs: &Tensor, old: &Tensor, advantages: &Tensor, clip_low: f64, clip_high: f64) -> Tensor {
-    let ratio = (logprobs - old).exp();
-    let clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high);
-    -(ratio * advantages).minimum(&(clipped * advantages))
+    /// Importance weight and the share of tokens at which its cap took effect; none where nothing is corrected.
+    pub importance: Option<(Tensor, Tensor)>,
 }
 
 /// Per token, half the larger of the squared errors of the value and of the value clipped to `old ± clip` (PPO's reference
-/// implementation; arXiv 2005.12729, §3). `clip = 0` does not clip. `[N]`, differentiable in `values`.
+/// implementation; arXiv 2005.12729, section 3). `clip = 0` does not clip. `[N]`, differentiable in `values`.
 pub fn value_terms(values: &Tensor, old: &Tensor, targets: &Tensor, clip: f64) -> Tensor {
     let error = (values - targets).square();
     if clip <= 0.0 {
@@ -98,99 +82,119 @@ pub fn value_terms(values: &Tensor, old: &Tensor, targets: &Tensor, clip: f64) -
     error.maximum(&(near - targets).square()) * 0.5
 }
 
-/// Per token, the k3 estimate of KL(policy || reference): exp(d) - d - 1 with d = reference - logp (J. Schulman, "Approximating
-/// KL divergence"; GRPO eq. 4). Never negative. `[N]`.
-pub fn kl_k3(logprobs: &Tensor, reference: &Tensor) -> Tensor {
-    let d = reference - logprobs;
-    d.exp() - d - 1.0
-}
-
-/// Per token, the k3 estimate of KL(old || policy) from samples of the old policy: (rho - 1) - log rho. `[N]`.
-pub fn approx_kl(logprobs: &Tensor, old: &Tensor) -> Tensor {
-    let d = logprobs - old;
-    d.exp() - 1.0 - d
-}
-
-/// Per token, 1 where the ratio left `[1 - low, 1 + high]`, else 0. `[N]`.
-pub fn clip_fraction(logprobs: &Tensor, old: &Tensor, clip_low: f64, clip_high: f64) -> Tensor {
-    let ratio = (logprobs - old).exp();
-    ratio.lt(1.0 - clip_low).logical_or(&ratio.gt(1.0 + clip_high)).to_kind(Kind::Float)
-}
-
 fn need<'a>(t: Option<&'a Tensor>, term: &'static str, input: &'static str, n: i64) -> Result<&'a Tensor, AlgoError> {
     let t = t.ok_or(AlgoError::Missing { term, input })?;
     expect_shape(input, t, &[n])?;
     Ok(t)
 }
 
-/// The whole loss of a (micro-)batch: every sum over its tokens divided by the counts of the whole batch in `stats`.
-pub fn policy_loss(objective: &Objective, batch: &TokenBatch, stats: TokenStats) -> Result<LossParts, AlgoError> {
-    let o = objective;
-    let logprobs = batch.logprobs.ok_or(AlgoError::Missing { term: "policy", input: "logprobs" })?;
-    let n = logprobs.size().first().copied().unwrap_or(0);
-    expect_shape("logprobs", logprobs, &[n])?;
+/// The sum of weighted terms, and what is differentiated so far.
+struct Total {
+    loss: Option<Tensor>,
+}
+
+impl Total {
+    fn add(&mut self, term: &Tensor, coef: f64) -> Result<(), AlgoError> {
+        let weighted = term * coef;
+        self.loss = Some(match self.loss.take() {
+            Some(sum) => sum.f_add(&weighted)?,
+            None => weighted,
+        });
+        Ok(())
+    }
+}
+
+/// The whole loss of a (micro-)batch laid out as `layout`, which is part of a batch with `counts`.
+///
+/// # Errors
+/// An input that a term needs and that is missing or misshapen; an objective without any term.
+pub fn policy_loss(
+    objective: &Objective,
+    batch: &TokenBatch,
+    layout: &Layout,
+    counts: &Counts,
+) -> Result<LossParts, AlgoError> {
+    let (o, n) = (objective, layout.tokens() as i64);
+    let logprobs = need(batch.logprobs, "policy", "logprobs", n)?;
     let old = need(batch.old_logprobs, "policy", "old_logprobs", n)?;
     let advantages = need(batch.advantages, "policy", "advantages", n)?;
-    let mean = |t: Tensor| t.sum(Kind::Float) / stats.tokens.max(1.0);
-    let zero = || Tensor::zeros([] as [i64; 0], (Kind::Float, logprobs.device()));
+    let (kind, device) = (logprobs.kind(), logprobs.device());
+    let weights = Tensor::f_from_slice(&o.aggregation.weights(layout, counts))?.f_to_device(device)?.f_to_kind(kind)?;
+    let sum = |t: &Tensor| (t * &weights).sum(kind);
+    let mean = |t: &Tensor| t.detach().sum(kind) / counts.tokens.max(1) as f64;
+    let zero = || Tensor::zeros([] as [i64; 0], (kind, device));
+    let mut total = Total { loss: None };
 
-    let policy = mean(policy_terms(logprobs, old, advantages, o.clip_low, o.clip_high));
-    let mut loss = policy.shallow_clone();
+    let log_ratio = log_ratios(logprobs, old, o.ratio, layout)?;
+    let terms = policy_terms(&log_ratio, advantages, &o.clip);
+    let behaviour = match o.correction {
+        crate::Correction::None => None,
+        c => c.weights(old, need(batch.behaviour, "importance", "behaviour", n)?),
+    };
+    let policy = match &behaviour {
+        Some(w) => sum(&(terms * &w.weights)),
+        None => sum(&terms),
+    };
+    if o.policy_coef > 0.0 {
+        total.add(&policy, o.policy_coef)?;
+    }
     let mut value = zero();
     if o.value_coef > 0.0 {
         let values = need(batch.values, "value", "values", n)?;
         let before = need(batch.old_values, "value", "old_values", n)?;
-        let targets = need(batch.targets, "value", "targets", n)?;
-        value = mean(value_terms(values, before, targets, o.value_clip));
-        loss = loss.f_add(&(&value * o.value_coef))?;
+        value = sum(&value_terms(values, before, need(batch.targets, "value", "targets", n)?, o.value_clip));
+        total.add(&value, o.value_coef)?;
     }
-    let mut entropy = zero();
-    if let Some(e) = batch.entropy {
-        expect_shape("entropy", e, &[n])?;
-        entropy = mean(e.shallow_clone());
+    let (mut entropy, mut entropy_mean) = (zero(), zero());
+    if o.entropy_coef != 0.0 || batch.entropy.is_some() {
+        let e = need(batch.entropy, "entropy", "entropy", n)?;
+        (entropy, entropy_mean) = (sum(e), mean(e));
     }
     if o.entropy_coef != 0.0 {
-        need(batch.entropy, "entropy", "entropy", n)?;
-        loss = loss.f_sub(&(&entropy * o.entropy_coef))?;
+        total.add(&entropy, -o.entropy_coef)?;
     }
-    let mut kl = zero();
+    let (mut kl, mut kl_mean) = (zero(), zero());
+    if o.kl_coef > 0.0 || batch.reference.is_some() {
+        let reference = need(batch.reference, "KL", "reference", n)?;
+        let terms = kl_terms(o.kl_form, o.kl_gradient, logprobs, reference);
+        (kl, kl_mean) = (sum(&terms), mean(&terms));
+    }
     if o.kl_coef > 0.0 {
-        kl = mean(kl_k3(logprobs, need(batch.reference, "KL", "reference", n)?));
-        loss = loss.f_add(&(&kl * o.kl_coef))?;
+        total.add(&kl, o.kl_coef)?;
     }
     let mut attention = zero();
     if o.attention_coef > 0.0 {
         let (rows, mentions) = batch.attention.ok_or(AlgoError::Missing { term: "attention", input: "attention" })?;
-        attention = attention_rewards(rows, mentions)?.sum(Kind::Float) / stats.attended.max(1.0);
-        loss = loss.f_sub(&(&attention * o.attention_coef))?;
+        attention = attention_rewards(rows, mentions)?.sum(rows.kind()) / counts.attended.max(1) as f64;
+        total.add(&attention, -o.attention_coef)?;
     }
-    let (clipped, moved) =
-        tch::no_grad(|| (mean(clip_fraction(logprobs, old, o.clip_low, o.clip_high)), mean(approx_kl(logprobs, old))));
+    let means = no_grad(|| TokenMeans {
+        entropy: entropy_mean,
+        kl: kl_mean,
+        clip_fraction: mean(&clip_fraction(&log_ratio, &o.clip)),
+        approx_kl: mean(&approx_kl(logprobs, old)),
+        importance: behaviour.as_ref().map(|w| (mean(&w.weights), mean(&w.bounded))),
+    });
     Ok(LossParts {
-        loss,
+        loss: total.loss.ok_or(AlgoError::Empty)?,
         policy: policy.detach(),
         value: value.detach(),
         entropy: entropy.detach(),
         kl: kl.detach(),
         attention: attention.detach(),
-        clip_fraction: clipped,
-        approx_kl: moved,
+        means,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Correction;
 
-    const O: Objective = Objective {
-        clip_low: 0.2,
-        clip_high: 0.28,
-        value_coef: 0.0,
-        value_clip: 0.0,
-        entropy_coef: 0.0,
-        kl_coef: 0.0,
-        attention_coef: 0.0,
-    };
+    fn one(lengths: &[usize]) -> (Layout, Counts) {
+        let layout = Layout::new(vec![lengths.to_vec()]);
+        (layout.clone(), layout.counts())
+    }
 
     #[test]
     fn on_policy_loss_is_minus_the_mean_advantage() {
@@ -198,9 +202,13 @@ mod tests {
         let adv = Tensor::from_slice(&[1.0f32, -1.0, 3.0]);
         let batch =
             TokenBatch { logprobs: Some(&lp), old_logprobs: Some(&lp), advantages: Some(&adv), ..Default::default() };
-        let p = policy_loss(&O, &batch, TokenStats { tokens: 3.0, attended: 0.0 }).unwrap();
+        let (layout, counts) = one(&[1, 2]);
+        let loss = |o: Objective| policy_loss(&o, &batch, &layout, &counts).unwrap();
+        let p = loss(Objective::surrogate(0.2, 0.28));
         assert!((p.loss.double_value(&[]) + 1.0).abs() < 1e-6);
-        assert_eq!((p.clip_fraction.double_value(&[]), p.approx_kl.double_value(&[])), (0.0, 0.0));
+        assert_eq!((p.means.clip_fraction.double_value(&[]), p.means.approx_kl.double_value(&[])), (0.0, 0.0));
+        let scaled = loss(Objective::paper(0.25, 0.0, 0.0, 0.2));
+        assert!((scaled.loss.double_value(&[]) + 0.25).abs() < 1e-6, "c1 scales the advantages");
     }
 
     #[test]
@@ -209,9 +217,18 @@ mod tests {
         let two = Tensor::from_slice(&[-1.0f32, 0.0]);
         let full =
             |a| TokenBatch { logprobs: Some(&lp), old_logprobs: Some(&lp), advantages: Some(a), ..Default::default() };
-        let stats = TokenStats { tokens: 1.0, attended: 0.0 };
-        let e = policy_loss(&Objective { kl_coef: 0.1, ..O }, &full(&lp), stats).unwrap_err();
+        let (layout, counts) = one(&[1]);
+        let base = Objective::surrogate(0.2, 0.2);
+        let fault = |o: Objective, a| policy_loss(&o, &full(a), &layout, &counts).unwrap_err();
+        let e = fault(Objective { kl_coef: 0.1, ..base }, &lp);
         assert_eq!(e.to_string(), "the KL term has a weight but `reference` was not given");
-        assert!(matches!(policy_loss(&O, &full(&two), stats), Err(AlgoError::Shape { what: "advantages", .. })));
+        assert!(matches!(fault(base, &two), AlgoError::Shape { what: "advantages", .. }));
+        let e = fault(Objective { correction: Correction::Full, ..base }, &lp);
+        assert_eq!(e.to_string(), "the importance term has a weight but `behaviour` was not given");
+        let e = fault(Objective { entropy_coef: 0.1, ..base }, &lp);
+        assert!(matches!(e, AlgoError::Missing { input: "entropy", .. }));
+        assert!(matches!(fault(base.critic_only(), &lp), AlgoError::Empty));
+        let critic = Objective { value_coef: 0.5, ..base }.critic_only();
+        assert!(matches!(fault(critic, &lp), AlgoError::Missing { input: "values", .. }));
     }
 }

@@ -241,6 +241,49 @@ mod tests {
     }
 
     #[test]
+    fn choices_of_the_learner_are_read_and_checked() {
+        let text = "[learner]\nalgorithm = \"reinforce_plus_plus_baseline\"\nratio = \"sequence\"\nratio_to = \"learner\"\nimportance = \"mask\"\nloss_mean = \"sequence_max_length\"\nkl_form = \"k2\"\nkl_in = \"reward\"\nwhiten = \"always\"";
+        let l =
+            with(text, &[], &["learner.clip_dual=3", "learner.kl_coef=0.1", "learner.kl_target=6"]).unwrap().learner;
+        use crate::schema::*;
+        assert_eq!(
+            (l.algorithm, l.ratio, l.ratio_to, l.importance, l.loss_mean),
+            (
+                Algorithm::ReinforcePlusPlusBaseline,
+                RatioLevel::Sequence,
+                RatioBase::Learner,
+                Importance::Mask,
+                LossMean::SequenceMaxLength
+            )
+        );
+        assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlace::Reward, Whiten::Always, 3.0));
+        let faults: [(&[&str], &[&str]); 13] = [
+            (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
+            (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
+            (&["kl_form=k4"], &["k4", "k3"]),
+            (&["clip_dual=0.5"], &["learner.clip_dual", "0.5", "above 1"]),
+            (&["importance_cap=1"], &["learner.importance_cap", "above 1"]),
+            (&["importance=truncate"], &["learner.importance", "truncate", "learner.ratio_to"]),
+            (&["algorithm=reinforce_plus_plus", "whiten=never"], &["learner.whiten", "reinforce_plus_plus", "auto"]),
+            (&["critic_warmup=5"], &["learner.critic_warmup", "5", "ppo", "grpo"]),
+            (&["kl_target=6"], &["learner.kl_target", "learner.kl_coef"]),
+            (&["kl_in=reward", "kl_gradient=reverse"], &["learner.kl_gradient", "loss"]),
+            (&["policy_coef=0"], &["learner.policy_coef", "above 0"]),
+            (&["kl_coef=-1"], &["learner.kl_coef", "-1", "0 or more"]),
+            (&["kl_gian=0.1"], &["learner.kl_gian", "`learner.kl_gain`"]),
+        ];
+        for (sets, words) in faults {
+            let sets: Vec<String> = sets.iter().map(|s| format!("learner.{s}")).collect();
+            let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+            let m = with("", &[], &sets).unwrap_err().to_string();
+            assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+        }
+        let m = with("", &[], &["learner.algorithm=rloo", "rollout.n=1"]).unwrap_err().to_string();
+        assert!(m.contains("rloo") && m.contains("rollout.n"), "{m}");
+        with("", &[], &["learner.algorithm=reinforce_plus_plus", "rollout.n=1"]).unwrap();
+    }
+
+    #[test]
     fn numbers_and_options() {
         let c =
             with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layers=[2]", "run.resume=40"]).unwrap();

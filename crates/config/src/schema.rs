@@ -3,8 +3,12 @@
 use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
+mod learner;
 mod reward;
 
+pub use learner::{
+    Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
+};
 pub use reward::{ComponentConfig, Normalise, Reward, VisionMode, VisionRelevance};
 
 /// The whole configuration of a run.
@@ -312,95 +316,6 @@ impl Default for Rollout {
             workers: 1,
             max_rows: 256,
             memory_gib: 0.0,
-        }
-    }
-}
-
-/// Policy-gradient algorithm.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Algorithm {
-    /// Group-relative advantages, no value head.
-    Grpo,
-    /// Value head and GAE.
-    Ppo,
-}
-
-/// Stage 2: policy updates.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Learner {
-    /// Algorithm.
-    pub algorithm: Algorithm,
-    /// Updates; 0 skips stage 2.
-    pub steps: u64,
-    /// Groups per update.
-    pub groups: usize,
-    /// Passes over a collected batch.
-    pub inner_epochs: usize,
-    /// Mini-batches per inner epoch.
-    pub minibatches: usize,
-    /// Optimiser.
-    pub optimizer: Optimizer,
-    /// PPO clip range below 1.
-    pub clip_low: f64,
-    /// PPO clip range above 1.
-    pub clip_high: f64,
-    /// Divide group advantages by their standard deviation (GRPO).
-    pub scale_by_std: bool,
-    /// c2: weight of the value loss (PPO).
-    pub value_coef: f64,
-    /// Clip range of the value loss; 0 = none (PPO).
-    pub value_clip: f64,
-    /// c3: weight of the entropy bonus.
-    pub entropy_coef: f64,
-    /// Discount (PPO).
-    pub gamma: f64,
-    /// GAE lambda (PPO).
-    pub lambda: f64,
-    /// Weight of the KL term (k3) to the stage 1 model; 0 = no reference model.
-    pub kl_coef: f64,
-    /// Parameter name prefixes that stage 2 does not train.
-    pub frozen: Vec<String>,
-    /// Largest mean |delta log p| between rollout and learner on tokens of the same version.
-    pub agreement_limit: f64,
-    /// Held-out evaluation every so many steps; 0 = only at the end.
-    pub eval_every: u64,
-    /// Checkpoint every so many steps; 0 = only at the end.
-    pub checkpoint_every: u64,
-    /// Listen address of the experience service; port 0 = any free one.
-    pub listen: String,
-    /// Where rollout workers find it (`http://host:port`); empty = the one that `train` starts.
-    pub address: String,
-    /// Threads of the learner (0 = all cores); leave some to the rollout workers that run beside it.
-    pub threads: usize,
-}
-
-impl Default for Learner {
-    fn default() -> Self {
-        Self {
-            algorithm: Algorithm::Grpo,
-            steps: 100,
-            groups: 16,
-            inner_epochs: 1,
-            minibatches: 1,
-            optimizer: Optimizer { lr: 3e-4, warmup: 5, weight_decay: 0.0, ..Default::default() },
-            clip_low: 0.2,
-            clip_high: 0.28,
-            scale_by_std: true,
-            value_coef: 0.5,
-            value_clip: 0.2,
-            entropy_coef: 0.0,
-            gamma: 1.0,
-            lambda: 0.95,
-            kl_coef: 0.0,
-            frozen: Vec::new(),
-            agreement_limit: 1e-5,
-            eval_every: 0,
-            checkpoint_every: 50,
-            listen: "127.0.0.1:0".into(),
-            address: String::new(),
-            threads: 0,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
-use crate::schema::{Algorithm, Config, DataKind, Optimizer};
+mod learner;
+
+use crate::schema::{Config, DataKind, Optimizer};
 
 /// Every fault of a configuration; empty when it can run.
 pub(crate) fn faults(c: &Config) -> Vec<String> {
@@ -47,11 +49,6 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need((0.0..1.0).contains(&a.jitter), format!("data.augment.jitter is {}: use 0 up to below 1", a.jitter));
     need(c.sft.batch > 0, "sft.batch is 0".into());
     need(c.rollout.n > 0, "rollout.n is 0: a group has at least one response".into());
-    need(
-        c.learner.algorithm != Algorithm::Grpo || c.rollout.n > 1,
-        "learner.algorithm = \"grpo\" needs rollout.n of 2 or more: with one response there is no group to compare with"
-            .into(),
-    );
     need(c.rollout.temperature > 0.0, "rollout.temperature must be above 0: a greedy policy cannot be improved".into());
     let (top_p, min_p) = (c.rollout.top_p, c.rollout.min_p);
     need(top_p > 0.0 && top_p <= 1.0, format!("rollout.top_p is {top_p}: use a share above 0 up to 1"));
@@ -69,12 +66,6 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
     need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
-    need(c.learner.groups > 0, "learner.groups is 0".into());
-    need(c.learner.inner_epochs > 0, "learner.inner_epochs is 0".into());
-    need(
-        c.learner.minibatches > 0 && c.learner.groups.is_multiple_of(c.learner.minibatches.max(1)),
-        format!("learner.minibatches ({}) must divide learner.groups ({})", c.learner.minibatches, c.learner.groups),
-    );
     let r = &c.reward;
     let weights = [
         ("localization", r.localization.weight),
@@ -91,12 +82,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     );
     need(r.vision_relevance.gradient >= 0.0, "reward.vision_relevance.gradient must be 0 or more".into());
     need(r.deadline_s > 0.0, "reward.deadline_s must be above 0".into());
-    for (name, v) in [("learner.clip_low", c.learner.clip_low), ("learner.clip_high", c.learner.clip_high)] {
-        need(v > 0.0, format!("{name} must be above 0"));
-    }
-    for (name, v) in [("learner.gamma", c.learner.gamma), ("learner.lambda", c.learner.lambda)] {
-        need((0.0..=1.0).contains(&v), format!("{name} is {v}: use 0 to 1"));
-    }
+    learner::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);
     out

@@ -59,8 +59,6 @@ pub(crate) struct Row {
     pub response: usize,
     /// Reward of the whole response.
     pub reward: f64,
-    /// Group-relative advantage.
-    pub advantage: f64,
 }
 
 /// A group that takes part in an update, and its tokens' numbers in flat order (response, position).
@@ -68,8 +66,11 @@ pub(crate) struct Member<'a> {
     pub group: &'a TrainGroup,
     pub rows: Vec<Row>,
     pub packed: PackedGroup,
+    /// Log-probabilities as the rollout recorded them.
     pub old: Vec<f32>,
     pub versions: Vec<u64>,
+    /// The learner's log-probabilities before the update.
+    pub proximal: Vec<f32>,
     pub advantages: Vec<f32>,
     pub old_values: Vec<f32>,
     pub targets: Vec<f32>,
@@ -78,26 +79,23 @@ pub(crate) struct Member<'a> {
 
 impl<'a> Member<'a> {
     /// The responses that count, packed; `None` when there is none. Empty and masked ones do not count.
-    pub fn new(group: &'a TrainGroup, scale_by_std: bool) -> Option<Self> {
-        let totals: Vec<Option<f64>> =
-            group.totals().iter().zip(&group.responses).map(|(t, r)| t.filter(|_| !r.tokens.is_empty())).collect();
-        let advantages = unveil_algo::group_advantages(&totals, scale_by_std);
-        let rows: Vec<Row> = totals
-            .iter()
-            .zip(advantages)
+    pub fn new(group: &'a TrainGroup) -> Option<Self> {
+        let rows: Vec<Row> = group
+            .totals()
+            .into_iter()
             .enumerate()
-            .filter_map(|(response, (t, a))| Some(Row { response, reward: (*t)?, advantage: a? }))
+            .filter(|(response, _)| !group.responses[*response].tokens.is_empty())
+            .filter_map(|(response, total)| Some(Row { response, reward: total? }))
             .collect();
         rows.first()?;
         let chosen = || rows.iter().map(|r| &group.responses[r.response]);
         let responses: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
-        let advantages =
-            rows.iter().flat_map(|r| vec![r.advantage as f32; group.responses[r.response].tokens.len()]).collect();
         Some(Self {
             packed: PackedGroup { prompt: group.input.prompt.clone(), responses },
             old: chosen().flat_map(|r| r.logprobs.iter().copied()).collect(),
             versions: chosen().flat_map(|r| r.versions.iter().copied()).collect(),
-            advantages,
+            proximal: Vec::new(),
+            advantages: Vec::new(),
             old_values: Vec::new(),
             targets: Vec::new(),
             reference: Vec::new(),

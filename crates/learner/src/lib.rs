@@ -18,6 +18,7 @@ pub mod sft;
 mod stage;
 mod state;
 pub mod step;
+mod targets;
 
 pub use batch::{GroupInput, TrainGroup};
 pub use dataset::{Dataset, Item};

@@ -42,8 +42,17 @@ pub struct UpdateReport {
     pub flat_groups: usize,
     /// Approximate KL of the policy before the update to the policy at the loss.
     pub kl: f64,
-    /// KL to the reference model.
+    /// KL to the reference model per token, in the configured form.
     pub kl_reference: f64,
+    /// Weight of that KL at this update; none without a reference model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_coef: Option<f64>,
+    /// Mean importance weight, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub importance: Option<f64>,
+    /// Share of tokens whose importance weight was truncated or that were dropped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub importance_bounded: Option<f64>,
     /// Share of tokens whose ratio was clipped.
     pub clip_fraction: f64,
     /// Mean entropy per token in nats.
@@ -121,7 +130,7 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f32], version: We
     Agreement { mean: mean(same), drift: mean(stale), worst: worst.into_iter().take(3).map(|(_, w)| w).collect() }
 }
 
-/// Everything of the report that does not need the model. `version` is that of the weights before the update.
+/// Everything of the report that needs neither the model nor usable numbers. `version` is that of the weights before the update.
 pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateReport {
     let mut r = UpdateReport { pass: groups.first().map_or(0, |g| g.id.pass), ..Default::default() };
     let ids: Vec<_> = groups.iter().map(|g| g.id.clone()).collect();
@@ -133,8 +142,6 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
     let (mut sums, mut lift): (BTreeMap<String, (f64, u64)>, (f64, u64)) = (BTreeMap::new(), (0.0, 0));
     let (mut length, mut stopped) = (0usize, 0usize);
     for g in groups {
-        let totals: Vec<f64> = g.totals().into_iter().flatten().collect();
-        r.flat_groups += usize::from(!totals.is_empty() && totals.iter().all(|t| (t - totals[0]).abs() < 1e-9));
         let mut add = |name: &str, v: Option<f64>| match v.filter(|v| v.is_finite()) {
             Some(v) => {
                 let s = sums.entry(name.to_owned()).or_default();

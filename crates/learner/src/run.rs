@@ -192,6 +192,7 @@ impl Run {
             seed: stage.config.run.seed,
             experience: Some(self.host.snapshot()),
             best: self.best,
+            kl: Some(self.learner.kl_controller()),
         };
         if let Some(info) = self.saver.save(self.learner.step(), objects, &meta, best)? {
             stage.event(&state::event("rl", &info))?;
@@ -246,7 +247,7 @@ fn resumed(
     accounting: Settings,
     ids: Vec<String>,
 ) -> Result<Experience<TrainGroup>> {
-    learner.restore(&r.moments, r.head.as_deref(), r.meta.counters)?;
+    learner.restore(&r.moments, r.head.as_deref(), r.meta.counters, r.meta.kl.as_ref())?;
     let snapshot = r.meta.experience.as_ref().ok_or_else(|| LearnerError::State {
         step: l.info.step,
         what: "it does not say where the run stood in its data".into(),

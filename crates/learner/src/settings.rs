@@ -1,8 +1,8 @@
 //! Everything of the configuration that enters a policy update, in one place that a test or a dump can fill by hand.
 
-use unveil_algo::Objective;
+use unveil_algo::{Aggregation, Clip, Correction, Estimator, KlController, KlForm, KlGradient, Objective, RatioLevel};
 use unveil_config::Config;
-use unveil_config::schema::{Algorithm, Optimizer};
+use unveil_config::schema::{self, Algorithm, Importance, KlPlace, LossMean, Optimizer, RatioBase, Whiten};
 use unveil_model::{AttentionSet, Vlm};
 use unveil_reward::Scoring;
 
@@ -12,16 +12,22 @@ pub const TOKEN_BUDGET: usize = 65_536;
 /// Everything of the configuration that enters an update.
 #[derive(Debug, Clone)]
 pub struct StepSettings {
-    /// GRPO or PPO.
-    pub algorithm: Algorithm,
-    /// Clip ranges and weights of the loss.
+    /// How rewards become advantages.
+    pub estimator: Estimator,
+    /// Normalise advantages over the batch.
+    pub whiten: bool,
+    /// Clip ranges, forms and weights of the loss. `kl_coef` is where the weight of KL starts, in the loss or in the reward.
     pub objective: Objective,
-    /// Divide group advantages by their standard deviation.
-    pub scale_by_std: bool,
-    /// Discount (PPO).
-    pub gamma: f64,
-    /// GAE lambda (PPO).
-    pub lambda: f64,
+    /// What the ratio is taken to.
+    pub ratio_to: RatioBase,
+    /// Whether KL is part of the loss or of the reward.
+    pub kl_in: KlPlace,
+    /// KL per response in nats that its weight is steered towards; 0 = the weight stays.
+    pub kl_target: f64,
+    /// Relative change of that weight at a relative error of 1.
+    pub kl_gain: f64,
+    /// Updates at the start that train the value loss alone.
+    pub critic_warmup: u64,
     /// Passes over the batch.
     pub inner_epochs: usize,
     /// Mini-batches per pass.
@@ -52,22 +58,23 @@ impl StepSettings {
     /// From the configuration; `banned` are the token ids that the rollout never samples.
     pub fn new(config: &Config, vlm: &Vlm, banned: &[u32]) -> Self {
         let l = &config.learner;
-        let ppo = l.algorithm == Algorithm::Ppo;
         let vision = &config.reward.vision_relevance;
         Self {
-            algorithm: l.algorithm,
-            objective: Objective {
-                clip_low: l.clip_low,
-                clip_high: l.clip_high,
-                value_coef: if ppo { l.value_coef } else { 0.0 },
-                value_clip: l.value_clip,
-                entropy_coef: l.entropy_coef,
-                kl_coef: l.kl_coef,
-                attention_coef: vision.weight * vision.gradient,
+            estimator: estimator(l),
+            whiten: match l.whiten {
+                Whiten::Auto => l.algorithm.whitens(),
+                Whiten::Always => true,
+                Whiten::Never => false,
             },
-            scale_by_std: l.scale_by_std,
-            gamma: l.gamma,
-            lambda: l.lambda,
+            objective: Objective {
+                attention_coef: vision.weight * vision.gradient,
+                ..objective(l, config.rollout.max_new_tokens)
+            },
+            ratio_to: l.ratio_to,
+            kl_in: l.kl_in,
+            kl_target: l.kl_target,
+            kl_gain: l.kl_gain,
+            critic_warmup: l.critic_warmup,
             inner_epochs: l.inner_epochs,
             minibatches: l.minibatches,
             optimizer: l.optimizer.clone(),
@@ -81,6 +88,69 @@ impl StepSettings {
             token_budget: TOKEN_BUDGET,
             seed: config.run.seed,
         }
+    }
+}
+
+impl StepSettings {
+    /// The weight of KL as it starts.
+    pub(crate) fn kl_controller(&self) -> KlController {
+        let (coef, target, gain) = (self.objective.kl_coef, self.kl_target, self.kl_gain);
+        if target > 0.0 { KlController::Adaptive { coef, target, gain } } else { KlController::Fixed { coef } }
+    }
+
+    /// The objective of update `step` (from 0) while KL weighs `kl_coef`.
+    pub(crate) fn objective_at(&self, step: u64, kl_coef: f64) -> Objective {
+        let kl_coef = if self.kl_in == KlPlace::Loss { kl_coef } else { 0.0 };
+        let whole = Objective { kl_coef, ..self.objective };
+        if step < self.critic_warmup { whole.critic_only() } else { whole }
+    }
+}
+
+fn estimator(l: &schema::Learner) -> Estimator {
+    match l.algorithm {
+        Algorithm::Grpo => Estimator::Grpo { scale_by_std: l.scale_by_std },
+        Algorithm::Ppo => Estimator::Gae { gamma: l.gamma, lambda: l.lambda },
+        Algorithm::Rloo => Estimator::Rloo,
+        Algorithm::ReinforcePlusPlus => Estimator::ReinforcePlusPlus { gamma: l.gamma },
+        Algorithm::ReinforcePlusPlusBaseline => Estimator::ReinforcePlusPlusBaseline,
+    }
+}
+
+/// The loss without the attention term.
+fn objective(l: &schema::Learner, max_length: usize) -> Objective {
+    let cap = l.importance_cap;
+    let value_coef = if l.algorithm == Algorithm::Ppo { l.value_coef } else { 0.0 };
+    Objective {
+        clip: Clip { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
+        ratio: match l.ratio {
+            schema::RatioLevel::Token => RatioLevel::Token,
+            schema::RatioLevel::Sequence => RatioLevel::Sequence,
+        },
+        correction: match l.importance {
+            Importance::None => Correction::None,
+            Importance::Full => Correction::Full,
+            Importance::Truncate => Correction::Truncate { cap },
+            Importance::Mask => Correction::Mask { cap },
+        },
+        aggregation: match l.loss_mean {
+            LossMean::Token => Aggregation::TokenMean,
+            LossMean::SequenceTokenMean => Aggregation::SequenceTokenMean,
+            LossMean::SequenceTokenSum => Aggregation::SequenceTokenSum,
+            LossMean::SequenceMaxLength => Aggregation::SequenceMaxLength { max_length: max_length as u64 },
+            LossMean::GroupTokenMean => Aggregation::GroupTokenMean,
+        },
+        value_clip: l.value_clip,
+        kl_coef: l.kl_coef,
+        kl_form: match l.kl_form {
+            schema::KlForm::K1 => KlForm::K1,
+            schema::KlForm::K2 => KlForm::K2,
+            schema::KlForm::K3 => KlForm::K3,
+        },
+        kl_gradient: match l.kl_gradient {
+            schema::KlGradient::Own => KlGradient::Own,
+            schema::KlGradient::Reverse => KlGradient::Reverse,
+        },
+        ..Objective::paper(l.policy_coef, value_coef, l.entropy_coef, l.clip_low)
     }
 }
 

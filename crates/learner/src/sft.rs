@@ -216,7 +216,8 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
     let save = |saver: &mut Saver, trainer: &SftTrainer| {
         let objects = state::objects(&files, &trainer.vlm, &trainer.optimizer, None)?;
-        let meta = Meta { stage: "sft".into(), counters: trainer.counters, seed, experience: None, best: None };
+        let meta =
+            Meta { stage: "sft".into(), counters: trainer.counters, seed, experience: None, best: None, kl: None };
         saver.save(trainer.step(), objects, &meta, false)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);

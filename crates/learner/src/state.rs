@@ -39,6 +39,9 @@ pub(crate) struct Meta {
     /// The best evaluation so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<Best>,
+    /// Weight of KL to the reference; stage 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl: Option<unveil_algo::KlController>,
 }
 
 /// The best evaluation so far.

@@ -1,22 +1,26 @@
 //! One policy update from a batch of groups: advantages, packed forward pass, loss, gradients, AdamW. A function of the batch
 //! and the learner's state alone. Must not know: tonic, tokio, where groups come from.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
-use unveil_algo::{LossParts, TokenBatch, TokenStats, gae, policy_loss, whiten};
-use unveil_config::schema::Algorithm;
+use unveil_algo::{
+    AlgoError, BatchStats, Correction, Counts, KlController, Layout, LossParts, Objective, TokenBatch, check_batch,
+    policy_loss,
+};
+use unveil_config::schema::RatioBase;
 use unveil_core::GroupId;
 use unveil_model::{CaptureSpec, PackedBatch, ValueHead, Vlm, logprobs_entropy};
 
-use crate::batch::{GroupInput, Member, TrainGroup, attended, flat, mentions, parts, pixels};
+use crate::batch::{GroupInput, Member, TrainGroup, flat, mentions, parts, pixels};
 use crate::error::{LearnerError, Result};
 use crate::measure::{Agreement, UpdateReport, agreement, describe};
 use crate::optim::{AdamW, lr_at};
 use crate::settings::StepSettings;
+use crate::targets::{Before, counts, fill, layout};
 
 /// Skipped steps in a row after which a stage stops.
 pub const SKIP_LIMIT: u64 = 5;
@@ -28,6 +32,7 @@ pub struct Learner {
     pub(crate) optimizer: AdamW,
     reference: Option<Vlm>,
     settings: StepSettings,
+    kl: KlController,
     /// Updates so far, skipped ones among them.
     pub(crate) step: u64,
     pub(crate) skipped: u64,
@@ -70,7 +75,7 @@ impl Learner {
         }
         vlm.set_trainable(|name| !settings.frozen.iter().any(|p| name.starts_with(p.as_str())));
         let value_head =
-            (settings.algorithm == Algorithm::Ppo).then(|| ValueHead::new(vlm.config().text.hidden_size, vlm.device()));
+            settings.estimator.needs_values().then(|| ValueHead::new(vlm.config().text.hidden_size, vlm.device()));
         let mut trained: Vec<(String, Tensor)> = Vec::new();
         trained.extend(
             vlm.named_parameters()
@@ -83,12 +88,14 @@ impl Learner {
             trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
         }
         let optimizer = AdamW::new(&settings.optimizer, &trained)?;
+        let kl = settings.kl_controller();
         Ok(Self {
             vlm,
             value_head,
             optimizer,
             reference,
             settings,
+            kl,
             step: 0,
             skipped: 0,
             skipped_in_a_row: 0,
@@ -132,7 +139,10 @@ impl Learner {
         report.lr = lr_at(&self.settings.optimizer, self.step, self.settings.total_steps);
         let outcome = match usable(groups) {
             Err(unusable) => Err(unusable),
-            Ok(()) => self.apply(groups, given, &mut report)?,
+            Ok(stats) => {
+                report.flat_groups = stats.flat_groups;
+                self.apply(groups, given, &mut report)?
+            }
         };
         self.optimizer.zero_grad();
         self.step += 1;
@@ -160,8 +170,7 @@ impl Learner {
         given: &Values,
         report: &mut UpdateReport,
     ) -> Result<Result<(), Unusable>> {
-        let mut members: Vec<Member> =
-            groups.iter().filter_map(|g| Member::new(g, self.settings.scale_by_std)).collect();
+        let mut members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
         report.dropped_groups = groups.len() - members.len();
         if members.is_empty() {
             return Ok(Err(Unusable("every reward of the batch is masked".into())));
@@ -172,16 +181,13 @@ impl Learner {
         let all: Vec<&Member> = members.iter().collect();
         let whole = self.settings.minibatches <= 1 && parts(&all, self.settings.token_budget).len() == 1;
         let first = if whole { Some(self.forward(&all)?) } else { None };
-        let (before, mut values) = match &first {
+        let (logprobs, mut values) = match &first {
             Some(f) => (host(&f.logprobs)?, f.values.as_ref().map(host).transpose()?),
             None => self.forward_detached(&all)?,
         };
-        let found = agreement(&all, &before, self.step);
+        let found = agreement(&all, &logprobs, self.step);
         self.judge(&found)?;
         report.take_agreement(&found);
-        if before.iter().any(|v| !v.is_finite()) {
-            return Ok(Err(Unusable("a recomputed log-probability is not finite".into())));
-        }
         let reference = match &self.reference {
             Some(r) if self.settings.objective.kl_coef > 0.0 => Some(self.reference_logprobs(r, &all)?),
             _ => None,
@@ -190,7 +196,16 @@ impl Learner {
             take_given(&all, given, values)?;
         }
         drop(all);
-        self.fill(&mut members, values.as_deref(), reference.as_deref())?;
+        report.kl_coef = reference.is_some().then(|| self.kl.coef());
+        let before = Before { logprobs, values, reference };
+        let kl = match fill(&mut members, &before, &self.settings, self.kl.coef()) {
+            Ok(kl) => kl,
+            Err(e @ AlgoError::NotFinite(_)) => {
+                let index = |m: &Member<'_>, row: usize| m.group.responses[m.rows[row].response].index;
+                return Ok(Err(unusable(e, |g, r| (&members[g].group.id.record, index(&members[g], r)))));
+            }
+            Err(e) => return Err(e.into()),
+        };
 
         let mut first = first;
         let mut sums = Sums::default();
@@ -203,7 +218,15 @@ impl Learner {
             }
         }
         sums.report(report);
+        if let Some(kl) = kl {
+            self.kl.observe(kl);
+        }
         Ok(Ok(()))
+    }
+
+    /// The objective of the present update.
+    fn objective(&self) -> Objective {
+        self.settings.objective_at(self.step, self.kl.coef())
     }
 
     /// Indices of each mini-batch: in order where there is one, else shuffled as a function of (seed, step, epoch).
@@ -225,10 +248,7 @@ impl Learner {
         lr: f64,
         sums: &mut Sums,
     ) -> Result<Result<(), Unusable>> {
-        let stats = TokenStats {
-            tokens: chosen.iter().map(|m| m.tokens()).sum::<usize>() as f64,
-            attended: attended(chosen) as f64,
-        };
+        let counts = counts(chosen);
         self.optimizer.zero_grad();
         let mut ready = ready;
         let mut total = Sums::default();
@@ -237,7 +257,7 @@ impl Learner {
                 Some(f) => f,
                 None => self.forward(&part)?,
             };
-            let loss = self.loss(&part, &forward, stats)?;
+            let loss = self.loss(&part, &forward, &counts)?;
             if !loss.loss.f_double_value(&[])?.is_finite() {
                 return Ok(Err(Unusable("the loss is not finite".into())));
             }
@@ -256,16 +276,19 @@ impl Learner {
         Ok(Ok(()))
     }
 
-    fn loss(&self, part: &[&Member<'_>], forward: &Forward, stats: TokenStats) -> Result<LossParts> {
+    fn loss(&self, part: &[&Member<'_>], forward: &Forward, counts: &Counts) -> Result<LossParts> {
         let device = self.vlm.device();
-        let old = flat(part, |m| m.old.clone(), device)?;
+        let mut objective = self.objective();
+        let given = |wanted: bool, of: fn(&Member<'_>) -> Vec<f32>| wanted.then(|| flat(part, of, device)).transpose();
+        let old = match self.settings.ratio_to {
+            RatioBase::Rollout => flat(part, |m| m.old.clone(), device)?,
+            RatioBase::Learner => flat(part, |m| m.proximal.clone(), device)?,
+        };
+        let behaviour = given(objective.correction != Correction::None, |m| m.old.clone())?;
         let advantages = flat(part, |m| m.advantages.clone(), device)?;
-        let ppo = self.settings.objective.value_coef > 0.0;
-        let old_values = if ppo { Some(flat(part, |m| m.old_values.clone(), device)?) } else { None };
-        let targets = if ppo { Some(flat(part, |m| m.targets.clone(), device)?) } else { None };
-        let kl = self.settings.objective.kl_coef > 0.0;
-        let reference = if kl { Some(flat(part, |m| m.reference.clone(), device)?) } else { None };
-        let mut objective = self.settings.objective;
+        let old_values = given(objective.value_coef > 0.0, |m| m.old_values.clone())?;
+        let targets = given(objective.value_coef > 0.0, |m| m.targets.clone())?;
+        let reference = given(self.settings.objective.kl_coef > 0.0, |m| m.reference.clone())?;
         let mention = forward.attention.as_ref().and_then(|rows| {
             let names = |category: &str| self.settings.scoring.names(category);
             mentions(part, &names, rows.size()[1], device)
@@ -276,6 +299,7 @@ impl Learner {
         let batch = TokenBatch {
             logprobs: Some(&forward.logprobs),
             old_logprobs: Some(&old),
+            behaviour: behaviour.as_ref(),
             advantages: Some(&advantages),
             entropy: Some(&forward.entropy),
             values: forward.values.as_ref(),
@@ -284,12 +308,12 @@ impl Learner {
             reference: reference.as_ref(),
             attention: forward.attention.as_ref().zip(mention.as_ref()),
         };
-        Ok(policy_loss(&objective, &batch, stats)?)
+        Ok(policy_loss(&objective, &batch, &layout(part), counts)?)
     }
 
     /// The policy's pass over `members`, differentiable unless gradients are off.
     fn forward(&self, members: &[&Member<'_>]) -> Result<Forward> {
-        let o = &self.settings.objective;
+        let o = &self.objective();
         let capture = (o.attention_coef > 0.0)
             .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
         let (hidden, attention, targets) = packed(&self.vlm, members, capture)?;
@@ -331,39 +355,6 @@ impl Learner {
         })
     }
 
-    /// Writes advantages, value targets and reference log-probabilities into the members.
-    fn fill(&self, members: &mut [Member<'_>], values: Option<&[f32]>, reference: Option<&[f32]>) -> Result<()> {
-        let mut begin = 0;
-        for m in members.iter_mut() {
-            let end = begin + m.tokens();
-            if let Some(r) = reference {
-                m.reference = r[begin..end].to_vec();
-            }
-            if let Some(v) = values {
-                m.old_values = v[begin..end].to_vec();
-                let (mut advantages, mut targets) = (Vec::new(), Vec::new());
-                for (row, range) in m.rows.iter().zip(m.ranges()) {
-                    let (a, t) = gae(row.reward, &m.old_values[range], self.settings.gamma, self.settings.lambda);
-                    advantages.extend(a);
-                    targets.extend(t);
-                }
-                (m.advantages, m.targets) = (advantages, targets);
-            }
-            begin = end;
-        }
-        if values.is_some() {
-            let flat: Vec<f32> = members.iter().flat_map(|m| m.advantages.iter().copied()).collect();
-            let white = host(&whiten(&Tensor::from_slice(&flat)))?;
-            let mut begin = 0;
-            for m in members.iter_mut() {
-                let end = begin + m.tokens();
-                m.advantages = white[begin..end].to_vec();
-                begin = end;
-            }
-        }
-        Ok(())
-    }
-
     fn judge(&self, found: &Agreement) -> Result<()> {
         match found.mean {
             Some(mean) if mean > self.settings.agreement_limit => Err(LearnerError::Agreement {
@@ -378,7 +369,7 @@ impl Learner {
 
     /// Values of the present value head for every response that counts.
     pub(crate) fn values(&self, groups: &[TrainGroup]) -> Result<Values> {
-        let members: Vec<Member> = groups.iter().filter_map(|g| Member::new(g, self.settings.scale_by_std)).collect();
+        let members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
         if self.value_head.is_none() || members.is_empty() {
             return Ok(Values::new());
         }
@@ -411,19 +402,28 @@ impl Learner {
         (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
     }
 
-    /// Moments, value head and counters are taken over; the weights are loaded apart.
+    /// Moments, value head, counters and the weight of KL are taken over; the weights are loaded apart.
     pub(crate) fn restore(
         &mut self,
         moments: &[(String, Tensor)],
         head: Option<&[(String, Tensor)]>,
         at: Counters,
+        kl: Option<&KlController>,
     ) -> Result<()> {
         if let (Some(own), Some(named)) = (&mut self.value_head, head) {
             own.load_state(named)?;
         }
         self.optimizer.load_state(moments, at.updates)?;
         self.stand_at(at);
+        if let Some(saved) = kl {
+            self.kl.resume(saved);
+        }
         Ok(())
+    }
+
+    /// The weight of KL to the reference and how it changes.
+    pub(crate) fn kl_controller(&self) -> KlController {
+        self.kl
     }
 
     /// Where the learner stands.
@@ -492,18 +492,28 @@ fn take_given(members: &[&Member<'_>], given: &Values, values: &mut [f32]) -> Re
     Ok(())
 }
 
-/// Refuses batches with numbers that are not finite, naming the first.
-fn usable(groups: &[TrainGroup]) -> Result<(), Unusable> {
-    for g in groups {
-        let id = &g.id.record;
-        if let Some(b) = g.breakdowns.iter().find(|b| b.total.is_some_and(|t| !t.is_finite())) {
-            return Err(Unusable(format!("the reward of response {} of record `{id}` is not finite", b.index)));
+/// Refuses batches with numbers that are not finite, naming the first; counts what says nothing.
+fn usable(groups: &[TrainGroup]) -> Result<BatchStats, Unusable> {
+    let rewards: Vec<Vec<Option<f64>>> = groups.iter().map(TrainGroup::totals).collect();
+    let lengths = |g: &TrainGroup| g.responses.iter().map(|r| r.tokens.len()).collect();
+    let layout = Layout::new(groups.iter().map(lengths).collect());
+    let logprobs: Vec<f32> =
+        groups.iter().flat_map(|g| &g.responses).flat_map(|r| r.logprobs.iter().copied()).collect();
+    check_batch(&rewards, &layout, &[("log-probability", &logprobs)])
+        .map_err(|e| unusable(e, |g, r| (&groups[g].id.record, groups[g].responses[r].index)))
+}
+
+/// Why a batch cannot be used, with the record and the response by the names that they have outside; `name` knows them by
+/// positions.
+fn unusable<'a>(e: AlgoError, name: impl Fn(usize, usize) -> (&'a String, usize)) -> Unusable {
+    match e {
+        AlgoError::NotFinite(n) => {
+            let (id, response) = name(n.group, n.response);
+            let token = n.token.map_or_else(String::new, |t| format!("token {t} of "));
+            Unusable(format!("the {} of {token}response {response} of record `{id}` is {}", n.what, n.value))
         }
-        if let Some(r) = g.responses.iter().find(|r| r.logprobs.iter().any(|v| !v.is_finite())) {
-            return Err(Unusable(format!("a log-probability of response {} of record `{id}` is not finite", r.index)));
-        }
+        other => Unusable(other.to_string()),
     }
-    Ok(())
 }
 
 fn host(t: &Tensor) -> Result<Vec<f32>> {
@@ -520,16 +530,20 @@ struct Sums {
 
 impl Sums {
     fn add_part(&mut self, loss: &LossParts) -> Result<()> {
-        let all = [
+        let means = &loss.means;
+        let mut all = vec![
             ("loss", &loss.loss),
             ("policy", &loss.policy),
             ("value", &loss.value),
-            ("entropy", &loss.entropy),
-            ("kl_reference", &loss.kl),
             ("attention", &loss.attention),
-            ("clip_fraction", &loss.clip_fraction),
-            ("kl", &loss.approx_kl),
+            ("entropy", &means.entropy),
+            ("kl_reference", &means.kl),
+            ("clip_fraction", &means.clip_fraction),
+            ("kl", &means.approx_kl),
         ];
+        if let Some((mean, bounded)) = &means.importance {
+            all.extend([("importance", mean), ("importance_bounded", bounded)]);
+        }
         for (name, t) in all {
             *self.parts.entry(name).or_default() += t.f_double_value(&[])?;
         }
@@ -546,11 +560,13 @@ impl Sums {
 
     fn report(&self, report: &mut UpdateReport) {
         let n = self.count.max(1) as f64;
-        let known: HashSet<&str> = ["clip_fraction", "kl", "kl_reference", "entropy"].into();
-        let of = |k: &str| self.parts.get(k).copied().unwrap_or(0.0) / n;
+        let own = ["loss", "policy", "value", "attention"];
+        let found = |k: &str| self.parts.get(k).map(|v| v / n);
+        let of = |k: &str| found(k).unwrap_or(0.0);
         (report.clip_fraction, report.kl, report.kl_reference) = (of("clip_fraction"), of("kl"), of("kl_reference"));
+        (report.importance, report.importance_bounded) = (found("importance"), found("importance_bounded"));
         report.entropy = of("entropy");
         report.grad_norm = self.norm / n;
-        report.loss = self.parts.keys().filter(|k| !known.contains(*k)).map(|k| ((*k).to_owned(), of(k))).collect();
+        report.loss = self.parts.keys().filter(|k| own.contains(k)).map(|k| ((*k).to_owned(), of(k))).collect();
     }
 }

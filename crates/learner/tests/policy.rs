@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::{breakdown, low_tokens, model, rollout, settings, weights};
-use unveil_config::schema::Algorithm;
+use common::{breakdown, configured, low_tokens, model, rollout, settings, weights};
+use unveil_config::schema::{Algorithm, LossMean};
 use unveil_learner::{Learner, LearnerError, StepSettings, TrainGroup};
 
 fn learn(algorithm: Algorithm, updates: u64, change: impl Fn(&mut StepSettings)) -> (f64, f64, Learner) {
@@ -71,17 +71,24 @@ fn attention_entropy_and_kl_terms_enter_the_loss() {
 #[test]
 fn micro_batches_add_up_to_the_whole() {
     let batch = rollout(&model(7), 4, 4, 0, &low_tokens);
-    let run = |budget: usize, algorithm| {
+    let run = |budget: usize, algorithm, loss_mean| {
         let vlm = model(7);
-        let mut s = settings(&vlm, algorithm, 5);
+        let mut s = configured(&vlm, 5, |l| (l.algorithm, l.loss_mean) = (algorithm, loss_mean));
         s.token_budget = budget;
         let mut learner = Learner::new(vlm, None, s).unwrap();
         let report = learner.update(&batch).unwrap();
         (report, weights(learner.vlm()))
     };
-    for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
-        let (whole, w) = run(usize::MAX, algorithm);
-        let (split, v) = run(1, algorithm);
+    let all = [
+        (Algorithm::Grpo, LossMean::Token),
+        (Algorithm::Ppo, LossMean::GroupTokenMean),
+        (Algorithm::Rloo, LossMean::SequenceTokenMean),
+        (Algorithm::ReinforcePlusPlus, LossMean::SequenceTokenSum),
+        (Algorithm::ReinforcePlusPlusBaseline, LossMean::SequenceMaxLength),
+    ];
+    for (algorithm, loss_mean) in all {
+        let (whole, w) = run(usize::MAX, algorithm, loss_mean);
+        let (split, v) = run(1, algorithm, loss_mean);
         assert!((whole.loss["loss"] - split.loss["loss"]).abs() < 1e-5);
         assert!((whole.grad_norm - split.grad_norm).abs() < 1e-4 * whole.grad_norm, "{whole:?} {split:?}");
         for ((name, a), (_, b)) in w.iter().zip(&v) {

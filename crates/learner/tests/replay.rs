@@ -43,7 +43,7 @@ fn dumped(dir: &Path, config: &Config) {
     groups[0].breakdowns[1].total = None;
     groups[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
     let settings = StepSettings::new(config, &vlm, &[]);
-    let (hidden, ppo) = (vlm.config().text.hidden_size, settings.algorithm == Algorithm::Ppo);
+    let (hidden, ppo) = (vlm.config().text.hidden_size, config.learner.algorithm == Algorithm::Ppo);
     let learner = Learner::new(vlm, None, settings).unwrap();
     dump::write(&dir.join("dump"), config, &learner, &groups).unwrap();
     if ppo {

@@ -44,12 +44,20 @@ fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
 #[test]
 fn an_interrupted_run_ends_with_the_same_weights() {
     for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
-        let (straight, broken) = (small(algorithm, 4), small(algorithm, 4));
+        // The weight of KL changes with every update: it, too, must go on where it was.
+        let steered = || {
+            let mut small = small(algorithm, 4);
+            (small.config.learner.kl_coef, small.config.learner.kl_target) = (0.1, 50.0);
+            small
+        };
+        let (straight, broken) = (steered(), steered());
         let (outcome, events, accepted) = run(&straight, u64::MAX, None);
         assert_eq!((outcome.interrupted, outcome.step, outcome.exported, accepted), (false, 4, Some(4), 8));
         let trained = of(&events, "train");
         assert_eq!(trained.len(), 4);
         assert!(trained.iter().all(|e| e["agreement"].as_f64().is_some_and(|a| a < 1e-5)), "{trained:?}");
+        let coefs: Vec<f64> = trained.iter().map(|e| e["kl_coef"].as_f64().unwrap()).collect();
+        assert!(coefs.windows(2).all(|w| w[1] < w[0]), "KL below its target lowers its weight: {coefs:?}");
         let (first, _, _) = run(&broken, 2, None);
         assert_eq!((first.interrupted, first.step, first.exported), (true, 2, None));
         let (second, events, _) = run(&broken, u64::MAX, None);

@@ -16,6 +16,7 @@ use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
 pub const VOCAB: u32 = 64;
 pub const EOS: u32 = 60;
 pub const IMAGE: u32 = 61;
+pub const MAX_TOKENS: usize = 8;
 
 pub fn write_model(dir: &Path, seed: u64) {
     let special =
@@ -68,7 +69,7 @@ pub fn rollout(
     version: u64,
     reward: &dyn Fn(&[u32]) -> Option<f64>,
 ) -> Vec<TrainGroup> {
-    let sampling = Sampling { n, temperature: 1.0, max_new_tokens: 8, seed: 11, ..Default::default() };
+    let sampling = Sampling { n, temperature: 1.0, max_new_tokens: MAX_TOKENS, seed: 11, ..Default::default() };
     let mut engine = Engine::new(vlm, EngineOptions::default()).unwrap();
     engine.set_version(version);
     let inputs: Vec<GroupInput> = (0..groups).map(|k| input(vlm, k)).collect();
@@ -120,11 +121,17 @@ pub fn low_tokens(tokens: &[u32]) -> Option<f64> {
 }
 
 pub fn settings(vlm: &Vlm, algorithm: Algorithm, steps: u64) -> StepSettings {
+    configured(vlm, steps, |l| l.algorithm = algorithm)
+}
+
+/// Settings from a configuration whose section `[learner]` is changed.
+pub fn configured(vlm: &Vlm, steps: u64, change: impl FnOnce(&mut unveil_config::schema::Learner)) -> StepSettings {
     let mut config = Config::default();
-    config.learner.algorithm = algorithm;
+    config.rollout.max_new_tokens = MAX_TOKENS;
     config.learner.steps = steps;
     config.learner.optimizer.lr = 1e-3;
     config.learner.optimizer.warmup = 2;
+    change(&mut config.learner);
     StepSettings::new(&config, vlm, &[])
 }
 

@@ -1,0 +1,117 @@
+//! Random batches: ragged groups of ragged responses with everything that a loss may need.
+
+use tch::{Device, Kind, Tensor};
+use unveil_algo::{AlgoError, Counts, Layout, LossParts, MentionBatch, Objective, TokenBatch, policy_loss};
+
+/// Named tensors of a batch and how it is divided.
+pub struct Batch {
+    pub layout: Layout,
+    pub named: Vec<(&'static str, Tensor)>,
+}
+
+/// Which tensors a loss is differentiated by.
+pub const LEAVES: [&str; 4] = ["logprobs", "entropy", "values", "scores"];
+
+/// Whole numbers of the seeded generator, `low..high`.
+pub fn integers(low: i64, high: i64, n: i64) -> Vec<i64> {
+    Vec::try_from(Tensor::randint_low(low, high, [n], (Kind::Int64, Device::Cpu))).unwrap()
+}
+
+/// Normal numbers on a grid of 1/64: their differences are exact in both kinds, so that no ratio lies within rounding of a clip
+/// bound, where f32 and f64 may rightly differ.
+fn grid(n: i64, scale: f64) -> Tensor {
+    (Tensor::randn([n], (Kind::Double, Device::Cpu)) * (scale * 64.0)).round() / 64.0
+}
+
+impl Batch {
+    /// A batch of `kind`. Two responses in three attend, some of them without a mention.
+    pub fn random(seed: u64, kind: Kind) -> Self {
+        tch::manual_seed(seed as i64);
+        let double = (Kind::Double, Device::Cpu);
+        let groups = integers(1, 5, 1)[0];
+        let lengths: Vec<Vec<usize>> = integers(1, 6, groups)
+            .into_iter()
+            .map(|n| integers(1, 10, n).into_iter().map(|l| l as usize).collect())
+            .collect();
+        let layout = Layout::new(lengths);
+        let n = layout.tokens() as i64;
+        let cells = integers(4, 16, 1)[0];
+        let (mut tokens, mut response, mut rows, mut begin) = (vec![], vec![], 0, 0);
+        for (r, length) in layout.lengths().iter().flatten().enumerate() {
+            if r % 3 != 2 {
+                if rows % 4 != 3 {
+                    tokens.extend((0..(*length).min(2)).map(|t| (begin + t) as i64));
+                    response.extend(vec![rows; (*length).min(2)]);
+                }
+                rows += 1;
+            }
+            begin += length;
+        }
+        let logprobs = grid(n, 1.0) - 4.0;
+        let near = |t: &Tensor, s: f64| t + grid(n, s);
+        let (old, old_values) = (near(&logprobs, 0.5), grid(n, 1.0));
+        let coverage = Tensor::rand([rows, cells], double).square();
+        let floats = vec![
+            ("behaviour", near(&old, 0.6)),
+            ("reference", near(&logprobs, 0.5)),
+            ("old", old),
+            ("logprobs", logprobs),
+            ("advantages", Tensor::randn([n], double)),
+            ("entropy", Tensor::rand([n], double)),
+            ("values", near(&old_values, 0.4)),
+            ("targets", near(&old_values, 0.7)),
+            ("old_values", old_values),
+            ("scores", Tensor::randn([n, cells], double)),
+            ("baseline", coverage.mean_dim([1i64].as_slice(), false, Kind::Double)),
+            ("coverage", coverage),
+        ];
+        let mut named: Vec<(&str, Tensor)> = floats.into_iter().map(|(k, t)| (k, t.to_kind(kind))).collect();
+        named.push(("mention_tokens", Tensor::from_slice(&tokens)));
+        named.push(("mention_response", Tensor::from_slice(&response)));
+        Self { layout, named }
+    }
+
+    pub fn get(&self, key: &str) -> &Tensor {
+        &self.named.iter().find(|(k, _)| *k == key).unwrap_or_else(|| panic!("no {key}")).1
+    }
+
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.named.iter().map(|(k, t)| (*k, t))
+    }
+
+    /// Its own counts, attended responses among them.
+    pub fn counts(&self) -> Counts {
+        Counts { attended: self.get("baseline").numel() as u64, ..self.layout.counts() }
+    }
+
+    /// The loss as part of a batch with `counts`, and the gradients of [`LEAVES`].
+    pub fn loss(&self, objective: &Objective, counts: &Counts) -> Result<(LossParts, Vec<Tensor>), AlgoError> {
+        let leaves = LEAVES.map(|k| self.get(k).copy().set_requires_grad(true));
+        let [logprobs, entropy, values, scores] = &leaves;
+        let attention = scores.softmax(-1, scores.kind());
+        let get = |k: &str| self.get(k).shallow_clone();
+        let mentions = MentionBatch {
+            tokens: get("mention_tokens"),
+            response: get("mention_response"),
+            coverage: get("coverage"),
+            baseline: get("baseline"),
+        };
+        let batch = TokenBatch {
+            logprobs: Some(logprobs),
+            old_logprobs: Some(self.get("old")),
+            behaviour: Some(self.get("behaviour")),
+            advantages: Some(self.get("advantages")),
+            entropy: Some(entropy),
+            values: Some(values),
+            old_values: Some(self.get("old_values")),
+            targets: Some(self.get("targets")),
+            reference: Some(self.get("reference")),
+            attention: Some((&attention, &mentions)),
+        };
+        let parts = policy_loss(objective, &batch, &self.layout, counts)?;
+        parts.loss.backward();
+        let gradient = |t: &Tensor| if t.grad().defined() { t.grad() } else { t.zeros_like() };
+        let gradients = leaves.iter().map(gradient).collect();
+        Ok((parts, gradients))
+    }
+}

@@ -1,0 +1,9 @@
+//! Advantages, losses and their gradients against independent computations in Python: `golden.py` restates the formulas in
+//! PyTorch with autograd in f64, `trl_losses.py` calls TRL's own loss. `UNVEIL_SEED` makes other shapes and numbers.
+
+mod advantages;
+mod batch;
+mod harness;
+mod losses;
+mod micro;
+mod trl;

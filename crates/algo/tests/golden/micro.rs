@@ -1,0 +1,84 @@
+//! The parts of a batch add up to the whole, for every aggregation.
+
+use tch::{Kind, Tensor};
+use unveil_algo::{Correction, Counts, Layout, Objective, RatioLevel};
+
+use crate::batch::{Batch, LEAVES};
+use crate::harness::seed;
+use crate::losses::AGGREGATIONS;
+
+/// The batch that consists of both.
+fn joined(a: &Batch, b: &Batch) -> Batch {
+    let layout = Layout::new([a.layout.lengths(), b.layout.lengths()].concat());
+    let (tokens, responses) = (a.layout.tokens() as i64, a.get("baseline").numel() as i64);
+    let both = |k: &str| {
+        let mut second = b.get(k).shallow_clone();
+        if k == "mention_tokens" {
+            second = second + tokens;
+        } else if k == "mention_response" {
+            second = second + responses;
+        }
+        Tensor::cat(&[a.get(k), &second], 0)
+    };
+    let named = a.named.iter().map(|(k, _)| (*k, both(k))).collect();
+    Batch { layout, named }
+}
+
+/// Brings attention rows to one width: cells beyond are never attended.
+fn widened(mut batch: Batch, cells: i64) -> Batch {
+    for (k, t) in &mut batch.named {
+        let fill = if *k == "scores" { f64::NEG_INFINITY } else { 0.0 };
+        if *k == "scores" || *k == "coverage" {
+            *t = t.constant_pad_nd([0, cells - t.size()[1]]) + pad_mask(t, cells, fill);
+        }
+    }
+    batch
+}
+
+fn pad_mask(t: &Tensor, cells: i64, fill: f64) -> Tensor {
+    let (rows, width) = (t.size()[0], t.size()[1]);
+    let inside = Tensor::zeros([rows, width], (t.kind(), t.device()));
+    Tensor::cat(&[inside, Tensor::full([rows, cells - width], fill, (t.kind(), t.device()))], 1)
+}
+
+#[test]
+fn losses_and_gradients_of_parts_add_up() {
+    for (i, aggregation) in AGGREGATIONS.into_iter().enumerate() {
+        let own = seed(5000 + 10 * i as u64);
+        let part = |k: u64| widened(Batch::random(own + k, Kind::Double), 16);
+        let (a, b) = (part(0), part(1));
+        let whole = joined(&a, &b);
+        let counts: Counts = a.counts() + b.counts();
+        assert_eq!(counts, whole.counts());
+        let objective = Objective {
+            aggregation,
+            ratio: if i % 2 == 0 { RatioLevel::Token } else { RatioLevel::Sequence },
+            correction: Correction::Truncate { cap: 2.0 },
+            value_coef: 0.5,
+            value_clip: 0.2,
+            entropy_coef: 0.01,
+            kl_coef: 0.1,
+            attention_coef: 0.3,
+            ..Objective::surrogate(0.2, 0.28)
+        };
+        let (all, gradients) = whole.loss(&objective, &counts).unwrap();
+        let (first, mut of_a) = a.loss(&objective, &counts).unwrap();
+        let (second, of_b) = b.loss(&objective, &counts).unwrap();
+        let value = |t: &Tensor| t.double_value(&[]);
+        let sums = [
+            (&all.loss, &first.loss, &second.loss),
+            (&all.policy, &first.policy, &second.policy),
+            (&all.kl, &first.kl, &second.kl),
+            (&all.attention, &first.attention, &second.attention),
+            (&all.means.entropy, &first.means.entropy, &second.means.entropy),
+            (&all.means.clip_fraction, &first.means.clip_fraction, &second.means.clip_fraction),
+        ];
+        for (whole, a, b) in sums {
+            assert!((value(whole) - value(a) - value(b)).abs() < 1e-12, "{aggregation:?}");
+        }
+        for ((leaf, whole), (a, b)) in LEAVES.iter().zip(&gradients).zip(of_a.drain(..).zip(&of_b)) {
+            let apart = (whole - Tensor::cat(&[&a, b], 0)).abs().max();
+            assert!(value(&apart) < 1e-14, "{aggregation:?}: gradient of {leaf} differs by {apart:?}");
+        }
+    }
+}

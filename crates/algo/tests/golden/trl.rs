@@ -1,0 +1,60 @@
+//! The loss against TRL's own: `GRPOTrainer._compute_loss` of the pinned version, called by `trl_losses.py`.
+
+use serde_json::json;
+use tch::Kind;
+use unveil_algo::{Aggregation, Clip, Correction, Objective, RatioLevel};
+
+use crate::batch::Batch;
+use crate::harness::{Cases, DOUBLE, seed};
+
+/// TRL's names of the aggregations that it has.
+const LOSSES: [(&str, Aggregation); 5] = [
+    ("grpo", Aggregation::SequenceTokenMean),
+    ("bnpo", Aggregation::TokenMean),
+    ("dr_grpo", Aggregation::SequenceMaxLength { max_length: 12 }),
+    ("dapo", Aggregation::TokenMean),
+    ("luspo", Aggregation::SequenceTokenSum),
+];
+
+#[test]
+fn losses_of_trl() {
+    let mut cases = Cases::default();
+    let mut ours = Vec::new();
+    for (i, (name, aggregation)) in LOSSES.into_iter().enumerate() {
+        for round in 0..6usize {
+            let batch = Batch::random(seed(9000 + 100 * i as u64 + round as u64), Kind::Double);
+            let objective = Objective {
+                aggregation,
+                clip: Clip { low: 0.2, high: 0.28, dual: [None, Some(2.5)][round % 2] },
+                ratio: [RatioLevel::Token, RatioLevel::Sequence][round / 2 % 2],
+                correction: [Correction::None, Correction::Truncate { cap: 2.0 }, Correction::Mask { cap: 1.7 }]
+                    [round % 3],
+                kl_coef: [0.0, 0.04][round % 2],
+                // TRL's entropy bonus is a mean over tokens whatever the loss; ours follows the aggregation.
+                entropy_coef: if aggregation == Aggregation::TokenMean { 0.02 } else { 0.0 },
+                ..Objective::surrogate(0.2, 0.28)
+            };
+            let (correction, cap) = match objective.correction {
+                Correction::Truncate { cap } => ("token_truncate", cap),
+                Correction::Mask { cap } => ("token_mask", cap),
+                _ => ("none", 0.0),
+            };
+            let settings = json!({
+                "lengths": batch.layout.lengths(), "loss_type": name, "epsilon_low": objective.clip.low,
+                "epsilon_high": objective.clip.high, "delta": objective.clip.dual, "beta": objective.kl_coef,
+                "entropy_coef": objective.entropy_coef, "level": format!("{:?}", objective.ratio).to_lowercase(),
+                "correction": correction, "cap": cap, "max_completion_length": 12,
+            });
+            let case = format!("{name}-{round}");
+            cases.add(&case, settings, batch.tensors());
+            ours.push((case, objective, batch));
+        }
+    }
+    let want = cases.run("trl_losses.py");
+    for (case, objective, batch) in &ours {
+        let (parts, gradients) = batch.loss(objective, &batch.counts()).unwrap();
+        want.close(case, "loss", &parts.loss, DOUBLE);
+        want.close(case, "grad_logprobs", &gradients[0], DOUBLE);
+        want.close(case, "grad_entropy", &gradients[1], DOUBLE);
+    }
+}
