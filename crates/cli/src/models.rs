@@ -116,6 +116,9 @@ pub struct ReplayArgs {
     /// Directory to write.
     #[arg(long)]
     out: PathBuf,
+    /// float32, or float64 to compare with other programs.
+    #[arg(long, value_parser = training_kind, default_value = "float32")]
+    dtype: Kind,
 }
 
 #[derive(Args)]
@@ -195,6 +198,14 @@ fn kind_of(name: &str) -> Result<Kind, String> {
     }
 }
 
+fn training_kind(name: &str) -> Result<Kind, String> {
+    match name {
+        "float32" => Ok(Kind::Float),
+        "float64" => Ok(Kind::Double),
+        other => Err(format!("`{other}`: use float32 or float64")),
+    }
+}
+
 fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     let preparer = Preparer::load(dir)?;
     let vlm = Vlm::load(dir, Device::Cpu, VlmConfig::load(dir)?.dtype)?;
@@ -256,7 +267,7 @@ pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     unveil_service::init_tracing("replay", "warn")?;
     let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
-    println!("{}", unveil_learner::replay(&config, &args.model, &args.batch, &args.out, banned)?);
+    println!("{}", unveil_learner::replay(&config, &args.model, &args.batch, &args.out, banned, args.dtype)?);
     Ok(())
 }
 

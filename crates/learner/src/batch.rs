@@ -67,14 +67,14 @@ pub(crate) struct Member<'a> {
     pub rows: Vec<Row>,
     pub packed: PackedGroup,
     /// Log-probabilities as the rollout recorded them.
-    pub old: Vec<f32>,
+    pub old: Vec<f64>,
     pub versions: Vec<u64>,
     /// The learner's log-probabilities before the update.
-    pub proximal: Vec<f32>,
-    pub advantages: Vec<f32>,
-    pub old_values: Vec<f32>,
-    pub targets: Vec<f32>,
-    pub reference: Vec<f32>,
+    pub proximal: Vec<f64>,
+    pub advantages: Vec<f64>,
+    pub old_values: Vec<f64>,
+    pub targets: Vec<f64>,
+    pub reference: Vec<f64>,
 }
 
 impl<'a> Member<'a> {
@@ -92,7 +92,7 @@ impl<'a> Member<'a> {
         let responses: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
         Some(Self {
             packed: PackedGroup { prompt: group.input.prompt.clone(), responses },
-            old: chosen().flat_map(|r| r.logprobs.iter().copied()).collect(),
+            old: chosen().flat_map(|r| r.logprobs.iter().map(|v| f64::from(*v))).collect(),
             versions: chosen().flat_map(|r| r.versions.iter().copied()).collect(),
             proximal: Vec::new(),
             advantages: Vec::new(),
@@ -145,10 +145,13 @@ pub(crate) fn pixels<'a>(
     Ok(Some((tensor, grids)))
 }
 
-/// The members' values of one kind as a flat tensor.
-pub(crate) fn flat(members: &[&Member<'_>], of: impl Fn(&Member<'_>) -> Vec<f32>, device: Device) -> Result<Tensor> {
-    let values: Vec<f32> = members.iter().flat_map(|m| of(m)).collect();
-    Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?)
+/// Which of a member's numbers, flat over its tokens.
+pub(crate) type Numbers = for<'m, 'g> fn(&'m Member<'g>) -> &'m [f64];
+
+/// The members' numbers of one kind as a flat tensor.
+pub(crate) fn flat(members: &[&Member<'_>], of: Numbers, kind: Kind, device: Device) -> Result<Tensor> {
+    let values: Vec<f64> = members.iter().flat_map(|m| of(m)).copied().collect();
+    Ok(Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?)
 }
 
 /// Consecutive groups so that each part's padded size (groups x longest sequence) stays within `budget`; at least one each.

@@ -59,7 +59,7 @@ struct Answer {
     versions: Vec<u64>,
     finish: Finish,
     /// Of the value head before the update; none without one, or where the response is masked.
-    values: Option<Vec<f32>>,
+    values: Option<Vec<f64>>,
     reward: Option<f64>,
     masked: bool,
     breakdown: Option<Breakdown>,
@@ -133,7 +133,7 @@ pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Value
 }
 
 impl Group {
-    fn new(g: &TrainGroup, values: Option<&Vec<Vec<f32>>>) -> Self {
+    fn new(g: &TrainGroup, values: Option<&Vec<Vec<f64>>>) -> Self {
         let answer = |(i, r): (usize, &Response)| {
             let breakdown = g.breakdowns.iter().find(|b| b.index == r.index).cloned();
             let reward = breakdown.as_ref().and_then(|b| b.total);

@@ -10,6 +10,7 @@ pub mod dump;
 mod error;
 mod measure;
 pub mod optim;
+mod policy;
 mod replay;
 mod run;
 mod serve;

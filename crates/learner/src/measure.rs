@@ -105,7 +105,7 @@ pub(crate) struct Agreement {
 }
 
 /// Compares the rollout's log-probabilities with recomputed ones, flat over `members`.
-pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f32], version: WeightVersion) -> Agreement {
+pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f64], version: WeightVersion) -> Agreement {
     let (mut same, mut stale) = ((0.0, 0u64), (0.0, 0u64));
     let mut worst: Vec<(f64, String)> = Vec::new();
     let mut begin = 0;
@@ -113,7 +113,7 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f32], version: We
         for (row, range) in m.rows.iter().zip(m.ranges()) {
             let mut own = (0.0, 0u64);
             for i in range {
-                let delta = (f64::from(m.old[i]) - f64::from(recomputed[begin + i])).abs();
+                let delta = (m.old[i] - recomputed[begin + i]).abs();
                 let sum = if m.versions[i] == version { &mut own } else { &mut stale };
                 *sum = (sum.0 + delta, sum.1 + 1);
             }

@@ -1,6 +1,6 @@
 //! AdamW over one flat buffer, global-norm clipping, learning-rate schedule. State is keyed by parameter name.
 //!
-//! Must not know: what the gradients are of. All gradients are gathered into one flat fp32 tensor, so that an update is about a
+//! Must not know: what the gradients are of. All gradients are gathered into one flat tensor, so that an update is about a
 //! dozen large operations rather than ten small ones per parameter.
 
 use tch::{Kind, Tensor, no_grad};
@@ -45,7 +45,7 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// An optimiser for leaf parameters, moments at 0.
+    /// An optimiser for leaf parameters, moments at 0, in their kind.
     ///
     /// # Errors
     /// No parameter, a parameter twice, or one that is not fp32.
@@ -56,10 +56,10 @@ impl AdamW {
         let mut begin = 0;
         let mut slots: Vec<Slot> = Vec::with_capacity(parameters.len());
         for (name, tensor) in parameters {
-            if tensor.kind() != Kind::Float {
-                let kind = tensor.kind();
+            let kind = tensor.kind();
+            if kind != any.kind() || !matches!(kind, Kind::Float | Kind::Double) {
                 return Err(LearnerError::Setting(format!(
-                    "parameter `{name}` is {kind:?}: training needs fp32 weights"
+                    "parameter `{name}` is {kind:?}: training needs fp32 weights, or all in fp64"
                 )));
             }
             if slots.iter().any(|s| s.name == *name) {
@@ -69,7 +69,7 @@ impl AdamW {
             slots.push(Slot { name: name.clone(), tensor: tensor.shallow_clone(), shape: tensor.size(), begin, count });
             begin += count;
         }
-        let zeros = || Tensor::zeros([begin], (Kind::Float, any.device()));
+        let zeros = || Tensor::zeros([begin], (any.kind(), any.device()));
         Ok(Self { options: options.clone(), first: zeros(), second: zeros(), slots, updates: 0 })
     }
 
@@ -101,7 +101,7 @@ impl AdamW {
                     if g.defined() {
                         g.reshape([-1])
                     } else {
-                        Tensor::zeros([s.count], (Kind::Float, s.tensor.device()))
+                        Tensor::zeros([s.count], (s.tensor.kind(), s.tensor.device()))
                     }
                 })
                 .collect();
@@ -170,7 +170,9 @@ impl AdamW {
             let name = format!("{kind}.{}", s.name);
             let tensor = named.iter().find(|(n, _)| *n == name).map(|(_, t)| t);
             match tensor {
-                Some(t) if t.size() == s.shape => Ok(t.to_kind(Kind::Float).to_device(s.tensor.device()).reshape([-1])),
+                Some(t) if t.size() == s.shape => {
+                    Ok(t.to_kind(s.tensor.kind()).to_device(s.tensor.device()).reshape([-1]))
+                }
                 Some(t) => {
                     let (found, want) = (t.size(), &s.shape);
                     Err(LearnerError::Setting(format!(

@@ -4,30 +4,31 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tch::Kind;
 use unveil_config::Config;
 use unveil_model::{ValueHead, copy_companions, write_safetensors};
 
 use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::settings::StepSettings;
-use crate::stage::load_model;
+use crate::stage::load_model_as;
 use crate::step::{Counters, Learner};
 
 /// Makes the update of the batch in `dump` from the weights in `model` (and its value head, where there is one) under `config`, and
-/// writes results to `out`. `banned` are ids that the rollout never samples. Gradients are those of the last optimiser step, before
+/// writes results to `out`, computing in `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. Gradients are those of the last optimiser step, before
 /// clipping. Agreement is reported, not enforced. Returns what `replay.json` holds.
 ///
 /// # Errors
 /// Files that cannot be read or do not fit, an update that had to be skipped.
-pub fn replay(config: &Config, model: &Path, batch: &Path, out: &Path, banned: &[u32]) -> Result<Value> {
-    let load = || load_model(config, config.learner.threads, model);
+pub fn replay(config: &Config, model: &Path, batch: &Path, out: &Path, banned: &[u32], kind: Kind) -> Result<Value> {
+    let load = || load_model_as(config, config.learner.threads, model, kind);
     let vlm = load()?;
     let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
     let reference = if config.learner.kl_coef > 0.0 { Some(load()?) } else { None };
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
-    let (hidden, device) = (vlm.config().text.hidden_size, vlm.device());
+    let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
     let mut learner = Learner::new(vlm, reference, settings)?;
-    if let (Some(own), Some(stored)) = (&mut learner.value_head, ValueHead::load(model, hidden, device)?) {
+    if let (Some(own), Some(stored)) = (&mut learner.policy.value_head, ValueHead::load(model, hidden, options)?) {
         own.load_state(stored.named_parameters())?;
     }
     learner.stand_at(Counters { updates: 0, ..at });
@@ -41,7 +42,7 @@ pub fn replay(config: &Config, model: &Path, batch: &Path, out: &Path, banned: &
     let made = out.join("model");
     learner.vlm().save(&made)?;
     copy_companions(model, &made)?;
-    if let Some(head) = &learner.value_head {
+    if let Some(head) = learner.value_head() {
         head.save(&made)?;
     }
     let mut parts = report.loss.clone();

@@ -185,7 +185,7 @@ impl Run {
 
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
         let objects =
-            state::objects(&self.files, &self.learner.vlm, &self.learner.optimizer, self.learner.value_head.as_ref())?;
+            state::objects(&self.files, self.learner.vlm(), &self.learner.optimizer, self.learner.value_head())?;
         let meta = Meta {
             stage: "rl".into(),
             counters: self.learner.counters(),

@@ -48,6 +48,8 @@ pub struct StepSettings {
     pub scoring: Scoring,
     /// Parameter name prefixes that are not trained.
     pub frozen: Vec<String>,
+    /// Compute activations again in the backward pass.
+    pub recompute: bool,
     /// Padded tokens per forward pass.
     pub token_budget: usize,
     /// Run seed, for the order of mini-batches.
@@ -85,6 +87,7 @@ impl StepSettings {
             attention: AttentionSet::configured(vlm.config(), &vision.layers, &vision.heads),
             scoring: Scoring::new(config),
             frozen: l.frozen.clone(),
+            recompute: l.recompute,
             token_budget: TOKEN_BUDGET,
             seed: config.run.seed,
         }

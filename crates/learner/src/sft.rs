@@ -18,9 +18,10 @@ use crate::batch::GroupInput;
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
+use crate::policy::forward_groups;
 use crate::stage::{Outcome, Stage, load_model};
 use crate::state::{self, Meta, Restored, Saver, StaticFiles};
-use crate::step::{Counters, SKIP_LIMIT, forward_groups};
+use crate::step::{Counters, SKIP_LIMIT};
 
 /// Batches that are prepared ahead.
 const AHEAD: usize = 2;
@@ -126,7 +127,7 @@ impl SftTrainer {
             .zip(&batch.targets)
             .map(|(i, t)| PackedGroup { prompt: i.prompt.clone(), responses: vec![t.clone()] })
             .collect();
-        let (hidden, _, targets) = forward_groups(&self.vlm, &groups, batch.inputs.iter().map(|i| &**i), None)?;
+        let (hidden, targets) = forward_groups(&self.vlm, &groups, batch.inputs.iter().map(|i| &**i))?;
         let logprobs = unveil_model::logprobs(&self.vlm.lm_head(&hidden), &targets, 1.0, &[]);
         Ok(-logprobs.f_mean(Kind::Float)?)
     }

@@ -156,8 +156,13 @@ pub struct Outcome {
 
 /// Loads the model of a stage in fp32 and sets the number of threads.
 pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path) -> Result<Vlm> {
+    load_model_as(config, threads, dir, Kind::Float)
+}
+
+/// [`load_model`] in another kind of numbers.
+pub(crate) fn load_model_as(config: &Config, threads: usize, dir: &Path, kind: Kind) -> Result<Vlm> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
     tch::set_num_threads(threads as i32);
-    Ok(Vlm::load(dir, unveil_model::device(&config.run.device)?, Kind::Float)?)
+    Ok(Vlm::load(dir, unveil_model::device(&config.run.device)?, kind)?)
 }

@@ -6,32 +6,26 @@ use std::collections::{BTreeMap, HashMap};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use tch::{Kind, Tensor, no_grad};
-use unveil_algo::{
-    AlgoError, BatchStats, Correction, Counts, KlController, Layout, LossParts, Objective, TokenBatch, check_batch,
-    policy_loss,
-};
-use unveil_config::schema::RatioBase;
+use tch::Tensor;
+use unveil_algo::{AlgoError, BatchStats, KlController, Layout, LossParts, Objective, check_batch};
 use unveil_core::GroupId;
-use unveil_model::{CaptureSpec, PackedBatch, ValueHead, Vlm, logprobs_entropy};
+use unveil_model::{ValueHead, Vlm};
 
-use crate::batch::{GroupInput, Member, TrainGroup, flat, mentions, parts, pixels};
+use crate::batch::{Member, TrainGroup, parts};
 use crate::error::{LearnerError, Result};
 use crate::measure::{Agreement, UpdateReport, agreement, describe};
 use crate::optim::{AdamW, lr_at};
+use crate::policy::{Forward, Policy, host};
 use crate::settings::StepSettings;
-use crate::targets::{Before, counts, fill, layout};
+use crate::targets::{Before, counts, fill};
 
 /// Skipped steps in a row after which a stage stops.
 pub const SKIP_LIMIT: u64 = 5;
 
 /// The policy with its optimiser.
 pub struct Learner {
-    pub(crate) vlm: Vlm,
-    pub(crate) value_head: Option<ValueHead>,
+    pub(crate) policy: Policy,
     pub(crate) optimizer: AdamW,
-    reference: Option<Vlm>,
-    settings: StepSettings,
     kl: KlController,
     /// Updates so far, skipped ones among them.
     pub(crate) step: u64,
@@ -42,15 +36,7 @@ pub struct Learner {
 }
 
 /// Values before an update, by group and response; empty for responses that do not count.
-pub(crate) type Values = HashMap<GroupId, Vec<Vec<f32>>>;
-
-/// Results of a forward pass over some members, flat.
-struct Forward {
-    logprobs: Tensor,
-    entropy: Tensor,
-    values: Option<Tensor>,
-    attention: Option<Tensor>,
-}
+pub(crate) type Values = HashMap<GroupId, Vec<Vec<f64>>>;
 
 /// Why a batch cannot be used; the step is skipped.
 struct Unusable(String);
@@ -74,8 +60,10 @@ impl Learner {
             return fault("learner.kl_coef is above 0, but there is no reference model".into());
         }
         vlm.set_trainable(|name| !settings.frozen.iter().any(|p| name.starts_with(p.as_str())));
-        let value_head =
-            settings.estimator.needs_values().then(|| ValueHead::new(vlm.config().text.hidden_size, vlm.device()));
+        let value_head = settings
+            .estimator
+            .needs_values()
+            .then(|| ValueHead::new(vlm.config().text.hidden_size, (vlm.kind(), vlm.device())));
         let mut trained: Vec<(String, Tensor)> = Vec::new();
         trained.extend(
             vlm.named_parameters()
@@ -89,28 +77,23 @@ impl Learner {
         }
         let optimizer = AdamW::new(&settings.optimizer, &trained)?;
         let kl = settings.kl_controller();
-        Ok(Self {
-            vlm,
-            value_head,
-            optimizer,
-            reference,
-            settings,
-            kl,
-            step: 0,
-            skipped: 0,
-            skipped_in_a_row: 0,
-            trace: None,
-        })
+        let policy = Policy { vlm, value_head, reference, settings };
+        Ok(Self { policy, optimizer, kl, step: 0, skipped: 0, skipped_in_a_row: 0, trace: None })
     }
 
     /// The policy.
     pub fn vlm(&self) -> &Vlm {
-        &self.vlm
+        &self.policy.vlm
     }
 
     /// The policy, for evaluation.
     pub fn vlm_mut(&mut self) -> &mut Vlm {
-        &mut self.vlm
+        &mut self.policy.vlm
+    }
+
+    /// The value head, where the algorithm has one.
+    pub fn value_head(&self) -> Option<&ValueHead> {
+        self.policy.value_head.as_ref()
     }
 
     /// Updates so far; also the version of the present weights.
@@ -120,7 +103,7 @@ impl Learner {
 
     /// What enters an update.
     pub fn settings(&self) -> &StepSettings {
-        &self.settings
+        &self.policy.settings
     }
 
     /// One update. The present weights are version [`Learner::step`]; after it they are one more, also when the step had to be
@@ -136,7 +119,7 @@ impl Learner {
     /// [`Learner::update`] with values from before where they are `given`, in place of those of the present value head.
     pub(crate) fn update_with(&mut self, groups: &[TrainGroup], given: &Values) -> Result<UpdateReport> {
         let mut report = describe(groups, self.step);
-        report.lr = lr_at(&self.settings.optimizer, self.step, self.settings.total_steps);
+        report.lr = lr_at(&self.policy.settings.optimizer, self.step, self.policy.settings.total_steps);
         let outcome = match usable(groups) {
             Err(unusable) => Err(unusable),
             Ok(stats) => {
@@ -171,6 +154,8 @@ impl Learner {
         report: &mut UpdateReport,
     ) -> Result<Result<(), Unusable>> {
         let mut members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
+        // Neighbours of like width share a padded part.
+        members.sort_by_key(Member::width);
         report.dropped_groups = groups.len() - members.len();
         if members.is_empty() {
             return Ok(Err(Unusable("every reward of the batch is masked".into())));
@@ -178,27 +163,26 @@ impl Learner {
         report.tokens = members.iter().map(Member::tokens).sum();
 
         // Log-probabilities and values before the update: from the first pass where it covers the whole batch, else from one of their own.
+        let (policy, objective) = (&self.policy, self.objective());
+        let settings = &policy.settings;
         let all: Vec<&Member> = members.iter().collect();
-        let whole = self.settings.minibatches <= 1 && parts(&all, self.settings.token_budget).len() == 1;
-        let first = if whole { Some(self.forward(&all)?) } else { None };
+        let whole = settings.minibatches <= 1 && parts(&all, settings.token_budget).len() == 1;
+        let mut first = if whole { Some(policy.forward(&all, &objective)?) } else { None };
         let (logprobs, mut values) = match &first {
             Some(f) => (host(&f.logprobs)?, f.values.as_ref().map(host).transpose()?),
-            None => self.forward_detached(&all)?,
+            None => policy.forward_detached(&all)?,
         };
         let found = agreement(&all, &logprobs, self.step);
         self.judge(&found)?;
         report.take_agreement(&found);
-        let reference = match &self.reference {
-            Some(r) if self.settings.objective.kl_coef > 0.0 => Some(self.reference_logprobs(r, &all)?),
-            _ => None,
-        };
+        let reference = policy.reference_logprobs(&all)?;
         if let Some(values) = &mut values {
             take_given(&all, given, values)?;
         }
         drop(all);
         report.kl_coef = reference.is_some().then(|| self.kl.coef());
         let before = Before { logprobs, values, reference };
-        let kl = match fill(&mut members, &before, &self.settings, self.kl.coef()) {
+        let kl = match fill(&mut members, &before, settings, self.kl.coef()) {
             Ok(kl) => kl,
             Err(e @ AlgoError::NotFinite(_)) => {
                 let index = |m: &Member<'_>, row: usize| m.group.responses[m.rows[row].response].index;
@@ -207,14 +191,24 @@ impl Learner {
             Err(e) => return Err(e.into()),
         };
 
-        let mut first = first;
         let mut sums = Sums::default();
-        for epoch in 0..self.settings.inner_epochs {
-            for chunk in self.minibatches(members.len(), epoch) {
+        for epoch in 0..settings.inner_epochs {
+            for chunk in minibatches(settings, self.step, members.len(), epoch) {
                 let chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
-                if let Err(unusable) = self.minibatch(&chosen, first.take(), report.lr, &mut sums)? {
-                    return Ok(Err(unusable));
+                self.optimizer.zero_grad();
+                let total = match gradients(policy, &chosen, first.take(), &objective)? {
+                    Ok(total) => total,
+                    Err(unusable) => return Ok(Err(unusable)),
+                };
+                let gradient = self.optimizer.gradient()?;
+                if !gradient.norm.is_finite() {
+                    return Ok(Err(Unusable("a gradient is not finite".into())));
                 }
+                sums.take(total, gradient.norm);
+                if let Some(trace) = &mut self.trace {
+                    *trace = self.optimizer.by_name(&gradient)?;
+                }
+                self.optimizer.step(gradient, report.lr)?;
             }
         }
         sums.report(report);
@@ -226,141 +220,15 @@ impl Learner {
 
     /// The objective of the present update.
     fn objective(&self) -> Objective {
-        self.settings.objective_at(self.step, self.kl.coef())
-    }
-
-    /// Indices of each mini-batch: in order where there is one, else shuffled as a function of (seed, step, epoch).
-    fn minibatches(&self, groups: usize, epoch: usize) -> Vec<Vec<usize>> {
-        let mut order: Vec<usize> = (0..groups).collect();
-        if self.settings.minibatches > 1 {
-            let mixed = self.settings.seed ^ self.step.rotate_left(24) ^ (epoch as u64).rotate_left(48);
-            order.shuffle(&mut ChaCha8Rng::seed_from_u64(mixed));
-        }
-        let size = groups.div_ceil(self.settings.minibatches.max(1)).max(1);
-        order.chunks(size).map(<[usize]>::to_vec).collect()
-    }
-
-    /// Loss, gradients and one optimiser step over `chosen`; `ready` is a forward pass over exactly these.
-    fn minibatch(
-        &mut self,
-        chosen: &[&Member<'_>],
-        ready: Option<Forward>,
-        lr: f64,
-        sums: &mut Sums,
-    ) -> Result<Result<(), Unusable>> {
-        let counts = counts(chosen);
-        self.optimizer.zero_grad();
-        let mut ready = ready;
-        let mut total = Sums::default();
-        for part in parts(chosen, self.settings.token_budget) {
-            let forward = match ready.take() {
-                Some(f) => f,
-                None => self.forward(&part)?,
-            };
-            let loss = self.loss(&part, &forward, &counts)?;
-            if !loss.loss.f_double_value(&[])?.is_finite() {
-                return Ok(Err(Unusable("the loss is not finite".into())));
-            }
-            loss.loss.f_backward()?;
-            total.add_part(&loss)?;
-        }
-        let gradient = self.optimizer.gradient()?;
-        if !gradient.norm.is_finite() {
-            return Ok(Err(Unusable("a gradient is not finite".into())));
-        }
-        sums.take(total, gradient.norm);
-        if let Some(trace) = &mut self.trace {
-            *trace = self.optimizer.by_name(&gradient)?;
-        }
-        self.optimizer.step(gradient, lr)?;
-        Ok(Ok(()))
-    }
-
-    fn loss(&self, part: &[&Member<'_>], forward: &Forward, counts: &Counts) -> Result<LossParts> {
-        let device = self.vlm.device();
-        let mut objective = self.objective();
-        let given = |wanted: bool, of: fn(&Member<'_>) -> Vec<f32>| wanted.then(|| flat(part, of, device)).transpose();
-        let old = match self.settings.ratio_to {
-            RatioBase::Rollout => flat(part, |m| m.old.clone(), device)?,
-            RatioBase::Learner => flat(part, |m| m.proximal.clone(), device)?,
-        };
-        let behaviour = given(objective.correction != Correction::None, |m| m.old.clone())?;
-        let advantages = flat(part, |m| m.advantages.clone(), device)?;
-        let old_values = given(objective.value_coef > 0.0, |m| m.old_values.clone())?;
-        let targets = given(objective.value_coef > 0.0, |m| m.targets.clone())?;
-        let reference = given(self.settings.objective.kl_coef > 0.0, |m| m.reference.clone())?;
-        let mention = forward.attention.as_ref().and_then(|rows| {
-            let names = |category: &str| self.settings.scoring.names(category);
-            mentions(part, &names, rows.size()[1], device)
-        });
-        if mention.is_none() {
-            objective.attention_coef = 0.0;
-        }
-        let batch = TokenBatch {
-            logprobs: Some(&forward.logprobs),
-            old_logprobs: Some(&old),
-            behaviour: behaviour.as_ref(),
-            advantages: Some(&advantages),
-            entropy: Some(&forward.entropy),
-            values: forward.values.as_ref(),
-            old_values: old_values.as_ref(),
-            targets: targets.as_ref(),
-            reference: reference.as_ref(),
-            attention: forward.attention.as_ref().zip(mention.as_ref()),
-        };
-        Ok(policy_loss(&objective, &batch, &layout(part), counts)?)
-    }
-
-    /// The policy's pass over `members`, differentiable unless gradients are off.
-    fn forward(&self, members: &[&Member<'_>]) -> Result<Forward> {
-        let o = &self.objective();
-        let capture = (o.attention_coef > 0.0)
-            .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
-        let (hidden, attention, targets) = packed(&self.vlm, members, capture)?;
-        let s = &self.settings;
-        let (logprobs, entropy) = logprobs_entropy(&self.vlm.lm_head(&hidden), &targets, s.temperature, &s.banned);
-        let entropy = if o.entropy_coef == 0.0 { entropy.detach() } else { entropy };
-        let values = self.value_head.as_ref().map(|h| h.forward(&hidden));
-        Ok(Forward { logprobs, entropy, values, attention })
-    }
-
-    fn forward_detached(&self, members: &[&Member<'_>]) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
-        no_grad(|| {
-            let (mut logprobs, mut values) = (Vec::new(), self.value_head.is_some().then(Vec::new));
-            for part in parts(members, self.settings.token_budget) {
-                let f = self.forward(&part)?;
-                logprobs.extend(host(&f.logprobs)?);
-                if let (Some(all), Some(v)) = (&mut values, &f.values) {
-                    all.extend(host(v)?);
-                }
-            }
-            Ok((logprobs, values))
-        })
-    }
-
-    fn reference_logprobs(&self, reference: &Vlm, members: &[&Member<'_>]) -> Result<Vec<f32>> {
-        no_grad(|| {
-            let mut out = Vec::new();
-            for part in parts(members, self.settings.token_budget) {
-                let (hidden, _, targets) = packed(reference, &part, None)?;
-                let s = &self.settings;
-                out.extend(host(&unveil_model::logprobs(
-                    &reference.lm_head(&hidden),
-                    &targets,
-                    s.temperature,
-                    &s.banned,
-                ))?);
-            }
-            Ok(out)
-        })
+        self.policy.settings.objective_at(self.step, self.kl.coef())
     }
 
     fn judge(&self, found: &Agreement) -> Result<()> {
         match found.mean {
-            Some(mean) if mean > self.settings.agreement_limit => Err(LearnerError::Agreement {
+            Some(mean) if mean > self.policy.settings.agreement_limit => Err(LearnerError::Agreement {
                 step: self.step + 1,
                 mean,
-                limit: self.settings.agreement_limit,
+                limit: self.policy.settings.agreement_limit,
                 worst: found.worst.join(", "),
             }),
             _ => Ok(()),
@@ -370,10 +238,10 @@ impl Learner {
     /// Values of the present value head for every response that counts.
     pub(crate) fn values(&self, groups: &[TrainGroup]) -> Result<Values> {
         let members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
-        if self.value_head.is_none() || members.is_empty() {
+        if self.policy.value_head.is_none() || members.is_empty() {
             return Ok(Values::new());
         }
-        let (_, values) = self.forward_detached(&members.iter().collect::<Vec<_>>())?;
+        let (_, values) = self.policy.forward_detached(&members.iter().collect::<Vec<_>>())?;
         let mut rest = values.as_deref().unwrap_or_default();
         let mut out = Values::new();
         for m in &members {
@@ -410,7 +278,7 @@ impl Learner {
         at: Counters,
         kl: Option<&KlController>,
     ) -> Result<()> {
-        if let (Some(own), Some(named)) = (&mut self.value_head, head) {
+        if let (Some(own), Some(named)) = (&mut self.policy.value_head, head) {
             own.load_state(named)?;
         }
         self.optimizer.load_state(moments, at.updates)?;
@@ -446,35 +314,43 @@ pub(crate) struct Counters {
     pub skipped_in_a_row: u64,
 }
 
-/// Hidden states that predict each token, attention rows, target tokens.
-pub(crate) fn packed(
-    vlm: &Vlm,
-    members: &[&Member<'_>],
-    capture: Option<CaptureSpec>,
-) -> Result<(Tensor, Option<Tensor>, Tensor)> {
-    let groups: Vec<_> = members.iter().map(|m| m.packed.clone()).collect();
-    let inputs = members.iter().map(|m| &*m.group.input);
-    forward_groups(vlm, &groups, inputs, capture)
+/// Indices of each mini-batch: in order where there is one, else shuffled as a function of (seed, step, epoch).
+fn minibatches(s: &StepSettings, step: u64, groups: usize, epoch: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..groups).collect();
+    if s.minibatches > 1 {
+        let mixed = s.seed ^ step.rotate_left(24) ^ (epoch as u64).rotate_left(48);
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(mixed));
+    }
+    let size = groups.div_ceil(s.minibatches.max(1)).max(1);
+    order.chunks(size).map(<[usize]>::to_vec).collect()
 }
 
-/// [`packed`] for groups and inputs given apart.
-pub(crate) fn forward_groups<'a>(
-    vlm: &Vlm,
-    groups: &[unveil_model::PackedGroup],
-    inputs: impl Iterator<Item = &'a GroupInput>,
-    capture: Option<CaptureSpec>,
-) -> Result<(Tensor, Option<Tensor>, Tensor)> {
-    let batch = PackedBatch::build(groups, vlm.config(), vlm.device())?;
-    let features = match pixels(inputs, vlm.config().vision.patch_len(), vlm.device())? {
-        Some((pixels, grids)) => Some(vlm.encode_images(&pixels, &grids)?),
-        None => None,
-    };
-    let out = vlm.forward_packed(&batch, features.as_ref(), capture)?;
-    Ok((out.hidden, out.attention, batch.targets))
+/// Loss and gradients over `chosen`, which stay in the parameters; `ready` is a pass over exactly these.
+fn gradients(
+    policy: &Policy,
+    chosen: &[&Member<'_>],
+    mut ready: Option<Forward<'_>>,
+    objective: &Objective,
+) -> Result<Result<Sums, Unusable>> {
+    let counts = counts(chosen);
+    let mut total = Sums::default();
+    for part in parts(chosen, policy.settings.token_budget) {
+        let forward = match ready.take() {
+            Some(f) => f,
+            None => policy.forward(&part, objective)?,
+        };
+        let loss = policy.loss(&part, &forward, &counts, objective)?;
+        if !loss.loss.f_double_value(&[])?.is_finite() {
+            return Ok(Err(Unusable("the loss is not finite".into())));
+        }
+        forward.backward(&loss.loss)?;
+        total.add_part(&loss)?;
+    }
+    Ok(Ok(total))
 }
 
 /// Puts values that are given in place of `values`, those of all members' tokens.
-fn take_given(members: &[&Member<'_>], given: &Values, values: &mut [f32]) -> Result<()> {
+fn take_given(members: &[&Member<'_>], given: &Values, values: &mut [f64]) -> Result<()> {
     let mut begin = 0;
     for m in members {
         for (row, range) in m.rows.iter().zip(m.ranges()) {
@@ -514,10 +390,6 @@ fn unusable<'a>(e: AlgoError, name: impl Fn(usize, usize) -> (&'a String, usize)
         }
         other => Unusable(other.to_string()),
     }
-}
-
-fn host(t: &Tensor) -> Result<Vec<f32>> {
-    Ok(Vec::<f32>::try_from(t.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous()?.f_view([-1])?)?)
 }
 
 /// Loss parts over micro-batches (added) and mini-batches (averaged).

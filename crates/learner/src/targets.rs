@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use unveil_algo::{AlgoError, Counts, KlGradient, Layout, Moments, Sampled, check_tokens, estimate, kl_terms};
 use unveil_config::schema::KlPlace;
 
@@ -13,11 +13,11 @@ use crate::settings::StepSettings;
 /// Numbers of the weights before the update, flat over the members.
 pub(crate) struct Before {
     /// The policy's log-probabilities.
-    pub logprobs: Vec<f32>,
+    pub logprobs: Vec<f64>,
     /// Values; none without a value head.
-    pub values: Option<Vec<f32>>,
+    pub values: Option<Vec<f64>>,
     /// The reference model's log-probabilities; none without one.
-    pub reference: Option<Vec<f32>>,
+    pub reference: Option<Vec<f64>>,
 }
 
 /// How the members' tokens are divided.
@@ -47,9 +47,13 @@ pub(crate) fn fill(
     let kl = match &before.reference {
         Some(reference) => {
             check_tokens("reference log-probability", reference, &layout)?;
-            let double = |v: &[f32]| Tensor::f_from_slice(v)?.f_to_kind(Kind::Double);
             let o = &s.objective;
-            let terms = kl_terms(o.kl_form, KlGradient::Own, &double(&before.logprobs)?, &double(reference)?);
+            let terms = kl_terms(
+                o.kl_form,
+                KlGradient::Own,
+                &Tensor::f_from_slice(&before.logprobs)?,
+                &Tensor::f_from_slice(reference)?,
+            );
             Some(Vec::<f64>::try_from(&terms)?)
         }
         None => None,
@@ -58,16 +62,16 @@ pub(crate) fn fill(
         Some(kl) if s.kl_in == KlPlace::Reward => kl.iter().map(|kl| kl_coef * kl).collect(),
         _ => Vec::new(),
     };
-    let values: Vec<f64> = before.values.iter().flatten().map(|v| f64::from(*v)).collect();
+    let values = before.values.as_deref().unwrap_or_default();
     if before.values.is_some() {
-        check_tokens("value", &values, &layout)?;
+        check_tokens("value", values, &layout)?;
     }
     let mut groups: Vec<Vec<Sampled<'_>>> = Vec::with_capacity(members.len());
     let mut begin = 0;
     for m in &all {
         let sampled = |(row, range): (&Row, Range<usize>)| {
             let at = begin + range.start..begin + range.end;
-            let (penalty, values) = (part(&penalty, at.clone()), part(&values, at));
+            let (penalty, values) = (part(&penalty, at.clone()), part(values, at));
             Sampled { reward: row.reward, tokens: range.len(), penalty, values }
         };
         groups.push(m.rows.iter().zip(m.ranges()).map(sampled).collect());
@@ -78,17 +82,16 @@ pub(crate) fn fill(
         Moments::of(&out.advantages).whiten(&mut out.advantages);
     }
     check_tokens("advantage", &out.advantages, &layout)?;
-    let single = |v: &[f64]| v.iter().map(|v| *v as f32).collect::<Vec<f32>>();
     let mut begin = 0;
     for m in members.iter_mut() {
         let range = begin..begin + m.tokens();
         m.proximal = before.logprobs[range.clone()].to_vec();
-        m.advantages = single(&out.advantages[range.clone()]);
+        m.advantages = out.advantages[range.clone()].to_vec();
         if let Some(v) = &before.values {
             m.old_values = v[range.clone()].to_vec();
         }
         if s.estimator.needs_values() {
-            m.targets = single(&out.targets[range.clone()]);
+            m.targets = out.targets[range.clone()].to_vec();
         }
         if let Some(r) = &before.reference {
             m.reference = r[range.clone()].to_vec();

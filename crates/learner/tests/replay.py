@@ -1,8 +1,8 @@
 """The update of a dumped batch, computed anew: padded copies, transformers, autograd, torch's AdamW.
 
-replay.py DIR    with base/ (the model before), dump/, out/ (what replay wrote)
+replay.py DIR DTYPE    with base/ (the model before), dump/, out/ (what replay wrote in float32 or float64)
 
-Tolerances, per tensor by norm: gradients 1e-4, weight change 1e-3; loss parts 1e-5.
+Tolerances, per tensor by norm: in float32 gradients 1e-4, weight change 1e-3, loss parts 1e-5; in float64 1e-9 for all.
 """
 
 import json
@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 root = pathlib.Path(sys.argv[1])
-GRADIENT, CHANGE, PART = 1e-4, 1e-3, 1e-5
 dump = json.loads((root / "dump/batch.json").read_text())
 pixels = load_file(root / "dump/batch.safetensors")
 result = json.loads((root / "out/replay.json").read_text())
 s = dump["settings"]
 a, optimizer = s["learner"], s["learner"]["optimizer"]
 ppo = a["algorithm"] == "ppo"
-DT = torch.float32
+DT = getattr(torch, sys.argv[2])
+GRADIENT, CHANGE, PART = (1e-9, 1e-9, 1e-9) if DT == torch.float64 else (1e-4, 1e-3, 1e-5)
 model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="eager").eval()
 # Random responses hold the padding token, whose row the embedding leaves out of its gradient otherwise.
 model.get_input_embeddings().padding_idx = None
@@ -128,7 +128,7 @@ missing = set(ours) ^ set(by_name)
 if missing or len(ours) < 20:
     faults.append(f"{len(ours)} gradients; names on one side only: {sorted(missing)[:4]}")
 norm = torch.stack([p.grad.double().norm() for p in by_name.values()]).norm().item()
-if abs(norm - result["grad_norm"]) > 1e-4 * norm:
+if abs(norm - result["grad_norm"]) > GRADIENT * norm:
     faults.append(f"gradient norm: {result['grad_norm']} is not {norm}")
 for name, p in by_name.items():
     close(f"gradient of {name}", ours[name], p.grad, GRADIENT)

@@ -48,7 +48,7 @@ fn dumped(dir: &Path, config: &Config) {
     dump::write(&dir.join("dump"), config, &learner, &groups).unwrap();
     if ppo {
         tch::manual_seed(seed as i64);
-        let mut head = ValueHead::new(hidden, Device::Cpu);
+        let mut head = ValueHead::new(hidden, (Kind::Float, Device::Cpu));
         let random: Vec<(String, Tensor)> = head
             .named_parameters()
             .iter()
@@ -92,12 +92,15 @@ fn compare(config: &Config) {
     let dir = tempfile::tempdir().unwrap();
     dumped(dir.path(), config);
     let at = |name: &str| dir.path().join(name);
-    let result = replay(config, &at("base"), &at("dump"), &at("out"), &[]).unwrap();
-    assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
-    let done = Command::new(python()).arg(script).arg(dir.path()).env("OMP_NUM_THREADS", "2").output().unwrap();
-    let said = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "seed {}: {}{said}", seed(), String::from_utf8_lossy(&done.stdout));
+    for (kind, name) in [(Kind::Float, "float32"), (Kind::Double, "float64")] {
+        let result = replay(config, &at("base"), &at("dump"), &at("out"), &[], kind).unwrap();
+        assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
+        let mut reference = Command::new(python());
+        let done = reference.arg(&script).arg(dir.path()).arg(name).env("OMP_NUM_THREADS", "2").output().unwrap();
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "seed {}, {name}: {}{said}", seed(), String::from_utf8_lossy(&done.stdout));
+    }
 }
 
 #[test]
@@ -110,6 +113,14 @@ fn ppo_equals_an_independent_update() {
     compare(&config(Algorithm::Ppo));
 }
 
+/// The same where activations are computed again.
+#[test]
+fn recomputing_equals_an_independent_update() {
+    let mut c = config(Algorithm::Ppo);
+    c.learner.recompute = true;
+    compare(&c);
+}
+
 #[test]
 fn what_does_not_fit_is_named() {
     let config = config(Algorithm::Grpo);
@@ -119,7 +130,7 @@ fn what_does_not_fit_is_named() {
     let text = std::fs::read(at("dump/batch.json")).unwrap();
     let fault = |change: &dyn Fn(&mut Value)| {
         edit(&at("dump/batch.json"), change);
-        let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[]).unwrap_err().to_string();
+        let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
         std::fs::write(at("dump/batch.json"), &text).unwrap();
         e
     };
@@ -133,6 +144,6 @@ fn what_does_not_fit_is_named() {
     assert!(e.contains("`masked`"), "{e}");
     assert!(!at("out").exists());
     std::fs::remove_file(at("dump/batch.safetensors")).unwrap();
-    let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[]).unwrap_err().to_string();
+    let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
     assert!(e.contains("batch.safetensors"), "{e}");
 }

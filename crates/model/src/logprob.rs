@@ -1,12 +1,14 @@
 //! Log-probabilities of tokens: the one function that rollout and learner share, so that they agree.
-//! Always fp32: logits / T, banned tokens to minus infinity, log-softmax.
+//! At least fp32: logits / T, banned tokens to minus infinity, log-softmax.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-/// Logits ready for sampling `[.., V]`, fp32: divided by the temperature, banned tokens at minus infinity.
+use crate::ops::wide;
+
+/// Logits ready for sampling `[.., V]`, fp32 (or fp64, as they are): divided by the temperature, banned tokens at minus infinity.
 /// A temperature of 0 (greedy) counts as 1.
 pub fn masked_logits(logits: &Tensor, temperature: f64, banned: &[u32]) -> Tensor {
-    let wide = logits.to_kind(Kind::Float);
+    let wide = logits.to_kind(wide(logits.kind()));
     // A new tensor: dividing in place would change the caller's logits.
     let out = if temperature > 0.0 && temperature != 1.0 { &wide / temperature } else { wide };
     let vocab = logits.size().last().copied().unwrap_or(0);
@@ -19,7 +21,8 @@ pub fn masked_logits(logits: &Tensor, temperature: f64, banned: &[u32]) -> Tenso
 
 /// Log-probabilities of every token `[.., V]`, fp32.
 pub fn log_softmax(logits: &Tensor, temperature: f64, banned: &[u32]) -> Tensor {
-    masked_logits(logits, temperature, banned).log_softmax(-1, Kind::Float)
+    let logits = masked_logits(logits, temperature, banned);
+    logits.log_softmax(-1, logits.kind())
 }
 
 /// Log-probabilities `[N]` of `targets [N]` under `logits [N, V]`.
@@ -31,7 +34,7 @@ pub fn logprobs(logits: &Tensor, targets: &Tensor, temperature: f64, banned: &[u
 pub fn entropy(log_probs: &Tensor) -> Tensor {
     // exp(-inf) * -inf is not a number, neither is its gradient: clamp first.
     let finite = log_probs.clamp_min(-1e4);
-    -(finite.exp() * finite).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float)
+    -(finite.exp() * &finite).sum_dim_intlist([-1i64].as_slice(), false, finite.kind())
 }
 
 /// [`logprobs`] and [`entropy`] from one softmax.
@@ -46,6 +49,8 @@ fn pick(log_probs: &Tensor, targets: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     #[test]

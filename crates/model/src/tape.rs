@@ -1,16 +1,14 @@
 //! A pass in segments, and its backward pass segment by segment, last first: each is a vector-Jacobian product. What a segment
-//! computed inside is thrown away in between and computed again ([`Mode::Recompute`]), or kept ([`Mode::Keep`]). Gradients of
-//! parameters add up in their tensors, as in a plain backward pass. Knows no model.
+//! computed inside is thrown away in between and computed again. Gradients of parameters add up in their tensors, as in a plain
+//! backward pass. Knows no model.
 
 use tch::Tensor;
 
 /// What becomes of a segment's activations until its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// There are no segments: one graph, or none where gradients are off. [`Tape::backward`] has nothing left to do.
+    /// They stay: there are no segments but one graph, or none where gradients are off. [`Tape::backward`] has nothing left to do.
     Graph,
-    /// They stay in memory.
-    Keep,
     /// They are computed again; only what goes from segment to segment stays (arXiv 1604.06174).
     Recompute,
 }
@@ -37,8 +35,6 @@ struct Segment<'a> {
     /// Inputs, and where their gradients go.
     inputs: Vec<Var>,
     outputs: Vec<Option<usize>>,
-    /// Inputs as leaves and outputs, where they are kept.
-    graph: Option<(Vec<Tensor>, Vec<Tensor>)>,
 }
 
 /// The segments of one pass.
@@ -77,8 +73,7 @@ impl<'a> Tape<'a> {
         let ids: Vec<Option<usize>> = outputs.iter().map(|v| v.id).collect();
         if ids.iter().any(Option::is_some) {
             let inputs = inputs.iter().map(|v| Var { tensor: v.tensor.shallow_clone(), id: v.id }).collect();
-            let graph = (self.mode == Mode::Keep).then_some((leaves, made));
-            self.segments.push(Segment { run: Box::new(run), inputs, outputs: ids, graph });
+            self.segments.push(Segment { run: Box::new(run), inputs, outputs: ids });
         }
         outputs
     }
@@ -107,11 +102,8 @@ impl<'a> Tape<'a> {
             if seeds.iter().all(Option::is_none) {
                 continue;
             }
-            let (leaves, made) = segment.graph.unwrap_or_else(|| {
-                let leaves = as_leaves(segment.inputs.iter());
-                let made = (segment.run)(&leaves);
-                (leaves, made)
-            });
+            let leaves = as_leaves(segment.inputs.iter());
+            let made = (segment.run)(&leaves);
             // The gradient of sum(output * seed) is the vector-Jacobian product.
             let products = made.iter().zip(&seeds).filter_map(|(t, seed)| Some((t * seed.as_ref()?).sum(t.kind())));
             if let Some(total) = products.reduce(|a, b| a + b) {
@@ -176,12 +168,10 @@ mod tests {
             (loss.double_value(&[]), w.grad().copy(), u.grad().copy())
         };
         let (loss, gw, gu) = run(Mode::Graph);
-        for mode in [Mode::Keep, Mode::Recompute] {
-            let (l, a, b) = run(mode);
-            assert_eq!(l, loss);
-            for (found, wanted) in [(a, &gw), (b, &gu)] {
-                assert!((found - wanted).abs().max().double_value(&[]) < 1e-10 * wanted.abs().max().double_value(&[]));
-            }
+        let (l, a, b) = run(Mode::Recompute);
+        assert_eq!(l, loss);
+        for (found, wanted) in [(a, &gw), (b, &gu)] {
+            assert!((found - wanted).abs().max().double_value(&[]) < 1e-10 * wanted.abs().max().double_value(&[]));
         }
     }
 }

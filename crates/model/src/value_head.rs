@@ -18,21 +18,19 @@ pub struct ValueHead {
 
 impl ValueHead {
     /// A head that says 0 everywhere.
-    pub fn new(hidden: i64, device: Device) -> Self {
-        let parameters = specs(hidden)
-            .into_iter()
-            .map(|s| (s.name, Tensor::zeros(s.shape.as_slice(), (Kind::Float, device))))
-            .collect();
+    pub fn new(hidden: i64, (kind, device): (Kind, Device)) -> Self {
+        let parameters =
+            specs(hidden).into_iter().map(|s| (s.name, Tensor::zeros(s.shape.as_slice(), (kind, device)))).collect();
         Self { parameters }
     }
 
     /// Reads the head of a model directory; `None` when there is none.
-    pub fn load(dir: &Path, hidden: i64, device: Device) -> Result<Option<Self>> {
+    pub fn load(dir: &Path, hidden: i64, options: (Kind, Device)) -> Result<Option<Self>> {
         let path = dir.join(FILE);
         if !path.exists() {
             return Ok(None);
         }
-        let mut head = Self::new(hidden, device);
+        let mut head = Self::new(hidden, options);
         head.fill(&path, &read_safetensors(&path)?)?;
         Ok(Some(head))
     }
@@ -43,10 +41,10 @@ impl ValueHead {
         write_safetensors(&dir.join(FILE), &tensors)
     }
 
-    /// Values `[N]` (fp32) of hidden states `[N, D]`.
+    /// Values `[N]`, in the head's kind, of hidden states `[N, D]`.
     pub fn forward(&self, hidden: &Tensor) -> Tensor {
         let [(_, weight), (_, bias)] = self.parameters.as_slice() else { return Tensor::new() };
-        hidden.to_kind(Kind::Float).linear(weight, Some(bias)).squeeze_dim(-1)
+        hidden.to_kind(weight.kind()).linear(weight, Some(bias)).squeeze_dim(-1)
     }
 
     /// Weight, then bias.
@@ -92,17 +90,17 @@ mod tests {
     #[test]
     fn round_trip() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        assert!(ValueHead::load(dir.path(), 4, Device::Cpu).expect("none").is_none());
-        let mut head = ValueHead::new(4, Device::Cpu);
+        assert!(ValueHead::load(dir.path(), 4, (Kind::Float, Device::Cpu)).expect("none").is_none());
+        let mut head = ValueHead::new(4, (Kind::Float, Device::Cpu));
         let named = vec![
             ("value_head.weight".to_owned(), Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]).view([1, 4])),
             ("value_head.bias".to_owned(), Tensor::from_slice(&[0.5f32])),
         ];
         head.load_state(&named).expect("fits");
         head.save(dir.path()).expect("saves");
-        let again = ValueHead::load(dir.path(), 4, Device::Cpu).expect("loads").expect("is there");
+        let again = ValueHead::load(dir.path(), 4, (Kind::Float, Device::Cpu)).expect("loads").expect("is there");
         assert_eq!(again.forward(&Tensor::ones([1, 4], (Kind::Float, Device::Cpu))).double_value(&[0]), 10.5);
-        let wrong = ValueHead::load(dir.path(), 5, Device::Cpu).err().expect("misshapen").to_string();
+        let wrong = ValueHead::load(dir.path(), 5, (Kind::Float, Device::Cpu)).err().expect("misshapen").to_string();
         assert!(wrong.contains("value_head.weight") && wrong.contains("[1, 4]"), "{wrong}");
     }
 }

@@ -190,6 +190,9 @@ pub struct Learner {
     pub kl_target: f64,
     /// Relative change of `kl_coef` per update at a relative error of 1; errors count up to 0.2.
     pub kl_gain: f64,
+    /// Throw activations away in the forward pass and compute them again, layer by layer, in the backward pass: about a third more
+    /// work for a fraction of the memory.
+    pub recompute: bool,
     /// Parameter name prefixes that stage 2 does not train.
     pub frozen: Vec<String>,
     /// Largest mean |delta log p| between rollout and learner on tokens of the same version.
@@ -238,6 +241,7 @@ impl Default for Learner {
             kl_gradient: KlGradient::Own,
             kl_target: 0.0,
             kl_gain: 0.1,
+            recompute: false,
             frozen: Vec::new(),
             agreement_limit: 1e-5,
             eval_every: 0,
