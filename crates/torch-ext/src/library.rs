@@ -8,15 +8,16 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::{ExtError, Result};
 
-/// A loaded part.
+/// A loaded part; it is kept in a static and so never unloaded.
 pub(crate) struct Part(Library);
 
 impl Part {
-    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text.
+    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text, which
+    /// says `missing` where the part was left out of the build.
     #[allow(unsafe_code)]
-    pub(crate) fn load(name: &str, bytes: &[u8]) -> Result<Self, String> {
+    pub(crate) fn load(name: &str, bytes: &[u8], missing: &str) -> Result<Self, String> {
         if bytes.is_empty() {
-            return Err("it was left out of this build: its headers were not there".into());
+            return Err(format!("it was left out of this build: {missing}"));
         }
         let text = |e: &dyn std::error::Error| e.to_string();
         let file = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).map_err(|e| text(&e))?;
@@ -30,16 +31,11 @@ impl Part {
     /// A function of the part.
     ///
     /// # Safety
-    /// `F` is the function's type, and [`Part::keep`] is called before it is used.
+    /// `F` is the function's type.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn get<F: Copy>(&self, name: &[u8]) -> Result<F, String> {
+    pub(crate) unsafe fn get<F: Copy>(&'static self, name: &[u8]) -> Result<F, String> {
         // SAFETY: by the caller.
         unsafe { self.0.get::<F>(name) }.map(|f| *f).map_err(|e| e.to_string())
-    }
-
-    /// Keeps the library loaded for the life of the process.
-    pub(crate) fn keep(self) {
-        std::mem::forget(self.0);
     }
 }
 
