@@ -18,6 +18,13 @@ fn main() {
             leave_out("cuda");
         }
     }
+    match torch.as_deref() {
+        Some(torch) => {
+            let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];
+            compile("store", &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
+        }
+        None => leave_out("store"),
+    }
     match torch.as_deref().zip(gloo_headers()) {
         Some((torch, gloo)) => {
             let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include"), gloo];
@@ -62,6 +69,7 @@ fn compile(name: &str, flags: &[&str], headers: &[PathBuf], torch: Option<(&Path
     let source = format!("cpp/{name}.cc");
     println!("cargo:rerun-if-changed={source}");
     println!("cargo:rerun-if-changed=cpp/guarded.h");
+    println!("cargo:rerun-if-changed=cpp/store.h");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut command = Command::new(&compiler);
     command.args(["-std=c++20", "-Wall", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1"]).args(flags).arg(&source);

@@ -49,12 +49,19 @@ struct State {
 unsafe impl Send for State {}
 
 impl Communicator {
-    /// Connects rank `rank` of `ranks` on the calling thread's current GPU; all ranks call this with the same id.
+    /// Connects rank `rank` of `ranks` on the calling thread's current GPU; all ranks call this with the same id. `give_up` is
+    /// asked again and again meanwhile.
     ///
     /// # Errors
-    /// There is no GPU, a rank cannot be reached, or not all have come by the deadline.
+    /// There is no GPU, a rank cannot be reached, not all have come by the deadline, or it was given up.
     #[allow(unsafe_code)]
-    pub fn init(nccl: &Nccl, (rank, ranks): (usize, usize), id: &UniqueId, deadline: Instant) -> Result<Self> {
+    pub fn init(
+        nccl: &Nccl,
+        (rank, ranks): (usize, usize),
+        id: &UniqueId,
+        deadline: Instant,
+        give_up: impl FnMut() -> bool,
+    ) -> Result<Self> {
         const WHAT: &str = "ncclCommInitRankConfig";
         let (Ok(r), Ok(n), true) = (c_int::try_from(rank), c_int::try_from(ranks), rank < ranks) else {
             return Err(NcclError::Rank { rank, ranks });
@@ -69,7 +76,7 @@ impl Communicator {
         }
         let state = Mutex::new(State { comm, aborted: false, failed: false });
         let this = Self { nccl: nccl.clone(), state, rank, ranks };
-        this.settle(WHAT, code, begin, deadline).inspect_err(|_| this.abort())?;
+        this.settle(WHAT, code, (begin, deadline), give_up).inspect_err(|_| this.abort())?;
         Ok(this)
     }
 
@@ -83,12 +90,18 @@ impl Communicator {
         self.ranks
     }
 
-    /// Puts the calls that `body` makes on their streams as one piece of work.
+    /// Puts the calls that `body` makes on their streams as one piece of work. NCCL may have to connect first: `give_up` is asked
+    /// meanwhile.
     ///
     /// # Errors
-    /// NCCL refuses a call, the communicator was aborted, or NCCL is still connecting at the deadline.
+    /// NCCL refuses a call, the communicator was aborted, NCCL is still connecting at the deadline, or it was given up.
     #[allow(unsafe_code)]
-    pub fn group(&self, deadline: Instant, body: impl FnOnce(&Calls<'_>) -> Result<()>) -> Result<()> {
+    pub fn group(
+        &self,
+        deadline: Instant,
+        give_up: impl FnMut() -> bool,
+        body: impl FnOnce(&Calls<'_>) -> Result<()>,
+    ) -> Result<()> {
         const WHAT: &str = "ncclGroupEnd";
         let begin = Instant::now();
         let code = {
@@ -109,13 +122,13 @@ impl Communicator {
             state.failed |= result.is_err();
             result?
         };
-        self.settle(WHAT, code, begin, deadline)
+        self.settle(WHAT, code, (begin, deadline), give_up)
     }
 
     /// Waits until `finished` says that the stream has come past the work, and asks NCCL meanwhile whether it failed.
     ///
     /// # Errors
-    /// NCCL or the GPU failed, the deadline passed, or the communicator was aborted. It should then be aborted.
+    /// NCCL or the GPU failed, the deadline passed, or the communicator was aborted. After a deadline it can be waited for again.
     pub fn wait(
         &self,
         what: &'static str,
@@ -134,7 +147,7 @@ impl Communicator {
                 }
             }
             self.check(what)?;
-            pause.take(self, what, begin, deadline)?;
+            pause.take(what, begin, deadline)?;
         }
     }
 
@@ -168,20 +181,26 @@ impl Communicator {
         if state.aborted { Err(NcclError::Aborted { what }) } else { Ok(state) }
     }
 
-    /// Waits until NCCL has taken a call in: it may have to connect first.
-    fn settle(&self, what: &'static str, mut code: c_int, begin: Instant, deadline: Instant) -> Result<()> {
+    /// Waits until NCCL has taken a call in.
+    fn settle(
+        &self,
+        what: &'static str,
+        mut code: c_int,
+        (begin, deadline): (Instant, Instant),
+        mut give_up: impl FnMut() -> bool,
+    ) -> Result<()> {
         let mut pause = Pause::default();
         loop {
-            match code {
+            let result = match code {
                 SUCCESS => return Ok(()),
-                IN_PROGRESS => pause.take(self, what, begin, deadline)?,
-                code => {
-                    let mut state = self.live(what)?;
-                    state.failed = true;
-                    return Err(self.nccl.functions.refused(what, code, state.comm));
-                }
-            }
-            code = poll(&self.nccl.functions, self.live(what)?.comm);
+                IN_PROGRESS if give_up() => Err(NcclError::GivenUp { what }),
+                IN_PROGRESS => pause.take(what, begin, deadline),
+                code => Err(self.nccl.functions.refused(what, code, self.live(what)?.comm)),
+            };
+            let mut state = self.live(what)?;
+            state.failed |= result.is_err();
+            result?;
+            code = poll(&self.nccl.functions, state.comm);
         }
     }
 }
@@ -198,7 +217,7 @@ impl Drop for Communicator {
             Ok(state) => Some(unsafe { (self.nccl.functions.finalize)(state.comm) }),
         };
         let now = Instant::now();
-        if code.is_none_or(|code| self.settle(WHAT, code, now, now + CLOSING).is_err()) {
+        if code.is_none_or(|code| self.settle(WHAT, code, (now, now + CLOSING), || false).is_err()) {
             return self.abort();
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -228,9 +247,8 @@ impl Default for Pause {
 }
 
 impl Pause {
-    fn take(&mut self, of: &Communicator, what: &'static str, begin: Instant, deadline: Instant) -> Result<()> {
+    fn take(&mut self, what: &'static str, begin: Instant, deadline: Instant) -> Result<()> {
         if Instant::now() >= deadline {
-            of.live(what)?.failed = true;
             return Err(NcclError::Late { what, seconds: begin.elapsed().as_secs_f64() });
         }
         std::thread::sleep(self.0);

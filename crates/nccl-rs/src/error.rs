@@ -59,6 +59,12 @@ pub enum NcclError {
         /// For how long.
         seconds: f64,
     },
+    /// The caller gave it up.
+    #[error("{what} was given up")]
+    GivenUp {
+        /// What was waited for.
+        what: &'static str,
+    },
     /// The communicator was given up before.
     #[error("{what}: the communicator was aborted before")]
     Aborted {

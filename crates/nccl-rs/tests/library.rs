@@ -30,7 +30,7 @@ fn init_ends_with_or_without_a_gpu() {
     let nccl = nccl();
     let id = nccl.unique_id().unwrap();
     let begin = Instant::now();
-    let made = Communicator::init(&nccl, (0, 1), &id, begin + Duration::from_secs(60));
+    let made = Communicator::init(&nccl, (0, 1), &id, begin + Duration::from_secs(60), || false);
     if std::fs::exists("/dev/nvidia0").unwrap_or(false) {
         made.unwrap().check("check").unwrap();
         return;

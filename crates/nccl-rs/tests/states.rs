@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::Library;
@@ -27,9 +28,17 @@ impl Fake {
         Self { library, file, _dir: dir }
     }
 
-    fn number(&self, name: &str) -> &mut i32 {
-        // SAFETY: the names are those of ints in fake_nccl.c; tests use them from one thread.
-        unsafe { &mut **self.library.get::<*mut i32>(name.as_bytes()).unwrap() }
+    fn number(&self, name: &str) -> &AtomicI32 {
+        // SAFETY: the names are those of ints in fake_nccl.c, which live as long as the library; tests use them from one thread.
+        unsafe { AtomicI32::from_ptr(*self.library.get::<*mut i32>(name.as_bytes()).unwrap()) }
+    }
+
+    fn get(&self, name: &str) -> i32 {
+        self.number(name).load(Relaxed)
+    }
+
+    fn set(&self, name: &str, value: i32) {
+        self.number(name).store(value, Relaxed);
     }
 
     fn log(&self) -> String {
@@ -46,7 +55,7 @@ impl Fake {
 
     fn rank(&self) -> Communicator {
         let nccl = self.nccl();
-        Communicator::init(&nccl, (0, 1), &nccl.unique_id().unwrap(), soon()).unwrap()
+        Communicator::init(&nccl, (0, 1), &nccl.unique_id().unwrap(), soon(), || false).unwrap()
     }
 }
 
@@ -64,14 +73,18 @@ fn calls_arrive_as_nccl_expects_them() {
     let stream = 77 as *mut c_void;
     let pair = |k: usize, to: &mut [[f32; 6]; 3]| (from.as_ptr().cast::<c_void>(), to[k].as_mut_ptr().cast::<c_void>());
     // SAFETY: all buffers are long enough and live through the call, which the stand-in makes at once.
-    comm.group(soon(), |calls| unsafe {
-        calls.all_reduce(pair(0, &mut to), 6, DataType::Float32, stream)?;
-        calls.reduce_scatter(pair(1, &mut to), 3, DataType::Float64, stream)?;
-        calls.all_gather(pair(2, &mut to), 4, DataType::Bfloat16, stream)?;
-        calls.broadcast(to[0].as_mut_ptr().cast(), 2, DataType::Int64, 0, stream)?;
-        calls.send(from.as_ptr().cast(), 5, DataType::Float32, 1, stream)?;
-        calls.recv(to[0].as_mut_ptr().cast(), 1, DataType::Float32, 3, stream)
-    })
+    comm.group(
+        soon(),
+        || false,
+        |calls| unsafe {
+            calls.all_reduce(pair(0, &mut to), 6, DataType::Float32, stream)?;
+            calls.reduce_scatter(pair(1, &mut to), 3, DataType::Float64, stream)?;
+            calls.all_gather(pair(2, &mut to), 4, DataType::Bfloat16, stream)?;
+            calls.broadcast(to[0].as_mut_ptr().cast(), 2, DataType::Int64, 0, stream)?;
+            calls.send(from.as_ptr().cast(), 5, DataType::Float32, 1, stream)?;
+            calls.recv(to[0].as_mut_ptr().cast(), 1, DataType::Float32, 3, stream)
+        },
+    )
     .unwrap();
     assert_eq!(to[0].as_slice(), from.as_slice());
     assert_eq!((&to[1][..], &to[2][..2]), (&from[..], &from[..2]));
@@ -85,7 +98,7 @@ fn calls_arrive_as_nccl_expects_them() {
     ];
     assert_eq!(fake.log().lines().collect::<Vec<_>>(), lines);
     drop(comm);
-    let counts = ["fake_finalizes", "fake_destroys", "fake_aborts", "fake_depth"].map(|n| *fake.number(n));
+    let counts = ["fake_finalizes", "fake_destroys", "fake_aborts", "fake_depth"].map(|n| fake.get(n));
     assert_eq!(counts, [1, 1, 0, 0], "closed in good order");
 }
 
@@ -96,15 +109,17 @@ fn a_refused_call_ends_its_group() {
     let mut buffer = [0f32; 2];
     // SAFETY: as above.
     let error = comm
-        .group(soon(), |c| unsafe {
-            c.broadcast(buffer.as_mut_ptr().cast(), 2, DataType::Float32, 9, std::ptr::null_mut())
-        })
+        .group(
+            soon(),
+            || false,
+            |c| unsafe { c.broadcast(buffer.as_mut_ptr().cast(), 2, DataType::Float32, 9, std::ptr::null_mut()) },
+        )
         .unwrap_err();
     assert_eq!(error.to_string(), "ncclBroadcast: NCCL says `invalid usage` (code 5)");
-    assert_eq!(*fake.number("fake_depth"), 0);
+    assert_eq!(fake.get("fake_depth"), 0);
     drop(comm);
     assert_eq!(
-        (*fake.number("fake_aborts"), *fake.number("fake_finalizes")),
+        (fake.get("fake_aborts"), fake.get("fake_finalizes")),
         (1, 0),
         "what failed is not closed in good order"
     );
@@ -121,18 +136,18 @@ fn what_does_not_end_is_late_and_abort_happens_once() {
     assert!(matches!(error, NcclError::Late { what: "all_reduce", seconds } if seconds >= 0.06), "{error}");
     comm.abort();
     comm.abort();
-    assert_eq!(*fake.number("fake_aborts"), 1);
-    let calls = *fake.number("fake_calls");
+    assert_eq!(fake.get("fake_aborts"), 1);
+    let calls = fake.get("fake_calls");
     for error in [
         comm.check("check").unwrap_err(),
         comm.wait("wait", soon(), || Ok(false)).unwrap_err(),
-        comm.group(soon(), |_| Ok(())).unwrap_err(),
+        comm.group(soon(), || false, |_| Ok(())).unwrap_err(),
     ] {
         assert!(matches!(error, NcclError::Aborted { .. }), "{error}");
     }
     drop(comm);
-    assert_eq!((*fake.number("fake_aborts"), *fake.number("fake_destroys")), (1, 0));
-    assert_eq!(*fake.number("fake_calls"), calls);
+    assert_eq!((fake.get("fake_aborts"), fake.get("fake_destroys")), (1, 0));
+    assert_eq!(fake.get("fake_calls"), calls);
 }
 
 #[test]
@@ -140,7 +155,7 @@ fn what_nccl_or_the_stream_reports_ends_a_wait() {
     let fake = Fake::build();
     let comm = fake.rank();
     comm.wait("done", soon(), || Ok(true)).unwrap();
-    *fake.number("fake_code") = 6;
+    fake.set("fake_code", 6);
     let error = comm.wait("all_gather", soon(), || Ok(false)).unwrap_err().to_string();
     assert_eq!(error, "all_gather: NCCL says `remote process exited` (code 6): socket closed");
     let error = comm.wait("all_gather", soon(), || Err("illegal address".into())).unwrap_err().to_string();
@@ -152,32 +167,40 @@ fn init_waits_until_ready_or_the_deadline() {
     let fake = Fake::build();
     let nccl = fake.nccl();
     let id = nccl.unique_id().unwrap();
-    *fake.number("fake_polls") = -1; // never ready
+    fake.set("fake_polls", -1); // never ready
     let begin = Instant::now();
-    let error = Communicator::init(&nccl, (0, 2), &id, begin + Duration::from_millis(50)).err().unwrap();
+    let error = Communicator::init(&nccl, (0, 2), &id, begin + Duration::from_millis(50), || false).err().unwrap();
     assert!(matches!(error, NcclError::Late { .. }) && begin.elapsed() < Duration::from_secs(5), "{error}");
-    assert_eq!(*fake.number("fake_aborts"), 1);
+    assert_eq!(fake.get("fake_aborts"), 1);
+    let mut asked = 0;
+    let give_up = || {
+        asked += 1;
+        asked == 3
+    };
+    let error = Communicator::init(&nccl, (0, 2), &id, soon(), give_up).err().unwrap();
+    assert!(matches!(error, NcclError::GivenUp { .. }), "{error}");
+    assert_eq!(fake.get("fake_aborts"), 2);
 
-    *fake.number("fake_polls") = 4;
-    *fake.number("fake_code") = 6;
-    let error = Communicator::init(&nccl, (0, 2), &id, soon()).err().unwrap();
+    fake.set("fake_polls", 4);
+    fake.set("fake_code", 6);
+    let error = Communicator::init(&nccl, (0, 2), &id, soon(), || false).err().unwrap();
     assert!(matches!(error, NcclError::Refused { code: 6, .. }), "{error}");
-    assert_eq!(*fake.number("fake_aborts"), 2);
+    assert_eq!(fake.get("fake_aborts"), 3);
 
-    let error = Communicator::init(&nccl, (0, 99), &id, soon()).err().unwrap();
+    let error = Communicator::init(&nccl, (0, 99), &id, soon(), || false).err().unwrap();
     assert!(matches!(error, NcclError::Refused { code: 5, .. }), "{error}");
-    assert_eq!(*fake.number("fake_aborts"), 2, "nothing was made");
-    let error = Communicator::init(&nccl, (2, 2), &UniqueId([5; 128]), soon()).err().unwrap();
+    assert_eq!(fake.get("fake_aborts"), 3, "nothing was made");
+    let error = Communicator::init(&nccl, (2, 2), &UniqueId([5; 128]), soon(), || false).err().unwrap();
     assert!(matches!(error, NcclError::Rank { rank: 2, ranks: 2 }), "{error}");
 }
 
 #[test]
 fn an_old_library_is_refused_with_both_versions() {
     let fake = Fake::build();
-    *fake.number("fake_version") = 21310;
+    fake.set("fake_version", 21310);
     let error = Nccl::open(&fake.file).err().unwrap().to_string();
     assert!(error.contains("NCCL 2.13.10") && error.contains(&NEEDED.to_string()), "{error}");
-    *fake.number("fake_version") = 30001;
+    fake.set("fake_version", 30001);
     assert!(Nccl::open(&fake.file).is_err());
 }
 

@@ -17,7 +17,7 @@ use crate::store::{Store, text};
 use crate::{ExtError, Result};
 
 /// cpp/gloo.cc; libtorch is there, since tch links it.
-pub(crate) fn part() -> Result<&'static Part, String> {
+fn part() -> Result<&'static Part, String> {
     static LOADED: OnceLock<Result<Part, String>> = OnceLock::new();
     let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_gloo.so"));
     let missing = "Gloo's headers were not there; install them (apt-get install libgloo-dev) and build again";
@@ -102,10 +102,11 @@ pub struct GlooGroup {
 
 impl GlooGroup {
     /// Connects `ranks` ranks, which all call this with the same prefix before the deadline. `local` is the address by which the
-    /// others reach this rank. A call of the group that has not ended after `limit` fails.
+    /// others reach this rank. A call of the group that has not ended after `limit` fails. `give_up` is asked again and again
+    /// while the ranks connect.
     ///
     /// # Errors
-    /// The Gloo part cannot be used, a rank does not come, or an address is not this machine's.
+    /// The Gloo part cannot be used, a rank does not come, an address is not this machine's, or it was given up.
     #[allow(unsafe_code)]
     pub fn connect(
         store: &Store,
@@ -114,6 +115,7 @@ impl GlooGroup {
         local: &str,
         limit: Duration,
         deadline: Instant,
+        mut give_up: impl FnMut() -> bool,
     ) -> Result<Self> {
         const WHAT: &str = "connect a Gloo group";
         let functions = functions()?;
@@ -138,8 +140,19 @@ impl GlooGroup {
         };
         let spawned = std::thread::Builder::new().name("gloo-connect".into()).spawn(work);
         spawned.map_err(|e| refused(e.to_string()))?;
-        let late = |_| refused(format!("the other ranks did not answer within {:.1} s", left.as_secs_f64()));
-        let handle = made.recv_timeout(left + Duration::from_millis(500)).map_err(late)??;
+        // libtorch's own message, which comes at the deadline, is the better one.
+        let last = deadline + Duration::from_millis(500);
+        let handle = loop {
+            match made.recv_timeout(Duration::from_millis(50)) {
+                Ok(result) => break result?,
+                Err(_) if give_up() => return Err(refused("given up".into())),
+                Err(_) if Instant::now() < last => {}
+                Err(_) => {
+                    let seconds = left.as_secs_f64();
+                    return Err(refused(format!("the other ranks did not answer within {seconds:.1} s")));
+                }
+            }
+        };
         Ok(Self { handle: Some(handle), ranks, limit, calls: Arc::default() })
     }
 

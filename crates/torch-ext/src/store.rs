@@ -9,13 +9,12 @@ use std::os::fd::IntoRawFd;
 use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::gloo::part;
-use crate::library::checked;
+use crate::library::{Part, checked};
 use crate::{ExtError, Result};
 
 type Take = unsafe extern "C" fn(*mut c_void, *const u8, usize);
 
-/// The store's functions of cpp/gloo.cc.
+/// The store's functions of cpp/store.cc.
 struct Functions {
     new: unsafe extern "C" fn(*const c_char, u16, c_int, i64, *mut *mut c_void, *mut c_char, usize) -> c_int,
     clone: unsafe extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_char, usize) -> c_int,
@@ -43,13 +42,21 @@ type Swap = unsafe extern "C" fn(
 fn functions() -> Result<&'static Functions> {
     static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(load).as_ref();
-    loaded.map_err(|e| ExtError::Unavailable { part: "Gloo", reason: e.clone() })
+    loaded.map_err(|e| ExtError::Unavailable { part: "store", reason: e.clone() })
+}
+
+/// cpp/store.cc; libtorch is there, since tch links it.
+fn part() -> Result<&'static Part, String> {
+    static LOADED: OnceLock<Result<Part, String>> = OnceLock::new();
+    let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_store.so"));
+    let missing = "LIBTORCH was not set (make setup sets it)";
+    LOADED.get_or_init(|| Part::load("unveil_store", bytes, missing)).as_ref().map_err(Clone::clone)
 }
 
 #[allow(unsafe_code)]
 fn load() -> Result<Functions, String> {
     let part = part()?;
-    // SAFETY: the types are those of cpp/gloo.cc.
+    // SAFETY: the types are those of cpp/store.cc.
     unsafe {
         Ok(Functions {
             new: part.get(b"unveil_store_new")?,
@@ -95,7 +102,7 @@ impl Store {
     /// Hosts the store on a bound socket (port 0 at bind picks a free port: [`Store::address`] tells it), and joins it.
     ///
     /// # Errors
-    /// The Gloo part cannot be used, or libtorch refuses the socket.
+    /// The store's part cannot be used, or libtorch refuses the socket.
     pub fn host(listener: TcpListener, deadline: Instant) -> Result<Self> {
         let refused = |e: std::io::Error| ExtError::Refused { what: "host the store", message: e.to_string() };
         let mut address = listener.local_addr().map_err(refused)?;
@@ -113,7 +120,7 @@ impl Store {
     /// Joins the store at an address, trying again until the deadline.
     ///
     /// # Errors
-    /// The Gloo part cannot be used, or nothing answers there.
+    /// The store's part cannot be used, or nothing answers there.
     pub fn join(address: SocketAddr, deadline: Instant) -> Result<Self> {
         Self::start(address, None, deadline)
     }

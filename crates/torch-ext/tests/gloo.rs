@@ -21,7 +21,8 @@ fn with_ranks(ranks: usize, limit: Duration, work: impl Fn(usize, GlooGroup) + S
             let work = &work;
             s.spawn(move || {
                 let store = Store::join(address, soon()).unwrap();
-                let group = GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", limit, soon()).unwrap();
+                let group =
+                    GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", limit, soon(), || false).unwrap();
                 work(rank, group);
             });
         }
@@ -125,6 +126,9 @@ fn a_rank_that_does_not_connect_is_an_error_in_time() {
     let store = Store::host(TcpListener::bind("127.0.0.1:0").unwrap(), soon()).unwrap();
     let begin = Instant::now();
     let deadline = begin + Duration::from_secs(1);
-    let error = GlooGroup::connect(&store, "g", (0, 2), "127.0.0.1", LIMIT, deadline).err().unwrap();
+    let error = GlooGroup::connect(&store, "g", (0, 2), "127.0.0.1", LIMIT, deadline, || false).err().unwrap();
     assert!(begin.elapsed() < Duration::from_secs(4), "{error}");
+    let begin = Instant::now();
+    let error = GlooGroup::connect(&store, "h", (0, 2), "127.0.0.1", LIMIT, soon(), || true).err().unwrap();
+    assert!(begin.elapsed() < Duration::from_secs(4) && error.to_string().contains("given up"), "{error}");
 }
