@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use unveil_torch_ext::{ExtError, Store};
+use unveil_torch_ext::{ExtError, GlooGroup, Store};
 
 use crate::beat::{self, Beat};
 use crate::watch::{FAULT, NO_FAULT, Watch};
@@ -13,8 +13,8 @@ use crate::{Backend, CollectiveError, Result, Setup, World, transport};
 /// Between two looks for ranks that have not come.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How long rank 0 waits for the others to read why they were sent away.
-const FAREWELL: Duration = Duration::from_secs(3);
+/// How long rank 0 waits for the others to read why they were sent away. A rank that comes later still finds nobody.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 /// The first reason why ranks did not come together.
 const REFUSED: &str = "refused";
@@ -34,9 +34,12 @@ pub fn open(setup: &Setup) -> Result<World> {
 /// As [`open`].
 pub fn open_with(setup: &Setup, tell: impl FnOnce(SocketAddr)) -> Result<World> {
     setup.check()?;
-    if let Backend::Nccl { device } = setup.backend {
-        transport::library(device).map_err(|message| CollectiveError::Backend { backend: "nccl", message })?;
-    }
+    let usable = match setup.backend {
+        Backend::Solo => Ok(()),
+        Backend::Gloo => GlooGroup::available().map_err(|e| e.to_string()),
+        Backend::Nccl { device } => transport::library(device).map(drop),
+    };
+    usable.map_err(|message| CollectiveError::Backend { backend: setup.backend.name(), message })?;
     let deadline = Instant::now() + setup.timing.join;
     if setup.world == 1 {
         return World::connect(setup.clone(), String::new(), None, deadline);
@@ -179,11 +182,13 @@ impl<'a> Meeting<'a> {
         if told.and_then(|_| self.store.set(&bye(rank), b"", limit)).is_err() || rank != 0 {
             return;
         }
-        let left = |r: &usize| {
-            let here = self.store.check(&[&hello(*r)], limit).unwrap_or(false);
-            here && !self.store.check(&[&bye(*r)], limit).unwrap_or(true)
+        // Ranks that were missing at the deadline are not waited for again.
+        let missing = match refusal {
+            Refusal::Missing { ranks, .. } => ranks,
+            Refusal::Fingerprint { .. } => Vec::new(),
         };
-        while Instant::now() < limit && (1..self.setup.world).any(|r| left(&r)) {
+        let reads = |r: usize| !missing.contains(&r) && !self.store.check(&[&bye(r)], limit).unwrap_or(true);
+        while Instant::now() < limit && (1..self.setup.world).any(reads) {
             std::thread::sleep(LOOK);
         }
     }

@@ -170,7 +170,10 @@ impl Watch {
             ranks,
             why,
             found_by: self.rank,
-            cause: note.map_or(cause.clone(), |note| format!("{cause}; {note}")),
+            cause: match note {
+                Some(note) if note != cause => format!("{cause}; {note}"),
+                _ => cause,
+            },
         };
         let told = serde_json::to_vec(&fault).map_err(|e| e.to_string()).and_then(|text| {
             let deadline = Instant::now() + self.timing.lost;

@@ -149,7 +149,7 @@ fn a_rank_that_is_there_twice_is_refused_and_the_others_go_on() {
     let (send, seen) = std::sync::mpsc::channel();
     for mut twin in [rank(1), rank(1)] {
         let send = send.clone();
-        std::thread::spawn(move || send.send(twin.outcome(Duration::from_secs(60))));
+        std::thread::spawn(move || drop(send.send(twin.outcome(Duration::from_secs(60)))));
     }
     let refused = seen.recv().unwrap().error.unwrap();
     assert!(refused.starts_with("rank 1 is at 127.0.0.1:"), "{refused}");
@@ -174,7 +174,8 @@ fn alone(backend: Backend) -> Setup {
 fn nccl_without_a_gpu_is_refused_at_once() {
     if std::fs::exists("/dev/nvidia0").unwrap_or(false) {
         let tensor = tch::Tensor::ones([3], (tch::Kind::Float, tch::Device::Cuda(0)));
-        open(&alone(Backend::Nccl { device: 0 })).unwrap().group().all_reduce(tensor).unwrap();
+        let world = open(&alone(Backend::Nccl { device: 0 })).unwrap();
+        assert_eq!(world.group().all_reduce(tensor.shallow_clone()).unwrap(), tensor);
         return;
     }
     let error = open(&alone(Backend::Nccl { device: 0 })).err().unwrap();

@@ -101,6 +101,14 @@ pub struct GlooGroup {
 }
 
 impl GlooGroup {
+    /// Whether this build has Gloo.
+    ///
+    /// # Errors
+    /// It has not; the message says what to install.
+    pub fn available() -> Result<()> {
+        functions().map(drop)
+    }
+
     /// Connects `ranks` ranks, which all call this with the same prefix before the deadline. `local` is the address by which the
     /// others reach this rank. A call of the group that has not ended after `limit` fails. `give_up` is asked again and again
     /// while the ranks connect.

@@ -14,6 +14,7 @@ fn soon() -> Instant {
 
 /// Runs `work` as each of `ranks` connected ranks.
 fn with_ranks(ranks: usize, limit: Duration, work: impl Fn(usize, GlooGroup) + Sync) {
+    GlooGroup::available().unwrap();
     let host = Store::host(TcpListener::bind("127.0.0.1:0").unwrap(), soon()).unwrap();
     let address = host.address();
     std::thread::scope(|s| {

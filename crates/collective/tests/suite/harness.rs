@@ -89,6 +89,12 @@ impl Rank {
         }
     }
 
+    /// Lets a stopped process go on.
+    pub fn wake(&self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
+    }
+
     /// Waits for the process itself to end.
     #[track_caller]
     pub fn ended(&mut self, limit: Duration) {
