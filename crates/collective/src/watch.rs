@@ -199,7 +199,8 @@ impl Watch {
             }
             // The store's own deadline is near; past it the store counts as gone.
             if state.lost.is_some() || begin.elapsed() > window + self.timing.lost * 2 {
-                return Err((vec![0], Why::Silent, state.lost.clone()));
+                let running = state.peers[0].beat.phase == Phase::Running;
+                return Err((vec![0], if running { Why::Silent } else { Why::Left }, state.lost.clone()));
             }
             // Signs that were written before the call failed may still come in: two new signs are not yet proof of life.
             let fresh = state
@@ -228,7 +229,8 @@ impl Watch {
         self.wake.notify_all();
         let written = state.exchanges + 2;
         loop {
-            let gone = state.fault.iter().flat_map(|f| f.ranks.clone()).collect::<Vec<_>>();
+            let silent = state.fault.iter().filter(|f| f.why == Why::Silent);
+            let gone: Vec<usize> = silent.flat_map(|f| f.ranks.clone()).collect();
             let settled = state.peers.iter().enumerate().all(|(rank, p)| {
                 let silent = p.seen.elapsed() > self.timing.lost / 2;
                 rank == self.rank || p.beat.phase != Phase::Running || gone.contains(&rank) || silent
