@@ -29,6 +29,35 @@ fn main() {
             leave_out("cuda");
         }
     }
+    match torch.as_deref() {
+        Some(torch) => {
+            let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];
+            compile("store", "store.cc", &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
+        }
+        None => leave_out("store"),
+    }
+    match torch.as_deref().zip(gloo_headers()) {
+        Some((torch, gloo)) => {
+            let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include"), gloo];
+            compile("gloo", "gloo.cc", &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
+        }
+        None => {
+            println!("cargo:warning=no Gloo headers (Debian: libgloo-dev): ranks on CPUs will not be able to talk");
+            // Look again when a package was installed.
+            if Path::new(PACKAGES).exists() {
+                println!("cargo:rerun-if-changed={PACKAGES}");
+            }
+            leave_out("gloo");
+        }
+    }
+}
+
+/// What Debian changes whenever a package comes or goes.
+const PACKAGES: &str = "/var/lib/dpkg/status";
+
+/// Gloo's headers; libtorch has the code in itself but does not bring them.
+fn gloo_headers() -> Option<PathBuf> {
+    ["/usr/local/include", "/usr/include"].map(PathBuf::from).into_iter().find(|p| p.join("gloo/context.h").exists())
 }
 
 /// The headers of the CUDA runtime lie beside the torch package.
@@ -52,7 +81,7 @@ fn compile(name: &str, source: &str, flags: &[&str], headers: &[PathBuf], torch:
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut command = Command::new(&compiler);
     command.args(["-std=c++20", "-Wall", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1"]).args(flags).arg(&source);
-    for place in headers {
+    for place in headers.iter().filter(|p| *p != Path::new("/usr/include")) {
         command.arg("-isystem").arg(place);
     }
     if let Some((torch, libraries)) = torch {

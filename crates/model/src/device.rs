@@ -1,14 +1,14 @@
 //! The device that a configuration names. Loads libtorch's CUDA half at run time, so that one build serves hosts with and
 //! without a GPU.
 
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_NOW};
 use tch::Device;
+use unveil_torch_ext::load_cuda;
 
 use crate::{ModelError, Result};
 
-/// The driver's own library: without it there is no GPU to use, and the large CUDA half is left alone.
+/// The driver's own library.
 const DRIVER: &str = "libcuda.so.1";
-const TORCH_CUDA: &str = "libtorch_cuda.so";
 
 /// `cpu`; `auto`: the first GPU where one is usable, else the CPU; `cuda` or `cuda:N`: that GPU.
 ///
@@ -29,20 +29,6 @@ pub fn device(name: &str) -> Result<Device> {
     } else {
         Err(ModelError::input(format!("device `{name}`: {usable} GPU(s) are usable; use another number, auto or cpu")))
     }
-}
-
-fn load_cuda() -> Result<(), String> {
-    open(DRIVER).map_err(|_| format!("no NVIDIA driver here ({DRIVER} cannot be loaded)"))?;
-    open(TORCH_CUDA).map_err(|e| format!("libtorch's CUDA half cannot be loaded: {e}"))
-}
-
-/// Loads a library for the rest of the process, before libtorch is first asked about CUDA; its symbols and static registrations become visible to libtorch.
-#[allow(unsafe_code)]
-fn open(name: &str) -> Result<(), libloading::Error> {
-    // SAFETY: both libraries are meant to be loaded at any time, and stay loaded: the handle is never closed.
-    let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) }?;
-    std::mem::forget(library);
-    Ok(())
 }
 
 /// Bytes that can still be allocated on `device`; none where the system does not say.
@@ -94,12 +80,5 @@ mod tests {
     fn memory_is_known_here() {
         let free = free_memory(Device::Cpu).unwrap();
         assert!(free > 1 << 20, "{free}");
-    }
-
-    #[test]
-    fn the_cuda_half_is_found_at_run_time() {
-        // libtorch looks for its CUDA half once, at the first question: it must be loaded before that.
-        open(TORCH_CUDA).unwrap();
-        assert!(tch::utils::has_cudart());
     }
 }

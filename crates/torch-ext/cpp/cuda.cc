@@ -1,15 +1,18 @@
 // What tch lacks on a GPU, as C functions: each returns 0, or 1 with a message. Built into a library of its own, which is loaded at
 // run time where there is a GPU.
 
+#include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <c10/core/Event.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <cstddef>
-#include <cstring>
-#include <exception>
+#include <memory>
 #include <optional>
+
+#include "guarded.h"
 
 namespace {
 
@@ -18,20 +21,6 @@ struct Graph {
   at::cuda::CUDAGraph graph;
   std::optional<c10::cuda::CUDAStreamGuard> stream;
 };
-
-template <class F>
-int guarded(char* message, size_t size, F&& work) {
-  try {
-    work();
-    return 0;
-  } catch (const std::exception& error) {
-    if (size > 0) {
-      std::strncpy(message, error.what(), size - 1);
-      message[size - 1] = 0;
-    }
-    return 1;
-  }
-}
 
 }  // namespace
 
@@ -74,4 +63,57 @@ int unveil_graph_replay(void* handle, char* message, size_t size) {
 }
 
 void unveil_graph_free(void* handle) { delete static_cast<Graph*>(handle); }
+
+// A stream of high priority from libtorch's pool; makes `device` the calling thread's own. `raw` is the driver's handle.
+int unveil_stream_new(int device, void** out, void** raw, char* message, size_t size) {
+  return guarded(message, size, [&] {
+    c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+    auto stream = c10::cuda::getStreamFromPool(true, static_cast<c10::DeviceIndex>(device));
+    *raw = stream.stream();
+    *out = new c10::cuda::CUDAStream(stream);
+  });
+}
+
+void unveil_stream_free(void* handle) { delete static_cast<c10::cuda::CUDAStream*>(handle); }
+
+// What is put on the stream from here on runs after all that the calling thread has put on its current stream.
+int unveil_stream_follow(void* handle, char* message, size_t size) {
+  auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
+  return guarded(message, size, [&] {
+    c10::Event event(c10::DeviceType::CUDA);
+    event.record(c10::cuda::getCurrentCUDAStream(self->device_index()).unwrap());
+    event.block(self->unwrap());
+  });
+}
+
+// The tensor's memory is not given to others before the stream's work of this moment has ended.
+int unveil_stream_keep(void* handle, const void* tensor, char* message, size_t size) {
+  auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
+  return guarded(message, size, [&] {
+    const auto& storage = static_cast<const at::Tensor*>(tensor)->storage();
+    c10::cuda::CUDACachingAllocator::recordStream(storage.data_ptr(), *self);
+  });
+}
+
+// The point that the stream has reached when all of its work of this moment has ended.
+int unveil_stream_mark(void* handle, void** out, char* message, size_t size) {
+  auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
+  return guarded(message, size, [&] {
+    auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA);
+    event->record(self->unwrap());
+    *out = event.release();
+  });
+}
+
+int unveil_event_done(void* handle, int* done, char* message, size_t size) {
+  return guarded(message, size, [&] { *done = static_cast<c10::Event*>(handle)->query() ? 1 : 0; });
+}
+
+// What the calling thread puts on its current stream from here on runs after the event.
+int unveil_event_join(void* handle, char* message, size_t size) {
+  auto* self = static_cast<c10::Event*>(handle);
+  return guarded(message, size, [&] { self->block(c10::cuda::getCurrentCUDAStream(self->device_index()).unwrap()); });
+}
+
+void unveil_event_free(void* handle) { delete static_cast<c10::Event*>(handle); }
 }

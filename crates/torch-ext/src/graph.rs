@@ -3,8 +3,8 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-use crate::library::{Part, checked};
-use crate::{ExtError, Result};
+use crate::library::checked;
+use crate::{Result, cuda};
 
 type Call = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 
@@ -20,24 +20,22 @@ struct Functions {
 fn functions() -> Result<&'static Functions> {
     static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(load).as_ref();
-    loaded.map_err(|e| ExtError::Unavailable { part: "CUDA", reason: e.clone() })
+    loaded.map_err(|e| cuda::unavailable(e))
 }
 
 #[allow(unsafe_code)]
 fn load() -> Result<Functions, String> {
-    let part = Part::load("unveil_cuda", include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cuda.so")))?;
-    // SAFETY: the types are those of cpp/cuda.cc, and the part is kept.
-    let out = unsafe {
-        Functions {
+    let part = cuda::part()?;
+    // SAFETY: the types are those of cpp/cuda.cc.
+    unsafe {
+        Ok(Functions {
             new: part.get(b"unveil_graph_new")?,
             begin: part.get(b"unveil_graph_begin")?,
             end: part.get(b"unveil_graph_end")?,
             replay: part.get(b"unveil_graph_replay")?,
             free: part.get(b"unveil_graph_free")?,
-        }
-    };
-    part.keep();
-    Ok(out)
+        })
+    }
 }
 
 /// Recorded work of one thread on one GPU. What it reads and writes must stay where it was: tensors that were made during the
@@ -88,17 +86,13 @@ impl Drop for CudaGraph {
 
 #[cfg(test)]
 mod tests {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-
     use super::*;
 
     /// The CUDA part is in this build, finds libtorch's symbols, and says so where there is no GPU; it never takes the process
     /// down.
     #[test]
-    #[allow(unsafe_code)]
     fn the_cuda_part_loads_and_refuses_without_a_gpu() {
-        // SAFETY: libtorch's library may be loaded at any time; it stays loaded.
-        std::mem::forget(unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) }.unwrap());
+        cuda::load_torch().unwrap();
         functions().unwrap();
         if std::fs::exists("/dev/nvidia0").unwrap_or(false) {
             CudaGraph::record(0, || ()).unwrap().0.replay().unwrap();

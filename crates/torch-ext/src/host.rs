@@ -115,9 +115,10 @@ struct Functions {
 }
 
 fn functions() -> Result<&'static Functions> {
+    static PART: OnceLock<Result<Part, String>> = OnceLock::new();
     static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(|| load(best())).as_ref();
-    loaded.map_err(|e| ExtError::Unavailable { part: "CPU", reason: e.clone() })
+    let load = || look_up(PART.get_or_init(|| load(best())).as_ref().map_err(Clone::clone)?);
+    LOADED.get_or_init(load).as_ref().map_err(|e| ExtError::Unavailable { part: "CPU", reason: e.clone() })
 }
 
 macro_rules! built {
@@ -152,13 +153,14 @@ fn best() -> &'static [u8] {
     built!("native")
 }
 
+fn load(bytes: &[u8]) -> Result<Part, String> {
+    Part::load("unveil_cpu", bytes, "it was built for another kind of processor")
+}
+
 #[allow(unsafe_code)]
-fn load(bytes: &[u8]) -> Result<Functions, String> {
-    let part = Part::load("unveil_cpu", bytes)?;
-    // SAFETY: the types are those of cpp/cpu/step.cc, and the part is kept.
-    let out = unsafe { Functions { linear: part.get(b"unveil_linear")?, decode: part.get(b"unveil_decode")? } };
-    part.keep();
-    Ok(out)
+fn look_up(part: &'static Part) -> Result<Functions, String> {
+    // SAFETY: the types are those of cpp/cpu/step.cc.
+    unsafe { Ok(Functions { linear: part.get(b"unveil_linear")?, decode: part.get(b"unveil_decode")? }) }
 }
 
 /// The memory of a tensor that must be contiguous, fp32, on the CPU, and of one shape.
@@ -335,7 +337,7 @@ mod tests {
         let mut built: Vec<&[u8]> = vec![built!("x86_64"), best()];
         built.dedup();
         for bytes in built {
-            let f = load(bytes).unwrap();
+            let f = look_up(Box::leak(Box::new(load(bytes).unwrap()))).unwrap();
             let out = Tensor::zeros([5, 31], (Kind::Float, Device::Cpu));
             // SAFETY: the sizes are those of the tensors.
             unsafe {

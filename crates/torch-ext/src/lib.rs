@@ -1,17 +1,27 @@
-//! What tch lacks, as a small C++ shim: graphs of GPU work, kernels for decode steps on the CPU. Each part is a library of its own
-//! inside this crate, loaded when it is first asked for, so that one build serves hosts with and without a GPU.
+//! What tch lacks, as a small C++ shim: graphs and streams of GPU work, kernels for decode steps on the CPU, libtorch's store and
+//! Gloo. Each part is a library of its own inside this crate, loaded when it is first asked for, so that one build serves hosts
+//! with and without a GPU.
 //!
-//! Must not know: models, runtimes, communication. Unsafe code of the project that is not a file map or a driver call lives here.
+//! Must not know: models, runtimes, what communication is for. Unsafe code of the project that is not a file map or a driver call
+//! lives here.
 
+mod cuda;
+mod gloo;
 mod graph;
 mod host;
 mod library;
+mod store;
+mod stream;
 
+pub use cuda::load_cuda;
+pub use gloo::{GlooGroup, GlooWork};
 pub use graph::CudaGraph;
 pub use host::{DecodeLayer, DecodeStep, decode, linear};
+pub use store::Store;
+pub use stream::{CudaEvent, CudaStream};
 
 /// What can go wrong.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum ExtError {
     /// A part cannot be used.
     #[error("the {part} part of this build cannot be used: {reason}")]
@@ -40,6 +50,18 @@ pub enum ExtError {
         value: i64,
         /// What it must fit.
         limit: i64,
+    },
+    /// The store's host did not answer.
+    #[error(
+        "the store at {address} did not answer to `{what}` within {seconds:.1} s: its host (rank 0) is stopped, gone or cut off"
+    )]
+    Late {
+        /// What was asked.
+        what: &'static str,
+        /// Where the store is.
+        address: String,
+        /// How long it was waited for.
+        seconds: f64,
     },
     /// libtorch or the driver refused.
     #[error("{what}: {message}")]

@@ -9,15 +9,20 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::{ExtError, Result};
 
-/// A loaded part.
-pub(crate) struct Part(Library);
+/// A loaded part; it is kept in a static and so never unloaded.
+pub(crate) struct Part {
+    library: Library,
+    /// Held open: the loader knows libraries by path, and another part with the same descriptor would be taken for this one.
+    _file: std::fs::File,
+}
 
 impl Part {
-    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text.
+    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text, which
+    /// says `missing` where the part was left out of the build.
     #[allow(unsafe_code)]
-    pub(crate) fn load(name: &str, bytes: &[u8]) -> Result<Self, String> {
+    pub(crate) fn load(name: &str, bytes: &[u8], missing: &str) -> Result<Self, String> {
         if bytes.is_empty() {
-            return Err("it was left out of this build: its headers were not there".into());
+            return Err(format!("it was left out of this build: {missing}"));
         }
         let text = |e: &dyn std::error::Error| e.to_string();
         let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| text(&e))?;
@@ -25,22 +30,18 @@ impl Part {
         file.write_all(bytes).map_err(|e| text(&e))?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         // SAFETY: the library is this crate's own and has no initialisers beyond those of libtorch.
-        unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map(Self).map_err(|e| text(&e))
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| text(&e))?;
+        Ok(Self { library, _file: file })
     }
 
     /// A function of the part.
     ///
     /// # Safety
-    /// `F` is the function's type, and [`Part::keep`] is called before it is used.
+    /// `F` is the function's type.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn get<F: Copy>(&self, name: &[u8]) -> Result<F, String> {
+    pub(crate) unsafe fn get<F: Copy>(&'static self, name: &[u8]) -> Result<F, String> {
         // SAFETY: by the caller.
-        unsafe { self.0.get::<F>(name) }.map(|f| *f).map_err(|e| e.to_string())
-    }
-
-    /// Keeps the library loaded for the life of the process.
-    pub(crate) fn keep(self) {
-        std::mem::forget(self.0);
+        unsafe { self.library.get::<F>(name) }.map(|f| *f).map_err(|e| e.to_string())
     }
 }
 
@@ -52,4 +53,32 @@ pub(crate) fn checked(what: &'static str, call: impl FnOnce(*mut c_char, usize) 
     }
     let end = message.iter().position(|b| *b == 0).unwrap_or(message.len());
     Err(ExtError::Refused { what, message: String::from_utf8_lossy(&message[..end]).into_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_was_left_out_says_what_is_missing() {
+        let error = Part::load("unveil_none", b"", "install libnone-dev").err().unwrap();
+        assert_eq!(error, "it was left out of this build: install libnone-dev");
+        assert!(Part::load("unveil_none", b"no library", "").is_err());
+    }
+
+    #[test]
+    fn messages_end_where_they_end() {
+        let refuse = |message: *mut c_char, size: usize| {
+            let text = b"why\0";
+            assert!(size > text.len());
+            // SAFETY: the place has `size` bytes.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::ptr::copy_nonoverlapping(text.as_ptr(), message.cast(), text.len());
+            }
+            1
+        };
+        assert_eq!(checked("try", refuse).unwrap_err().to_string(), "try: why");
+        checked("try", |_, _| 0).unwrap();
+    }
 }

@@ -1,0 +1,12 @@
+// What a handle of the store is, for the parts that share it.
+#pragma once
+
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+
+namespace unveil {
+
+struct Store {
+  c10::intrusive_ptr<c10d::TCPStore> store;
+};
+
+}  // namespace unveil
