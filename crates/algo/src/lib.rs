@@ -17,8 +17,8 @@ mod objective;
 mod surrogate;
 
 pub use advantage::{
-    Estimate, Estimator, Moments, STD_EPS, Sampled, all_equal, discounted, estimate, gae, group_advantages,
-    leave_one_out, token_rewards,
+    Estimate, Estimator, Moments, STD_EPS, Sampled, discounted, estimate, gae, group_advantages, leave_one_out,
+    token_rewards,
 };
 pub use aggregate::Aggregation;
 pub use attention::{MentionBatch, attention_rewards};

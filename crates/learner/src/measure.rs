@@ -130,7 +130,7 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f32], version: We
     Agreement { mean: mean(same), drift: mean(stale), worst: worst.into_iter().take(3).map(|(_, w)| w).collect() }
 }
 
-/// Everything of the report that does not need the model. `version` is that of the weights before the update.
+/// Everything of the report that needs neither the model nor usable numbers. `version` is that of the weights before the update.
 pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateReport {
     let mut r = UpdateReport { pass: groups.first().map_or(0, |g| g.id.pass), ..Default::default() };
     let ids: Vec<_> = groups.iter().map(|g| g.id.clone()).collect();
@@ -142,7 +142,6 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
     let (mut sums, mut lift): (BTreeMap<String, (f64, u64)>, (f64, u64)) = (BTreeMap::new(), (0.0, 0));
     let (mut length, mut stopped) = (0usize, 0usize);
     for g in groups {
-        r.flat_groups += usize::from(unveil_algo::all_equal(&g.totals()));
         let mut add = |name: &str, v: Option<f64>| match v.filter(|v| v.is_finite()) {
             Some(v) => {
                 let s = sums.entry(name.to_owned()).or_default();

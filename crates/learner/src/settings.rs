@@ -119,8 +119,8 @@ fn estimator(l: &schema::Learner) -> Estimator {
 /// The loss without the attention term.
 fn objective(l: &schema::Learner, max_length: usize) -> Objective {
     let cap = l.importance_cap;
+    let value_coef = if l.algorithm == Algorithm::Ppo { l.value_coef } else { 0.0 };
     Objective {
-        policy_coef: l.policy_coef,
         clip: Clip { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
         ratio: match l.ratio {
             schema::RatioLevel::Token => RatioLevel::Token,
@@ -139,9 +139,7 @@ fn objective(l: &schema::Learner, max_length: usize) -> Objective {
             LossMean::SequenceMaxLength => Aggregation::SequenceMaxLength { max_length: max_length as u64 },
             LossMean::GroupTokenMean => Aggregation::GroupTokenMean,
         },
-        value_coef: if l.algorithm == Algorithm::Ppo { l.value_coef } else { 0.0 },
         value_clip: l.value_clip,
-        entropy_coef: l.entropy_coef,
         kl_coef: l.kl_coef,
         kl_form: match l.kl_form {
             schema::KlForm::K1 => KlForm::K1,
@@ -152,7 +150,7 @@ fn objective(l: &schema::Learner, max_length: usize) -> Objective {
             schema::KlGradient::Own => KlGradient::Own,
             schema::KlGradient::Reverse => KlGradient::Reverse,
         },
-        attention_coef: 0.0,
+        ..Objective::paper(l.policy_coef, value_coef, l.entropy_coef, l.clip_low)
     }
 }
 

@@ -8,7 +8,8 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use tch::{Kind, Tensor, no_grad};
 use unveil_algo::{
-    AlgoError, Correction, Counts, KlController, Layout, LossParts, Objective, TokenBatch, check_batch, policy_loss,
+    AlgoError, BatchStats, Correction, Counts, KlController, Layout, LossParts, Objective, TokenBatch, check_batch,
+    policy_loss,
 };
 use unveil_config::schema::RatioBase;
 use unveil_model::{CaptureSpec, PackedBatch, ValueHead, Vlm, logprobs_entropy};
@@ -116,7 +117,10 @@ impl Learner {
         report.lr = lr_at(&self.settings.optimizer, self.step, self.settings.total_steps);
         let outcome = match usable(groups) {
             Err(unusable) => Err(unusable),
-            Ok(()) => self.apply(groups, &mut report)?,
+            Ok(stats) => {
+                report.flat_groups = stats.flat_groups;
+                self.apply(groups, &mut report)?
+            }
         };
         self.optimizer.zero_grad();
         self.step += 1;
@@ -401,17 +405,15 @@ pub(crate) fn forward_groups<'a>(
     Ok((out.hidden, out.attention, batch.targets))
 }
 
-/// Refuses batches with numbers that are not finite, naming the first.
-fn usable(groups: &[TrainGroup]) -> Result<(), Unusable> {
+/// Refuses batches with numbers that are not finite, naming the first; counts what says nothing.
+fn usable(groups: &[TrainGroup]) -> Result<BatchStats, Unusable> {
     let rewards: Vec<Vec<Option<f64>>> = groups.iter().map(TrainGroup::totals).collect();
     let lengths = |g: &TrainGroup| g.responses.iter().map(|r| r.tokens.len()).collect();
     let layout = Layout::new(groups.iter().map(lengths).collect());
     let logprobs: Vec<f32> =
         groups.iter().flat_map(|g| &g.responses).flat_map(|r| r.logprobs.iter().copied()).collect();
-    match check_batch(&rewards, &layout, &[("log-probability", &logprobs)]) {
-        Ok(_) => Ok(()),
-        Err(e) => Err(unusable(e, |g, r| (&groups[g].id.record, groups[g].responses[r].index))),
-    }
+    check_batch(&rewards, &layout, &[("log-probability", &logprobs)])
+        .map_err(|e| unusable(e, |g, r| (&groups[g].id.record, groups[g].responses[r].index)))
 }
 
 /// Why a batch cannot be used, with the record and the response by the names that they have outside; `name` knows them by

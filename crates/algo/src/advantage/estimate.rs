@@ -33,11 +33,6 @@ pub enum Estimator {
 }
 
 impl Estimator {
-    /// Whether it compares the responses of a group: then a group of one says nothing.
-    pub fn compares(self) -> bool {
-        matches!(self, Self::Grpo { .. } | Self::Rloo | Self::ReinforcePlusPlusBaseline)
-    }
-
     /// Whether it needs values and gives value targets.
     pub fn needs_values(self) -> bool {
         matches!(self, Self::Gae { .. })

@@ -7,7 +7,8 @@ mod returns;
 mod whiten;
 
 pub use estimate::{Estimate, Estimator, Sampled, estimate};
-pub use group::{STD_EPS, all_equal, group_advantages, leave_one_out};
+pub(crate) use group::all_equal;
+pub use group::{STD_EPS, group_advantages, leave_one_out};
 pub use returns::{discounted, gae, token_rewards};
 pub use whiten::Moments;
 
