@@ -54,8 +54,8 @@ struct Answer {
     text: String,
     /// Bytes of the text that each token covers.
     spans: Vec<(usize, usize)>,
-    /// Under the weights that made the tokens.
-    logprobs: Vec<f32>,
+    /// Under the weights that made the tokens; all digits, so that programs that read fp64 see the same numbers.
+    logprobs: Vec<f64>,
     versions: Vec<u64>,
     finish: Finish,
     /// Of the value head before the update; none without one, or where the response is masked.
@@ -142,7 +142,7 @@ impl Group {
                 tokens: r.tokens.clone(),
                 text: r.text.clone(),
                 spans: g.spans.get(i).cloned().unwrap_or_default(),
-                logprobs: r.logprobs.clone(),
+                logprobs: r.logprobs.iter().map(|v| f64::from(*v)).collect(),
                 versions: r.versions.clone(),
                 finish: r.finish,
                 values: values.and_then(|v| v.get(i)).filter(|v| !v.is_empty()).cloned(),
@@ -203,7 +203,7 @@ impl Group {
                 index: a.index,
                 tokens: a.tokens,
                 text: a.text,
-                logprobs: a.logprobs,
+                logprobs: a.logprobs.into_iter().map(|v| v as f32).collect(),
                 versions: a.versions,
                 finish: a.finish,
             });

@@ -14,6 +14,26 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 root = pathlib.Path(sys.argv[1])
+
+
+def whole_precision(model):
+    """Takes the steps down to float32 out of the model's code; rotary frequencies stay float32 numbers, rounded once."""
+    plain = torch.Tensor.float
+    torch.Tensor.float = lambda t: t if t.dtype == torch.float64 else plain(t)
+
+    def norm(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            type(module).forward = norm
+        if hasattr(module, "inv_freq"):
+            n = 2 * len(module.inv_freq)
+            exact = 1.0 / module.config.rope_parameters["rope_theta"] ** (torch.arange(0, n, 2, dtype=torch.float64) / n)
+            assert (exact - module.inv_freq.double()).abs().max() < 1e-6, type(module)
+            module.inv_freq = exact.to(torch.float32)
+
+
 dump = json.loads((root / "dump/batch.json").read_text())
 pixels = load_file(root / "dump/batch.safetensors")
 result = json.loads((root / "out/replay.json").read_text())
@@ -22,7 +42,9 @@ a, optimizer = s["learner"], s["learner"]["optimizer"]
 ppo = a["algorithm"] == "ppo"
 DT = getattr(torch, sys.argv[2])
 GRADIENT, CHANGE, PART = (1e-9, 1e-9, 1e-9) if DT == torch.float64 else (1e-4, 1e-3, 1e-5)
-model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="eager").eval()
+model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="sdpa").eval()
+if DT == torch.float64:
+    whole_precision(model)
 # Random responses hold the padding token, whose row the embedding leaves out of its gradient otherwise.
 model.get_input_embeddings().padding_idx = None
 head = load_file(root / "base/value_head.safetensors") if ppo else {}

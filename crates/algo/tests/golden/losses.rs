@@ -41,7 +41,7 @@ fn objective(i: usize) -> Objective {
         entropy_coef: 0.01,
         kl_coef: 0.05,
         kl_form: KL[(i + i / 3) % 3],
-        kl_gradient: if i % 2 == 0 { KlGradient::Own } else { KlGradient::Reverse },
+        kl_gradient: [KlGradient::Own, KlGradient::Reverse][i % 2],
         attention_coef: 0.3,
     }
 }

@@ -12,12 +12,11 @@ fn joined(a: &Batch, b: &Batch) -> Batch {
     let layout = Layout::new([a.layout.lengths(), b.layout.lengths()].concat());
     let (tokens, responses) = (a.layout.tokens() as i64, a.get("baseline").numel() as i64);
     let both = |k: &str| {
-        let mut second = b.get(k).shallow_clone();
-        if k == "mention_tokens" {
-            second = second + tokens;
-        } else if k == "mention_response" {
-            second = second + responses;
-        }
+        let second = match k {
+            "mention_tokens" => b.get(k) + tokens,
+            "mention_response" => b.get(k) + responses,
+            _ => b.get(k).shallow_clone(),
+        };
         Tensor::cat(&[a.get(k), &second], 0)
     };
     let named = a.named.iter().map(|(k, _)| (*k, both(k))).collect();
