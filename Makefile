@@ -13,7 +13,7 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-gpu fmt lint doc clean
+.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-gpu fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,11 @@ bench-rollout: bench-build ## rollout against transformers, loading against read
 
 bench-load: bench-build ## loading a 3B model directory against reading its files
 	$(PYTHON) tests/bench/load.py $(ARGS)
+
+bench-learner: setup ## weight sync to a worker against plain loopback TCP (ARGS="--gigabytes 1 --rounds 3")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-learner --example sync_bench
+	$(PYTHON) tests/bench/sync.py $(ARGS)
 
 bench-gpu: bench-build ## rollout against transformers on a GPU, 3B and 7B in bfloat16
 	$(PYTHON) tests/bench/rollout.py --name gpu --device cuda --dtype bfloat16 --shapes 3b,7b --bandwidth $(ARGS)

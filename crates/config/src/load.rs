@@ -217,6 +217,23 @@ mod tests {
     }
 
     #[test]
+    fn staleness_that_makes_no_sense_is_refused() {
+        let e = |sets: &[&str]| with("", &[], sets).unwrap_err().to_string();
+        for (sets, word) in [
+            (&["rollout.max_staleness=-1"][..], "max_staleness"),
+            (&["rollout.max_staleness=1.5"], "max_staleness"),
+            (&["rollout.max_staleness=1001", "learner.steps=5000"], "0 (strictly on-policy) to 1000"),
+            (&["rollout.max_staleness=6", "learner.steps=5"], "learner.steps 5"),
+        ] {
+            let m = e(sets);
+            assert!(m.contains(word) && m.contains("max_staleness"), "{m}");
+        }
+        for sets in [["rollout.max_staleness=5", "learner.steps=5"], ["rollout.max_staleness=2", "learner.steps=0"]] {
+            assert!(with("", &[], &sets).is_ok(), "{sets:?}");
+        }
+    }
+
+    #[test]
     fn errors_name_the_key() {
         let e = |t: &str, s: &[&str]| with(t, &[], s).unwrap_err().to_string();
         let m = e("[learner]\nclip_hihg = 0.3", &[]);

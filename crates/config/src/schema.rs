@@ -284,9 +284,11 @@ pub struct Rollout {
     pub max_new_tokens: usize,
     /// Groups a worker leases and generates at once.
     pub groups_per_lease: usize,
-    /// Weight versions that a trajectory may be behind the learner; 0 = strictly on-policy.
+    /// Weight versions that a trajectory's oldest token may be behind the learner; 0 = strictly on-policy: batch after batch, and
+    /// the same result whatever the timing. Above 0, rollout goes on while the learner trains, and weights change under it.
     pub max_staleness: u64,
-    /// Seconds until an unfinished lease goes to another worker.
+    /// Seconds until an unfinished lease goes to another worker. A worker holds the next lease while it generates one, so it
+    /// should last for two.
     pub lease_s: f64,
     /// Threads of each rollout worker (0 = all cores).
     pub threads: usize,

@@ -4,6 +4,9 @@ mod learner;
 
 use crate::schema::{Config, DataKind, Optimizer};
 
+/// Versions that rollout may lag at most: far more than the ratios of a clipped objective can correct for.
+const MOST_STALE: u64 = 1000;
+
 /// Every fault of a configuration; empty when it can run.
 pub(crate) fn faults(c: &Config) -> Vec<String> {
     let mut out = Vec::new();
@@ -66,6 +69,17 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
     need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
+    let (staleness, steps) = (c.rollout.max_staleness, c.learner.steps);
+    need(
+        staleness <= MOST_STALE,
+        format!("rollout.max_staleness is {staleness}: use 0 (strictly on-policy) to {MOST_STALE}"),
+    );
+    need(
+        steps == 0 || staleness <= steps,
+        format!(
+            "rollout.max_staleness is {staleness} and learner.steps {steps}: nothing can lag more updates than there are"
+        ),
+    );
     let r = &c.reward;
     let weights = [
         ("localization", r.localization.weight),

@@ -14,6 +14,9 @@ use crate::images::ImageCache;
 use crate::request::{GroupInput, GroupOutput, GroupRequest};
 use crate::{EngineError, Result};
 
+/// Names of the vision tower's parameters begin so; image features depend on no others.
+const VISION: &str = "visual.";
+
 /// What an engine does besides sampling.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -298,8 +301,21 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
     /// before generating.
     pub fn load_weights(&mut self, version: WeightVersion, named: &[(String, Tensor)]) -> Result<()> {
         self.vlm.borrow_mut().load_state(named)?;
-        self.version = version;
         self.images.clear();
+        self.version = version;
+        self.refill()
+    }
+
+    /// [`Engine::load_weights`] for the parameters that differ from the present ones; the others stay.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_changed(&mut self, version: WeightVersion, named: &[(String, Tensor)]) -> Result<()> {
+        self.vlm.borrow_mut().load_some(named)?;
+        if named.iter().any(|(name, _)| name.starts_with(VISION)) {
+            self.images.clear();
+        }
+        self.version = version;
         self.refill()
     }
 }

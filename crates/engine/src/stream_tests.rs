@@ -208,6 +208,26 @@ fn an_image_is_encoded_once_by_content() {
         engine.load_weights(1, &weights(&vlm)).unwrap();
         engine.generate(&requests[..1], None).unwrap();
         assert_eq!(engine.stats().images_encoded, 5);
+        // A part of the weights: the others stay, and features are kept unless the vision tower is among it.
+        let part = |prefix: &str| {
+            let named = weights(&model_of(family, 33)).into_iter().filter(|(n, _)| n.starts_with(prefix));
+            named.collect::<Vec<_>>()
+        };
+        for (version, prefix, encoded) in [(2, "model.layers.1.", 5), (3, "visual.merger.", 6)] {
+            engine.load_changed(version, &part(prefix)).unwrap();
+            let changed = engine.generate(&requests[..1], None).unwrap();
+            assert_eq!(engine.stats().images_encoded, encoded);
+            let mut other = model_of(family, 26);
+            let both = ["model.layers.1.", "visual.merger."].into_iter().filter(|p| version == 3 || *p == prefix);
+            both.for_each(|p| other.load_some(&part(p)).unwrap());
+            let fresh = Engine::new(other, options()).unwrap().generate(&requests[..1], None).unwrap();
+            for (a, b) in changed[0].responses.iter().zip(&fresh[0].responses) {
+                assert_eq!((&a.tokens, a.versions.iter().all(|v| *v == version)), (&b.tokens, true));
+            }
+        }
+        let strange = [("model.nothing".to_owned(), part("visual.merger.").remove(0).1)];
+        assert!(engine.load_changed(4, &strange).unwrap_err().to_string().contains("model.nothing"));
+        assert_eq!(engine.version(), 3);
         // A cache without room keeps nothing.
         let mut engine = Engine::new(&vlm, EngineOptions { image_memory: 10, ..options() }).unwrap();
         engine.generate(&requests[..3], None).unwrap();

@@ -138,16 +138,32 @@ impl<T> Experience<T> {
         Ok(e)
     }
 
+    /// Past the last group that may be handed out with the published version.
+    fn end(&self) -> u64 {
+        let window = (self.settings.max_staleness + 1).saturating_mul(self.settings.groups_per_step as u64);
+        let end = self.published_at.saturating_add(window).min(self.settings.total_groups.unwrap_or(u64::MAX));
+        end.max(self.cursor)
+    }
+
+    /// Groups that [`Self::lease`] could hand out now.
+    pub fn leasable(&self) -> usize {
+        let waiting = self.slots.values().filter(|s| matches!(s, Slot::Waiting { .. })).count();
+        waiting.saturating_add(usize::try_from(self.end() - self.cursor).unwrap_or(usize::MAX))
+    }
+
+    /// Groups that a worker has in hand.
+    pub fn leased_by(&self, worker: &str) -> usize {
+        self.slots.values().filter(|s| matches!(s, Slot::Leased(h) if h.worker == worker)).count()
+    }
+
     /// Hands out up to `max` groups, those that came back first, then new ones in order.
     ///
     /// Empty when all that may be out is out: a group is handed out only if it belongs to one of the next
     /// `max_staleness + 1` batches from the published version on. Expires old leases first.
     pub fn lease(&mut self, worker: &str, max: usize, now: Duration) -> Vec<Lease> {
         self.expire(now);
-        let window = (self.settings.max_staleness + 1).saturating_mul(self.settings.groups_per_step as u64);
-        let end = self.published_at.saturating_add(window).min(self.settings.total_groups.unwrap_or(u64::MAX));
         let waiting = self.slots.iter().filter(|(_, s)| matches!(s, Slot::Waiting { .. })).map(|(g, _)| *g);
-        let numbers: Vec<u64> = waiting.chain(self.cursor..end.max(self.cursor)).take(max).collect();
+        let numbers: Vec<u64> = waiting.chain(self.cursor..self.end()).take(max).collect();
         numbers.into_iter().map(|g| self.hand_out(g, worker)).collect()
     }
 

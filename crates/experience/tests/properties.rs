@@ -75,8 +75,11 @@ impl World {
     }
 
     fn lease(&mut self, w: usize, max: usize) -> usize {
-        let got = self.e.lease(&format!("w{w}"), max, self.now);
-        assert!(got.len() <= max);
+        let name = format!("w{w}");
+        self.e.expire(self.now);
+        let (could, had) = (self.e.leasable(), self.e.leased_by(&name));
+        let got = self.e.lease(&name, max, self.now);
+        assert_eq!((got.len(), self.e.leased_by(&name)), (could.min(max), had + got.len()));
         for l in &got {
             assert!(l.min_version <= self.e.version(), "a lease must be doable with the published weights");
         }
@@ -305,6 +308,51 @@ fn overlap_leases_the_next_batch_while_one_trains() {
     assert_eq!(w.lease(0, 100), 2);
     assert_eq!(w.held[0][0].0.min_version, 1);
     assert!(w.learn(1), "one version behind is allowed");
+}
+
+/// A worker that is much slower than the others, on a clock of its own: what it holds is never trained too old, and where its
+/// lease runs out another worker makes the group with weights that are new enough.
+#[test]
+fn a_slow_worker_cannot_break_the_bound() {
+    let mut w = World::new(12, 2, 2);
+    assert_eq!(w.lease(3, 1), 1, "group 0 goes to the slow one");
+    for round in 0..40u64 {
+        w.now += Duration::from_secs(9);
+        w.lease(0, 100);
+        for (l, v) in std::mem::take(&mut w.held[0]) {
+            w.send(0, &l, v);
+        }
+        while w.learn(1) {}
+        if round % 7 == 6 {
+            // Late, or under a lease that another one has by now: never counted twice.
+            let before = w.e.stats();
+            for (l, v) in std::mem::take(&mut w.held[3]) {
+                w.send(3, &l, v);
+            }
+            assert!(w.e.stats().ready <= before.ready + 1);
+            w.lease(3, 1);
+        }
+    }
+    let s = w.e.stats();
+    assert!(s.trained >= 40 && s.expired > 0 && s.duplicates + s.refused > 0, "{s:?}");
+    w.check();
+}
+
+#[test]
+fn what_grew_too_old_is_dropped_leased_first_and_counted() {
+    let mut w = World::new(10, 2, 1);
+    assert_eq!(w.lease(0, 100), 4);
+    for (l, v) in std::mem::take(&mut w.held[0]) {
+        assert_eq!(w.send(0, &l, v), Verdict::Accepted);
+    }
+    assert!(w.learn(3), "versions 1 and 2 were left out");
+    assert!(!w.learn(1), "version 0 lags three behind");
+    assert_eq!((w.e.stats().stale, w.e.stats().waiting), (2, 2));
+    assert_eq!(w.lease(1, 2), 2);
+    let positions: Vec<u64> = w.held[1].iter().map(|(l, _)| l.group.position).collect();
+    assert_eq!((positions, w.held[1][0].0.min_version), (vec![2, 3], 2));
+    let stale = w.e.drain_events().into_iter().filter(|e| matches!(e, Event::Stale { oldest: 0, version: 3, .. }));
+    assert_eq!(stale.count(), 2);
 }
 
 #[test]

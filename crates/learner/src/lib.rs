@@ -27,7 +27,7 @@ pub use error::{LearnerError, Result};
 pub use measure::UpdateReport;
 pub use replay::replay;
 pub use run::{run_rl, sampling};
-pub use serve::{Host, HostOptions, LeaseSource, Leased};
+pub use serve::{Host, HostOptions, LeaseSource, Leased, NewWeights};
 pub use settings::{StepSettings, TOKEN_BUDGET, banned_ids};
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
 pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage};

@@ -77,6 +77,8 @@ pub struct UpdateReport {
     pub stopped: f64,
     /// Largest number of versions that a token is behind.
     pub staleness: u64,
+    /// Groups thrown away as too stale and leased again, since the learner was started.
+    pub stale_groups: u64,
     /// Mean time that workers took to generate a group, in ms.
     pub generate_ms: f64,
     /// Mean time that scoring a group took, in ms.

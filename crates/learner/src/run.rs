@@ -6,18 +6,19 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tch::{Kind, Tensor};
 use tokio::runtime::Handle;
 use unveil_checkpoint::{Loaded, Resume};
 use unveil_config::Config;
+use unveil_config::schema::Dtype;
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
 
 use crate::batch::TrainGroup;
-use crate::codec::to_bytes;
 use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::measure::UpdateReport;
-use crate::serve::{Host, HostOptions};
+use crate::serve::{Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::stage::{Evaluation, Outcome, Stage, load_model};
 use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles};
@@ -45,7 +46,7 @@ pub fn run_rl(mut stage: Stage<'_>, ready: impl FnOnce(SocketAddr)) -> Result<Ou
         .map_err(LearnerError::io("runtime"))?;
     let mut run = Run::open(&mut stage, runtime.handle())?;
     ready(run.host.address());
-    run.host.publish(run.learner.step(), run.weights()?)?;
+    run.publish(wire_kind(stage.config))?;
     let ended = run.train(&mut stage);
     let (outcome, mut saver, host) = (ended?, run.saver, run.host);
     if outcome.interrupted {
@@ -102,11 +103,12 @@ impl Run {
         Ok(Self { learner, host, saver, files, best, responses: 0 })
     }
 
-    /// All parameters as they are now.
-    fn weights(&self) -> Result<Vec<u8>> {
-        let named: Vec<_> =
-            self.learner.vlm().named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-        to_bytes(&named)
+    /// Publishes the parameters as they are now, in the kind of numbers that workers hold them in.
+    fn publish(&self, kind: Kind) -> Result<()> {
+        let vlm = self.learner.vlm();
+        let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
+        let version = self.learner.step();
+        self.host.publish(&NewWeights { version, named: vlm.named_parameters(), kind, changes: &changes })
     }
 
     fn train(&mut self, stage: &mut Stage<'_>) -> Result<Outcome> {
@@ -128,11 +130,12 @@ impl Run {
             }
             let mut report = self.learner.update(&batch)?;
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
+            report.stale_groups = self.host.stats().stale;
             let step = self.learner.step();
             let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
             self.host.trained(step, &ids)?;
             if step < total {
-                self.host.publish(step, self.weights()?)?;
+                self.publish(wire_kind(config))?;
             }
             self.tell(stage, &report, &batch)?;
             let last = step == total;
@@ -211,6 +214,14 @@ impl Run {
             stage.progress.note(&format!("step {} skipped: {why}", report.step));
         }
         Ok(())
+    }
+}
+
+/// Kind of numbers that workers hold weights in.
+fn wire_kind(config: &Config) -> Kind {
+    match config.run.dtype {
+        Dtype::Float32 => Kind::Float,
+        Dtype::Bfloat16 => Kind::BFloat16,
     }
 }
 

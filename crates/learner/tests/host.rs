@@ -1,18 +1,16 @@
 //! The experience host over real gRPC: what is leased, counted, refused, reclaimed, and how weights travel.
 
 mod common;
-#[path = "common/stage.rs"]
-mod stage;
-
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{breakdown, record};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
 use unveil_core::{Finish, Grid, GroupId, Response, Sampling};
-use unveil_experience::{Experience, Settings};
-use unveil_learner::{GroupInput, Host, HostOptions, LearnerError, LeaseSource, Leased, TrainGroup};
+use unveil_experience::{Event, Experience, Settings};
+use unveil_learner::{GroupInput, Host, HostOptions, LearnerError, LeaseSource, Leased, NewWeights, TrainGroup};
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_proto::{breakdown_to_wire, response_to_wire, v1};
@@ -42,8 +40,13 @@ struct Served {
 }
 
 fn serve(ids: &[&str], lease_s: f64) -> Served {
+    serve_with(ids, lease_s, 0)
+}
+
+fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let settings = Settings { groups_per_step: 2, max_staleness: 0, lease_s, seed: 0, term: 1, total_groups: Some(4) };
+    let total_groups = Some(4);
+    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, seed: 0, term: 1, total_groups };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
@@ -56,8 +59,32 @@ fn serve(ids: &[&str], lease_s: f64) -> Served {
 
 impl Served {
     fn lease(&mut self, worker: &str, wait_ms: u32) -> v1::LeaseResponse {
-        let ask = v1::LeaseRequest { worker: worker.into(), max_groups: 2, wait_ms };
-        self.runtime.block_on(self.client.lease(ask)).unwrap().into_inner()
+        self.ask(worker, wait_ms, None).unwrap()
+    }
+
+    fn ask(
+        &mut self,
+        worker: &str,
+        wait_ms: u32,
+        weights: Option<v1::HeldWeights>,
+    ) -> Result<v1::LeaseResponse, tonic::Status> {
+        let ask = v1::LeaseRequest { worker: worker.into(), max_groups: 2, wait_ms, weights };
+        self.runtime.block_on(self.client.lease(ask)).map(tonic::Response::into_inner)
+    }
+
+    /// Head and data of what a worker gets that holds `holds`, every chunk checked; none when there is nothing newer.
+    fn weights(&mut self, holds: Option<v1::HeldWeights>, wait_ms: u32) -> Option<(v1::WeightsHead, Vec<u8>)> {
+        let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms };
+        self.runtime.block_on(async {
+            let mut stream = self.client.weights(ask).await.unwrap().into_inner();
+            let mut chunks = Vec::new();
+            while let Some(chunk) = stream.message().await.unwrap() {
+                unveil_proto::weights::verify(&chunk).unwrap();
+                chunks.push(chunk.data);
+            }
+            let head = prost::Message::decode(chunks.first()?.clone()).unwrap();
+            Some((head, chunks[1..].concat()))
+        })
     }
 
     fn submit(&mut self, request: v1::SubmitRequest) -> Result<Verdict, tonic::Status> {
@@ -83,7 +110,31 @@ fn answer(worker: &str, g: &v1::LeasedGroup, version: u64) -> v1::SubmitRequest 
         breakdowns: (0..2).map(|i| breakdown_to_wire(&breakdown(&id, i, Some(0.5)))).collect(),
         generate_ms: 2.0,
         reward_ms: 1.0,
+        weights: vec![held(version)],
     }
+}
+
+/// Weights of a version: one tensor that never changes, one that does.
+fn named(version: u64) -> Vec<(String, Tensor)> {
+    let options = (Kind::Float, Device::Cpu);
+    vec![
+        ("base".into(), Tensor::arange(400_000, options)),
+        ("top".into(), Tensor::full([300_001], version as f64 + 0.5, options)),
+    ]
+}
+
+fn bytes(named: &[(String, Tensor)]) -> Vec<u8> {
+    let one = |t: &Tensor| Vec::<f32>::try_from(t).unwrap().into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
+    named.iter().flat_map(|(_, t)| one(t)).collect()
+}
+
+fn held(version: u64) -> v1::HeldWeights {
+    v1::HeldWeights { version, checksum: unveil_proto::weights::Sum::of(&bytes(&named(version))).crc32c }
+}
+
+fn publish(host: &Host, version: u64) -> Result<(), LearnerError> {
+    let named = named(version);
+    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, changes: &|name| name == "top" })
 }
 
 const SOON: Duration = Duration::from_secs(5);
@@ -92,7 +143,7 @@ const SOON: Duration = Duration::from_secs(5);
 fn a_batch_comes_together_and_counts_once() {
     let mut s = serve(&["a", "b", "c", "d"], 60.0);
     assert!(s.lease("w", 50).groups.is_empty(), "nothing before the first weights");
-    s.host.publish(0, vec![1; 10]).unwrap();
+    publish(&s.host, 0).unwrap();
     let got = s.lease("w", 1000);
     assert_eq!((got.groups.len(), got.version, got.finished), (2, 0, false));
     assert_eq!((got.groups[0].n, got.groups[0].max_new_tokens, got.groups[0].seed), (2, 4, 7));
@@ -109,7 +160,7 @@ fn a_batch_comes_together_and_counts_once() {
     let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
     s.host.trained(1, &ids).unwrap();
     assert_eq!(s.submit(answer("w", &got.groups[0], 0)).unwrap(), Verdict::Duplicate);
-    s.host.publish(1, vec![2; 10]).unwrap();
+    publish(&s.host, 1).unwrap();
     let next = s.lease("w", 1000);
     assert_eq!((next.version, next.groups[0].min_version), (1, 1));
     assert_eq!(s.submit(answer("w", &next.groups[0], 0)).unwrap(), Verdict::Stale);
@@ -117,23 +168,118 @@ fn a_batch_comes_together_and_counts_once() {
 }
 
 #[test]
-fn weights_travel_in_checked_chunks() {
+fn weights_travel_in_checked_chunks_and_only_what_changed() {
     let mut s = serve(&["a", "b"], 60.0);
-    let none = s.runtime.block_on(s.client.weights(v1::WeightsRequest { worker: "w".into(), have_version: None }));
+    let ask = v1::WeightsRequest { worker: "w".into(), holds: None, wait_ms: 10 };
+    let none = s.runtime.block_on(s.client.weights(ask));
     assert_eq!(none.err().map(|e| e.code()), Some(tonic::Code::Unavailable));
-    let bytes: Vec<u8> = (0..3_000_001u32).map(|i| (i % 251) as u8).collect();
-    s.host.publish(0, bytes.clone()).unwrap();
-    let (version, found) = s.runtime.block_on(stage::weights(&mut s.client, None));
-    assert_eq!((version, found == bytes), (0, true));
-    assert!(s.runtime.block_on(stage::weights(&mut s.client, Some(0))).1.is_empty());
-    // A worker that outlived an older learner has a version that is not this one's, older or newer.
-    assert_eq!(s.runtime.block_on(stage::weights(&mut s.client, Some(9))).1.len(), bytes.len());
+    publish(&s.host, 0).unwrap();
+    let (head, data) = s.weights(None, 0).unwrap();
+    assert_eq!((head.version, head.checksum, head.base), (0, held(0).checksum, None));
+    assert!(data == bytes(&named(0)));
+    assert_eq!(s.weights(Some(held(0)), 10), None, "the worker has the newest");
+    // The worker asks before there is something newer; then only what changed travels.
+    let (mut client, ask) =
+        (s.client.clone(), v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000 });
+    let waiting = s.runtime.spawn(async move {
+        let mut stream = client.weights(ask).await.unwrap().into_inner();
+        let first = stream.message().await.unwrap().unwrap();
+        prost::Message::decode(first.data).map(|head: v1::WeightsHead| (head.version, head.base))
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    publish(&s.host, 1).unwrap();
+    assert_eq!(s.runtime.block_on(waiting).unwrap().unwrap(), (1, Some(held(0))));
+    let (head, data) = s.weights(Some(held(0)), 0).unwrap();
+    assert_eq!((head.version, head.checksum, head.base), (1, held(1).checksum, Some(held(0))));
+    assert_eq!(head.tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), ["top"]);
+    assert!(data == bytes(&named(1)[1..]));
+    // Weights of a learner that is gone, or damaged ones, are no base.
+    for strange in [v1::HeldWeights { version: 9, checksum: 1 }, v1::HeldWeights { checksum: 1, ..held(0) }] {
+        assert_eq!(s.weights(Some(strange), 0).unwrap().1.len(), 700_001 * 4);
+    }
+    assert!(publish(&s.host, 0).unwrap_err().to_string().contains("versions only grow"));
+    assert!(s.weights(None, 0).is_some(), "a refused version takes nothing away");
+}
+
+#[test]
+fn a_worker_with_wrong_weights_is_refused() {
+    let mut s = serve(&["a", "b"], 60.0);
+    publish(&s.host, 0).unwrap();
+    let wrong = v1::HeldWeights { checksum: held(0).checksum ^ 1, ..held(0) };
+    let refused = |e: tonic::Status, words: &[&str]| {
+        assert_eq!(e.code(), tonic::Code::FailedPrecondition, "{e}");
+        assert!(words.iter().all(|w| e.message().contains(w)), "{words:?}: {}", e.message());
+    };
+    let sums = [format!("{:08x}", wrong.checksum), format!("{:08x}", held(0).checksum)];
+    let words = ["worker `w`", "version 0", &sums[0], &sums[1], "Fetch them again"];
+    refused(s.ask("w", 10, Some(wrong)).unwrap_err(), &words);
+    refused(s.ask("w", 10, Some(v1::HeldWeights { version: 7, checksum: 3 })).unwrap_err(), &["not published", "7"]);
+    let got = s.ask("w", 100, Some(held(0))).unwrap();
+    assert_eq!(got.groups.len(), 2, "what was refused took no lease");
+    // A group that was made by them is not counted, and another worker gets it at once.
+    let bad = v1::SubmitRequest { weights: vec![wrong], ..answer("w", &got.groups[0], 0) };
+    refused(s.submit(bad).unwrap_err(), &words);
+    let again = s.lease("v", 1000);
+    assert_eq!(again.groups[0].group, got.groups[0].group);
+    assert_eq!(s.submit(answer("v", &again.groups[0], 0)).unwrap(), Verdict::Accepted);
+    let silent = v1::SubmitRequest { weights: vec![], ..answer("w", &got.groups[1], 0) };
+    let e = s.submit(silent).unwrap_err();
+    assert!(e.code() == tonic::Code::InvalidArgument && e.message().contains("version 0"), "{e}");
+    assert_eq!(s.submit(answer("w", &got.groups[1], 0)).unwrap(), Verdict::Accepted);
+    assert_eq!(s.host.next_batch(SOON).unwrap().map(|b| b.len()), Some(2));
+}
+
+#[test]
+fn groups_that_grew_too_old_are_leased_again_and_told() {
+    let mut s = serve_with(&["a", "b", "c", "d"], 60.0, 1);
+    publish(&s.host, 0).unwrap();
+    let (first, ahead) = (s.lease("w", 100), s.lease("w", 100));
+    assert_eq!((first.groups.len(), ahead.groups.len()), (2, 2));
+    assert!(s.lease("w", 10).groups.is_empty(), "one batch ahead is all");
+    for g in first.groups.iter().chain(&ahead.groups) {
+        assert_eq!(s.submit(answer("w", g, 0)).unwrap(), Verdict::Accepted);
+    }
+    let batch = s.host.next_batch(SOON).unwrap().unwrap();
+    let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
+    s.host.trained(1, &ids).unwrap();
+    // Version 1 would train what version 0 made; version 2 does not any more.
+    publish(&s.host, 2).unwrap();
+    let mut client = s.client.clone();
+    let waiting = s.runtime.spawn(async move {
+        let ask = v1::LeaseRequest { worker: "v".into(), max_groups: 2, wait_ms: 20_000, weights: None };
+        client.lease(ask).await.map(tonic::Response::into_inner)
+    });
+    assert!(s.host.next_batch(Duration::from_millis(300)).unwrap().is_none());
+    let again = s.runtime.block_on(waiting).unwrap().unwrap();
+    let keys = |l: &v1::LeaseResponse| l.groups.iter().map(|g| g.group.clone()).collect::<Vec<_>>();
+    assert_eq!(keys(&again), keys(&ahead), "what was dropped comes first");
+    assert!(again.groups.iter().all(|g| g.min_version == 1));
+    let stale = s.host.drain_events().into_iter().filter(|e| matches!(e, Event::Stale { oldest: 0, version: 2, .. }));
+    assert_eq!((stale.count(), s.host.stats().stale), (2, 2));
+    for g in &again.groups {
+        assert_eq!(s.submit(answer("v", g, 2)).unwrap(), Verdict::Accepted);
+    }
+    assert_eq!(s.host.next_batch(SOON).unwrap().map(|b| b.len()), Some(2));
+}
+
+#[test]
+fn who_looks_ahead_leaves_work_to_those_that_have_none() {
+    let mut s = serve_with(&["a", "b", "c", "d"], 60.0, 1);
+    publish(&s.host, 0).unwrap();
+    assert_eq!(s.lease("w", 100).groups.len(), 2);
+    // Another worker is known and has nothing in hand: two of the last two groups are its.
+    let got = s.lease("v", 100);
+    assert_eq!(got.groups.len(), 2);
+    let leases = got.groups.iter().map(|g| g.lease.clone()).collect();
+    s.runtime.block_on(s.client.release(v1::ReleaseRequest { worker: "v".into(), leases })).unwrap();
+    assert!(s.lease("w", 50).groups.is_empty());
+    assert_eq!(s.lease("v", 100).groups.len(), 2);
 }
 
 #[test]
 fn groups_of_a_worker_that_is_gone_come_back() {
     let mut s = serve(&["a", "b"], 0.3);
-    s.host.publish(0, vec![0]).unwrap();
+    publish(&s.host, 0).unwrap();
     let lost = s.lease("dead", 100);
     assert_eq!(lost.groups.len(), 2);
     let again = s.lease("alive", 5000);
@@ -148,7 +294,7 @@ fn groups_of_a_worker_that_is_gone_come_back() {
 #[test]
 fn a_worker_that_was_started_again_gets_its_groups_at_once() {
     let mut s = serve(&["a", "b"], 60.0);
-    s.host.publish(0, vec![0]).unwrap();
+    publish(&s.host, 0).unwrap();
     let lost = s.lease("rollout-0#1", 100);
     assert_eq!(lost.groups.len(), 2);
     assert!(s.lease("rollout-1#1", 10).groups.is_empty(), "another worker takes nothing away");
@@ -159,7 +305,7 @@ fn a_worker_that_was_started_again_gets_its_groups_at_once() {
 #[test]
 fn released_groups_are_leased_at_once() {
     let mut s = serve(&["a", "b"], 60.0);
-    s.host.publish(0, vec![0]).unwrap();
+    publish(&s.host, 0).unwrap();
     let got = s.lease("w", 100);
     let leases = got.groups.iter().map(|g| g.lease.clone()).collect();
     s.runtime.block_on(s.client.release(v1::ReleaseRequest { worker: "w".into(), leases })).unwrap();
@@ -169,7 +315,7 @@ fn released_groups_are_leased_at_once() {
 #[test]
 fn what_does_not_hold_together_is_refused() {
     let mut s = serve(&["a", "b"], 60.0);
-    s.host.publish(0, vec![0]).unwrap();
+    publish(&s.host, 0).unwrap();
     let got = s.lease("w", 100);
     let mut refuse = |change: &dyn Fn(&mut v1::SubmitRequest)| {
         let mut r = answer("w", &got.groups[0], 0);
@@ -195,8 +341,8 @@ fn what_does_not_hold_together_is_refused() {
 #[test]
 fn a_record_that_cannot_be_prepared_ends_the_wait() {
     let mut s = serve(&["bad"], 60.0);
-    s.host.publish(0, vec![0]).unwrap();
-    let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 2, wait_ms: 100 };
+    publish(&s.host, 0).unwrap();
+    let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 2, wait_ms: 100, weights: None };
     let refused = s.runtime.block_on(s.client.lease(ask)).unwrap_err();
     assert!(refused.message().contains("has no image"), "{refused}");
     let e = s.host.next_batch(SOON).unwrap_err().to_string();
@@ -219,11 +365,11 @@ fn a_port_in_use_is_named() {
 #[test]
 fn workers_hear_that_the_run_is_over() {
     let mut s = serve(&["a", "b"], 60.0);
-    s.host.publish(0, vec![0]).unwrap();
+    publish(&s.host, 0).unwrap();
     s.lease("w", 10);
     let mut client = s.client.clone();
     let waiting = s.runtime.spawn(async move {
-        let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 1, wait_ms: 20_000 };
+        let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 1, wait_ms: 20_000, weights: None };
         client.lease(ask).await.map(|a| a.into_inner().finished)
     });
     std::thread::sleep(Duration::from_millis(50));

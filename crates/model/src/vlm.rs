@@ -136,12 +136,19 @@ impl Vlm {
 
     /// Overwrites all parameters in place (weight swap). Nothing is touched unless every name and shape fits.
     pub fn load_state(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        let place = Path::new("weight state");
-        check_names(
-            place,
-            &spec::tensors(&self.config),
-            &named.iter().map(|(n, t)| (n.as_str(), t.size())).collect::<BTreeMap<_, _>>(),
-        )?;
+        self.overwrite(named, &spec::tensors(&self.config))
+    }
+
+    /// Overwrites the named parameters in place; the others stay. Nothing is touched unless every name and shape fits.
+    pub fn load_some(&mut self, named: &[(String, Tensor)]) -> Result<()> {
+        let given: std::collections::HashSet<&str> = named.iter().map(|(n, _)| n.as_str()).collect();
+        let specs = spec::tensors(&self.config).into_iter().filter(|s| given.contains(s.name.as_str()));
+        self.overwrite(named, &specs.collect::<Vec<_>>())
+    }
+
+    fn overwrite(&mut self, named: &[(String, Tensor)], specs: &[spec::TensorSpec]) -> Result<()> {
+        let found = named.iter().map(|(n, t)| (n.as_str(), t.size())).collect::<BTreeMap<_, _>>();
+        check_names(Path::new("weight state"), specs, &found)?;
         tch::no_grad(|| {
             for (name, new) in named {
                 if let Some(index) = self.by_name.get(name) {

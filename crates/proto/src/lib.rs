@@ -1,6 +1,7 @@
 //! Wire types generated from proto/ and their conversions to the domain types. Must not know: tch.
 
 mod convert;
+pub mod weights;
 
 pub use convert::{ConvertError, attention_from_wire, attention_to_wire, breakdown_from_wire, breakdown_to_wire};
 pub use convert::{box_form_from_wire, box_form_to_wire};

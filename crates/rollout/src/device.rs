@@ -7,12 +7,12 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
 use tokio::sync::oneshot;
 use unveil_config::Config;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
 
-use crate::{Result, RolloutError, open_engine, weights};
+use crate::weights::Update;
+use crate::{Result, RolloutError, open_engine};
 
 /// What the thread needs to start.
 pub(crate) struct DeviceSpec {
@@ -30,7 +30,7 @@ pub(crate) struct Generated {
 
 enum Command {
     Generate(Vec<GroupRequest>, oneshot::Sender<Result<Generated>>),
-    Load(u64, Vec<u8>, oneshot::Sender<Result<(), String>>),
+    Load(Update, oneshot::Sender<Result<Update, String>>),
 }
 
 /// How long the thread is waited for at the end.
@@ -80,10 +80,10 @@ impl DeviceThread {
         answer.await.map_err(|_| RolloutError::Died("model thread"))?
     }
 
-    /// Takes over the weights of a safetensors file in memory; the inner error says why they are refused.
-    pub async fn load(&self, version: u64, bytes: Vec<u8>) -> Result<Result<(), String>> {
+    /// Takes weights over between two steps and gives them back; the inner error says why they are refused.
+    pub async fn load(&self, update: Update) -> Result<Result<Update, String>> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Load(version, bytes, reply))?;
+        self.send(Command::Load(update, reply))?;
         answer.await.map_err(|_| RolloutError::Died("model thread"))
     }
 
@@ -146,7 +146,7 @@ impl Device {
             };
             match command {
                 Some(Command::Generate(requests, reply)) => self.submit(requests, reply),
-                Some(Command::Load(version, bytes, reply)) => drop(reply.send(self.load(version, &bytes))),
+                Some(Command::Load(update, reply)) => drop(reply.send(self.load(update))),
                 None => self.step(cancel),
             }
         }
@@ -167,9 +167,14 @@ impl Device {
         self.jobs.extend(Job { tickets, outputs, start: Instant::now(), reply }.settle());
     }
 
-    fn load(&mut self, version: u64, bytes: &[u8]) -> Result<(), String> {
-        let named: Vec<(String, Tensor)> = weights::tensors(bytes)?;
-        self.engine.load_weights(version, &named).map_err(|e| e.to_string())
+    fn load(&mut self, update: Update) -> Result<Update, String> {
+        let (version, named) = (update.version, &update.tensors);
+        let done = if update.whole {
+            self.engine.load_weights(version, named)
+        } else {
+            self.engine.load_changed(version, named)
+        };
+        done.map(|()| update).map_err(|e| e.to_string())
     }
 
     /// One token for everything under way; after `cancel`, what there is.

@@ -1,19 +1,20 @@
-//! The worker's side of the experience service: calls with retry, and weights that are checked before they are believed.
+//! The worker's side of the experience service: calls with retry.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_service::{Backoff, ServiceError, connect, limited, retry, with_deadline};
 
-use crate::weights::Assembly;
 use crate::{Result, RolloutError};
 
-/// How often damaged weights are asked for again.
-const WEIGHT_TRIES: usize = 3;
+/// How long an answer may come late, beyond the time that the service may wait.
+const LATE: Duration = Duration::from_secs(10);
+
+/// An answer, or why the service does not trust the weights that this worker holds.
+pub(crate) type Trusted<T> = Result<T, String>;
 
 /// A client; cheap to clone, clones share the connection.
 #[derive(Clone)]
@@ -40,37 +41,45 @@ impl Experience {
         retry(what, self.patience, Backoff::default(), call).await.map_err(|e| failed(&self.address, e))
     }
 
-    /// Groups to generate; waits up to `wait` on the server. The flag says that the service had been away, so that what
-    /// this worker knows of its weights may be out of date.
-    pub async fn lease(&self, max_groups: usize, wait: Duration) -> Result<(v1::LeaseResponse, bool)> {
+    /// Groups to generate; waits up to `wait` on the server.
+    pub async fn lease(
+        &self,
+        max_groups: usize,
+        wait: Duration,
+        weights: Option<v1::HeldWeights>,
+    ) -> Result<Trusted<v1::LeaseResponse>> {
         let request = v1::LeaseRequest {
             worker: self.worker.clone(),
             max_groups: max_groups as u32,
             wait_ms: wait.as_millis() as u32,
+            weights,
         };
-        let tries = AtomicU32::new(0);
-        let answer = self
-            .call("lease", |_| {
-                tries.fetch_add(1, Ordering::Relaxed);
-                // A peer that vanished without a word must not be waited for.
-                let (mut client, request) =
-                    (self.inner.clone(), with_deadline(request.clone(), wait + Duration::from_secs(10)));
-                async move { client.lease(request).await }
-            })
-            .await?;
-        Ok((answer.into_inner(), tries.into_inner() > 1))
+        let answer = self.call("lease", |_| {
+            // A peer that vanished without a word must not be waited for.
+            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
+            async move { client.lease(request).await }
+        });
+        trusted(answer.await)
     }
 
     /// Hands a whole group in.
-    pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<v1::submit_response::Verdict> {
+    pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<Trusted<v1::submit_response::Verdict>> {
         request.worker.clone_from(&self.worker);
-        let answer = self
-            .call("submit", |left| {
-                let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
-                async move { client.submit(request).await }
-            })
-            .await?;
-        Ok(answer.into_inner().verdict())
+        let answer = self.call("submit", |left| {
+            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
+            async move { client.submit(request).await }
+        });
+        Ok(trusted(answer.await)?.map(|answer| answer.verdict()))
+    }
+
+    /// Opens a stream of what is newer than `holds`; waits up to `wait` on the server.
+    pub async fn weights(&self, holds: Option<v1::HeldWeights>, wait: Duration) -> Result<Streaming<v1::WeightsChunk>> {
+        let request = v1::WeightsRequest { worker: self.worker.clone(), holds, wait_ms: wait.as_millis() as u32 };
+        let answer = self.call("weights", |_| {
+            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
+            async move { client.weights(request).await }
+        });
+        Ok(answer.await?.into_inner())
     }
 
     /// Hands leases back, once and for a short time: they run out by themselves otherwise.
@@ -84,38 +93,20 @@ impl Experience {
             Err(_) => tracing::warn!("leases were not handed back in time, they will run out"),
         }
     }
-
-    /// Version and bytes of the newest weights, or none when `have` is the newest. Damaged ones are asked for again, a
-    /// few times.
-    pub async fn weights(&self, have: Option<u64>) -> Result<Option<(u64, Vec<u8>)>> {
-        for left in (0..WEIGHT_TRIES).rev() {
-            let fetched = self.call("weights", |_| fetch(self.inner.clone(), self.worker.clone(), have)).await;
-            let Err(RolloutError::Service { source, .. }) = &fetched else { return fetched };
-            let ServiceError::Call { status, .. } = &**source else { return fetched };
-            if status.code() != Code::DataLoss {
-                return fetched;
-            }
-            let what = status.message().to_owned();
-            if left == 0 {
-                return Err(RolloutError::Weights { address: self.address.clone(), what });
-            }
-            tracing::warn!("weights from {} are refused and asked for again: {what}", self.address);
-        }
-        Ok(None)
-    }
 }
 
-async fn fetch(
-    mut client: ExperienceClient<Channel>,
-    worker: String,
-    have_version: Option<u64>,
-) -> Result<Option<(u64, Vec<u8>)>, Status> {
-    let mut stream = client.weights(v1::WeightsRequest { worker, have_version }).await?.into_inner();
-    let mut assembly = Assembly::default();
-    while let Some(chunk) = stream.message().await? {
-        assembly.push(&chunk).map_err(Status::data_loss)?;
+/// The service refuses a worker whose weights are not what it published with `FAILED_PRECONDITION`.
+fn trusted<T>(answer: Result<tonic::Response<T>>) -> Result<Trusted<T>> {
+    match answer {
+        Ok(answer) => Ok(Ok(answer.into_inner())),
+        Err(RolloutError::Service { source, role, address }) => match *source {
+            ServiceError::Call { status, .. } if status.code() == Code::FailedPrecondition => {
+                Ok(Err(status.message().to_owned()))
+            }
+            other => Err(RolloutError::Service { source: Box::new(other), role, address }),
+        },
+        Err(other) => Err(other),
     }
-    assembly.finish().map_err(Status::data_loss)
 }
 
 fn failed(address: &str, source: ServiceError) -> RolloutError {

@@ -24,7 +24,6 @@ pub(crate) struct Leased {
     group: GroupId,
     record: Record,
     frame: Frame,
-    pub min_version: u64,
 }
 
 /// Turns a lease into a request to the engine. `question` stands in where the record has none.
@@ -58,7 +57,7 @@ pub(crate) fn prepare(
         logprobs: if lease.untempered { Logprobs::Untempered } else { Logprobs::Tempered },
     };
     let stop = stop_rule(preparer, &lease.stop);
-    let leased = Leased { lease: lease.lease, group, record, frame, min_version: lease.min_version };
+    let leased = Leased { lease: lease.lease, group, record, frame };
     Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
@@ -114,12 +113,16 @@ impl Rewards {
 }
 
 /// What became of a group.
-pub(crate) struct Submitted {
-    pub verdict: v1::submit_response::Verdict,
-    pub tokens: u64,
+pub(crate) enum Delivery {
+    /// It was cancelled, and is not submitted.
+    Cancelled,
+    /// The answer to the submission.
+    Answered { verdict: v1::submit_response::Verdict, tokens: u64 },
+    /// The service does not trust the weights that made it, and has the group back.
+    Distrusted(String),
 }
 
-/// Scores a generated group and submits it whole. None when it was cancelled: such a group is not submitted.
+/// Scores a generated group and submits it whole; `weights` are those that made its tokens.
 pub(crate) async fn deliver(
     experience: &Experience,
     rewards: &Rewards,
@@ -127,9 +130,10 @@ pub(crate) async fn deliver(
     leased: &Leased,
     output: GroupOutput,
     generate_ms: f64,
-) -> Result<Option<Submitted>> {
+    weights: Vec<v1::HeldWeights>,
+) -> Result<Delivery> {
     if output.responses.iter().any(|r| r.finish == Finish::Cancelled) {
-        return Ok(None);
+        return Ok(Delivery::Cancelled);
     }
     let indices: Vec<usize> = output.responses.iter().map(|r| r.index).collect();
     let tokens = output.responses.iter().map(|r| r.tokens.len() as u64).sum();
@@ -153,7 +157,10 @@ pub(crate) async fn deliver(
         breakdowns: breakdowns.iter().map(breakdown_to_wire).collect(),
         generate_ms,
         reward_ms,
+        weights,
     };
-    let verdict = experience.submit(request).await?;
-    Ok(Some(Submitted { verdict, tokens }))
+    Ok(match experience.submit(request).await? {
+        Ok(verdict) => Delivery::Answered { verdict, tokens },
+        Err(what) => Delivery::Distrusted(what),
+    })
 }

@@ -1,5 +1,5 @@
 //! The rollout worker: leases prompt groups, generates, asks the reward service, submits whole groups, takes new weights
-//! between batches. Also `unveil generate` and `unveil score`, which run the same engine over a record file.
+//! between two tokens. Also `unveil generate` and `unveil score`, which run the same engine over a record file.
 //!
 //! Owns the thread that owns the model; asynchronous code talks to it by messages and never waits for it on a runtime
 //! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
@@ -9,7 +9,9 @@ mod engine;
 mod error;
 mod experience;
 mod groups;
+mod keeper;
 mod offline;
+pub mod sync;
 mod text;
 mod weights;
 mod worker;

@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 use unveil_config::Config;
@@ -17,15 +19,30 @@ use unveil_service::{CancellationToken, Routes, RoutesBuilder, Running, ServeOpt
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
 
+/// How the stream of weights goes wrong.
+#[derive(Clone, Copy, PartialEq)]
+enum Damage {
+    /// A bit of this chunk is flipped.
+    Bit(usize),
+    /// It ends after so many chunks.
+    Cut(usize),
+}
+
 #[derive(Default)]
 struct State {
     /// What the next lease calls answer; afterwards `finished`, or nothing when `endless`.
     leases: VecDeque<v1::LeaseResponse>,
     endless: bool,
-    /// Served weights, and which byte of the first chunk is damaged.
-    weights: Option<(u64, Vec<u8>)>,
-    damage: bool,
+    /// Served weights: version and safetensors file.
+    weights: (u64, Vec<u8>),
+    /// What happens to the next streams; one that is `None` goes well, and so do those that follow.
+    damage: VecDeque<Option<Damage>>,
+    /// Lease calls and submissions that are refused for the weights that they tell of.
+    distrust: (usize, usize),
+    /// A lease call with groups was answered, and so often.
+    leased: usize,
     weights_calls: Vec<Option<u64>>,
+    told: Vec<Option<v1::HeldWeights>>,
     submitted: Vec<v1::SubmitRequest>,
     released: Vec<String>,
     scored: Vec<v1::ScoreRequest>,
@@ -40,19 +57,54 @@ impl Fake {
     }
 }
 
+/// A weights stream of all tensors of a safetensors file, in chunks of 64 KiB, and the checksum of the whole.
+fn stream(version: u64, file: &[u8]) -> (Vec<v1::WeightsChunk>, u32) {
+    let file = SafeTensors::deserialize(file).unwrap();
+    let mut named: Vec<_> = file.iter().collect();
+    named.sort_by_key(|(name, _)| *name);
+    let mut whole = Vec::new();
+    named.iter().for_each(|(_, view)| whole.extend_from_slice(view.data()));
+    let tensors = named.iter().map(|(name, view)| v1::WeightsTensor {
+        name: (*name).to_owned(),
+        dtype: format!("{:?}", view.dtype()),
+        shape: view.shape().iter().map(|n| *n as u64).collect(),
+    });
+    let checksum = crc32c::crc32c(&whole);
+    let head = v1::WeightsHead { version, checksum, base: None, tensors: tensors.collect() };
+    let chunk = |data: Vec<u8>| v1::WeightsChunk { crc32c: crc32c::crc32c(&data), data: data.into() };
+    let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head))];
+    chunks.extend(named.iter().flat_map(|(_, view)| view.data().chunks(1 << 16)).map(|part| chunk(part.to_vec())));
+    (chunks, checksum)
+}
+
 #[tonic::async_trait]
 impl Experience for Fake {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
-    async fn lease(&self, _: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
-        let next = self.with(|s| s.leases.pop_front());
-        let endless = self.with(|s| s.endless);
-        Ok(Response::new(next.unwrap_or(v1::LeaseResponse { groups: vec![], version: 0, finished: !endless })))
+    async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
+        let held = r.into_inner().weights;
+        self.with(|s| {
+            s.told.push(held);
+            if s.distrust.0 > 0 {
+                s.distrust.0 -= 1;
+                return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
+            }
+            let next = s.leases.pop_front();
+            s.leased += usize::from(next.is_some());
+            let nothing = v1::LeaseResponse { groups: vec![], version: 0, finished: !s.endless };
+            Ok(Response::new(next.unwrap_or(nothing)))
+        })
     }
 
     async fn submit(&self, r: Request<v1::SubmitRequest>) -> Result<Response<v1::SubmitResponse>, Status> {
-        self.with(|s| s.submitted.push(r.into_inner()));
-        Ok(Response::new(v1::SubmitResponse { verdict: Verdict::Accepted.into() }))
+        self.with(|s| {
+            if s.distrust.1 > 0 {
+                s.distrust.1 -= 1;
+                return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
+            }
+            s.submitted.push(r.into_inner());
+            Ok(Response::new(v1::SubmitResponse { verdict: Verdict::Accepted.into() }))
+        })
     }
 
     async fn release(&self, r: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
@@ -61,24 +113,30 @@ impl Experience for Fake {
     }
 
     async fn weights(&self, r: Request<v1::WeightsRequest>) -> Result<Response<Self::WeightsStream>, Status> {
-        let have = r.into_inner().have_version;
+        let r = r.into_inner();
+        let have = r.holds.map(|h| h.version);
+        let until = Instant::now() + Duration::from_millis(r.wait_ms.into());
+        while Instant::now() < until && self.with(|s| have == Some(s.weights.0)) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         let (weights, damage) = self.with(|s| {
+            if have == Some(s.weights.0) {
+                return (None, None);
+            }
             s.weights_calls.push(have);
-            (s.weights.clone(), s.damage)
+            (Some(s.weights.clone()), s.damage.pop_front().flatten())
         });
-        let mut chunks = Vec::new();
-        if let Some((version, bytes)) = weights.filter(|(v, _)| have != Some(*v)) {
-            for part in bytes.chunks(1 << 20) {
-                let crc32c = crc32c::crc32c(part) ^ u32::from(damage && chunks.is_empty());
-                chunks.push(Ok(v1::WeightsChunk {
-                    version,
-                    total_bytes: bytes.len() as u64,
-                    data: part.to_vec().into(),
-                    crc32c,
-                }));
+        let mut chunks = weights.map_or(vec![], |(version, file)| stream(version, &file).0);
+        match damage {
+            None => {}
+            Some(Damage::Cut(at)) => chunks.truncate(at),
+            Some(Damage::Bit(at)) => {
+                let mut data = chunks[at].data.to_vec();
+                data[1] ^= 4;
+                chunks[at].data = data.into();
             }
         }
-        Ok(Response::new(Box::pin(tokio_stream::iter(chunks))))
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunks.into_iter().map(Ok)))))
     }
 }
 
@@ -108,6 +166,7 @@ async fn stage() -> Stage {
     let fake = Fake::default();
     let model = tempfile::tempdir().unwrap();
     fixture::model_dir(model.path(), 1);
+    fake.with(|s| s.weights = (0, weights(1)));
     let stop = CancellationToken::new();
     let serve =
         async |routes: Routes| start("127.0.0.1:0", routes, ServeOptions::default(), stop.clone()).await.unwrap();
@@ -184,26 +243,28 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
         s.leases = [answer(&[0, 1], 0)].into();
         s.endless = true;
     });
-    // Nothing newer than version 0 at first; version 4 and work for it once two groups are in.
+    // Version 0 at first; version 4 and work for it once two groups are in.
     let fake = stage.fake.clone();
     tokio::spawn(async move {
         while fake.with(|s| s.submitted.len()) < 2 {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         fake.with(|s| {
-            s.weights = Some((4, weights(2)));
+            s.weights = (4, weights(2));
             s.leases.push_back(answer(&[2], 4));
             s.endless = false;
         });
     });
     let report = stage.run().await.unwrap();
-    assert_eq!((report.accepted, report.refused, report.weights, report.finished), (3, 0, 1, true));
+    assert_eq!((report.accepted, report.refused, report.weights, report.finished), (3, 0, 2, true));
     stage.fake.with(|s| {
         assert_eq!(s.weights_calls, [None, Some(0)]);
         assert!(s.released.is_empty());
         s.submitted.sort_by_key(|g| g.lease.clone());
         for (k, g) in s.submitted.iter().enumerate() {
             let version = if k == 2 { 4 } else { 0 };
+            let checksum = stream(0, &weights(if k == 2 { 2 } else { 1 })).1;
+            assert_eq!(g.weights, [v1::HeldWeights { version, checksum }]);
             assert_eq!((g.lease.as_str(), g.worker.as_str()), (format!("lease-{k}").as_str(), "w0"));
             assert_eq!(g.group.as_ref().unwrap().record, format!("r{k}"));
             assert_eq!(g.responses.iter().map(|r| r.index).collect::<Vec<_>>(), [0, 1, 2]);
@@ -231,30 +292,123 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn damaged_weights_are_refused() {
+async fn damaged_weights_are_fetched_again_and_then_refused() {
     let stage = stage().await;
-    stage.fake.with(|s| {
-        s.leases = [answer(&[0], 1)].into();
-        s.weights = Some((1, weights(2)));
-        s.damage = true;
-    });
-    let e = stage.run().await.unwrap_err();
     let address = stage.experience.address.to_string();
-    assert!(matches!(e, RolloutError::Weights { .. }));
-    let text = e.to_string();
-    assert!(text.contains("CRC-32C") && text.contains(&address), "{text}");
+    // Damaged twice, and then well.
     stage.fake.with(|s| {
-        assert_eq!((s.weights_calls.len(), s.submitted.len()), (3, 0));
-        assert_eq!(s.released, ["lease-0"]);
+        s.leases = [answer(&[0], 0)].into();
+        s.damage = [Some(Damage::Bit(3)), Some(Damage::Cut(5)), None].into();
     });
+    assert_eq!(stage.run().await.unwrap().accepted, 1);
+    assert_eq!(stage.fake.with(|s| std::mem::take(&mut s.weights_calls)), [None; 3]);
+    // Damaged each time: a flipped bit, a stream that ends early.
+    for (damage, words) in [(Damage::Bit(2), ["version 0", "CRC-32C"]), (Damage::Cut(4), ["version 0", "ended early"])]
+    {
+        stage.fake.with(|s| s.damage = [Some(damage); 3].into());
+        let e = stage.run().await.unwrap_err();
+        assert!(matches!(e, RolloutError::Weights { .. }));
+        let text = e.to_string();
+        assert!(words.iter().all(|w| text.contains(w)) && text.contains(&address), "{text}");
+        let calls = stage.fake.with(|s| std::mem::take(&mut s.weights_calls));
+        assert_eq!(calls.len(), 3);
+    }
     // Whole, but not this model's.
-    stage.fake.with(|s| {
-        s.leases = [answer(&[0], 1)].into();
-        s.weights = Some((1, b"no safetensors".to_vec()));
-        s.damage = false;
-    });
+    let view = TensorView::new(Dtype::F32, vec![1], &[0; 4]).unwrap();
+    let file = safetensors::serialize([("strange", view)], None).unwrap();
+    stage.fake.with(|s| s.weights = (0, file));
     let text = stage.run().await.unwrap_err().to_string();
-    assert!(text.contains("safetensors") && text.contains(&address), "{text}");
+    assert!(text.contains("refused") && text.contains("missing") && text.contains(&address), "{text}");
+    assert_eq!(stage.fake.with(|s| s.submitted.len()), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn distrusted_weights_are_fetched_again_whole_and_then_given_up() {
+    let stage = stage().await;
+    let held = v1::HeldWeights { version: 0, checksum: stream(0, &weights(1)).1 };
+    // Refused once with a lease, once with a group: such a group does not count, the next one does.
+    stage.fake.with(|s| {
+        s.leases = [answer(&[0], 0), answer(&[1], 0)].into();
+        s.distrust = (1, 1);
+        s.endless = true;
+    });
+    let fake = stage.fake.clone();
+    tokio::spawn(async move {
+        while fake.with(|s| s.submitted.is_empty()) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            fake.with(|s| {
+                if s.weights_calls.len() == 3 && s.leases.is_empty() && s.submitted.is_empty() && s.leased == 2 {
+                    s.leases.push_back(answer(&[2], 0));
+                }
+            });
+        }
+        fake.with(|s| s.endless = false);
+    });
+    let report = stage.run().await.unwrap();
+    assert!(report.accepted >= 1 && report.refused >= 1 && report.finished && report.weights == 3, "{report:?}");
+    stage.fake.with(|s| {
+        assert_eq!(std::mem::take(&mut s.weights_calls), [None; 3]);
+        assert!(std::mem::take(&mut s.told).iter().all(|t| *t == Some(held)));
+    });
+    // Refused for ever.
+    stage.fake.with(|s| s.distrust = (usize::MAX, 0));
+    let text = stage.run().await.unwrap_err().to_string();
+    assert!(text.contains("another CRC-32C") && text.contains(&stage.experience.address.to_string()), "{text}");
+    assert_eq!(stage.fake.with(|s| s.told.len()), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_and_weights_come_in_while_responses_are_made() {
+    let stage = stage().await;
+    let mut options = stage.options();
+    options.config.rollout.max_staleness = 1;
+    let mut long = answer(&[0, 1], 0);
+    long.groups.iter_mut().for_each(|g| (g.n, g.max_new_tokens) = (8, 600));
+    stage.fake.with(|s| {
+        s.leases = [long].into();
+        s.endless = true;
+    });
+    let fake = stage.fake.clone();
+    let next = tokio::spawn(async move {
+        // The first batch is under way: new weights, and more work that they are not needed for.
+        while fake.with(|s| s.leased == 0) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        fake.with(|s| {
+            s.weights = (1, weights(2));
+            s.leases.push_back(answer(&[2], 0));
+        });
+        while fake.with(|s| s.leased < 2) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let early = fake.with(|s| s.submitted.is_empty());
+        while fake.with(|s| s.submitted.len() < 3) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        fake.with(|s| s.endless = false);
+        early
+    });
+    let report = tokio::time::timeout(Duration::from_secs(120), run(options, CancellationToken::new())).await.unwrap();
+    let report = report.unwrap();
+    assert_eq!((report.accepted, report.weights), (3, 2));
+    assert!(next.await.unwrap(), "the next lease was taken before the first batch was in");
+    let sums: Vec<u32> = [1, 2].map(|seed| stream(0, &weights(seed)).1).into();
+    stage.fake.with(|s| {
+        let mut mixed = 0;
+        for g in &s.submitted {
+            let mut seen: Vec<u64> = g.responses.iter().flat_map(|r| r.versions.clone()).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            let told: Vec<_> = seen.iter().map(|v| (*v, sums[*v as usize])).collect();
+            assert_eq!(g.weights.iter().map(|h| (h.version, h.checksum)).collect::<Vec<_>>(), told);
+            for r in &g.responses {
+                assert!(r.versions.is_sorted() && r.versions.len() == r.tokens.len());
+                mixed += usize::from(r.versions.first() != r.versions.last());
+            }
+        }
+        assert!(mixed > 0, "no response went on across the change of weights");
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -291,7 +445,7 @@ async fn a_stop_hands_leases_back_and_is_no_error() {
     });
     let stop = CancellationToken::new();
     let worker = tokio::spawn(run(stage.options(), stop.clone()));
-    while stage.fake.with(|s| s.weights_calls.is_empty()) {
+    while stage.fake.with(|s| s.leased == 0) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     tokio::time::sleep(Duration::from_millis(200)).await;

@@ -1,102 +1,280 @@
-//! Weights on the wire: chunks of one safetensors file, each with its CRC-32C, and how many bytes there are in all.
+//! Weights as they arrive: each chunk is checked and written to its place in tensors on the host, which are used again for the
+//! next version. Must not know: sockets, the engine.
 
-use safetensors::tensor::{Dtype, SafeTensors};
-use tch::{Kind, Tensor};
-use unveil_proto::v1::WeightsChunk;
+use std::collections::HashMap;
 
-/// Bytes that are reserved before they have arrived.
-const RESERVE: u64 = 256 << 20;
+use tch::{Device, Kind, Tensor};
+use unveil_proto::v1::{HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
+use unveil_proto::weights::{Sum, Sums, checksum, verify};
 
-/// Collects the chunks of one stream.
-#[derive(Debug, Default)]
+/// Tensors on the host by name, free to be written to.
+pub(crate) type Pool = HashMap<String, Tensor>;
+
+/// Weights that a worker holds, with the sum of each tensor, so that the whole can be checked when a part changes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub version: u64,
+    pub sums: Sums,
+}
+
+impl Known {
+    pub fn held(&self) -> HeldWeights {
+        HeldWeights { version: self.version, checksum: checksum(&self.sums) }
+    }
+}
+
+/// Weights that have arrived whole, not taken over yet.
+#[derive(Debug)]
+pub struct Update {
+    /// Their version.
+    pub version: u64,
+    /// Checksum of the whole: of these tensors and, where not all were sent, those that the receiver had.
+    pub checksum: u32,
+    /// Whether these are all tensors; otherwise the others stay as they are.
+    pub whole: bool,
+    /// Tensors on the host.
+    pub tensors: Vec<(String, Tensor)>,
+    pub(crate) sums: Sums,
+}
+
+/// Collects one stream.
 pub(crate) struct Assembly {
-    version: Option<u64>,
-    total: u64,
-    bytes: Vec<u8>,
+    head: WeightsHead,
+    /// Sums of the tensors that are not sent.
+    base: Sums,
+    tensors: Vec<(String, Tensor)>,
+    sums: Vec<Sum>,
+    /// The tensor that comes next.
+    at: usize,
 }
 
 impl Assembly {
+    /// From the first chunk. Tensors of the same shape and kind are taken from `pool`, others are made.
+    pub fn begin(first: &WeightsChunk, known: Option<&Known>, pool: &mut Pool) -> Result<Self, String> {
+        verify(first).map_err(|sums| damaged("the head", sums))?;
+        let head: WeightsHead =
+            prost::Message::decode(first.data.clone()).map_err(|e| format!("the head cannot be read: {e}"))?;
+        let version = head.version;
+        let mut base = match (&head.base, known) {
+            (None, _) => Sums::new(),
+            (Some(base), Some(known)) if *base == known.held() => known.sums.clone(),
+            (Some(base), _) => {
+                let have = known.map_or("none".to_owned(), |k| format!("version {}", k.version));
+                return Err(format!("version {version} builds on version {}, this worker holds {have}", base.version));
+            }
+        };
+        let mut tensors = Vec::with_capacity(head.tensors.len());
+        for t in &head.tensors {
+            let tensor = place(t, pool).map_err(|e| format!("tensor `{}` of version {version}: {e}", t.name))?;
+            base.remove(&t.name);
+            tensors.push((t.name.clone(), tensor));
+        }
+        // What this version does not send needs no room of its own any more.
+        pool.clear();
+        let sums = vec![Sum::default(); tensors.len()];
+        Ok(Self { head, base, tensors, sums, at: 0 })
+    }
+
     /// Takes the next chunk; the error says what is wrong with it.
     pub fn push(&mut self, chunk: &WeightsChunk) -> Result<(), String> {
-        match self.version {
-            None => {
-                (self.version, self.total) = (Some(chunk.version), chunk.total_bytes);
-                self.bytes.reserve_exact(chunk.total_bytes.min(RESERVE) as usize);
-            }
-            Some(v) if v != chunk.version || self.total != chunk.total_bytes => {
-                return Err(format!("the stream of version {v} went on with version {}", chunk.version));
-            }
-            Some(_) => {}
-        }
-        let at = self.bytes.len() as u64;
-        let found = crc32c::crc32c(&chunk.data);
-        if found != chunk.crc32c {
+        let version = self.head.version;
+        self.skip_whole();
+        let Some((name, tensor)) = self.tensors.get_mut(self.at) else {
+            return Err(format!("more than the announced tensors of version {version} arrived"));
+        };
+        let at = self.sums[self.at].bytes;
+        let found = verify(chunk)
+            .map_err(|sums| damaged(&format!("the chunk at byte {at} of `{name}` of version {version}"), sums))?;
+        let (size, count) = (bytes(tensor), chunk.data.len());
+        if at as usize + count > size || count == 0 {
             return Err(format!(
-                "the chunk at byte {at} of version {} has CRC-32C {found:08x}, {:08x} was announced: it was damaged on the way",
-                chunk.version, chunk.crc32c
+                "{count} bytes arrived at byte {at} of `{name}` of version {version}, which has {size}"
             ));
         }
-        if at + chunk.data.len() as u64 > self.total {
-            return Err(format!("more than the announced {} bytes of version {} arrived", self.total, chunk.version));
-        }
-        self.bytes.extend_from_slice(&chunk.data);
+        write(tensor, at as usize, &chunk.data);
+        self.sums[self.at] = self.sums[self.at].then(found);
         Ok(())
     }
 
-    /// Version and bytes of the whole; none when nothing was sent.
-    pub fn finish(self) -> Result<Option<(u64, Vec<u8>)>, String> {
-        let Some(version) = self.version else { return Ok(None) };
-        let (found, total) = (self.bytes.len() as u64, self.total);
-        if found != total {
-            return Err(format!("the stream of version {version} ended after {found} of {total} bytes"));
+    fn skip_whole(&mut self) {
+        while self.tensors.get(self.at).is_some_and(|(_, t)| self.sums[self.at].bytes == bytes(t) as u64) {
+            self.at += 1;
         }
-        Ok(Some((version, self.bytes)))
+    }
+
+    /// The whole, if it is what was announced.
+    pub fn finish(mut self) -> Result<Update, String> {
+        let version = self.head.version;
+        self.skip_whole();
+        if let Some((name, t)) = self.tensors.get(self.at) {
+            let (left, found, size) = (self.tensors.len() - self.at, self.sums[self.at].bytes, bytes(t));
+            return Err(format!(
+                "the stream of version {version} ended early: {left} tensor(s) are missing, `{name}` came to byte {found} of {size}"
+            ));
+        }
+        let mut sums = self.base;
+        sums.extend(self.tensors.iter().map(|(n, _)| n.clone()).zip(self.sums));
+        let found = checksum(&sums);
+        if found != self.head.checksum {
+            return Err(damaged(&format!("the whole of version {version}"), (found, self.head.checksum)));
+        }
+        let whole = self.head.base.is_none();
+        Ok(Update { version, checksum: found, whole, tensors: self.tensors, sums })
     }
 }
 
-/// The tensors of a safetensors file in memory.
-pub(crate) fn tensors(bytes: &[u8]) -> Result<Vec<(String, Tensor)>, String> {
-    let file = SafeTensors::deserialize(bytes).map_err(|e| format!("not a whole safetensors file: {e}"))?;
-    let mut out = Vec::with_capacity(file.len());
-    for (name, view) in file.iter() {
-        let kind = match view.dtype() {
-            Dtype::F32 => Kind::Float,
-            Dtype::BF16 => Kind::BFloat16,
-            Dtype::F16 => Kind::Half,
-            Dtype::F64 => Kind::Double,
-            other => return Err(format!("tensor `{name}` is {other:?}, weights are floating-point numbers")),
-        };
-        let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
-        let tensor =
-            Tensor::f_from_data_size(view.data(), &shape, kind).map_err(|e| format!("tensor `{name}`: {e}"))?;
-        out.push((name.to_owned(), tensor));
+fn damaged(what: &str, (found, announced): (u32, u32)) -> String {
+    format!("{what} has CRC-32C {found:08x}, {announced:08x} was announced: it was damaged on the way")
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
+}
+
+/// A tensor for what is announced.
+fn place(t: &WeightsTensor, pool: &mut Pool) -> Result<Tensor, String> {
+    let kind = match t.dtype.as_str() {
+        "F32" => Kind::Float,
+        "BF16" => Kind::BFloat16,
+        "F16" => Kind::Half,
+        other => return Err(format!("its kind `{other}` is not one of F32, BF16, F16")),
+    };
+    let sides = t.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<Vec<i64>, _>>();
+    let shape = sides.map_err(|_| format!("its shape {:?} is too large", t.shape))?;
+    let size = shape.iter().try_fold(kind.elt_size_in_bytes() as i64, |size, n| size.checked_mul(*n));
+    size.ok_or_else(|| format!("its shape {shape:?} is too large"))?;
+    match pool.remove(&t.name) {
+        Some(old) if old.kind() == kind && old.size() == shape => Ok(old),
+        _ => Tensor::f_empty(&shape, (kind, Device::Cpu)).map_err(|e| e.to_string()),
     }
-    Ok(out)
+}
+
+/// Writes bytes of a tensor from byte `at` on.
+#[allow(unsafe_code)]
+fn write(tensor: &mut Tensor, at: usize, data: &[u8]) {
+    assert!(at + data.len() <= bytes(tensor) && tensor.device() == Device::Cpu && tensor.is_contiguous());
+    // SAFETY: the tensor is contiguous, in host memory and large enough (asserted above), and the caller has it alone. Any bytes
+    // are numbers of its kind. The data came by message and does not overlap it.
+    unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), tensor.data_ptr().cast::<u8>().add(at), data.len()) }
 }
 
 #[cfg(test)]
 mod tests {
+    use unveil_proto::weights::chunk;
+
     use super::*;
 
-    fn chunk(data: &'static [u8], total: u64) -> WeightsChunk {
-        WeightsChunk { version: 3, total_bytes: total, data: data.into(), crc32c: crc32c::crc32c(data) }
+    fn tensor(name: &str, shape: &[u64]) -> WeightsTensor {
+        WeightsTensor { name: name.into(), dtype: "F32".into(), shape: shape.to_vec() }
+    }
+
+    /// A stream of `b` [3] and `a` [2, 2] in chunks of two numbers, with the checksum of both by name.
+    fn stream(version: u64) -> (Vec<WeightsChunk>, Sums) {
+        let number = |i: usize| (version as f32 + i as f32 / 8.0).to_le_bytes();
+        let data: Vec<u8> = (0..7).flat_map(number).collect();
+        let (b, a) = data.split_at(12);
+        let sums: Sums = [("a".to_owned(), Sum::of(a)), ("b".to_owned(), Sum::of(b))].into();
+        let tensors = vec![tensor("b", &[3]), tensor("a", &[2, 2])];
+        let head = WeightsHead { version, checksum: checksum(&sums), base: None, tensors };
+        let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head).into())];
+        chunks.extend([b, a].iter().flat_map(|t| t.chunks(8)).map(|part| chunk(part.to_vec().into())));
+        (chunks, sums)
+    }
+
+    fn assemble(chunks: &[WeightsChunk], known: Option<&Known>, pool: &mut Pool) -> Result<Update, String> {
+        let mut a = Assembly::begin(&chunks[0], known, pool)?;
+        chunks[1..].iter().try_for_each(|c| a.push(c))?;
+        a.finish()
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        Vec::<f32>::try_from(t.reshape([-1])).unwrap()
     }
 
     #[test]
-    fn whole_and_damaged_streams() {
-        let mut a = Assembly::default();
-        a.push(&chunk(b"ab", 4)).unwrap();
-        a.push(&chunk(b"cd", 4)).unwrap();
-        assert!(a.push(&chunk(b"e", 4)).unwrap_err().contains("more than"));
-        assert_eq!(a.finish().unwrap(), Some((3, b"abcd".to_vec())));
-        assert_eq!(Assembly::default().finish().unwrap(), None);
+    fn a_whole_stream_becomes_tensors_and_their_memory_is_used_again() {
+        let (chunks, sums) = stream(3);
+        let mut pool = Pool::new();
+        let update = assemble(&chunks, None, &mut pool).unwrap();
+        assert_eq!((update.version, update.whole, &update.sums), (3, true, &sums));
+        assert_eq!(values(&update.tensors[0].1), [3.0, 3.125, 3.25]);
+        assert_eq!(
+            (values(&update.tensors[1].1), update.tensors[1].1.size()),
+            (vec![3.375, 3.5, 3.625, 3.75], vec![2, 2])
+        );
+        let place = update.tensors[1].1.data_ptr();
+        pool.extend(update.tensors);
+        pool.insert("gone".into(), Tensor::zeros([1], (Kind::Float, Device::Cpu)));
+        let next = assemble(&stream(4).0, None, &mut pool).unwrap();
+        assert_eq!(next.tensors[1].1.data_ptr(), place);
+        assert!(pool.is_empty());
+    }
 
-        let mut a = Assembly::default();
-        a.push(&chunk(b"ab", 4)).unwrap();
-        assert!(a.push(&WeightsChunk { version: 4, ..chunk(b"cd", 4) }).unwrap_err().contains("version 4"));
-        let bad = WeightsChunk { crc32c: 1, ..chunk(b"cd", 4) };
-        assert!(a.push(&bad).unwrap_err().contains("CRC-32C"));
-        assert!(a.finish().unwrap_err().contains("2 of 4"));
-        assert!(tensors(b"nothing").unwrap_err().contains("safetensors"));
+    #[test]
+    fn damage_is_named_with_version_and_both_sums() {
+        let refused = |change: &dyn Fn(&mut Vec<WeightsChunk>)| {
+            let mut chunks = stream(3).0;
+            change(&mut chunks);
+            assemble(&chunks, None, &mut Pool::new()).unwrap_err()
+        };
+        let flip = |chunks: &mut Vec<WeightsChunk>, at: usize| {
+            let mut data = chunks[at].data.to_vec();
+            data[3] ^= 16;
+            chunks[at].data = data.into();
+        };
+        for at in 0..5 {
+            let before = stream(3).0[at].crc32c;
+            let text = refused(&|c| flip(c, at));
+            let known = ["CRC-32C", &format!("{before:08x} was announced")];
+            assert!(known.iter().all(|k| text.contains(k)) && (at == 0 || text.contains("version 3")), "{text}");
+        }
+        // A chunk that holds together, but is not the one that belongs there: only the whole tells.
+        let text = refused(&|c| c[2] = chunk(vec![9u8; c[2].data.len()].into()));
+        assert!(text.contains("the whole of version 3") && text.contains("was announced"), "{text}");
+        for (text, word) in [
+            (refused(&|c| c.truncate(4)), "ended early: 1 tensor(s) are missing, `a` came to byte 8 of 16"),
+            (refused(&|c| c.truncate(1)), "2 tensor(s) are missing"),
+            (refused(&|c| c.push(chunk(vec![1u8].into()))), "more than the announced"),
+            (refused(&|c| c[2] = chunk(vec![0u8; 8].into())), "8 bytes arrived at byte 8 of `b`"),
+            (refused(&|c| c[0] = chunk(vec![255u8; 3].into())), "the head cannot be read"),
+        ] {
+            assert!(text.contains(word), "{word}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_part_builds_on_the_version_that_is_held() {
+        let (chunks, mut sums) = stream(3);
+        let first = assemble(&chunks, None, &mut Pool::new()).unwrap();
+        let known = Known { version: 3, sums: first.sums };
+        let data: Vec<u8> = [7f32, 8.0, 9.0, 10.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+        sums.insert("a".into(), Sum::of(&data));
+        let part = |base| {
+            let head = WeightsHead { version: 4, checksum: checksum(&sums), base, tensors: vec![tensor("a", &[2, 2])] };
+            vec![chunk(prost::Message::encode_to_vec(&head).into()), chunk(data.clone().into())]
+        };
+        let update = assemble(&part(Some(known.held())), Some(&known), &mut Pool::new()).unwrap();
+        assert!(!update.whole && update.sums == sums && update.tensors.len() == 1);
+        let other = HeldWeights { version: 2, ..known.held() };
+        for (base, held) in [(other, Some(&known)), (known.held(), None)] {
+            let text = assemble(&part(Some(base)), held, &mut Pool::new()).unwrap_err();
+            assert!(text.contains("version 4 builds on version"), "{text}");
+        }
+        // Said to be all, it is not.
+        let text = assemble(&part(None), Some(&known), &mut Pool::new()).unwrap_err();
+        assert!(text.contains("the whole of version 4"), "{text}");
+    }
+
+    #[test]
+    fn what_cannot_be_a_tensor_is_refused() {
+        let begin = |t: WeightsTensor| {
+            let head = WeightsHead { version: 1, tensors: vec![t], ..Default::default() };
+            let first = chunk(prost::Message::encode_to_vec(&head).into());
+            Assembly::begin(&first, None, &mut Pool::new()).err().unwrap_or_default()
+        };
+        let text = begin(WeightsTensor { dtype: "I8".into(), ..tensor("x", &[1]) });
+        assert!(text.contains("`x`") && text.contains("I8"), "{text}");
+        assert!(begin(tensor("x", &[u64::MAX])).contains("too large"));
+        assert!(begin(tensor("x", &[1 << 40, 1 << 40])).contains("too large"));
     }
 }

@@ -1,4 +1,5 @@
-//! The worker's loop: lease, weights, prepare, generate; scoring and submitting run beside the next batch's generation.
+//! The worker's loop. Three things go on at once: one batch is scored and submitted, one is generated, the next is leased and
+//! prepared; weights come in beside them.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -6,23 +7,28 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use unveil_config::Config;
 use unveil_data::prepare::Preparer;
-use unveil_proto::v1::LeaseResponse;
+use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_service::CancellationToken;
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
-use crate::groups::{Leased, Rewards, deliver, prepare};
+use crate::groups::{Delivery, Leased, Rewards, deliver, prepare};
+use crate::keeper::{Weights, keep};
+use crate::sync::WeightReceiver;
 use crate::{Result, RolloutError};
 
-/// Batches that may be scored and submitted while another is generated.
-const BATCHES_BEHIND: usize = 1;
+/// Batches that are generated or ready to be.
+const AHEAD: usize = 2;
+/// Batches in hand: these, and one that is scored and submitted.
+const IN_HAND: u32 = AHEAD as u32 + 1;
 
-/// Shortest time between two leases that brought nothing.
-const IDLE: Duration = Duration::from_millis(20);
+/// Shortest time between two calls that brought nothing.
+pub(crate) const IDLE: Duration = Duration::from_millis(20);
 
 /// What a worker needs.
 #[derive(Debug, Clone)]
@@ -71,7 +77,6 @@ struct Counters {
     accepted: AtomicU64,
     refused: AtomicU64,
     tokens: AtomicU64,
-    weights: AtomicU64,
 }
 
 /// Leases that are neither submitted nor handed back.
@@ -92,13 +97,18 @@ impl Held {
     }
 }
 
-/// What the loop and its deliveries share.
+/// What the loop and its batches share.
 struct Shared {
     experience: Experience,
     rewards: Rewards,
     preparer: Arc<Preparer>,
+    weights: Arc<Weights>,
     held: Held,
     counters: Counters,
+    question: String,
+    /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
+    /// what it makes, does not depend on time; otherwise the next one fills the places that responses leave.
+    turn: Semaphore,
 }
 
 /// Runs a worker until the run is over, `shutdown` is cancelled (leases are handed back, `Ok`), or it cannot go on.
@@ -109,38 +119,41 @@ struct Shared {
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
     let starting = start(&options, &cancel);
-    let (shared, device) = tokio::select! {
+    let (shared, device, receiver) = tokio::select! {
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
     };
-    let mut worker = Worker { options, shared: Arc::new(shared), device, version: None, behind: JoinSet::new() };
+    let (shared, device) = (Arc::new(shared), Arc::new(device));
+    let mut worker = Worker { options, shared, device, tasks: JoinSet::new() };
     let outcome = tokio::select! {
-        done = worker.work() => done.map(|()| true),
+        done = worker.work(receiver) => done.map(|()| true),
         () = shutdown.cancelled() => {
             tracing::info!("asked to stop");
             Ok(false)
         }
     };
     cancel.store(true, Ordering::Relaxed);
-    worker.behind.shutdown().await;
+    worker.tasks.shutdown().await;
     let held = worker.shared.held.take();
     if !held.is_empty() {
         tracing::info!("handing {} lease(s) back", held.len());
         worker.shared.experience.release(held).await;
     }
-    worker.device.close().await;
+    if let Some(device) = Arc::into_inner(worker.device) {
+        device.close().await;
+    }
     let c = &worker.shared.counters;
     let get = |a: &AtomicU64| a.load(Ordering::Relaxed);
     outcome.map(|finished| WorkerReport {
         accepted: get(&c.accepted),
         refused: get(&c.refused),
         tokens: get(&c.tokens),
-        weights: get(&c.weights),
+        weights: worker.shared.weights.loads(),
         finished,
     })
 }
 
-async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread)> {
+async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread, WeightReceiver)> {
     let config = &options.config;
     let dir = options.model_dir.clone();
     let boxes = config.model.boxes;
@@ -155,39 +168,52 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
     let device = DeviceThread::start(spec, cancel.clone()).await?;
     let rewards = Rewards::new(&options.reward, Duration::from_secs_f64(config.reward.deadline_s)).await?;
     let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
+    let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,
         rewards,
         preparer: Arc::new(preparer),
+        weights: Arc::new(Weights::new(&options.experience)),
         held: Held::default(),
         counters: Counters::default(),
+        question: config.data.question.clone(),
+        turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
-    Ok((shared, device))
+    Ok((shared, device, receiver))
 }
 
 struct Worker {
     options: WorkerOptions,
     shared: Arc<Shared>,
-    device: DeviceThread,
-    /// Version of the weights on the device; none until the experience service was asked.
-    version: Option<u64>,
-    behind: JoinSet<Result<()>>,
+    device: Arc<DeviceThread>,
+    /// The keeper of weights, and batches; an error says that the worker cannot go on. A batch's place in hand is free once its
+    /// result was looked at.
+    tasks: JoinSet<(Result<()>, Option<OwnedSemaphorePermit>)>,
 }
 
 impl Worker {
-    async fn work(&mut self) -> Result<()> {
+    async fn work(&mut self, receiver: WeightReceiver) -> Result<()> {
+        let (shared, wait) = (self.shared.clone(), self.options.wait);
+        let keeper = keep(shared.weights.clone(), receiver, self.device.clone(), wait);
+        self.tasks.spawn(async { (keeper.await, None) });
+        let (ahead, in_hand) = (Arc::new(Semaphore::new(AHEAD)), Arc::new(Semaphore::new(IN_HAND as usize)));
+        let most = self.options.config.rollout.groups_per_lease;
         loop {
-            while self.behind.len() > BATCHES_BEHIND {
-                self.reap().await?;
-            }
-            let start = Instant::now();
-            let (lease, was_away) = self.lease().await?;
-            if was_away {
-                // It may be another learner now, whose version of the same number is not ours.
-                self.version = None;
-            }
-            self.shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
+            let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
+            self.unless_failed(shared.weights.at_least(0)).await?;
+            let (start, epoch) = (Instant::now(), shared.weights.epoch());
+            let leasing = shared.experience.lease(most, wait, shared.weights.present());
+            // The call goes on while batches end: dropped, its leases would be lost.
+            let lease = match self.unless_failed(leasing).await? {
+                Ok(lease) => lease,
+                Err(what) => {
+                    shared.weights.distrust(epoch, what)?;
+                    continue;
+                }
+            };
+            shared.weights.trusted();
+            shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
             if lease.groups.is_empty() {
                 if lease.finished {
                     break;
@@ -195,110 +221,106 @@ impl Worker {
                 tokio::time::sleep(IDLE.saturating_sub(start.elapsed())).await;
                 continue;
             }
-            self.refresh(&lease).await?;
-            self.generate(lease).await?;
+            let batch = one_batch(shared.clone(), self.device.clone(), lease.groups, turn);
+            self.tasks.spawn(async { (batch.await, Some(place)) });
         }
-        while !self.behind.is_empty() {
-            self.reap().await?;
-        }
+        let all = async { in_hand.acquire_many(IN_HAND).await.map_err(|_| RolloutError::Died("batches")) };
+        let _all = self.unless_failed(all).await?;
         tracing::info!("the run is over");
         Ok(())
     }
 
-    /// The next lease, while deliveries go on.
-    async fn lease(&mut self) -> Result<(LeaseResponse, bool)> {
-        let leasing = self.shared.experience.lease(self.options.config.rollout.groups_per_lease, self.options.wait);
-        tokio::pin!(leasing);
+    /// What `work` gives, or the error of a task that fails meanwhile.
+    async fn unless_failed<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::pin!(work);
         loop {
             tokio::select! {
-                leased = &mut leasing => return leased,
-                // A failed delivery ends the worker at once. The call goes on otherwise: dropped, its leases would be lost.
-                Some(done) = self.behind.join_next() => done.map_err(|_| RolloutError::Died("delivery"))??,
+                done = &mut work => return done,
+                Some(done) = self.tasks.join_next() => done.map_err(|_| RolloutError::Died("task"))?.0?,
             }
         }
-    }
-
-    /// Waits for one batch behind.
-    async fn reap(&mut self) -> Result<()> {
-        match self.behind.join_next().await {
-            Some(done) => done.map_err(|_| RolloutError::Died("delivery"))?,
-            None => Ok(()),
-        }
-    }
-
-    /// Brings the weights to the version that the lease speaks of.
-    async fn refresh(&mut self, lease: &LeaseResponse) -> Result<()> {
-        let need = lease.groups.iter().map(|g| g.min_version).max().unwrap_or(0).max(lease.version);
-        if self.version == Some(need) {
-            return Ok(());
-        }
-        // Newer than the service's newest: made by a learner that has since been resumed from an older state.
-        let have = self.version.filter(|v| *v < need);
-        let experience = &self.shared.experience;
-        let protocol = |what: String| RolloutError::Protocol { address: experience.address.clone(), what };
-        match experience.weights(have).await? {
-            Some((version, bytes)) => {
-                let size = bytes.len();
-                if let Err(what) = self.device.load(version, bytes).await? {
-                    return Err(RolloutError::Weights { address: experience.address.clone(), what });
-                }
-                tracing::debug!(version, size, "new weights");
-                self.version = Some(version);
-                self.shared.counters.weights.fetch_add(1, Ordering::Relaxed);
-            }
-            // Nothing newer than the model directory, which is version 0.
-            None if have.is_none() && need == 0 => self.version = Some(0),
-            None => {}
-        }
-        match self.version {
-            Some(v) if v >= need => Ok(()),
-            v => Err(protocol(format!("leases groups for weights of version {need} and sends version {v:?}"))),
-        }
-    }
-
-    /// Generates the leased groups and hands them over to their delivery.
-    async fn generate(&mut self, lease: LeaseResponse) -> Result<()> {
-        let shared = self.shared.clone();
-        let (question, address) = (self.options.config.data.question.clone(), self.options.experience.clone());
-        let prepared = tokio::task::spawn_blocking(move || {
-            lease
-                .groups
-                .into_iter()
-                .map(|g| prepare(&shared.preparer, g, &question, &address))
-                .collect::<Result<Vec<_>>>()
-        });
-        let prepared = prepared.await.map_err(|_| RolloutError::Died("preparation"))??;
-        let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
-        debug_assert!(leased.iter().all(|l| Some(l.min_version) <= self.version));
-        let made = self.device.generate(requests).await?;
-        // A batch is generated as one; each group bears its share.
-        let each_ms = made.ms / leased.len().max(1) as f64;
-        let shared = self.shared.clone();
-        self.behind.spawn(async move {
-            let mut deliveries = JoinSet::new();
-            for (leased, output) in leased.into_iter().zip(made.outputs) {
-                deliveries.spawn(one_delivery(shared.clone(), leased, output, each_ms));
-            }
-            while let Some(done) = deliveries.join_next().await {
-                done.map_err(|_| RolloutError::Died("delivery"))??;
-            }
-            Ok(())
-        });
-        Ok(())
     }
 }
 
-async fn one_delivery(shared: Arc<Shared>, leased: Leased, output: unveil_engine::GroupOutput, ms: f64) -> Result<()> {
-    let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms).await?;
-    let Some(done) = done else { return Ok(()) };
-    shared.held.remove(&leased.lease);
-    let c = &shared.counters;
-    c.tokens.fetch_add(done.tokens, Ordering::Relaxed);
-    if done.verdict == Verdict::Accepted {
-        c.accepted.fetch_add(1, Ordering::Relaxed);
-    } else {
-        c.refused.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(lease = leased.lease, "a group was not counted: {}", done.verdict.as_str_name());
+/// Room for one more batch, until it is delivered and until it is generated.
+async fn permits(
+    in_hand: &Arc<Semaphore>,
+    ahead: &Arc<Semaphore>,
+) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    let closed = |_| RolloutError::Died("batches");
+    let in_hand = in_hand.clone().acquire_owned().await.map_err(closed)?;
+    Ok((in_hand, ahead.clone().acquire_owned().await.map_err(closed)?))
+}
+
+/// Prepares, generates and delivers the groups of one lease call.
+async fn one_batch(
+    shared: Arc<Shared>,
+    device: Arc<DeviceThread>,
+    groups: Vec<LeasedGroup>,
+    ahead: OwnedSemaphorePermit,
+) -> Result<()> {
+    let need = groups.iter().map(|g| g.min_version).max().unwrap_or(0);
+    let preparing = shared.clone();
+    let prepared = tokio::task::spawn_blocking(move || {
+        let s = preparing;
+        let one = |g| prepare(&s.preparer, g, &s.question, &s.experience.address);
+        groups.into_iter().map(one).collect::<Result<Vec<_>>>()
+    });
+    let prepared = prepared.await.map_err(|_| RolloutError::Died("preparation"))??;
+    let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
+    // Made by older weights, the groups would be too stale to train.
+    shared.weights.at_least(need).await?;
+    let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
+    let epoch = shared.weights.epoch();
+    let made = device.generate(requests).await?;
+    drop(turn);
+    drop(ahead);
+    // A batch is generated as one; each group bears its share.
+    let each_ms = made.ms / leased.len().max(1) as f64;
+    let mut deliveries = JoinSet::new();
+    for (leased, output) in leased.into_iter().zip(made.outputs) {
+        deliveries.spawn(one_delivery(shared.clone(), leased, output, each_ms, epoch));
     }
+    while let Some(done) = deliveries.join_next().await {
+        done.map_err(|_| RolloutError::Died("delivery"))??;
+    }
+    Ok(())
+}
+
+/// Scores and submits a group; hands it back when its weights turned out to be wrong meanwhile.
+async fn one_delivery(
+    shared: Arc<Shared>,
+    leased: Leased,
+    output: unveil_engine::GroupOutput,
+    ms: f64,
+    epoch: u64,
+) -> Result<()> {
+    if shared.weights.epoch() != epoch {
+        shared.held.remove(&leased.lease);
+        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        shared.experience.release(vec![leased.lease]).await;
+        return Ok(());
+    }
+    let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
+    let told = shared.weights.told(versions);
+    let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
+    let c = &shared.counters;
+    match done {
+        Delivery::Cancelled => return Ok(()),
+        Delivery::Answered { verdict, tokens } => {
+            c.tokens.fetch_add(tokens, Ordering::Relaxed);
+            if verdict == Verdict::Accepted {
+                c.accepted.fetch_add(1, Ordering::Relaxed);
+            } else {
+                c.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(lease = leased.lease, "a group was not counted: {}", verdict.as_str_name());
+            }
+        }
+        Delivery::Distrusted(what) => {
+            c.refused.fetch_add(1, Ordering::Relaxed);
+            shared.weights.distrust(epoch, what)?;
+        }
+    }
+    shared.held.remove(&leased.lease);
     Ok(())
 }

@@ -22,6 +22,13 @@ pub use tonic::service::{Routes, RoutesBuilder};
 /// Largest message that is sent or taken by default, in bytes (64 MiB).
 pub const MESSAGE_LIMIT: usize = 64 << 20;
 
+/// Bytes of one stream that may be under way unread (HTTP/2 flow control, RFC 9113 section 5.2). The default of 64 KiB stops a
+/// sender of weights every few microseconds.
+pub(crate) const STREAM_WINDOW: u32 = 16 << 20;
+
+/// The same of all streams of a connection.
+pub(crate) const CONNECTION_WINDOW: u32 = 32 << 20;
+
 /// Sets the message size limit of a generated server or client, both ways: `limited!(RewardServer::new(x))`, or with a limit
 /// in bytes as second argument. gRPC's own default is 4 MiB, which one group with its image and attention can exceed.
 #[macro_export]

@@ -14,6 +14,9 @@ use tonic_health::pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS;
 
 use crate::ServiceError;
 
+/// Largest HTTP/2 frame that is taken, in bytes.
+const FRAME: u32 = 1 << 20;
+
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
@@ -101,6 +104,9 @@ pub async fn start(
         }
     };
     let server = Server::builder()
+        .initial_stream_window_size(crate::STREAM_WINDOW)
+        .initial_connection_window_size(crate::CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .add_routes(routes)

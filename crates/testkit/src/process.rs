@@ -211,7 +211,21 @@ impl Found {
 
     /// Sends SIGKILL to it.
     pub fn kill(&self) {
-        let _gone = kill(Pid::from_raw(self.pid.cast_signed()), Signal::SIGKILL);
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Stops it where it is, until [`Found::go_on`].
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it run again.
+    pub fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let _gone = kill(Pid::from_raw(self.pid.cast_signed()), signal);
     }
 }
 

@@ -18,6 +18,7 @@ use unveil_learner::{Dataset, EventSink, Silent, Stage};
 use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::{breakdown_to_wire, response_to_wire, v1};
+use unveil_rollout::sync::WeightReceiver;
 use unveil_service::{CancellationToken, limited};
 
 use crate::common::{breakdown, low_tokens};
@@ -130,40 +131,29 @@ async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
     let vlm = Vlm::load(model, Device::Cpu, Kind::Float).unwrap();
     let banned = preparer.tokenizer().special().banned.clone();
     let mut engine = Engine::new(vlm, EngineOptions { banned, ..Default::default() }).unwrap();
-    let channel = unveil_service::connect(&address.to_string(), std::time::Duration::from_secs(5)).await.unwrap();
+    let patience = std::time::Duration::from_secs(5);
+    let channel = unveil_service::connect(&address.to_string(), patience).await.unwrap();
     let mut client = limited!(ExperienceClient::new(channel));
-    let (mut accepted, mut version) = (0, None);
+    let mut receiver = WeightReceiver::connect(&address.to_string(), name, patience).await.unwrap();
+    let mut accepted = 0;
     loop {
-        let ask = v1::LeaseRequest { worker: name.into(), max_groups: 2, wait_ms: 2000 };
+        let ask = v1::LeaseRequest { worker: name.into(), max_groups: 2, wait_ms: 2000, weights: receiver.held() };
         let Ok(answer) = client.lease(ask).await else { return accepted };
         let answer = answer.into_inner();
         if answer.finished {
             return accepted;
         }
-        if version != Some(answer.version) {
-            let (found, bytes) = weights(&mut client, version).await;
-            let named = unveil_learner::codec::from_bytes(&bytes, "weights").unwrap();
-            engine.load_weights(found, &named).unwrap();
-            version = Some(found);
+        if receiver.held().is_none_or(|h| h.version != answer.version) {
+            let update = receiver.fetch(patience).await.unwrap().unwrap();
+            engine.load_weights(update.version, &update.tensors).unwrap();
+            receiver.taken(update);
         }
-        for submission in generate_groups(&mut engine, &preparer, answer.groups, name) {
+        let held = receiver.held().unwrap();
+        for submission in generate_groups(&mut engine, &preparer, answer.groups, name, held) {
             let Ok(verdict) = client.submit(submission).await else { return accepted };
             accepted += u64::from(verdict.into_inner().verdict() == v1::submit_response::Verdict::Accepted);
         }
     }
-}
-
-/// Newest weights, checksums checked.
-pub async fn weights(client: &mut ExperienceClient<tonic::transport::Channel>, have: Option<u64>) -> (u64, Vec<u8>) {
-    let ask = v1::WeightsRequest { worker: "w".into(), have_version: have };
-    let mut stream = client.weights(ask).await.unwrap().into_inner();
-    let (mut version, mut bytes) = (0, Vec::new());
-    while let Some(chunk) = stream.message().await.unwrap() {
-        assert_eq!(crc32c::crc32c(&chunk.data), chunk.crc32c);
-        bytes.extend_from_slice(&chunk.data);
-        version = chunk.version;
-    }
-    (version, bytes)
 }
 
 fn generate_groups(
@@ -171,6 +161,7 @@ fn generate_groups(
     preparer: &Preparer,
     groups: Vec<v1::LeasedGroup>,
     name: &str,
+    held: v1::HeldWeights,
 ) -> Vec<v1::SubmitRequest> {
     let request = |g: &v1::LeasedGroup| {
         let record: unveil_core::Record = serde_json::from_str(&g.record_json).unwrap();
@@ -217,6 +208,7 @@ fn generate_groups(
             breakdowns,
             generate_ms: 1.0,
             reward_ms: 1.0,
+            weights: vec![held],
         }
     };
     groups.into_iter().zip(outputs).map(submission).collect()

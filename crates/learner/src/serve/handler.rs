@@ -1,0 +1,273 @@
+//! Calls of rollout workers: leases, submissions, weights. What comes in is checked here. Must not know: tensors, losses.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_stream::Stream;
+use tonic::{Request, Response as Answer, Status};
+use unveil_core::{GroupId, Logprobs, WeightVersion};
+use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
+use unveil_proto::v1::experience_server::Experience as Service;
+use unveil_proto::{breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
+
+use super::{Leased, Shared, State};
+use crate::batch::{GroupInput, TrainGroup};
+use crate::error::{LearnerError, Result};
+
+/// Longest time that one call waits for work or weights.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// How often a waiting lease call looks for leases that ran out.
+const LOOK: Duration = Duration::from_millis(500);
+
+pub(super) struct Handler {
+    pub shared: Arc<Shared>,
+}
+
+impl State {
+    /// Refuses a worker whose weights are not what was published.
+    fn trust(&self, worker: &str, held: &v1::HeldWeights) -> Result<(), Status> {
+        let v1::HeldWeights { version, checksum } = held;
+        let why = match self.checksums.get(version) {
+            Some(known) if known == checksum => return Ok(()),
+            Some(known) => format!("version {version} has {known:08x}: they were damaged on the way or in memory"),
+            None => "this learner has not published that version".to_owned(),
+        };
+        let what =
+            format!("worker `{worker}` holds weights of version {version} with CRC-32C {checksum:08x}, but {why}");
+        tracing::warn!("{what}");
+        Err(Status::failed_precondition(format!("{what}. Fetch them again")))
+    }
+}
+
+impl Handler {
+    /// Takes leases, waiting until `until` for some.
+    async fn take(&self, worker: &str, most: usize, until: Instant) -> (Vec<(Lease, usize)>, WeightVersion, bool) {
+        let shared = &self.shared;
+        loop {
+            let told = shared.work.notified();
+            tokio::pin!(told);
+            told.as_mut().enable();
+            {
+                let mut state = shared.lock();
+                let now = shared.now();
+                state.welcome(worker, now);
+                let version = state.machine.version();
+                if state.finished || state.machine.finished() {
+                    state.told.insert(worker.to_owned());
+                    return (Vec::new(), version, true);
+                }
+                state.machine.expire(now);
+                let most = if state.checksums.is_empty() { 0 } else { state.share(worker, most, now) };
+                let leases = state.machine.lease(worker, most, now);
+                if !leases.is_empty() || Instant::now() >= until {
+                    let with_index = |l: Lease| state.machine.index_of(&l.group).map(|i| (l, i));
+                    return (leases.into_iter().filter_map(with_index).collect(), version, false);
+                }
+            }
+            let wait = until.saturating_duration_since(Instant::now()).min(LOOK);
+            let _ = tokio::time::timeout(wait, told).await;
+        }
+    }
+
+    async fn prepare(&self, leases: Vec<(Lease, usize)>) -> Result<Vec<(Lease, Leased)>, Status> {
+        let shared = self.shared.clone();
+        let work = move || {
+            let ready =
+                |(lease, index): (Lease, usize)| shared.source.lease(index, &lease.group).map(|made| (lease, made));
+            leases.into_iter().map(ready).collect::<Result<Vec<_>>>()
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Ok(ready)) => Ok(ready),
+            Ok(Err(error)) => Err(self.shared.fail(error)),
+            Err(_) => Err(self.shared.fail(LearnerError::Lost("the preparation of an image"))),
+        }
+    }
+
+    fn group(&self, request: v1::SubmitRequest, id: GroupId, input: Arc<GroupInput>) -> Result<TrainGroup, Status> {
+        let bad = |what: String| Status::invalid_argument(format!("group {} of pass {}: {what}", id.record, id.pass));
+        let n = self.shared.sampling.n;
+        let (responses, breakdowns) = (request.responses.len(), request.breakdowns.len());
+        if responses != n || breakdowns != n {
+            return Err(bad(format!("{responses} responses and {breakdowns} breakdowns where {n} of each are needed")));
+        }
+        let (mut out, mut spans) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        for (at, r) in request.responses.into_iter().enumerate() {
+            if r.index as usize != at || request.breakdowns[at].index as usize != at {
+                return Err(bad(format!("response or breakdown {at} carries another index")));
+            }
+            let own: Vec<(usize, usize)> = r.spans.iter().map(|s| (s.begin as usize, s.end as usize)).collect();
+            let length = r.tokens.len();
+            if !own.is_empty() && own.len() != length {
+                return Err(bad(format!("response {at} has {} spans for {length} tokens", own.len())));
+            }
+            if length > self.shared.sampling.max_new_tokens {
+                return Err(bad(format!("response {at} has {length} tokens, more than it may")));
+            }
+            if let Some(t) = r.tokens.iter().find(|t| **t >= self.shared.vocab) {
+                return Err(bad(format!(
+                    "response {at} has token {t}, outside the vocabulary of {}",
+                    self.shared.vocab
+                )));
+            }
+            spans.push(own);
+            out.push(response_from_wire(r).map_err(|e| bad(e.to_string()))?);
+        }
+        let breakdowns = request.breakdowns.into_iter().map(|b| breakdown_from_wire(&id.record, b)).collect();
+        let (generate_ms, reward_ms) = (request.generate_ms, request.reward_ms);
+        Ok(TrainGroup { id, input, responses: out, spans, breakdowns, generate_ms, reward_ms })
+    }
+}
+
+impl Handler {
+    /// Checks the weights that made a group. Where they are not what was published, the group returns to the queue; versions
+    /// that this learner does not know are left to the accounting.
+    fn made_by(&self, worker: &str, lease: &str, group: &TrainGroup, told: &[v1::HeldWeights]) -> Result<(), Status> {
+        let versions = group.responses.iter().flat_map(|r| &r.versions);
+        if let Some(v) = versions.into_iter().find(|v| told.iter().all(|t| t.version != **v)) {
+            let id = &group.id.record;
+            return Err(Status::invalid_argument(format!(
+                "group {id} has tokens of version {v}, whose checksum is not told"
+            )));
+        }
+        let mut state = self.shared.lock();
+        let known: Vec<_> = told.iter().filter(|t| state.checksums.contains_key(&t.version)).collect();
+        let trusted = known.into_iter().try_for_each(|held| state.trust(worker, held));
+        if trusted.is_err() {
+            state.machine.release(worker, &[lease.to_owned()], self.shared.now());
+            self.shared.work.notify_waiters();
+        }
+        trusted
+    }
+}
+
+#[tonic::async_trait]
+impl Service for Handler {
+    async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Answer<v1::LeaseResponse>, Status> {
+        let r = request.into_inner();
+        if r.worker.is_empty() {
+            return Err(Status::invalid_argument("`worker` is empty: give each worker a name of its own"));
+        }
+        if let Some(held) = &r.weights {
+            self.shared.lock().trust(&r.worker, held)?;
+        }
+        let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        let (leases, version, finished) = self.take(&r.worker, r.max_groups as usize, Instant::now() + wait).await;
+        let ready = self.prepare(leases).await?;
+        let mut groups = Vec::with_capacity(ready.len());
+        let mut state = self.shared.lock();
+        for (lease, made) in ready {
+            let record_json = serde_json::to_string(&made.input.record).map_err(|e| Status::internal(e.to_string()))?;
+            let s = &self.shared.sampling;
+            groups.push(v1::LeasedGroup {
+                lease: lease.id,
+                group: Some(group_to_wire(&lease.group)),
+                record_json,
+                image: made.image,
+                image_hash: made.image_hash,
+                min_version: lease.min_version,
+                n: s.n as u32,
+                temperature: s.temperature,
+                max_new_tokens: s.max_new_tokens as u32,
+                seed: s.seed,
+                top_k: s.top_k as u32,
+                top_p: s.top_p,
+                min_p: s.min_p,
+                untempered: s.logprobs == Logprobs::Untempered,
+                stop: self.shared.stop.clone(),
+            });
+            state.inputs.insert(lease.group, made.input);
+        }
+        Ok(Answer::new(v1::LeaseResponse { groups, version, finished }))
+    }
+
+    async fn submit(&self, request: Request<v1::SubmitRequest>) -> Result<Answer<v1::SubmitResponse>, Status> {
+        let mut r = request.into_inner();
+        let id = group_from_wire(r.group.take()).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let (worker, lease) = (std::mem::take(&mut r.worker), std::mem::take(&mut r.lease));
+        let told = std::mem::take(&mut r.weights);
+        let known = self.shared.lock().inputs.get(&id).cloned();
+        // A group that is not under way here was trained already, or leased by a learner that is gone: the machine says which.
+        let nothing = || {
+            let record = serde_json::from_value(serde_json::json!({"id": id.record}))
+                .map_err(|e| Status::internal(e.to_string()));
+            record.map(|record| GroupInput {
+                record,
+                image_size: (0, 0),
+                prompt: unveil_model::Prompt::default(),
+                patches: Vec::new(),
+                merged: unveil_core::Grid { rows: 0, cols: 0 },
+            })
+        };
+        let orphan = known.is_none();
+        let input = match known {
+            Some(input) => input,
+            None => Arc::new(nothing()?),
+        };
+        let group = self.group(r, id.clone(), input)?;
+        let versions = VersionSpan::of(&group.responses)
+            .ok_or_else(|| Status::invalid_argument(format!("group {} has not one token", id.record)))?;
+        self.made_by(&worker, &lease, &group, &told)?;
+        let verdict = {
+            let mut state = self.shared.lock();
+            let now = self.shared.now();
+            let submission = Submission { worker: &worker, lease: &lease, group: &id, versions };
+            if orphan && state.machine.index_of(&id).is_none() {
+                Verdict::Expired
+            } else {
+                state.machine.submit(&submission, group, now)
+            }
+        };
+        if verdict == Verdict::Accepted {
+            self.shared.ready.notify_all();
+        }
+        // A group may be free again, or a worker may have become free.
+        self.shared.work.notify_waiters();
+        let verdict = match verdict {
+            Verdict::Accepted => v1::submit_response::Verdict::Accepted,
+            Verdict::Duplicate => v1::submit_response::Verdict::Duplicate,
+            Verdict::Stale => v1::submit_response::Verdict::Stale,
+            Verdict::Expired => v1::submit_response::Verdict::Expired,
+        };
+        Ok(Answer::new(v1::SubmitResponse { verdict: verdict.into() }))
+    }
+
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Answer<v1::ReleaseResponse>, Status> {
+        let r = request.into_inner();
+        let now = self.shared.now();
+        let released = self.shared.lock().machine.release(&r.worker, &r.leases, now);
+        if released > 0 {
+            self.shared.work.notify_waiters();
+        }
+        Ok(Answer::new(v1::ReleaseResponse {}))
+    }
+
+    type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
+
+    async fn weights(&self, request: Request<v1::WeightsRequest>) -> Result<Answer<Self::WeightsStream>, Status> {
+        let r = request.into_inner();
+        let until = Instant::now() + Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        let shared = &self.shared;
+        loop {
+            let told = shared.work.notified();
+            tokio::pin!(told);
+            told.as_mut().enable();
+            {
+                let state = shared.lock();
+                // Weights of a learner that is gone, or damaged ones, are no base to build on.
+                let base = r.holds.filter(|h| state.checksums.get(&h.version) == Some(&h.checksum));
+                let newest = base.is_some_and(|b| b.version == state.machine.version());
+                if let Some(weights) = state.weights.as_ref().filter(|_| !newest) {
+                    return Ok(Answer::new(Box::pin(tokio_stream::iter(weights.stream(base)))));
+                }
+                if state.finished || Instant::now() >= until {
+                    if newest || base.is_some() {
+                        return Ok(Answer::new(Box::pin(tokio_stream::empty())));
+                    }
+                    return Err(Status::unavailable("no weights are published yet"));
+                }
+            }
+            let _ = tokio::time::timeout(until.saturating_duration_since(Instant::now()), told).await;
+        }
+    }
+}

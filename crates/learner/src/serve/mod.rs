@@ -1,0 +1,319 @@
+//! The host of experience: the gRPC service that rollout workers talk to, around the state machine of the experience room.
+//!
+//! The training thread and the handlers share the machine behind a lock that is held for moments only; images are prepared on
+//! blocking threads, so no handler holds up the runtime. Must not know: tensors, losses.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tonic::Status;
+use unveil_core::{GroupId, Sampling, WeightVersion};
+use unveil_experience::{Event, Experience, ExperienceError, Snapshot, Stats};
+use unveil_proto::v1::experience_server::ExperienceServer;
+use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
+
+use crate::batch::{GroupInput, TrainGroup};
+use crate::error::{LearnerError, Result};
+use handler::Handler;
+use weights::Published;
+
+mod handler;
+mod weights;
+
+pub use weights::NewWeights;
+
+/// A worker that was not heard of for so long is not counted on.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// What goes to a worker with a lease.
+#[derive(Debug, Clone)]
+pub struct Leased {
+    /// Prompt and patches, kept for the update; the record goes to the worker.
+    pub input: Arc<GroupInput>,
+    /// The encoded image.
+    pub image: Bytes,
+    /// BLAKE3 of its decoded pixels, hex.
+    pub image_hash: String,
+}
+
+/// Prepares the image of a group. Called on blocking threads.
+pub trait LeaseSource: Send + Sync + 'static {
+    /// Record `index` for this turn of its pass.
+    ///
+    /// # Errors
+    /// The record cannot be used; the run ends with this error.
+    fn lease(&self, index: usize, group: &GroupId) -> Result<Leased>;
+}
+
+struct State {
+    machine: Experience<TrainGroup>,
+    inputs: HashMap<GroupId, Arc<GroupInput>>,
+    /// None before the first version, and while the next one is written.
+    weights: Option<Published>,
+    /// Checksum of every version that this process published.
+    checksums: BTreeMap<WeightVersion, u32>,
+    /// Workers that ever leased, and when they were last heard of.
+    workers: BTreeMap<String, Duration>,
+    told: BTreeSet<String>,
+    finished: bool,
+    fault: Option<LearnerError>,
+}
+
+impl State {
+    /// Notes a worker. A name `base#k` stands for a process that was started again: what other incarnations of `base` hold
+    /// is free at once.
+    fn welcome(&mut self, worker: &str, now: Duration) {
+        if self.workers.insert(worker.to_owned(), now).is_some() {
+            return;
+        }
+        let Some((base, _)) = worker.rsplit_once('#') else { return };
+        let gone: Vec<String> = self
+            .workers
+            .keys()
+            .filter(|w| *w != worker && w.rsplit_once('#').is_some_and(|(b, _)| b == base))
+            .cloned()
+            .collect();
+        for name in gone {
+            let held = self.machine.worker_lost(&name, now);
+            tracing::warn!(worker = name, held, "the worker was started again: its groups return to the queue");
+            self.workers.remove(&name);
+        }
+    }
+
+    /// Groups that `worker` may take of `most` that it asks for. One that has nothing in hand gets all; one that looks ahead
+    /// leaves a share of the same size to each that has nothing.
+    fn share(&self, worker: &str, most: usize, now: Duration) -> usize {
+        if self.machine.leased_by(worker) == 0 {
+            return most;
+        }
+        let idle = self.workers.iter().filter(|(name, heard)| {
+            *name != worker && now.saturating_sub(**heard) < SILENT && self.machine.leased_by(name) == 0
+        });
+        most.min(self.machine.leasable().saturating_sub(idle.count().saturating_mul(most)))
+    }
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// A batch may be whole, or something went wrong: for the training thread.
+    ready: Condvar,
+    /// There may be something to lease: for waiting workers.
+    work: Notify,
+    started: Instant,
+    source: Arc<dyn LeaseSource>,
+    sampling: Sampling,
+    stop: Vec<String>,
+    vocab: u32,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn fail(&self, error: LearnerError) -> Status {
+        let status = Status::internal(error.to_string());
+        let mut state = self.lock();
+        state.fault = state.fault.take().or(Some(error));
+        drop(state);
+        self.ready.notify_all();
+        status
+    }
+}
+
+/// What the host serves with.
+pub struct HostOptions {
+    /// Listen address.
+    pub listen: String,
+    /// How responses are sampled.
+    pub sampling: Sampling,
+    /// Texts that end a response.
+    pub stop: Vec<String>,
+    /// Token ids of the model are below this.
+    pub vocab: u32,
+}
+
+/// A running host; the training thread's end of it.
+pub struct Host {
+    shared: Arc<Shared>,
+    handle: Handle,
+    stop: CancellationToken,
+    running: Option<Running>,
+    address: SocketAddr,
+}
+
+impl Host {
+    /// Starts serving. Nothing is leased before the first [`Host::publish`].
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn start(
+        handle: &Handle,
+        options: HostOptions,
+        machine: Experience<TrainGroup>,
+        source: Arc<dyn LeaseSource>,
+    ) -> Result<Self> {
+        let state = State {
+            machine,
+            inputs: HashMap::new(),
+            weights: None,
+            checksums: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            told: BTreeSet::new(),
+            finished: false,
+            fault: None,
+        };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(state),
+            ready: Condvar::new(),
+            work: Notify::new(),
+            started: Instant::now(),
+            source,
+            sampling: options.sampling,
+            stop: options.stop,
+            vocab: options.vocab,
+        });
+        let stop = CancellationToken::new();
+        let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
+        let serve = ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1) };
+        let routes = Routes::new(service);
+        let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
+        Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })
+    }
+
+    /// Where it listens, with the real port.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Makes weights available and opens the window for the leases that need them. The tensors are copied; they may change once
+    /// this returns.
+    ///
+    /// # Errors
+    /// The version is not newer than the present one, or a tensor cannot be copied.
+    pub fn publish(&self, new: &NewWeights<'_>) -> Result<()> {
+        let version = new.version;
+        let before = {
+            let mut state = self.shared.lock();
+            // The first weights of this process: the machine starts, or was restored, at their version.
+            let current = state.machine.version();
+            if version < current || (version == current && !state.checksums.is_empty()) {
+                return Err(ExperienceError::VersionBack { version, current }.into());
+            }
+            // Nobody is sent the version before from here on: those who ask wait for this one.
+            state.weights.take()
+        };
+        let made = Published::make(new, before)?;
+        let mut state = self.shared.lock();
+        state.machine.published(version)?;
+        state.checksums.insert(version, made.checksum);
+        state.weights = Some(made);
+        drop(state);
+        self.shared.work.notify_waiters();
+        Ok(())
+    }
+
+    /// Waits for the next batch; `None` after `most`.
+    ///
+    /// # Errors
+    /// A record could not be prepared meanwhile.
+    pub fn next_batch(&self, most: Duration) -> Result<Option<Vec<TrainGroup>>> {
+        let until = Instant::now() + most;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(fault) = state.fault.take() {
+                return Err(fault);
+            }
+            let now = self.shared.now();
+            state.machine.expire(now);
+            let stale = state.machine.stats().stale;
+            let batch = state.machine.next_batch(now);
+            if state.machine.stats().stale > stale {
+                // Groups that have grown too old can be leased again.
+                self.shared.work.notify_waiters();
+            }
+            if let Some(batch) = batch {
+                for (id, _) in &batch {
+                    state.inputs.remove(id);
+                }
+                drop(state);
+                // With staleness allowed, what comes next can be leased from here on.
+                self.shared.work.notify_waiters();
+                return Ok(Some(batch.into_iter().map(|(_, group)| group).collect()));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let slept = self.shared.ready.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            state = slept.0;
+        }
+    }
+
+    /// Counts a batch as trained by update `step`.
+    ///
+    /// # Errors
+    /// It is not the batch that was taken.
+    pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
+        let now = self.shared.now();
+        Ok(self.shared.lock().machine.trained(step, groups, now)?)
+    }
+
+    /// Where the run stands in its data.
+    pub fn snapshot(&self) -> Snapshot {
+        self.shared.lock().machine.snapshot()
+    }
+
+    /// Counts of groups.
+    pub fn stats(&self) -> Stats {
+        self.shared.lock().machine.stats()
+    }
+
+    /// What happened to groups since the last call.
+    pub fn drain_events(&self) -> Vec<Event> {
+        self.shared.lock().machine.drain_events()
+    }
+
+    /// Tells workers that the run is over, waits up to `most` until each that ever leased has heard it, and stops serving.
+    pub fn finish(mut self, most: Duration) {
+        let until = Instant::now() + most;
+        self.shared.lock().finished = true;
+        while Instant::now() < until {
+            self.shared.work.notify_waiters();
+            let state = self.shared.lock();
+            if state.workers.keys().all(|w| state.told.contains(w)) {
+                break;
+            }
+            drop(state);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.close();
+    }
+
+    fn close(&mut self) {
+        self.stop.cancel();
+        self.shared.work.notify_waiters();
+        if let Some(running) = self.running.take() {
+            let ended =
+                self.handle.block_on(async { tokio::time::timeout(Duration::from_secs(2), running.wait()).await });
+            if let Ok(Err(e)) = ended {
+                tracing::warn!(error = %e, "the experience service ended with an error");
+            }
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,89 @@
+"""Weight sync from a learner to a worker on the same host, as a share of plain loopback TCP: part of `make bench-learner`.
+
+Two processes of `sync_bench` (crates/learner/examples) hold tensors of the 3B shape in the kind of numbers that travels. A sync is
+what a run does for each version: the learner copies its tensors into chunks with their CRC-32C, the worker fetches them over gRPC,
+checks every chunk and the whole, and copies them into its model. Its time is from the first of these to the last, with nothing
+else going on. The limit is the same number of bytes between the same two processes over a plain TCP connection, written from and
+read into one buffer of 1 MiB, without checksums. In turns; the first of a round alternates. Buffers are made by one sync before.
+
+Rows:
+    3b-grpc-sync     bytes per second; ratio = share of the plain rate (aim 0.25), peer null
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import shapes
+import table
+from process import Child
+
+PROGRAM = shapes.OUT.parent / "release" / "examples" / "sync_bench"
+
+
+def chosen(shape, gigabytes, width):
+    """Names and shapes of the model, or of its first tensors up to a size."""
+    out, total = {}, 0
+    for name, size in shapes.tensors_of(shapes.config_of(shape)).items():
+        total += shapes.torch.Size(size).numel() * width
+        if gigabytes and out and total > gigabytes * 1e9:
+            break
+        out[name] = list(size)
+    return out
+
+
+def both(pool, sender, receiver, op):
+    """One command to both at the same time; both replies and the seconds until both are there."""
+    start = time.perf_counter()
+    replies = [pool.submit(child.ask, op) for child in (sender, receiver)]
+    return [r.result() for r in replies], time.perf_counter() - start
+
+
+def measure(options):
+    """All rows."""
+    if not PROGRAM.exists():
+        raise SystemExit(f"bench: {PROGRAM} is missing; run it through make, or cargo build --release --examples")
+    width = {"bfloat16": 2, "float32": 4}[options.dtype]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "shapes.json"
+        path.write_text(json.dumps(chosen(options.shape, options.gigabytes, width)))
+        with Child("sync-send", [PROGRAM, "send", path, options.dtype], 1) as sender:
+            ready = sender.ready
+            command = [PROGRAM, "receive", path, options.dtype, ready["address"], ready["raw"]]
+            with Child("sync-receive", command, 1) as receiver, ThreadPoolExecutor(2) as pool:
+                return rounds(options, pool, sender, receiver, ready["bytes"])
+
+
+def rounds(options, pool, sender, receiver, size):
+    both(pool, sender, receiver, "sync")
+    seconds = {"sync": [], "raw": []}
+    for r in range(options.rounds):
+        for op in ("sync", "raw") if r % 2 == 0 else ("raw", "sync"):
+            (sent, got), took = both(pool, sender, receiver, op)
+            seconds[op].append(took)
+            print(f"{op}: {size / took / 1e9:.2f} GB/s, {took:.2f} s ({json.dumps(sent)}, {json.dumps(got)})", flush=True)
+    shares = [raw / sync for raw, sync in zip(seconds["raw"], seconds["sync"])]
+    notes = [f"{size} bytes, {options.dtype}; plain loopback TCP {size / median(seconds['raw']) / 1e9:.3f} GB/s; peak resident "
+             f"{sender.peak_mib():.0f} MiB of the sender and {receiver.peak_mib():.0f} MiB of the receiver"]
+    print(f"bench: {notes[0]}", flush=True)
+    name = f"{options.shape}-grpc-sync"
+    return [table.row(name, "GB/s", size / median(seconds["sync"]) / 1e9, None, None, median(shares),
+                      table.spread(shares))], notes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="3b", choices=list(shapes.SHAPES))
+    parser.add_argument("--gigabytes", type=float, default=0, help="only the first tensors, up to this size; 0 = all")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    rows, notes = measure(parser.parse_args())
+    table.write("learner", table.machine(), rows, notes)
+
+
+if __name__ == "__main__":
+    main()
