@@ -14,6 +14,7 @@ use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
 use crate::place::Place;
 use crate::rope::Rotary;
 use crate::tape::{Tape, Var};
+use crate::tree::Tree;
 use crate::{Result, TextConfig};
 
 /// Matrices that meet the same input: queries, keys and values, or gate and up, with their biases.
@@ -69,6 +70,16 @@ pub(crate) struct Decoder {
     pub rotary: Rotary,
 }
 
+/// What a position may attend to.
+pub(crate) enum Reach {
+    /// Itself and what came before it.
+    Causal,
+    /// What an additive mask `[B or 1, 1, L, L]` in the embeddings' kind leaves open.
+    Mask(Tensor),
+    /// What packed groups have open, in the embeddings' kind.
+    Tree(Tree),
+}
+
 /// What a pass over sequences is asked for besides hidden states.
 #[derive(Default)]
 pub(crate) struct SequenceAsk {
@@ -85,7 +96,7 @@ pub(crate) struct SequenceAsk {
 struct Pass {
     cos: Tensor,
     sin: Tensor,
-    mask: Option<Tensor>,
+    reach: Reach,
     ask: SequenceAsk,
 }
 
@@ -138,18 +149,17 @@ impl Decoder {
         })
     }
 
-    /// Embeddings `[B, L, D]` with positions `[3, B, L]` through all layers, a segment each. `mask` is additive in the
-    /// embeddings' kind, `[B or 1, 1, L, L]`; none means causal.
+    /// Embeddings `[B, L, D]` with positions `[3, B, L]` through all layers, a segment each.
     pub(crate) fn sequences<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         embeds: Var,
         positions: &Tensor,
-        mask: Option<Tensor>,
+        reach: Reach,
         ask: SequenceAsk,
     ) -> SequenceOut {
         let (cos, sin) = self.rotary.tables(positions);
-        let pass = Rc::new(Pass { cos: cos.unsqueeze(2), sin: sin.unsqueeze(2), mask, ask });
+        let pass = Rc::new(Pass { cos: cos.unsqueeze(2), sin: sin.unsqueeze(2), reach, ask });
         let mut x = embeds;
         let mut out = SequenceOut { hidden: Var::constant(Tensor::new()), attention: Vec::new(), kv: Vec::new() };
         for index in 0..self.layers.len() {
@@ -180,7 +190,11 @@ impl Decoder {
         let Qkv { q, k, v } = self.qkv(layer, x, &pass.cos, &pass.sin);
         let capture = ask.capture.as_deref().filter(|_| pass.reads(index));
         let captured = capture.map(|capture| capture_rows(index, &q, &k, capture));
-        let mut attended = sdpa(&q, &k, &v, pass.mask.as_ref(), pass.mask.is_none()).transpose(1, 2);
+        let mut attended = match &pass.reach {
+            Reach::Causal => sdpa(&q, &k, &v, None, true).transpose(1, 2),
+            Reach::Mask(mask) => sdpa(&q, &k, &v, Some(mask), false).transpose(1, 2),
+            Reach::Tree(tree) => tree.attend(&q, &k, &v),
+        };
         let rows = ask.rows.as_ref().filter(|_| index + 1 == self.layers.len());
         let mut x = x.shallow_clone();
         if let Some(rows) = rows.filter(|_| level.is_none()) {

@@ -25,6 +25,7 @@ mod rope;
 mod shards;
 mod spec;
 mod tape;
+mod tree;
 mod value_head;
 mod vision;
 mod vlm;

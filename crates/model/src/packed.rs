@@ -1,4 +1,4 @@
-//! Packed groups: one sequence holds a prompt and all responses to it, a tree mask keeps responses apart, and
+//! Packed groups: one sequence holds a prompt and all responses to it, a tree keeps responses apart, and
 //! positions start again for each response. A packed pass equals separate passes, at the cost of one prompt.
 
 use std::ops::Range;
@@ -6,6 +6,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::rope::rope_positions;
+use crate::tree::Tree;
 use crate::vlm::Prompt;
 use crate::{ModelError, Result, VlmConfig};
 
@@ -25,9 +26,8 @@ pub struct PackedBatch {
     pub tokens: Tensor,
     /// Rotary positions `[3, B, L]`.
     pub positions: Tensor,
-    /// True where a row may attend `[B, 1, L, L]`: prompt causally, response tokens to the prompt and to earlier tokens
-    /// of their own response, padding to itself.
-    pub mask: Tensor,
+    /// Who attends to whom: prompts causally, response tokens to the prompt and to earlier tokens of their own response.
+    pub(crate) tree: Tree,
     /// Index into `B * L` of the position that predicts each response token `[N]`.
     pub predict_index: Tensor,
     /// Index into `B * L` of each response token itself `[N]`.
@@ -71,6 +71,8 @@ impl PackedBatch {
         let len_of = |g: &PackedGroup| g.prompt.tokens.len() + g.responses.iter().map(Vec::len).sum::<usize>();
         let l = groups.iter().map(len_of).max().unwrap_or(0);
         let b = groups.len();
+        let shapes: Vec<(usize, Vec<usize>)> =
+            groups.iter().map(|g| (g.prompt.tokens.len(), g.responses.iter().map(Vec::len).collect())).collect();
         let mut rows = Rows { l, ..Rows::default() };
         for (index, group) in groups.iter().enumerate() {
             rows.push(index, group, config)?;
@@ -89,7 +91,7 @@ impl PackedBatch {
         Ok(Self {
             tokens: tensor(&rows.tokens, &[bi, li]),
             positions: tensor(&rows.positions, &[bi, li, 3]).permute([2, 0, 1]).contiguous(),
-            mask: Tensor::from_slice(&rows.mask).view([bi, 1, li, li]).to_device(device),
+            tree: Tree::new(&shapes, l, device),
             predict_index: tensor(&rows.predict, &[-1]),
             input_index: tensor(&rows.input, &[-1]),
             targets: tensor(&rows.targets, &[-1]),
@@ -121,7 +123,6 @@ struct Rows {
     l: usize,
     tokens: Vec<i64>,
     positions: Vec<i64>,
-    mask: Vec<bool>,
     predict: Vec<i64>,
     input: Vec<i64>,
     targets: Vec<i64>,
@@ -146,12 +147,6 @@ impl Rows {
         let p = prompt.len();
         self.tokens.extend(prompt.iter().map(|t| i64::from(*t)));
         self.positions.extend(positions.iter().flatten());
-        let mask_base = self.mask.len();
-        self.mask.resize(mask_base + l * l, false);
-        let mask = &mut self.mask[mask_base..];
-        for row in 0..p {
-            mask[row * l..=row * l + row].fill(true);
-        }
         let mut at = p;
         let mut ranges = Vec::with_capacity(group.responses.len());
         let mut queries = Vec::new();
@@ -162,8 +157,6 @@ impl Rows {
             let first = self.targets.len();
             for (i, token) in response.iter().enumerate() {
                 let row = at + i;
-                mask[row * l..row * l + p].fill(true);
-                mask[row * l + at..=row * l + row].fill(true);
                 self.tokens.push(i64::from(*token));
                 self.positions.extend([next + i as i64; 3]);
                 self.predict.push((base + if i == 0 { p - 1 } else { row - 1 }) as i64);
@@ -173,9 +166,6 @@ impl Rows {
             }
             at += response.len();
             ranges.push(first..self.targets.len());
-        }
-        for row in at..l {
-            mask[row * l + row] = true;
         }
         let filler = padding_token(config);
         self.tokens.resize(base + l, filler);

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::attention::{AttentionSet, Capture, CaptureSpec};
 use crate::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
-use crate::decoder::{Decoder, SequenceAsk, SequenceOut};
+use crate::decoder::{Decoder, Reach, SequenceAsk, SequenceOut};
 use crate::ops::{linear, wide};
 use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::place::Place;
@@ -220,19 +220,19 @@ impl Vlm {
         let ask = SequenceAsk { capture, ..SequenceAsk::default() };
         let features = image_features.map(|f| Var::constant(f.shallow_clone()));
         let mut tape = Tape::new(Mode::Graph);
-        let out = self.sequences(&mut tape, tokens, features.as_ref(), positions, mask, ask)?;
+        let out = self.sequences(&mut tape, tokens, features.as_ref(), positions, self.reach(mask, tokens)?, ask)?;
         let attention = out.attention.into_iter().map(|v| v.tensor).reduce(|a, b| a + b);
         Ok(ForwardOut { hidden: out.hidden.tensor, attention })
     }
 
-    /// Checks shapes, makes the mask additive, runs the decoder.
+    /// Checks shapes, runs the decoder.
     fn sequences<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         tokens: &Tensor,
         image_features: Option<&Var>,
         positions: &Tensor,
-        mask: Option<&Tensor>,
+        reach: Reach,
         ask: SequenceAsk,
     ) -> Result<SequenceOut> {
         let size = tokens.size();
@@ -242,23 +242,30 @@ impl Vlm {
         if positions.size() != [3, b, l] {
             return Err(ModelError::input(format!("tokens {size:?} and positions {:?} do not fit", positions.size())));
         }
-        if let Some(m) = mask
-            && (m.dim() != 4 || m.size()[2..] != [l, l] || ![1, b].contains(&m.size()[0]))
-        {
-            return Err(ModelError::input(format!("mask has shape {:?}, expected [{b}, 1, {l}, {l}]", m.size())));
-        }
         if let Some(c) = &ask.capture {
             c.set.check(&self.config.text)?;
         }
+        let (embeds, deepstack) = self.embed(tape, tokens, image_features)?;
+        Ok(self.decoder.sequences(tape, embeds, positions, reach, SequenceAsk { deepstack, ..ask }))
+    }
+
+    /// A mask as it is given to [`Vlm::forward`], additive.
+    fn reach(&self, mask: Option<&Tensor>, tokens: &Tensor) -> Result<Reach> {
+        let (Some(m), &[b, l]) = (mask, &tokens.size()[..]) else { return Ok(Reach::Causal) };
+        if m.dim() != 4 || m.size()[2..] != [l, l] || ![1, b].contains(&m.size()[0]) {
+            return Err(ModelError::input(format!("mask has shape {:?}, expected [{b}, 1, {l}, {l}]", m.size())));
+        }
         let kind = wide(self.kind());
-        let additive = mask.map(|m| match m.kind() {
+        Ok(Reach::Mask(match m.kind() {
             Kind::Bool => {
                 Tensor::zeros(m.size().as_slice(), (kind, m.device())).masked_fill(&m.logical_not(), f64::NEG_INFINITY)
             }
             _ => m.to_kind(kind),
-        });
-        let (embeds, deepstack) = self.embed(tape, tokens, image_features)?;
-        Ok(self.decoder.sequences(tape, embeds, positions, additive, SequenceAsk { deepstack, ..ask }))
+        }))
+    }
+
+    fn tree(&self, batch: &PackedBatch) -> Reach {
+        Reach::Tree(batch.tree.of_kind(wide(self.kind())))
     }
 
     /// Logits `[.., V]`, fp32, of hidden states `[.., D]`; give it only the rows that are needed.
@@ -309,7 +316,7 @@ impl Vlm {
         });
         let rows = Some(batch.predict_index.shallow_clone());
         let ask = SequenceAsk { capture, rows, ..SequenceAsk::default() };
-        let out = self.sequences(tape, &batch.tokens, features, &batch.positions, Some(&batch.mask), ask)?;
+        let out = self.sequences(tape, &batch.tokens, features, &batch.positions, self.tree(batch), ask)?;
         let attention = (!out.attention.is_empty()).then(|| {
             let index = batch.query_flat.shallow_clone();
             tape.call1(&out.attention.iter().collect::<Vec<_>>(), move |layers| {
@@ -347,7 +354,7 @@ impl Vlm {
         let ask = SequenceAsk { rows: Some(last), keep_kv: true, ..SequenceAsk::default() };
         let features = image_features.map(|f| Var::constant(f.shallow_clone()));
         let mut tape = Tape::new(Mode::Graph);
-        let out = self.sequences(&mut tape, &tokens, features.as_ref(), &positions, None, ask)?;
+        let out = self.sequences(&mut tape, &tokens, features.as_ref(), &positions, Reach::Causal, ask)?;
         let images: Vec<Vec<i64>> = prompts.iter().map(|p| image_positions(&p.tokens, &self.config)).collect();
         Ok(Prefill {
             last_hidden: out.hidden.tensor,
@@ -372,7 +379,7 @@ impl Vlm {
         let features = image_features.map(|f| Var::constant(f.shallow_clone()));
         let mut tape = Tape::new(Mode::Graph);
         let out =
-            self.sequences(&mut tape, &batch.tokens, features.as_ref(), &batch.positions, Some(&batch.mask), ask)?;
+            self.sequences(&mut tape, &batch.tokens, features.as_ref(), &batch.positions, self.tree(&batch), ask)?;
         let ranges = |g: &PackedGroup| {
             let mut at = g.prompt.tokens.len() as i64;
             let one = |r: &Vec<u32>| {
