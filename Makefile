@@ -50,10 +50,10 @@ bench-rollout: bench-build ## rollout against transformers, loading against read
 bench-load: bench-build ## loading a 3B model directory against reading its files
 	$(PYTHON) tests/bench/load.py $(ARGS)
 
-bench-learner: setup ## weight sync to a worker against plain loopback TCP (ARGS="--gigabytes 1 --rounds 3")
+bench-learner: setup ## policy updates against TRL, weight sync against plain loopback TCP (ARGS="--rounds 3")
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-learner --example sync_bench
-	$(PYTHON) tests/bench/sync.py $(ARGS)
+	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
+	$(PYTHON) tests/bench/learner.py --sync $(ARGS)
 
 bench-gpu: bench-build ## rollout against transformers on a GPU, 3B and 7B in bfloat16
 	$(PYTHON) tests/bench/rollout.py --name gpu --device cuda --dtype bfloat16 --shapes 3b,7b --bandwidth $(ARGS)

@@ -12,7 +12,7 @@ Rows, for each shape (shapes.py has the sizes):
     SHAPE-n8, SHAPE-n4       samples (responses) per second with 8 and 4 responses per prompt
     SHAPE-memory-n8          peak memory of an update above the loaded model
 
-    learner.py --shapes tiny --rounds 5
+    learner.py --shapes tiny --rounds 5 [--sync]
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 from statistics import median
 
 import shapes
+import sync
 import table
 from process import Child, Quiet
 from rollout import binary, calls_for
@@ -94,6 +95,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
+    parser.add_argument("--sync", action="store_true", help="the rows of sync.py as well")
     parser.add_argument("--name", default="learner", help="of the file under target/bench")
     args = parser.parse_args()
     unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
@@ -106,6 +108,9 @@ def main():
             more, note = measure(shape, n, args)
             rows += more
             notes.append(note)
+    if args.sync:
+        more, notes_of_sync = sync.measure(sync.Options())
+        rows, notes = rows + more, notes + notes_of_sync
     table.write(args.name, table.machine(), rows, notes)
 
 

@@ -16,6 +16,7 @@ import pathlib
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from statistics import median
 
 import shapes
@@ -75,14 +76,24 @@ def rounds(options, pool, sender, receiver, size):
                       table.spread(shares))], notes
 
 
+@dataclass
+class Options:
+    """What is measured."""
+
+    shape: str = "3b"
+    gigabytes: float = 0
+    dtype: str = "bfloat16"
+    rounds: int = 5
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="3b", choices=list(shapes.SHAPES))
     parser.add_argument("--gigabytes", type=float, default=0, help="only the first tensors, up to this size; 0 = all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=5)
-    rows, notes = measure(parser.parse_args())
-    table.write("learner", table.machine(), rows, notes)
+    rows, notes = measure(Options(**vars(parser.parse_args())))
+    table.write("sync", table.machine(), rows, notes)
 
 
 if __name__ == "__main__":
