@@ -1,6 +1,7 @@
 //! What an update is made of, as host data: groups with prompt, pixels, responses and rewards; and the same as flat rows ready
 //! for the loss. Knows no service and no optimiser.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
@@ -115,7 +116,7 @@ impl<'a> Member<'a> {
     }
 
     /// Flat ranges of its responses, relative to its own first token.
-    pub fn ranges(&self) -> Vec<std::ops::Range<usize>> {
+    pub fn ranges(&self) -> Vec<Range<usize>> {
         let mut begin = 0;
         let lengths = self.packed.responses.iter().map(Vec::len);
         lengths
@@ -154,21 +155,43 @@ pub(crate) fn flat(members: &[&Member<'_>], of: Numbers, kind: Kind, device: Dev
     Ok(Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?)
 }
 
-/// Consecutive groups so that each part's padded size (groups x longest sequence) stays within `budget`; at least one each.
+/// Largest share of a part that may be padding.
+const PADDING: f64 = 0.05;
+
+/// Consecutive groups so that each part's padded size (groups x longest sequence) stays within `budget` and is padding to
+/// [`PADDING`] at most; at least one each. Sort the members by width before.
 pub(crate) fn parts<'m, 'a>(members: &[&'m Member<'a>], budget: usize) -> Vec<Vec<&'m Member<'a>>> {
-    let mut out: Vec<Vec<&Member>> = Vec::new();
-    let mut widest = 0;
-    for m in members {
-        widest = widest.max(m.width());
+    let widths: Vec<usize> = members.iter().map(|m| m.width()).collect();
+    cuts(&widths, budget).into_iter().map(|range| members[range].to_vec()).collect()
+}
+
+/// [`parts`] of sequences of these widths.
+fn cuts(widths: &[usize], budget: usize) -> Vec<Range<usize>> {
+    let mut out: Vec<Range<usize>> = Vec::new();
+    let (mut widest, mut filled) = (0, 0);
+    for (i, width) in widths.iter().enumerate() {
+        (widest, filled) = (widest.max(*width), filled + width);
         match out.last_mut() {
-            Some(part) if (part.len() + 1) * widest <= budget => part.push(m),
+            Some(part) if fits((part.len() + 1) * widest, filled, budget) => part.end = i + 1,
             _ => {
-                widest = m.width();
-                out.push(vec![m]);
+                (widest, filled) = (*width, *width);
+                out.push(i..i + 1);
             }
         }
     }
     out
+}
+
+fn fits(padded: usize, filled: usize, budget: usize) -> bool {
+    padded <= budget && (padded - filled) as f64 <= PADDING * padded as f64
+}
+
+/// Positions of the parts, padding among them, and those that are padding.
+pub(crate) fn padding(parts: &[Vec<&Member<'_>>]) -> (usize, usize) {
+    let padded = |part: &Vec<&Member<'_>>| part.len() * part.iter().map(|m| m.width()).max().unwrap_or(0);
+    let all: usize = parts.iter().map(padded).sum();
+    let filled: usize = parts.iter().flatten().map(|m| m.width()).sum();
+    (all, all - filled)
 }
 
 /// Responses with vision relevance among `members`.
@@ -219,4 +242,31 @@ pub(crate) fn mentions(
         coverage: Tensor::from_slice(&coverage).view([baseline.len() as i64, width]).to_device(device),
         baseline: Tensor::from_slice(&baseline).to_kind(Kind::Float).to_device(device),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    use super::*;
+
+    #[test]
+    fn little_is_padding_whatever_the_widths() {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        for count in [1, 2, 16, 200] {
+            let mut widths: Vec<usize> = (0..count).map(|_| rng.random_range(290..1400)).collect();
+            widths.sort_unstable();
+            let parts = cuts(&widths, 20_000);
+            assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
+            for part in &parts {
+                let own = &widths[part.clone()];
+                let padded = own.len() * own.iter().max().unwrap();
+                assert!(padded <= 20_000, "{own:?}");
+                assert!((padded - own.iter().sum::<usize>()) as f64 <= 0.05 * padded as f64, "{own:?}");
+            }
+        }
+        assert_eq!(cuts(&[500, 500, 500], 1000), [0..2, 2..3]);
+        assert_eq!(cuts(&[5000, 5000], 1000).len(), 2, "one alone is a part however long it is");
+    }
 }

@@ -67,6 +67,8 @@ pub struct UpdateReport {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
+    /// Share of positions in packed sequences that are padding.
+    pub padding: f64,
     /// Response tokens trained on.
     pub tokens: usize,
     /// Responses.

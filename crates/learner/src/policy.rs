@@ -81,12 +81,12 @@ impl Policy {
     pub fn forward_detached(&self, members: &[&Member<'_>]) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
         no_grad(|| {
             let plain = Objective { attention_coef: 0.0, ..self.settings.objective };
-            let (mut logprobs, mut values) = (Vec::new(), self.value_head.is_some().then(Vec::new));
+            let (mut logprobs, mut values) = (Vec::new(), None);
             for part in parts(members, self.settings.token_budget) {
-                let f = self.pass(&part, &plain, Mode::Graph)?;
-                logprobs.extend(host(&f.logprobs)?);
-                if let (Some(all), Some(v)) = (&mut values, &f.values) {
-                    all.extend(host(v)?);
+                let (lp, v) = detached(&[self.pass(&part, &plain, Mode::Graph)?])?;
+                logprobs.extend(lp);
+                if let Some(v) = v {
+                    values.get_or_insert_with(Vec::new).extend(v);
                 }
             }
             Ok((logprobs, values))
@@ -179,7 +179,18 @@ pub(crate) fn forward_groups<'i>(
     Ok((hidden.tensor, targets))
 }
 
+/// Log-probabilities and values of passes, one behind the other.
+pub(crate) fn detached(passes: &[Forward<'_>]) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+    let (mut logprobs, mut values) = (Vec::new(), Vec::new());
+    for f in passes {
+        logprobs.extend(host(&f.logprobs)?);
+        values.extend(f.values.as_ref().map(host).transpose()?.into_iter().flatten());
+    }
+    let with_values = passes.iter().any(|f| f.values.is_some());
+    Ok((logprobs, with_values.then_some(values)))
+}
+
 /// A tensor's numbers.
-pub(crate) fn host(t: &Tensor) -> Result<Vec<f64>> {
+fn host(t: &Tensor) -> Result<Vec<f64>> {
     Ok(Vec::<f64>::try_from(t.f_detach()?.f_to_kind(Kind::Double)?.f_contiguous()?.f_view([-1])?)?)
 }

@@ -11,11 +11,11 @@ use unveil_algo::{AlgoError, BatchStats, KlController, Layout, LossParts, Object
 use unveil_core::GroupId;
 use unveil_model::{ValueHead, Vlm};
 
-use crate::batch::{Member, TrainGroup, parts};
+use crate::batch::{Member, TrainGroup, padding, parts};
 use crate::error::{LearnerError, Result};
 use crate::measure::{Agreement, UpdateReport, agreement, describe};
 use crate::optim::{AdamW, lr_at};
-use crate::policy::{Forward, Policy, host};
+use crate::policy::{Forward, Policy, detached};
 use crate::settings::StepSettings;
 use crate::targets::{Before, counts, fill};
 
@@ -162,16 +162,19 @@ impl Learner {
         }
         report.tokens = members.iter().map(Member::tokens).sum();
 
-        // Log-probabilities and values before the update: from the first pass where it covers the whole batch, else from one of their own.
+        // Log-probabilities and values before the update: from the first passes where all of them fit at a time, else from passes of
+        // their own.
         let (policy, objective) = (&self.policy, self.objective());
         let settings = &policy.settings;
         let all: Vec<&Member> = members.iter().collect();
-        let whole = settings.minibatches <= 1 && parts(&all, settings.token_budget).len() == 1;
-        let mut first = if whole { Some(policy.forward(&all, &objective)?) } else { None };
-        let (logprobs, mut values) = match &first {
-            Some(f) => (host(&f.logprobs)?, f.values.as_ref().map(host).transpose()?),
-            None => policy.forward_detached(&all)?,
-        };
+        let split = parts(&all, settings.token_budget);
+        let (positions, unused) = padding(&split);
+        report.padding = unused as f64 / positions.max(1) as f64;
+        let mut first = Vec::new();
+        if settings.minibatches <= 1 && positions <= settings.token_budget {
+            first = split.iter().map(|part| policy.forward(part, &objective)).collect::<Result<Vec<_>>>()?;
+        }
+        let (logprobs, mut values) = if first.is_empty() { policy.forward_detached(&all)? } else { detached(&first)? };
         let found = agreement(&all, &logprobs, self.step);
         self.judge(&found)?;
         report.take_agreement(&found);
@@ -194,9 +197,10 @@ impl Learner {
         let mut sums = Sums::default();
         for epoch in 0..settings.inner_epochs {
             for chunk in minibatches(settings, self.step, members.len(), epoch) {
-                let chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
+                let mut chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
+                chosen.sort_by_key(|m| m.width());
                 self.optimizer.zero_grad();
-                let total = match gradients(policy, &chosen, first.take(), &objective)? {
+                let total = match gradients(policy, &chosen, std::mem::take(&mut first), &objective)? {
                     Ok(total) => total,
                     Err(unusable) => return Ok(Err(unusable)),
                 };
@@ -325,17 +329,18 @@ fn minibatches(s: &StepSettings, step: u64, groups: usize, epoch: usize) -> Vec<
     order.chunks(size).map(<[usize]>::to_vec).collect()
 }
 
-/// Loss and gradients over `chosen`, which stay in the parameters; `ready` is a pass over exactly these.
+/// Loss and gradients over `chosen`, which stay in the parameters; `ready` are passes over exactly its parts, or none.
 fn gradients(
     policy: &Policy,
     chosen: &[&Member<'_>],
-    mut ready: Option<Forward<'_>>,
+    ready: Vec<Forward<'_>>,
     objective: &Objective,
 ) -> Result<Result<Sums, Unusable>> {
     let counts = counts(chosen);
     let mut total = Sums::default();
+    let mut ready = ready.into_iter();
     for part in parts(chosen, policy.settings.token_budget) {
-        let forward = match ready.take() {
+        let forward = match ready.next() {
             Some(f) => f,
             None => policy.forward(&part, objective)?,
         };
