@@ -14,9 +14,10 @@ use crate::settings::StepSettings;
 use crate::stage::load_model_as;
 use crate::step::{Counters, Learner};
 
-/// Makes the update of the batch in `dump` from the weights in `model` (and its value head, where there is one) under `config`, and
-/// writes results to `out`, computing in `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. Gradients are those of the last optimiser step, before
-/// clipping. Agreement is reported, not enforced. Returns what `replay.json` holds.
+/// Makes the update of the batch in `batch` from the weights in `model` (and its value head, where there is one) under `config`,
+/// and writes results to `out`, computing in `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL is to
+/// `model` itself, at the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
+/// reported, not enforced. Returns what `replay.json` holds.
 ///
 /// # Errors
 /// Files that cannot be read or do not fit, an update that had to be skipped.
