@@ -18,12 +18,7 @@ fn rank() {
 }
 
 fn conform(world: usize) {
-    let seed = u64::from(std::process::id());
-    for mut rank in start_all(world, GLOO, &Task::Conform { seed }) {
-        let outcome = rank.outcome(Duration::from_secs(120));
-        assert!(outcome.error.is_none(), "seed {seed}: {outcome:?}");
-        rank.ended(LIMIT);
-    }
+    suite::harness::check_calls(world, GLOO);
 }
 
 #[test]

@@ -2,10 +2,7 @@
 
 mod suite;
 
-use std::time::Duration;
-
-use suite::harness::{LIMIT, start_all};
-use suite::{How, Kind, Task, fail};
+use suite::{How, Kind, fail};
 
 const NCCL: Kind = Kind::Nccl;
 
@@ -16,12 +13,7 @@ fn rank() {
 }
 
 fn conform(world: usize) {
-    let seed = u64::from(std::process::id());
-    for mut rank in start_all(world, NCCL, &Task::Conform { seed }) {
-        let outcome = rank.outcome(Duration::from_secs(300));
-        assert!(outcome.error.is_none(), "seed {seed}: {outcome:?}");
-        rank.ended(LIMIT);
-    }
+    suite::harness::check_calls(world, NCCL);
 }
 
 #[test]

@@ -185,3 +185,13 @@ fn open(spec: &Spec) -> Result<World, CollectiveError> {
     };
     open_with(&setup, |address| println!("\nADDRESS {address}"))
 }
+
+/// All calls among `world` ranks, each in a process of its own.
+pub fn check_calls(world: usize, backend: Kind) {
+    let seed = u64::from(std::process::id());
+    for mut rank in start_all(world, backend, &Task::Conform { seed }) {
+        let outcome = rank.outcome(Duration::from_secs(300));
+        assert!(outcome.error.is_none(), "seed {seed}: {outcome:?}");
+        rank.ended(LIMIT);
+    }
+}
