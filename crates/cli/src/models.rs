@@ -110,6 +110,9 @@ pub struct ReplayArgs {
     /// Model directory that the update starts from.
     #[arg(long)]
     model: PathBuf,
+    /// Model directory that KL is to, where it has a weight; as `--model` without it.
+    #[arg(long)]
+    reference: Option<PathBuf>,
     /// Dumped batch: a directory with batch.json and batch.safetensors.
     #[arg(long)]
     batch: PathBuf,
@@ -267,7 +270,17 @@ pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     unveil_service::init_tracing("replay", "warn")?;
     let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
-    println!("{}", unveil_learner::replay(&config, &args.model, &args.batch, &args.out, banned, args.dtype)?);
+    println!(
+        "{}",
+        unveil_learner::replay(
+            &config,
+            (&args.model, args.reference.as_deref()),
+            &args.batch,
+            &args.out,
+            banned,
+            args.dtype
+        )?
+    );
     Ok(())
 }
 

@@ -16,16 +16,23 @@ use crate::step::{Counters, Learner};
 
 /// Makes the update of the batch in `batch` from the weights in `model` (and its value head, where there is one) under `config`,
 /// and writes results to `out`, computing in `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL is to
-/// `model` itself, at the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
+/// `reference` (none = `model` itself), at the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
 /// reported, not enforced. Returns what `replay.json` holds.
 ///
 /// # Errors
 /// Files that cannot be read or do not fit, an update that had to be skipped.
-pub fn replay(config: &Config, model: &Path, batch: &Path, out: &Path, banned: &[u32], kind: Kind) -> Result<Value> {
-    let load = || load_model_as(config, config.learner.threads, model, kind);
-    let vlm = load()?;
+pub fn replay(
+    config: &Config,
+    (model, reference): (&Path, Option<&Path>),
+    batch: &Path,
+    out: &Path,
+    banned: &[u32],
+    kind: Kind,
+) -> Result<Value> {
+    let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind);
+    let vlm = load(model)?;
     let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
-    let reference = if config.learner.kl_coef > 0.0 { Some(load()?) } else { None };
+    let reference = if config.learner.kl_coef > 0.0 { Some(load(reference.unwrap_or(model))?) } else { None };
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
     let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
     let mut learner = Learner::new(vlm, reference, settings)?;

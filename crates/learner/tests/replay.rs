@@ -94,7 +94,7 @@ fn compare(config: &Config) {
     let at = |name: &str| dir.path().join(name);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
     for (kind, name) in [(Kind::Float, "float32"), (Kind::Double, "float64")] {
-        let result = replay(config, &at("base"), &at("dump"), &at("out"), &[], kind).unwrap();
+        let result = replay(config, (&at("base"), None), &at("dump"), &at("out"), &[], kind).unwrap();
         assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
         let mut reference = Command::new(python());
         let done = reference.arg(&script).arg(dir.path()).arg(name).env("OMP_NUM_THREADS", "2").output().unwrap();
@@ -130,7 +130,8 @@ fn what_does_not_fit_is_named() {
     let text = std::fs::read(at("dump/batch.json")).unwrap();
     let fault = |change: &dyn Fn(&mut Value)| {
         edit(&at("dump/batch.json"), change);
-        let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
+        let e =
+            replay(&config, (&at("base"), None), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
         std::fs::write(at("dump/batch.json"), &text).unwrap();
         e
     };
@@ -144,6 +145,23 @@ fn what_does_not_fit_is_named() {
     assert!(e.contains("`masked`"), "{e}");
     assert!(!at("out").exists());
     std::fs::remove_file(at("dump/batch.safetensors")).unwrap();
-    let e = replay(&config, &at("base"), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
+    let e = replay(&config, (&at("base"), None), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
     assert!(e.contains("batch.safetensors"), "{e}");
+}
+
+/// KL is to the model that is named, and to the one that is trained where none is.
+#[test]
+fn kl_is_to_the_reference() {
+    let mut c = config(Algorithm::Grpo);
+    c.learner.kl_coef = 0.1;
+    let dir = tempfile::tempdir().unwrap();
+    dumped(dir.path(), &config(Algorithm::Grpo));
+    let at = |name: &str| dir.path().join(name);
+    write_model(&at("other"), seed() + 1);
+    let kl = |reference: Option<&Path>| {
+        let found = replay(&c, (&at("base"), reference), &at("dump"), &at("out"), &[], Kind::Double).unwrap();
+        found["kl_reference"].as_f64().unwrap()
+    };
+    assert!(kl(None).abs() < 1e-12);
+    assert!(kl(Some(&at("other"))) > 1e-3);
 }
