@@ -29,12 +29,14 @@ fn main() {
             leave_out("cuda");
         }
     }
-    match torch.as_deref() {
-        Some(torch) => {
-            let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];
-            compile("store", "store.cc", &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
+    for name in ["store", "memory"] {
+        match torch.as_deref() {
+            Some(torch) => {
+                let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];
+                compile(name, &format!("{name}.cc"), &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
+            }
+            None => leave_out(name),
         }
-        None => leave_out("store"),
     }
     match torch.as_deref().zip(gloo_headers()) {
         Some((torch, gloo)) => {

@@ -97,6 +97,14 @@ pub fn write(dir: &Path, config: &Config, learner: &Learner, groups: &[TrainGrou
     std::fs::write(&path, text).map_err(LearnerError::io(&path))
 }
 
+/// The groups of a dump, for a model whose patches have `patch_len` numbers.
+///
+/// # Errors
+/// Names the file, and the group or response that does not fit.
+pub fn load(dir: &Path, patch_len: i64) -> Result<Vec<TrainGroup>> {
+    Ok(read(dir, patch_len)?.0)
+}
+
 /// Reads a dump: the groups, the values of its responses, and where the learner stood.
 ///
 /// # Errors

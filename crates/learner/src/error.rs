@@ -28,6 +28,12 @@ pub enum LearnerError {
     /// Tokenizer or processor of the model directory.
     #[error(transparent)]
     Processor(#[from] unveil_data::prepare::PrepareError),
+    /// Ranks.
+    #[error("ranks: {0}")]
+    Ranks(#[from] unveil_collective::CollectiveError),
+    /// Memory of tensors.
+    #[error(transparent)]
+    Memory(#[from] unveil_torch_ext::ExtError),
     /// The accounting of groups.
     #[error("experience: {0}")]
     Experience(#[from] unveil_experience::ExperienceError),

@@ -1,12 +1,20 @@
-//! AdamW over one flat buffer, global-norm clipping, learning-rate schedule. State is keyed by parameter name.
+//! AdamW over what this rank owns of all parameters, global-norm clipping, learning-rate schedule. State is keyed by parameter
+//! name.
 //!
-//! Must not know: what the gradients are of. All gradients are gathered into one flat tensor, so that an update is about a
-//! dozen large operations rather than ten small ones per parameter.
+//! Must not know: what the gradients are of. All that is owned lies in flat tensors, so that an update is about a dozen large
+//! operations rather than ten small ones per parameter. Parameters of fewer digits than fp32 have master weights in fp32, and so
+//! have those that are divided over ranks.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::rc::Rc;
 
 use tch::{Kind, Tensor, no_grad};
+use unveil_collective::Collective;
 use unveil_config::schema::Optimizer;
 
 use crate::error::{LearnerError, Result};
+use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, Zero, end};
 
 /// Learning rate of update number `step` (from 0) of `total`: linear warm-up, constant, then linear from `lr` to
 /// `lr * lr_end` over the last `decay` share of the updates.
@@ -18,16 +26,7 @@ pub fn lr_at(o: &Optimizer, step: u64, total: u64) -> f64 {
     o.lr * rise.min(fall)
 }
 
-/// One parameter's place in the flat buffers.
-struct Slot {
-    name: String,
-    tensor: Tensor,
-    shape: Vec<i64>,
-    begin: i64,
-    count: i64,
-}
-
-/// All gradients, flat, with their global L2 norm.
+/// What this rank owns of all gradients, flat, with the global L2 norm.
 pub struct Gradient {
     flat: Tensor,
     /// Norm before clipping; not finite when any gradient is not.
@@ -35,47 +34,69 @@ pub struct Gradient {
 }
 
 /// AdamW (arXiv 1711.05101, algorithm 2): decoupled decay of matrices only (2 dimensions or more), bias-corrected moments in
-/// fp32. Same update as `torch.optim.AdamW` up to rounding.
+/// fp32. Same update as `torch.optim.AdamW` up to rounding. Moments, and master weights where there are any, are divided over
+/// the shards of a replica (ZeRO, arXiv 1910.02054).
 pub struct AdamW {
     options: Optimizer,
-    slots: Vec<Slot>,
+    ranks: Rc<Ranks>,
+    plan: Rc<Plan>,
+    gradients: Rc<RefCell<Gradients>>,
+    /// Kind of moments and master weights.
+    kind: Kind,
     first: Tensor,
     second: Tensor,
+    /// Weights in `kind`; none where the parameters are that themselves.
+    master: Option<Tensor>,
+    /// By parameter, updates that it took part in.
+    counts: Vec<u64>,
+    /// By parameter, whether it is trained now.
+    active: Vec<bool>,
     updates: u64,
 }
 
 impl AdamW {
-    /// An optimiser for leaf parameters, moments at 0, in their kind.
+    /// An optimiser of one rank for leaf parameters, moments at 0.
     ///
     /// # Errors
-    /// No parameter, a parameter twice, or one that is not fp32.
+    /// As [`AdamW::divided`].
     pub fn new(options: &Optimizer, parameters: &[(String, Tensor)]) -> Result<Self> {
+        Self::divided(options, parameters, Ranks::solo())
+    }
+
+    /// An optimiser for leaf parameters, which are the same on all `ranks`; moments at 0, in fp32, or in fp64 for such parameters.
+    ///
+    /// # Errors
+    /// No parameter, a parameter twice, or kinds that cannot be trained.
+    pub fn divided(options: &Optimizer, parameters: &[(String, Tensor)], ranks: Rc<Ranks>) -> Result<Self> {
         let Some((_, any)) = parameters.first() else {
             return Err(LearnerError::Setting("nothing is trained: every parameter is frozen".into()));
         };
-        let mut begin = 0;
-        let mut slots: Vec<Slot> = Vec::with_capacity(parameters.len());
+        let double = any.kind() == Kind::Double;
         for (name, tensor) in parameters {
             let kind = tensor.kind();
-            if kind != any.kind() || !matches!(kind, Kind::Float | Kind::Double) {
+            if double != (kind == Kind::Double) || !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16) {
                 return Err(LearnerError::Setting(format!(
-                    "parameter `{name}` is {kind:?}: training needs fp32 weights, or all in fp64"
+                    "parameter `{name}` is {kind:?}: training needs fp32 or bf16 weights, or all in fp64"
                 )));
             }
-            if slots.iter().any(|s| s.name == *name) {
-                return Err(LearnerError::Setting(format!("parameter `{name}` is given twice")));
-            }
-            let count = tensor.numel() as i64;
-            slots.push(Slot { name: name.clone(), tensor: tensor.shallow_clone(), shape: tensor.size(), begin, count });
-            begin += count;
         }
-        let zeros = || Tensor::zeros([begin], (any.kind(), any.device()));
-        Ok(Self { options: options.clone(), first: zeros(), second: zeros(), slots, updates: 0 })
+        let kind = if double { Kind::Double } else { Kind::Float };
+        let plan = Rc::new(Plan::new(parameters, ranks.size() > 1, ranks.shard())?);
+        let gradients = Rc::new(RefCell::new(Gradients::new(plan.clone(), ranks.clone(), kind)));
+        let zeros = || Tensor::f_zeros([plan.numel], (kind, any.device()));
+        let (counts, active) = (vec![0; parameters.len()], vec![true; parameters.len()]);
+        let (options, first, second) = (options.clone(), zeros()?, zeros()?);
+        let mut made =
+            Self { options, ranks, plan, gradients, kind, first, second, master: None, counts, active, updates: 0 };
+        if made.ranks.shards().is_some() || parameters.iter().any(|(_, t)| t.kind() != kind) {
+            made.master = Some(made.plan.owned(kind, |s| Ok(s.tensor.shallow_clone()))?);
+        }
+        Ok(made)
     }
 
     /// Number of scalars that are trained.
     pub fn numel(&self) -> i64 {
-        self.first.size()[0]
+        self.plan.slots().map(|s| s.count).sum()
     }
 
     /// Updates applied so far.
@@ -83,82 +104,224 @@ impl AdamW {
         self.updates
     }
 
-    /// Forgets the gradients of the last backward pass.
-    pub fn zero_grad(&mut self) {
-        for slot in &mut self.slots {
-            slot.tensor.zero_grad();
+    /// How passes of the model take gradients; `gathered` is where its parameters are divided.
+    pub(crate) fn course(&self, gathered: Option<Rc<Gathered>>) -> Course {
+        let by_layer = self.ranks.size() > 1;
+        Course { gathered, gradients: Some(self.gradients.clone()), plan: Some(self.plan.clone()), by_layer }
+    }
+
+    /// The parameters, and what this rank owns of their weights; none where nothing is divided.
+    pub(crate) fn source(&self) -> Option<(Rc<Plan>, Tensor)> {
+        self.master.as_ref().map(|m| (self.plan.clone(), m.shallow_clone()))
+    }
+
+    /// Trains exactly the parameters that `filter` names from here on. The others keep weights and moments.
+    pub fn train(&mut self, filter: impl Fn(&str) -> bool) {
+        for (slot, active) in self.plan.slots().zip(&mut self.active) {
+            *active = filter(&slot.name);
+            let _ = slot.tensor.set_requires_grad(*active);
         }
     }
 
-    /// Gathers the gradients; a parameter that the loss did not touch counts 0.
-    pub fn gradient(&self) -> Result<Gradient> {
+    /// Forgets the gradients of the last backward pass.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn zero_grad(&mut self) -> Result<()> {
+        self.gradients.borrow_mut().clear()
+    }
+
+    /// Gathers what the backward passes of one rank left in the parameters.
+    ///
+    /// # Errors
+    /// As [`AdamW::gradient`].
+    pub fn take_gradient(&mut self) -> Result<Gradient> {
+        let pass = self.course(None).begin()?;
+        pass.turn(true);
+        pass.finish()?;
+        self.gradient()
+    }
+
+    /// The gradients that passes took, summed over ranks; a parameter that the loss did not touch counts 0.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn gradient(&mut self) -> Result<Gradient> {
+        let flat = self.gradients.borrow_mut().finish()?;
+        let mut norm = no_grad(|| flat.f_norm()?.f_double_value(&[]))?;
+        if let Some(shards) = self.ranks.shards() {
+            let square = Tensor::f_from_slice(&[norm * norm])?.f_to_device(flat.device())?;
+            norm = shards.all_reduce(square)?.f_double_value(&[0])?.sqrt();
+        }
+        Ok(Gradient { flat, norm })
+    }
+
+    /// Copies of a gradient's parts in the parameters' shapes, by name. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn by_name(&self, gradient: &Gradient) -> Result<Vec<(String, Tensor)>> {
+        self.whole("", &gradient.flat)
+    }
+
+    /// Clips by global norm as `torch.nn.utils.clip_grad_norm_` does, then applies one update at learning rate `lr`. All ranks
+    /// call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn step(&mut self, gradient: Gradient, lr: f64) -> Result<()> {
+        self.updates += 1;
+        for (count, _) in self.counts.iter_mut().zip(&self.active).filter(|(_, active)| **active) {
+            *count += 1;
+        }
+        let clip = self.options.clip_norm;
         no_grad(|| {
-            let parts: Vec<Tensor> = self
-                .slots
-                .iter()
-                .map(|s| {
-                    let g = s.tensor.grad();
-                    if g.defined() {
-                        g.reshape([-1])
-                    } else {
-                        Tensor::zeros([s.count], (s.tensor.kind(), s.tensor.device()))
-                    }
-                })
-                .collect();
-            let flat = Tensor::f_cat(&parts, 0)?;
-            let norm = flat.f_norm()?.f_double_value(&[])?;
-            Ok(Gradient { flat, norm })
+            let mut flat = gradient.flat;
+            if clip > 0.0 && gradient.norm > clip {
+                let _ = flat.g_mul_scalar_(clip / (gradient.norm + 1e-6));
+            }
+            for (run, count) in self.runs() {
+                self.advance(&flat, run, count, lr)?;
+            }
+            if self.master.is_some() { self.spread() } else { Ok(()) }
         })
     }
 
-    /// Copies of a gradient's parts in the parameters' shapes, by name.
-    pub fn by_name(&self, gradient: &Gradient) -> Result<Vec<(String, Tensor)>> {
-        let part = |s: &Slot| -> Result<_> {
-            Ok((s.name.clone(), gradient.flat.f_narrow(0, s.begin, s.count)?.f_view(s.shape.as_slice())?.copy()))
-        };
-        self.slots.iter().map(part).collect()
+    /// Stretches of what is owned whose parameters are trained and took part in equally many updates.
+    fn runs(&self) -> Vec<(Range<i64>, u64)> {
+        if self.active.iter().all(|a| *a) && self.counts.iter().all(|c| *c == self.counts[0]) {
+            return vec![(0..self.plan.numel, self.counts[0])];
+        }
+        let mut runs: Vec<(Range<i64>, u64)> = Vec::new();
+        for piece in self.plan.pieces.iter().filter(|p| self.active[p.slot]) {
+            let count = self.counts[piece.slot];
+            match runs.last_mut() {
+                Some((run, c)) if *c == count && run.end == piece.own.start => run.end = piece.own.end,
+                _ => runs.push((piece.own.clone(), count)),
+            }
+        }
+        runs
     }
 
-    /// Clips by global norm as `torch.nn.utils.clip_grad_norm_` does, then applies one update at learning rate `lr`.
-    pub fn step(&mut self, mut gradient: Gradient, lr: f64) -> Result<()> {
+    /// Moments and weights of one stretch, by update number `count` of its parameters.
+    fn advance(&mut self, gradient: &Tensor, run: Range<i64>, count: u64, lr: f64) -> Result<()> {
         let o = &self.options;
         let [b1, b2] = o.betas;
-        self.updates += 1;
-        let t = self.updates as f64;
+        let t = count as f64;
         let (c1, c2) = (1.0 - b1.powf(t), (1.0 - b2.powf(t)).sqrt());
+        let of = |t: &Tensor| t.f_narrow(0, run.start, run.end - run.start);
+        let (mut g, mut first, mut second) = (of(gradient)?, of(&self.first)?, of(&self.second)?);
+        let _ = first.f_lerp_(&g, 1.0 - b1)?;
+        let _ = g.square_();
+        let _ = second.f_lerp_(&g, 1.0 - b2)?;
+        // m / c1 / (sqrt(v) / c2 + eps) = (c2 / c1) m / (sqrt(v) + eps c2): fewer passes over memory.
+        let mut denominator = second.f_sqrt()?;
+        let _ = denominator.g_add_scalar_(o.eps * c2);
+        let mut update = first.f_div(&denominator)?;
+        let _ = update.g_mul_scalar_(-lr * c2 / c1);
+        let decayed = |p: &&crate::shard::Piece| p.matrix && o.weight_decay != 0.0;
+        let pieces = self.plan.pieces.iter().filter(|p| run.start <= p.own.start && p.own.end <= run.end);
+        if let Some(master) = &self.master {
+            for p in pieces.filter(decayed) {
+                let _ = master.f_narrow(0, p.own.start, p.own.end - p.own.start)?.g_mul_scalar_(1.0 - lr * o.weight_decay);
+            }
+            let _ = of(master)?.f_add_(&update)?;
+            return Ok(());
+        }
+        // Nothing is divided and parameters are their own masters: every piece is a whole parameter.
+        let slots: Vec<_> = self.plan.slots().collect();
+        for p in pieces {
+            let slot = slots[p.slot];
+            let mut tensor = slot.tensor.shallow_clone();
+            if decayed(&p) {
+                let _ = tensor.g_mul_scalar_(1.0 - lr * o.weight_decay);
+            }
+            let part = update.f_narrow(0, p.own.start - run.start, slot.count)?.f_view(slot.shape.as_slice())?;
+            let _ = tensor.f_add_(&part)?;
+        }
+        Ok(())
+    }
+
+    /// Writes master weights to the parameters; divided parameters take theirs when they are gathered next.
+    fn spread(&self) -> Result<()> {
+        let Some(master) = &self.master else { return Ok(()) };
+        if self.ranks.zero() == Zero::Parameters {
+            return Ok(());
+        }
+        let mut coming = Vec::new();
+        for block in &self.plan.blocks {
+            let own = master.f_narrow(0, block.at, block.size())?.f_to_kind(block.kind)?.f_contiguous()?;
+            coming.push(match self.ranks.shards() {
+                Some(group) => Err(group.start_all_gather(own)?),
+                None => Ok(own),
+            });
+        }
+        for (block, own) in self.plan.blocks.iter().zip(coming) {
+            let whole = match (own, self.ranks.shards()) {
+                (Err(work), Some(group)) => end(group, work)?,
+                (Err(_), None) => continue,
+                (Ok(whole), _) => whole,
+            };
+            for slot in &block.slots {
+                let _ = slot.tensor.shallow_clone().f_copy_(&block.part(&whole, slot)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What all ranks own, by the parameters' names behind `prefix`, in their shapes.
+    fn whole(&self, prefix: &str, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
         no_grad(|| {
-            let g = &mut gradient.flat;
-            if o.clip_norm > 0.0 && gradient.norm > o.clip_norm {
-                let _ = g.g_mul_scalar_(o.clip_norm / (gradient.norm + 1e-6));
-            }
-            let _ = self.first.f_lerp_(g, 1.0 - b1)?;
-            let _ = g.square_();
-            let _ = self.second.f_lerp_(g, 1.0 - b2)?;
-            // m / c1 / (sqrt(v) / c2 + eps) = (c2 / c1) m / (sqrt(v) + eps c2): fewer passes over memory.
-            let mut denominator = self.second.f_sqrt()?;
-            let _ = denominator.g_add_scalar_(o.eps * c2);
-            let mut update = self.first.f_div(&denominator)?;
-            let _ = update.g_mul_scalar_(-lr * c2 / c1);
-            for slot in &mut self.slots {
-                if o.weight_decay != 0.0 && slot.shape.len() >= 2 {
-                    let _ = slot.tensor.g_mul_scalar_(1.0 - lr * o.weight_decay);
+            let mut out = Vec::new();
+            for block in &self.plan.blocks {
+                let own = flat.f_narrow(0, block.at, block.size())?;
+                let whole = match self.ranks.shards() {
+                    Some(group) => group.all_gather(own)?,
+                    None => own,
+                };
+                for slot in &block.slots {
+                    out.push((format!("{prefix}{}", slot.name), block.part(&whole, slot)?.copy()));
                 }
-                let part = update.f_narrow(0, slot.begin, slot.count)?.f_view(slot.shape.as_slice())?;
-                let _ = slot.tensor.f_add_(&part)?;
             }
-            Ok(())
+            Ok(out)
         })
     }
 
-    /// Moments by name: `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, copies in the parameters' shapes.
-    pub fn state(&self) -> Vec<(String, Tensor)> {
-        let part = |flat: &Tensor, s: &Slot| flat.narrow(0, s.begin, s.count).view(s.shape.as_slice()).copy();
-        let named = |kind: &'static str, flat: &Tensor| {
-            self.slots.iter().map(|s| (format!("{kind}.{}", s.name), part(flat, s))).collect::<Vec<_>>()
-        };
-        let mut out = named("exp_avg", &self.first);
-        out.extend(named("exp_avg_sq", &self.second));
-        out
+    /// The weights of all parameters, to their last digit, by name. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn weights(&self) -> Result<Vec<(String, Tensor)>> {
+        match &self.master {
+            Some(master) => self.whole("", master),
+            None => Ok(self.plan.slots().map(|s| (s.name.clone(), s.tensor.shallow_clone())).collect()),
+        }
+    }
+
+    /// Takes weights over that the parameters have been given already, to their last digit.
+    ///
+    /// # Errors
+    /// Names the first that is missing or misshapen.
+    pub fn load_weights(&mut self, named: &[(String, Tensor)]) -> Result<()> {
+        if let Some(master) = &mut self.master {
+            let own = self.plan.owned(self.kind, |s| find(named, "", s))?;
+            no_grad(|| master.f_copy_(&own).map(drop))?;
+        }
+        Ok(())
+    }
+
+    /// Moments by name: `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, copies in the parameters' shapes; and
+    /// `step.<parameter>` where a parameter took part in fewer updates than there were. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut out = self.whole("exp_avg.", &self.first)?;
+        out.extend(self.whole("exp_avg_sq.", &self.second)?);
+        for (slot, count) in self.plan.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates) {
+            out.push((format!("step.{}", slot.name), Tensor::f_from_slice(&[*count as f32])?));
+        }
+        Ok(out)
     }
 
     /// Takes moments over from [`AdamW::state`] after `updates` updates. Nothing changes unless all fits.
@@ -166,28 +329,31 @@ impl AdamW {
     /// # Errors
     /// Names the first moment that is missing or misshapen.
     pub fn load_state(&mut self, named: &[(String, Tensor)], updates: u64) -> Result<()> {
-        let find = |kind: &str, s: &Slot| {
-            let name = format!("{kind}.{}", s.name);
-            let tensor = named.iter().find(|(n, _)| *n == name).map(|(_, t)| t);
-            match tensor {
-                Some(t) if t.size() == s.shape => {
-                    Ok(t.to_kind(s.tensor.kind()).to_device(s.tensor.device()).reshape([-1]))
-                }
-                Some(t) => {
-                    let (found, want) = (t.size(), &s.shape);
-                    Err(LearnerError::Setting(format!(
-                        "optimiser state `{name}` has shape {found:?}, expected {want:?}"
-                    )))
-                }
-                None => Err(LearnerError::Setting(format!("optimiser state `{name}` is missing"))),
-            }
-        };
-        let gather = |kind: &str| self.slots.iter().map(|s| find(kind, s)).collect::<Result<Vec<_>>>();
-        let (first, second) = (gather("exp_avg")?, gather("exp_avg_sq")?);
-        self.first = Tensor::f_cat(&first, 0)?;
-        self.second = Tensor::f_cat(&second, 0)?;
-        self.updates = updates;
+        let first = self.plan.owned(self.kind, |s| find(named, "exp_avg.", s))?;
+        let second = self.plan.owned(self.kind, |s| find(named, "exp_avg_sq.", s))?;
+        let mut counts = Vec::with_capacity(self.counts.len());
+        for slot in self.plan.slots() {
+            let name = format!("step.{}", slot.name);
+            counts.push(match named.iter().find(|(n, _)| *n == name) {
+                Some((_, t)) => t.f_double_value(&[0])? as u64,
+                None => updates,
+            });
+        }
+        (self.first, self.second, self.counts, self.updates) = (first, second, counts, updates);
         Ok(())
+    }
+}
+
+/// The state of one parameter among others.
+fn find(named: &[(String, Tensor)], prefix: &str, slot: &Slot) -> Result<Tensor> {
+    let name = format!("{prefix}{}", slot.name);
+    match named.iter().find(|(n, _)| *n == name).map(|(_, t)| t) {
+        Some(t) if t.size() == slot.shape => Ok(t.shallow_clone()),
+        Some(t) => {
+            let (found, want) = (t.size(), &slot.shape);
+            Err(LearnerError::Setting(format!("optimiser state `{name}` has shape {found:?}, expected {want:?}")))
+        }
+        None => Err(LearnerError::Setting(format!("optimiser state `{name}` is missing"))),
     }
 }
 
@@ -217,15 +383,16 @@ mod tests {
     #[test]
     fn state_round_trip_and_misfits() {
         let w = || Tensor::ones([2, 3], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
-        let mut a = AdamW::new(&Optimizer::default(), &[("w".into(), w())]).unwrap();
-        a.slots[0].tensor.square().sum(Kind::Float).backward();
-        let g = a.gradient().unwrap();
+        let own = w();
+        let mut a = AdamW::new(&Optimizer::default(), &[("w".into(), own.shallow_clone())]).unwrap();
+        own.square().sum(Kind::Float).backward();
+        let g = a.take_gradient().unwrap();
         a.step(g, 0.1).unwrap();
         let mut b = AdamW::new(&Optimizer::default(), &[("w".into(), w())]).unwrap();
-        b.load_state(&a.state(), a.updates()).unwrap();
+        b.load_state(&a.state().unwrap(), a.updates()).unwrap();
         assert_eq!(b.first, a.first);
         assert_eq!((b.updates(), b.second == a.second), (1, true));
-        let e = b.load_state(&a.state()[..1], 1).unwrap_err().to_string();
+        let e = b.load_state(&a.state().unwrap()[..1], 1).unwrap_err().to_string();
         assert!(e.contains("exp_avg_sq.w"), "{e}");
     }
 }

@@ -1,14 +1,18 @@
 //! The model's side of an update: passes over packed groups and the loss of one, and the gradients that it leaves. Knows no
 //! optimiser and no schedule.
 
+use std::rc::Rc;
+
 use tch::{Kind, Tensor, no_grad};
 use unveil_algo::{Correction, Counts, LossParts, Objective, TokenBatch, policy_loss};
 use unveil_config::schema::RatioBase;
 use unveil_model::{CaptureSpec, Mode, PackedBatch, PackedGroup, Tape, ValueHead, Var, Vlm, logprobs_entropy};
 
-use crate::batch::{GroupInput, Member, Numbers, flat, mentions, parts, pixels};
+use crate::batch::{GroupInput, Member, Numbers, flat, mentions, pixels};
 use crate::error::Result;
 use crate::settings::StepSettings;
+use crate::shard::{Course, Pass};
+use crate::share::Work;
 use crate::targets::layout;
 
 /// Rows of logits that exist at a time where activations are computed again.
@@ -18,41 +22,80 @@ const HEAD_ROWS: i64 = 1024;
 pub(crate) struct Policy {
     pub vlm: Vlm,
     pub value_head: Option<ValueHead>,
-    pub reference: Option<Vlm>,
+    pub reference: Option<Reference>,
     pub settings: StepSettings,
+    /// What goes along with passes of the model.
+    pub course: Course,
 }
 
-/// Results of a pass over some members, flat; a loss is computed from them.
+/// What KL is to.
+pub(crate) struct Reference {
+    pub vlm: Vlm,
+    /// What goes along with its passes.
+    pub course: Course,
+}
+
+/// Results of a pass over some members, flat; a loss is computed from them. Where a rank has no members it computes nothing, but
+/// takes part in what all ranks do.
 pub(crate) struct Forward<'a> {
+    pass: Rc<Pass>,
+    pub made: Option<Made>,
+    tape: Tape<'a>,
+}
+
+/// Numbers by token.
+pub(crate) struct Made {
     pub logprobs: Tensor,
     entropy: Tensor,
     pub values: Option<Tensor>,
     attention: Option<Tensor>,
-    tape: Tape<'a>,
 }
 
 impl Forward<'_> {
-    /// Takes the gradients of `loss`, which was computed from this pass, to the parameters.
-    pub fn backward(self, loss: &Tensor) -> Result<()> {
-        loss.f_backward()?;
-        self.tape.backward();
-        Ok(())
+    /// Takes the gradients of `loss`, which was computed from this pass, to the parameters and from there to their sum; `last`
+    /// says that no other pass of the mini-batch follows.
+    pub fn backward(self, loss: Option<&Tensor>, last: bool) -> Result<()> {
+        self.pass.turn(last);
+        if let Some(loss) = loss {
+            loss.f_backward()?;
+            self.tape.backward();
+        }
+        self.pass.finish()
     }
 }
 
 impl Policy {
     /// The pass over `members` for `objective`, with gradients.
     pub fn forward(&self, members: &[&Member<'_>], objective: &Objective) -> Result<Forward<'_>> {
-        self.pass(members, objective, if self.settings.recompute { Mode::Recompute } else { Mode::Graph })
+        let mode = match (self.settings.recompute, self.course.by_layer) {
+            (true, _) => Mode::Recompute,
+            (false, true) => Mode::Segments,
+            (false, false) => Mode::Graph,
+        };
+        self.pass(members, objective, mode)
     }
 
     fn pass(&self, members: &[&Member<'_>], objective: &Objective, mode: Mode) -> Result<Forward<'_>> {
+        let pass = self.course.begin()?;
+        let mut tape = Tape::new(mode);
+        tape.escort(pass.escort());
+        let made = if members.is_empty() { None } else { Some(self.compute(&mut tape, members, objective, mode)?) };
+        pass.arrive()?;
+        Ok(Forward { pass, made, tape })
+    }
+
+    fn compute<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        members: &[&Member<'_>],
+        objective: &Objective,
+        mode: Mode,
+    ) -> Result<Made> {
         let capture = (objective.attention_coef > 0.0)
             .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
-        let mut tape = Tape::new(mode);
         let groups: Vec<_> = members.iter().map(|m| m.packed.clone()).collect();
         let inputs = members.iter().map(|m| &*m.group.input);
-        let (hidden, attention, targets) = on_tape(&self.vlm, &mut tape, &groups, inputs, capture)?;
+        let (hidden, attention, targets) = on_tape(&self.vlm, tape, &groups, inputs, capture)?;
         let s = &self.settings;
         let rows = hidden.tensor.size()[0];
         let chunk = if mode == Mode::Recompute { HEAD_ROWS.min(rows) } else { rows };
@@ -68,44 +111,48 @@ impl Policy {
         }
         let entropy = Tensor::f_cat(&entropy, 0)?;
         let values = self.value_head.as_ref().map(|h| tape.call1(&[&hidden], move |t| h.forward(&t[0])));
-        Ok(Forward {
+        Ok(Made {
             logprobs: Tensor::f_cat(&logprobs, 0)?,
             entropy: if objective.entropy_coef == 0.0 { entropy.detach() } else { entropy },
             values: values.map(|v| tape.leaf(&v)),
             attention: attention.map(|v| tape.leaf(&v)),
-            tape,
         })
     }
 
-    /// Log-probabilities and values of `members`, no gradients.
-    pub fn forward_detached(&self, members: &[&Member<'_>]) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+    /// Log-probabilities and values of this rank's parts, no gradients.
+    pub fn forward_detached(&self, work: &Work<'_, '_>) -> Result<(Vec<f64>, Vec<f64>)> {
         no_grad(|| {
             let plain = Objective { attention_coef: 0.0, ..self.settings.objective };
-            let (mut logprobs, mut values) = (Vec::new(), None);
-            for part in parts(members, self.settings.token_budget) {
-                let (lp, v) = detached(&[self.pass(&part, &plain, Mode::Graph)?])?;
+            let (mut logprobs, mut values) = (Vec::new(), Vec::new());
+            for part in work.passes() {
+                let (lp, v) = detached(&[self.pass(part, &plain, Mode::Graph)?])?;
                 logprobs.extend(lp);
-                if let Some(v) = v {
-                    values.get_or_insert_with(Vec::new).extend(v);
-                }
+                values.extend(v);
             }
             Ok((logprobs, values))
         })
     }
 
-    /// Log-probabilities of `members` under the reference model, where there is one.
-    pub fn reference_logprobs(&self, members: &[&Member<'_>]) -> Result<Option<Vec<f64>>> {
-        let Some(reference) = self.reference.as_ref().filter(|_| self.settings.objective.kl_coef > 0.0) else {
+    /// Log-probabilities of this rank's parts under the reference model, where there is one.
+    pub fn reference_logprobs(&self, work: &Work<'_, '_>) -> Result<Option<Vec<f64>>> {
+        let Some(Reference { vlm, course }) = self.reference.as_ref().filter(|_| self.settings.objective.kl_coef > 0.0)
+        else {
             return Ok(None);
         };
         no_grad(|| {
             let mut out = Vec::new();
-            for part in parts(members, self.settings.token_budget) {
-                let groups: Vec<_> = part.iter().map(|m| m.packed.clone()).collect();
-                let inputs = part.iter().map(|m| &*m.group.input);
-                let (hidden, targets) = forward_groups(reference, &groups, inputs)?;
-                let (s, logits) = (&self.settings, reference.lm_head(&hidden));
-                out.extend(host(&unveil_model::logprobs(&logits, &targets, s.temperature, &s.banned))?);
+            for part in work.passes() {
+                let pass = course.begin()?;
+                if !part.is_empty() {
+                    let mut tape = Tape::new(Mode::Graph);
+                    tape.escort(pass.escort());
+                    let groups: Vec<_> = part.iter().map(|m| m.packed.clone()).collect();
+                    let inputs = part.iter().map(|m| &*m.group.input);
+                    let (hidden, _, targets) = on_tape(vlm, &mut tape, &groups, inputs, None)?;
+                    let (s, logits) = (&self.settings, vlm.lm_head(&hidden.tensor));
+                    out.extend(host(&unveil_model::logprobs(&logits, &targets, s.temperature, &s.banned))?);
+                }
+                pass.arrive()?;
             }
             Ok(Some(out))
         })
@@ -115,12 +162,12 @@ impl Policy {
     pub fn loss(
         &self,
         part: &[&Member<'_>],
-        forward: &Forward<'_>,
+        made: &Made,
         counts: &Counts,
         objective: &Objective,
     ) -> Result<LossParts> {
         let (device, mut objective) = (self.vlm.device(), *objective);
-        let flat = |of: Numbers| flat(part, of, forward.logprobs.kind(), device);
+        let flat = |of: Numbers| flat(part, of, made.logprobs.kind(), device);
         let given = |wanted: bool, of: Numbers| wanted.then(|| flat(of)).transpose();
         let old = match self.settings.ratio_to {
             RatioBase::Rollout => flat(|m| &m.old)?,
@@ -131,7 +178,7 @@ impl Policy {
         let old_values = given(objective.value_coef > 0.0, |m| &m.old_values)?;
         let targets = given(objective.value_coef > 0.0, |m| &m.targets)?;
         let reference = given(self.settings.objective.kl_coef > 0.0, |m| &m.reference)?;
-        let mention = forward.attention.as_ref().and_then(|rows| {
+        let mention = made.attention.as_ref().and_then(|rows| {
             let names = |category: &str| self.settings.scoring.names(category);
             mentions(part, &names, rows.size()[1], device)
         });
@@ -139,16 +186,16 @@ impl Policy {
             objective.attention_coef = 0.0;
         }
         let batch = TokenBatch {
-            logprobs: Some(&forward.logprobs),
+            logprobs: Some(&made.logprobs),
             old_logprobs: Some(&old),
             behaviour: behaviour.as_ref(),
             advantages: Some(&advantages),
-            entropy: Some(&forward.entropy),
-            values: forward.values.as_ref(),
+            entropy: Some(&made.entropy),
+            values: made.values.as_ref(),
             old_values: old_values.as_ref(),
             targets: targets.as_ref(),
             reference: reference.as_ref(),
-            attention: forward.attention.as_ref().zip(mention.as_ref()),
+            attention: made.attention.as_ref().zip(mention.as_ref()),
         };
         Ok(policy_loss(&objective, &batch, &layout(part), counts)?)
     }
@@ -180,14 +227,13 @@ pub(crate) fn forward_groups<'i>(
 }
 
 /// Log-probabilities and values of passes, one behind the other.
-pub(crate) fn detached(passes: &[Forward<'_>]) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+pub(crate) fn detached(passes: &[Forward<'_>]) -> Result<(Vec<f64>, Vec<f64>)> {
     let (mut logprobs, mut values) = (Vec::new(), Vec::new());
-    for f in passes {
-        logprobs.extend(host(&f.logprobs)?);
-        values.extend(f.values.as_ref().map(host).transpose()?.into_iter().flatten());
+    for made in passes.iter().filter_map(|f| f.made.as_ref()) {
+        logprobs.extend(host(&made.logprobs)?);
+        values.extend(made.values.as_ref().map(host).transpose()?.into_iter().flatten());
     }
-    let with_values = passes.iter().any(|f| f.values.is_some());
-    Ok((logprobs, with_values.then_some(values)))
+    Ok((logprobs, values))
 }
 
 /// A tensor's numbers.

@@ -87,13 +87,13 @@ impl SftTrainer {
     pub fn update(&mut self, batch: &SftBatch) -> Result<SftReport> {
         let mut report = SftReport { lr: lr_at(&self.options, self.counters.step, self.total), ..Default::default() };
         report.tokens = batch.targets.iter().map(Vec::len).sum();
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         let loss = self.loss(batch)?;
         report.loss = loss.f_double_value(&[])?;
         let mut why = None;
         if report.loss.is_finite() {
             loss.f_backward()?;
-            let gradient = self.optimizer.gradient()?;
+            let gradient = self.optimizer.take_gradient()?;
             report.grad_norm = gradient.norm;
             if gradient.norm.is_finite() {
                 self.optimizer.step(gradient, report.lr)?;

@@ -84,7 +84,7 @@ pub(crate) fn objects(
         let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         out.push((format!("{MODEL}{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
     }
-    out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state())?.into()));
+    out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state()?)?.into()));
     if let Some(head) = head {
         let named: Vec<_> = head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         out.push((VALUE_HEAD.to_owned(), to_bytes(&named)?.into()));

@@ -1,22 +1,26 @@
 //! One policy update from a batch of groups: advantages, packed forward pass, loss, gradients, AdamW. A function of the batch
 //! and the learner's state alone. Must not know: tonic, tokio, where groups come from.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
+use std::rc::Rc;
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
-use unveil_algo::{AlgoError, BatchStats, KlController, Layout, LossParts, Objective, check_batch};
+use unveil_algo::{AlgoError, BatchStats, Correction, Counts, KlController, Layout, Objective, check_batch};
 use unveil_core::GroupId;
 use unveil_model::{ValueHead, Vlm};
 
-use crate::batch::{Member, TrainGroup, padding, parts};
+use crate::batch::{Member, TrainGroup};
 use crate::error::{LearnerError, Result};
 use crate::measure::{Agreement, UpdateReport, agreement, describe};
 use crate::optim::{AdamW, lr_at};
-use crate::policy::{Forward, Policy, detached};
+use crate::policy::{Forward, Policy, Reference, detached};
 use crate::settings::StepSettings;
+use crate::shard::{Course, Gathered, Plan, Ranks, Zero};
+use crate::share::{Share, Work};
+use crate::sums::Sums;
 use crate::targets::{Before, counts, fill};
 
 /// Skipped steps in a row after which a stage stops.
@@ -26,6 +30,7 @@ pub const SKIP_LIMIT: u64 = 5;
 pub struct Learner {
     pub(crate) policy: Policy,
     pub(crate) optimizer: AdamW,
+    ranks: Rc<Ranks>,
     kl: KlController,
     /// Updates so far, skipped ones among them.
     pub(crate) step: u64,
@@ -42,11 +47,20 @@ pub(crate) type Values = HashMap<GroupId, Vec<Vec<f64>>>;
 struct Unusable(String);
 
 impl Learner {
-    /// A learner around `vlm`. `reference` is needed when the KL term has a weight; PPO adds a value head of zeros.
+    /// A learner of one rank.
     ///
     /// # Errors
-    /// A frozen prefix that no parameter has, a layer that the model does not have, weights that are not fp32.
+    /// As [`Learner::on`].
     pub fn new(vlm: Vlm, reference: Option<Vlm>, settings: StepSettings) -> Result<Self> {
+        Self::on(Ranks::solo(), vlm, reference, settings)
+    }
+
+    /// This rank's part of a learner around `vlm`. `reference` is needed when the KL term has a weight; PPO adds a value head of
+    /// zeros. Models and settings are the same on all ranks.
+    ///
+    /// # Errors
+    /// A frozen prefix that no parameter has, a layer that the model does not have, weights that cannot be trained.
+    pub fn on(ranks: Rc<Ranks>, vlm: Vlm, reference: Option<Vlm>, settings: StepSettings) -> Result<Self> {
         let fault = |what: String| Err(LearnerError::Setting(what));
         for prefix in &settings.frozen {
             if !vlm.named_parameters().iter().any(|(n, _)| n.starts_with(prefix.as_str())) {
@@ -75,10 +89,53 @@ impl Learner {
             head.set_trainable(true);
             trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
         }
-        let optimizer = AdamW::new(&settings.optimizer, &trained)?;
+        let optimizer = AdamW::divided(&settings.optimizer, &trained, ranks.clone())?;
         let kl = settings.kl_controller();
-        let policy = Policy { vlm, value_head, reference, settings };
-        Ok(Self { policy, optimizer, kl, step: 0, skipped: 0, skipped_in_a_row: 0, trace: None })
+        let course = optimizer.course(None);
+        let reference = reference.map(|vlm| Reference { vlm, course: Course::default() });
+        let policy = Policy { vlm, value_head, reference, settings, course };
+        Ok(Self { policy, optimizer, ranks, kl, step: 0, skipped: 0, skipped_in_a_row: 0, trace: None })
+    }
+
+    /// Divides parameters over the ranks, where that is wanted and not done yet. All weights must be there.
+    fn divide(&mut self) -> Result<()> {
+        let Some((plan, master)) = self.optimizer.source().filter(|_| self.ranks.zero() == Zero::Parameters) else {
+            return Ok(());
+        };
+        if self.policy.course.gathered.is_some() {
+            return Ok(());
+        }
+        let rest = |vlm: &Vlm, trained: Option<&Plan>| -> Result<Option<(Rc<Plan>, Tensor)>> {
+            let other = |name: &str| trained.is_none_or(|p| p.slots().all(|s| s.name != *name));
+            let named = vlm.named_parameters().iter().filter(|(n, _)| other(n));
+            let named: Vec<_> = named.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+            if named.is_empty() {
+                return Ok(None);
+            }
+            let plan = Plan::new(&named, true, self.ranks.shard())?;
+            let own = plan.owned(vlm.kind(), |s| Ok(s.tensor.shallow_clone()))?;
+            Ok(Some((Rc::new(plan), own)))
+        };
+        let frozen = rest(&self.policy.vlm, Some(&plan))?;
+        let sources = std::iter::once((plan, master)).chain(frozen).collect();
+        let gathered = Rc::new(Gathered::new(self.ranks.clone(), sources)?);
+        gathered.part_all()?;
+        if let Some(reference) = &mut self.policy.reference {
+            let sources = rest(&reference.vlm, None)?.into_iter().collect();
+            let own = Gathered::new(self.ranks.clone(), sources)?;
+            own.part_all()?;
+            reference.course = Course { gathered: Some(Rc::new(own)), by_layer: true, ..Course::default() };
+        }
+        self.policy.course = self.optimizer.course(Some(gathered));
+        Ok(())
+    }
+
+    /// Makes all weights whole on all ranks, for what needs them all; the next update divides them again. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn bring(&self) -> Result<()> {
+        self.policy.course.gathered.as_ref().map_or(Ok(()), |g| g.bring_all())
     }
 
     /// The policy.
@@ -118,6 +175,10 @@ impl Learner {
 
     /// [`Learner::update`] with values from before where they are `given`, in place of those of the present value head.
     pub(crate) fn update_with(&mut self, groups: &[TrainGroup], given: &Values) -> Result<UpdateReport> {
+        self.divide()?;
+        if let Some(gathered) = &self.policy.course.gathered {
+            gathered.part_all()?;
+        }
         let mut report = describe(groups, self.step);
         report.lr = lr_at(&self.policy.settings.optimizer, self.step, self.policy.settings.total_steps);
         let outcome = match usable(groups) {
@@ -127,7 +188,7 @@ impl Learner {
                 self.apply(groups, given, &mut report)?
             }
         };
-        self.optimizer.zero_grad();
+        self.optimizer.zero_grad()?;
         self.step += 1;
         report.version = self.step;
         report.step = self.step;
@@ -153,9 +214,7 @@ impl Learner {
         given: &Values,
         report: &mut UpdateReport,
     ) -> Result<Result<(), Unusable>> {
-        let mut members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
-        // Neighbours of like width share a padded part.
-        members.sort_by_key(Member::width);
+        let mut members = members(groups);
         report.dropped_groups = groups.len() - members.len();
         if members.is_empty() {
             return Ok(Err(Unusable("every reward of the batch is masked".into())));
@@ -166,25 +225,30 @@ impl Learner {
         // their own.
         let (policy, objective) = (&self.policy, self.objective());
         let settings = &policy.settings;
-        let all: Vec<&Member> = members.iter().collect();
-        let split = parts(&all, settings.token_budget);
-        let (positions, unused) = padding(&split);
-        report.padding = unused as f64 / positions.max(1) as f64;
+        let share = Share::new(&members, self.ranks.clone(), settings.token_budget, policy.vlm.device());
+        let all: Vec<usize> = (0..members.len()).collect();
+        report.padding = share.padding(&members);
+        let work = share.work(&members, &all);
         let mut first = Vec::new();
-        if settings.minibatches <= 1 && positions <= settings.token_budget {
-            first = split.iter().map(|part| policy.forward(part, &objective)).collect::<Result<Vec<_>>>()?;
+        if settings.minibatches <= 1 && work.positions <= settings.token_budget {
+            first = work.passes().map(|part| policy.forward(part, &objective)).collect::<Result<Vec<_>>>()?;
         }
-        let (logprobs, mut values) = if first.is_empty() { policy.forward_detached(&all)? } else { detached(&first)? };
-        let found = agreement(&all, &logprobs, self.step);
+        let (logprobs, values) = if first.is_empty() { policy.forward_detached(&work)? } else { detached(&first)? };
+        let reference = policy.reference_logprobs(&work)?;
+        let mut before = Before {
+            logprobs: share.join(&logprobs)?,
+            values: policy.value_head.as_ref().map(|_| share.join(&values)).transpose()?,
+            reference: reference.map(|r| share.join(&r)).transpose()?,
+        };
+        let refs: Vec<&Member> = members.iter().collect();
+        let found = agreement(&refs, &before.logprobs, self.step);
         self.judge(&found)?;
         report.take_agreement(&found);
-        let reference = policy.reference_logprobs(&all)?;
-        if let Some(values) = &mut values {
-            take_given(&all, given, values)?;
+        if let Some(values) = &mut before.values {
+            take_given(&refs, given, values)?;
         }
-        drop(all);
-        report.kl_coef = reference.is_some().then(|| self.kl.coef());
-        let before = Before { logprobs, values, reference };
+        drop((refs, work));
+        report.kl_coef = before.reference.is_some().then(|| self.kl.coef());
         let kl = match fill(&mut members, &before, settings, self.kl.coef()) {
             Ok(kl) => kl,
             Err(e @ AlgoError::NotFinite(_)) => {
@@ -197,14 +261,16 @@ impl Learner {
         let mut sums = Sums::default();
         for epoch in 0..settings.inner_epochs {
             for chunk in minibatches(settings, self.step, members.len(), epoch) {
-                let mut chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
-                chosen.sort_by_key(|m| m.width());
-                self.optimizer.zero_grad();
-                let total = match gradients(policy, &chosen, std::mem::take(&mut first), &objective)? {
-                    Ok(total) => total,
-                    Err(unusable) => return Ok(Err(unusable)),
-                };
+                let chosen: Vec<&Member> = chunk.iter().map(|i| &members[*i]).collect();
+                let counts = counts(&chosen);
+                let work = share.work(&members, &chunk);
+                let total = gradients(policy, &work, std::mem::take(&mut first), &counts, &objective)?;
+                let weighted = objective.correction != Correction::None;
+                let total = Sums::of(&self.ranks.sum(total.list(weighted), policy.vlm.device())?);
                 let gradient = self.optimizer.gradient()?;
+                if !total.loss().is_finite() {
+                    return Ok(Err(Unusable("the loss is not finite".into())));
+                }
                 if !gradient.norm.is_finite() {
                     return Ok(Err(Unusable("a gradient is not finite".into())));
                 }
@@ -213,6 +279,9 @@ impl Learner {
                     *trace = self.optimizer.by_name(&gradient)?;
                 }
                 self.optimizer.step(gradient, report.lr)?;
+                if let Some(gathered) = &policy.course.gathered {
+                    gathered.part_all()?;
+                }
             }
         }
         sums.report(report);
@@ -239,14 +308,25 @@ impl Learner {
         }
     }
 
-    /// Values of the present value head for every response that counts.
+    /// Everything that is trained, to its last digit, and the optimiser's moments, by name. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn state(&self) -> Result<(Vec<(String, Tensor)>, Vec<(String, Tensor)>)> {
+        Ok((self.optimizer.weights()?, self.optimizer.state()?))
+    }
+
+    /// Values of the present value head for every response that counts. All ranks call it.
     pub(crate) fn values(&self, groups: &[TrainGroup]) -> Result<Values> {
-        let members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
+        let members = members(groups);
         if self.policy.value_head.is_none() || members.is_empty() {
             return Ok(Values::new());
         }
-        let (_, values) = self.policy.forward_detached(&members.iter().collect::<Vec<_>>())?;
-        let mut rest = values.as_deref().unwrap_or_default();
+        let policy = &self.policy;
+        let share = Share::new(&members, self.ranks.clone(), policy.settings.token_budget, policy.vlm.device());
+        let all: Vec<usize> = (0..members.len()).collect();
+        let values = share.join(&policy.forward_detached(&share.work(&members, &all))?.1)?;
+        let mut rest = values.as_slice();
         let mut out = Values::new();
         for m in &members {
             let own = out.entry(m.group.id.clone()).or_insert_with(|| vec![Vec::new(); m.group.responses.len()]);
@@ -329,29 +409,37 @@ fn minibatches(s: &StepSettings, step: u64, groups: usize, epoch: usize) -> Vec<
     order.chunks(size).map(<[usize]>::to_vec).collect()
 }
 
-/// Loss and gradients over `chosen`, which stay in the parameters; `ready` are passes over exactly its parts, or none.
+/// The members of a batch; neighbours are of like width.
+fn members(groups: &[TrainGroup]) -> Vec<Member<'_>> {
+    let mut members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
+    members.sort_by_key(Member::width);
+    members
+}
+
+/// Loss parts of this rank's share of a mini-batch with these `counts`, whose gradients are taken up by the course; `ready` are
+/// passes over exactly its parts, or none.
 fn gradients(
     policy: &Policy,
-    chosen: &[&Member<'_>],
+    work: &Work<'_, '_>,
     ready: Vec<Forward<'_>>,
+    counts: &Counts,
     objective: &Objective,
-) -> Result<Result<Sums, Unusable>> {
-    let counts = counts(chosen);
+) -> Result<Sums> {
     let mut total = Sums::default();
     let mut ready = ready.into_iter();
-    for part in parts(chosen, policy.settings.token_budget) {
+    let mut passes = work.passes().peekable();
+    while let Some(part) = passes.next() {
         let forward = match ready.next() {
             Some(f) => f,
-            None => policy.forward(&part, objective)?,
+            None => policy.forward(part, objective)?,
         };
-        let loss = policy.loss(&part, &forward, &counts, objective)?;
-        if !loss.loss.f_double_value(&[])?.is_finite() {
-            return Ok(Err(Unusable("the loss is not finite".into())));
+        let loss = forward.made.as_ref().map(|made| policy.loss(part, made, counts, objective)).transpose()?;
+        if let Some(loss) = &loss {
+            total.add(loss)?;
         }
-        forward.backward(&loss.loss)?;
-        total.add_part(&loss)?;
+        forward.backward(loss.as_ref().map(|l| &l.loss), passes.peek().is_none())?;
     }
-    Ok(Ok(total))
+    Ok(total)
 }
 
 /// Puts values that are given in place of `values`, those of all members' tokens.
@@ -394,56 +482,5 @@ fn unusable<'a>(e: AlgoError, name: impl Fn(usize, usize) -> (&'a String, usize)
             Unusable(format!("the {} of {token}response {response} of record `{id}` is {}", n.what, n.value))
         }
         other => Unusable(other.to_string()),
-    }
-}
-
-/// Loss parts over micro-batches (added) and mini-batches (averaged).
-#[derive(Default)]
-struct Sums {
-    parts: BTreeMap<&'static str, f64>,
-    norm: f64,
-    count: u64,
-}
-
-impl Sums {
-    fn add_part(&mut self, loss: &LossParts) -> Result<()> {
-        let means = &loss.means;
-        let mut all = vec![
-            ("loss", &loss.loss),
-            ("policy", &loss.policy),
-            ("value", &loss.value),
-            ("attention", &loss.attention),
-            ("entropy", &means.entropy),
-            ("kl_reference", &means.kl),
-            ("clip_fraction", &means.clip_fraction),
-            ("kl", &means.approx_kl),
-        ];
-        if let Some((mean, bounded)) = &means.importance {
-            all.extend([("importance", mean), ("importance_bounded", bounded)]);
-        }
-        for (name, t) in all {
-            *self.parts.entry(name).or_default() += t.f_double_value(&[])?;
-        }
-        Ok(())
-    }
-
-    fn take(&mut self, other: Sums, norm: f64) {
-        for (name, v) in other.parts {
-            *self.parts.entry(name).or_default() += v;
-        }
-        self.norm += norm;
-        self.count += 1;
-    }
-
-    fn report(&self, report: &mut UpdateReport) {
-        let n = self.count.max(1) as f64;
-        let own = ["loss", "policy", "value", "attention"];
-        let found = |k: &str| self.parts.get(k).map(|v| v / n);
-        let of = |k: &str| found(k).unwrap_or(0.0);
-        (report.clip_fraction, report.kl, report.kl_reference) = (of("clip_fraction"), of("kl"), of("kl_reference"));
-        (report.importance, report.importance_bounded) = (found("importance"), found("importance_bounded"));
-        report.entropy = of("entropy");
-        report.grad_norm = self.norm / n;
-        report.loss = self.parts.keys().filter(|k| own.contains(k)).map(|k| ((*k).to_owned(), of(k))).collect();
     }
 }

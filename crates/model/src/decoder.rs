@@ -166,7 +166,7 @@ impl Decoder {
             let level = pass.ask.deepstack.as_ref().and_then(|(_, levels)| levels.get(index));
             let inputs: Vec<&Var> = std::iter::once(&x).chain(level).collect();
             let own = pass.clone();
-            let mut made = tape.call(&inputs, move |t| self.layer_pass(index, &own, &t[0], t.get(1)));
+            let mut made = tape.call_layer(index, &inputs, move |t| self.layer_pass(index, &own, &t[0], t.get(1)));
             if pass.ask.keep_kv {
                 let v = made.pop().map(|v| v.tensor);
                 out.kv.extend(made.pop().map(|k| k.tensor).zip(v));

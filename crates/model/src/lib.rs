@@ -45,7 +45,7 @@ pub use packed::{PackedBatch, PackedGroup};
 pub use preset::{Preset, preset};
 pub use rope::rope_positions;
 pub use spec::own_name;
-pub use tape::{Mode, Tape, Var};
+pub use tape::{Escort, Mode, Tape, Var, Way};
 pub use value_head::ValueHead;
 pub use vlm::{ForwardOut, PackedOut, Prompt, Vlm};
 pub use weights::{read_safetensors, write_safetensors};

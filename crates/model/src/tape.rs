@@ -2,6 +2,8 @@
 //! computed inside is thrown away in between and computed again. Gradients of parameters add up in their tensors, as in a plain
 //! backward pass. Knows no model.
 
+use std::rc::Rc;
+
 use tch::Tensor;
 
 /// What becomes of a segment's activations until its backward pass.
@@ -9,8 +11,29 @@ use tch::Tensor;
 pub enum Mode {
     /// They stay: there are no segments but one graph, or none where gradients are off. [`Tape::backward`] has nothing left to do.
     Graph,
+    /// They stay, each segment's in a graph of its own, so that a backward pass can be escorted.
+    Segments,
     /// They are computed again; only what goes from segment to segment stays (arXiv 1604.06174).
     Recompute,
+}
+
+/// Where a pass goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// From the first layer to the last.
+    Forward,
+    /// From the last layer to the first.
+    Backward,
+}
+
+/// Goes along with a pass through the decoder's layers: brings parameters before they are needed, takes gradients when they are
+/// whole. A layer that a backward pass has no need of is not visited.
+pub trait Escort {
+    /// Before `layer` is computed, differentiated, or both.
+    fn enter(&self, layer: usize, way: Way);
+
+    /// After it. On the way back the gradients of its parameters hold all that this pass adds.
+    fn leave(&self, layer: usize, way: Way);
 }
 
 /// A tensor on a tape.
@@ -30,8 +53,18 @@ impl Var {
 
 type Run<'a> = Box<dyn Fn(&[Tensor]) -> Vec<Tensor> + 'a>;
 
+/// How a segment's outputs are had again for its backward pass.
+enum Source<'a> {
+    /// By running it again.
+    Again(Run<'a>),
+    /// They are kept with their graph, and the leaves that it begins at.
+    Kept(Vec<Tensor>, Vec<Tensor>),
+}
+
 struct Segment<'a> {
-    run: Run<'a>,
+    source: Source<'a>,
+    /// The decoder layer that it is.
+    layer: Option<usize>,
     /// Inputs, and where their gradients go.
     inputs: Vec<Var>,
     outputs: Vec<Option<usize>>,
@@ -40,6 +73,7 @@ struct Segment<'a> {
 /// The segments of one pass.
 pub struct Tape<'a> {
     mode: Mode,
+    escort: Option<Rc<dyn Escort + 'a>>,
     segments: Vec<Segment<'a>>,
     gradients: Vec<Option<Tensor>>,
     /// What a loss was computed from, and where the gradients go that it left there.
@@ -49,11 +83,48 @@ pub struct Tape<'a> {
 impl<'a> Tape<'a> {
     /// An empty tape. Run passes on it with gradients on, unless the mode is [`Mode::Graph`].
     pub fn new(mode: Mode) -> Self {
-        Self { mode, segments: Vec::new(), gradients: Vec::new(), leaves: Vec::new() }
+        Self { mode, escort: None, segments: Vec::new(), gradients: Vec::new(), leaves: Vec::new() }
+    }
+
+    /// Who goes along with what is put on the tape from here on, and with the whole way back.
+    pub fn escort(&mut self, escort: Option<Rc<dyn Escort + 'a>>) {
+        self.escort = escort;
     }
 
     /// Runs one segment. `run` must give the same again when it is called again.
     pub fn call(&mut self, inputs: &[&Var], run: impl Fn(&[Tensor]) -> Vec<Tensor> + 'a) -> Vec<Var> {
+        self.segment(None, inputs, run)
+    }
+
+    /// [`Tape::call`] with one output.
+    pub fn call1(&mut self, inputs: &[&Var], run: impl Fn(&[Tensor]) -> Tensor + 'a) -> Var {
+        self.call(inputs, move |t| vec![run(t)]).remove(0)
+    }
+
+    /// [`Tape::call`] for a layer of the decoder, which is escorted.
+    pub(crate) fn call_layer(
+        &mut self,
+        layer: usize,
+        inputs: &[&Var],
+        run: impl Fn(&[Tensor]) -> Vec<Tensor> + 'a,
+    ) -> Vec<Var> {
+        let escort = self.escort.clone();
+        if let Some(escort) = &escort {
+            escort.enter(layer, Way::Forward);
+        }
+        let out = self.segment(Some(layer), inputs, run);
+        if let Some(escort) = &escort {
+            escort.leave(layer, Way::Forward);
+        }
+        out
+    }
+
+    fn segment(
+        &mut self,
+        layer: Option<usize>,
+        inputs: &[&Var],
+        run: impl Fn(&[Tensor]) -> Vec<Tensor> + 'a,
+    ) -> Vec<Var> {
         if self.mode == Mode::Graph {
             let plain: Vec<Tensor> = inputs.iter().map(|v| v.tensor.shallow_clone()).collect();
             return run(&plain).into_iter().map(Var::constant).collect();
@@ -73,14 +144,13 @@ impl<'a> Tape<'a> {
         let ids: Vec<Option<usize>> = outputs.iter().map(|v| v.id).collect();
         if ids.iter().any(Option::is_some) {
             let inputs = inputs.iter().map(|v| Var { tensor: v.tensor.shallow_clone(), id: v.id }).collect();
-            self.segments.push(Segment { run: Box::new(run), inputs, outputs: ids });
+            let source = match self.mode {
+                Mode::Segments => Source::Kept(leaves, made),
+                _ => Source::Again(Box::new(run)),
+            };
+            self.segments.push(Segment { source, layer, inputs, outputs: ids });
         }
         outputs
-    }
-
-    /// [`Tape::call`] with one output.
-    pub fn call1(&mut self, inputs: &[&Var], run: impl Fn(&[Tensor]) -> Tensor + 'a) -> Var {
-        self.call(inputs, move |t| vec![run(t)]).remove(0)
     }
 
     /// A value to compute a loss from; the loss's own backward pass comes before [`Tape::backward`].
@@ -102,8 +172,18 @@ impl<'a> Tape<'a> {
             if seeds.iter().all(Option::is_none) {
                 continue;
             }
-            let leaves = as_leaves(segment.inputs.iter());
-            let made = (segment.run)(&leaves);
+            let escorted = segment.layer.zip(self.escort.as_ref());
+            if let Some((layer, escort)) = escorted {
+                escort.enter(layer, Way::Backward);
+            }
+            let (leaves, made) = match segment.source {
+                Source::Kept(leaves, made) => (leaves, made),
+                Source::Again(run) => {
+                    let leaves = as_leaves(segment.inputs.iter());
+                    let made = run(&leaves);
+                    (leaves, made)
+                }
+            };
             // The gradient of sum(output * seed) is the vector-Jacobian product.
             let products = made.iter().zip(&seeds).filter_map(|(t, seed)| Some((t * seed.as_ref()?).sum(t.kind())));
             if let Some(total) = products.reduce(|a, b| a + b) {
@@ -113,6 +193,9 @@ impl<'a> Tape<'a> {
                 if let Some(id) = input.id {
                     add(&mut self.gradients[id], leaf.grad());
                 }
+            }
+            if let Some((layer, escort)) = escorted {
+                escort.leave(layer, Way::Backward);
             }
         }
     }
@@ -168,10 +251,47 @@ mod tests {
             (loss.double_value(&[]), w.grad().copy(), u.grad().copy())
         };
         let (loss, gw, gu) = run(Mode::Graph);
-        let (l, a, b) = run(Mode::Recompute);
-        assert_eq!(l, loss);
-        for (found, wanted) in [(a, &gw), (b, &gu)] {
-            assert!((found - wanted).abs().max().double_value(&[]) < 1e-10 * wanted.abs().max().double_value(&[]));
+        for mode in [Mode::Segments, Mode::Recompute] {
+            let (l, a, b) = run(mode);
+            assert_eq!(l, loss);
+            for (found, wanted) in [(a, &gw), (b, &gu)] {
+                assert!((found - wanted).abs().max().double_value(&[]) < 1e-10 * wanted.abs().max().double_value(&[]));
+            }
+        }
+    }
+
+    #[derive(Default)]
+    struct Walk(std::cell::RefCell<Vec<(usize, Way, bool)>>);
+
+    impl Escort for Walk {
+        fn enter(&self, layer: usize, way: Way) {
+            self.0.borrow_mut().push((layer, way, true));
+        }
+
+        fn leave(&self, layer: usize, way: Way) {
+            self.0.borrow_mut().push((layer, way, false));
+        }
+    }
+
+    #[test]
+    fn layers_are_escorted_there_and_back() {
+        let w = Tensor::ones([2], (Kind::Double, tch::Device::Cpu)).set_requires_grad(true);
+        for mode in [Mode::Segments, Mode::Recompute] {
+            let walk = Rc::new(Walk::default());
+            let mut tape = Tape::new(mode);
+            tape.escort(Some(walk.clone()));
+            let mut x = Var::constant(w.detach());
+            for layer in 0..2 {
+                x = tape.call_layer(layer, &[&x], |t| vec![&t[0] * &w]).remove(0);
+            }
+            tape.leaf(&x).sum(Kind::Double).backward();
+            tape.backward();
+            let walked = |way| {
+                let all = walk.0.borrow();
+                all.iter().filter(|(_, w, _)| *w == way).map(|(l, _, e)| (*l, *e)).collect::<Vec<_>>()
+            };
+            assert_eq!(walked(Way::Forward), [(0, true), (0, false), (1, true), (1, false)]);
+            assert_eq!(walked(Way::Backward), [(1, true), (1, false), (0, true), (0, false)]);
         }
     }
 }

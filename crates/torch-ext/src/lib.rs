@@ -1,5 +1,5 @@
-//! What tch lacks, as a small C++ shim: graphs and streams of GPU work, kernels for decode steps on the CPU, libtorch's store and
-//! Gloo. Each part is a library of its own inside this crate, loaded when it is first asked for, so that one build serves hosts
+//! What tch lacks, as a small C++ shim: graphs and streams of GPU work, kernels for decode steps on the CPU, the memory behind tensors,
+//! libtorch's store and Gloo. Each part is a library of its own inside this crate, loaded when it is first asked for, so that one build serves hosts
 //! with and without a GPU.
 //!
 //! Must not know: models, runtimes, what communication is for. Unsafe code of the project that is not a file map or a driver call
@@ -10,6 +10,7 @@ mod gloo;
 mod graph;
 mod host;
 mod library;
+mod memory;
 mod store;
 mod stream;
 
@@ -17,6 +18,7 @@ pub use cuda::load_cuda;
 pub use gloo::{GlooGroup, GlooWork};
 pub use graph::CudaGraph;
 pub use host::{DecodeLayer, DecodeStep, decode, linear};
+pub use memory::{drop_grad, memory_size, resize_memory};
 pub use store::Store;
 pub use stream::{CudaEvent, CudaStream};
 

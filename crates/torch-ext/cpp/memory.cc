@@ -1,0 +1,40 @@
+// Where a tensor's numbers lie, as C functions: each returns 0, or 1 with a message.
+
+#include <ATen/ATen.h>
+
+#include "guarded.h"
+
+namespace {
+
+// A handle is a tch tensor: a pointer to an at::Tensor.
+at::Tensor& tensor_of(void* handle) { return *static_cast<at::Tensor*>(handle); }
+
+}  // namespace
+
+extern "C" {
+
+// The size in bytes of the memory behind a tensor, which may be shared with others; -1 where it cannot be resized.
+int unveil_memory_size(void* tensor, int64_t* bytes, char* message, size_t size) {
+  return guarded(message, size, [&] {
+    const c10::Storage& storage = tensor_of(tensor).storage();
+    *bytes = storage.allocator() == nullptr ? -1 : static_cast<int64_t>(storage.nbytes());
+  });
+}
+
+// Gives that memory back (0 bytes), or takes new memory, whose contents are undefined. Shape, strides and all tensors that share it
+// stay.
+int unveil_memory_resize(void* tensor, int64_t bytes, char* message, size_t size) {
+  return guarded(message, size, [&] {
+    c10::StorageImpl* storage = tensor_of(tensor).storage().unsafeGetStorageImpl();
+    if (static_cast<int64_t>(storage->nbytes()) == bytes) return;
+    TORCH_CHECK(storage->allocator() != nullptr, "the memory belongs to another library or to a file");
+    storage->set_data_ptr_noswap(storage->allocator()->allocate(bytes));
+    storage->set_nbytes(static_cast<size_t>(bytes));
+  });
+}
+
+// Forgets a leaf's gradient, memory and all.
+int unveil_memory_drop_grad(void* tensor, char* message, size_t size) {
+  return guarded(message, size, [&] { tensor_of(tensor).mutable_grad().reset(); });
+}
+}
