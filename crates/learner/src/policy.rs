@@ -93,11 +93,20 @@ impl Policy {
         })
     }
 
-    /// Log-probabilities of `members` under the reference model, where there is one.
+    /// Log-probabilities of `members` under the reference: the model that was given, or this one without its adapters; none where KL
+    /// has no weight.
     pub fn reference_logprobs(&self, members: &[&Member<'_>]) -> Result<Option<Vec<f64>>> {
-        let Some(reference) = self.reference.as_ref().filter(|_| self.settings.objective.kl_coef > 0.0) else {
+        if self.settings.objective.kl_coef == 0.0 {
             return Ok(None);
-        };
+        }
+        match (&self.reference, self.vlm.adapters()) {
+            (Some(reference), _) => self.plain_logprobs(reference, members).map(Some),
+            (None, Some(_)) => self.vlm.without_adapters(|vlm| self.plain_logprobs(vlm, members)).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn plain_logprobs(&self, reference: &Vlm, members: &[&Member<'_>]) -> Result<Vec<f64>> {
         no_grad(|| {
             let mut out = Vec::new();
             for part in parts(members, self.settings.token_budget) {
@@ -107,7 +116,7 @@ impl Policy {
                 let (s, logits) = (&self.settings, reference.lm_head(&hidden));
                 out.extend(host(&unveil_model::logprobs(&logits, &targets, s.temperature, &s.banned))?);
             }
-            Ok(Some(out))
+            Ok(out)
         })
     }
 

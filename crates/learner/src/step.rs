@@ -42,7 +42,8 @@ pub(crate) type Values = HashMap<GroupId, Vec<Vec<f64>>>;
 struct Unusable(String);
 
 impl Learner {
-    /// A learner around `vlm`. `reference` is needed when the KL term has a weight; PPO adds a value head of zeros.
+    /// A learner around `vlm`, which trains its adapters alone where it has some. `reference` is needed when the KL term has a weight;
+    /// without one it is the model without its adapters. PPO adds a value head of zeros.
     ///
     /// # Errors
     /// A frozen prefix that no parameter has, a layer that the model does not have, weights that are not fp32.
@@ -56,10 +57,11 @@ impl Learner {
         if let Err(e) = settings.attention.check(&vlm.config().text) {
             return fault(format!("reward.vision_relevance.layers and .heads (0-based): {e}"));
         }
-        if settings.objective.kl_coef > 0.0 && reference.is_none() {
+        if settings.objective.kl_coef > 0.0 && reference.is_none() && vlm.adapters().is_none() {
             return fault("learner.kl_coef is above 0, but there is no reference model".into());
         }
-        vlm.set_trainable(|name| !settings.frozen.iter().any(|p| name.starts_with(p.as_str())));
+        let frozen = |name: &str| settings.frozen.iter().any(|p| name.starts_with(p.as_str()));
+        vlm.set_trainable(|name| vlm.adapters().is_none() && !frozen(name));
         let value_head = settings
             .estimator
             .needs_values()
@@ -71,6 +73,10 @@ impl Learner {
                 .filter(|(_, t)| t.requires_grad())
                 .map(|(n, t)| (n.clone(), t.shallow_clone())),
         );
+        if let Some(adapters) = vlm.adapters() {
+            adapters.set_trainable(true);
+            trained.extend(adapters.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
+        }
         if let Some(head) = &value_head {
             head.set_trainable(true);
             trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
