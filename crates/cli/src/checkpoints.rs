@@ -26,7 +26,7 @@ pub enum CheckpointCommand {
     Show(Place),
     /// Reads every object and compares its checksum; exit code 1 when one is damaged.
     Verify(Place),
-    /// Writes the Hugging Face model directory of a checkpoint.
+    /// Writes the Hugging Face model directory of a checkpoint, or its adapters as peft reads them where it has those alone.
     Export {
         #[command(flatten)]
         place: Place,
@@ -79,7 +79,10 @@ async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
         }
         CheckpointCommand::Export { place, out } => {
             let store = open(&place.url, Access::Read).await?;
-            let files = checkpoint::export(&store, place.step, out, "model/").await?;
+            let shown = checkpoint::show(&store, place.step).await?;
+            let whole = shown.manifest.objects.iter().any(|o| o.name.starts_with("model/"));
+            let part = if whole { "model/" } else { "adapter/" };
+            let files = checkpoint::export(&store, Some(shown.info.step), out, part).await?;
             println!("{}", serde_json::json!({ "out": out, "files": files }));
         }
         CheckpointCommand::Prune { url, keep, orphans } => {

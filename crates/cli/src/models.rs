@@ -13,6 +13,7 @@ use unveil_core::Sampling;
 use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_eval::{Settings, evaluate, load_samples};
+use unveil_learner::ReplayModels;
 use unveil_model::{InitSpec, SpecialIds, Vlm, VlmConfig};
 use unveil_reward::Scoring;
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, open_engine, score_cli};
@@ -34,7 +35,7 @@ pub enum ModelCommand {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
-    /// Writes a model directory again, as transformers reads it, in another kind of numbers if asked.
+    /// Writes a model directory again, as transformers reads it, in another kind of numbers or with adapters merged if asked.
     Export {
         /// Model directory.
         dir: PathBuf,
@@ -44,6 +45,9 @@ pub enum ModelCommand {
         /// float32, bfloat16 or float16; as stored without it.
         #[arg(long, value_parser = kind_of)]
         dtype: Option<Kind>,
+        /// Directory with adapters as peft writes them, to be merged into the weights.
+        #[arg(long)]
+        adapter: Option<PathBuf>,
     },
     /// Checks a model directory and describes it.
     Inspect {
@@ -110,6 +114,9 @@ pub struct ReplayArgs {
     /// Model directory that the update starts from.
     #[arg(long)]
     model: PathBuf,
+    /// Adapters that it starts from as peft writes them, where learner.lora asks for some; fresh ones without it.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// Model directory that KL is to, where it has a weight; as `--model` without it.
     #[arg(long)]
     reference: Option<PathBuf>,
@@ -180,8 +187,8 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             println!("{}", describe(out)?);
             Ok(())
         }
-        ModelCommand::Export { dir, out, dtype } => {
-            unveil_model::export(dir, out, *dtype)?;
+        ModelCommand::Export { dir, out, dtype, adapter } => {
+            unveil_model::export(dir, out, *dtype, adapter.as_deref())?;
             println!("{}", describe(out)?);
             Ok(())
         }
@@ -274,7 +281,7 @@ pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
         "{}",
         unveil_learner::replay(
             &config,
-            (&args.model, args.reference.as_deref()),
+            ReplayModels { model: &args.model, adapter: args.adapter.as_deref(), reference: args.reference.as_deref() },
             &args.batch,
             &args.out,
             banned,

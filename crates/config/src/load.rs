@@ -274,7 +274,7 @@ mod tests {
             )
         );
         assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlace::Reward, Whiten::Always, 3.0));
-        let faults: [(&[&str], &[&str]); 13] = [
+        let faults: [(&[&str], &[&str]); 18] = [
             (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
             (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
             (&["kl_form=k4"], &["k4", "k3"]),
@@ -288,6 +288,11 @@ mod tests {
             (&["policy_coef=0"], &["learner.policy_coef", "above 0"]),
             (&["kl_coef=-1"], &["learner.kl_coef", "-1", "0 or more"]),
             (&["kl_gian=0.1"], &["learner.kl_gian", "`learner.kl_gain`"]),
+            (&["lora.alpha=0"], &["learner.lora.alpha", "above 0"]),
+            (&["lora.targets=[]"], &["learner.lora.targets", "q_proj"]),
+            (&["lora.rank=-1"], &["learner.lora.rank"]),
+            (&["lora.rank=4", "frozen=[\"visual.\"]"], &["learner.frozen", "learner.lora.rank is 4", "targets"]),
+            (&["lora.dropout=0.1"], &["learner.lora.dropout"]),
         ];
         for (sets, words) in faults {
             let sets: Vec<String> = sets.iter().map(|s| format!("learner.{s}")).collect();

@@ -4,11 +4,13 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
 mod learner;
+mod lora;
 mod reward;
 
 pub use learner::{
     Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
 };
+pub use lora::Lora;
 pub use reward::{ComponentConfig, Normalise, Reward, VisionMode, VisionRelevance};
 
 /// The whole configuration of a run.

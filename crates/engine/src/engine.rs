@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tch::{Kind, Tensor};
 use unveil_core::WeightVersion;
-use unveil_model::{AttentionSet, Vlm};
+use unveil_model::{AttentionSet, Merger, Vlm};
 
 use crate::batch::Batch;
 use crate::images::ImageCache;
@@ -94,6 +94,8 @@ pub struct Engine<V = Vlm> {
     pub(crate) waiting: VecDeque<Waiting>,
     pub(crate) batch: Option<Batch>,
     pub(crate) graph_fault: Option<String>,
+    /// What matrices were before adapters were merged into them.
+    merger: Merger,
     next_ticket: u64,
 }
 
@@ -127,6 +129,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             waiting: VecDeque::new(),
             batch: None,
             graph_fault: None,
+            merger: Merger::default(),
             next_ticket: 0,
         })
     }
@@ -301,6 +304,7 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
     /// before generating.
     pub fn load_weights(&mut self, version: WeightVersion, named: &[(String, Tensor)]) -> Result<()> {
         self.vlm.borrow_mut().load_state(named)?;
+        self.merger.forget(|_| true);
         self.images.clear();
         self.version = version;
         self.refill()
@@ -312,7 +316,35 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
     /// As there.
     pub fn load_changed(&mut self, version: WeightVersion, named: &[(String, Tensor)]) -> Result<()> {
         self.vlm.borrow_mut().load_some(named)?;
+        self.merger.forget(|weight| named.iter().any(|(name, _)| name == weight));
         if named.iter().any(|(name, _)| name.starts_with(VISION)) {
+            self.images.clear();
+        }
+        self.version = version;
+        self.refill()
+    }
+
+    /// [`Engine::load_weights`] where adapters (`LAYER.lora_A.weight`, `LAYER.lora_B.weight`, times `scale`) lie beside the weights:
+    /// groups are generated with both merged, from the weights as they were loaded. `base` has all parameters; with none those of the
+    /// last load stay. A copy of the adapted matrices is kept beside the model.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_adapted(
+        &mut self,
+        version: WeightVersion,
+        base: Option<&[(String, Tensor)]>,
+        adapters: &[(String, Tensor)],
+        scale: f64,
+    ) -> Result<()> {
+        let vlm = self.vlm.borrow_mut();
+        Merger::check(vlm, adapters, scale)?;
+        if let Some(base) = base {
+            vlm.load_state(base)?;
+            self.merger.forget(|_| true);
+        }
+        self.merger.merge(vlm, adapters, scale)?;
+        if base.is_some() || adapters.iter().any(|(name, _)| name.starts_with(VISION)) {
             self.images.clear();
         }
         self.version = version;

@@ -101,7 +101,7 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
                 left -= part;
             }
         } else {
-            host.publish(&NewWeights { version, named: &named, kind, changes: &|_| true })?;
+            host.publish(&NewWeights { version, named: &named, kind, adapters: None, changes: &|_| true })?;
             version += 1;
         }
         Ok(json!({"seconds": start.elapsed().as_secs_f64()}))

@@ -223,7 +223,8 @@ impl AdamW {
         let pieces = self.plan.pieces.iter().filter(|p| run.start <= p.own.start && p.own.end <= run.end);
         if let Some(master) = &self.master {
             for p in pieces.filter(decayed) {
-                let _ = master.f_narrow(0, p.own.start, p.own.end - p.own.start)?.g_mul_scalar_(1.0 - lr * o.weight_decay);
+                let _ =
+                    master.f_narrow(0, p.own.start, p.own.end - p.own.start)?.g_mul_scalar_(1.0 - lr * o.weight_decay);
             }
             let _ = of(master)?.f_add_(&update)?;
             return Ok(());

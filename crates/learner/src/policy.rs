@@ -133,12 +133,20 @@ impl Policy {
         })
     }
 
-    /// Log-probabilities of this rank's parts under the reference model, where there is one.
+    /// Log-probabilities of this rank's parts under the reference: the model that was given, or this one without its adapters; none
+    /// where KL has no weight.
     pub fn reference_logprobs(&self, work: &Work<'_, '_>) -> Result<Option<Vec<f64>>> {
-        let Some(Reference { vlm, course }) = self.reference.as_ref().filter(|_| self.settings.objective.kl_coef > 0.0)
-        else {
+        if self.settings.objective.kl_coef == 0.0 {
             return Ok(None);
-        };
+        }
+        match (&self.reference, self.vlm.adapters()) {
+            (Some(Reference { vlm, course }), _) => self.plain_logprobs(vlm, course, work).map(Some),
+            (None, Some(_)) => self.vlm.without_adapters(|vlm| self.plain_logprobs(vlm, &self.course, work)).map(Some),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn plain_logprobs(&self, vlm: &Vlm, course: &Course, work: &Work<'_, '_>) -> Result<Vec<f64>> {
         no_grad(|| {
             let mut out = Vec::new();
             for part in work.passes() {
@@ -154,18 +162,12 @@ impl Policy {
                 }
                 pass.arrive()?;
             }
-            Ok(Some(out))
+            Ok(out)
         })
     }
 
     /// The loss of `part` from its pass; `counts` are those of the whole mini-batch.
-    pub fn loss(
-        &self,
-        part: &[&Member<'_>],
-        made: &Made,
-        counts: &Counts,
-        objective: &Objective,
-    ) -> Result<LossParts> {
+    pub fn loss(&self, part: &[&Member<'_>], made: &Made, counts: &Counts, objective: &Objective) -> Result<LossParts> {
         let (device, mut objective) = (self.vlm.device(), *objective);
         let flat = |of: Numbers| flat(part, of, made.logprobs.kind(), device);
         let given = |wanted: bool, of: Numbers| wanted.then(|| flat(of)).transpose();

@@ -1,5 +1,5 @@
 //! One update from a dumped batch, with everything that another program needs to check it: `replay.json`, `grads.safetensors`,
-//! `model/`. Moments start at 0; rates and schedules are those of the dumped step.
+//! `model/` (merged where adapters are trained, with those in `adapter/`). Moments start at 0; rates and schedules are those of the dumped step.
 
 use std::path::Path;
 
@@ -10,29 +10,46 @@ use unveil_model::{ValueHead, copy_companions, write_safetensors};
 
 use crate::dump;
 use crate::error::{LearnerError, Result};
+use crate::lora;
 use crate::settings::StepSettings;
 use crate::stage::load_model_as;
 use crate::step::{Counters, Learner};
 
-/// Makes the update of the batch in `batch` from the weights in `model` (and its value head, where there is one) under `config`,
-/// and writes results to `out`, computing in `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL is to
-/// `reference` (none = `model` itself), at the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
+/// What an update starts from.
+#[derive(Debug, Clone, Copy)]
+pub struct ReplayModels<'a> {
+    /// Model directory, with a value head where there is one.
+    pub model: &'a Path,
+    /// Adapters as peft writes them, where `learner.lora` asks for some; none = fresh ones.
+    pub adapter: Option<&'a Path>,
+    /// Model that KL is to; none = `model` itself, without adapters.
+    pub reference: Option<&'a Path>,
+}
+
+/// Makes the update of the batch in `batch` from the weights in `models` under `config`, and writes results to `out`, computing in
+/// `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL has the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
 /// reported, not enforced. Returns what `replay.json` holds.
 ///
 /// # Errors
 /// Files that cannot be read or do not fit, an update that had to be skipped.
 pub fn replay(
     config: &Config,
-    (model, reference): (&Path, Option<&Path>),
+    models: ReplayModels<'_>,
     batch: &Path,
     out: &Path,
     banned: &[u32],
     kind: Kind,
 ) -> Result<Value> {
     let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind);
-    let vlm = load(model)?;
+    let model = models.model;
+    let mut vlm = load(model)?;
+    let base = lora::adapt(&mut vlm, config, model)?;
+    if let Some(dir) = models.adapter {
+        lora::load(&mut vlm, dir)?;
+    }
     let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
-    let reference = if config.learner.kl_coef > 0.0 { Some(load(reference.unwrap_or(model))?) } else { None };
+    let other = models.reference.or((base.is_none()).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);
+    let reference = other.map(load).transpose()?;
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
     let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
     let mut learner = Learner::new(vlm, reference, settings)?;
@@ -48,8 +65,13 @@ pub fn replay(
     std::fs::create_dir_all(out).map_err(LearnerError::io(out))?;
     write_safetensors(&out.join("grads.safetensors"), &learner.take_trace())?;
     let made = out.join("model");
-    learner.vlm().save(&made)?;
-    copy_companions(model, &made)?;
+    match &base {
+        Some(base) => lora::export(learner.vlm_mut(), base, &made, &lora::beside(&made))?,
+        None => {
+            learner.vlm().save(&made)?;
+            copy_companions(model, &made)?;
+        }
+    }
     if let Some(head) = learner.value_head() {
         head.save(&made)?;
     }

@@ -17,6 +17,7 @@ use unveil_experience::{Event, Experience, Settings};
 use crate::batch::TrainGroup;
 use crate::dump;
 use crate::error::{LearnerError, Result};
+use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
@@ -48,13 +49,16 @@ pub fn run_rl(mut stage: Stage<'_>, ready: impl FnOnce(SocketAddr)) -> Result<Ou
     ready(run.host.address());
     run.publish(wire_kind(stage.config))?;
     let ended = run.train(&mut stage);
-    let (outcome, mut saver, host) = (ended?, run.saver, run.host);
+    let (outcome, Run { learner, host, mut saver, base, best, .. }) = (ended?, run);
     if outcome.interrupted {
         return Ok(outcome);
     }
     host.finish(FAREWELL);
-    let chosen = run.best.map_or(outcome.step, |b| b.step);
-    saver.export(chosen, stage.out)?;
+    let chosen = best.map_or(outcome.step, |b| b.step);
+    match (base, learner) {
+        (Some(base), mut learner) => saver.export_adapted(chosen, stage.out, learner.vlm_mut(), &base)?,
+        (None, _) => saver.export(chosen, stage.out)?,
+    }
     Ok(Outcome { exported: Some(chosen), ..outcome })
 }
 
@@ -63,6 +67,8 @@ struct Run {
     host: Host,
     saver: Saver,
     files: StaticFiles,
+    /// What the adapters lie beside, where adapters are trained.
+    base: Option<Base>,
     best: Option<Best>,
     responses: u64,
 }
@@ -73,13 +79,15 @@ impl Run {
         let files = StaticFiles::read(stage.model_dir)?;
         let load = || load_model(config, config.learner.threads, stage.model_dir);
         let mut vlm = load()?;
+        let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
         let resume: Resume = config.run.resume.parse()?;
         let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
-        if let Some(r) = &restored {
-            vlm.load_state(&r.weights)?;
+        if let (Some(r), Some(l)) = (&restored, &loaded) {
+            r.load_into(l.info.step, &mut vlm, base.as_ref())?;
         }
-        let reference = if config.learner.kl_coef > 0.0 { Some(load()?) } else { None };
+        // Without its adapters the model is the reference.
+        let reference = if config.learner.kl_coef > 0.0 && base.is_none() { Some(load()?) } else { None };
         let banned = stage.data.preparer().tokenizer().special().banned.clone();
         let settings = StepSettings::new(config, &vlm, &banned);
         let vocab = vlm.config().text.vocab_size as u32;
@@ -100,7 +108,7 @@ impl Run {
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
-        Ok(Self { learner, host, saver, files, best, responses: 0 })
+        Ok(Self { learner, host, saver, files, base, best, responses: 0 })
     }
 
     /// Publishes the parameters as they are now, in the kind of numbers that workers hold them in.
@@ -108,7 +116,8 @@ impl Run {
         let vlm = self.learner.vlm();
         let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
         let version = self.learner.step();
-        self.host.publish(&NewWeights { version, named: vlm.named_parameters(), kind, changes: &changes })
+        let (named, adapters) = (vlm.named_parameters(), vlm.adapters());
+        self.host.publish(&NewWeights { version, named, kind, adapters, changes: &changes })
     }
 
     fn train(&mut self, stage: &mut Stage<'_>) -> Result<Outcome> {
@@ -187,8 +196,8 @@ impl Run {
     }
 
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
-        let objects =
-            state::objects(&self.files, self.learner.vlm(), &self.learner.optimizer, self.learner.value_head())?;
+        let (learner, base) = (&self.learner, self.base.as_ref());
+        let objects = state::objects(&self.files, learner.vlm(), base, &learner.optimizer, learner.value_head())?;
         let meta = Meta {
             stage: "rl".into(),
             counters: self.learner.counters(),
@@ -196,6 +205,7 @@ impl Run {
             experience: Some(self.host.snapshot()),
             best: self.best,
             kl: Some(self.learner.kl_controller()),
+            base: self.base.as_ref().map(|b| b.hash.clone()),
         };
         if let Some(info) = self.saver.save(self.learner.step(), objects, &meta, best)? {
             stage.event(&state::event("rl", &info))?;

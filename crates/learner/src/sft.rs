@@ -133,7 +133,7 @@ impl SftTrainer {
     }
 
     fn restore(&mut self, r: &Restored) -> Result<()> {
-        self.vlm.load_state(&r.weights)?;
+        r.load_into(r.meta.counters.step, &mut self.vlm, None)?;
         self.optimizer.load_state(&r.moments, r.meta.counters.updates)?;
         self.counters = r.meta.counters;
         Ok(())
@@ -216,9 +216,16 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     let kind = if loaded.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
     let save = |saver: &mut Saver, trainer: &SftTrainer| {
-        let objects = state::objects(&files, &trainer.vlm, &trainer.optimizer, None)?;
-        let meta =
-            Meta { stage: "sft".into(), counters: trainer.counters, seed, experience: None, best: None, kl: None };
+        let objects = state::objects(&files, &trainer.vlm, None, &trainer.optimizer, None)?;
+        let meta = Meta {
+            stage: "sft".into(),
+            counters: trainer.counters,
+            seed,
+            experience: None,
+            best: None,
+            base: None,
+            kl: None,
+        };
         saver.save(trainer.step(), objects, &meta, false)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);

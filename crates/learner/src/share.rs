@@ -59,7 +59,8 @@ impl Share {
     /// The passes over `chosen` of `members`; their parts have members of like width.
     pub fn work<'m, 'a>(&self, members: &'m [Member<'a>], chosen: &[usize]) -> Work<'m, 'a> {
         let of = |rank: usize| {
-            let mut own: Vec<&Member> = chosen.iter().filter(|i| self.owner[**i] == rank).map(|i| &members[*i]).collect();
+            let mut own: Vec<&Member> =
+                chosen.iter().filter(|i| self.owner[**i] == rank).map(|i| &members[*i]).collect();
             own.sort_by_key(|m| m.width());
             parts(&own, self.budget)
         };
@@ -73,7 +74,8 @@ impl Share {
     pub fn padding(&self, members: &[Member<'_>]) -> f64 {
         let (mut all, mut unused) = (0, 0);
         for rank in 0..self.ranks.size() {
-            let own: Vec<&Member> = members.iter().zip(&self.owner).filter(|(_, o)| **o == rank).map(|(m, _)| m).collect();
+            let own: Vec<&Member> =
+                members.iter().zip(&self.owner).filter(|(_, o)| **o == rank).map(|(m, _)| m).collect();
             let found = padding(&parts(&own, self.budget));
             (all, unused) = (all + found.0, unused + found.1);
         }

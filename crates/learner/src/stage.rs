@@ -122,7 +122,7 @@ impl Stage<'_> {
     pub(crate) fn evaluate(&mut self, name: &str, vlm: &mut Vlm, step: u64) -> Result<Option<Evaluation>> {
         let Some(evaluator) = self.evaluator.as_mut() else { return Ok(None) };
         let started = std::time::Instant::now();
-        let result = tch::no_grad(|| evaluator.evaluate(vlm, step));
+        let result = vlm.merged(|vlm| tch::no_grad(|| evaluator.evaluate(vlm, step)))?;
         let found = match result {
             Ok(e) => e,
             Err(_) if self.cancel.is_cancelled() => return Ok(None),

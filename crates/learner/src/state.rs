@@ -17,6 +17,7 @@ use unveil_model::{ValueHead, Vlm};
 
 use crate::codec::{from_bytes, to_bytes};
 use crate::error::{LearnerError, Result};
+use crate::lora::{self, Base, SavedAdapters};
 use crate::optim::AdamW;
 use crate::step::Counters;
 
@@ -39,6 +40,9 @@ pub(crate) struct Meta {
     /// The best evaluation so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub best: Option<Best>,
+    /// BLAKE3 of the model that the adapters lie beside, where adapters are trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
     /// Weight of KL to the reference; stage 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl: Option<unveil_algo::KlController>,
@@ -69,21 +73,19 @@ impl StaticFiles {
     }
 }
 
-/// Objects of a checkpoint: a whole model directory under `model/`, moments, value head.
+/// Objects of a checkpoint: a whole model directory under `model/`, or adapters alone under `adapter/` where there is a base;
+/// moments, value head.
 pub(crate) fn objects(
     files: &StaticFiles,
     vlm: &Vlm,
+    base: Option<&Base>,
     optimizer: &AdamW,
     head: Option<&ValueHead>,
 ) -> Result<Vec<(String, Bytes)>> {
-    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
-    vlm.save(scratch.path())?;
-    let mut out = files.0.clone();
-    for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
-        let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
-        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        out.push((format!("{MODEL}{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
-    }
+    let mut out = match base {
+        Some(base) => SavedAdapters::objects(vlm, base)?,
+        None => whole(files, vlm)?,
+    };
     out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state()?)?.into()));
     if let Some(head) = head {
         let named: Vec<_> = head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
@@ -92,10 +94,29 @@ pub(crate) fn objects(
     Ok(out)
 }
 
+/// A whole model directory.
+fn whole(files: &StaticFiles, vlm: &Vlm) -> Result<Vec<(String, Bytes)>> {
+    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+    vlm.save(scratch.path())?;
+    let mut out = files.0.clone();
+    for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
+        let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        out.push((format!("{MODEL}{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
+    }
+    Ok(out)
+}
+
+/// What a checkpoint has of the model.
+enum Weights {
+    Whole(Vec<(String, Tensor)>),
+    Adapters(SavedAdapters),
+}
+
 /// Tensors and numbers of a loaded checkpoint.
 pub(crate) struct Restored {
     pub meta: Meta,
-    pub weights: Vec<(String, Tensor)>,
+    weights: Weights,
     pub moments: Vec<(String, Tensor)>,
     pub head: Option<Vec<(String, Tensor)>>,
 }
@@ -120,12 +141,42 @@ impl Restored {
             )));
         }
         let get = |name: &str| object(&loaded.objects, name, step);
+        let weights = match SavedAdapters::read(loaded.objects.iter())? {
+            Some(adapters) => Weights::Adapters(adapters),
+            None => Weights::Whole(weights(&loaded.objects, step)?),
+        };
         Ok(Self {
-            weights: weights(&loaded.objects, step)?,
+            weights,
             moments: from_bytes(get(OPTIMIZER)?, OPTIMIZER)?,
             head: loaded.objects.get(VALUE_HEAD).map(|b| from_bytes(b, VALUE_HEAD)).transpose()?,
             meta,
         })
+    }
+}
+
+impl Restored {
+    /// Puts the weights of the checkpoint of `step` into `vlm`, or its adapters where `vlm` lies on the same base.
+    pub fn load_into(&self, step: u64, vlm: &mut Vlm, base: Option<&Base>) -> Result<()> {
+        let fault = |what: String| LearnerError::State { step, what };
+        match &self.weights {
+            Weights::Whole(named) if base.is_none() => Ok(vlm.load_state(named)?),
+            Weights::Whole(_) => Err(fault(
+                "it holds whole weights, but learner.lora.rank is above 0: set it to 0, or run.resume = \"never\""
+                    .into(),
+            )),
+            Weights::Adapters(saved) => {
+                let now = base.map(|b| b.hash.as_str());
+                if let (Some(b), true) = (base, self.meta.base.as_deref() != now) {
+                    let was = self.meta.base.as_deref().unwrap_or("no known model");
+                    return Err(fault(format!(
+                        "its adapters belong to the model with BLAKE3 {was}, but {} has {}: start from that model, or run.resume = \"never\"",
+                        b.dir.display(),
+                        b.hash
+                    )));
+                }
+                saved.load_into(vlm).map_err(fault)
+            }
+        }
     }
 }
 
@@ -214,6 +265,24 @@ impl Saver {
                 Ok(Some(joined?))
             }
         }
+    }
+
+    /// Writes the model of a step, whose checkpoint holds adapters to that of `vlm` on `base`, merged to `out`, and the adapters beside
+    /// it, replacing what is there.
+    pub fn export_adapted(&mut self, step: u64, out: &Path, vlm: &mut Vlm, base: &Base) -> Result<()> {
+        let (adapter, fresh) = (lora::beside(out), sibling(out));
+        let fresh_adapter = sibling(&adapter);
+        remove(&fresh_adapter)?;
+        self.handle.block_on(unveil_checkpoint::export(&self.store, Some(step), &fresh_adapter, lora::ADAPTER))?;
+        let (_, named) = unveil_model::read_adapters(&fresh_adapter)?;
+        vlm.load_adapters(&named)?;
+        remove(&fresh)?;
+        lora::export(vlm, base, &fresh, &fresh_adapter)?;
+        for (made, place) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
+            remove(place)?;
+            std::fs::rename(made, place).map_err(LearnerError::io(place))?;
+        }
+        Ok(())
     }
 
     /// Writes the model directory of a step to `out`, replacing what is there.

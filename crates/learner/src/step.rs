@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 use unveil_algo::{AlgoError, BatchStats, Correction, Counts, KlController, Layout, Objective, check_batch};
 use unveil_core::GroupId;
-use unveil_model::{ValueHead, Vlm};
+use unveil_model::{ValueHead, Vlm, wide};
 
 use crate::batch::{Member, TrainGroup};
 use crate::error::{LearnerError, Result};
@@ -55,8 +55,9 @@ impl Learner {
         Self::on(Ranks::solo(), vlm, reference, settings)
     }
 
-    /// This rank's part of a learner around `vlm`. `reference` is needed when the KL term has a weight; PPO adds a value head of
-    /// zeros. Models and settings are the same on all ranks.
+    /// This rank's part of a learner around `vlm`, which trains its adapters alone where it has some. `reference` is needed when
+    /// the KL term has a weight; without one it is the model without its adapters. PPO adds a value head of zeros. Models and
+    /// settings are the same on all ranks.
     ///
     /// # Errors
     /// A frozen prefix that no parameter has, a layer that the model does not have, weights that cannot be trained.
@@ -70,14 +71,15 @@ impl Learner {
         if let Err(e) = settings.attention.check(&vlm.config().text) {
             return fault(format!("reward.vision_relevance.layers and .heads (0-based): {e}"));
         }
-        if settings.objective.kl_coef > 0.0 && reference.is_none() {
+        if settings.objective.kl_coef > 0.0 && reference.is_none() && vlm.adapters().is_none() {
             return fault("learner.kl_coef is above 0, but there is no reference model".into());
         }
-        vlm.set_trainable(|name| !settings.frozen.iter().any(|p| name.starts_with(p.as_str())));
+        let frozen = |name: &str| settings.frozen.iter().any(|p| name.starts_with(p.as_str()));
+        vlm.set_trainable(|name| vlm.adapters().is_none() && !frozen(name));
         let value_head = settings
             .estimator
             .needs_values()
-            .then(|| ValueHead::new(vlm.config().text.hidden_size, (vlm.kind(), vlm.device())));
+            .then(|| ValueHead::new(vlm.config().text.hidden_size, (wide(vlm.kind()), vlm.device())));
         let mut trained: Vec<(String, Tensor)> = Vec::new();
         trained.extend(
             vlm.named_parameters()
@@ -85,6 +87,10 @@ impl Learner {
                 .filter(|(_, t)| t.requires_grad())
                 .map(|(n, t)| (n.clone(), t.shallow_clone())),
         );
+        if let Some(adapters) = vlm.adapters() {
+            adapters.set_trainable(true);
+            trained.extend(adapters.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
+        }
         if let Some(head) = &value_head {
             head.set_trainable(true);
             trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));

@@ -76,6 +76,7 @@ impl Sums {
         (report.importance, report.importance_bounded) = (found("importance"), found("importance_bounded"));
         report.entropy = of("entropy");
         report.grad_norm = self.norm / n;
-        report.loss = NAMES[..4].iter().filter(|k| self.parts.contains_key(*k)).map(|k| ((*k).to_owned(), of(k))).collect();
+        report.loss =
+            NAMES[..4].iter().filter(|k| self.parts.contains_key(*k)).map(|k| ((*k).to_owned(), of(k))).collect();
     }
 }

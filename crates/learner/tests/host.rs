@@ -134,7 +134,13 @@ fn held(version: u64) -> v1::HeldWeights {
 
 fn publish(host: &Host, version: u64) -> Result<(), LearnerError> {
     let named = named(version);
-    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, changes: &|name| name == "top" })
+    host.publish(&NewWeights {
+        version,
+        named: &named,
+        kind: Kind::Float,
+        adapters: None,
+        changes: &|name| name == "top",
+    })
 }
 
 const SOON: Duration = Duration::from_secs(5);

@@ -97,7 +97,17 @@ fn record(dir: &Path) {
         groups[0].breakdowns[1].total = None;
         batches.push(groups);
     }
-    let spec = Spec { dir: dir.into(), rank: 0, world: 1, zero: 0, shards: 0, port: 0, double: false, ppo: false, small: false };
+    let spec = Spec {
+        dir: dir.into(),
+        rank: 0,
+        world: 1,
+        zero: 0,
+        shards: 0,
+        port: 0,
+        double: false,
+        ppo: false,
+        small: false,
+    };
     let settings = settings(&vlm, &spec);
     let mut config = unveil_config::Config::default();
     config.run.device = "cpu".into();

@@ -13,8 +13,12 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_config::Config;
 use unveil_config::schema::Algorithm;
-use unveil_learner::{Learner, StepSettings, dump, replay};
+use unveil_learner::{Learner, ReplayModels, StepSettings, dump, replay};
 use unveil_model::ValueHead;
+
+fn models(model: &Path) -> ReplayModels<'_> {
+    ReplayModels { model, adapter: None, reference: None }
+}
 
 fn seed() -> u64 {
     std::env::var("UNVEIL_SEED").map_or(1, |s| s.parse().expect("UNVEIL_SEED is a number"))
@@ -94,7 +98,7 @@ fn compare(config: &Config) {
     let at = |name: &str| dir.path().join(name);
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
     for (kind, name) in [(Kind::Float, "float32"), (Kind::Double, "float64")] {
-        let result = replay(config, (&at("base"), None), &at("dump"), &at("out"), &[], kind).unwrap();
+        let result = replay(config, models(&at("base")), &at("dump"), &at("out"), &[], kind).unwrap();
         assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
         let mut reference = Command::new(python());
         let done = reference.arg(&script).arg(dir.path()).arg(name).env("OMP_NUM_THREADS", "2").output().unwrap();
@@ -131,7 +135,7 @@ fn what_does_not_fit_is_named() {
     let fault = |change: &dyn Fn(&mut Value)| {
         edit(&at("dump/batch.json"), change);
         let e =
-            replay(&config, (&at("base"), None), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
+            replay(&config, models(&at("base")), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
         std::fs::write(at("dump/batch.json"), &text).unwrap();
         e
     };
@@ -145,7 +149,7 @@ fn what_does_not_fit_is_named() {
     assert!(e.contains("`masked`"), "{e}");
     assert!(!at("out").exists());
     std::fs::remove_file(at("dump/batch.safetensors")).unwrap();
-    let e = replay(&config, (&at("base"), None), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
+    let e = replay(&config, models(&at("base")), &at("dump"), &at("out"), &[], Kind::Float).unwrap_err().to_string();
     assert!(e.contains("batch.safetensors"), "{e}");
 }
 
@@ -159,7 +163,9 @@ fn kl_is_to_the_reference() {
     let at = |name: &str| dir.path().join(name);
     write_model(&at("other"), seed() + 1);
     let kl = |reference: Option<&Path>| {
-        let found = replay(&c, (&at("base"), reference), &at("dump"), &at("out"), &[], Kind::Double).unwrap();
+        let found =
+            replay(&c, ReplayModels { reference, ..models(&at("base")) }, &at("dump"), &at("out"), &[], Kind::Double)
+                .unwrap();
         found["kl_reference"].as_f64().unwrap()
     };
     assert!(kl(None).abs() < 1e-12);

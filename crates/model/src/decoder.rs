@@ -10,49 +10,23 @@ use tch::{Kind, Tensor};
 use crate::attention::{Capture, attend, capture_rows, merge};
 use crate::cache::GroupCache;
 use crate::family::Get;
-use crate::ops::{linear, rms_norm, rotate, sdpa, split2};
+use crate::linear::{Fused, Linear};
+use crate::ops::{rms_norm, rotate, sdpa, split2};
 use crate::place::Place;
 use crate::rope::Rotary;
 use crate::tape::{Tape, Var};
 use crate::tree::Tree;
 use crate::{Result, TextConfig};
 
-/// Matrices that meet the same input: queries, keys and values, or gate and up, with their biases.
-pub(crate) struct Fused {
-    pub parts: Vec<Tensor>,
-    pub bias: Vec<Tensor>,
-    /// The tensors whose rows they are, where they are small: one product serves all then.
-    whole: Option<(Tensor, Option<Tensor>)>,
-}
-
-impl Fused {
-    /// The products side by side on the last dimension.
-    fn apply(&self, x: &Tensor) -> Tensor {
-        let trained = || self.parts.iter().chain(&self.bias).any(Tensor::requires_grad);
-        match &self.whole {
-            Some((weight, bias)) if !trained() => linear(x, weight, bias.as_ref()),
-            // Gradients must reach the parameters, so those are joined anew.
-            Some(_) => {
-                let bias = (!self.bias.is_empty()).then(|| Tensor::cat(&self.bias, 0));
-                linear(x, &Tensor::cat(&self.parts, 0), bias.as_ref())
-            }
-            None => {
-                let one = |(i, weight): (usize, &Tensor)| linear(x, weight, self.bias.get(i));
-                Tensor::cat(&self.parts.iter().enumerate().map(one).collect::<Vec<_>>(), -1)
-            }
-        }
-    }
-}
-
 pub(crate) struct Layer {
     pub norm1: Tensor,
     pub qkv: Fused,
     /// Norms over the head of queries and keys.
     pub qk_norm: Option<(Tensor, Tensor)>,
-    pub o: Tensor,
+    pub o: Linear,
     pub norm2: Tensor,
     pub gate_up: Fused,
-    pub down: Tensor,
+    pub down: Linear,
 }
 
 /// Queries, keys and values of one layer, rotated: `[B, heads, L, d]`.
@@ -122,22 +96,22 @@ impl Decoder {
         let layer = |l: usize| -> Result<Layer> {
             let at = |name: &str| get(&format!("model.layers.{l}.{name}"));
             let join = |what: &str, names: &[&str], biased: bool| -> Result<Fused> {
-                let at = |name: &str, kind: &str| format!("model.layers.{l}.{what}.{name}_proj.{kind}");
-                let all = |kind: &str| names.iter().map(|n| get(&at(n, kind))).collect::<Result<Vec<_>>>();
-                let whole = |kind: &str| fused(&at(names[0], kind));
-                let bias = if biased { all("bias")? } else { Vec::new() };
+                let at = |name: &str| format!("model.layers.{l}.{what}.{name}_proj");
+                let parts = names.iter().map(|n| Linear::new(get, at(n), biased)).collect::<Result<Vec<_>>>()?;
+                let whole = |kind: &str| fused(&format!("{}.{kind}", at(names[0])));
                 let joined = whole("weight").map(|w| (w, if biased { whole("bias") } else { None }));
-                Ok(Fused { parts: all("weight")?, bias, whole: joined.filter(|(_, b)| b.is_some() == biased) })
+                Ok(Fused::new(parts, joined))
             };
+            let plain = |name: &str| Linear::new(get, format!("model.layers.{l}.{name}"), false);
             let norms = || -> Result<_> { Ok((at("self_attn.q_norm.weight")?, at("self_attn.k_norm.weight")?)) };
             Ok(Layer {
                 norm1: at("input_layernorm.weight")?,
                 qkv: join("self_attn", &["q", "k", "v"], config.qkv_bias)?,
                 qk_norm: config.qk_norm.then(norms).transpose()?,
-                o: at("self_attn.o_proj.weight")?,
+                o: plain("self_attn.o_proj")?,
                 norm2: at("post_attention_layernorm.weight")?,
                 gate_up: join("mlp", &["gate", "up"], false)?,
-                down: at("mlp.down_proj.weight")?,
+                down: plain("mlp.down_proj")?,
             })
         };
         let norm = get("model.norm.weight")?;
@@ -146,6 +120,14 @@ impl Decoder {
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<Vec<_>>>()?,
             rotary: Rotary::new(config, norm.device()),
             norm,
+        })
+    }
+
+    /// All linear layers, in order.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(|l| {
+            let attention = l.qkv.parts.iter().chain(std::iter::once(&l.o));
+            attention.chain(&l.gate_up.parts).chain(std::iter::once(&l.down))
         })
     }
 
@@ -303,12 +285,12 @@ impl Decoder {
     /// What follows attention `[B, L, Hq, d]`: output projection, residual, MLP, residual.
     fn finish(&self, layer: &Layer, x: &Tensor, attended: &Tensor) -> Tensor {
         let size = x.size();
-        let x = x + linear(&attended.reshape([size[0], size[1], -1]), &layer.o, None);
+        let x = x + layer.o.apply(&attended.reshape([size[0], size[1], -1]));
         let normed = rms_norm(&x, &layer.norm2, self.config.rms_norm_eps);
         let width = self.config.intermediate_size;
         let (gate, up) = split2(&layer.gate_up.apply(&normed), -1, width, width);
         let gated = gate.silu() * up;
-        x + linear(&gated, &layer.down, None)
+        x + layer.down.apply(&gated)
     }
 }
 

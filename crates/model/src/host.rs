@@ -1,5 +1,5 @@
 //! Decode steps on the CPU by kernels of our own: the same work as [`Decoder::step`] without the cost of starting some forty
-//! operations per layer. For fp32 weights that are not trained.
+//! operations per layer. For fp32 weights that are not trained, with no adapters beside them.
 
 use tch::{Device, Kind, Tensor};
 use unveil_torch_ext::{DecodeLayer, DecodeStep};
@@ -49,16 +49,17 @@ impl Decoder {
 impl Layer {
     fn on_host<'a>(&'a self, cache: &'a GroupCache, index: usize) -> DecodeLayer<'a> {
         let store = cache.layer(index);
-        let three = |list: &'a [Tensor]| [&list[0], &list[1], &list[2]];
+        let [q, k, v] = [0, 1, 2].map(|i| &self.qkv.parts[i]);
+        let bias = q.bias.as_ref().zip(k.bias.as_ref()).zip(v.bias.as_ref());
         DecodeLayer {
             norm1: &self.norm1,
-            qkv: three(&self.qkv.parts),
-            qkv_bias: (!self.qkv.bias.is_empty()).then(|| three(&self.qkv.bias)),
+            qkv: [&q.weight, &k.weight, &v.weight],
+            qkv_bias: bias.map(|((q, k), v)| [q, k, v]),
             qk_norm: self.qk_norm.as_ref().map(|(q, k)| (q, k)),
-            o: &self.o,
+            o: &self.o.weight,
             norm2: &self.norm2,
-            gate_up: [&self.gate_up.parts[0], &self.gate_up.parts[1]],
-            down: &self.down,
+            gate_up: [&self.gate_up.parts[0].weight, &self.gate_up.parts[1].weight],
+            down: &self.down.weight,
             prefix: [&store.prefix_k, &store.prefix_v],
             suffix: [&store.suffix_k, &store.suffix_v],
             capture: store.captured.as_ref().map(|c| (&c.image_k, c.flags.as_deref())),

@@ -1,5 +1,5 @@
 //! Vision-language model families: architecture, weights in Hugging Face layout, value head, attention capture,
-//! packed groups for training and group caches for generation.
+//! packed groups for training and group caches for generation, low-rank adapters.
 //!
 //! Must not know: communication, asynchronous runtimes, tokenizers, rewards. Speaks token ids, pixel patches and
 //! tensors. A [`Vlm`] belongs to one thread (tensors are not `Sync`).
@@ -16,9 +16,13 @@ mod family;
 mod graph;
 mod host;
 mod init;
+mod linear;
 mod logprob;
+mod lora;
+mod merge;
 mod ops;
 mod packed;
+mod peft;
 mod place;
 mod preset;
 mod rope;
@@ -37,11 +41,15 @@ pub use cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 pub use config::{Reach, TextConfig, VisionConfig, VlmConfig};
 pub use device::{device, free_memory};
 pub use error::ModelError;
-pub use export::{companions, copy_companions, export};
+pub use export::{companions, copy_companions, export, fingerprint};
 pub use family::Family;
 pub use init::{InitSpec, SpecialIds, init, init_with_numbers};
 pub use logprob::{entropy, log_softmax, logprobs, logprobs_entropy, masked_logits};
+pub use lora::{Adapters, LoraSpec, is_adapter};
+pub use merge::Merger;
+pub use ops::wide;
 pub use packed::{PackedBatch, PackedGroup};
+pub use peft::read_adapters;
 pub use preset::{Preset, preset};
 pub use rope::rope_positions;
 pub use spec::own_name;

@@ -6,8 +6,16 @@
 use tch::{Device, Kind, Tensor};
 
 /// The kind of activations behind weights of `kind`: fp32, or fp64 where the weights are.
-pub(crate) fn wide(kind: Kind) -> Kind {
+pub fn wide(kind: Kind) -> Kind {
     if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// A copy in memory of its own, without gradients.
+pub(crate) fn duplicate(t: &Tensor) -> crate::Result<Tensor> {
+    let t = t.f_detach()?;
+    let mut copy = t.f_empty_like()?;
+    copy.f_copy_(&t)?;
+    Ok(copy)
 }
 
 /// RMS norm: `w * (x / sqrt(mean(x^2) + eps))`, fp32.
@@ -36,7 +44,7 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
         return few_rows(x, weight, bias).unwrap_or_else(|| x.linear(weight, bias));
     }
     let bias = bias.map(|b| b.to_kind(x.kind()));
-    if !matches!(x.device(), Device::Cuda(_)) || weight.requires_grad() {
+    if !matches!(x.device(), Device::Cuda(_)) || weight.requires_grad() || x.requires_grad() {
         return x.linear(&weight.to_kind(x.kind()), bias);
     }
     let mut size = x.size();

@@ -113,6 +113,15 @@ pub fn own_name(name: &str) -> String {
     }
 }
 
+/// What transformers calls a parameter in memory: the reverse of [`own_name`].
+pub(crate) fn memory_name(name: &str) -> String {
+    match (name.strip_prefix("model."), name.strip_prefix("visual.")) {
+        (Some(rest), _) => format!("model.language_model.{rest}"),
+        (_, Some(rest)) => format!("model.visual.{rest}"),
+        _ => name.to_owned(),
+    }
+}
+
 /// Tensors that older files carry and that are computed instead: rotary tables, and the output matrix where it is
 /// the embedding.
 pub(crate) fn ignorable(name: &str, tied: bool) -> bool {

@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use tch::{Device, Tensor};
 
+use crate::linear::Linear;
 use crate::ops::{layer_norm, linear, rms_norm, rotate, sdpa, split2, wide};
 use crate::tape::{Tape, Var};
 use crate::window::FrameTables;
@@ -34,25 +35,26 @@ impl Norm {
     }
 }
 
-/// The MLP of a block; matrices with their biases.
+/// The MLP of a block.
 pub(crate) enum Mlp {
     /// `down(silu(gate x) * up x)`
-    Gated { gate: Pair, up: Pair, down: Pair },
+    Gated { gate: Linear, up: Linear, down: Linear },
     /// `fc2(gelu_tanh(fc1 x))`
-    Plain { fc1: Pair, fc2: Pair },
-}
-
-type Pair = (Tensor, Tensor);
-
-fn affine(x: &Tensor, (weight, bias): &Pair) -> Tensor {
-    linear(x, weight, Some(bias))
+    Plain { fc1: Linear, fc2: Linear },
 }
 
 impl Mlp {
     fn apply(&self, x: &Tensor) -> Tensor {
         match self {
-            Self::Gated { gate, up, down } => affine(&(affine(x, gate).silu() * affine(x, up)), down),
-            Self::Plain { fc1, fc2 } => affine(&affine(x, fc1).gelu("tanh"), fc2),
+            Self::Gated { gate, up, down } => down.apply(&(gate.apply(x).silu() * up.apply(x))),
+            Self::Plain { fc1, fc2 } => fc2.apply(&fc1.apply(x).gelu("tanh")),
+        }
+    }
+
+    fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Self::Gated { gate, up, down } => vec![gate, up, down],
+            Self::Plain { fc1, fc2 } => vec![fc1, fc2],
         }
     }
 }
@@ -60,8 +62,8 @@ impl Mlp {
 /// One block of the tower.
 pub(crate) struct Block {
     pub norm1: Norm,
-    pub qkv: Pair,
-    pub proj: Pair,
+    pub qkv: Linear,
+    pub proj: Linear,
     pub norm2: Norm,
     pub mlp: Mlp,
     /// Attends over the whole frame.
@@ -73,8 +75,8 @@ pub(crate) struct Merger {
     pub norm: Norm,
     /// The norm runs over the joined patches.
     pub norm_after_shuffle: bool,
-    pub fc1: Pair,
-    pub fc2: Pair,
+    pub fc1: Linear,
+    pub fc2: Linear,
 }
 
 impl Merger {
@@ -82,7 +84,7 @@ impl Merger {
     fn apply(&self, x: &Tensor, wide: i64) -> Tensor {
         let joined = |t: &Tensor| t.reshape([t.size()[0], -1, wide]);
         let normed = if self.norm_after_shuffle { self.norm.apply(&joined(x)) } else { joined(&self.norm.apply(x)) };
-        affine(&affine(&normed, &self.fc1).gelu("none"), &self.fc2)
+        self.fc2.apply(&self.fc1.apply(&normed).gelu("none"))
     }
 }
 
@@ -111,6 +113,13 @@ const KEPT_TABLES: usize = 256;
 impl Vision {
     pub(crate) fn new(config: &VisionConfig, tower: Tower) -> Self {
         Self { config: config.clone(), tower, tables: RefCell::default() }
+    }
+
+    /// All linear layers, in order; the patch embedding is none.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let (blocks, mergers) = (self.tower.blocks.iter(), self.tower.deepstack.iter().map(|(_, merger)| merger));
+        let blocks = blocks.flat_map(|b| [&b.qkv, &b.proj].into_iter().chain(b.mlp.linears()));
+        blocks.chain(std::iter::once(&self.tower.merger).chain(mergers).flat_map(|m| [&m.fc1, &m.fc2]))
     }
 
     /// Width of a row of features: the decoder's, once for the placeholder and once per deepstack level.
@@ -221,7 +230,7 @@ impl Vision {
         let c = &self.config;
         let (size, heads) = (x.size(), c.num_heads);
         let (n, s, d) = (size[0], size[1], c.hidden_size / heads);
-        let qkv = affine(x, &block.qkv).view([n, s, 3, heads, d]);
+        let qkv = block.qkv.apply(x).view([n, s, 3, heads, d]);
         let (cos, sin) = (tables.cos.view([s, 1, 1, d / 2]), tables.sin.view([s, 1, 1, d / 2]));
         let (qk, v) = split2(&qkv, 2, 2, 1);
         let (q, k) = split2(&rotate(&qk, &cos, &sin), 2, 1, 1);
@@ -243,7 +252,7 @@ impl Vision {
             }
             if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::cat(&parts, 1) }
         };
-        affine(&out, &block.proj)
+        block.proj.apply(&out)
     }
 
     fn tables(&self, h: i64, w: i64, device: Device) -> FrameTables {

@@ -10,6 +10,8 @@ use tch::{Device, Kind, Tensor};
 use crate::attention::{AttentionSet, Capture, CaptureSpec};
 use crate::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 use crate::decoder::{Decoder, Reach, SequenceAsk, SequenceOut};
+use crate::linear::Linear;
+use crate::lora::Adapters;
 use crate::ops::{linear, wide};
 use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::place::Place;
@@ -55,6 +57,7 @@ pub struct Vlm {
     by_name: HashMap<String, usize>,
     vision: Vision,
     decoder: Decoder,
+    pub(crate) adapters: Option<Adapters>,
     embedding: Tensor,
     head: Tensor,
 }
@@ -79,11 +82,11 @@ impl Vlm {
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight")? };
         let vision = Vision::new(&config.vision, config.family.tower(&config.vision, &get)?);
         let decoder = Decoder::new(&config.text, &get, &whole)?;
-        Ok(Self { vision, decoder, embedding, head, config, parameters, by_name })
+        Ok(Self { vision, decoder, adapters: None, embedding, head, config, parameters, by_name })
     }
 
     /// Writes the weights (in shards where they are large), `config.json` and `generation_config.json`, each file whole or not
-    /// at all. Weights are stored in the kind that they have here.
+    /// at all. Weights are stored in the kind that they have here, without adapters (see [`Vlm::merged`]).
     pub fn save(&self, dir: &Path) -> Result<()> {
         self.save_as(dir, self.kind())
     }
@@ -121,6 +124,11 @@ impl Vlm {
     /// One parameter.
     pub fn parameter(&self, name: &str) -> Option<&Tensor> {
         self.by_name.get(name).map(|i| &self.parameters[*i].1)
+    }
+
+    /// All linear layers: the decoder's, then the vision tower's.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.decoder.linears().chain(self.vision.linears())
     }
 
     /// Asks for gradients exactly where `filter` says so; returns the number of such parameters.
@@ -428,7 +436,7 @@ impl Vlm {
 
     fn run_step(&self, cache: &mut GroupCache, tokens: &Tensor, rows: &[usize]) -> Result<(Tensor, Option<Tensor>)> {
         let _guard = tch::no_grad_guard();
-        if self.decoder.on_host() {
+        if self.decoder.on_host() && self.adapters.as_ref().is_none_or(|a| !a.on()) {
             return self.decoder.host_step(&self.embed_text(tokens)?, cache, &cache.seats(rows));
         }
         let place = cache.place(rows);

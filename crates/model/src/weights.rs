@@ -152,7 +152,8 @@ pub(crate) fn write_atomic(path: &Path, write: impl FnOnce(&Path) -> Result<()>)
     done
 }
 
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
+/// The files that hold a directory's weights, ascending.
+pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let single = dir.join("model.safetensors");
     if single.exists() {
         return Ok(vec![single]);

@@ -168,13 +168,7 @@ impl Device {
     }
 
     fn load(&mut self, update: Update) -> Result<Update, String> {
-        let (version, named) = (update.version, &update.tensors);
-        let done = if update.whole {
-            self.engine.load_weights(version, named)
-        } else {
-            self.engine.load_changed(version, named)
-        };
-        done.map(|()| update).map_err(|e| e.to_string())
+        update.load_into(&mut self.engine).map(|()| update).map_err(|e| e.to_string())
     }
 
     /// One token for everything under way; after `cancel`, what there is.

@@ -1,9 +1,13 @@
 //! Weights as they arrive: each chunk is checked and written to its place in tensors on the host, which are used again for the
-//! next version. Must not know: sockets, the engine.
+//! next version; then an engine takes them. Must not know: sockets.
 
+use std::borrow::BorrowMut;
 use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::WeightVersion;
+use unveil_engine::Engine;
+use unveil_model::{Vlm, is_adapter};
 use unveil_proto::v1::{HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
 use unveil_proto::weights::{Sum, Sums, checksum, verify};
 
@@ -32,9 +36,30 @@ pub struct Update {
     pub checksum: u32,
     /// Whether these are all tensors; otherwise the others stay as they are.
     pub whole: bool,
+    /// The factor of what adapters add, where some of the tensors are adapters.
+    pub scale: Option<f64>,
     /// Tensors on the host.
     pub tensors: Vec<(String, Tensor)>,
     pub(crate) sums: Sums,
+}
+
+impl Update {
+    /// Has an engine that holds what this builds on take it over, under `version`.
+    ///
+    /// # Errors
+    /// What does not fit the engine's model; the engine is as it was then.
+    pub fn load_into<V: BorrowMut<Vlm>>(&self, engine: &mut Engine<V>) -> unveil_engine::Result<()> {
+        let (version, named): (WeightVersion, _) = (self.version, self.tensors.as_slice());
+        match (self.scale, self.whole) {
+            (None, true) => engine.load_weights(version, named),
+            (None, false) => engine.load_changed(version, named),
+            (Some(scale), whole) => {
+                let clone = |(n, t): &(String, Tensor)| (n.clone(), t.shallow_clone());
+                let (adapters, base): (Vec<_>, Vec<_>) = named.iter().map(clone).partition(|(n, _)| is_adapter(n));
+                engine.load_adapted(version, whole.then_some(base.as_slice()), &adapters, scale)
+            }
+        }
+    }
 }
 
 /// Collects one stream.
@@ -119,7 +144,8 @@ impl Assembly {
             return Err(damaged(&format!("the whole of version {version}"), (found, self.head.checksum)));
         }
         let whole = self.head.base.is_none();
-        Ok(Update { version, checksum: found, whole, tensors: self.tensors, sums })
+        let scale = self.head.adapter_scale;
+        Ok(Update { version, checksum: found, whole, scale, tensors: self.tensors, sums })
     }
 }
 
@@ -175,7 +201,7 @@ mod tests {
         let (b, a) = data.split_at(12);
         let sums: Sums = [("a".to_owned(), Sum::of(a)), ("b".to_owned(), Sum::of(b))].into();
         let tensors = vec![tensor("b", &[3]), tensor("a", &[2, 2])];
-        let head = WeightsHead { version, checksum: checksum(&sums), base: None, tensors };
+        let head = WeightsHead { version, checksum: checksum(&sums), base: None, tensors, adapter_scale: None };
         let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head).into())];
         chunks.extend([b, a].iter().flat_map(|t| t.chunks(8)).map(|part| chunk(part.to_vec().into())));
         (chunks, sums)
@@ -250,7 +276,8 @@ mod tests {
         let data: Vec<u8> = [7f32, 8.0, 9.0, 10.0].iter().flat_map(|v| v.to_le_bytes()).collect();
         sums.insert("a".into(), Sum::of(&data));
         let part = |base| {
-            let head = WeightsHead { version: 4, checksum: checksum(&sums), base, tensors: vec![tensor("a", &[2, 2])] };
+            let tensors = vec![tensor("a", &[2, 2])];
+            let head = WeightsHead { version: 4, checksum: checksum(&sums), base, tensors, adapter_scale: None };
             vec![chunk(prost::Message::encode_to_vec(&head).into()), chunk(data.clone().into())]
         };
         let update = assemble(&part(Some(known.held())), Some(&known), &mut Pool::new()).unwrap();

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Optimizer;
+use super::{Lora, Optimizer};
 
 /// How rewards become advantages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -178,7 +178,7 @@ pub struct Learner {
     pub gamma: f64,
     /// GAE lambda (ppo).
     pub lambda: f64,
-    /// Weight of KL to the stage 1 model; 0 = no reference model.
+    /// Weight of KL to the stage 1 model; 0 = no reference. With adapters the reference is the model without them.
     pub kl_coef: f64,
     /// Estimate of that KL.
     pub kl_form: KlForm,
@@ -193,6 +193,8 @@ pub struct Learner {
     /// Throw activations away in the forward pass and compute them again, layer by layer, in the backward pass: about a third more
     /// work for a fraction of the memory.
     pub recompute: bool,
+    /// Adapters instead of all weights.
+    pub lora: Lora,
     /// Parameter name prefixes that stage 2 does not train.
     pub frozen: Vec<String>,
     /// Largest mean |delta log p| between rollout and learner on tokens of the same version.
@@ -242,6 +244,7 @@ impl Default for Learner {
             kl_target: 0.0,
             kl_gain: 0.1,
             recompute: false,
+            lora: Lora::default(),
             frozen: Vec::new(),
             agreement_limit: 1e-5,
             eval_every: 0,

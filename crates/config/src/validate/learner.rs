@@ -92,4 +92,21 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
         l.kl_gradient == KlGradient::Own || l.kl_in == KlPlace::Loss,
         "learner.kl_gradient = \"reverse\" needs learner.kl_in = \"loss\": in the reward KL has no gradient; use \"own\"".into(),
     );
+    let lora = &l.lora;
+    need(
+        lora.alpha > 0.0 && lora.alpha.is_finite(),
+        format!("learner.lora.alpha is {}: use a number above 0", lora.alpha),
+    );
+    need(
+        !lora.targets.is_empty() && lora.targets.iter().all(|t| !t.is_empty()),
+        "learner.lora.targets must name linear layers, such as \"q_proj\"; use learner.lora.rank = 0 for no adapters"
+            .into(),
+    );
+    need(
+        lora.rank == 0 || l.frozen.is_empty(),
+        format!(
+            "learner.frozen is set and learner.lora.rank is {}: with adapters all weights are frozen; name the layers in learner.lora.targets",
+            lora.rank
+        ),
+    );
 }

@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use tch::{Kind, Tensor};
 use tonic::Status;
 use unveil_core::WeightVersion;
+use unveil_model::Adapters;
 use unveil_proto::v1;
 use unveil_proto::weights::{Sum, Sums, checksum, chunk};
 
@@ -25,6 +26,8 @@ pub struct NewWeights<'a> {
     pub named: &'a [(String, Tensor)],
     /// Kind that they travel in: float, bfloat16 or half.
     pub kind: Kind,
+    /// Adapters beside them, which travel in fp32 and change with every version.
+    pub adapters: Option<&'a Adapters>,
     /// Whether a tensor of this name can change between versions. What cannot is taken over once, with the first version.
     pub changes: &'a dyn Fn(&str) -> bool,
 }
@@ -45,38 +48,37 @@ struct Packed {
 pub(super) struct Published {
     pub version: WeightVersion,
     pub checksum: u32,
+    adapter_scale: Option<f64>,
     tensors: Vec<Arc<Packed>>,
 }
 
 impl Published {
     /// Copies the tensors into chunks, one after another; `before` gives its buffers, and the tensors that never change.
     pub fn make(new: &NewWeights<'_>, before: Option<Self>) -> Result<Self> {
-        let dtype = match new.kind {
-            Kind::Float => "F32",
-            Kind::BFloat16 => "BF16",
-            Kind::Half => "F16",
-            other => return Err(LearnerError::Setting(format!("weights of kind {other:?} cannot travel"))),
-        };
         let before = before.map_or_else(Vec::new, |b| b.tensors).into_iter().map(|t| (t.name.clone(), t));
         let mut before: HashMap<String, Arc<Packed>> = before.collect();
-        let mut tensors = Vec::with_capacity(new.named.len());
-        for (name, tensor) in new.named {
+        let adapters = new.adapters.map_or(&[][..], Adapters::named_parameters);
+        let mut tensors = Vec::with_capacity(new.named.len() + adapters.len());
+        let named = new.named.iter().map(|(n, t)| (n, t, new.kind, (new.changes)(n)));
+        for (name, tensor, kind, changes) in named.chain(adapters.iter().map(|(n, t)| (n, t, Kind::Float, true))) {
             let old = before.remove(name);
-            if let Some(old) = old.as_ref().filter(|_| !(new.changes)(name)) {
+            if let Some(old) = old.as_ref().filter(|_| !changes) {
                 tensors.push(old.clone());
                 continue;
             }
             // A stream that still sends the tensor keeps its buffers.
             let chunks = old.and_then(Arc::into_inner).map_or_else(Vec::new, |p| p.chunks);
-            let chunks = pack(tensor, new.kind, chunks.into_iter().map(|c| c.data))?;
+            let chunks = pack(tensor, kind, chunks.into_iter().map(|c| c.data))?;
             let sum = chunks
                 .iter()
                 .fold(Sum::default(), |sum, c| sum.then(Sum { crc32c: c.crc32c, bytes: c.data.len() as u64 }));
             let shape = tensor.size().iter().map(|n| *n as u64).collect();
+            let dtype = dtype(kind)?;
             tensors.push(Arc::new(Packed { name: name.clone(), dtype, shape, since: new.version, sum, chunks }));
         }
         let sums: Sums = tensors.iter().map(|t| (t.name.clone(), t.sum)).collect();
-        Ok(Self { version: new.version, checksum: checksum(&sums), tensors })
+        let adapter_scale = new.adapters.map(|a| a.spec().scale());
+        Ok(Self { version: new.version, checksum: checksum(&sums), adapter_scale, tensors })
     }
 
     /// What a worker needs that holds `base` (whole, and of this run), or nothing.
@@ -91,6 +93,7 @@ impl Published {
             version: self.version,
             checksum: self.checksum,
             base,
+            adapter_scale: self.adapter_scale,
             tensors: sent
                 .iter()
                 .map(|t| v1::WeightsTensor { name: t.name.clone(), dtype: t.dtype.into(), shape: t.shape.clone() })
@@ -100,6 +103,16 @@ impl Published {
         // A tensor is let go of once it is sent.
         let chunks = sent.into_iter().flat_map(|t| (0..t.chunks.len()).map(move |i| t.chunks[i].clone()));
         std::iter::once(head).chain(chunks).map(Ok)
+    }
+}
+
+/// How a kind of numbers is called on the wire.
+fn dtype(kind: Kind) -> Result<&'static str> {
+    match kind {
+        Kind::Float => Ok("F32"),
+        Kind::BFloat16 => Ok("BF16"),
+        Kind::Half => Ok("F16"),
+        other => Err(LearnerError::Setting(format!("weights of kind {other:?} cannot travel"))),
     }
 }
 
@@ -141,7 +154,7 @@ mod tests {
 
     fn make(version: u64, named: &[(String, Tensor)], kind: Kind, before: Option<Published>) -> Published {
         let changes = |name: &str| !name.starts_with("visual.");
-        Published::make(&NewWeights { version, named, kind, changes: &changes }, before).unwrap()
+        Published::make(&NewWeights { version, named, kind, adapters: None, changes: &changes }, before).unwrap()
     }
 
     fn head(chunks: &[v1::WeightsChunk]) -> v1::WeightsHead {

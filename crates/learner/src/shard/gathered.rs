@@ -37,7 +37,8 @@ impl Gathered {
     /// Divides parameters: each source is a plan of parameters of one kind and this rank's part of them. They are whole from here
     /// on; [`Gathered::part`] gives them up.
     pub fn new(ranks: Rc<Ranks>, sources: Vec<(Rc<Plan>, Tensor)>) -> Result<Self> {
-        let layers = sources.iter().flat_map(|(p, _)| p.blocks.iter().filter_map(|b| b.layer)).max().map_or(0, |l| l + 1);
+        let layers =
+            sources.iter().flat_map(|(p, _)| p.blocks.iter().filter_map(|b| b.layer)).max().map_or(0, |l| l + 1);
         let mut bytes = Vec::new();
         for (plan, _) in &sources {
             let mut of_plan = Vec::new();
@@ -65,7 +66,9 @@ impl Gathered {
         let mut works = Vec::new();
         for (s, (plan, part)) in self.sources.iter().enumerate() {
             for (b, block) in plan.blocks.iter().enumerate().filter(|(_, b)| b.layer == place) {
-                let own = no_grad(|| Ok::<_, LearnerError>(part.f_narrow(0, block.at, block.size())?.f_to_kind(block.kind)?))?;
+                let own = no_grad(|| {
+                    Ok::<_, LearnerError>(part.f_narrow(0, block.at, block.size())?.f_to_kind(block.kind)?)
+                })?;
                 works.push((s, b, self.group()?.start_all_gather(own.f_contiguous()?)?));
             }
         }
@@ -85,7 +88,9 @@ impl Gathered {
                 // Memory must be there whatever happened: somebody is about to compute with it.
                 resize_memory(&slot.tensor, *bytes)?;
                 if let Ok(whole) = &found {
-                    no_grad(|| Ok::<_, LearnerError>(slot.tensor.data().f_copy_(&block.part(whole, slot)?).map(drop)?))?;
+                    no_grad(|| {
+                        Ok::<_, LearnerError>(slot.tensor.data().f_copy_(&block.part(whole, slot)?).map(drop)?)
+                    })?;
                 }
             }
             failed = failed.or(found.err());

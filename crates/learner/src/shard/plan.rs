@@ -177,7 +177,8 @@ mod tests {
             for (b, block) in plans[0].blocks.iter().enumerate() {
                 let whole = block.join(Kind::Float, |s| Ok(Some(s.tensor.shallow_clone()))).unwrap();
                 assert_eq!(whole.size(), [block.padded]);
-                let own: Vec<Tensor> = plans.iter().map(|p| whole.narrow(0, p.blocks[b].own.start, block.size())).collect();
+                let own: Vec<Tensor> =
+                    plans.iter().map(|p| whole.narrow(0, p.blocks[b].own.start, block.size())).collect();
                 assert_eq!(Tensor::cat(&own, 0), whole);
                 for s in &block.slots {
                     assert_eq!(block.part(&whole, s).unwrap(), s.tensor, "{}", s.name);

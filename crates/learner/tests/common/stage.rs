@@ -145,7 +145,7 @@ async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
         }
         if receiver.held().is_none_or(|h| h.version != answer.version) {
             let update = receiver.fetch(patience).await.unwrap().unwrap();
-            engine.load_weights(update.version, &update.tensors).unwrap();
+            update.load_into(&mut engine).unwrap();
             receiver.taken(update);
         }
         let held = receiver.held().unwrap();

@@ -7,7 +7,8 @@ mod qwen3_vl;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use crate::spec::TensorSpec;
+use crate::linear::Linear;
+use crate::spec::{TensorSpec, memory_name};
 use crate::vision::Tower;
 use crate::{Result, VisionConfig, VlmConfig};
 
@@ -76,13 +77,19 @@ impl Family {
     pub(crate) fn stored_name(self, name: &str) -> String {
         match self {
             Self::Qwen2_5Vl => name.to_owned(),
-            Self::Qwen3Vl => qwen3_vl::stored_name(name),
+            // The tower under `model.visual.`, the decoder under `model.language_model.`.
+            Self::Qwen3Vl => memory_name(name),
         }
     }
 }
 
 /// A model's tensor by name.
 pub(crate) type Get<'a> = dyn Fn(&str) -> Result<Tensor> + 'a;
+
+/// The linear layer `NAME`, with a bias.
+pub(crate) fn affine(get: &Get<'_>, name: &str) -> Result<Linear> {
+    Linear::new(get, name.to_owned(), true)
+}
 
 /// `NAME.weight` and `NAME.bias`.
 pub(crate) fn pair(get: &Get<'_>, name: &str) -> Result<(Tensor, Tensor)> {

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::{Get, pair};
+use super::{Get, affine};
 use crate::Result;
 use crate::config::{Reach, VisionConfig, VlmConfig};
 use crate::config_json::{Section, TextDefaults, text_json, vision_json, vision_section, vision_theta};
@@ -125,7 +125,7 @@ pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
     };
     let rms = |name: &str| -> Result<Norm> { Ok(Norm::Rms(get(&format!("visual.{name}.weight"))?)) };
     let block = |b: usize| -> Result<Block> {
-        let at = |name: &str| pair(get, &format!("visual.blocks.{b}.{name}"));
+        let at = |name: &str| affine(get, &format!("visual.blocks.{b}.{name}"));
         Ok(Block {
             norm1: rms(&format!("blocks.{b}.norm1"))?,
             qkv: at("attn.qkv")?,
@@ -142,8 +142,8 @@ pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
         merger: Merger {
             norm: rms("merger.ln_q")?,
             norm_after_shuffle: false,
-            fc1: pair(get, "visual.merger.mlp.0")?,
-            fc2: pair(get, "visual.merger.mlp.2")?,
+            fc1: affine(get, "visual.merger.mlp.0")?,
+            fc2: affine(get, "visual.merger.mlp.2")?,
         },
         deepstack: Vec::new(),
     })

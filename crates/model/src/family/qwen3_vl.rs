@@ -4,7 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Get, pair};
+use super::{Get, affine, pair};
 use crate::Result;
 use crate::config::{Reach, VisionConfig, VlmConfig};
 use crate::config_json::{Section, TextDefaults, text_json, vision_json, vision_section, vision_theta};
@@ -124,7 +124,7 @@ pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
         Ok(Norm::Layer(weight, bias))
     };
     let block = |b: usize| -> Result<Block> {
-        let at = |name: &str| pair(get, &format!("visual.blocks.{b}.{name}"));
+        let at = |name: &str| affine(get, &format!("visual.blocks.{b}.{name}"));
         Ok(Block {
             norm1: norm(format!("visual.blocks.{b}.norm1"))?,
             qkv: at("attn.qkv")?,
@@ -138,8 +138,8 @@ pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
         Ok(Merger {
             norm: norm(format!("visual.{name}.norm"))?,
             norm_after_shuffle,
-            fc1: pair(get, &format!("visual.{name}.linear_fc1"))?,
-            fc2: pair(get, &format!("visual.{name}.linear_fc2"))?,
+            fc1: affine(get, &format!("visual.{name}.linear_fc1"))?,
+            fc2: affine(get, &format!("visual.{name}.linear_fc2"))?,
         })
     };
     let (weight, bias) = pair(get, "visual.patch_embed.proj")?;
@@ -155,18 +155,10 @@ pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
     })
 }
 
-/// Published files hold the tower under `model.visual.` and the decoder under `model.language_model.`.
-pub(super) fn stored_name(name: &str) -> String {
-    match (name.strip_prefix("model."), name.strip_prefix("visual.")) {
-        (Some(rest), _) => format!("model.language_model.{rest}"),
-        (_, Some(rest)) => format!("model.visual.{rest}"),
-        _ => name.to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::memory_name;
 
     fn published() -> Map<String, Value> {
         let value = json!({
@@ -196,9 +188,9 @@ mod tests {
         assert_eq!(config.dtype, tch::Kind::BFloat16);
         let nested = config_json(&config);
         assert_eq!(VlmConfig::from_json(nested.as_object().expect("object")).expect("parses"), config);
-        assert_eq!(stored_name("model.norm.weight"), "model.language_model.norm.weight");
-        assert_eq!(stored_name("visual.pos_embed.weight"), "model.visual.pos_embed.weight");
-        assert_eq!(stored_name("lm_head.weight"), "lm_head.weight");
+        assert_eq!(memory_name("model.norm.weight"), "model.language_model.norm.weight");
+        assert_eq!(memory_name("visual.pos_embed.weight"), "model.visual.pos_embed.weight");
+        assert_eq!(memory_name("lm_head.weight"), "lm_head.weight");
     }
 
     #[test]
