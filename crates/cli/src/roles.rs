@@ -13,7 +13,7 @@ use unveil_data::records::RecordFile;
 use unveil_engine::Engine;
 use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_launch::{LaunchError, Options};
-use unveil_learner::{Dataset, Evaluation, Outcome, Stage, run_rl};
+use unveil_learner::{Dataset, Evaluation, EventSink, Outcome, Progress, Ready, Silent, Stage, run_rl};
 use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
@@ -72,8 +72,12 @@ pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     let paths = (config.stage1_model(), config.final_model());
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
     stage(args.supervised, "learner", &config, paths, progress, |stage| {
-        run_rl(stage, |address| {
-            if let Err(e) = announce("learner", address) {
+        run_rl(stage, |ready| {
+            let (role, address) = match ready {
+                Ready::Ranks(address) => ("rendezvous", address),
+                Ready::Experience(address) => ("learner", address),
+            };
+            if let Err(e) = announce(role, address) {
                 eprintln!("the ready line could not be written: {e}");
             }
         })
@@ -86,14 +90,22 @@ fn stage(
     role: &str,
     config: &Config,
     (model_dir, out): (PathBuf, PathBuf),
-    mut progress: StageProgress,
+    progress: StageProgress,
     run: impl FnOnce(Stage<'_>) -> unveil_learner::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
     let outcome = run_role(supervised, 1, |cancel| async move {
         let work = || -> anyhow::Result<Outcome> {
             let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
             let mut evaluator = validation(config, &model_dir)?;
-            let mut events = EventLog::open(&config.run_dir(), role)?;
+            // Only rank 0 has something to tell.
+            let (mut nobody, mut silent) = (Vec::new(), Silent);
+            let mut shown = (config.learner.parallel.rank == 0)
+                .then(|| Ok::<_, anyhow::Error>((EventLog::open(&config.run_dir(), role)?, progress)))
+                .transpose()?;
+            let (events, progress): (&mut dyn EventSink, &mut dyn Progress) = match &mut shown {
+                Some((events, progress)) => (events, progress),
+                None => (&mut nobody, &mut silent),
+            };
             Ok(run(Stage {
                 config,
                 model_dir: &model_dir,
@@ -101,8 +113,8 @@ fn stage(
                 data: Arc::new(Dataset::new(config, RecordFile::load(&config.records())?, preparer)?),
                 environment: unveil_config::environment(),
                 cancel,
-                events: &mut events,
-                progress: &mut progress,
+                events,
+                progress,
                 evaluator: Some(&mut evaluator),
             })?)
         };

@@ -62,6 +62,12 @@ pub(crate) fn list(ranks: &[usize]) -> String {
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, all.join(", "))
 }
 
+/// The lines of a fingerprint that the other one does not have.
+fn lines_of(own: &str, other: &str) -> String {
+    let theirs: Vec<&str> = other.lines().collect();
+    own.lines().filter(|line| !theirs.contains(line)).collect::<Vec<_>>().join(", ")
+}
+
 /// What can go wrong.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CollectiveError {
@@ -128,7 +134,9 @@ pub enum CollectiveError {
     },
     /// A rank runs something else.
     #[error(
-        "rank {rank} was refused: it runs `{theirs}`, but rank 0 runs `{expected}`; start all ranks with one binary and configuration"
+        "rank {rank} was refused: it runs `{}`, but rank 0 runs `{}`; start all ranks with one binary and configuration",
+        lines_of(theirs, expected),
+        lines_of(expected, theirs)
     )]
     Fingerprint {
         /// The rank.

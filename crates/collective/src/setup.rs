@@ -63,7 +63,7 @@ pub struct Setup {
     pub local: Option<String>,
     /// What carries the calls.
     pub backend: Backend,
-    /// What must be the same on all ranks: configuration and version of the binary, in words or as a hash.
+    /// What must be the same on all ranks, in lines: configuration, version of the binary. Errors show the lines that differ.
     pub fingerprint: String,
     /// How long things may take.
     pub timing: Timing,
@@ -89,7 +89,7 @@ impl Setup {
 
     /// All that must agree among ranks.
     pub(crate) fn print(&self) -> String {
-        format!("{} ranks, {}, {}", self.world, self.backend.name(), self.fingerprint)
+        format!("{} ranks\n{}\n{}", self.world, self.backend.name(), self.fingerprint)
     }
 }
 

@@ -5,12 +5,14 @@ use unveil_core::{BoxForm, Logprobs};
 
 mod learner;
 mod lora;
+mod parallel;
 mod reward;
 
 pub use learner::{
     Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
 };
 pub use lora::Lora;
+pub use parallel::Parallel;
 pub use reward::{ComponentConfig, Normalise, Reward, VisionMode, VisionRelevance};
 
 /// The whole configuration of a run.
@@ -53,7 +55,8 @@ pub struct Run {
     pub threads: usize,
     /// `cpu`, `cuda`, `cuda:N`, or `auto`.
     pub device: String,
-    /// Weights of rollout workers, `generate`, `score` and `eval`; the learner's are fp32. Activations are fp32 always.
+    /// Weights that are computed with. The learner of stage 2 keeps its master weights in fp32, stage 1 is fp32 whole, and so are
+    /// activations always.
     pub dtype: Dtype,
 }
 

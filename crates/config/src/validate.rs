@@ -1,6 +1,7 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
 mod learner;
+mod parallel;
 
 use crate::schema::{Config, DataKind, Optimizer};
 
@@ -97,6 +98,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(r.vision_relevance.gradient >= 0.0, "reward.vision_relevance.gradient must be 0 or more".into());
     need(r.deadline_s > 0.0, "reward.deadline_s must be above 0".into());
     learner::faults(c, &mut out);
+    parallel::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);
     out

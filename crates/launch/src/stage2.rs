@@ -1,5 +1,6 @@
 //! Stage 2 as three kinds of processes: reward service, learner, rollout workers. Restarts what may be restarted, ends all together.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ pub(crate) struct Stage2<'a> {
     pub config: &'a Path,
     pub logs: &'a Path,
     pub workers: usize,
+    /// Ranks of the learner.
+    pub ranks: usize,
     /// Addresses that the configuration names; empty = start the role here.
     pub reward_address: &'a str,
 }
@@ -39,15 +42,31 @@ impl Stage2<'_> {
             reward = Some((role, bound, 0));
         }
         let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;
+        let mut ranks = Vec::new();
+        if self.ranks > 1 {
+            let meet = learner.address(READY * 5, stop)?;
+            for rank in 1..self.ranks {
+                let sets = [format!("learner.parallel.rank={rank}"), format!("learner.parallel.rendezvous={meet}")];
+                ranks.push(self.role(&format!("learner-{rank}"), self.unveil, &["learner"], &sets, false)?);
+            }
+        }
         let learner_address = format!("http://{}", learner.address(READY * 5, stop)?);
         let mut workers: Vec<Worker> =
             (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None }).collect();
+        let mut told = BTreeSet::new();
         let outcome = loop {
             if stop() {
                 break Err(LaunchError::Interrupted);
             }
             if let Some(status) = learner.exited() {
                 break if status.success() { Ok(()) } else { Err(learner.failed(status)) };
+            }
+            // A rank that fails takes rank 0 with it, which says why; here it is only shown where to read more.
+            for role in &mut ranks {
+                if let Some(status) = role.exited().filter(|s| !s.success()).filter(|_| told.insert(role.name.clone()))
+                {
+                    note(&role.failed(status).to_string());
+                }
             }
             if let Some((role, bound, restarts)) = &mut reward
                 && let Some(status) = role.exited()
@@ -74,7 +93,14 @@ impl Stage2<'_> {
             worker.terminate();
         }
         let deadline = Instant::now() + Duration::from_secs(4);
+        // Ranks end with rank 0: what they still do is over in a moment.
+        for role in &ranks {
+            role.terminate();
+        }
         learner.reap(deadline);
+        for role in &mut ranks {
+            role.reap(deadline);
+        }
         for worker in workers.iter_mut().filter_map(|w| w.role.as_mut()) {
             worker.reap(deadline);
         }

@@ -60,6 +60,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
             config: &file,
             logs: &logs,
             workers: config.rollout.workers,
+            ranks: config.learner.parallel.ranks,
             reward_address: &config.reward.address,
         };
         stage2.run(options.stop, options.note)?;

@@ -25,6 +25,7 @@ const CACHE_BYTES: usize = 192 << 20;
 /// Records of the training split and how they become input.
 pub struct Dataset {
     records: Vec<Record>,
+    by_id: HashMap<String, usize>,
     folder: PathBuf,
     preparer: Arc<Preparer>,
     augment: AugmentSpec,
@@ -72,7 +73,8 @@ impl Dataset {
         };
         augment.validate().map_err(|e| LearnerError::Setting(e.to_string()))?;
         let (question, seed) = (config.data.question.clone(), config.run.seed);
-        Ok(Self { records, folder, preparer, augment, question, seed, cache: Mutex::default() })
+        let by_id = records.iter().enumerate().map(|(i, r)| (r.id.clone(), i)).collect();
+        Ok(Self { records, by_id, folder, preparer, augment, question, seed, cache: Mutex::default() })
     }
 
     /// Number of records.
@@ -88,6 +90,11 @@ impl Dataset {
     /// Record ids in order.
     pub fn ids(&self) -> Vec<String> {
         self.records.iter().map(|r| r.id.clone()).collect()
+    }
+
+    /// The place of the record with this id.
+    pub fn index(&self, id: &str) -> Option<usize> {
+        self.by_id.get(id).copied()
     }
 
     /// Tokenizer, processor and codec.

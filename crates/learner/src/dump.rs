@@ -3,18 +3,17 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::Tensor;
 use unveil_config::Config;
-use unveil_core::{Breakdown, Finish, Grid, GroupId, Record, Response};
-use unveil_model::{GridThw, Prompt, read_safetensors, write_safetensors};
+use unveil_model::{read_safetensors, write_safetensors};
 
-use crate::batch::{GroupInput, TrainGroup};
+use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
 use crate::optim::lr_at;
+use crate::plain::Group;
 use crate::step::{Counters, Learner, Values};
 
 /// Counted up when the layout changes.
@@ -30,39 +29,6 @@ struct File {
     /// What enters the loss; for other programs, replay takes its own configuration.
     settings: Value,
     groups: Vec<Group>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Group {
-    id: GroupId,
-    record: Record,
-    /// Width and height in pixels.
-    image_size: (u32, u32),
-    /// Token ids, image placeholders expanded.
-    prompt: Vec<u32>,
-    /// Patches of each image by time, height and width.
-    grids: Vec<GridThw>,
-    /// Rows and columns of merged image tokens.
-    merged: (usize, usize),
-    responses: Vec<Answer>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Answer {
-    index: usize,
-    tokens: Vec<u32>,
-    text: String,
-    /// Bytes of the text that each token covers.
-    spans: Vec<(usize, usize)>,
-    /// Under the weights that made the tokens; all digits, so that programs that read fp64 see the same numbers.
-    logprobs: Vec<f64>,
-    versions: Vec<u64>,
-    finish: Finish,
-    /// Of the value head before the update; none without one, or where the response is masked.
-    values: Option<Vec<f64>>,
-    reward: Option<f64>,
-    masked: bool,
-    breakdown: Option<Breakdown>,
 }
 
 /// Writes the batch that `learner` is about to take to `dir`, which may exist.
@@ -138,84 +104,4 @@ pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Value
         groups.push(group.into_train(Vec::<f32>::try_from(found.reshape([-1]))?));
     }
     Ok((groups, values, file.counters))
-}
-
-impl Group {
-    fn new(g: &TrainGroup, values: Option<&Vec<Vec<f64>>>) -> Self {
-        let answer = |(i, r): (usize, &Response)| {
-            let breakdown = g.breakdowns.iter().find(|b| b.index == r.index).cloned();
-            let reward = breakdown.as_ref().and_then(|b| b.total);
-            Answer {
-                index: r.index,
-                tokens: r.tokens.clone(),
-                text: r.text.clone(),
-                spans: g.spans.get(i).cloned().unwrap_or_default(),
-                logprobs: r.logprobs.iter().map(|v| f64::from(*v)).collect(),
-                versions: r.versions.clone(),
-                finish: r.finish,
-                values: values.and_then(|v| v.get(i)).filter(|v| !v.is_empty()).cloned(),
-                reward,
-                masked: reward.is_none(),
-                breakdown,
-            }
-        };
-        Self {
-            id: g.id.clone(),
-            record: g.input.record.clone(),
-            image_size: g.input.image_size,
-            prompt: g.input.prompt.tokens.clone(),
-            grids: g.input.prompt.grids.clone(),
-            merged: (g.input.merged.rows, g.input.merged.cols),
-            responses: g.responses.iter().enumerate().map(answer).collect(),
-        }
-    }
-
-    fn check(&self) -> Result<(), String> {
-        for r in &self.responses {
-            let n = r.tokens.len();
-            let lists = [("logprobs", r.logprobs.len()), ("versions", r.versions.len()), ("spans", r.spans.len())];
-            let with_values = r.values.as_ref().map(|v| ("values", v.len()));
-            if let Some((name, found)) = lists.into_iter().chain(with_values).find(|(_, len)| *len != n) {
-                return Err(format!("response {} has {n} tokens but {found} `{name}`", r.index));
-            }
-            if r.masked != r.reward.is_none() {
-                return Err(format!("response {}: `masked` is {}, its reward says otherwise", r.index, r.masked));
-            }
-        }
-        Ok(())
-    }
-
-    fn into_train(self, patches: Vec<f32>) -> TrainGroup {
-        let input = GroupInput {
-            record: self.record,
-            image_size: self.image_size,
-            prompt: Prompt { tokens: self.prompt, grids: self.grids },
-            patches,
-            merged: Grid { rows: self.merged.0, cols: self.merged.1 },
-        };
-        let record = input.record.id.clone();
-        let mut out = TrainGroup {
-            id: self.id,
-            input: Arc::new(input),
-            responses: Vec::new(),
-            spans: Vec::new(),
-            breakdowns: Vec::new(),
-            generate_ms: 0.0,
-            reward_ms: 0.0,
-        };
-        for a in self.responses {
-            let components = a.breakdown.map(|b| b.components).unwrap_or_default();
-            out.breakdowns.push(Breakdown { id: record.clone(), index: a.index, total: a.reward, components });
-            out.spans.push(a.spans);
-            out.responses.push(Response {
-                index: a.index,
-                tokens: a.tokens,
-                text: a.text,
-                logprobs: a.logprobs.into_iter().map(|v| v as f32).collect(),
-                versions: a.versions,
-                finish: a.finish,
-            });
-        }
-        out
-    }
 }

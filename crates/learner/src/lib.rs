@@ -5,12 +5,15 @@
 
 pub mod batch;
 pub mod codec;
+mod crew;
 mod dataset;
 pub mod dump;
 mod error;
+mod follow;
 mod lora;
 mod measure;
 pub mod optim;
+mod plain;
 mod policy;
 mod replay;
 mod run;
@@ -30,9 +33,9 @@ pub use dataset::{Dataset, Item};
 pub use error::{LearnerError, Result};
 pub use measure::UpdateReport;
 pub use replay::{ReplayModels, replay};
-pub use run::{run_rl, sampling};
+pub use run::{Ready, run_rl, sampling};
 pub use serve::{Host, HostOptions, LeaseSource, Leased, NewWeights};
-pub use settings::{StepSettings, TOKEN_BUDGET, banned_ids};
+pub use settings::{StepSettings, banned_ids};
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
 pub use shard::{Ranks, Zero};
 pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage};

@@ -299,14 +299,41 @@ impl AdamW {
         }
     }
 
-    /// Takes weights over that the parameters have been given already, to their last digit.
+    /// What this rank owns of tensors that rank 0 gives by the parameters' names behind `prefix`; of the parameters themselves where
+    /// `or_own` and it gives none. All ranks call it.
+    fn take(&self, named: &[(String, Tensor)], prefix: &str, or_own: bool) -> Result<Tensor> {
+        let of = |s: &Slot| match find(named, prefix, s) {
+            Err(_) if or_own && named.iter().all(|(n, _)| n.strip_prefix(prefix) != Some(&s.name)) => {
+                Ok(s.tensor.shallow_clone())
+            }
+            found => found,
+        };
+        let Some(all) = self.ranks.all() else { return self.plan.owned(self.kind, of) };
+        no_grad(|| {
+            let mut parts = Vec::with_capacity(self.plan.blocks.len());
+            for block in &self.plan.blocks {
+                let whole = if all.rank() == 0 {
+                    block.join(self.kind, |s| of(s).map(Some))?
+                } else {
+                    block.join(self.kind, |_| Ok(None))?
+                };
+                parts.push(all.broadcast(whole, 0)?.f_narrow(0, block.own.start, block.size())?);
+            }
+            Ok(Tensor::f_cat(&parts, 0)?)
+        })
+    }
+
+    /// Takes the parameters' weights over to their last digit: those that rank 0 gives by name, else those that the parameters have.
+    /// All ranks call it.
     ///
     /// # Errors
-    /// Names the first that is missing or misshapen.
+    /// Names a weight that is misshapen; or a rank is gone.
     pub fn load_weights(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        if let Some(master) = &mut self.master {
-            let own = self.plan.owned(self.kind, |s| find(named, "", s))?;
-            no_grad(|| master.f_copy_(&own).map(drop))?;
+        if self.master.is_some() {
+            let own = self.take(named, "", true)?;
+            if let Some(master) = &mut self.master {
+                no_grad(|| master.f_copy_(&own).map(drop))?;
+            }
         }
         Ok(())
     }
@@ -325,21 +352,26 @@ impl AdamW {
         Ok(out)
     }
 
-    /// Takes moments over from [`AdamW::state`] after `updates` updates. Nothing changes unless all fits.
+    /// Takes moments over from [`AdamW::state`] after `updates` updates; rank 0 gives them, and all ranks call it. Nothing changes
+    /// unless all fits.
     ///
     /// # Errors
-    /// Names the first moment that is missing or misshapen.
+    /// Names the first moment that is missing or misshapen; or a rank is gone.
     pub fn load_state(&mut self, named: &[(String, Tensor)], updates: u64) -> Result<()> {
-        let first = self.plan.owned(self.kind, |s| find(named, "exp_avg.", s))?;
-        let second = self.plan.owned(self.kind, |s| find(named, "exp_avg_sq.", s))?;
+        let (first, second) = (self.take(named, "exp_avg.", false)?, self.take(named, "exp_avg_sq.", false)?);
         let mut counts = Vec::with_capacity(self.counts.len());
         for slot in self.plan.slots() {
             let name = format!("step.{}", slot.name);
             counts.push(match named.iter().find(|(n, _)| *n == name) {
-                Some((_, t)) => t.f_double_value(&[0])? as u64,
-                None => updates,
+                Some((_, t)) => t.f_double_value(&[0])?,
+                None => updates as f64,
             });
         }
+        if let Some(all) = self.ranks.all() {
+            let counted = Tensor::f_from_slice(&counts)?.f_to_device(self.first.device())?;
+            counts = Vec::<f64>::try_from(all.broadcast(counted, 0)?)?;
+        }
+        let counts = counts.into_iter().map(|c| c as u64).collect();
         (self.first, self.second, self.counts, self.updates) = (first, second, counts, updates);
         Ok(())
     }

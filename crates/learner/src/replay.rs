@@ -40,7 +40,8 @@ pub fn replay(
     banned: &[u32],
     kind: Kind,
 ) -> Result<Value> {
-    let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind);
+    let device = unveil_model::device(&config.run.device)?;
+    let load = |dir: &Path| load_model_as(config.learner.threads, dir, kind, device);
     let model = models.model;
     let mut vlm = load(model)?;
     let base = lora::adapt(&mut vlm, config, model)?;

@@ -6,24 +6,29 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
+use unveil_algo::KlController;
 use unveil_checkpoint::{Loaded, Resume};
 use unveil_config::Config;
 use unveil_config::schema::Dtype;
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
+use unveil_model::Vlm;
 
 use crate::batch::TrainGroup;
+use crate::crew::{Crew, Order, device};
 use crate::dump;
 use crate::error::{LearnerError, Result};
+use crate::follow::follow;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
-use crate::stage::{Evaluation, Outcome, Stage, load_model};
-use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles};
-use crate::step::Learner;
+use crate::shard::Zero;
+use crate::stage::{Evaluation, Outcome, Stage, load_model_as};
+use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles, Trained};
+use crate::step::{Counters, Learner};
 
 /// How often a waiting learner looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(100);
@@ -32,21 +37,33 @@ const SAMPLED_GROUPS: usize = 2;
 /// How long workers have to hear that the run is over.
 const FAREWELL: Duration = Duration::from_secs(3);
 
-/// Runs stage 2 to its end, or to an interrupt. `ready` is called with the address of the experience service once it serves.
+/// An address that others wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// Where the other ranks of the learner meet rank 0; only where there are some.
+    Ranks(SocketAddr),
+    /// Where rollout workers find the experience service.
+    Experience(SocketAddr),
+}
+
+/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it.
 ///
 /// Checkpoints go to the run's prefix. The model directory written to [`Stage::out`] is that of the best evaluated checkpoint,
 /// or of the last update where nothing was evaluated. Call it from a thread that runs no tokio runtime.
 ///
 /// # Errors
 /// See [`LearnerError`].
-pub fn run_rl(mut stage: Stage<'_>, ready: impl FnOnce(SocketAddr)) -> Result<Outcome> {
+pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outcome> {
+    if stage.config.learner.parallel.rank > 0 {
+        return follow(&stage);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(LearnerError::io("runtime"))?;
-    let mut run = Run::open(&mut stage, runtime.handle())?;
-    ready(run.host.address());
+    let mut run = Run::open(&mut stage, runtime.handle(), |address| ready(Ready::Ranks(address)))?;
+    ready(Ready::Experience(run.host.address()));
     run.publish(wire_kind(stage.config))?;
     let ended = run.train(&mut stage);
     let (outcome, Run { learner, host, mut saver, base, best, .. }) = (ended?, run);
@@ -64,6 +81,7 @@ pub fn run_rl(mut stage: Stage<'_>, ready: impl FnOnce(SocketAddr)) -> Result<Ou
 
 struct Run {
     learner: Learner,
+    crew: Crew,
     host: Host,
     saver: Saver,
     files: StaticFiles,
@@ -74,29 +92,20 @@ struct Run {
 }
 
 impl Run {
-    fn open(stage: &mut Stage<'_>, handle: &Handle) -> Result<Self> {
+    fn open(stage: &mut Stage<'_>, handle: &Handle, tell: impl FnOnce(SocketAddr)) -> Result<Self> {
         let config = stage.config;
         let files = StaticFiles::read(stage.model_dir)?;
-        let load = || load_model(config, config.learner.threads, stage.model_dir);
-        let mut vlm = load()?;
-        let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
         let resume: Resume = config.run.resume.parse()?;
         let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
-        if let (Some(r), Some(l)) = (&restored, &loaded) {
-            r.load_into(l.info.step, &mut vlm, base.as_ref())?;
-        }
-        // Without its adapters the model is the reference.
-        let reference = if config.learner.kl_coef > 0.0 && base.is_none() { Some(load()?) } else { None };
-        let banned = stage.data.preparer().tokenizer().special().banned.clone();
-        let settings = StepSettings::new(config, &vlm, &banned);
-        let vocab = vlm.config().text.vocab_size as u32;
-        let mut learner = Learner::new(vlm, reference, settings)?;
+        let crew = Crew::open(config, stage.model_dir, &stage.data.ids(), tell)?;
+        let from = restored.as_ref().zip(loaded.as_ref());
+        let (learner, base) = make_learner(stage, &crew, from)?;
         let accounting = accounting(config, saver.term);
         let ids = stage.data.ids();
-        let machine = match (&restored, &loaded) {
-            (Some(r), Some(l)) => resumed(&mut learner, r, l, accounting, ids)?,
-            _ => Experience::new(accounting, ids)?,
+        let machine = match from {
+            Some((r, l)) => resumed(&learner, r, l, accounting, ids)?,
+            None => Experience::new(accounting, ids)?,
         };
         let kind = if restored.is_some() { "resumed" } else { "started" };
         stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step()}))?;
@@ -104,15 +113,25 @@ impl Run {
             listen: config.learner.listen.clone(),
             sampling: sampling(config),
             stop: config.rollout.stop.clone(),
-            vocab,
+            vocab: learner.vlm().config().text.vocab_size as u32,
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
-        Ok(Self { learner, host, saver, files, base, best, responses: 0 })
+        Ok(Self { learner, crew, host, saver, files, base, best, responses: 0 })
+    }
+
+    /// Has all weights whole on this rank, for what needs them all.
+    fn bring(&mut self) -> Result<()> {
+        if self.crew.ranks.zero() == Zero::Parameters {
+            self.crew.give(&Order::Bring)?;
+            self.learner.bring()?;
+        }
+        Ok(())
     }
 
     /// Publishes the parameters as they are now, in the kind of numbers that workers hold them in.
-    fn publish(&self, kind: Kind) -> Result<()> {
+    fn publish(&mut self, kind: Kind) -> Result<()> {
+        self.bring()?;
         let vlm = self.learner.vlm();
         let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
         let version = self.learner.step();
@@ -127,6 +146,7 @@ impl Run {
         let mut outcome = Outcome::default();
         let begun = self.learner.step();
         if begun == 0 && total > 0 && config.learner.eval_every > 0 {
+            self.bring()?;
             outcome.last = stage.evaluate("rl", self.learner.vlm_mut(), 0)?;
         }
         while self.learner.step() < total && !stage.cancel.is_cancelled() {
@@ -135,7 +155,12 @@ impl Run {
             let wait_ms = waiting.elapsed().as_secs_f64() * 1e3;
             if !config.run.dump_batch.is_empty() {
                 let to = Path::new(&config.run.dump_batch).join(format!("step-{}", self.learner.step() + 1));
+                self.crew.give(&Order::Values(Crew::plain(&batch)))?;
                 dump::write(&to, config, &self.learner, &batch)?;
+            }
+            if self.crew.give(&Order::Update(Crew::plain(&batch)))? {
+                // Another rank is to go: the run ends after this update.
+                stage.cancel.cancel();
             }
             let mut report = self.learner.update(&batch)?;
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
@@ -149,6 +174,7 @@ impl Run {
             self.tell(stage, &report, &batch)?;
             let last = step == total;
             let evaluated = if last || due(config.learner.eval_every, step) {
+                self.bring()?;
                 stage.evaluate("rl", self.learner.vlm_mut(), step)?
             } else {
                 None
@@ -166,13 +192,18 @@ impl Run {
         if let Some(info) = self.saver.wait()? {
             stage.event(&state::event("rl", &info))?;
         }
+        self.bring()?;
+        self.crew.give(&Order::End)?;
         outcome.interrupted = outcome.step < total;
         Ok(outcome)
     }
 
     /// The next batch; `None` when the run is to stop.
-    fn wait(&self, stage: &mut Stage<'_>) -> Result<Option<Vec<TrainGroup>>> {
+    fn wait(&mut self, stage: &mut Stage<'_>) -> Result<Option<Vec<TrainGroup>>> {
         loop {
+            if self.crew.hold()? {
+                stage.cancel.cancel();
+            }
             let batch = self.host.next_batch(LOOK)?;
             for event in self.host.drain_events() {
                 // Leases and submissions that go as they should are in the `train` events.
@@ -196,8 +227,12 @@ impl Run {
     }
 
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
+        self.bring()?;
+        self.crew.give(&Order::State)?;
         let (learner, base) = (&self.learner, self.base.as_ref());
-        let objects = state::objects(&self.files, learner.vlm(), base, &learner.optimizer, learner.value_head())?;
+        let (weights, moments) = learner.state()?;
+        let trained = Trained { weights, moments, head: learner.value_head() };
+        let objects = state::objects(&self.files, learner.vlm(), base, &trained)?;
         let meta = Meta {
             stage: "rl".into(),
             counters: self.learner.counters(),
@@ -261,14 +296,60 @@ fn accounting(config: &Config, term: u64) -> Settings {
     }
 }
 
+/// This rank's learner and what its adapters lie beside; all ranks take over what rank 0 goes on from.
+pub(crate) fn make_learner(
+    stage: &Stage<'_>,
+    crew: &Crew,
+    from: Option<(&Restored, &Loaded)>,
+) -> Result<(Learner, Option<Base>)> {
+    let config = stage.config;
+    let load = || load_model_as(config.learner.threads, stage.model_dir, wire_kind(config), device(config)?);
+    let mut vlm = load()?;
+    let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
+    if let Some((r, l)) = from {
+        r.load_into(l.info.step, &mut vlm, base.as_ref())?;
+    }
+    // Without its adapters the model is the reference.
+    let reference = if config.learner.kl_coef > 0.0 && base.is_none() { Some(load()?) } else { None };
+    let banned = stage.data.preparer().tokenizer().special().banned.clone();
+    let settings = StepSettings::new(config, &vlm, &banned);
+    let mut learner = Learner::on(crew.ranks.clone(), vlm, reference, settings)?;
+    if let (Some(own), Some(named)) = (&mut learner.policy.value_head, from.and_then(|(r, _)| r.head.as_deref())) {
+        own.load_state(named)?;
+    }
+    let start = from.map(|(r, _)| (r.meta.counters, r.meta.kl));
+    let text = serde_json::to_vec(&start).map_err(|e| LearnerError::Setting(format!("where to start: {e}")))?;
+    let text = crew.send((crew.ranks.rank() == 0).then_some(&text))?;
+    let start: Option<(Counters, Option<KlController>)> =
+        serde_json::from_slice(&text).map_err(|e| LearnerError::Setting(format!("where rank 0 starts: {e}")))?;
+    let weights = match from {
+        Some((r, _)) => r.precise(),
+        None => first_weights(stage, crew)?,
+    };
+    let moments = from.map_or(&[][..], |(r, _)| &r.moments);
+    learner.align(&weights, start.map(|(at, _)| (moments, at.updates)))?;
+    if let Some((at, kl)) = &start {
+        learner.restore(*at, kl.as_ref());
+    }
+    Ok((learner, base))
+}
+
+/// The weights of the model directory in fp32, where the learner computes with fewer digits.
+fn first_weights(stage: &Stage<'_>, crew: &Crew) -> Result<Vec<(String, Tensor)>> {
+    if wire_kind(stage.config) == Kind::Float || crew.ranks.rank() > 0 || stage.config.learner.lora.rank > 0 {
+        return Ok(Vec::new());
+    }
+    let vlm = Vlm::load(stage.model_dir, Device::Cpu, Kind::Float)?;
+    Ok(vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect())
+}
+
 fn resumed(
-    learner: &mut Learner,
+    learner: &Learner,
     r: &Restored,
     l: &Loaded,
     accounting: Settings,
     ids: Vec<String>,
 ) -> Result<Experience<TrainGroup>> {
-    learner.restore(&r.moments, r.head.as_deref(), r.meta.counters, r.meta.kl.as_ref())?;
     let snapshot = r.meta.experience.as_ref().ok_or_else(|| LearnerError::State {
         step: l.info.step,
         what: "it does not say where the run stood in its data".into(),

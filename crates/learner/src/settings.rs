@@ -6,9 +6,6 @@ use unveil_config::schema::{self, Algorithm, Importance, KlPlace, LossMean, Opti
 use unveil_model::{AttentionSet, Vlm};
 use unveil_reward::Scoring;
 
-/// Padded tokens of one forward and backward pass; a larger batch is split and its gradients added up.
-pub const TOKEN_BUDGET: usize = 65_536;
-
 /// Everything of the configuration that enters an update.
 #[derive(Debug, Clone)]
 pub struct StepSettings {
@@ -88,7 +85,7 @@ impl StepSettings {
             scoring: Scoring::new(config),
             frozen: l.frozen.clone(),
             recompute: l.recompute,
-            token_budget: TOKEN_BUDGET,
+            token_budget: l.token_budget,
             seed: config.run.seed,
         }
     }

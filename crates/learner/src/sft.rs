@@ -19,8 +19,8 @@ use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
 use crate::policy::forward_groups;
-use crate::stage::{Outcome, Stage, load_model};
-use crate::state::{self, Meta, Restored, Saver, StaticFiles};
+use crate::stage::{Outcome, Stage, load_model_as};
+use crate::state::{self, Meta, Restored, Saver, StaticFiles, Trained};
 use crate::step::{Counters, SKIP_LIMIT};
 
 /// Batches that are prepared ahead.
@@ -205,8 +205,11 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         .build()
         .map_err(LearnerError::io("runtime"))?;
     let files = StaticFiles::read(stage.model_dir)?;
-    let mut trainer =
-        SftTrainer::new(load_model(config, config.run.threads, stage.model_dir)?, &config.sft.optimizer, total)?;
+    let mut trainer = SftTrainer::new(
+        load_model_as(config.run.threads, stage.model_dir, Kind::Float, unveil_model::device(&config.run.device)?)?,
+        &config.sft.optimizer,
+        total,
+    )?;
     // A step number speaks of stage 2, which needs a stage 1 that is whole.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
     let (mut saver, loaded) = Saver::open(runtime.handle(), config, "sft", &stage.environment, resume)?;
@@ -216,7 +219,8 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     let kind = if loaded.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
     let save = |saver: &mut Saver, trainer: &SftTrainer| {
-        let objects = state::objects(&files, &trainer.vlm, None, &trainer.optimizer, None)?;
+        let (weights, moments) = (trainer.optimizer.weights()?, trainer.optimizer.state()?);
+        let objects = state::objects(&files, &trainer.vlm, None, &Trained { weights, moments, head: None })?;
         let meta = Meta {
             stage: "sft".into(),
             counters: trainer.counters,

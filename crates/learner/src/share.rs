@@ -56,6 +56,11 @@ impl Share {
         Self { ranks, owner, tokens: members.iter().map(Member::tokens).collect(), budget, device }
     }
 
+    /// The members that this rank computes.
+    pub fn own(&self) -> impl Iterator<Item = usize> {
+        (0..self.owner.len()).filter(|i| self.owner[*i] == self.ranks.rank())
+    }
+
     /// The passes over `chosen` of `members`; their parts have members of like width.
     pub fn work<'m, 'a>(&self, members: &'m [Member<'a>], chosen: &[usize]) -> Work<'m, 'a> {
         let of = |rank: usize| {

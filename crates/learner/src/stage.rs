@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use tch::Kind;
+use tch::{Device, Kind};
 use unveil_config::Config;
 use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
@@ -154,15 +154,10 @@ pub struct Outcome {
     pub skipped: u64,
 }
 
-/// Loads the model of a stage in fp32 and sets the number of threads.
-pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path) -> Result<Vlm> {
-    load_model_as(config, threads, dir, Kind::Float)
-}
-
-/// [`load_model`] in another kind of numbers.
-pub(crate) fn load_model_as(config: &Config, threads: usize, dir: &Path, kind: Kind) -> Result<Vlm> {
+/// Loads the model of a stage in `kind` and sets the number of threads.
+pub(crate) fn load_model_as(threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
     tch::set_num_threads(threads as i32);
-    Ok(Vlm::load(dir, unveil_model::device(&config.run.device)?, kind)?)
+    Ok(Vlm::load(dir, device, kind)?)
 }

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tokio::runtime::Handle;
 use unveil_checkpoint::{Access, CheckpointInfo, Checkpoints, Loaded, Resume, Retention, Snapshot, Store};
 use unveil_config::Config;
@@ -18,7 +18,6 @@ use unveil_model::{ValueHead, Vlm};
 use crate::codec::{from_bytes, to_bytes};
 use crate::error::{LearnerError, Result};
 use crate::lora::{self, Base, SavedAdapters};
-use crate::optim::AdamW;
 use crate::step::Counters;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -73,31 +72,39 @@ impl StaticFiles {
     }
 }
 
+/// Tensors of a checkpoint beside what the model has itself.
+pub(crate) struct Trained<'a> {
+    /// Trained weights to their last digit.
+    pub weights: Vec<(String, Tensor)>,
+    /// The optimiser's moments.
+    pub moments: Vec<(String, Tensor)>,
+    pub head: Option<&'a ValueHead>,
+}
+
 /// Objects of a checkpoint: a whole model directory under `model/`, or adapters alone under `adapter/` where there is a base;
 /// moments, value head.
 pub(crate) fn objects(
     files: &StaticFiles,
     vlm: &Vlm,
     base: Option<&Base>,
-    optimizer: &AdamW,
-    head: Option<&ValueHead>,
+    trained: &Trained<'_>,
 ) -> Result<Vec<(String, Bytes)>> {
     let mut out = match base {
         Some(base) => SavedAdapters::objects(vlm, base)?,
-        None => whole(files, vlm)?,
+        None => whole(files, vlm, &trained.weights)?,
     };
-    out.push((OPTIMIZER.to_owned(), to_bytes(&optimizer.state()?)?.into()));
-    if let Some(head) = head {
+    out.push((OPTIMIZER.to_owned(), to_bytes(&trained.moments)?.into()));
+    if let Some(head) = trained.head {
         let named: Vec<_> = head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         out.push((VALUE_HEAD.to_owned(), to_bytes(&named)?.into()));
     }
     Ok(out)
 }
 
-/// A whole model directory.
-fn whole(files: &StaticFiles, vlm: &Vlm) -> Result<Vec<(String, Bytes)>> {
+/// A whole model directory in fp32.
+fn whole(files: &StaticFiles, vlm: &Vlm, weights: &[(String, Tensor)]) -> Result<Vec<(String, Bytes)>> {
     let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
-    vlm.save(scratch.path())?;
+    vlm.save_with(scratch.path(), Kind::Float, &weights.iter().map(|(n, t)| (n.as_str(), t)).collect())?;
     let mut out = files.0.clone();
     for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
         let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
@@ -155,6 +162,16 @@ impl Restored {
 }
 
 impl Restored {
+    /// Weights to their last digit, by name; the value head's among them.
+    pub fn precise(&self) -> Vec<(String, Tensor)> {
+        let whole = match &self.weights {
+            Weights::Whole(named) => named.as_slice(),
+            Weights::Adapters(_) => &[],
+        };
+        let head = self.head.as_deref().unwrap_or_default();
+        whole.iter().chain(head).map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
+    }
+
     /// Puts the weights of the checkpoint of `step` into `vlm`, or its adapters where `vlm` lies on the same base.
     pub fn load_into(&self, step: u64, vlm: &mut Vlm, base: Option<&Base>) -> Result<()> {
         let fault = |what: String| LearnerError::State { step, what };

@@ -314,6 +314,38 @@ impl Learner {
         }
     }
 
+    /// The groups of a batch that this rank computes; it needs the pixels of these alone.
+    pub(crate) fn own_groups(&self, groups: &[TrainGroup]) -> Vec<usize> {
+        let members = members(groups);
+        let policy = &self.policy;
+        let share = Share::new(&members, self.ranks.clone(), policy.settings.token_budget, policy.vlm.device());
+        let own: Vec<&GroupId> = share.own().map(|i| &members[i].group.id).collect();
+        (0..groups.len()).filter(|i| own.contains(&&groups[*i].id)).collect()
+    }
+
+    /// Gives all ranks what rank 0 has: weights, and where it goes on from a checkpoint also `weights` to their last digit and
+    /// moments. All ranks call it, before the first update.
+    ///
+    /// # Errors
+    /// A moment is missing or misshapen; or a rank is gone.
+    pub(crate) fn align(
+        &mut self,
+        weights: &[(String, Tensor)],
+        resumed: Option<(&[(String, Tensor)], u64)>,
+    ) -> Result<()> {
+        let policy = &self.policy;
+        let named = policy.vlm.named_parameters().iter();
+        let named = named.chain(policy.vlm.adapters().into_iter().flat_map(|a| a.named_parameters()));
+        for (_, tensor) in named.chain(policy.value_head.iter().flat_map(|h| h.named_parameters())) {
+            self.ranks.align(tensor)?;
+        }
+        self.optimizer.load_weights(weights)?;
+        match resumed {
+            Some((moments, updates)) => self.optimizer.load_state(moments, updates),
+            None => Ok(()),
+        }
+    }
+
     /// Everything that is trained, to its last digit, and the optimiser's moments, by name. All ranks call it.
     ///
     /// # Errors
@@ -360,23 +392,12 @@ impl Learner {
         (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
     }
 
-    /// Moments, value head, counters and the weight of KL are taken over; the weights are loaded apart.
-    pub(crate) fn restore(
-        &mut self,
-        moments: &[(String, Tensor)],
-        head: Option<&[(String, Tensor)]>,
-        at: Counters,
-        kl: Option<&KlController>,
-    ) -> Result<()> {
-        if let (Some(own), Some(named)) = (&mut self.policy.value_head, head) {
-            own.load_state(named)?;
-        }
-        self.optimizer.load_state(moments, at.updates)?;
+    /// Takes counters and the weight of KL over from a checkpoint.
+    pub(crate) fn restore(&mut self, at: Counters, kl: Option<&KlController>) {
         self.stand_at(at);
         if let Some(saved) = kl {
             self.kl.resume(saved);
         }
-        Ok(())
     }
 
     /// The weight of KL to the reference and how it changes.

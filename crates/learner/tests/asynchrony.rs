@@ -18,7 +18,7 @@ use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest};
 use unveil_experience::{Experience, Settings};
-use unveil_learner::{EventSink, Learner, LeaseSource, Silent, StepSettings, TrainGroup, run_rl, sampling};
+use unveil_learner::{EventSink, Learner, LeaseSource, Ready, Silent, StepSettings, TrainGroup, run_rl, sampling};
 use unveil_model::Vlm;
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::{breakdown_to_wire, v1};
@@ -91,7 +91,8 @@ fn run(small: &Small, pause: Duration, rewards: &[Duration]) -> (Vec<Value>, Vec
     let mut silent = Silent;
     let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
     let mut workers = Vec::new();
-    let outcome = run_rl(stage, |address| {
+    let outcome = run_rl(stage, |ready| {
+        let Ready::Experience(address) = ready else { return };
         for (k, takes) in rewards.iter().enumerate() {
             workers.push(work(&small.config, small.model(), address.to_string(), &format!("w{k}"), *takes));
         }

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::Value;
 use stage::{Small, StopAt, work};
 use unveil_config::schema::Algorithm;
-use unveil_learner::{Evaluation, Outcome, Silent, run_rl};
+use unveil_learner::{Evaluation, Outcome, Ready, Silent, run_rl};
 use unveil_service::CancellationToken;
 
 fn run(small: &Small, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, Vec<Value>, u64) {
@@ -25,7 +25,7 @@ fn run(small: &Small, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, 
         stage.evaluator = Some(&mut evaluator);
     }
     let mut worker = None;
-    let outcome = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1"))).unwrap();
+    let outcome = run_rl(stage, |ready| worker = Some(work(experience(ready), small.model(), "w1"))).unwrap();
     (outcome, events.seen, worker.map_or(0, |w| w.join().unwrap()))
 }
 
@@ -39,6 +39,13 @@ fn small(algorithm: Algorithm, steps: u64) -> Small {
 
 fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
     events.iter().filter(|e| e["kind"] == kind).collect()
+}
+
+fn experience(ready: Ready) -> std::net::SocketAddr {
+    match ready {
+        Ready::Experience(address) => address,
+        Ready::Ranks(_) => panic!("there is one rank"),
+    }
 }
 
 #[test]
@@ -114,7 +121,7 @@ fn a_missing_image_ends_the_run_and_is_named() {
     let (mut events, mut silent) = (Vec::new(), Silent);
     let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
     let mut worker = None;
-    let e = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1"))).unwrap_err().to_string();
+    let e = run_rl(stage, |ready| worker = Some(work(experience(ready), small.model(), "w1"))).unwrap_err().to_string();
     assert!(e.contains("synth-3-00000") && e.contains(".png"), "{e}");
     assert_eq!(worker.unwrap().join().unwrap(), 0);
     assert!(!Path::new(&out).exists());

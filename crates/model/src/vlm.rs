@@ -93,11 +93,19 @@ impl Vlm {
 
     /// [`Vlm::save`] in another kind of numbers.
     pub fn save_as(&self, dir: &Path, kind: Kind) -> Result<()> {
+        self.save_with(dir, kind, &HashMap::new())
+    }
+
+    /// [`Vlm::save_as`] with other weights than the present ones where `named` has some, of the same shapes.
+    pub fn save_with(&self, dir: &Path, kind: Kind, named: &HashMap<&str, &Tensor>) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
         let mut config = self.config.clone();
         config.dtype = kind;
         let plan = Plan::new(&config, &spec::tensors(&config), SHARD_BYTES);
-        plan.write(dir, &mut |index| Ok(self.parameters[index].1.detach().f_to_kind(kind)?))?;
+        plan.write(dir, &mut |index| {
+            let (name, own) = &self.parameters[index];
+            Ok(named.get(name.as_str()).map_or(own, |t| *t).f_detach()?.f_to_kind(kind)?)
+        })?;
         config.save(dir)
     }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Lora, Optimizer};
+use super::{Lora, Optimizer, Parallel};
 
 /// How rewards become advantages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -207,6 +207,10 @@ pub struct Learner {
     pub listen: String,
     /// Where rollout workers find it (`http://host:port`); empty = the one that `train` starts.
     pub address: String,
+    /// The learner's ranks.
+    pub parallel: Parallel,
+    /// Padded positions of one forward and backward pass; a larger batch takes several. Lower it where memory is short.
+    pub token_budget: usize,
     /// Threads of the learner (0 = all cores); leave some to the rollout workers that run beside it.
     pub threads: usize,
 }
@@ -251,6 +255,8 @@ impl Default for Learner {
             checkpoint_every: 50,
             listen: "127.0.0.1:0".into(),
             address: String::new(),
+            parallel: Parallel::default(),
+            token_budget: 65_536,
             threads: 0,
         }
     }

@@ -24,6 +24,7 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
         ),
     );
     need(l.groups > 0, "learner.groups is 0".into());
+    need(l.token_budget > 0, "learner.token_budget is 0: a pass has positions".into());
     need(l.inner_epochs > 0, "learner.inner_epochs is 0".into());
     need(
         l.minibatches > 0 && l.groups.is_multiple_of(l.minibatches.max(1)),

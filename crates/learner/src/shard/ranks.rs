@@ -97,6 +97,17 @@ impl Ranks {
         self.world.as_ref().map(|(w, _)| w.group())
     }
 
+    /// Gives a contiguous tensor the numbers that it has on rank 0, in place.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub(crate) fn align(&self, tensor: &Tensor) -> Result<()> {
+        if let Some(group) = self.all() {
+            let _same = group.broadcast(tensor.f_detach()?.f_view([-1])?, 0)?;
+        }
+        Ok(())
+    }
+
     /// The sum of numbers over all ranks, number by number.
     ///
     /// # Errors

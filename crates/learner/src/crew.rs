@@ -1,0 +1,188 @@
+//! How rank 0 leads the other ranks of a learner: it tells each what comes next, and all do it together. Must not know: what an
+//! order leads to, sockets.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use tch::{Device, Tensor};
+use unveil_collective::{Backend, Collective, Setup, Timing, World, open_with};
+use unveil_config::Config;
+
+use crate::batch::TrainGroup;
+use crate::error::{LearnerError, Result};
+use crate::plain::Group;
+use crate::shard::{Ranks, Zero};
+
+/// What comes next.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Order {
+    /// Nothing yet.
+    Wait,
+    /// The update of a batch.
+    Update(Vec<Group>),
+    /// Values of a batch, for a dump.
+    Values(Vec<Group>),
+    /// All weights, whole on all ranks.
+    Bring,
+    /// The state of the optimiser, for a checkpoint.
+    State,
+    /// The end.
+    End,
+}
+
+/// The ranks of a learner and the orders among them.
+pub(crate) struct Crew {
+    pub ranks: Rc<Ranks>,
+    device: Device,
+    /// Rank 0 gives an order this often at least.
+    every: Duration,
+    last: Instant,
+}
+
+impl Crew {
+    /// Brings the ranks together; rank 0 hands the address where they meet to `tell` before it waits for the others.
+    ///
+    /// # Errors
+    /// A rank does not come, or runs something else.
+    pub fn open(config: &Config, model: &Path, records: &[String], tell: impl FnOnce(SocketAddr)) -> Result<Self> {
+        let p = &config.learner.parallel;
+        let seconds = Duration::from_secs_f64;
+        let device = device(config)?;
+        let ranks = if p.ranks == 1 {
+            Ranks::solo()
+        } else {
+            let backend = match device {
+                Device::Cuda(device) => Backend::Nccl { device },
+                _ => Backend::Gloo,
+            };
+            let timing = Timing {
+                join: seconds(p.join_s),
+                call: seconds(p.call_s),
+                lost: seconds(p.lost_s),
+                ..Timing::default()
+            };
+            let setup = Setup {
+                rank: p.rank,
+                world: p.ranks,
+                address: p.rendezvous.clone(),
+                local: None,
+                backend,
+                fingerprint: fingerprint(config, model, records)?,
+                timing,
+            };
+            let world: World = open_with(&setup, tell)?;
+            let zero = [Zero::None, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
+            Ranks::new(world, zero[usize::from(p.zero.min(3))], p.shards)?
+        };
+        Ok(Self { ranks, device, every: seconds(p.call_s) / 4, last: Instant::now() })
+    }
+
+    /// Gives an order, as rank 0. Returns whether some other rank was told to stop.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn give(&mut self, order: &Order) -> Result<bool> {
+        if self.ranks.size() == 1 {
+            return Ok(false);
+        }
+        let fault = |e: rmp_serde::encode::Error| LearnerError::Setting(format!("an order for other ranks: {e}"));
+        let bytes = rmp_serde::to_vec_named(order).map_err(fault)?;
+        self.send(Some(&bytes))?;
+        self.last = Instant::now();
+        self.stops(false)
+    }
+
+    /// Tells the other ranks that nothing has happened, where they have not heard for long.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn hold(&mut self) -> Result<bool> {
+        if self.last.elapsed() < self.every.min(Duration::from_secs(1)) { Ok(false) } else { self.give(&Order::Wait) }
+    }
+
+    /// The next order, as another rank; `stop` says that this one was told to stop.
+    ///
+    /// # Errors
+    /// Rank 0 is gone.
+    pub fn hear(&self, stop: bool) -> Result<Order> {
+        let bytes = self.send(None)?;
+        let order = rmp_serde::from_slice(&bytes)
+            .map_err(|e| LearnerError::Setting(format!("an order of rank 0 is not readable: {e}")))?;
+        self.stops(stop)?;
+        Ok(order)
+    }
+
+    /// Whether some rank was told to stop.
+    fn stops(&self, own: bool) -> Result<bool> {
+        Ok(self.ranks.sum(vec![f64::from(u8::from(own))], self.device)?.iter().any(|n| *n > 0.0))
+    }
+
+    /// Bytes of rank 0, on all ranks.
+    pub fn send(&self, bytes: Option<&[u8]>) -> Result<Vec<u8>> {
+        let Some(all) = self.ranks.all() else { return Ok(bytes.unwrap_or_default().to_vec()) };
+        let length = Tensor::from_slice(&[bytes.map_or(0, <[u8]>::len) as i64]).f_to_device(self.device)?;
+        let length = usize::try_from(all.broadcast(length, 0)?.f_int64_value(&[0])?).unwrap_or(0);
+        let mut words = vec![0i64; length.div_ceil(8).max(1)];
+        if let Some(bytes) = bytes {
+            for (word, eight) in words.iter_mut().zip(bytes.chunks(8)) {
+                let mut own = [0; 8];
+                own[..eight.len()].copy_from_slice(eight);
+                *word = i64::from_le_bytes(own);
+            }
+        }
+        let sent = all.broadcast(Tensor::f_from_slice(&words)?.f_to_device(self.device)?, 0)?;
+        let words = Vec::<i64>::try_from(sent.f_to_device(Device::Cpu)?)?;
+        Ok(words.into_iter().flat_map(i64::to_le_bytes).take(length).collect())
+    }
+
+    /// A batch as it is sent.
+    pub fn plain(groups: &[TrainGroup]) -> Vec<Group> {
+        groups.iter().map(|g| Group::new(g, None)).collect()
+    }
+}
+
+/// The device of this rank: of several GPUs that a bare `cuda` or `auto` may mean, the one for its rank.
+pub(crate) fn device(config: &Config) -> Result<Device> {
+    let found = unveil_model::device(&config.run.device)?;
+    let many = config.learner.parallel.ranks > 1 && matches!(config.run.device.as_str(), "auto" | "cuda");
+    Ok(match found {
+        Device::Cuda(_) if many => {
+            let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(1).max(1);
+            Device::Cuda(config.learner.parallel.rank % count)
+        }
+        other => other,
+    })
+}
+
+/// What must be the same on all ranks, line by line.
+fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<String> {
+    let mut same = config.clone();
+    same.learner.parallel.rank = 0;
+    same.learner.parallel.rendezvous.clear();
+    same.learner.listen.clear();
+    same.learner.address.clear();
+    same.reward.address.clear();
+    let text = toml::Value::try_from(&same).map_err(|e| LearnerError::Setting(format!("configuration: {e}")))?;
+    let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
+    flatten("", &text, &mut lines);
+    let path = model.join("config.json");
+    let shape = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    lines.push(format!("{} = {}", path.display(), blake3::hash(&shape)));
+    lines.push(format!("records = {} with {}", records.len(), blake3::hash(records.join("\n").as_bytes())));
+    Ok(lines.join("\n"))
+}
+
+fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<String>) {
+    match value.as_table() {
+        Some(table) => {
+            for (key, value) in table {
+                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                flatten(&name, value, out);
+            }
+        }
+        None => out.push(format!("{prefix} = {value}")),
+    }
+}
