@@ -29,7 +29,7 @@ fn main() {
             leave_out("cuda");
         }
     }
-    for name in ["store", "memory"] {
+    for name in ["store", "memory", "context"] {
         match torch.as_deref() {
             Some(torch) => {
                 let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];

@@ -3,10 +3,12 @@
 //! The only room that reads environment variables. Must not know: tokio, tch.
 
 mod auto;
+mod change;
 mod load;
 mod paths;
 pub mod schema;
 mod validate;
 
+pub use change::{Change, changes, entries};
 pub use load::{ConfigError, environment, load, load_from};
 pub use schema::Config;

@@ -9,7 +9,8 @@ mod parallel;
 mod reward;
 
 pub use learner::{
-    Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
+    Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
+    Whiten,
 };
 pub use lora::Lora;
 pub use parallel::Parallel;
@@ -55,6 +56,9 @@ pub struct Run {
     pub threads: usize,
     /// `cpu`, `cuda`, `cuda:N`, or `auto`.
     pub device: String,
+    /// Repeat a run bit for bit on machines of one kind: only algorithms of libtorch that give the same again, and leases of exactly
+    /// `rollout.groups_per_lease` groups, each generated on its own. Needs `rollout.max_staleness = 0`.
+    pub deterministic: bool,
     /// Weights that are computed with. The learner of stage 2 keeps its master weights in fp32, stage 1 is fp32 whole, and so are
     /// activations always.
     pub dtype: Dtype,
@@ -80,6 +84,7 @@ impl Default for Run {
             dump_batch: String::new(),
             threads: 0,
             device: "auto".into(),
+            deterministic: false,
             dtype: Dtype::default(),
         }
     }

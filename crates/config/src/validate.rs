@@ -81,6 +81,19 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             "rollout.max_staleness is {staleness} and learner.steps {steps}: nothing can lag more updates than there are"
         ),
     );
+    if c.run.deterministic {
+        need(
+            staleness == 0,
+            format!(
+                "run.deterministic needs rollout.max_staleness = 0 (now {staleness}): else it depends on time which weights make a token"
+            ),
+        );
+        let (groups, lease) = (c.learner.groups, c.rollout.groups_per_lease);
+        need(
+            lease > 0 && groups.is_multiple_of(lease),
+            format!("run.deterministic needs rollout.groups_per_lease ({lease}) to divide learner.groups ({groups})"),
+        );
+    }
     let r = &c.reward;
     let weights = [
         ("localization", r.localization.weight),

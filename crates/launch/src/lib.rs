@@ -35,7 +35,7 @@ pub enum LaunchError {
     OtherConfig {
         /// The directory.
         dir: PathBuf,
-        /// First difference.
+        /// What differs and may not.
         difference: String,
     },
     /// The data cannot be used.

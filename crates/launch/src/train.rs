@@ -36,7 +36,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
         std::fs::create_dir_all(dir).map_err(io("cannot create", dir))?;
     }
     let _lock = lock(&run)?;
-    let file = write_config(config, &run)?;
+    let file = write_config(config, &run, options.note)?;
     let memory = PeakMemory::start();
     let job = Job { config, options, run: &run, logs: &logs, file: &file };
     let wall = Wall::resume(&run, started);
@@ -198,20 +198,21 @@ fn lock(run: &Path) -> Result<std::fs::File, LaunchError> {
     }
 }
 
-/// Writes the effective configuration, or checks that the run already there has the same one.
-fn write_config(config: &Config, run: &Path) -> Result<PathBuf, LaunchError> {
+/// Writes the effective configuration; where the run is there already, only what a run may change may differ.
+fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<PathBuf, LaunchError> {
     let path = run.join("config.toml");
     let text = toml::to_string(config).map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
     if let Ok(old) = std::fs::read_to_string(&path) {
-        let stable = |t: &str| t.lines().filter(|l| !l.starts_with("resume =")).map(str::to_owned).collect::<Vec<_>>();
-        let (a, b) = (stable(&old), stable(&text));
-        if a != b {
-            let difference = a
-                .iter()
-                .zip(&b)
-                .find(|(x, y)| x != y)
-                .map_or_else(|| "other keys".to_owned(), |(x, y)| format!("`{x}` there, `{y}` now"));
+        let old: Config = toml::from_str(&old)
+            .map_err(|e| LaunchError::OtherConfig { dir: run.to_owned(), difference: e.to_string() })?;
+        let (allowed, refused): (Vec<_>, Vec<_>) =
+            unveil_config::changes(&old, config).into_iter().partition(|c| c.allowed);
+        if !refused.is_empty() {
+            let difference = refused.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
             return Err(LaunchError::OtherConfig { dir: run.to_owned(), difference });
+        }
+        for change in allowed.iter().filter(|c| c.key != "run.resume") {
+            note(&format!("the run goes on with {change}"));
         }
     }
     std::fs::write(&path, text).map_err(io("cannot write", &path))?;

@@ -84,7 +84,13 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
     let settings =
         Settings { groups_per_step: 1, max_staleness: 0, lease_s: 60.0, seed: 0, term: 1, total_groups: None };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["none".into()])?;
-    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling: Sampling::default(), stop: vec![], vocab: 1 };
+    let options = HostOptions {
+        listen: "127.0.0.1:0".into(),
+        sampling: Sampling::default(),
+        stop: vec![],
+        vocab: 1,
+        fixed: None,
+    };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing))?;
     let raw = TcpListener::bind("127.0.0.1:0")?;
     let ready = json!({"address": host.address().to_string(), "raw": raw.local_addr()?.to_string(), "bytes": bytes});

@@ -165,24 +165,11 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     same.learner.listen.clear();
     same.learner.address.clear();
     same.reward.address.clear();
-    let text = toml::Value::try_from(&same).map_err(|e| LearnerError::Setting(format!("configuration: {e}")))?;
     let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
-    flatten("", &text, &mut lines);
+    lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
     let path = model.join("config.json");
     let shape = std::fs::read(&path).map_err(LearnerError::io(&path))?;
     lines.push(format!("{} = {}", path.display(), blake3::hash(&shape)));
     lines.push(format!("records = {} with {}", records.len(), blake3::hash(records.join("\n").as_bytes())));
     Ok(lines.join("\n"))
-}
-
-fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<String>) {
-    match value.as_table() {
-        Some(table) => {
-            for (key, value) in table {
-                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
-                flatten(&name, value, out);
-            }
-        }
-        None => out.push(format!("{prefix} = {value}")),
-    }
 }

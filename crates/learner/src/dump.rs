@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::Tensor;
+use unveil_algo::KlController;
 use unveil_config::Config;
 use unveil_model::{read_safetensors, write_safetensors};
 
@@ -17,7 +18,7 @@ use crate::plain::Group;
 use crate::step::{Counters, Learner, Values};
 
 /// Counted up when the layout changes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const TEXT: &str = "batch.json";
 const PIXELS: &str = "batch.safetensors";
 
@@ -26,9 +27,17 @@ struct File {
     format: u32,
     /// Where the learner stood before the update.
     counters: Counters,
+    /// The weight of KL to the reference and how it changes.
+    kl: KlController,
     /// What enters the loss; for other programs, replay takes its own configuration.
     settings: Value,
     groups: Vec<Group>,
+}
+
+/// Where the learner stood before an update.
+pub(crate) struct Start {
+    pub counters: Counters,
+    pub kl: KlController,
 }
 
 /// Writes the batch that `learner` is about to take to `dir`, which may exist.
@@ -46,6 +55,7 @@ pub fn write(dir: &Path, config: &Config, learner: &Learner, groups: &[TrainGrou
     let file = File {
         format: FORMAT,
         counters,
+        kl: learner.kl_controller(),
         settings,
         groups: groups.iter().map(|g| Group::new(g, values.get(&g.id))).collect(),
     };
@@ -75,7 +85,7 @@ pub fn load(dir: &Path, patch_len: i64) -> Result<Vec<TrainGroup>> {
 ///
 /// # Errors
 /// Names the file, and the group or response that does not fit.
-pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Values, Counters)> {
+pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Values, Start)> {
     let path = dir.join(TEXT);
     let fault = |what: String| LearnerError::Dump { path: path.clone(), what };
     let text = std::fs::read(&path).map_err(LearnerError::io(&path))?;
@@ -103,5 +113,5 @@ pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Value
         }
         groups.push(group.into_train(Vec::<f32>::try_from(found.reshape([-1]))?));
     }
-    Ok((groups, values, file.counters))
+    Ok((groups, values, Start { counters: file.counters, kl: file.kl }))
 }

@@ -96,6 +96,14 @@ pub enum LearnerError {
         /// The last reason.
         why: String,
     },
+    /// There is not enough memory for an update.
+    #[error("not enough memory for an update ({cause}). It takes: {plan}")]
+    OutOfMemory {
+        /// What libtorch said.
+        cause: String,
+        /// What memory is needed for, and what to lower.
+        plan: Box<crate::memory::MemoryPlan>,
+    },
     /// The held-out evaluation failed.
     #[error("evaluation at step {step}: {source}")]
     Evaluate {

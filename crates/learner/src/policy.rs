@@ -22,6 +22,8 @@ const HEAD_ROWS: i64 = 1024;
 pub(crate) struct Policy {
     pub vlm: Vlm,
     pub value_head: Option<ValueHead>,
+    /// What the value head sits on; none = the policy itself.
+    pub critic: Option<Vlm>,
     pub reference: Option<Reference>,
     pub settings: StepSettings,
     /// What goes along with passes of the model.
@@ -95,7 +97,7 @@ impl Policy {
             .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
         let groups: Vec<_> = members.iter().map(|m| m.packed.clone()).collect();
         let inputs = members.iter().map(|m| &*m.group.input);
-        let (hidden, attention, targets) = on_tape(&self.vlm, tape, &groups, inputs, capture)?;
+        let (hidden, attention, targets) = on_tape(&self.vlm, tape, &groups, inputs.clone(), capture)?;
         let s = &self.settings;
         let rows = hidden.tensor.size()[0];
         let chunk = if mode == Mode::Recompute { HEAD_ROWS.min(rows) } else { rows };
@@ -110,7 +112,16 @@ impl Policy {
             entropy.push(tape.leaf(&made[1]));
         }
         let entropy = Tensor::f_cat(&entropy, 0)?;
-        let values = self.value_head.as_ref().map(|h| tape.call1(&[&hidden], move |t| h.forward(&t[0])));
+        let own = match &self.critic {
+            Some(critic) => {
+                // Its parameters are taken and brought with those that belong to no layer.
+                tape.escort(None);
+                Some(on_tape(critic, tape, &groups, inputs, None)?.0)
+            }
+            None => None,
+        };
+        let hidden = own.as_ref().unwrap_or(&hidden);
+        let values = self.value_head.as_ref().map(|h| tape.call1(&[hidden], move |t| h.forward(&t[0])));
         Ok(Made {
             logprobs: Tensor::f_cat(&logprobs, 0)?,
             entropy: if objective.entropy_coef == 0.0 { entropy.detach() } else { entropy },

@@ -6,13 +6,17 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tch::Kind;
 use unveil_config::Config;
+use unveil_config::schema::Critic;
 use unveil_model::{ValueHead, copy_companions, write_safetensors};
 
 use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::lora;
 use crate::settings::StepSettings;
+use crate::setup::Models;
+use crate::shard::Ranks;
 use crate::stage::load_model_as;
+use crate::state::Trained;
 use crate::step::{Counters, Learner};
 
 /// What an update starts from.
@@ -27,7 +31,8 @@ pub struct ReplayModels<'a> {
 }
 
 /// Makes the update of the batch in `batch` from the weights in `models` under `config`, and writes results to `out`, computing in
-/// `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL has the configured weight. Gradients are those of the last optimiser step, before clipping. Agreement is
+/// `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL has the weight that it had before
+/// the dumped update. Gradients are those of the last optimiser step, before clipping. Agreement is
 /// reported, not enforced. Returns what `replay.json` holds.
 ///
 /// # Errors
@@ -41,7 +46,7 @@ pub fn replay(
     kind: Kind,
 ) -> Result<Value> {
     let device = unveil_model::device(&config.run.device)?;
-    let load = |dir: &Path| load_model_as(config.learner.threads, dir, kind, device);
+    let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind, device);
     let model = models.model;
     let mut vlm = load(model)?;
     let base = lora::adapt(&mut vlm, config, model)?;
@@ -53,11 +58,12 @@ pub fn replay(
     let reference = other.map(load).transpose()?;
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
     let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
-    let mut learner = Learner::new(vlm, reference, settings)?;
+    let critic = if config.learner.critic == Critic::Separate { Some(load(model)?) } else { None };
+    let mut learner = Learner::on(Ranks::solo(), Models { vlm, reference, critic }, settings)?;
     if let (Some(own), Some(stored)) = (&mut learner.policy.value_head, ValueHead::load(model, hidden, options)?) {
         own.load_state(stored.named_parameters())?;
     }
-    learner.stand_at(Counters { updates: 0, ..at });
+    learner.restore(Counters { updates: 0, ..at.counters }, Some(&at.kl));
     learner.trace();
     let report = learner.update_with(&groups, &values)?;
     if let Some(why) = &report.skipped {
@@ -75,6 +81,11 @@ pub fn replay(
     }
     if let Some(head) = learner.value_head() {
         head.save(&made)?;
+    }
+    let (weights, moments) = learner.state()?;
+    let critic = Trained { weights, moments, head: None }.critic();
+    if !critic.is_empty() {
+        write_safetensors(&out.join("critic.safetensors"), &critic)?;
     }
     let mut parts = report.loss.clone();
     let loss = parts.remove("loss");

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use unveil_algo::KlController;
 use unveil_checkpoint::{Loaded, Resume};
 use unveil_config::Config;
-use unveil_config::schema::Dtype;
+use unveil_config::schema::{Critic, Dtype};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
 use unveil_model::Vlm;
@@ -25,6 +25,7 @@ use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
+use crate::setup::Models;
 use crate::shard::Zero;
 use crate::stage::{Evaluation, Outcome, Stage, load_model_as};
 use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles, Trained};
@@ -114,6 +115,7 @@ impl Run {
             sampling: sampling(config),
             stop: config.rollout.stop.clone(),
             vocab: learner.vlm().config().text.vocab_size as u32,
+            fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
@@ -133,9 +135,10 @@ impl Run {
     fn publish(&mut self, kind: Kind) -> Result<()> {
         self.bring()?;
         let vlm = self.learner.vlm();
-        let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
         let version = self.learner.step();
         let (named, adapters) = (vlm.named_parameters(), vlm.adapters());
+        let freezing = &self.learner.settings().freezing;
+        let changes = |name: &str| vlm.parameter(name).is_none() || (adapters.is_none() && freezing.ever(name));
         self.host.publish(&NewWeights { version, named, kind, adapters, changes: &changes })
     }
 
@@ -303,7 +306,7 @@ pub(crate) fn make_learner(
     from: Option<(&Restored, &Loaded)>,
 ) -> Result<(Learner, Option<Base>)> {
     let config = stage.config;
-    let load = || load_model_as(config.learner.threads, stage.model_dir, wire_kind(config), device(config)?);
+    let load = || load_model_as(config, config.learner.threads, stage.model_dir, wire_kind(config), device(config)?);
     let mut vlm = load()?;
     let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
     if let Some((r, l)) = from {
@@ -311,9 +314,13 @@ pub(crate) fn make_learner(
     }
     // Without its adapters the model is the reference.
     let reference = if config.learner.kl_coef > 0.0 && base.is_none() { Some(load()?) } else { None };
+    let mut critic = if config.learner.critic == Critic::Separate { Some(load()?) } else { None };
+    if let (Some(critic), Some((r, l))) = (&mut critic, from) {
+        r.load_critic(l.info.step, critic)?;
+    }
     let banned = stage.data.preparer().tokenizer().special().banned.clone();
     let settings = StepSettings::new(config, &vlm, &banned);
-    let mut learner = Learner::on(crew.ranks.clone(), vlm, reference, settings)?;
+    let mut learner = Learner::on(crew.ranks.clone(), Models { vlm, reference, critic }, settings)?;
     if let (Some(own), Some(named)) = (&mut learner.policy.value_head, from.and_then(|(r, _)| r.head.as_deref())) {
         own.load_state(named)?;
     }

@@ -1,10 +1,13 @@
 //! Everything of the configuration that enters a policy update, in one place that a test or a dump can fill by hand.
 
+use tch::Kind;
 use unveil_algo::{Aggregation, Clip, Correction, Estimator, KlController, KlForm, KlGradient, Objective, RatioLevel};
 use unveil_config::Config;
-use unveil_config::schema::{self, Algorithm, Importance, KlPlace, LossMean, Optimizer, RatioBase, Whiten};
+use unveil_config::schema::{self, Algorithm, Critic, Importance, KlPlace, LossMean, Optimizer, RatioBase, Whiten};
 use unveil_model::{AttentionSet, Vlm};
 use unveil_reward::Scoring;
+
+use crate::freeze::Freezing;
 
 /// Everything of the configuration that enters an update.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub struct StepSettings {
     pub kl_target: f64,
     /// Relative change of that weight at a relative error of 1.
     pub kl_gain: f64,
+    /// What values are computed from.
+    pub critic: Critic,
     /// Updates at the start that train the value loss alone.
     pub critic_warmup: u64,
     /// Passes over the batch.
@@ -43,8 +48,8 @@ pub struct StepSettings {
     pub attention: AttentionSet,
     /// Class names and synonyms.
     pub scoring: Scoring,
-    /// Parameter name prefixes that are not trained.
-    pub frozen: Vec<String>,
+    /// Which parameters are trained at which update.
+    pub freezing: Freezing,
     /// Compute activations again in the backward pass.
     pub recompute: bool,
     /// Padded tokens per forward pass.
@@ -73,6 +78,7 @@ impl StepSettings {
             kl_in: l.kl_in,
             kl_target: l.kl_target,
             kl_gain: l.kl_gain,
+            critic: l.critic,
             critic_warmup: l.critic_warmup,
             inner_epochs: l.inner_epochs,
             minibatches: l.minibatches,
@@ -80,10 +86,10 @@ impl StepSettings {
             total_steps: l.steps,
             temperature: config.rollout.logprobs.temperature(config.rollout.temperature),
             banned: banned_ids(vlm, banned),
-            agreement_limit: l.agreement_limit,
+            agreement_limit: agreement_limit(l.agreement_limit, vlm.kind()),
             attention: AttentionSet::configured(vlm.config(), &vision.layers, &vision.heads),
             scoring: Scoring::new(config),
-            frozen: l.frozen.clone(),
+            freezing: Freezing::new(l),
             recompute: l.recompute,
             token_budget: l.token_budget,
             seed: config.run.seed,
@@ -103,6 +109,15 @@ impl StepSettings {
         let kl_coef = if self.kl_in == KlPlace::Loss { kl_coef } else { 0.0 };
         let whole = Objective { kl_coef, ..self.objective };
         if step < self.critic_warmup { whole.critic_only() } else { whole }
+    }
+}
+
+/// The configured limit, else what numbers of this kind allow.
+fn agreement_limit(configured: f64, kind: Kind) -> f64 {
+    match kind {
+        _ if configured > 0.0 => configured,
+        Kind::BFloat16 | Kind::Half => 1e-3,
+        _ => 1e-5,
     }
 }
 

@@ -206,7 +206,13 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         .map_err(LearnerError::io("runtime"))?;
     let files = StaticFiles::read(stage.model_dir)?;
     let mut trainer = SftTrainer::new(
-        load_model_as(config.run.threads, stage.model_dir, Kind::Float, unveil_model::device(&config.run.device)?)?,
+        load_model_as(
+            config,
+            config.run.threads,
+            stage.model_dir,
+            Kind::Float,
+            unveil_model::device(&config.run.device)?,
+        )?,
         &config.sft.optimizer,
         total,
     )?;

@@ -154,8 +154,9 @@ pub struct Outcome {
     pub skipped: u64,
 }
 
-/// Loads the model of a stage in `kind` and sets the number of threads.
-pub(crate) fn load_model_as(threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
+/// Loads the model of a stage in `kind`, and sets the number of threads and whether results must be the same again.
+pub(crate) fn load_model_as(config: &Config, threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
+    unveil_torch_ext::set_deterministic(config.run.deterministic)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
     tch::set_num_threads(threads as i32);

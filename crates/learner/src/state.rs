@@ -18,10 +18,12 @@ use unveil_model::{ValueHead, Vlm};
 use crate::codec::{from_bytes, to_bytes};
 use crate::error::{LearnerError, Result};
 use crate::lora::{self, Base, SavedAdapters};
+use crate::setup::CRITIC;
 use crate::step::Counters;
 
 const OPTIMIZER: &str = "optimizer.safetensors";
 const VALUE_HEAD: &str = "value_head.safetensors";
+const CRITIC_FILE: &str = "critic.safetensors";
 const MODEL: &str = "model/";
 
 /// What a checkpoint says beside the tensors.
@@ -81,6 +83,14 @@ pub(crate) struct Trained<'a> {
     pub head: Option<&'a ValueHead>,
 }
 
+impl Trained<'_> {
+    /// The critic's trained weights, where it is a model of its own.
+    pub fn critic(&self) -> Vec<(String, Tensor)> {
+        let own = self.weights.iter().filter(|(n, _)| n.starts_with(CRITIC));
+        own.map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
+    }
+}
+
 /// Objects of a checkpoint: a whole model directory under `model/`, or adapters alone under `adapter/` where there is a base;
 /// moments, value head.
 pub(crate) fn objects(
@@ -97,6 +107,10 @@ pub(crate) fn objects(
     if let Some(head) = trained.head {
         let named: Vec<_> = head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         out.push((VALUE_HEAD.to_owned(), to_bytes(&named)?.into()));
+    }
+    let critic = trained.critic();
+    if !critic.is_empty() {
+        out.push((CRITIC_FILE.to_owned(), to_bytes(&critic)?.into()));
     }
     Ok(out)
 }
@@ -126,6 +140,7 @@ pub(crate) struct Restored {
     weights: Weights,
     pub moments: Vec<(String, Tensor)>,
     pub head: Option<Vec<(String, Tensor)>>,
+    critic: Vec<(String, Tensor)>,
 }
 
 impl Restored {
@@ -156,20 +171,34 @@ impl Restored {
             weights,
             moments: from_bytes(get(OPTIMIZER)?, OPTIMIZER)?,
             head: loaded.objects.get(VALUE_HEAD).map(|b| from_bytes(b, VALUE_HEAD)).transpose()?,
+            critic: match loaded.objects.get(CRITIC_FILE) {
+                Some(bytes) => from_bytes(bytes, CRITIC_FILE)?,
+                None => Vec::new(),
+            },
             meta,
         })
     }
 }
 
 impl Restored {
-    /// Weights to their last digit, by name; the value head's among them.
+    /// Puts the critic's weights of the checkpoint of `step` into a model that starts where it started.
+    pub fn load_critic(&self, step: u64, critic: &mut Vlm) -> Result<()> {
+        if self.critic.is_empty() {
+            let what = "it has no critic of its own, but learner.critic is \"separate\": use \"shared\", or run.resume = \"never\"";
+            return Err(LearnerError::State { step, what: what.into() });
+        }
+        let plain = |(n, t): &(String, Tensor)| (n.trim_start_matches(CRITIC).to_owned(), t.shallow_clone());
+        Ok(critic.load_some(&self.critic.iter().map(plain).collect::<Vec<_>>())?)
+    }
+
+    /// Weights to their last digit, by name; those of value head and critic among them.
     pub fn precise(&self) -> Vec<(String, Tensor)> {
         let whole = match &self.weights {
             Weights::Whole(named) => named.as_slice(),
             Weights::Adapters(_) => &[],
         };
         let head = self.head.as_deref().unwrap_or_default();
-        whole.iter().chain(head).map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
+        whole.iter().chain(head).chain(&self.critic).map(|(n, t)| (n.clone(), t.shallow_clone())).collect()
     }
 
     /// Puts the weights of the checkpoint of `step` into `vlm`, or its adapters where `vlm` lies on the same base.

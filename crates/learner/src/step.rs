@@ -10,15 +10,17 @@ use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
 use unveil_algo::{AlgoError, BatchStats, Correction, Counts, KlController, Layout, Objective, check_batch};
 use unveil_core::GroupId;
-use unveil_model::{ValueHead, Vlm, wide};
+use unveil_model::{ValueHead, Vlm};
 
 use crate::batch::{Member, TrainGroup};
 use crate::error::{LearnerError, Result};
 use crate::measure::{Agreement, UpdateReport, agreement, describe};
+use crate::memory::guarded;
 use crate::optim::{AdamW, lr_at};
-use crate::policy::{Forward, Policy, Reference, detached};
+use crate::policy::{Forward, Policy, detached};
 use crate::settings::StepSettings;
-use crate::shard::{Course, Gathered, Plan, Ranks, Zero};
+use crate::setup::CRITIC;
+use crate::shard::Ranks;
 use crate::share::{Share, Work};
 use crate::sums::Sums;
 use crate::targets::{Before, counts, fill};
@@ -30,14 +32,14 @@ pub const SKIP_LIMIT: u64 = 5;
 pub struct Learner {
     pub(crate) policy: Policy,
     pub(crate) optimizer: AdamW,
-    ranks: Rc<Ranks>,
-    kl: KlController,
+    pub(crate) ranks: Rc<Ranks>,
+    pub(crate) kl: KlController,
     /// Updates so far, skipped ones among them.
     pub(crate) step: u64,
     pub(crate) skipped: u64,
     pub(crate) skipped_in_a_row: u64,
     /// Gradients of the last optimiser step, where they are asked for.
-    trace: Option<Vec<(String, Tensor)>>,
+    pub(crate) trace: Option<Vec<(String, Tensor)>>,
 }
 
 /// Values before an update, by group and response; empty for responses that do not count.
@@ -47,103 +49,6 @@ pub(crate) type Values = HashMap<GroupId, Vec<Vec<f64>>>;
 struct Unusable(String);
 
 impl Learner {
-    /// A learner of one rank.
-    ///
-    /// # Errors
-    /// As [`Learner::on`].
-    pub fn new(vlm: Vlm, reference: Option<Vlm>, settings: StepSettings) -> Result<Self> {
-        Self::on(Ranks::solo(), vlm, reference, settings)
-    }
-
-    /// This rank's part of a learner around `vlm`, which trains its adapters alone where it has some. `reference` is needed when
-    /// the KL term has a weight; without one it is the model without its adapters. PPO adds a value head of zeros. Models and
-    /// settings are the same on all ranks.
-    ///
-    /// # Errors
-    /// A frozen prefix that no parameter has, a layer that the model does not have, weights that cannot be trained.
-    pub fn on(ranks: Rc<Ranks>, vlm: Vlm, reference: Option<Vlm>, settings: StepSettings) -> Result<Self> {
-        let fault = |what: String| Err(LearnerError::Setting(what));
-        for prefix in &settings.frozen {
-            if !vlm.named_parameters().iter().any(|(n, _)| n.starts_with(prefix.as_str())) {
-                return fault(format!("learner.frozen has `{prefix}`, but no parameter's name starts so"));
-            }
-        }
-        if let Err(e) = settings.attention.check(&vlm.config().text) {
-            return fault(format!("reward.vision_relevance.layers and .heads (0-based): {e}"));
-        }
-        if settings.objective.kl_coef > 0.0 && reference.is_none() && vlm.adapters().is_none() {
-            return fault("learner.kl_coef is above 0, but there is no reference model".into());
-        }
-        let frozen = |name: &str| settings.frozen.iter().any(|p| name.starts_with(p.as_str()));
-        vlm.set_trainable(|name| vlm.adapters().is_none() && !frozen(name));
-        let value_head = settings
-            .estimator
-            .needs_values()
-            .then(|| ValueHead::new(vlm.config().text.hidden_size, (wide(vlm.kind()), vlm.device())));
-        let mut trained: Vec<(String, Tensor)> = Vec::new();
-        trained.extend(
-            vlm.named_parameters()
-                .iter()
-                .filter(|(_, t)| t.requires_grad())
-                .map(|(n, t)| (n.clone(), t.shallow_clone())),
-        );
-        if let Some(adapters) = vlm.adapters() {
-            adapters.set_trainable(true);
-            trained.extend(adapters.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
-        }
-        if let Some(head) = &value_head {
-            head.set_trainable(true);
-            trained.extend(head.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())));
-        }
-        let optimizer = AdamW::divided(&settings.optimizer, &trained, ranks.clone())?;
-        let kl = settings.kl_controller();
-        let course = optimizer.course(None);
-        let reference = reference.map(|vlm| Reference { vlm, course: Course::default() });
-        let policy = Policy { vlm, value_head, reference, settings, course };
-        Ok(Self { policy, optimizer, ranks, kl, step: 0, skipped: 0, skipped_in_a_row: 0, trace: None })
-    }
-
-    /// Divides parameters over the ranks, where that is wanted and not done yet. All weights must be there.
-    fn divide(&mut self) -> Result<()> {
-        let Some((plan, master)) = self.optimizer.source().filter(|_| self.ranks.zero() == Zero::Parameters) else {
-            return Ok(());
-        };
-        if self.policy.course.gathered.is_some() {
-            return Ok(());
-        }
-        let rest = |vlm: &Vlm, trained: Option<&Plan>| -> Result<Option<(Rc<Plan>, Tensor)>> {
-            let other = |name: &str| trained.is_none_or(|p| p.slots().all(|s| s.name != *name));
-            let named = vlm.named_parameters().iter().filter(|(n, _)| other(n));
-            let named: Vec<_> = named.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-            if named.is_empty() {
-                return Ok(None);
-            }
-            let plan = Plan::new(&named, true, self.ranks.shard())?;
-            let own = plan.owned(vlm.kind(), |s| Ok(s.tensor.shallow_clone()))?;
-            Ok(Some((Rc::new(plan), own)))
-        };
-        let frozen = rest(&self.policy.vlm, Some(&plan))?;
-        let sources = std::iter::once((plan, master)).chain(frozen).collect();
-        let gathered = Rc::new(Gathered::new(self.ranks.clone(), sources)?);
-        gathered.part_all()?;
-        if let Some(reference) = &mut self.policy.reference {
-            let sources = rest(&reference.vlm, None)?.into_iter().collect();
-            let own = Gathered::new(self.ranks.clone(), sources)?;
-            own.part_all()?;
-            reference.course = Course { gathered: Some(Rc::new(own)), by_layer: true, ..Course::default() };
-        }
-        self.policy.course = self.optimizer.course(Some(gathered));
-        Ok(())
-    }
-
-    /// Makes all weights whole on all ranks, for what needs them all; the next update divides them again. All ranks call it.
-    ///
-    /// # Errors
-    /// A rank is gone.
-    pub fn bring(&self) -> Result<()> {
-        self.policy.course.gathered.as_ref().map_or(Ok(()), |g| g.bring_all())
-    }
-
     /// The policy.
     pub fn vlm(&self) -> &Vlm {
         &self.policy.vlm
@@ -182,6 +87,10 @@ impl Learner {
     /// [`Learner::update`] with values from before where they are `given`, in place of those of the present value head.
     pub(crate) fn update_with(&mut self, groups: &[TrainGroup], given: &Values) -> Result<UpdateReport> {
         self.divide()?;
+        let (freezing, step) = (&self.policy.settings.freezing, self.step);
+        if freezing.changes() {
+            self.optimizer.train(|name| freezing.at(name.strip_prefix(CRITIC).unwrap_or(name), step));
+        }
         if let Some(gathered) = &self.policy.course.gathered {
             gathered.part_all()?;
         }
@@ -191,7 +100,8 @@ impl Learner {
             Err(unusable) => Err(unusable),
             Ok(stats) => {
                 report.flat_groups = stats.flat_groups;
-                self.apply(groups, given, &mut report)?
+                let plan = self.memory_plan(groups);
+                guarded(|| plan, || self.apply(groups, given, &mut report))?
             }
         };
         self.optimizer.zero_grad()?;
@@ -323,29 +233,6 @@ impl Learner {
         (0..groups.len()).filter(|i| own.contains(&&groups[*i].id)).collect()
     }
 
-    /// Gives all ranks what rank 0 has: weights, and where it goes on from a checkpoint also `weights` to their last digit and
-    /// moments. All ranks call it, before the first update.
-    ///
-    /// # Errors
-    /// A moment is missing or misshapen; or a rank is gone.
-    pub(crate) fn align(
-        &mut self,
-        weights: &[(String, Tensor)],
-        resumed: Option<(&[(String, Tensor)], u64)>,
-    ) -> Result<()> {
-        let policy = &self.policy;
-        let named = policy.vlm.named_parameters().iter();
-        let named = named.chain(policy.vlm.adapters().into_iter().flat_map(|a| a.named_parameters()));
-        for (_, tensor) in named.chain(policy.value_head.iter().flat_map(|h| h.named_parameters())) {
-            self.ranks.align(tensor)?;
-        }
-        self.optimizer.load_weights(weights)?;
-        match resumed {
-            Some((moments, updates)) => self.optimizer.load_state(moments, updates),
-            None => Ok(()),
-        }
-    }
-
     /// Everything that is trained, to its last digit, and the optimiser's moments, by name. All ranks call it.
     ///
     /// # Errors
@@ -437,7 +324,7 @@ fn minibatches(s: &StepSettings, step: u64, groups: usize, epoch: usize) -> Vec<
 }
 
 /// The members of a batch; neighbours are of like width.
-fn members(groups: &[TrainGroup]) -> Vec<Member<'_>> {
+pub(crate) fn members(groups: &[TrainGroup]) -> Vec<Member<'_>> {
     let mut members: Vec<Member> = groups.iter().filter_map(Member::new).collect();
     members.sort_by_key(Member::width);
     members

@@ -50,7 +50,7 @@ fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50 };
+    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50, fixed: None };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Source)).unwrap();
     let address = host.address().to_string();
     let channel = runtime.block_on(unveil_service::connect(&address, Duration::from_secs(5))).unwrap();
@@ -363,7 +363,7 @@ fn a_port_in_use_is_named() {
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.host.address().to_string();
-    let options = HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50 };
+    let options = HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50, fixed: None };
     let e = Host::start(s.runtime.handle(), options, machine, Arc::new(Source)).err().map(|e| e.to_string());
     assert!(e.is_some_and(|e| e.contains(&listen) && e.contains("in use")));
 }

@@ -1,4 +1,8 @@
-"""torch.optim.AdamW with clip_grad_norm_ on the gradients of IN. Usage: optim.py IN OUT LR CLIP DECAY"""
+"""torch.optim.AdamW with clip_grad_norm_ on the gradients of IN. Usage: optim.py IN OUT LR CLIP DECAY FROZEN KIND
+
+The vector is not trained in the first FROZEN steps. With KIND bfloat16 gradients and parameters are rounded to it, and the
+optimiser has fp32 copies of the parameters.
+"""
 import sys
 
 import torch
@@ -6,13 +10,15 @@ from safetensors.torch import load_file, save_file
 
 src, dst = sys.argv[1:3]
 lr, clip, decay = map(float, sys.argv[3:6])
+frozen, kind = int(sys.argv[6]), getattr(torch, sys.argv[7])
 x = load_file(src)
-params = {n: x[n].clone().requires_grad_(True) for n in ("matrix", "vector")}
+params = {n: x[n].to(kind).float().requires_grad_(True) for n in ("matrix", "vector")}
 groups = [dict(params=[params["matrix"]], weight_decay=decay), dict(params=[params["vector"]], weight_decay=0.0)]
 opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
 for step in range(x["grad_matrix"].shape[0]):
     for n, p in params.items():
-        p.grad = x[f"grad_{n}"][step].clone()
+        held = n == "vector" and step < frozen
+        p.grad = None if held else x[f"grad_{n}"][step].to(kind).float()
     torch.nn.utils.clip_grad_norm_(params.values(), clip)
     for g in opt.param_groups:
         g["lr"] = lr * (step + 1)
@@ -21,4 +27,6 @@ out = {n: p.detach() for n, p in params.items()}
 for n, p in params.items():
     out[f"exp_avg.{n}"] = opt.state[p]["exp_avg"]
     out[f"exp_avg_sq.{n}"] = opt.state[p]["exp_avg_sq"]
+    out[f"rounded.{n}"] = p.detach().to(kind).float().clone()
+    out[f"step.{n}"] = opt.state[p]["step"].view(1)
 save_file(out, dst)

@@ -3,8 +3,14 @@
 mod common;
 
 use common::{breakdown, configured, low_tokens, model, rollout, settings, weights};
-use unveil_config::schema::{Algorithm, LossMean};
-use unveil_learner::{Learner, LearnerError, StepSettings, TrainGroup};
+use tch::{Device, Kind};
+use unveil_config::schema::{self, Algorithm, Freeze, LossMean};
+use unveil_learner::{Freezing, Learner, LearnerError, StepSettings, TrainGroup};
+use unveil_model::Vlm;
+
+fn frozen(what: &[String]) -> Freezing {
+    Freezing::new(&schema::Learner { frozen: what.to_vec(), ..Default::default() })
+}
 
 fn learn(algorithm: Algorithm, updates: u64, change: impl Fn(&mut StepSettings)) -> (f64, f64, Learner) {
     let vlm = model(3);
@@ -172,18 +178,18 @@ fn settings_that_do_not_fit_are_named() {
         change(&mut s);
         Learner::new(vlm, None, s).err().map(|e| e.to_string()).unwrap_or_default()
     };
-    assert!(refuse(&|s| s.frozen = vec!["vision.".into()]).contains("`vision.`"));
+    assert!(refuse(&|s| s.freezing = frozen(&vec!["vision.".into()])).contains("`vision.`"));
     assert!(refuse(&|s| s.attention = unveil_model::AttentionSet::layer(99)).contains("layer 99"));
     assert!(refuse(&|s| s.objective.kl_coef = 0.1).contains("reference"));
-    assert!(refuse(&|s| s.frozen = vec!["visual".into(), "model".into()]).contains("frozen"));
-    assert_eq!(refuse(&|s| s.frozen = vec!["visual".into()]), "");
+    assert!(refuse(&|s| s.freezing = frozen(&vec!["visual".into(), "model".into()])).contains("frozen"));
+    assert_eq!(refuse(&|s| s.freezing = frozen(&vec!["visual".into()])), "");
 }
 
 #[test]
 fn frozen_parameters_stay() {
     let vlm = model(2);
     let mut s = settings(&vlm, Algorithm::Grpo, 5);
-    s.frozen = vec!["visual".into()];
+    s.freezing = frozen(&vec!["visual".into()]);
     let mut learner = Learner::new(vlm, None, s).unwrap();
     let before = weights(learner.vlm());
     let batch = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
@@ -191,4 +197,65 @@ fn frozen_parameters_stay() {
     let changed = before.iter().zip(weights(learner.vlm())).filter(|((_, a), (_, b))| a != b).map(|((n, _), _)| n);
     let changed: Vec<&String> = changed.collect();
     assert!(!changed.is_empty() && changed.iter().all(|n| !n.starts_with("visual")), "{changed:?}");
+}
+
+#[test]
+fn bf16_weights_learn_by_fp32_masters() {
+    let dir = tempfile::tempdir().unwrap();
+    common::write_model(dir.path(), 3);
+    let load = || Vlm::load(dir.path(), Device::Cpu, Kind::BFloat16).unwrap();
+    let vlm = load();
+    let s = settings(&vlm, Algorithm::Grpo, 20);
+    assert_eq!(s.agreement_limit, 1e-3, "the limit of bf16");
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    let before = learner.state().unwrap().0;
+    for step in 0..3 {
+        let batch = rollout(learner.vlm(), 2, 4, step, &low_tokens);
+        let report = learner.update(&batch).unwrap();
+        assert_eq!(report.skipped, None);
+        assert!(report.agreement.is_some_and(|a| a > 0.0 && a < 1e-3), "{:?}", report.agreement);
+    }
+    let (master, _) = learner.state().unwrap();
+    let mut between = 0;
+    for (name, precise) in &master {
+        let own = learner.vlm().parameter(name).unwrap();
+        assert_eq!((own.kind(), precise.kind()), (Kind::BFloat16, Kind::Float));
+        assert_eq!(*own, precise.to_kind(Kind::BFloat16), "{name}");
+        between += precise.ne_tensor(&own.to_kind(Kind::Float)).any().int64_value(&[]);
+    }
+    assert!(between > 10, "masters hold what bf16 cannot");
+    // Steps are of the size of the learning rate, which is less than bf16 tells apart near 1.
+    let norm = "model.norm.weight";
+    let of = |all: &[(String, tch::Tensor)]| all.iter().find(|(n, _)| n == norm).unwrap().1.copy();
+    let moved = (of(&master) - of(&before)).abs().max().double_value(&[]);
+    assert!(moved > 0.0 && moved < 2f64.powi(-8), "{moved}");
+}
+
+#[test]
+fn schedules_of_frozen_parts_are_kept() {
+    let vlm = model(3);
+    let part =
+        |name: &str| if name.starts_with("visual.merger.") { 1 } else { usize::from(!name.starts_with("visual.")) * 2 };
+    let s = configured(&vlm, 6, |l| {
+        l.frozen = vec!["vision_tower".into()];
+        l.freeze = vec![Freeze { parameters: vec!["language_model".into()], from: 0, until: 2 }];
+    });
+    let mut learner = Learner::new(vlm, None, s).unwrap();
+    for step in 0..4 {
+        let before = weights(learner.vlm());
+        let batch = rollout(learner.vlm(), 3, 6, step, &low_tokens);
+        assert_eq!(learner.update(&batch).unwrap().skipped, None);
+        let after = weights(learner.vlm());
+        let moved = |which: usize| {
+            let own = before.iter().zip(&after).filter(|((n, _), _)| part(n) == which);
+            own.filter(|(b, a)| b.1 != a.1).count()
+        };
+        assert_eq!(moved(0), 0, "the vision tower is frozen");
+        assert!(moved(1) > 0, "the merger is trained");
+        assert_eq!(moved(2) > 0, step >= 2, "the language model is trained from update 2 on");
+    }
+    let (_, moments) = learner.state().unwrap();
+    let counts: Vec<f64> =
+        moments.iter().filter(|(n, _)| n.starts_with("step.model.")).map(|(_, t)| t.double_value(&[0])).collect();
+    assert!(!counts.is_empty() && counts.iter().all(|c| *c == 2.0), "{counts:?}");
 }

@@ -13,8 +13,8 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use unveil_collective::{Backend, Setup, Timing, open};
-use unveil_config::schema::{self, Algorithm, KlPlace};
-use unveil_learner::{Learner, Ranks, StepSettings, TrainGroup, Zero, dump};
+use unveil_config::schema::{self, Algorithm, Critic, KlPlace};
+use unveil_learner::{Learner, Models, Ranks, StepSettings, TrainGroup, Zero, dump};
 use unveil_model::{Vlm, read_safetensors, write_safetensors};
 
 /// What a rank's process is told.
@@ -32,6 +32,8 @@ struct Spec {
     port: u16,
     double: bool,
     ppo: bool,
+    /// A critic of its own, with `ppo`.
+    critic: bool,
     /// Parts of so few positions that a rank makes several passes.
     small: bool,
 }
@@ -58,6 +60,7 @@ fn settings(vlm: &Vlm, spec: &Spec) -> StepSettings {
             l.kl_target = 0.01;
             l.recompute = true;
             (l.inner_epochs, l.minibatches) = (2, 2);
+            l.critic = if spec.critic { Critic::Separate } else { Critic::Shared };
         }
     };
     let mut s = configured(vlm, 20, change);
@@ -106,6 +109,7 @@ fn record(dir: &Path) {
         port: 0,
         double: false,
         ppo: false,
+        critic: false,
         small: false,
     };
     let settings = settings(&vlm, &spec);
@@ -134,7 +138,8 @@ fn work(spec: &Spec) -> Vec<Update> {
     };
     let vlm = load();
     let (patch_len, settings) = (vlm.config().vision.patch_len(), settings(&vlm, spec));
-    let mut learner = Learner::on(ranks, vlm, Some(load()), settings).unwrap();
+    let mut learner =
+        Learner::on(ranks, Models { vlm, reference: Some(load()), critic: spec.critic.then(load) }, settings).unwrap();
     let mut out = Vec::new();
     for b in 0..BATCHES {
         let groups = dump::load(&spec.dir.join(format!("batch-{b}")), patch_len).unwrap();
@@ -199,10 +204,11 @@ fn apart(a: &Tensor, b: &Tensor) -> f64 {
     norm(&(a.to_kind(Kind::Double) - b.to_kind(Kind::Double))) / norm(b).max(1e-30)
 }
 
-fn compare(double: bool, ppo: bool, small: bool, worlds: &[(usize, usize, usize)]) {
+fn compare(double: bool, (ppo, critic): (bool, bool), small: bool, worlds: &[(usize, usize, usize)]) {
     let dir = tempfile::tempdir().unwrap();
     record(dir.path());
-    let solo = Spec { dir: dir.path().into(), rank: 0, world: 1, zero: 0, shards: 0, port: 0, double, ppo, small };
+    let solo =
+        Spec { dir: dir.path().into(), rank: 0, world: 1, zero: 0, shards: 0, port: 0, double, ppo, critic, small };
     let base: Vec<_> = read_safetensors(&dir.path().join("base/model.safetensors")).unwrap();
     let (wanted, state) = run(&solo).remove(0);
     let (of_loss, of_state) = if double { (1e-9, 1e-9) } else { (1e-4, 1e-3) };
@@ -226,7 +232,8 @@ fn compare(double: bool, ppo: bool, small: bool, worlds: &[(usize, usize, usize)
             for (name, wanted) in &state {
                 let own = &found.iter().find(|(n, _)| n == name).unwrap().1;
                 // Weights by what became of them.
-                let before = base.iter().find(|(n, _)| unveil_model::own_name(n) == *name).map(|(_, t)| t);
+                let plain = name.trim_start_matches("critic.");
+                let before = base.iter().find(|(n, _)| unveil_model::own_name(n) == plain).map(|(_, t)| t);
                 let (own, wanted) = match before {
                     Some(b) => (own - b.to_kind(own.kind()), wanted - b.to_kind(own.kind())),
                     None => (own.shallow_clone(), wanted.shallow_clone()),
@@ -240,20 +247,21 @@ fn compare(double: bool, ppo: bool, small: bool, worlds: &[(usize, usize, usize)
 
 #[test]
 fn summed_gradients_equal_one_rank() {
-    compare(true, false, false, &[(2, 0, 0), (4, 0, 0)]);
+    compare(true, (false, false), false, &[(2, 0, 0), (4, 0, 0)]);
 }
 
 #[test]
 fn divided_state_equals_one_rank() {
-    compare(true, false, true, &[(2, 1, 0), (2, 2, 0), (2, 3, 0), (4, 2, 2), (4, 3, 2), (4, 3, 4)]);
+    compare(true, (false, false), true, &[(2, 1, 0), (2, 2, 0), (2, 3, 0), (4, 2, 2), (4, 3, 2), (4, 3, 4)]);
 }
 
 #[test]
 fn value_head_and_mini_batches_equal_one_rank() {
-    compare(true, true, true, &[(2, 3, 0), (4, 1, 4), (2, 0, 0)]);
+    compare(true, (true, false), true, &[(2, 3, 0), (4, 1, 4), (2, 0, 0)]);
+    compare(true, (true, true), false, &[(2, 3, 0)]);
 }
 
 #[test]
 fn fp32_is_as_near_as_fp32_is() {
-    compare(false, false, false, &[(2, 2, 0), (4, 3, 4)]);
+    compare(false, (false, false), false, &[(2, 2, 0), (4, 3, 4)]);
 }

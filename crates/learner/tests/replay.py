@@ -47,6 +47,12 @@ if DT == torch.float64:
     whole_precision(model)
 # Random responses hold the padding token, whose row the embedding leaves out of its gradient otherwise.
 model.get_input_embeddings().padding_idx = None
+critic = None
+if a["critic"] == "separate":
+    critic = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="sdpa").eval()
+    if DT == torch.float64:
+        whole_precision(critic)
+    critic.get_input_embeddings().padding_idx = None
 head = load_file(root / "base/value_head.safetensors") if ppo else {}
 head = {k: v.to(DT).requires_grad_() for k, v in head.items()}
 # What is never sampled: ids of the dump and the model's own vision tokens.
@@ -61,10 +67,12 @@ def rows(group):
     ids = torch.tensor([prompt + r["tokens"] + [0] * (longest - len(r["tokens"])) for r in chosen])
     mask = torch.tensor([[1] * (len(prompt) + len(r["tokens"])) + [0] * (longest - len(r["tokens"])) for r in chosen])
     n = len(chosen)
-    out = model(
+    given = dict(
         input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == model.config.image_token_id).int(),
         pixel_values=pixels[f"{i:04}.pixel_values"].to(DT).repeat(n, 1),
         image_grid_thw=pixels[f"{i:04}.image_grid_thw"].repeat(n, 1), output_hidden_states=True)
+    out = model(**given)
+    states = (critic(**given) if critic else out).hidden_states[-1]
     logits = out.logits / s["temperature"]
     logits[..., banned] = -torch.inf
     logp = logits.log_softmax(-1)
@@ -74,7 +82,7 @@ def rows(group):
         finite = own.clamp(min=-1e4)
         values = None
         if ppo:
-            values = out.hidden_states[-1][k, at] @ head["value_head.weight"][0] + head["value_head.bias"][0]
+            values = states[k, at] @ head["value_head.weight"][0] + head["value_head.bias"][0]
         yield r, own.gather(-1, torch.tensor(r["tokens"])[:, None])[:, 0], -(finite.exp() * finite).sum(-1), values
 
 
@@ -118,6 +126,8 @@ if ppo:
     parts["value"] = 0.5 * torch.maximum((t["val"] - t["target"]) ** 2, (near - t["target"]) ** 2).mean()
     loss = loss + a["value_coef"] * parts["value"]
 named = {n: p for n, p in model.named_parameters()} | head
+if critic:
+    named |= {f"critic.{n}": p for n, p in critic.named_parameters()}
 loss.backward()
 
 faults = []
@@ -141,11 +151,14 @@ ours = load_file(root / "out/grads.safetensors")
 
 def stored(name):
     """The name that a parameter has in files."""
+    if name.startswith("critic."):
+        found = stored(name.removeprefix("critic."))
+        return found and f"critic.{found}"
     tries = [name, name.replace("model.language_model.", "model."), name.replace("model.visual.", "visual.")]
     return next((n for n in tries if n in ours), None)
 
 
-by_name = {stored(n): p for n, p in named.items() if stored(n)}
+by_name = {stored(n): p for n, p in named.items() if stored(n) and p.grad is not None}
 missing = set(ours) ^ set(by_name)
 if missing or len(ours) < 20:
     faults.append(f"{len(ours)} gradients; names on one side only: {sorted(missing)[:4]}")
@@ -164,6 +177,8 @@ torch.optim.AdamW([
 after = {}
 for file in (root / "out/model").glob("*.safetensors"):
     after |= load_file(file)
+if critic:
+    after |= load_file(root / "out/critic.safetensors")
 for name, p in by_name.items():
     close(f"change of {name}", after[name].to(DT) - before[name], p.detach() - before[name], CHANGE)
 if faults:

@@ -12,8 +12,8 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_config::Config;
-use unveil_config::schema::Algorithm;
-use unveil_learner::{Learner, ReplayModels, StepSettings, dump, replay};
+use unveil_config::schema::{Algorithm, Critic};
+use unveil_learner::{Learner, Models, Ranks, ReplayModels, StepSettings, dump, replay};
 use unveil_model::ValueHead;
 
 fn models(model: &Path) -> ReplayModels<'_> {
@@ -48,7 +48,8 @@ fn dumped(dir: &Path, config: &Config) {
     groups[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
     let settings = StepSettings::new(config, &vlm, &[]);
     let (hidden, ppo) = (vlm.config().text.hidden_size, config.learner.algorithm == Algorithm::Ppo);
-    let learner = Learner::new(vlm, None, settings).unwrap();
+    let critic = (config.learner.critic == Critic::Separate).then(|| model(seed));
+    let learner = Learner::on(Ranks::solo(), Models { vlm, reference: None, critic }, settings).unwrap();
     dump::write(&dir.join("dump"), config, &learner, &groups).unwrap();
     if ppo {
         tch::manual_seed(seed as i64);
@@ -115,6 +116,13 @@ fn grpo_equals_an_independent_update() {
 #[test]
 fn ppo_equals_an_independent_update() {
     compare(&config(Algorithm::Ppo));
+}
+
+#[test]
+fn a_separate_critic_equals_an_independent_update() {
+    let mut c = config(Algorithm::Ppo);
+    c.learner.critic = Critic::Separate;
+    compare(&c);
 }
 
 /// The same where activations are computed again.

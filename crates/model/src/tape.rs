@@ -63,8 +63,8 @@ enum Source<'a> {
 
 struct Segment<'a> {
     source: Source<'a>,
-    /// The decoder layer that it is.
-    layer: Option<usize>,
+    /// The decoder layer that it is, and who goes along with it.
+    escort: Option<(usize, Rc<dyn Escort + 'a>)>,
     /// Inputs, and where their gradients go.
     inputs: Vec<Var>,
     outputs: Vec<Option<usize>>,
@@ -86,7 +86,7 @@ impl<'a> Tape<'a> {
         Self { mode, escort: None, segments: Vec::new(), gradients: Vec::new(), leaves: Vec::new() }
     }
 
-    /// Who goes along with what is put on the tape from here on, and with the whole way back.
+    /// Who goes along with what is put on the tape from here on, there and back.
     pub fn escort(&mut self, escort: Option<Rc<dyn Escort + 'a>>) {
         self.escort = escort;
     }
@@ -108,20 +108,16 @@ impl<'a> Tape<'a> {
         inputs: &[&Var],
         run: impl Fn(&[Tensor]) -> Vec<Tensor> + 'a,
     ) -> Vec<Var> {
-        let escort = self.escort.clone();
-        if let Some(escort) = &escort {
-            escort.enter(layer, Way::Forward);
-        }
-        let out = self.segment(Some(layer), inputs, run);
-        if let Some(escort) = &escort {
-            escort.leave(layer, Way::Forward);
-        }
+        let Some(escort) = self.escort.clone() else { return self.segment(None, inputs, run) };
+        escort.enter(layer, Way::Forward);
+        let out = self.segment(Some((layer, escort.clone())), inputs, run);
+        escort.leave(layer, Way::Forward);
         out
     }
 
     fn segment(
         &mut self,
-        layer: Option<usize>,
+        escort: Option<(usize, Rc<dyn Escort + 'a>)>,
         inputs: &[&Var],
         run: impl Fn(&[Tensor]) -> Vec<Tensor> + 'a,
     ) -> Vec<Var> {
@@ -148,7 +144,7 @@ impl<'a> Tape<'a> {
                 Mode::Segments => Source::Kept(leaves, made),
                 _ => Source::Again(Box::new(run)),
             };
-            self.segments.push(Segment { source, layer, inputs, outputs: ids });
+            self.segments.push(Segment { source, escort, inputs, outputs: ids });
         }
         outputs
     }
@@ -172,9 +168,8 @@ impl<'a> Tape<'a> {
             if seeds.iter().all(Option::is_none) {
                 continue;
             }
-            let escorted = segment.layer.zip(self.escort.as_ref());
-            if let Some((layer, escort)) = escorted {
-                escort.enter(layer, Way::Backward);
+            if let Some((layer, escort)) = &segment.escort {
+                escort.enter(*layer, Way::Backward);
             }
             let (leaves, made) = match segment.source {
                 Source::Kept(leaves, made) => (leaves, made),
@@ -194,8 +189,8 @@ impl<'a> Tape<'a> {
                     add(&mut self.gradients[id], leaf.grad());
                 }
             }
-            if let Some((layer, escort)) = escorted {
-                escort.leave(layer, Way::Backward);
+            if let Some((layer, escort)) = &segment.escort {
+                escort.leave(*layer, Way::Backward);
             }
         }
     }

@@ -11,6 +11,7 @@ use unveil_data::prepare::Preparer;
 use unveil_data::tokenizer::stop::StopStrings;
 use unveil_engine::{Engine, EngineOptions, StopRule};
 use unveil_model::{AttentionSet, Vlm, VlmConfig};
+use unveil_torch_ext::set_deterministic;
 
 use crate::Result;
 
@@ -31,6 +32,7 @@ pub fn engine_options(config: &Config, model: &VlmConfig, banned: &[u32]) -> Eng
 /// # Errors
 /// The device cannot be used, the model directory does not hold together, or it lacks layers or heads that are to be read.
 pub fn open_engine(config: &Config, dir: &Path, threads: usize, banned: &[u32]) -> Result<Engine> {
+    set_deterministic(config.run.deterministic).map_err(unveil_model::ModelError::from)?;
     if threads > 0 {
         tch::set_num_threads(threads as i32);
     }

@@ -5,6 +5,7 @@
 //! Must not know: models, runtimes, what communication is for. Unsafe code of the project that is not a file map or a driver call
 //! lives here.
 
+mod context;
 mod cuda;
 mod gloo;
 mod graph;
@@ -14,6 +15,7 @@ mod memory;
 mod store;
 mod stream;
 
+pub use context::set_deterministic;
 pub use cuda::load_cuda;
 pub use gloo::{GlooGroup, GlooWork};
 pub use graph::CudaGraph;

@@ -32,6 +32,16 @@ impl Algorithm {
     }
 }
 
+/// What values are computed from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Critic {
+    /// The policy's own hidden states; the value loss trains the policy's weights too.
+    Shared,
+    /// Those of a second model, which starts as a copy of the stage 1 model and is trained by the value loss alone.
+    Separate,
+}
+
 /// Whether advantages are shifted to mean 0 and scaled to variance 1 over the tokens of the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -127,6 +137,19 @@ pub enum KlGradient {
     Reverse,
 }
 
+/// Parameters that are left as they are for some updates.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Freeze {
+    /// `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
+    pub parameters: Vec<String>,
+    /// The first update that leaves them as they are, from 0.
+    #[serde(default)]
+    pub from: u64,
+    /// The first update that trains them again.
+    pub until: u64,
+}
+
 /// Stage 2: policy updates. The loss is the clipped surrogate times `policy_coef`, plus the value loss times `value_coef`, minus
 /// entropy times `entropy_coef`, plus KL times `kl_coef`; the first three weights are the paper's c1, c2 and c3.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -166,6 +189,8 @@ pub struct Learner {
     pub scale_by_std: bool,
     /// Normalise advantages over the batch.
     pub whiten: Whiten,
+    /// What values are computed from (ppo).
+    pub critic: Critic,
     /// c2: weight of the value loss (ppo).
     pub value_coef: f64,
     /// Clip range of the value loss; 0 = none (ppo).
@@ -195,9 +220,12 @@ pub struct Learner {
     pub recompute: bool,
     /// Adapters instead of all weights.
     pub lora: Lora,
-    /// Parameter name prefixes that stage 2 does not train.
+    /// What stage 2 never trains: `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
     pub frozen: Vec<String>,
-    /// Largest mean |delta log p| between rollout and learner on tokens of the same version.
+    /// What stage 2 does not train for some of its updates.
+    pub freeze: Vec<Freeze>,
+    /// Largest mean |delta log p| between rollout and learner on tokens of the same version; 0 = 1e-5, or 1e-3 where weights are
+    /// bf16.
     pub agreement_limit: f64,
     /// Held-out evaluation every so many steps; 0 = only at the end.
     pub eval_every: u64,
@@ -235,6 +263,7 @@ impl Default for Learner {
             loss_mean: LossMean::Token,
             scale_by_std: true,
             whiten: Whiten::Auto,
+            critic: Critic::Shared,
             value_coef: 0.5,
             value_clip: 0.2,
             critic_warmup: 0,
@@ -250,7 +279,8 @@ impl Default for Learner {
             recompute: false,
             lora: Lora::default(),
             frozen: Vec::new(),
-            agreement_limit: 1e-5,
+            freeze: Vec::new(),
+            agreement_limit: 0.0,
             eval_every: 0,
             checkpoint_every: 50,
             listen: "127.0.0.1:0".into(),

@@ -1,6 +1,6 @@
 //! Faults of the section `[learner]`. Each message names the key, its value and what is allowed.
 
-use crate::schema::{Algorithm, Config, Importance, KlGradient, KlPlace, RatioBase, Whiten};
+use crate::schema::{Algorithm, Config, Critic, Importance, KlGradient, KlPlace, RatioBase, Whiten};
 
 /// The name of a choice as it is written in a file.
 fn word(choice: impl serde::Serialize) -> String {
@@ -25,18 +25,23 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
     );
     need(l.groups > 0, "learner.groups is 0".into());
     need(l.token_budget > 0, "learner.token_budget is 0: a pass has positions".into());
+    for (i, f) in l.freeze.iter().enumerate() {
+        need(!f.parameters.is_empty(), format!("learner.freeze, entry {i}: parameters is empty: name some"));
+        need(
+            f.from < f.until,
+            format!(
+                "learner.freeze, entry {i}: from = {} and until = {}: until must be larger; what is never trained belongs to learner.frozen",
+                f.from, f.until
+            ),
+        );
+    }
     need(l.inner_epochs > 0, "learner.inner_epochs is 0".into());
     need(
         l.minibatches > 0 && l.groups.is_multiple_of(l.minibatches.max(1)),
         format!("learner.minibatches ({}) must divide learner.groups ({})", l.minibatches, l.groups),
     );
-    let positive = [
-        ("policy_coef", l.policy_coef),
-        ("clip_low", l.clip_low),
-        ("clip_high", l.clip_high),
-        ("kl_gain", l.kl_gain),
-        ("agreement_limit", l.agreement_limit),
-    ];
+    let positive =
+        [("policy_coef", l.policy_coef), ("clip_low", l.clip_low), ("clip_high", l.clip_high), ("kl_gain", l.kl_gain)];
     for (name, v) in positive {
         need(v > 0.0 && v.is_finite(), format!("learner.{name} is {v}: use a number above 0"));
     }
@@ -45,6 +50,7 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
         ("value_clip", l.value_clip),
         ("kl_coef", l.kl_coef),
         ("kl_target", l.kl_target),
+        ("agreement_limit", l.agreement_limit),
     ];
     for (name, v) in not_negative {
         need(v >= 0.0 && v.is_finite(), format!("learner.{name} is {v}: use 0 or more"));
@@ -76,6 +82,12 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
         ),
     );
     need(
+        l.critic == Critic::Shared || ppo,
+        format!(
+            "learner.critic = \"separate\" needs learner.algorithm = \"ppo\" (now {algorithm}): no other has values"
+        ),
+    );
+    need(
         l.critic_warmup == 0 || (ppo && l.value_coef > 0.0),
         format!(
             "learner.critic_warmup is {}: it trains the value head alone, so it needs learner.algorithm = \"ppo\" (now {algorithm}) and learner.value_coef above 0 (now {}); use 0 otherwise",
@@ -104,9 +116,9 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
             .into(),
     );
     need(
-        lora.rank == 0 || l.frozen.is_empty(),
+        lora.rank == 0 || (l.frozen.is_empty() && l.freeze.is_empty()),
         format!(
-            "learner.frozen is set and learner.lora.rank is {}: with adapters all weights are frozen; name the layers in learner.lora.targets",
+            "learner.frozen or learner.freeze is set and learner.lora.rank is {}: with adapters all weights are frozen; name the layers in learner.lora.targets",
             lora.rank
         ),
     );

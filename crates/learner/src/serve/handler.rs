@@ -58,7 +58,7 @@ impl Handler {
                     return (Vec::new(), version, true);
                 }
                 state.machine.expire(now);
-                let most = if state.checksums.is_empty() { 0 } else { state.share(worker, most, now) };
+                let most = if state.checksums.is_empty() { 0 } else { state.share(worker, most, shared.fixed, now) };
                 let leases = state.machine.lease(worker, most, now);
                 if !leases.is_empty() || Instant::now() >= until {
                     let with_index = |l: Lease| state.machine.index_of(&l.group).map(|i| (l, i));

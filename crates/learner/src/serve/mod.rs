@@ -85,10 +85,15 @@ impl State {
         }
     }
 
-    /// Groups that `worker` may take of `most` that it asks for. One that has nothing in hand gets all; one that looks ahead
+    /// Groups that `worker` may take of `most` that it asks for. Where leases have a fixed size, that many, one lease at a time. Else
+    /// one that has nothing in hand gets all; one that looks ahead
     /// leaves a share of the same size to each that has nothing.
-    fn share(&self, worker: &str, most: usize, now: Duration) -> usize {
-        if self.machine.leased_by(worker) == 0 {
+    fn share(&self, worker: &str, most: usize, fixed: Option<usize>, now: Duration) -> usize {
+        let free = self.machine.leased_by(worker) == 0;
+        if let Some(size) = fixed {
+            return if free { size } else { 0 };
+        }
+        if free {
             return most;
         }
         let idle = self.workers.iter().filter(|(name, heard)| {
@@ -109,6 +114,7 @@ struct Shared {
     sampling: Sampling,
     stop: Vec<String>,
     vocab: u32,
+    fixed: Option<usize>,
 }
 
 impl Shared {
@@ -140,6 +146,8 @@ pub struct HostOptions {
     pub stop: Vec<String>,
     /// Token ids of the model are below this.
     pub vocab: u32,
+    /// Groups that every lease has, whoever asks for how many; none = as many as are asked for and there are.
+    pub fixed: Option<usize>,
 }
 
 /// A running host; the training thread's end of it.
@@ -181,6 +189,7 @@ impl Host {
             sampling: options.sampling,
             stop: options.stop,
             vocab: options.vocab,
+            fixed: options.fixed,
         });
         let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));

@@ -1,0 +1,120 @@
+//! Configurations key by key, and which keys a run that goes on may have changed.
+
+use crate::schema::Config;
+
+/// Sections and keys that do not say what is trained: where and how fast a run goes, what is watched and kept, and the two that a
+/// person turns while a run goes on, the learning rate and the end. A name stands for itself and all below it.
+const MAY_CHANGE: [&str; 27] = [
+    "run.resume",
+    "run.device",
+    "run.threads",
+    "run.dump_batch",
+    "rollout.workers",
+    "rollout.threads",
+    "rollout.lease_s",
+    "rollout.memory_gib",
+    "rollout.max_rows",
+    "rollout.groups_per_lease",
+    "reward.listen",
+    "reward.address",
+    "reward.deadline_s",
+    "learner.steps",
+    "learner.optimizer.lr",
+    "learner.optimizer.lr_end",
+    "learner.optimizer.warmup",
+    "learner.optimizer.decay",
+    "learner.parallel",
+    "learner.token_budget",
+    "learner.recompute",
+    "learner.threads",
+    "learner.listen",
+    "learner.address",
+    "learner.eval_every",
+    "learner.checkpoint_every",
+    "checkpoint",
+];
+
+/// One key that differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// The key, `section.key`.
+    pub key: String,
+    /// Its value before, as it is written in a file; `none` where there was no such key.
+    pub before: String,
+    /// Its value now.
+    pub now: String,
+    /// Whether a run that goes on may have it changed.
+    pub allowed: bool,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} = {}, was {}", self.key, self.now, self.before)
+    }
+}
+
+/// Every key with its value as it is written in a file, in the order of the schema.
+pub fn entries(config: &Config) -> Vec<(String, String)> {
+    let mut out = Vec::new();
+    if let Ok(value) = toml::Value::try_from(config) {
+        flatten("", &value, &mut out);
+    }
+    out
+}
+
+fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<(String, String)>) {
+    match value.as_table() {
+        Some(table) => {
+            for (key, value) in table {
+                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                flatten(&name, value, out);
+            }
+        }
+        None => out.push((prefix.to_owned(), value.to_string())),
+    }
+}
+
+/// The keys whose values differ.
+pub fn changes(before: &Config, now: &Config) -> Vec<Change> {
+    let (old, new) = (entries(before), entries(now));
+    let find = |all: &[(String, String)], key: &str| {
+        all.iter().find(|(k, _)| k == key).map_or_else(|| "none".to_owned(), |(_, v)| v.clone())
+    };
+    let mut keys: Vec<&String> = new.iter().map(|(k, _)| k).collect();
+    keys.extend(old.iter().map(|(k, _)| k).filter(|k| new.iter().all(|(n, _)| n != *k)));
+    let change = |key: &String| {
+        let (before, now) = (find(&old, key), find(&new, key));
+        let allowed =
+            MAY_CHANGE.iter().any(|m| key.strip_prefix(m).is_some_and(|r| r.is_empty() || r.starts_with('.')));
+        (before != now).then(|| Change { key: key.clone(), before, now, allowed })
+    };
+    keys.into_iter().filter_map(change).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_on_the_list_is_a_key() {
+        let all = entries(&Config::default());
+        for name in MAY_CHANGE {
+            assert!(all.iter().any(|(k, _)| k == name || k.starts_with(&format!("{name}."))), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_may_change_and_what_may_not() {
+        let before = Config::default();
+        assert_eq!(changes(&before, &before), []);
+        let mut now = before.clone();
+        (now.learner.optimizer.lr, now.learner.parallel.ranks, now.rollout.n) = (0.5, 4, 3);
+        let found: Vec<(String, bool)> = changes(&before, &now).into_iter().map(|c| (c.key, c.allowed)).collect();
+        let wanted = [("learner.optimizer.lr", true), ("learner.parallel.ranks", true), ("rollout.n", false)];
+        let mut found: Vec<(&str, bool)> = found.iter().map(|(k, a)| (k.as_str(), *a)).collect();
+        found.sort_unstable();
+        assert_eq!(found, wanted);
+        let shown = changes(&before, &now).iter().find(|c| c.key == "rollout.n").map(ToString::to_string);
+        assert_eq!(shown, Some(format!("rollout.n = 3, was {}", before.rollout.n)));
+    }
+}

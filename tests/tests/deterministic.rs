@@ -1,0 +1,45 @@
+//! `run.deterministic`: a run is the same bit for bit when it is made again, whichever worker generates what.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use unveil_testkit::{Lineage, Sandbox, events_of};
+
+const SOON: Duration = Duration::from_secs(180);
+
+/// What an update reports, without times.
+fn updates(s: &Sandbox) -> Vec<Value> {
+    let mut all = events_of(&s.path("run"), "train");
+    for event in &mut all {
+        let fields = event.as_object_mut().expect("an object");
+        fields.retain(|key, _| !key.ends_with("_ms") && key != "time");
+    }
+    all
+}
+
+fn weights(s: &Sandbox) -> Vec<u8> {
+    std::fs::read(s.path("run/model/model.safetensors")).expect("the final model")
+}
+
+#[test]
+fn a_run_is_the_same_again() {
+    let run = |sets: &[&str]| {
+        let s = Sandbox::new();
+        let config = s.micro_config();
+        let config = config.to_string_lossy().into_owned();
+        let always = ["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=1"];
+        let mut args = vec!["train", "--config", &config];
+        args.extend(always.iter().chain(sets).flat_map(|set| ["--set", *set]));
+        s.spawn(&args).wait(SOON).ok();
+        Lineage::read(&s.path("run")).is_exactly_once(6, 2, 8);
+        s
+    };
+    for sets in
+        [&["rollout.workers=1"][..], &["rollout.workers=2", "learner.parallel.ranks=2", "learner.parallel.zero=3"]]
+    {
+        let (one, two) = (run(sets), run(sets));
+        assert!(updates(&one).iter().all(|e| e["loss"]["loss"].is_f64()));
+        assert_eq!(updates(&one), updates(&two), "{sets:?}");
+        assert!(weights(&one) == weights(&two), "{sets:?}: the weights differ");
+    }
+}
