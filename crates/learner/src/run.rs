@@ -79,7 +79,7 @@ impl Run {
         let files = StaticFiles::read(stage.model_dir)?;
         let load = || load_model(config, config.learner.threads, stage.model_dir);
         let mut vlm = load()?;
-        let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
+        let base = lora::adapt(&mut vlm, config)?.then(|| Base::read(stage.model_dir)).transpose()?;
         let resume: Resume = config.run.resume.parse()?;
         let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
