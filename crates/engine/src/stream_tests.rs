@@ -71,7 +71,7 @@ fn adapters_are_merged_between_steps() {
             ScoreRequest { input: asked.input.clone(), responses: made_now.iter().map(|r| r.tokens.clone()).collect() };
         let other = merged(&decoder);
         let scores = Engine::new(&other, endless()).unwrap().score(&[given], 1.0).unwrap();
-        for (r, score) in made_now.iter().zip(&&scores[0]) {
+        for (r, score) in made_now.iter().zip(&scores[0]) {
             let from = r.versions.iter().position(|v| *v == 5).unwrap();
             assert!(r.versions[..from].iter().all(|v| *v == 4) && from > 0);
             let off = near(&r.logprobs[from..], &score.logprobs[from..]);
