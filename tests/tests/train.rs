@@ -123,7 +123,8 @@ fn adapters_beside_frozen_weights() {
     assert_eq!(names, [Ok("adapter_config.json".to_owned()), Ok("adapter_model.safetensors".to_owned())]);
     let wrong = s.unveil(&["model", "export", &place("stage1"), "--adapter", &place("stage1"), "--out", &out]).exits(1);
     assert!(wrong.stderr.contains("adapter_config.json"), "{}", wrong.stderr);
-    args.extend(["--set", "learner.lora.targets=[\"q_porj\"]", "--set", "run.resume=never"]);
+    let other = format!("run.dir={}", s.path("other").display());
+    args.extend(["--set", "learner.lora.targets=[\"q_porj\"]", "--set", "sft.steps=0", "--set", &other]);
     let wrong = s.unveil(&args).exits(1);
     assert!(wrong.stderr.contains("`q_porj`") && wrong.stderr.contains("`q_proj`"), "{}", wrong.stderr);
 }
