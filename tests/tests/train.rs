@@ -91,6 +91,44 @@ fn checkpoints(s: &Sandbox, run: &str) {
     s.unveil(&["model", "inspect", &format!("{run}/model")]).ok();
 }
 
+/// Adapters alone are trained and sent; the merged model and the adapters come out, and both commands that export agree with it.
+#[test]
+fn adapters_beside_frozen_weights() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let sets = ["learner.lora.rank=4", "learner.kl_coef=0.05", "learner.steps=3"];
+    let mut args = vec!["train", "--config", &config];
+    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+    s.unveil(&args).ok();
+    Lineage::read(&run).is_exactly_once(3, 2, 8);
+    let updates = events_of(&run, "train");
+    for e in &updates {
+        assert!(e["agreement"].as_f64().is_some_and(|a| a <= 1e-5), "{e}");
+        assert!(e["grad_norm"].as_f64().is_some_and(|g| g > 0.0), "{e}");
+    }
+    let place = |name: &str| run.join(name).to_string_lossy().into_owned();
+    let out = s.path("exported").to_string_lossy().into_owned();
+    let best = read_json(&run.join("adapter/adapter_config.json"));
+    assert_eq!((&best["r"], &best["peft_type"]), (&4.into(), &"LORA".into()));
+    s.unveil(&["model", "export", &place("stage1"), "--adapter", &place("adapter"), "--out", &out]).ok();
+    let weights = |dir: &str| std::fs::read(Path::new(dir).join("model.safetensors")).expect("weights");
+    assert!(weights(&out) == weights(&place("model")) && weights(&out) != weights(&place("stage1")));
+    s.unveil(&["model", "inspect", &place("model")]).ok();
+    let saved = s.path("saved").to_string_lossy().into_owned();
+    s.unveil(&["checkpoint", "export", &place(""), "--out", &saved]).ok();
+    let mut names: Vec<_> =
+        std::fs::read_dir(&saved).expect("folder").map(|e| e.expect("entry").file_name().into_string()).collect();
+    names.sort();
+    assert_eq!(names, [Ok("adapter_config.json".to_owned()), Ok("adapter_model.safetensors".to_owned())]);
+    let wrong = s.unveil(&["model", "export", &place("stage1"), "--adapter", &place("stage1"), "--out", &out]).exits(1);
+    assert!(wrong.stderr.contains("adapter_config.json"), "{}", wrong.stderr);
+    let other = format!("run.dir={}", s.path("other").display());
+    args.extend(["--set", "learner.lora.targets=[\"q_porj\"]", "--set", "sft.steps=0", "--set", &other]);
+    let wrong = s.unveil(&args).exits(1);
+    assert!(wrong.stderr.contains("`q_porj`") && wrong.stderr.contains("`q_proj`"), "{}", wrong.stderr);
+}
+
 #[test]
 fn ppo_with_a_value_head() {
     let s = Sandbox::new();

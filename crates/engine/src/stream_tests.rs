@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 use unveil_core::{Finish, Logprobs, Sampling};
-use unveil_model::{AttentionSet, Family, Vlm};
+use unveil_model::{AttentionSet, Family, LoraSpec, Merger, Vlm};
 
 use crate::fixture::{EOS, input, model, model_of, request};
 use crate::{Engine, EngineError, EngineOptions, GroupOutput, GroupRequest, ScoreRequest, Ticket};
@@ -32,6 +32,67 @@ fn finish(engine: &mut Engine, done: &mut BTreeMap<Ticket, GroupOutput>) {
 fn near(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+/// Adapters come in in the middle of responses: what is generated is that of the weights with them merged, whose features of images
+/// are kept unless the vision tower is among them.
+#[test]
+fn adapters_are_merged_between_steps() {
+    let targets = |list: &[&str]| list.iter().map(|t| (*t).to_owned()).collect();
+    for family in Family::ALL {
+        let made = |list: &[&str], seed: i64| -> Vec<(String, Tensor)> {
+            let mut vlm = model_of(family, 21);
+            let spec = LoraSpec { rank: 2, alpha: 2.0, rank_stabilised: false, targets: targets(list) };
+            vlm.adapt(&spec, 0).unwrap();
+            tch::manual_seed(seed);
+            let own = vlm.adapters().unwrap().named_parameters();
+            own.iter().map(|(n, t)| (n.clone(), t.randn_like() * 0.1)).collect()
+        };
+        let (decoder, tower) = (made(&["q_proj", "down_proj"], 1), made(&["q_proj", "visual.merger.*"], 2));
+        let merged = |adapters: &[(String, Tensor)]| {
+            let mut vlm = model_of(family, 21);
+            Merger::default().merge(&mut vlm, adapters, 0.5).unwrap();
+            vlm
+        };
+        let mut engine = Engine::new(model_of(family, 20), endless()).unwrap();
+        engine.load_adapted(4, Some(&weights(&model_of(family, 21))), &made(&["q_proj", "o_proj"], 3), 0.5).unwrap();
+        let mut asked = request(engine.vlm(), 0, 1.0);
+        asked.input.hashes = vec![[7; 32]];
+        let mut done = BTreeMap::new();
+        let ticket = engine.submit(asked.clone()).unwrap();
+        for _ in 0..4 {
+            assert!(engine.step().unwrap().is_empty());
+        }
+        engine.load_adapted(5, None, &decoder, 0.5).unwrap();
+        assert_eq!((engine.stats().groups_refilled, engine.stats().images_encoded), (1, 1));
+        finish(&mut engine, &mut done);
+        let made_now = &done[&ticket].responses;
+        let given =
+            ScoreRequest { input: asked.input.clone(), responses: made_now.iter().map(|r| r.tokens.clone()).collect() };
+        let other = merged(&decoder);
+        let scores = Engine::new(&other, endless()).unwrap().score(&[given], 1.0).unwrap();
+        for (r, score) in made_now.iter().zip(&scores[0]) {
+            let from = r.versions.iter().position(|v| *v == 5).unwrap();
+            assert!(r.versions[..from].iter().all(|v| *v == 4) && from > 0);
+            let off = near(&r.logprobs[from..], &score.logprobs[from..]);
+            assert!(off < 1e-5, "{family:?}: {off}");
+        }
+        engine.load_adapted(6, None, &tower, 0.5).unwrap();
+        assert_eq!(weights(engine.vlm()), weights(&merged(&tower)), "nothing of earlier adapters is left");
+        engine.generate(std::slice::from_ref(&asked), None).unwrap();
+        assert_eq!(engine.stats().images_encoded, 2);
+        let e = engine.load_adapted(7, None, &tower[1..], 0.5).unwrap_err().to_string();
+        assert!(e.contains("missing") && engine.version() == 6, "{e}");
+        // A matrix that is loaded anew is what adapters are merged into from there on.
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let new: Vec<_> = weights(&model_of(family, 33)).into_iter().filter(|(n, _)| n == name).collect();
+        engine.load_changed(8, &new).unwrap();
+        engine.load_adapted(9, None, &[], 0.5).unwrap();
+        assert_eq!(engine.vlm().parameter(name), Some(&new[0].1));
+        engine.load_weights(10, &weights(&model_of(family, 21))).unwrap();
+        engine.load_adapted(11, None, &decoder, 0.5).unwrap();
+        assert_eq!(weights(engine.vlm()), weights(&other));
+    }
 }
 
 /// In the middle of responses the weights change: each token's version is recorded, and its log-probability is the one that

@@ -22,14 +22,21 @@ pub(crate) struct Base {
     pub hash: String,
 }
 
-/// Gives `vlm`, which was loaded from `dir`, fresh adapters where `learner.lora` asks for some.
+impl Base {
+    /// The model in `dir`.
+    pub fn read(dir: &Path) -> Result<Self> {
+        Ok(Self { dir: dir.to_owned(), hash: fingerprint(dir)? })
+    }
+}
+
+/// Gives `vlm` fresh adapters where `learner.lora` asks for some, and says whether it does.
 ///
 /// # Errors
 /// A target that no layer has, a rank above a matrix' side.
-pub(crate) fn adapt(vlm: &mut Vlm, config: &Config, dir: &Path) -> Result<Option<Base>> {
-    let Some(spec) = spec(config) else { return Ok(None) };
+pub(crate) fn adapt(vlm: &mut Vlm, config: &Config) -> Result<bool> {
+    let Some(spec) = spec(config) else { return Ok(false) };
     vlm.adapt(&spec, config.run.seed).map_err(|e| LearnerError::Setting(format!("learner.lora: {e}")))?;
-    Ok(Some(Base { dir: dir.to_owned(), hash: fingerprint(dir)? }))
+    Ok(true)
 }
 
 fn spec(config: &Config) -> Option<LoraSpec> {
@@ -46,10 +53,10 @@ pub(crate) struct SavedAdapters {
 
 impl SavedAdapters {
     /// Writes adapters as objects of a checkpoint.
-    pub fn objects(vlm: &Vlm, base: &Base) -> Result<Vec<(String, Bytes)>> {
+    pub fn objects(vlm: &Vlm, base: &Path) -> Result<Vec<(String, Bytes)>> {
         let Some(adapters) = vlm.adapters() else { return Ok(Vec::new()) };
         let scratch = scratch()?;
-        adapters.save(scratch.path(), &base.dir.to_string_lossy())?;
+        adapters.save(scratch.path(), &base.to_string_lossy())?;
         let mut out = Vec::new();
         for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
             let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
@@ -110,13 +117,13 @@ pub(crate) fn beside(out: &Path) -> PathBuf {
     out.with_file_name("adapter")
 }
 
-/// Writes `vlm` with its adapters merged to `merged`, with what lies beside the weights of its base, and the adapters to `adapter`.
-pub(crate) fn export(vlm: &mut Vlm, base: &Base, merged: &Path, adapter: &Path) -> Result<()> {
+/// Writes `vlm` with its adapters merged to `merged`, with what lies beside the weights in `base`, and the adapters to `adapter`.
+pub(crate) fn export(vlm: &mut Vlm, base: &Path, merged: &Path, adapter: &Path) -> Result<()> {
     std::fs::create_dir_all(merged).map_err(LearnerError::io(merged))?;
     vlm.merged(|vlm| vlm.save(merged))??;
-    copy_companions(&base.dir, merged)?;
+    copy_companions(base, merged)?;
     if let Some(adapters) = vlm.adapters() {
-        adapters.save(adapter, &base.dir.to_string_lossy())?;
+        adapters.save(adapter, &base.to_string_lossy())?;
     }
     Ok(())
 }

@@ -49,12 +49,12 @@ pub fn replay(
     let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind, device);
     let model = models.model;
     let mut vlm = load(model)?;
-    let base = lora::adapt(&mut vlm, config, model)?;
+    let adapted = lora::adapt(&mut vlm, config)?;
     if let Some(dir) = models.adapter {
         lora::load(&mut vlm, dir)?;
     }
     let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
-    let other = models.reference.or((base.is_none()).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);
+    let other = models.reference.or((!adapted).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);
     let reference = other.map(load).transpose()?;
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
     let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
@@ -72,12 +72,11 @@ pub fn replay(
     std::fs::create_dir_all(out).map_err(LearnerError::io(out))?;
     write_safetensors(&out.join("grads.safetensors"), &learner.take_trace())?;
     let made = out.join("model");
-    match &base {
-        Some(base) => lora::export(learner.vlm_mut(), base, &made, &lora::beside(&made))?,
-        None => {
-            learner.vlm().save(&made)?;
-            copy_companions(model, &made)?;
-        }
+    if adapted {
+        lora::export(learner.vlm_mut(), model, &made, &lora::beside(&made))?;
+    } else {
+        learner.vlm().save(&made)?;
+        copy_companions(model, &made)?;
     }
     if let Some(head) = learner.value_head() {
         head.save(&made)?;

@@ -308,7 +308,7 @@ pub(crate) fn make_learner(
     let config = stage.config;
     let load = || load_model_as(config, config.learner.threads, stage.model_dir, wire_kind(config), device(config)?);
     let mut vlm = load()?;
-    let base = lora::adapt(&mut vlm, config, stage.model_dir)?;
+    let base = lora::adapt(&mut vlm, config)?.then(|| Base::read(stage.model_dir)).transpose()?;
     if let Some((r, l)) = from {
         r.load_into(l.info.step, &mut vlm, base.as_ref())?;
     }

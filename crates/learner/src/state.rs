@@ -100,7 +100,7 @@ pub(crate) fn objects(
     trained: &Trained<'_>,
 ) -> Result<Vec<(String, Bytes)>> {
     let mut out = match base {
-        Some(base) => SavedAdapters::objects(vlm, base)?,
+        Some(base) => SavedAdapters::objects(vlm, &base.dir)?,
         None => whole(files, vlm, &trained.weights)?,
     };
     out.push((OPTIMIZER.to_owned(), to_bytes(&trained.moments)?.into()));
@@ -323,7 +323,7 @@ impl Saver {
         let (_, named) = unveil_model::read_adapters(&fresh_adapter)?;
         vlm.load_adapters(&named)?;
         remove(&fresh)?;
-        lora::export(vlm, base, &fresh, &fresh_adapter)?;
+        lora::export(vlm, &base.dir, &fresh, &fresh_adapter)?;
         for (made, place) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
             remove(place)?;
             std::fs::rename(made, place).map_err(LearnerError::io(place))?;

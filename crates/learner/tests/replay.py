@@ -2,6 +2,8 @@
 
 replay.py DIR DTYPE    with base/ (the model before), dump/, out/ (what replay wrote in float32 or float64)
 
+Where there is an adapter/, peft trains it beside the frozen base/, and merges it at the end.
+
 Tolerances, per tensor by norm: in float32 gradients 1e-4, weight change 1e-3, loss parts 1e-5; in float64 1e-9 for all.
 """
 
@@ -10,6 +12,7 @@ import pathlib
 import sys
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -55,6 +58,9 @@ if a["critic"] == "separate":
     critic.get_input_embeddings().padding_idx = None
 head = load_file(root / "base/value_head.safetensors") if ppo else {}
 head = {k: v.to(DT).requires_grad_() for k, v in head.items()}
+lora = (root / "adapter").exists()
+if lora:
+    model = PeftModel.from_pretrained(model, root / "adapter", is_trainable=True)
 # What is never sampled: ids of the dump and the model's own vision tokens.
 banned = torch.tensor(s["banned"])
 
@@ -125,7 +131,7 @@ if ppo:
     near = t["old_val"] + (t["val"] - t["old_val"]).clamp(-a["value_clip"], a["value_clip"])
     parts["value"] = 0.5 * torch.maximum((t["val"] - t["target"]) ** 2, (near - t["target"]) ** 2).mean()
     loss = loss + a["value_coef"] * parts["value"]
-named = {n: p for n, p in model.named_parameters()} | head
+named = {n: p for n, p in model.named_parameters() if p.requires_grad} | head
 if critic:
     named |= {f"critic.{n}": p for n, p in critic.named_parameters()}
 loss.backward()
@@ -154,6 +160,7 @@ def stored(name):
     if name.startswith("critic."):
         found = stored(name.removeprefix("critic."))
         return found and f"critic.{found}"
+    name = name.removeprefix("base_model.model.").replace(".default.", ".")
     tries = [name, name.replace("model.language_model.", "model."), name.replace("model.visual.", "visual.")]
     return next((n for n in tries if n in ours), None)
 
@@ -179,6 +186,17 @@ for file in (root / "out/model").glob("*.safetensors"):
     after |= load_file(file)
 if critic:
     after |= load_file(root / "out/critic.safetensors")
+if lora:
+    merged = model.merge_and_unload().state_dict()
+    own = {n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual.") for n in merged}
+    touched = 0
+    for n, w in merged.items():
+        if own[n] in after:
+            close(f"merged {own[n]}", after[own[n]].to(DT), w, GRADIENT)
+            touched += 1
+    if touched != len(after) - len(head):
+        faults.append(f"{touched} of {len(after)} merged tensors are compared")
+    after |= {stored(n): t for n, t in load_file(root / "out/adapter/adapter_model.safetensors").items()}
 for name, p in by_name.items():
     close(f"change of {name}", after[name].to(DT) - before[name], p.detach() - before[name], CHANGE)
 if faults:

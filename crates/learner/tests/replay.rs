@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use unveil_config::Config;
 use unveil_config::schema::{Algorithm, Critic};
 use unveil_learner::{Learner, Models, Ranks, ReplayModels, StepSettings, dump, replay};
-use unveil_model::ValueHead;
+use unveil_model::{LoraSpec, ValueHead};
 
 fn models(model: &Path) -> ReplayModels<'_> {
     ReplayModels { model, adapter: None, reference: None }
@@ -97,9 +97,22 @@ fn compare(config: &Config) {
     let dir = tempfile::tempdir().unwrap();
     dumped(dir.path(), config);
     let at = |name: &str| dir.path().join(name);
+    let lora = &config.learner.lora;
+    if lora.rank > 0 {
+        let mut vlm = model(seed());
+        let (rank, targets) = (lora.rank as i64, lora.targets.clone());
+        vlm.adapt(&LoraSpec { rank, alpha: lora.alpha, rank_stabilised: lora.rslora, targets }, 0).unwrap();
+        let own = vlm.adapters().unwrap().named_parameters();
+        tch::manual_seed(seed() as i64);
+        let noise: Vec<(String, Tensor)> = own.iter().map(|(n, t)| (n.clone(), t.randn_like() * 0.1)).collect();
+        vlm.load_adapters(&noise).unwrap();
+        vlm.adapters().unwrap().save(&at("adapter"), "base").unwrap();
+    }
+    let (base, adapter) = (at("base"), at("adapter"));
+    let start = ReplayModels { adapter: (lora.rank > 0).then_some(adapter.as_path()), ..models(&base) };
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
     for (kind, name) in [(Kind::Float, "float32"), (Kind::Double, "float64")] {
-        let result = replay(config, models(&at("base")), &at("dump"), &at("out"), &[], kind).unwrap();
+        let result = replay(config, start, &at("dump"), &at("out"), &[], kind).unwrap();
         assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
         let mut reference = Command::new(python());
         let done = reference.arg(&script).arg(dir.path()).arg(name).env("OMP_NUM_THREADS", "2").output().unwrap();
@@ -130,6 +143,27 @@ fn a_separate_critic_equals_an_independent_update() {
 fn recomputing_equals_an_independent_update() {
     let mut c = config(Algorithm::Ppo);
     c.learner.recompute = true;
+    compare(&c);
+}
+
+/// Adapters beside frozen weights, which peft trains there; in both towers, and with a value head. Adapters are small tensors, and
+/// AdamW's first step is the sign of each gradient down to its epsilon: one that lies above what fp32 leaves of gradients near 0 keeps
+/// single numbers from deciding.
+#[test]
+fn adapters_equal_an_independent_update() {
+    let config = |algorithm| {
+        let mut c = config(algorithm);
+        c.learner.optimizer.eps = 1e-5;
+        c
+    };
+    let mut c = config(Algorithm::Grpo);
+    (c.learner.lora.rank, c.learner.lora.alpha) = (3, 5.0);
+    compare(&c);
+    let mut c = config(Algorithm::Ppo);
+    (c.learner.lora.rank, c.learner.lora.rslora, c.learner.recompute) = (4, true, true);
+    c.learner.lora.targets = ["q_proj", "v_proj", "up_proj", "visual.*.qkv", "visual.*.down_proj", "visual.merger.*"]
+        .map(str::to_owned)
+        .to_vec();
     compare(&c);
 }
 

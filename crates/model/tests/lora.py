@@ -19,7 +19,6 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 torch.set_num_threads(1)
 IMAGE = 3
-DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def load(path):
@@ -47,9 +46,12 @@ def make(path, rng):
     rank = rng.randint(1, 6)
     peft = get_peft_model(model, LoraConfig(
         r=rank, lora_alpha=rng.choice([3, 8, 16]), use_rslora=rng.random() < 0.5, target_modules=visual + decoder))
-    for name, p in peft.named_parameters():
-        if "lora_" in name:
-            p.data.copy_(torch.randn(p.shape) * 0.2)
+    for module in peft.modules():
+        if hasattr(module, "lora_B"):
+            # What is added is of the size of the weights, whatever the scale: far above it rounding is blown up layer by layer.
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            a.data.copy_(torch.randn(a.shape) * 0.2)
+            b.data.copy_(torch.randn(b.shape) * 0.2 / module.scaling["default"])
     peft.save_pretrained(path / "peft")
     save_file({"logits": logits(peft, load_file(path / "inputs.st")).contiguous()}, path / "peft.st")
 

@@ -112,7 +112,7 @@ fn spec(rank: i64, targets: &[&str]) -> LoraSpec {
 fn stir(vlm: &mut Vlm, seed: u64) {
     tch::manual_seed(seed as i64);
     let own = vlm.adapters().expect("has adapters").named_parameters();
-    let noise: Vec<(String, Tensor)> = own.iter().map(|(n, t)| (n.clone(), t.randn_like() * 0.2)).collect();
+    let noise: Vec<(String, Tensor)> = own.iter().map(|(n, t)| (n.clone(), t.randn_like() * 0.1)).collect();
     vlm.load_adapters(&noise).expect("fits");
 }
 

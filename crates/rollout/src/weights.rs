@@ -292,6 +292,58 @@ mod tests {
         assert!(text.contains("the whole of version 4"), "{text}");
     }
 
+    /// Adapters that do not belong to the model are refused before anything of it changes.
+    #[test]
+    fn adapters_that_do_not_fit_leave_the_engine_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let special = unveil_model::SpecialIds {
+            image_pad: 61,
+            video_pad: 62,
+            vision_start: 58,
+            vision_end: 59,
+            bos: None,
+            eos: 60,
+            pad: 63,
+        };
+        let (family, preset) = ("qwen2_5_vl".into(), "tiny".into());
+        let spec = unveil_model::InitSpec { family, preset, vocab_size: 64, seed: 3, special };
+        unveil_model::init(&spec, dir.path()).unwrap();
+        let vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        let state = |vlm: &Vlm| {
+            vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.copy())).collect::<Vec<(String, Tensor)>>()
+        };
+        let before = state(&vlm);
+        let doubled: Vec<_> = before.iter().map(|(n, t)| (n.clone(), t * 2.0)).collect();
+        let mut engine = Engine::new(vlm, unveil_engine::EngineOptions::default()).unwrap();
+        let name = "model.layers.0.self_attn.q_proj";
+        let width = engine.vlm().parameter(&format!("{name}.weight")).unwrap().size();
+        let tensor = |end: &str, shape: [i64; 2]| {
+            (format!("{name}.{end}.weight"), Tensor::ones(shape, (Kind::Float, Device::Cpu)))
+        };
+        let update = |whole: bool, scale: f64, adapters: Vec<(String, Tensor)>| {
+            let base = doubled.iter().filter(|_| whole).map(|(n, t)| (n.clone(), t.shallow_clone()));
+            let tensors = base.chain(adapters).collect();
+            Update { version: 7, checksum: 0, whole, scale: Some(scale), tensors, sums: Sums::new() }
+        };
+        let (a, b) = (|| tensor("lora_A", [2, width[1]]), || tensor("lora_B", [width[0], 2]));
+        for (bad, word) in [
+            (update(true, 0.5, vec![a()]), "lora_B.weight` is missing"),
+            (update(true, 0.5, vec![a(), tensor("lora_B", [width[0], 3])]), "expected"),
+            (update(true, f64::INFINITY, vec![a(), b()]), "inf"),
+            (update(false, 0.5, vec![("model.other.lora_A.weight".into(), a().1)]), "model.other"),
+        ] {
+            let text = bad.load_into(&mut engine).unwrap_err().to_string();
+            assert!(text.contains(word) && engine.version() == 0 && state(engine.vlm()) == before, "{word}: {text}");
+        }
+        update(true, 0.5, vec![a(), b()]).load_into(&mut engine).unwrap();
+        // B A is 2 everywhere, and half of it is added.
+        let changed = |engine: &Engine| engine.vlm().parameter(&format!("{name}.weight")).unwrap().copy();
+        let base = doubled.iter().find(|(n, _)| *n == format!("{name}.weight")).unwrap().1.shallow_clone();
+        assert_eq!((engine.version(), changed(&engine)), (7, &base + 1.0));
+        update(false, 1.0, vec![a(), b()]).load_into(&mut engine).unwrap();
+        assert_eq!(changed(&engine), base + 2.0);
+    }
+
     #[test]
     fn what_cannot_be_a_tensor_is_refused() {
         let begin = |t: WeightsTensor| {

@@ -1,0 +1,284 @@
+//! Adapters in stage 2: what is trained, what KL is to, what travels, what checkpoints hold and what comes out.
+
+mod common;
+#[path = "common/stage.rs"]
+mod stage;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::{configured, low_tokens, model, rollout, weights};
+use serde_json::Value;
+use stage::{Small, StopAt, work};
+use tch::{Device, Kind, Tensor};
+use unveil_config::schema::{Algorithm, Learner as LearnerConfig};
+use unveil_core::{GroupId, Sampling};
+use unveil_engine::{Engine, EngineOptions};
+use unveil_experience::{Experience, Settings};
+use unveil_learner::{
+    Host, HostOptions, Learner, LearnerError, LeaseSource, Leased, NewWeights, Outcome, Silent, TrainGroup, run_rl,
+};
+use unveil_model::{LoraSpec, Merger, Vlm, export, read_adapters, read_safetensors};
+use unveil_rollout::sync::WeightReceiver;
+use unveil_service::CancellationToken;
+
+fn spec(rank: i64) -> LoraSpec {
+    LoraSpec { rank, alpha: 8.0, rank_stabilised: false, targets: LearnerConfig::default().lora.targets }
+}
+
+fn stir(vlm: &mut Vlm, seed: i64) {
+    tch::manual_seed(seed);
+    let own = vlm.adapters().unwrap().named_parameters();
+    let noise: Vec<(String, Tensor)> = own.iter().map(|(n, t)| (n.clone(), t.detach().randn_like() * 0.1)).collect();
+    vlm.load_adapters(&noise).unwrap();
+}
+
+fn adapted(seed: u64) -> Vlm {
+    let mut vlm = model(seed);
+    vlm.adapt(&spec(4), 1).unwrap();
+    vlm
+}
+
+fn adapters(vlm: &Vlm) -> Vec<(String, Tensor)> {
+    vlm.adapters().unwrap().named_parameters().iter().map(|(n, t)| (n.clone(), t.detach().copy())).collect()
+}
+
+/// The adapters learn, and nothing but them.
+#[test]
+fn adapters_raise_a_toy_reward_and_weights_stay() {
+    let vlm = adapted(3);
+    let (before, fresh) = (weights(&vlm), adapters(&vlm));
+    let settings = configured(&vlm, 20, |l| l.optimizer.lr = 1e-2);
+    let mut learner = Learner::new(vlm, None, settings).unwrap();
+    let mut means = Vec::new();
+    for step in 0..20 {
+        let batch = rollout(learner.vlm(), 4, 8, step, &low_tokens);
+        let report = learner.update(&batch).unwrap();
+        assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
+        means.push(report.reward["total"]);
+    }
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    let (first, last) = (mean(&means[..3]), mean(&means[17..]));
+    assert!(last > first + 0.2, "{first} -> {last}");
+    assert!(weights(learner.vlm()) == before, "a frozen weight has moved");
+    let moved = adapters(learner.vlm());
+    assert!(moved.iter().zip(&fresh).all(|(a, b)| a.1 != b.1), "every adapter is trained");
+    // Generation with merged weights, through the kernels of the host, agrees as well.
+    let batch = learner.vlm_mut().merged(|vlm| rollout(vlm, 4, 8, 20, &low_tokens)).unwrap();
+    let report = learner.update(&batch).unwrap();
+    assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
+}
+
+/// The model without its adapters is the reference, as a second copy of it would be, bit for bit.
+#[test]
+fn adapters_off_are_a_second_copy() {
+    for recompute in [false, true] {
+        let update = |reference: Option<Vlm>| {
+            let mut vlm = adapted(5);
+            stir(&mut vlm, 8);
+            let settings = configured(&vlm, 10, |l| {
+                l.kl_coef = 0.2;
+                l.recompute = recompute;
+                l.inner_epochs = 2;
+            });
+            let mut learner = Learner::new(vlm, reference, settings).unwrap();
+            let batch = rollout(learner.vlm(), 3, 4, 0, &low_tokens);
+            let report = learner.update(&batch).unwrap();
+            (report.kl_reference, report.loss, adapters(learner.vlm()))
+        };
+        let (own, copy) = (update(None), update(Some(model(5))));
+        assert!(own.0 > 1e-3, "the reference is another model: {}", own.0);
+        assert!(own == copy, "{:?} is not {:?}", (own.0, own.1), (copy.0, copy.1));
+    }
+}
+
+fn run(small: &Small, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerError> {
+    let (model, out) = (small.model(), small.dir.path().join("out/model"));
+    let cancel = CancellationToken::new();
+    let mut events = StopAt { kind: "train", step: stop, cancel: cancel.clone(), seen: vec![] };
+    let mut silent = Silent;
+    let mut worker = None;
+    let stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
+    let outcome = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1")))?;
+    worker.unwrap().join().unwrap();
+    Ok((outcome, events.seen))
+}
+
+fn small(algorithm: Algorithm) -> Small {
+    let mut small = Small::new(5);
+    let l = &mut small.config.learner;
+    (l.algorithm, l.steps, l.checkpoint_every, l.kl_coef) = (algorithm, 4, 0, 0.1);
+    (l.lora.rank, l.lora.rslora) = (3, true);
+    l.lora.targets.push("visual.blocks.*.attn.qkv".into());
+    small
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut out: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    out.sort();
+    out
+}
+
+#[test]
+fn an_interrupted_run_ends_with_the_same_adapters() {
+    for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
+        let (straight, broken) = (small(algorithm), small(algorithm));
+        let (outcome, events) = run(&straight, u64::MAX).unwrap();
+        assert_eq!((outcome.step, outcome.exported), (4, Some(4)));
+        let trained: Vec<&Value> = events.iter().filter(|e| e["kind"] == "train").collect();
+        assert!(trained.iter().all(|e| e["agreement"].as_f64().is_some_and(|a| a < 1e-5)), "{trained:?}");
+        assert!(trained[3]["kl_reference"].as_f64().unwrap() > 0.0, "the policy leaves the reference: {trained:?}");
+        assert_eq!((run(&broken, 2).unwrap().0.step, run(&broken, u64::MAX).unwrap().0.step), (2, 4));
+        let at = |s: &Small, name: &str| s.dir.path().join("out").join(name);
+        for file in ["model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"] {
+            let bytes = |s: &Small| {
+                let text = std::fs::read(at(s, file)).unwrap();
+                // The one thing that differs is where the base model is.
+                let place = s.model().display().to_string();
+                if file.ends_with("json") { String::from_utf8(text).unwrap().replace(&place, "").into() } else { text }
+            };
+            assert!(bytes(&straight) == bytes(&broken), "{file}: 2 + 2 updates are not 4 with {algorithm:?}");
+        }
+        // What comes out is the base with the adapters merged, and whole.
+        let again = at(&straight, "again");
+        export(&straight.model(), &again, None, Some(&at(&straight, "adapter"))).unwrap();
+        let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(read(&again) == read(&at(&straight, "model")) && read(&again) != read(&straight.model()));
+        unveil_data::prepare::Preparer::load(&at(&straight, "model")).unwrap();
+        // A checkpoint has the adapters, and moments of them alone.
+        let saved = straight.run().join("checkpoints/step-4/term-1");
+        assert_eq!(names(&saved.join("adapter")), ["adapter_config.json", "adapter_model.safetensors"]);
+        assert!(!saved.join("model").exists());
+        let named = read_adapters(&saved.join("adapter")).unwrap().1;
+        let scalars = |list: &[(String, Tensor)]| list.iter().map(|(_, t)| t.numel()).sum::<usize>();
+        let head = if algorithm == Algorithm::Ppo {
+            scalars(&read_safetensors(&saved.join("value_head.safetensors")).unwrap())
+        } else {
+            0
+        };
+        let moments = scalars(&read_safetensors(&saved.join("optimizer.safetensors")).unwrap());
+        assert_eq!(moments, 2 * (scalars(&named) + head));
+    }
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_is_named() {
+    let mut small = small(Algorithm::Grpo);
+    assert_eq!(run(&small, 2).unwrap().0.step, 2);
+    let refused = |small: &Small, words: &[&str]| {
+        let e = run(small, u64::MAX).map(|o| o.0).unwrap_err().to_string();
+        assert!(words.iter().all(|w| e.contains(w)), "{words:?}: {e}");
+    };
+    small.config.learner.lora.alpha = 7.0;
+    refused(&small, &["checkpoint of step 2", "alpha = 16", "alpha = 7", "use the same"]);
+    small.config.learner.lora.alpha = 16.0;
+    small.config.learner.lora.targets.pop();
+    refused(&small, &["checkpoint of step 2", "learner.lora.targets", "visual.blocks.0.attn.qkv.lora_A.weight"]);
+    small.config.learner.lora.targets = vec!["nothing".into()];
+    refused(&small, &["learner.lora", "`nothing`", "`q_proj`"]);
+    small.config.learner.lora.targets = small_targets();
+    small.config.learner.lora.rank = 0;
+    refused(&small, &["checkpoint of step 2", "adapters of rank 3", "learner.lora.rank is 0"]);
+    small.config.learner.lora.rank = 3;
+    let weights = small.model().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    refused(&small, &["checkpoint of step 2", "BLAKE3", "model0", "never"]);
+    // Whole weights where adapters are asked for.
+    let mut whole = Small::new(5);
+    (whole.config.learner.steps, whole.config.learner.checkpoint_every) = (3, 0);
+    assert_eq!(run(&whole, 1).unwrap().0.step, 1);
+    whole.config.learner.lora.rank = 2;
+    refused(&whole, &["checkpoint of step 1", "whole weights", "learner.lora.rank"]);
+}
+
+fn small_targets() -> Vec<String> {
+    small(Algorithm::Grpo).config.learner.lora.targets
+}
+
+struct Nothing;
+
+impl LeaseSource for Nothing {
+    fn lease(&self, _: usize, _: &GroupId) -> Result<Leased, LearnerError> {
+        Err(LearnerError::Setting("nothing is leased here".into()))
+    }
+}
+
+/// Over real gRPC: the first version travels whole, later ones as adapters alone; a worker that joins late holds the same bits as
+/// one that followed, in both kinds of numbers.
+#[test]
+fn adapters_travel_alone_and_late_workers_hold_the_same() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let settings =
+            Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
+        let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
+        let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
+        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50 };
+        let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing)).unwrap();
+        let mut vlm = model(2);
+        vlm.adapt(
+            &LoraSpec { targets: vec!["q_proj".into(), "down_proj".into(), "visual.*.qkv".into()], ..spec(3) },
+            1,
+        )
+        .unwrap();
+        vlm.set_trainable(|_| false);
+        let publish = |vlm: &Vlm, version: u64| {
+            let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
+            let (named, adapters) = (vlm.named_parameters(), vlm.adapters());
+            host.publish(&NewWeights { version, named, kind, adapters, changes: &changes }).unwrap();
+        };
+        let (address, patience) = (host.address().to_string(), Duration::from_secs(5));
+        let connect = |name: &str| runtime.block_on(WeightReceiver::connect(&address, name, patience)).unwrap();
+        let engine = || {
+            let mut other = model(9);
+            if kind == Kind::BFloat16 {
+                let dir = tempfile::tempdir().unwrap();
+                other.save(dir.path()).unwrap();
+                other = Vlm::load(dir.path(), Device::Cpu, kind).unwrap();
+            }
+            Engine::new(other, EngineOptions::default()).unwrap()
+        };
+        let take = |receiver: &mut WeightReceiver, engine: &mut Engine<Vlm>| {
+            let update = runtime.block_on(receiver.fetch(patience)).unwrap().unwrap();
+            update.load_into(engine).unwrap();
+            let bytes: usize = update.tensors.iter().map(|(_, t)| t.numel() * t.kind().elt_size_in_bytes()).sum();
+            let found = (update.whole, update.tensors.len(), bytes);
+            receiver.taken(update);
+            found
+        };
+        let base = vlm.named_parameters().iter().map(|(_, t)| t.numel()).sum::<usize>() * kind.elt_size_in_bytes();
+        let own = vlm.adapters().unwrap().named_parameters();
+        let (count, size) = (own.len(), own.iter().map(|(_, t)| t.numel() * 4).sum::<usize>());
+        let (mut early, mut follower) = (connect("early"), engine());
+        publish(&vlm, 0);
+        let whole = vlm.named_parameters().len() + count;
+        assert_eq!(take(&mut early, &mut follower), (true, whole, base + size));
+        for version in 1..4 {
+            stir(&mut vlm, version);
+            publish(&vlm, version as u64);
+            assert_eq!(take(&mut early, &mut follower), (false, count, size));
+        }
+        assert!(size * 10 < base, "{size} of {base} bytes travel");
+        let (mut late, mut joiner) = (connect("late"), engine());
+        assert_eq!(take(&mut late, &mut joiner), (true, whole, base + size));
+        assert_eq!((early.held(), follower.version(), joiner.version()), (late.held(), 3, 3));
+        let bits = |vlm: &Vlm| vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.copy())).collect::<Vec<_>>();
+        assert!(bits(follower.vlm()) == bits(joiner.vlm()), "no error gathers over versions, {kind:?}");
+        // And they are the base with the last adapters, merged once.
+        let (mut fresh, last) = (engine(), adapters(&vlm));
+        let named: Vec<_> = vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.to_kind(kind))).collect();
+        fresh.load_weights(0, &named).unwrap();
+        let scale = vlm.adapters().unwrap().spec().scale();
+        let mut once = model(9);
+        if kind == Kind::Float {
+            once.load_state(&named).unwrap();
+            Merger::default().merge(&mut once, &last, scale).unwrap();
+            assert!(bits(&once) == bits(follower.vlm()));
+        }
+        assert!(bits(fresh.vlm()) != bits(follower.vlm()));
+    }
+}
