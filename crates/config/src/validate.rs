@@ -80,6 +80,9 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             "rollout.max_staleness is {staleness} and learner.steps {steps}: nothing can lag more updates than there are"
         ),
     );
+    for (at, suite) in c.eval.suites.iter().enumerate() {
+        need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
+    }
     let r = &c.reward;
     let weights = [
         ("localization", r.localization.weight),
