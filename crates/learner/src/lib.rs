@@ -8,6 +8,7 @@ pub mod codec;
 mod dataset;
 pub mod dump;
 mod error;
+mod kept;
 mod measure;
 pub mod optim;
 mod policy;
