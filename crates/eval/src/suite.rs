@@ -37,7 +37,7 @@ const GROUNDING: [(&str, Measure); 12] = [
     ("mentioned", |j| (j.look != Look::NotApplicable).then(|| [f64::from(u8::from(j.look != Look::Unnamed)), 1.0])),
     ("parse_failures", |j| one(f64::from(u8::from(j.fault.is_some_and(|f| f != ParseFault::OtherForm))))),
     ("invalid_boxes", |j| {
-        (!j.prediction.boxes.is_empty()).then(|| [j.invalid as f64, j.prediction.boxes.len() as f64])
+        (!j.prediction.boxes.is_empty()).then_some([j.invalid as f64, j.prediction.boxes.len() as f64])
     }),
     ("boxes_per_answer", |j| one(j.prediction.boxes.len() as f64)),
 ];

@@ -66,7 +66,7 @@
     return make("div", { className: "key" },
       entry("t", "true", `true (${s.truth.length})`),
       entry("p", "pred", `predicted (${s.predicted.length}${lost ? `, ${lost} impossible and not drawn` : ""})`),
-      entry("a", "heat", s.heat ? `attention of the named class, at most ${s.peak.toPrecision(2)} of 1` : "attention: not known"));
+      entry("a", "heat", s.heat ? `attention of the named class, at most ${s.peak.toPrecision(2)} of 1` : "attention: no rows that name the class"));
   }
 
   function table(s) {
