@@ -53,7 +53,7 @@ pub fn evaluate<V: Borrow<Vlm>>(
     samples: &[Sample],
     settings: &Settings,
 ) -> Result<Evaluation, EvalError> {
-    let inputs = samples.iter().map(|s| Ok(s.input.clone()));
+    let inputs = samples.iter().map(|s| s.input.clone()).collect();
     Ok(Evaluation::new(answer(engine, preparer, (samples, inputs), settings)?))
 }
 
@@ -67,8 +67,15 @@ pub fn evaluate_withheld<V: Borrow<Vlm>>(
     samples: &[Sample],
     settings: &Settings,
 ) -> Result<Evaluation, EvalError> {
+    let inputs = withheld(preparer, samples)?;
+    Ok(Evaluation::new(answer(engine, preparer, (samples, inputs), settings)?))
+}
+
+/// The samples' prompts around black images of the same sizes.
+fn withheld(preparer: &Preparer, samples: &[Sample]) -> Result<Vec<GroupInput>, EvalError> {
     let mut black: HashMap<(u32, u32), Arc<Vec<f32>>> = HashMap::new();
-    let inputs = samples.iter().map(|s| {
+    let mut out = Vec::with_capacity(samples.len());
+    for s in samples {
         let (width, height) = s.sizes.original;
         let patches = match black.get(&(width, height)) {
             Some(patches) => patches.clone(),
@@ -78,23 +85,24 @@ pub fn evaluate_withheld<V: Borrow<Vlm>>(
                 made
             }
         };
-        Ok(GroupInput { patches, hashes: Vec::new(), ..s.input.clone() })
-    });
-    Ok(Evaluation::new(answer(engine, preparer, (samples, inputs), settings)?))
+        out.push(GroupInput { patches, hashes: Vec::new(), ..s.input.clone() });
+    }
+    Ok(out)
 }
 
 fn answer<V: Borrow<Vlm>>(
     engine: &mut Engine<V>,
     preparer: &Preparer,
-    (samples, mut inputs): (&[Sample], impl Iterator<Item = Result<GroupInput, EvalError>>),
+    (samples, inputs): (&[Sample], Vec<GroupInput>),
     settings: &Settings,
 ) -> Result<Vec<Judged>, EvalError> {
     let sampling = Sampling { n: 1, temperature: 0.0, max_new_tokens: settings.max_new_tokens, ..Default::default() };
+    let request = |input| GroupRequest { input, key: 0, sampling, stop: None };
+    let mut requests = inputs.into_iter().map(request);
     let mut judged = Vec::with_capacity(samples.len());
     for chunk in samples.chunks(settings.batch.max(1)) {
-        let request = |input| GroupRequest { input, key: 0, sampling, stop: None };
-        let requests = inputs.by_ref().take(chunk.len()).map(|input| input.map(request));
-        let outputs = engine.generate(&requests.collect::<Result<Vec<_>, EvalError>>()?, None)?;
+        let batch: Vec<GroupRequest> = requests.by_ref().take(chunk.len()).collect();
+        let outputs = engine.generate(&batch, None)?;
         for (sample, output) in chunk.iter().zip(outputs) {
             let subject = Subject {
                 record: &sample.record,
@@ -114,4 +122,30 @@ fn answer<V: Borrow<Vlm>>(
         }
     }
     Ok(judged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+
+    #[test]
+    fn a_withheld_image_is_black_and_of_the_same_size() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        let preparer = Preparer::load(dir.path()).unwrap();
+        let mut image = Image::new(160, 96);
+        (0..96).for_each(|x| image.set_pixel(x, x, [255, 9, 70]));
+        std::fs::write(dir.path().join("x.png"), image.to_png().unwrap()).unwrap();
+        let records = dir.path().join("r.jsonl");
+        std::fs::write(&records, "{\"id\":\"a\",\"image\":\"x.png\"}\n{\"id\":\"b\",\"image\":\"x.png\"}").unwrap();
+        let samples = crate::load_samples(&records, "", 0, "Where?", &preparer).unwrap();
+        let black = preparer.prepare(&Image::new(160, 96), "Where?").unwrap();
+        let inputs = withheld(&preparer, &samples).unwrap();
+        assert!(Arc::ptr_eq(&inputs[0].patches, &inputs[1].patches), "one black image serves all of its size");
+        for (input, sample) in inputs.iter().zip(&samples) {
+            assert!(*input.patches == black.image.patches && input.patches != sample.input.patches);
+            assert_eq!((&input.prompt.tokens, &input.id), (&black.prompt.ids, &sample.record.id));
+        }
+    }
 }
