@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
-use unveil_testkit::{Lineage, Sandbox, events_of, read_json};
+use unveil_testkit::{Lineage, Sandbox, events_of, json_lines, read_json};
 
 fn finite(metrics: &Value) {
     for key in ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"] {
@@ -30,7 +30,7 @@ fn the_main_job_end_to_end() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let (config, run) = (config.to_string_lossy(), s.path("run"));
-    let args = ["train", "--config", &config];
+    let args = ["train", "--config", &config, "--set", "eval.suites=[\"grounding\"]"];
     let first = s.unveil(&args).ok();
     assert_eq!(s.processes(), [], "every role ends with the run");
 
@@ -59,9 +59,19 @@ fn the_main_job_end_to_end() {
         assert_eq!(e["staleness"], 0, "{e}");
         assert!(e["grad_norm"].as_f64().is_some_and(|g| g > 0.0), "weights change: {e}");
     }
-    assert!(!events_of(&run, "eval").is_empty(), "stage 2 is evaluated");
+    let evaluated = events_of(&run, "eval");
+    assert!(!evaluated.is_empty(), "stage 2 is evaluated");
+    for e in &evaluated {
+        let (with, without) = (&e["grounding"], &e["grounding"]["withheld"]);
+        assert_eq!(with["soft_f1"], e["soft_f1"], "{e}");
+        assert!(without["soft_f1"].is_number() && with["in_box_energy"].is_number(), "{e}");
+    }
+    assert!(report.contains("image withheld"), "the report shows the suite");
+    samples(&run, 6);
+    let page = std::fs::read_to_string(run.join("samples.html")).expect("samples.html");
+    assert_eq!(page.matches("<li data-i=").count(), 6 * 8, "all responses of the first groups of every update");
+    assert!(report.contains("samples.html") && page.contains("data:image/jpeg"), "the report leads to it");
     assert!(tensorboard_files(&run.join("metrics")) >= 2, "both stages write TensorBoard files");
-    assert!(run.join("rollouts/step-6.jsonl").exists(), "responses are kept as samples");
 
     checkpoints(&s, &run.to_string_lossy());
 
@@ -72,6 +82,36 @@ fn the_main_job_end_to_end() {
         assert_eq!(second[key], summary[key], "`{key}` of a finished run stays");
     }
     Lineage::read(&run).is_exactly_once(6, 2, 8);
+}
+
+/// What a run keeps of the responses of an update: boxes, the image that the policy saw, and where it looked.
+fn samples(run: &Path, step: u64) {
+    let path = run.join(format!("rollouts/step-{step}.jsonl"));
+    let lines = json_lines(&std::fs::read_to_string(path).expect("responses are kept as samples"));
+    assert_eq!(lines.len(), 8, "two groups of four");
+    assert!(lines.iter().any(|l| l["predicted"] != serde_json::json!([])), "stage 1 learned the form of boxes");
+    for line in &lines {
+        let text = |key: &str| line[key].as_str().expect("a text").to_lowercase();
+        let named = !text("category").is_empty() && text("text").contains(&text("category"));
+        let rows = line["attention"]["rows"].as_array().map_or(&[][..], Vec::as_slice);
+        assert_eq!(!rows.is_empty(), named, "rows of the tokens that name the class: {line}");
+        for row in rows {
+            let values: Vec<f64> = row.as_array().expect("a row").iter().filter_map(Value::as_f64).collect();
+            let cells =
+                line["attention"]["grid"][0].as_u64().zip(line["attention"]["grid"][1].as_u64()).map(|(r, c)| r * c);
+            assert_eq!(Some(values.len() as u64), cells);
+            assert!((values.iter().sum::<f64>() - 1.0).abs() < 1e-4);
+        }
+        let boxes = line["predicted"].as_array().expect("the answer's boxes").len();
+        assert!(boxes <= text("text").matches('[').count(), "{line}");
+        let seen = std::fs::read(run.join(line["seen"].as_str().expect("a path"))).expect("the image that was seen");
+        let side = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| seen[at + i]));
+        assert_eq!(
+            serde_json::json!([side(16), side(20)]),
+            line["image_size"],
+            "boxes are pixels of the image that was seen"
+        );
+    }
 }
 
 fn checkpoints(s: &Sandbox, run: &str) {
@@ -134,11 +174,18 @@ fn ppo_with_a_value_head() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let (config, run) = (config.to_string_lossy(), s.path("run"));
-    let sets = ["learner.algorithm=ppo", "learner.steps=2", "learner.inner_epochs=2", "learner.minibatches=2"];
+    let sets = [
+        "learner.algorithm=ppo",
+        "learner.steps=2",
+        "learner.inner_epochs=2",
+        "learner.minibatches=2",
+        "data.augment.crop_min=0.6",
+    ];
     let mut args = vec!["train", "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     s.unveil(&args).ok();
     Lineage::read(&run).is_exactly_once(2, 2, 8);
+    samples(&run, 2);
     for e in events_of(&run, "train") {
         let loss = e["loss"].as_object().expect("parts of the loss");
         let value = loss.iter().find(|(k, _)| k.contains("value")).and_then(|(_, v)| v.as_f64());

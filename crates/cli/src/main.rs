@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod dataset;
+mod evaluation;
 mod models;
 mod roles;
 
@@ -64,8 +65,8 @@ enum Command {
     Generate(models::GenerateArgs),
     /// Teacher-forced log-probabilities of given responses; JSON lines.
     Score(models::ScoreArgs),
-    /// Metrics of a model on held-out records; one JSON object.
-    Eval(models::EvalArgs),
+    /// Metrics of a model on held-out records, or of given responses; one JSON object.
+    Eval(evaluation::EvalArgs),
     /// Model directories.
     #[command(subcommand)]
     Model(models::ModelCommand),
@@ -78,14 +79,8 @@ enum Command {
     /// Configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Writes report.html of a run directory.
-    Report {
-        /// The run directory.
-        run: PathBuf,
-        /// Held-out images shown.
-        #[arg(long, default_value_t = 8)]
-        images: usize,
-    },
+    /// Writes report.html and samples.html of a run directory, or a page of given responses and their rewards.
+    Report(evaluation::ReportArgs),
 }
 
 /// Keeps the batches of a run.
@@ -130,7 +125,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Reward { args } => roles::reward(&args),
         Command::Generate(args) => models::generate(&args),
         Command::Score(args) => models::score(&args),
-        Command::Eval(args) => models::eval(&args),
+        Command::Eval(args) => evaluation::eval(&args),
         Command::Model(command) => models::model(&command),
         Command::Data(command) => dataset::run(&command),
         Command::Checkpoint(command) => checkpoints::run(&command),
@@ -142,11 +137,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&args.load()?)?);
             Ok(())
         }
-        Command::Report { run, images } => {
-            let path = unveil_report::write_report(&run, images)?;
-            println!("{}", serde_json::json!({ "report": path }));
-            Ok(())
-        }
+        Command::Report(args) => evaluation::report(&args),
     }
 }
 

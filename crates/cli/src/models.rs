@@ -1,22 +1,20 @@
-//! `unveil model`, `generate`, `score`, `eval`: everything that runs a model outside of training.
+//! `unveil model`, `generate`, `score`, `learner replay`: what runs a model outside of training and evaluation.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
-use unveil_cli::{ConfigArgs, RoleArgs};
+use unveil_cli::ConfigArgs;
 use unveil_config::schema::Model as ModelConfig;
 use unveil_core::Sampling;
 use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
-use unveil_eval::{Settings, evaluate, load_samples};
 use unveil_learner::ReplayModels;
 use unveil_model::{InitSpec, SpecialIds, Vlm, VlmConfig};
-use unveil_reward::Scoring;
-use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, open_engine, score_cli};
+use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
 
 #[derive(Subcommand)]
 pub enum ModelCommand {
@@ -129,27 +127,6 @@ pub struct ReplayArgs {
     /// float32, or float64 to compare with other programs.
     #[arg(long, value_parser = training_kind, default_value = "float32")]
     dtype: Kind,
-}
-
-#[derive(Args)]
-pub struct EvalArgs {
-    #[command(flatten)]
-    role: RoleArgs,
-    /// Model directory.
-    #[arg(long)]
-    model: PathBuf,
-    /// Record file.
-    #[arg(long)]
-    data: PathBuf,
-    /// Only this split.
-    #[arg(long, default_value = "")]
-    split: String,
-    /// Metrics suite.
-    #[arg(long, default_value = "summary")]
-    suite: String,
-    /// Also writes one prediction per line here.
-    #[arg(long)]
-    predictions: Option<PathBuf>,
 }
 
 /// `unveil model …`
@@ -288,32 +265,5 @@ pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
             args.dtype
         )?
     );
-    Ok(())
-}
-
-/// `unveil eval`
-pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
-    if args.suite != "summary" {
-        bail!("no suite `{}`; there is: summary", args.suite);
-    }
-    let config = args.role.config.load()?;
-    if args.role.supervised {
-        unveil_cli::end_with_supervisor();
-    }
-    let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
-    let banned = &preparer.tokenizer().special().banned;
-    let mut engine = open_engine(&config, &args.model, config.run.threads, banned)?;
-    let samples = load_samples(&args.data, &args.split, 0, &config.data.question, &preparer)?;
-    let settings = Settings {
-        max_new_tokens: config.rollout.max_new_tokens,
-        batch: config.eval.batch,
-        scoring: Scoring::new(&config),
-    };
-    let evaluation = evaluate(&mut engine, &preparer, &samples, &settings)?;
-    if let Some(path) = &args.predictions {
-        let lines: Result<Vec<String>, _> = evaluation.predictions.iter().map(serde_json::to_string).collect();
-        std::fs::write(path, lines?.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    println!("{}", serde_json::to_string(&evaluation.metrics)?);
     Ok(())
 }

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role};
 use unveil_config::Config;
+use unveil_config::schema::Suite;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_engine::Engine;
-use unveil_eval::{Settings, evaluate, load_samples};
+use unveil_eval::{Bootstrap, Settings, check, evaluate, evaluate_withheld, load_samples, measure};
 use unveil_launch::{LaunchError, Options};
 use unveil_learner::{Dataset, Evaluation, EventSink, Outcome, Progress, Ready, Silent, Stage, run_rl};
 use unveil_model::Vlm;
@@ -19,6 +20,8 @@ use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::announce;
+
+use crate::evaluation::SAMPLES;
 
 fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let me = std::env::current_exe().context("cannot find this program's own path")?;
@@ -42,7 +45,7 @@ pub fn train(args: &ConfigArgs) -> anyhow::Result<()> {
             LaunchError::Interrupted => anyhow::Error::new(Stop::Interrupted).context(e.to_string()),
             e => e.into(),
         })?;
-        let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images)?;
+        let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
         eprintln!("report: {}", page.display());
         Ok(summary)
     })?;
@@ -137,12 +140,25 @@ fn validation(
     let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
     let settings =
         Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
+    for suite in &eval.suites {
+        check(*suite, samples.iter().map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
+    }
     let config = config.clone();
     Ok(move |vlm: &mut Vlm, _step: u64| {
         let options = engine_options(&config, vlm.config(), &preparer.tokenizer().special().banned);
-        let metrics = evaluate(&mut Engine::new(&*vlm, options)?, &preparer, &samples, &settings)?.metrics;
-        let score = (metrics.mean_iou + metrics.soft_f1) / 2.0;
-        let metrics = serde_json::to_value(metrics)?.as_object().cloned().unwrap_or_default();
+        let mut engine = Engine::new(&*vlm, options)?;
+        let found = evaluate(&mut engine, &preparer, &samples, &settings)?;
+        let score = (found.metrics.mean_iou + found.metrics.soft_f1) / 2.0;
+        let mut metrics = serde_json::to_value(found.metrics)?.as_object().cloned().unwrap_or_default();
+        let withheld = match config.eval.suites.contains(&Suite::Grounding) {
+            true => Some(evaluate_withheld(&mut engine, &preparer, &samples, &settings)?.judged),
+            false => None,
+        };
+        let no_intervals = Bootstrap { resamples: 0, ..Default::default() };
+        for suite in &config.eval.suites {
+            let values = measure(*suite, &found.judged, withheld.as_deref(), &no_intervals)?.values();
+            metrics.insert(suite.name().to_owned(), values.into());
+        }
         Ok(Evaluation { metrics, score })
     })
 }

@@ -306,6 +306,21 @@ mod tests {
     }
 
     #[test]
+    fn suites_are_read_and_checked() {
+        use crate::schema::Suite;
+        let found = with("[eval]\nsuites = [\"grounding\", \"mau\"]", &[], &[]).unwrap().eval.suites;
+        assert_eq!(found, Suite::ALL);
+        for suite in Suite::ALL {
+            let text = format!("[eval]\nsuites = [\"{}\"]", suite.name());
+            assert_eq!(with(&text, &[], &[]).unwrap().eval.suites, [suite]);
+        }
+        let e = with("[eval]\nsuites = [\"mau\", \"mau\"]", &[], &[]).unwrap_err().to_string();
+        assert!(e.contains("eval.suites") && e.contains("twice"), "{e}");
+        let e = with("[eval]\nsuites = [\"pope\"]", &[], &[]).unwrap_err().to_string();
+        assert!(e.contains("pope") && e.contains("grounding") && e.contains("mau"), "{e}");
+    }
+
+    #[test]
     fn numbers_and_options() {
         let c =
             with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layers=[2]", "run.resume=40"]).unwrap();

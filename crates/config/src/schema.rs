@@ -342,11 +342,37 @@ pub struct Eval {
     pub batch: usize,
     /// Held-out images shown in the report.
     pub report_images: usize,
+    /// Suites that validation during training measures besides the summary; their numbers are in the `eval` events and in the
+    /// report. `grounding` answers every image a second time, with the image withheld.
+    pub suites: Vec<Suite>,
 }
 
 impl Default for Eval {
     fn default() -> Self {
-        Self { val_limit: 0, batch: 32, report_images: 8 }
+        Self { val_limit: 0, batch: 32, report_images: 8, suites: Vec::new() }
+    }
+}
+
+/// A suite of held-out metrics beyond the summary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Suite {
+    /// Where boxes lie and where the model looks, with and without the image.
+    Grounding,
+    /// Accuracy per source and on average over the sources.
+    Mau,
+}
+
+impl Suite {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Grounding, Self::Mau];
+
+    /// Its name in configurations and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Grounding => "grounding",
+            Self::Mau => "mau",
+        }
     }
 }
 

@@ -94,6 +94,9 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             format!("run.deterministic needs rollout.groups_per_lease ({lease}) to divide learner.groups ({groups})"),
         );
     }
+    for (at, suite) in c.eval.suites.iter().enumerate() {
+        need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
+    }
     let r = &c.reward;
     let weights = [
         ("localization", r.localization.weight),

@@ -15,14 +15,29 @@ pub struct Metrics {
     /// Mean soft F1 over all samples.
     pub soft_f1: f64,
     /// Mean attention mass on the lesion over its area (s / a), over samples with a true box; an answer that does not name
-    /// the class looks nowhere and counts 0.
+    /// the class looks nowhere and counts 0, one whose attention is not known is left out.
     pub vision_lift: f64,
     /// Number of samples.
     pub n: usize,
 }
 
+impl Metrics {
+    /// A table for people, a line per number.
+    pub fn table(&self) -> String {
+        let rows = [
+            ("accuracy", self.accuracy),
+            ("mean_iou", self.mean_iou),
+            ("acc50", self.acc50),
+            ("soft_f1", self.soft_f1),
+            ("vision_lift", self.vision_lift),
+        ];
+        let lines = rows.iter().map(|(name, v)| format!("{name:<11}  {v:.3}\n"));
+        std::iter::once(format!("summary: {} answers\n", self.n)).chain(lines).collect()
+    }
+}
+
 /// Metrics of `predictions`; 0 where there is nothing to average.
-pub fn metrics(predictions: &[Prediction]) -> Metrics {
+pub fn metrics(predictions: &[&Prediction]) -> Metrics {
     let mean = |values: Vec<f64>| {
         if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
     };
@@ -63,10 +78,10 @@ mod tests {
     #[test]
     fn each_number_averages_over_its_own_samples() {
         let m = metrics(&[
-            prediction(true, Some(0.5), 0.5, Some(3.0)),
-            prediction(false, Some(0.0), 0.0, Some(0.0)),
-            prediction(true, None, 1.0, None),
-            prediction(false, None, 0.1, Some(6.0)),
+            &prediction(true, Some(0.5), 0.5, Some(3.0)),
+            &prediction(false, Some(0.0), 0.0, Some(0.0)),
+            &prediction(true, None, 1.0, None),
+            &prediction(false, None, 0.1, Some(6.0)),
         ]);
         let by_hand = Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4 };
         assert_eq!(m, by_hand);

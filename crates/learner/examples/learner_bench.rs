@@ -40,6 +40,7 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
             prompt: Prompt { tokens: ids(get(&format!("{id}.tokens"))?)?, grids: vec![grid] },
             patches: Vec::<f32>::try_from(get(&format!("{id}.pixels"))?.reshape([-1]))?,
             merged: Grid { rows: (grid[1] / m) as usize, cols: (grid[2] / m) as usize },
+            encoded: Default::default(),
         };
         let (mut answers, mut breakdowns) = (Vec::new(), Vec::new());
         for r in 0..n {
@@ -61,6 +62,7 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
             spans: vec![vec![(0, 0); new as usize]; n as usize],
             responses: answers,
             breakdowns,
+            attention: Vec::new(),
             generate_ms: 0.0,
             reward_ms: 0.0,
         });

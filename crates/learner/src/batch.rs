@@ -4,9 +4,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tch::{Device, Kind, Tensor};
 use unveil_algo::MentionBatch;
-use unveil_core::{Breakdown, Grid, GroupId, Record, Response};
+use unveil_core::{Attention, Breakdown, Grid, GroupId, Record, Response};
 use unveil_model::{GridThw, PackedGroup, Prompt};
 use unveil_reward::mention::{first_mention, tokens_of};
 
@@ -25,6 +26,8 @@ pub struct GroupInput {
     pub patches: Vec<f32>,
     /// Merged image-token grid.
     pub merged: Grid,
+    /// The encoded image as it was leased; empty where none was.
+    pub encoded: Bytes,
 }
 
 /// A whole group as it comes back from a rollout worker.
@@ -40,6 +43,8 @@ pub struct TrainGroup {
     pub spans: Vec<Vec<(usize, usize)>>,
     /// Per response.
     pub breakdowns: Vec<Breakdown>,
+    /// Per response, the rows of the tokens that name the class, where the worker sent them; kept for the report.
+    pub attention: Vec<Option<Attention>>,
     /// Time that generation took, in ms.
     pub generate_ms: f64,
     /// Time that scoring took, in ms.

@@ -11,7 +11,7 @@ use unveil_core::{GroupId, Record};
 use unveil_data::augment::{AugmentSpec, augment};
 use unveil_data::prepare::Preparer;
 use unveil_data::processor::resize;
-use unveil_data::records::{RecordFile, read_image};
+use unveil_data::records::{ImageRef, RecordFile, image_ref, read_image};
 use unveil_data::store::{ContentHash, Image};
 use unveil_model::Prompt;
 
@@ -152,16 +152,26 @@ impl Dataset {
         let prepared = self.preparer.prepare(&image, &record.question).map_err(prepare)?;
         let sizes = prepared.image.sizes();
         let target = self.preparer.target_ids(&record, &sizes).map_err(prepare)?;
-        let image_hash = with_image.then(|| (encoded, ContentHash::of(&image.rgb).to_string()));
+        let encoded = if with_image { encoded } else { Bytes::new() };
+        let image_hash = with_image.then(|| (encoded.clone(), ContentHash::of(&image.rgb).to_string()));
         let grid = prepared.image.grid_thw.map(|v| v as i64);
         let input = GroupInput {
             image_size: (image.width, image.height),
             prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
             merged: prepared.image.merged,
             patches: prepared.image.patches,
+            encoded,
             record,
         };
         Ok(Item { input: Arc::new(input), target, image: image_hash })
+    }
+
+    /// The file that holds the image of `record` as the policy sees it; none where augmentation changes it.
+    pub fn image_file(&self, record: &Record) -> Option<PathBuf> {
+        match image_ref(&self.folder, record) {
+            ImageRef::File(path) if self.augment.is_off() => Some(std::fs::canonicalize(&path).unwrap_or(path)),
+            _ => None,
+        }
     }
 
     /// Brings an augmented image that is larger than what the processor makes of it to that size: nothing is lost that the model

@@ -11,6 +11,7 @@ pub mod dump;
 mod error;
 mod follow;
 mod freeze;
+mod kept;
 mod lora;
 mod measure;
 mod memory;

@@ -92,6 +92,7 @@ impl Group {
             image_size: self.image_size,
             prompt: Prompt { tokens: self.prompt, grids: self.grids },
             patches,
+            encoded: Default::default(),
             merged: Grid { rows: self.merged.0, cols: self.merged.1 },
         };
         let record = input.record.id.clone();
@@ -101,6 +102,7 @@ impl Group {
             responses: Vec::new(),
             spans: Vec::new(),
             breakdowns: Vec::new(),
+            attention: Vec::new(),
             generate_ms: 0.0,
             reward_ms: 0.0,
         };

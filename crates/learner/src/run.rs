@@ -1,8 +1,7 @@
 //! Stage 2 from start to end: take up a checkpoint or the model of stage 1, serve experience, update, publish, evaluate, save.
 
-use std::io::Write;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -21,6 +20,7 @@ use crate::crew::{Crew, Order, device};
 use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::follow::follow;
+use crate::kept;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
 use crate::serve::{Host, HostOptions, NewWeights};
@@ -33,8 +33,6 @@ use crate::step::{Counters, Learner};
 
 /// How often a waiting learner looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(100);
-/// Groups whose responses are kept per update as samples.
-const SAMPLED_GROUPS: usize = 2;
 /// How long workers have to hear that the run is over.
 const FAREWELL: Duration = Duration::from_secs(3);
 
@@ -253,7 +251,7 @@ impl Run {
 
     fn tell(&mut self, stage: &mut Stage<'_>, report: &UpdateReport, batch: &[TrainGroup]) -> Result<()> {
         stage.event(&with_kind("train", report)?)?;
-        write_samples(Path::new(&stage.config.run.dir), report.step, batch)?;
+        kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();
         parts.sort_by_key(|(k, _)| *k != "total");
@@ -375,26 +373,4 @@ fn with_kind(kind: &str, event: &impl serde::Serialize) -> Result<Value> {
         map.extend(fields);
     }
     Ok(out)
-}
-
-/// Writes `rollouts/step-N.jsonl`: all responses of the first groups, one per line.
-fn write_samples(run: &Path, step: u64, batch: &[TrainGroup]) -> Result<()> {
-    let folder: PathBuf = run.join("rollouts");
-    std::fs::create_dir_all(&folder).map_err(LearnerError::io(&folder))?;
-    let mut lines = Vec::new();
-    for g in batch.iter().take(SAMPLED_GROUPS) {
-        for r in &g.responses {
-            let b = g.breakdowns.iter().find(|b| b.index == r.index);
-            let line = json!({
-                "step": step, "id": g.id.record, "pass": g.id.pass, "index": r.index, "text": r.text, "finish": r.finish,
-                "category": g.input.record.category, "boxes": g.input.record.boxes, "image": g.input.record.image,
-                "image_size": [g.input.image_size.0, g.input.image_size.1],
-                "total": b.and_then(|b| b.total), "components": b.map(|b| &b.components),
-            });
-            lines.extend(line.to_string().into_bytes());
-            lines.push(b'\n');
-        }
-    }
-    let path = folder.join(format!("step-{step}.jsonl"));
-    std::fs::File::create(&path).and_then(|mut f| f.write_all(&lines)).map_err(LearnerError::io(&path))
 }

@@ -181,7 +181,16 @@ fn synchronous(small: &Small) -> Expected {
                 let breakdowns = responses.iter().map(one).collect();
                 let spans = vec![vec![]; responses.len()];
                 let (id, input) = (l.group.clone(), made.input);
-                batch.push(TrainGroup { id, input, responses, spans, breakdowns, generate_ms: 0.0, reward_ms: 0.0 });
+                batch.push(TrainGroup {
+                    id,
+                    input,
+                    responses,
+                    spans,
+                    breakdowns,
+                    attention: Vec::new(),
+                    generate_ms: 0.0,
+                    reward_ms: 0.0,
+                });
             }
         }
         for (l, g) in leases.iter().zip(&batch) {

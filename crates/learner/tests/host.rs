@@ -28,6 +28,7 @@ impl LeaseSource for Source {
             prompt: unveil_model::Prompt { tokens: vec![1, index as u32], grids: vec![] },
             patches: vec![],
             merged: Grid { rows: 2, cols: 2 },
+            encoded: Default::default(),
         };
         Ok(Leased { input: Arc::new(input), image: vec![index as u8; 3].into(), image_hash: "h".into() })
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{configured, low_tokens, model, rollout, weights};
 use serde_json::Value;
-use stage::{Small, StopAt, work};
+use stage::{Small, StopAt, experience, work};
 use tch::{Device, Kind, Tensor};
 use unveil_config::schema::{Algorithm, Learner as LearnerConfig};
 use unveil_core::{GroupId, Sampling};
@@ -100,7 +100,7 @@ fn run(small: &Small, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerError> 
     let mut silent = Silent;
     let mut worker = None;
     let stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
-    let outcome = run_rl(stage, |address| worker = Some(work(address, small.model(), "w1")))?;
+    let outcome = run_rl(stage, |ready| worker = Some(work(experience(ready), small.model(), "w1")))?;
     worker.unwrap().join().unwrap();
     Ok((outcome, events.seen))
 }
@@ -217,7 +217,7 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
             Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
         let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
-        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50 };
+        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None };
         let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing)).unwrap();
         let mut vlm = model(2);
         vlm.adapt(

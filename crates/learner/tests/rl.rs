@@ -7,9 +7,9 @@ mod stage;
 use std::path::Path;
 
 use serde_json::Value;
-use stage::{Small, StopAt, work};
+use stage::{Small, StopAt, experience, work};
 use unveil_config::schema::Algorithm;
-use unveil_learner::{Evaluation, Outcome, Ready, Silent, run_rl};
+use unveil_learner::{Evaluation, Outcome, Silent, run_rl};
 use unveil_service::CancellationToken;
 
 fn run(small: &Small, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, Vec<Value>, u64) {
@@ -39,13 +39,6 @@ fn small(algorithm: Algorithm, steps: u64) -> Small {
 
 fn of<'a>(events: &'a [Value], kind: &str) -> Vec<&'a Value> {
     events.iter().filter(|e| e["kind"] == kind).collect()
-}
-
-fn experience(ready: Ready) -> std::net::SocketAddr {
-    match ready {
-        Ready::Experience(address) => address,
-        Ready::Ranks(_) => panic!("there is one rank"),
-    }
 }
 
 #[test]

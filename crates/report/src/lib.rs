@@ -7,10 +7,16 @@ pub mod events;
 mod figure;
 mod page;
 pub mod progress;
+mod sample_page;
+mod shown;
+mod suites;
 pub mod tensorboard;
+mod thumbnail;
 
 pub use events::{EventLog, lineage, read_events};
 pub use figure::Prediction;
 pub use page::{ReportError, write_report};
 pub use progress::StageProgress;
+pub use sample_page::write_samples;
+pub use shown::{Shown, run_samples};
 pub use tensorboard::TensorBoard;

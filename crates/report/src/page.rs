@@ -8,6 +8,9 @@ use serde_json::Value;
 use crate::chart::{Series, panel};
 use crate::events::{lineage, read_events};
 use crate::figure::{Prediction, escape, figure};
+use crate::sample_page::write_samples;
+use crate::shown::run_samples;
+use crate::suites::suites;
 
 /// The page cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +30,12 @@ pub enum ReportError {
 
 const STYLE: &str = include_str!("page.css");
 
-/// Writes `<run>/report.html` and returns its path.
-pub fn write_report(run: &Path, images: usize) -> Result<PathBuf, ReportError> {
+/// Writes `<run>/report.html` and returns its path. `images` held-out images are shown; where the run keeps responses,
+/// `samples.html` beside it shows `samples` of them (0 = all).
+///
+/// # Errors
+/// The directory is no run; a file cannot be read or written.
+pub fn write_report(run: &Path, images: usize, samples: usize) -> Result<PathBuf, ReportError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |source| ReportError::Io { path, source }
@@ -44,14 +51,24 @@ pub fn write_report(run: &Path, images: usize) -> Result<PathBuf, ReportError> {
     let mut body = String::new();
     body += &headline(&summary);
     body += &charts(&events);
+    body += &suites(&events);
     body += &gallery(run, images);
+    let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
+    let responses = run_samples(run, samples)?;
+    if !responses.is_empty() {
+        write_samples(&format!("{name}: rewarded responses"), &responses, run, &run.join("samples.html"))?;
+        body += &format!(
+            "<h2>Rewarded responses</h2><p><a href=\"samples.html\">{} responses of stage 2</a>, one by one: image, boxes, attention, \
+             and every component of the reward.</p>",
+            responses.len()
+        );
+    }
     if let Ok(config) = std::fs::read_to_string(run.join("config.toml")) {
         body += &format!(
             "<h2>Configuration</h2><details><summary>config.toml</summary><pre>{}</pre></details>",
             escape(&config)
         );
     }
-    let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
     let page = format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
          <title>Unveil: {0}</title><style>{STYLE}</style></head><body><h1>Unveil <span>{0}</span></h1>{body}</body></html>",
@@ -169,7 +186,7 @@ mod tests {
     fn page_is_self_contained_and_safe() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path();
-        assert!(matches!(write_report(run, 4), Err(ReportError::NotARun(_))));
+        assert!(matches!(write_report(run, 4, 0), Err(ReportError::NotARun(_))));
         let events: Vec<String> = (0..5)
             .map(|i| {
                 json!({"kind": "train", "step": i, "reward": {"total": 0.1 * f64::from(i)}, "kl": 0.0}).to_string()
@@ -195,8 +212,12 @@ mod tests {
         let mut line = serde_json::to_value(&p).unwrap();
         line["boxes"] = json!([]);
         std::fs::write(run.join("eval/after.jsonl"), format!("{line}\n")).unwrap();
-        let html = std::fs::read_to_string(write_report(run, 4).unwrap()).unwrap();
+        std::fs::create_dir(run.join("rollouts")).unwrap();
+        let kept = json!({"step": 1, "id": "a", "index": 0, "text": "x", "category": "c", "boxes": [], "image_size": [4, 4], "total": 1.0});
+        std::fs::write(run.join("rollouts/step-1.jsonl"), format!("{kept}\n")).unwrap();
+        let html = std::fs::read_to_string(write_report(run, 4, 0).unwrap()).unwrap();
         assert!(html.contains("&lt;script&gt;") && !html.contains("<script"));
+        assert!(html.contains("href=\"samples.html\"") && run.join("samples.html").exists());
         assert!(html.contains("reward by component") && html.contains("class=\"true\""));
         assert!(!html.contains("http://") && !html.contains("https://"), "the page must not load anything");
     }

@@ -20,7 +20,7 @@ mod wire;
 pub use client::{RewardClient, masked_group, score_request};
 pub use error::RewardError;
 pub use mention::byte_spans;
-pub use offline::run_score;
+pub use offline::{GroupLines, read_responses, run_score};
 pub use score::{COMPONENTS, GroupInput, ResponseInput, Scoring, score_group};
 pub use serve::{reward_routes, run_serve, serve_with};
 pub use wire::group_from_request;

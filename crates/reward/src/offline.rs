@@ -32,42 +32,17 @@ struct Line {
     resized_size: Option<(u32, u32)>,
 }
 
-/// Scores every response of `data` (JSON lines: a record plus `index` and `response` or `tokens`, optional `attention`) and
-/// writes one JSON line each to `out`. Returns how many.
-///
-/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are read in the form of `model.boxes`, else in that of the
-/// model directory's family, else (no model directory) in that of `model.family`. Where the form speaks of the resized image, its size
-/// is `resized_size` in the line, else what the processor in `model.dir` makes of the image, else the image's own. With `model.dir`
-/// set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
+/// A group of a response file, and the line (from 1) of each of its responses.
+pub type GroupLines = (GroupInput, Vec<usize>);
+
+/// Scores every response of `data` (see [`read_responses`]) and writes one JSON line each to `out`. Returns how many.
 ///
 /// # Errors
 /// The first line that cannot be used, as `file:line: what`; nothing is written then.
 pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<usize, RewardError> {
-    let model = match config.model.dir.as_str() {
-        "" => None,
-        dir => Some(ModelSide::load(Path::new(dir), config.model.boxes)?),
-    };
-    let family = || Family::named(&config.model.family).map(Family::box_form);
-    let boxes = match &model {
-        Some(model) => model.box_form(),
-        None => config.model.boxes.or_else(family).unwrap_or_default(),
-    };
-    let lines = read_lines(data)?;
-    let mut order: Vec<String> = Vec::new();
-    let mut groups: HashMap<String, Vec<Line>> = HashMap::new();
-    for line in lines {
-        let group = groups.entry(line.record.id.clone()).or_default();
-        if group.is_empty() {
-            order.push(line.record.id.clone());
-        }
-        group.push(line);
-    }
     let scoring = Scoring::new(config);
     let mut done: Vec<(usize, Breakdown)> = Vec::new();
-    for id in order {
-        let lines = groups.remove(&id).unwrap_or_default();
-        let numbers: Vec<usize> = lines.iter().map(|l| l.number).collect();
-        let group = group_input(data, model.as_ref(), boxes, lines)?;
+    for (group, numbers) in read_responses(config, data)? {
         done.extend(numbers.into_iter().zip(score_group(&scoring, &group)));
     }
     done.sort_by_key(|(number, _)| *number);
@@ -78,6 +53,43 @@ pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<us
     }
     out.flush().map_err(unwritable)?;
     Ok(done.len())
+}
+
+/// Reads the responses of `data` (JSON lines: a record plus `index` and `response` or `tokens`, optional `attention`) as groups,
+/// in the order of their first lines.
+///
+/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are read in the form of `model.boxes`, else in that of the
+/// model directory's family, else (no model directory) in that of `model.family`. Where the form speaks of the resized image, its size
+/// is `resized_size` in the line, else what the processor in `model.dir` makes of the image, else the image's own. With `model.dir`
+/// set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
+///
+/// # Errors
+/// The first line that cannot be used, as `file:line: what`.
+pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, RewardError> {
+    let model = match config.model.dir.as_str() {
+        "" => None,
+        dir => Some(ModelSide::load(Path::new(dir), config.model.boxes)?),
+    };
+    let family = || Family::named(&config.model.family).map(Family::box_form);
+    let boxes = match &model {
+        Some(model) => model.box_form(),
+        None => config.model.boxes.or_else(family).unwrap_or_default(),
+    };
+    let mut order: Vec<String> = Vec::new();
+    let mut groups: HashMap<String, Vec<Line>> = HashMap::new();
+    for line in read_lines(data)? {
+        let group = groups.entry(line.record.id.clone()).or_default();
+        if group.is_empty() {
+            order.push(line.record.id.clone());
+        }
+        group.push(line);
+    }
+    let group = |id| {
+        let lines = groups.remove(&id).unwrap_or_default();
+        let numbers = lines.iter().map(|l| l.number).collect();
+        Ok((group_input(data, model.as_ref(), boxes, lines)?, numbers))
+    };
+    order.into_iter().map(group).collect()
 }
 
 fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {

@@ -10,7 +10,7 @@ use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
 use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
-use unveil_reward::{RewardClient, RewardError, masked_group, score_request};
+use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_request};
 use unveil_service::connect;
 
 use crate::engine::stop_rule;
@@ -24,13 +24,16 @@ pub(crate) struct Leased {
     group: GroupId,
     record: Record,
     frame: Frame,
+    /// What the class may be called.
+    names: Vec<String>,
 }
 
-/// Turns a lease into a request to the engine. `question` stands in where the record has none.
+/// Turns a lease into a request to the engine. `question` stands in where the record has none; `scoring` knows synonyms.
 pub(crate) fn prepare(
     preparer: &Arc<Preparer>,
     lease: v1::LeasedGroup,
     question: &str,
+    scoring: &Scoring,
     address: &str,
 ) -> Result<(Leased, GroupRequest)> {
     let protocol = |what: String| RolloutError::Protocol { address: address.to_owned(), what };
@@ -57,7 +60,8 @@ pub(crate) fn prepare(
         logprobs: if lease.untempered { Logprobs::Untempered } else { Logprobs::Tempered },
     };
     let stop = stop_rule(preparer, &lease.stop);
-    let leased = Leased { lease: lease.lease, group, record, frame };
+    let names = scoring.names(&record.category);
+    let leased = Leased { lease: lease.lease, group, record, frame, names };
     Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
@@ -141,9 +145,10 @@ pub(crate) async fn deliver(
     for raw in output.responses {
         let (response, spans, rows) = text::response(preparer.tokenizer(), raw);
         let wire = response_to_wire(&response, &spans, None);
-        let attention = leased.frame.attention(rows.as_ref()).as_ref().map(attention_to_wire);
-        scored.push(v1::Response { attention, ..wire.clone() });
-        bare.push(wire);
+        let attention = leased.frame.attention(rows.as_ref());
+        let named = attention.as_ref().and_then(|a| text::named_rows(a, &response.text, &leased.names, &spans));
+        scored.push(v1::Response { attention: attention.as_ref().map(attention_to_wire), ..wire.clone() });
+        bare.push(v1::Response { attention: named.as_ref().map(attention_to_wire), ..wire });
     }
     let start = Instant::now();
     let request = score_request(&leased.record, &leased.frame.sizes, preparer.box_form(), scored);

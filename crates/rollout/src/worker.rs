@@ -13,6 +13,7 @@ use unveil_config::Config;
 use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
+use unveil_reward::Scoring;
 use unveil_service::CancellationToken;
 
 use crate::device::{DeviceSpec, DeviceThread};
@@ -106,6 +107,7 @@ struct Shared {
     held: Held,
     counters: Counters,
     question: String,
+    scoring: Scoring,
     /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
     /// what it makes, does not depend on time; otherwise the next one fills the places that responses leave.
     turn: Semaphore,
@@ -178,6 +180,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         held: Held::default(),
         counters: Counters::default(),
         question: config.data.question.clone(),
+        scoring: Scoring::new(config),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
     Ok((shared, device, receiver))
@@ -263,7 +266,7 @@ async fn one_batch(
     let preparing = shared.clone();
     let prepared = tokio::task::spawn_blocking(move || {
         let s = preparing;
-        let one = |g| prepare(&s.preparer, g, &s.question, &s.experience.address);
+        let one = |g| prepare(&s.preparer, g, &s.question, &s.scoring, &s.experience.address);
         groups.into_iter().map(one).collect::<Result<Vec<_>>>()
     });
     let prepared = prepared.await.map_err(|_| RolloutError::Died("preparation"))??;

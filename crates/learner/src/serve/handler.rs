@@ -9,7 +9,7 @@ use tonic::{Request, Response as Answer, Status};
 use unveil_core::{GroupId, Logprobs, WeightVersion};
 use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
-use unveil_proto::{breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
+use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
 
 use super::{Leased, Shared, State};
 use crate::batch::{GroupInput, TrainGroup};
@@ -91,8 +91,8 @@ impl Handler {
         if responses != n || breakdowns != n {
             return Err(bad(format!("{responses} responses and {breakdowns} breakdowns where {n} of each are needed")));
         }
-        let (mut out, mut spans) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        for (at, r) in request.responses.into_iter().enumerate() {
+        let (mut out, mut spans, mut attention) = (Vec::with_capacity(n), Vec::with_capacity(n), Vec::with_capacity(n));
+        for (at, mut r) in request.responses.into_iter().enumerate() {
             if r.index as usize != at || request.breakdowns[at].index as usize != at {
                 return Err(bad(format!("response or breakdown {at} carries another index")));
             }
@@ -110,12 +110,14 @@ impl Handler {
                     self.shared.vocab
                 )));
             }
+            let rows = r.attention.take().map(attention_from_wire).transpose();
+            attention.push(rows.map_err(|e| bad(format!("response {at}: {e}")))?);
             spans.push(own);
             out.push(response_from_wire(r).map_err(|e| bad(e.to_string()))?);
         }
         let breakdowns = request.breakdowns.into_iter().map(|b| breakdown_from_wire(&id.record, b)).collect();
         let (generate_ms, reward_ms) = (request.generate_ms, request.reward_ms);
-        Ok(TrainGroup { id, input, responses: out, spans, breakdowns, generate_ms, reward_ms })
+        Ok(TrainGroup { id, input, responses: out, spans, breakdowns, attention, generate_ms, reward_ms })
     }
 }
 
@@ -197,6 +199,7 @@ impl Service for Handler {
                 prompt: unveil_model::Prompt::default(),
                 patches: Vec::new(),
                 merged: unveil_core::Grid { rows: 0, cols: 0 },
+                encoded: Default::default(),
             })
         };
         let orphan = known.is_none();

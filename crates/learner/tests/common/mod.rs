@@ -53,6 +53,7 @@ pub fn input(vlm: &Vlm, k: usize) -> GroupInput {
         prompt: Prompt { tokens, grids: vec![[1, side, side]] },
         patches,
         merged: Grid { rows: 2, cols: 2 },
+        encoded: Default::default(),
     }
 }
 
@@ -110,7 +111,16 @@ pub fn rollout(
                 .collect();
             let spans = responses.iter().map(|r| (0..r.tokens.len()).map(|i| (i, i + 1)).collect()).collect();
             let breakdowns = responses.iter().map(|r| breakdown(&id.record, r.index, reward(&r.tokens))).collect();
-            TrainGroup { id, input: Arc::new(input), responses, spans, breakdowns, generate_ms: 1.0, reward_ms: 1.0 }
+            TrainGroup {
+                id,
+                input: Arc::new(input),
+                responses,
+                spans,
+                breakdowns,
+                attention: Vec::new(),
+                generate_ms: 1.0,
+                reward_ms: 1.0,
+            }
         })
         .collect()
 }

@@ -213,3 +213,11 @@ fn generate_groups(
     };
     groups.into_iter().zip(outputs).map(submission).collect()
 }
+
+/// The address of a learner of one rank.
+pub fn experience(ready: unveil_learner::Ready) -> std::net::SocketAddr {
+    match ready {
+        unveil_learner::Ready::Experience(address) => address,
+        unveil_learner::Ready::Ranks(_) => panic!("there is one rank"),
+    }
+}

@@ -1,0 +1,193 @@
+//! `unveil eval` and `unveil report`: answers measured, and shown.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::json;
+use unveil_cli::{ConfigArgs, RoleArgs};
+use unveil_config::Config;
+use unveil_config::schema::Suite;
+use unveil_core::BoxForm;
+use unveil_data::prepare::Preparer;
+use unveil_eval::{
+    Bootstrap, Evaluation, Judged, Settings, check, evaluate, evaluate_withheld, judge_responses, load_samples,
+    measure, shown_responses,
+};
+use unveil_reward::Scoring;
+use unveil_rollout::open_engine;
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    role: RoleArgs,
+    /// Model directory.
+    #[arg(long, required_unless_present = "responses")]
+    model: Option<PathBuf>,
+    /// Record file.
+    #[arg(long, required_unless_present = "responses")]
+    data: Option<PathBuf>,
+    /// Instead of a model and records: a file of responses, of any model.
+    #[arg(long, conflicts_with_all = ["model", "data"])]
+    responses: Option<PathBuf>,
+    /// How boxes are written in answers: absolute, per_mille, qwen2_vl or llava; as `model.boxes` says without it.
+    #[arg(long)]
+    boxes: Option<BoxForm>,
+    /// Only this split.
+    #[arg(long, default_value = "")]
+    split: String,
+    /// Metrics suite: summary, grounding or mau.
+    #[arg(long, default_value = "summary", value_parser = suite_named)]
+    suite: Chosen,
+    /// Also writes one prediction per line here.
+    #[arg(long)]
+    predictions: Option<PathBuf>,
+    /// Also prints a table on stderr.
+    #[arg(long)]
+    table: bool,
+    /// Resamples behind the intervals of grounding and mau; 0 = no intervals.
+    #[arg(long, default_value_t = Bootstrap::default().resamples)]
+    resamples: usize,
+    /// Seed of the resamples.
+    #[arg(long, default_value_t = Bootstrap::default().seed)]
+    seed: u64,
+}
+
+/// The summary, or a suite beyond it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Chosen {
+    Summary,
+    Beyond(Suite),
+}
+
+fn suite_named(name: &str) -> Result<Chosen, String> {
+    let beyond = Suite::ALL.into_iter().find(|s| s.name() == name).map(Chosen::Beyond);
+    let there = || Suite::ALL.map(Suite::name).join(", ");
+    beyond
+        .or_else(|| (name == "summary").then_some(Chosen::Summary))
+        .ok_or_else(|| format!("no suite `{name}`; there are: summary, {}", there()))
+}
+
+#[derive(Args)]
+pub struct ReportArgs {
+    /// The run directory.
+    #[arg(required_unless_present = "responses")]
+    run: Option<PathBuf>,
+    /// Held-out images shown.
+    #[arg(long, default_value_t = 8)]
+    images: usize,
+    /// Responses of the run shown on samples.html, by whole steps; 0 = all.
+    #[arg(long, default_value_t = SAMPLES)]
+    samples: usize,
+    /// Instead of a run: a file of responses, shown with their rewards.
+    #[arg(long, conflicts_with = "run", requires = "scores", requires = "out")]
+    responses: Option<PathBuf>,
+    /// What `unveil reward score --data RESPONSES` printed.
+    #[arg(long, requires = "responses")]
+    scores: Option<PathBuf>,
+    /// Page to write.
+    #[arg(long, requires = "responses")]
+    out: Option<PathBuf>,
+    /// How boxes are written in answers; as `model.boxes` says without it.
+    #[arg(long)]
+    boxes: Option<BoxForm>,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+/// Responses on a run's sample page.
+pub const SAMPLES: usize = 1000;
+
+fn load(config: &ConfigArgs, boxes: Option<BoxForm>) -> anyhow::Result<Config> {
+    let mut config = config.clone();
+    config.sets.extend(boxes.map(|form| format!("model.boxes=\"{form}\"")));
+    Ok(config.load()?)
+}
+
+/// `unveil eval`
+pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+    let config = load(&args.role.config, args.boxes)?;
+    if args.role.supervised {
+        unveil_cli::end_with_supervisor();
+    }
+    let (evaluation, withheld) = match (&args.responses, &args.model, &args.data) {
+        (Some(file), ..) => (Evaluation::new(judge_responses(&config, file, &args.split)?), None),
+        (None, Some(model), Some(data)) => answers(&config, model, data, args)?,
+        _ => anyhow::bail!("give --model and --data, or --responses"),
+    };
+    if let Some(path) = &args.predictions {
+        let lines = evaluation.judged.iter().map(|j| serde_json::to_string(&j.prediction));
+        let lines = lines.collect::<Result<Vec<String>, _>>()?;
+        std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let (table, found) = match args.suite {
+        Chosen::Summary => (evaluation.metrics.table(), serde_json::to_string(&evaluation.metrics)?),
+        Chosen::Beyond(suite) => {
+            let bootstrap = Bootstrap { resamples: args.resamples, seed: args.seed, ..Default::default() };
+            let found = measure(suite, &evaluation.judged, withheld.as_deref(), &bootstrap)?;
+            (found.table(), serde_json::to_string(&found)?)
+        }
+    };
+    if args.table {
+        eprint!("{table}");
+    }
+    println!("{found}");
+    Ok(())
+}
+
+/// Greedy answers of a model, and those to black images where the suite asks for them.
+fn answers(
+    config: &Config,
+    model: &Path,
+    data: &Path,
+    args: &EvalArgs,
+) -> anyhow::Result<(Evaluation, Option<Vec<Judged>>)> {
+    let preparer = Preparer::load_with(model, config.model.boxes)?;
+    let samples = load_samples(data, &args.split, 0, &config.data.question, &preparer)?;
+    if let Chosen::Beyond(suite) = args.suite {
+        check(suite, samples.iter().map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
+    }
+    let mut engine = open_engine(config, model, config.run.threads, &preparer.tokenizer().special().banned)?;
+    let settings = Settings {
+        max_new_tokens: config.rollout.max_new_tokens,
+        batch: config.eval.batch,
+        scoring: Scoring::new(config),
+    };
+    let evaluation = evaluate(&mut engine, &preparer, &samples, &settings)?;
+    let withheld = match args.suite {
+        Chosen::Beyond(Suite::Grounding) => {
+            Some(evaluate_withheld(&mut engine, &preparer, &samples, &settings)?.judged)
+        }
+        _ => None,
+    };
+    Ok((evaluation, withheld))
+}
+
+/// `unveil report`
+pub fn report(args: &ReportArgs) -> anyhow::Result<()> {
+    let path = match (&args.run, &args.responses, &args.scores, &args.out) {
+        (Some(run), ..) => unveil_report::write_report(run, args.images, args.samples)?,
+        (None, Some(responses), Some(scores), Some(out)) => {
+            let shown = shown_responses(&load(&args.config, args.boxes)?, responses, scores)?;
+            let title = responses.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            unveil_report::write_samples(&title, &shown, Path::new(""), out)?;
+            out.clone()
+        }
+        _ => anyhow::bail!("give a run directory, or --responses with --scores and --out"),
+    };
+    println!("{}", json!({ "report": path }));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_suite_lists_the_names() {
+        assert_eq!(suite_named("summary"), Ok(Chosen::Summary));
+        assert_eq!(suite_named("mau"), Ok(Chosen::Beyond(Suite::Mau)));
+        let e = suite_named("pope").unwrap_err();
+        assert!(["pope", "summary", "grounding", "mau"].iter().all(|n| e.contains(n)), "{e}");
+    }
+}

@@ -1,0 +1,79 @@
+//! Images small enough that a page can hold a thousand of them: scaled down, JPEG, each file once.
+//!
+//! Must not know: what the images show.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use image::ExtendedColorType;
+use image::codecs::jpeg::JpegEncoder;
+use unveil_data::processor::{Filter, resize};
+use unveil_data::store::Image;
+
+/// Longest side of a thumbnail in pixels.
+const SIDE: u32 = 320;
+/// JPEG quality, 1 to 100.
+const QUALITY: u8 = 85;
+
+/// Thumbnails of a page, each file once.
+#[derive(Default)]
+pub(crate) struct Thumbnails {
+    known: HashMap<PathBuf, Option<usize>>,
+    uris: Vec<String>,
+}
+
+impl Thumbnails {
+    /// The number of `path`'s thumbnail; none where there is no image that can be read.
+    pub(crate) fn number(&mut self, path: &Path) -> Option<usize> {
+        if let Some(known) = self.known.get(path) {
+            return *known;
+        }
+        let number = Image::open(path).ok().and_then(|i| thumbnail(&i)).map(|uri| {
+            self.uris.push(uri);
+            self.uris.len() - 1
+        });
+        self.known.insert(path.to_owned(), number);
+        number
+    }
+
+    /// Data URIs by number.
+    pub(crate) fn into_uris(self) -> Vec<String> {
+        self.uris
+    }
+}
+
+fn thumbnail(image: &Image) -> Option<String> {
+    let longest = image.width.max(image.height);
+    let side = |v: u32| ((u64::from(v) * u64::from(SIDE) / u64::from(longest.max(1))) as u32).max(1);
+    let small;
+    let image = if longest > SIDE {
+        small = resize(image, side(image.width), side(image.height), Filter::Bilinear);
+        &small
+    } else {
+        image
+    };
+    let mut bytes = Vec::new();
+    let mut encoder = JpegEncoder::new_with_quality(&mut bytes, QUALITY);
+    encoder.encode(&image.rgb, image.width, image.height, ExtendedColorType::Rgb8).ok()?;
+    Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_file_once_and_small() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.png");
+        std::fs::write(&path, Image::new(900, 300).to_png().unwrap()).unwrap();
+        let mut t = Thumbnails::default();
+        assert_eq!((t.number(&path), t.number(&path), t.number(Path::new("gone.png"))), (Some(0), Some(0), None));
+        let uris = t.into_uris();
+        let bytes = STANDARD.decode(uris[0].strip_prefix("data:image/jpeg;base64,").unwrap()).unwrap();
+        let back = Image::decode(&bytes, "x").unwrap();
+        assert_eq!((uris.len(), back.width, back.height), (1, 320, 106));
+    }
+}
