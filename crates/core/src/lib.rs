@@ -15,5 +15,5 @@ pub use boxes::{BoxForm, UnknownBoxForm};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
-pub use reward::{Attention, Breakdown, Component, MaskReason};
+pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::Secret;
