@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use futures::StreamExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use unveil_config::Config;
@@ -14,8 +16,12 @@ use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
 
 use crate::RewardError;
 use crate::model::ModelSide;
-use crate::score::{GroupInput, ResponseInput, Scoring, score_group};
+use crate::score::{GroupInput, ResponseInput};
+use crate::scorers::Scorers;
 use crate::wire::check_record;
+
+/// Groups that are scored at the same time.
+const GROUPS_AT_ONCE: usize = 32;
 
 /// Keys of a response line besides the record's own.
 #[derive(Debug)]
@@ -28,6 +34,8 @@ struct Line {
     /// Not in the contract, taken when there: bytes of `response` per token.
     spans: Option<Vec<(usize, usize)>>,
     attention: Option<Attention>,
+    /// Not in the contract, taken when there: newest weight version that made a token.
+    version: Option<u64>,
     /// Not in the contract, taken when there: pixels in which the answer gives its boxes.
     resized_size: Option<(u32, u32)>,
 }
@@ -62,14 +70,14 @@ pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<us
         }
         group.push(line);
     }
-    let scoring = Scoring::new(config);
-    let mut done: Vec<(usize, Breakdown)> = Vec::new();
+    let mut numbers = Vec::new();
+    let mut inputs = Vec::new();
     for id in order {
         let lines = groups.remove(&id).unwrap_or_default();
-        let numbers: Vec<usize> = lines.iter().map(|l| l.number).collect();
-        let group = group_input(data, model.as_ref(), boxes, lines)?;
-        done.extend(numbers.into_iter().zip(score_group(&scoring, &group)));
+        numbers.extend(lines.iter().map(|l| l.number));
+        inputs.push(group_input(data, model.as_ref(), boxes, lines)?);
     }
+    let mut done: Vec<(usize, Breakdown)> = numbers.into_iter().zip(score_all(config, inputs)?).collect();
     done.sort_by_key(|(number, _)| *number);
     let unwritable = |source| RewardError::Io { path: PathBuf::from("output"), source };
     for (_, breakdown) in &done {
@@ -78,6 +86,18 @@ pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<us
     }
     out.flush().map_err(unwritable)?;
     Ok(done.len())
+}
+
+/// Groups in their order, on all cores; so many at once that a judge's limits decide, not ours.
+fn score_all(config: &Config, inputs: Vec<GroupInput>) -> Result<Vec<Breakdown>, RewardError> {
+    let unready = |source| RewardError::Io { path: PathBuf::from("runtime"), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unready)?;
+    runtime.block_on(async {
+        let scorers = Arc::new(Scorers::load(config)?);
+        let calls = inputs.into_iter().map(|group| Arc::clone(&scorers).score(Arc::new(group)));
+        let scored: Vec<Vec<Breakdown>> = futures::stream::iter(calls).buffered(GROUPS_AT_ONCE).collect().await;
+        Ok(scored.into_iter().flatten().collect())
+    })
 }
 
 fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {
@@ -106,6 +126,7 @@ fn parse_line(number: usize, text: &str) -> Result<Line, String> {
         tokens: take(&mut record, "tokens")?,
         spans: take(&mut record, "spans")?,
         attention: take(&mut record, "attention")?,
+        version: take(&mut record, "version")?,
         resized_size: take(&mut record, "resized_size")?,
         record,
     };
@@ -175,7 +196,7 @@ fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, Stri
     if let Some(i) = spans.iter().position(|&(b, e)| b > e || e > text.len()) {
         return Err(format!("`spans[{i}]` is not a byte range of the text ({} bytes)", text.len()));
     }
-    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention })
+    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention, version: line.version.unwrap_or(0) })
 }
 
 /// `(width, height)` from the record, else from the image's header.

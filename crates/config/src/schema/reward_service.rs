@@ -90,7 +90,7 @@ pub struct RewardService {
     pub token_env: String,
     /// File that holds the bearer token; empty = none.
     pub token_file: String,
-    /// Worker: PEM file of the authority that signed `tls_cert`; empty = the system's.
+    /// Workers, and calls to scorers of the user's own: PEM file of the authority that signed the peer's certificate; empty = the system's.
     pub ca: String,
     /// Worker: PEM file of its certificate chain for `client_ca`; empty = none.
     pub client_cert: String,
