@@ -61,6 +61,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
             logs: &logs,
             workers: config.rollout.workers,
             reward_address: &config.reward.address,
+            reward_scheme: if config.reward.service.tls_cert.is_empty() { "http" } else { "https" },
         };
         stage2.run(options.stop, options.note)?;
     }

@@ -122,11 +122,11 @@ pub fn attention_from_wire(a: v1::Attention) -> Result<Attention, ConvertError> 
     if a.rows.len() != expected || cells == 0 {
         return Err(ConvertError::Length { field: "attention.rows", found: a.rows.len(), expected });
     }
-    let flat: Vec<f32> = a.rows.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let row = |bytes: &[u8]| bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     Ok(Attention {
         grid: [a.grid_rows as usize, a.grid_cols as usize],
         tokens: a.tokens.iter().map(|&t| t as usize).collect(),
-        rows: flat.chunks_exact(cells).map(<[f32]>::to_vec).collect(),
+        rows: a.rows.chunks_exact(cells.saturating_mul(4)).map(row).collect(),
     })
 }
 
@@ -190,6 +190,8 @@ mod tests {
         assert_eq!(attention_from_wire(w.clone()).unwrap(), a);
         w.rows = w.rows.slice(..7);
         assert!(attention_from_wire(w).is_err());
+        let huge = v1::Attention { grid_rows: u32::MAX, grid_cols: u32::MAX, ..Default::default() };
+        assert_eq!(attention_from_wire(huge).map(|a| a.rows.len()), Ok(0));
     }
 
     #[test]
