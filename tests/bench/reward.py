@@ -1,7 +1,8 @@
 """`make bench-reward`: scoring in process and through gRPC, against the same functions in numpy and scipy.
 
 Both sides must find the same scores first (1e-6); then they are timed in turns. Rows of target/bench/reward.json: `core`
-(responses per second on one core, against the aim), `python` (the same against the peer), `grpc` (through the service, client and
+(responses per second on one core, against the aim), `python` (the same against functions as TRL calls them, which see one completion at a
+time), `python-grouped` (against the same that share what a group has in common), `grpc` (through the service, client and
 server on this machine's cores, against the aim), `grpc-p99` (latency of a group at half of the aim's load, against the aim).
 """
 
@@ -46,14 +47,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
-    seen = {"core": [], "python": [], "grpc": [], "p99": []}
+    seen = {"core": [], "python": [], "grouped": [], "grpc": [], "p99": []}
     with tempfile.TemporaryDirectory() as folder:
-        run_write = subprocess.run([str(BENCH), "write", folder], check=True)
-        assert run_write.returncode == 0
+        subprocess.run([str(BENCH), "write", folder], check=True)
         compare(folder)
         for _ in range(args.rounds):
             seen["core"].append(run(BENCH, "core", args.seconds)["rate"])
-            seen["python"].append(run(sys.executable, HERE / "reward_peer.py", folder, args.seconds)["rate"])
+            for form, name in (("flat", "python"), ("grouped", "grouped")):
+                seen[name].append(run(sys.executable, HERE / "reward_peer.py", folder, form, args.seconds)["rate"])
             server = subprocess.Popen([str(BENCH), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             try:
                 address = json.loads(server.stdout.readline())["address"]
@@ -67,8 +68,10 @@ def main():
     unit = "responses/s"
     rows = [
         row("core", unit, middle["core"], AIM_CORE, "aim, one core", middle["core"] / AIM_CORE, spread(seen["core"])),
-        row("python", unit, middle["core"], middle["python"], "numpy and scipy, one core", middle["core"] / middle["python"],
-            spread([a / b for a, b in zip(seen["core"], seen["python"])])),
+        *(row(title, unit, middle["core"], middle[name], peer, middle["core"] / middle[name],
+              spread([a / b for a, b in zip(seen["core"], seen[name])]))
+          for title, name, peer in (("python", "python", "numpy and scipy as TRL calls them, one core"),
+                                    ("python-grouped", "grouped", "the same, once per group, one core"))),
         row("grpc", unit, middle["grpc"], AIM_GRPC, "aim, client and server on all cores", middle["grpc"] / AIM_GRPC,
             spread(seen["grpc"])),
         row("grpc-p99", f"ms per group at {AIM_GRPC // 2} responses/s", middle["p99"], AIM_P99, "aim", AIM_P99 / middle["p99"],

@@ -1,5 +1,7 @@
-"""Localization, vision relevance and format as reward functions for TRL are written: numpy and scipy, one call per component with
-the completions of a group. `reward_peer.py DIR values` prints all scores, `reward_peer.py DIR SECONDS` responses per second.
+"""Localization, vision relevance and format as reward functions for TRL are written: numpy and scipy, one function per component
+that gets the completions and, per completion, the columns of its record, and returns a list of numbers. `reward_peer.py DIR values`
+prints all scores; `reward_peer.py DIR flat SECONDS` gives responses per second; `grouped` in its place hands over one group per call
+and shares what its completions have in common, which TRL's functions cannot know.
 """
 
 import json
@@ -46,18 +48,18 @@ def iou(a, b):
     return inside / (area_a[:, None] + area_b[None, :] - inside)
 
 
-def localization_reward(completions, truth, image):
+def localization_reward(completions, boxes, image):
     """Soft F1."""
     scores = []
-    for text in completions:
-        boxes = read_boxes(text)
-        good = boxes[valid(boxes, image)]
+    for text, truth in zip(completions, boxes):
+        said = read_boxes(text)
+        good = said[valid(said, image)]
         matched = 0.0
         if len(good) and len(truth):
             table = iou(good, truth)
             rows, columns = linear_sum_assignment(table, maximize=True)
             matched = table[rows, columns].sum()
-        scores.append(2 * matched / (len(boxes) + len(truth)) if len(boxes) and len(truth) else 0.0)
+        scores.append(2 * matched / (len(said) + len(truth)) if len(said) and len(truth) else 0.0)
     return scores
 
 
@@ -77,17 +79,17 @@ def coverage(truth, grid, image):
     return (out / (image[0] / grid[1] * image[1] / grid[0])).ravel()
 
 
-def vision_reward(completions, spans, tokens, rows, category, truth, grid, image):
-    """Chance-corrected attention of the class tokens on the boxes."""
-    m = coverage(truth, grid, image)
-    a = m.mean()
+def vision_reward(completions, spans, tokens, rows, category, boxes, grid, image, shared=None):
+    """Chance-corrected attention of the class tokens on the boxes; `shared` = their coverage where all completions have the same."""
     scores = []
-    for text, span, token, row in zip(completions, spans, tokens, rows):
-        at = text.lower().find(category.lower())
+    for text, span, token, row, name, truth in zip(completions, spans, tokens, rows, category, boxes):
+        m = coverage(truth, grid, image) if shared is None else shared
+        a = m.mean()
+        at = text.lower().find(name.lower())
         if at < 0:
             scores.append(0.0)
             continue
-        end = at + len(category)
+        end = at + len(name)
         named = [token.index(i) for i, (b, e) in enumerate(span) if b < end and e > at and b < e]
         p = np.frombuffer(row, dtype=np.float32).reshape(len(token), -1)[named].astype(np.float64)
         if not (np.isfinite(p).all() and (p >= 0).all() and (abs(p.sum(1) - 1) <= 0.05).all()):
@@ -103,11 +105,12 @@ def format_reward(completions):
     return [1.0 if FORM.fullmatch(t) and len(read_boxes(t)) == t.count("[") else 0.0 for t in completions]
 
 
-def score(group, grid, image):
-    """All components of a group, and the total."""
-    texts = group["texts"]
-    place = localization_reward(texts, group["truth"], image)
-    look = vision_reward(texts, group["spans"], group["tokens"], group["rows"], group["category"], group["truth"], grid, image)
+def score(batch, grid, image, grouped):
+    """All components of a batch, and the total."""
+    texts, boxes = batch["texts"], batch["boxes"]
+    shared = coverage(boxes[0], grid, image) if grouped else None
+    place = localization_reward(texts, boxes, image)
+    look = vision_reward(texts, batch["spans"], batch["tokens"], batch["rows"], batch["category"], boxes, grid, image, shared)
     form = format_reward(texts)
     return [[p, v, f, p + 0.5 * v + 0.1 * f] for p, v, f in zip(place, look, form)]
 
@@ -125,8 +128,8 @@ def load(folder):
             rows.append(raw[at:at + size])
             at += size
         groups.append({"texts": [r["text"] for r in g["responses"]], "spans": [r["spans"] for r in g["responses"]],
-                       "tokens": [r["tokens"] for r in g["responses"]], "rows": rows, "category": g["category"],
-                       "truth": np.array(g["boxes"], dtype=np.float64).reshape(-1, 4)})
+                       "tokens": [r["tokens"] for r in g["responses"]], "rows": rows, "category": [g["category"]] * len(rows),
+                       "boxes": [np.array(g["boxes"], dtype=np.float64).reshape(-1, 4)] * len(rows)})
     return groups, grid, image
 
 
@@ -134,12 +137,13 @@ def main():
     """See the top."""
     groups, grid, image = load(sys.argv[1])
     if sys.argv[2] == "values":
-        print(json.dumps([r for g in groups for r in score(g, grid, image)]))
+        print(json.dumps([r for g in groups for r in score(g, grid, image, False)]))
         return
+    grouped = sys.argv[2] == "grouped"
     start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < float(sys.argv[2]):
+    while time.perf_counter() - start < float(sys.argv[3]):
         for g in groups[:32]:
-            done += len(score(g, grid, image))
+            done += len(score(g, grid, image, grouped))
     print(json.dumps({"rate": done / (time.perf_counter() - start)}))
 
 

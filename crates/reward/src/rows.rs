@@ -60,8 +60,8 @@ pub(crate) fn entropy(row: &[f32]) -> f64 {
         }
     }
     let total: f64 = total.iter().sum::<f64>() + rest.iter().map(|p| f64::from(*p)).sum::<f64>();
-    let weighted: f64 =
-        weighted.iter().chain(rest.iter().map(|p| p * ln(*p)).collect::<Vec<_>>().iter()).map(|v| f64::from(*v)).sum();
+    let weighted =
+        weighted.iter().map(|v| f64::from(*v)).sum::<f64>() + rest.iter().map(|p| f64::from(p * ln(*p))).sum::<f64>();
     if row.len() < 2 || total <= 0.0 {
         return 0.0;
     }

@@ -67,14 +67,23 @@ fn whole_image_boxes_lose() {
 #[test]
 fn under_every_overlap_no_cheat_beats_the_honest_answer() {
     let spray: Vec<[i64; 4]> = (0..36).map(|i| [i % 6 * 16, i / 6 * 16, i % 6 * 16 + 16, i / 6 * 16 + 16]).collect();
-    let texts = [HONEST, "[17,17,33,33] nodule", "[0,0,96,96] nodule", &format_answer(&spray, "nodule"), "[32,32,16,16] nodule"];
+    let texts = [
+        HONEST,
+        "[17,17,33,33] nodule",
+        "[0,0,96,96] nodule",
+        &format_answer(&spray, "nodule"),
+        "[32,32,16,16] nodule",
+    ];
     for overlap in [Overlap::Iou, Overlap::Giou, Overlap::Ciou] {
         let mut scoring = Scoring::default();
         scoring.reward.localization.overlap = overlap;
         let responses = texts.iter().enumerate().map(|(i, t)| response(i, t, &half_inside())).collect();
         let group = GroupInput { record: record(TRUE_BOX), sizes: IMAGE, boxes: BoxForm::Absolute, responses };
         let v: Vec<f64> = score_group(&scoring, &group).iter().map(|b| value(b, "localization")).collect();
-        assert!(v[0] == 1.0 && v[1] > v[2] && v[2] > v[4] && v[1] > v[3] && v[3] < 0.1 && v[4] == 0.0, "{overlap:?} {v:?}");
+        assert!(
+            v[0] == 1.0 && v[1] > v[2] && v[2] > v[4] && v[1] > v[3] && v[3] < 0.1 && v[4] == 0.0,
+            "{overlap:?} {v:?}"
+        );
     }
 }
 

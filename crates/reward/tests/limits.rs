@@ -49,6 +49,30 @@ fn peak_memory_mib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
 }
 
+/// A request whose text need not be UTF-8.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    record_json: Vec<u8>,
+}
+
+#[tokio::test]
+async fn what_is_no_text_or_no_message_is_refused() {
+    let served = serve(&Config::default()).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let nested = format!("{{\"id\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    for record_json in [vec![0xff, 0xfe, 0x00], b"\xf0\x28\x8c\x28".to_vec(), Vec::new(), nested.into_bytes()] {
+        let mut raw = tonic::client::Grpc::new(channel.clone());
+        raw.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<RawRequest, v1::ScoreResponse>::default();
+        let path = "/unveil.v1.Reward/Score".parse().unwrap();
+        let status = raw.unary(Request::new(RawRequest { record_json }), path, codec).await.unwrap_err();
+        assert!(matches!(status.code(), Code::Internal | Code::InvalidArgument), "{status}");
+    }
+    assert!(Generated::new(channel).score(request("b")).await.is_ok());
+    served.stop.cancel();
+}
+
 /// A judge that never answers holds calls in the service.
 fn held(judge: &WebServer) -> Config {
     let mut c = Config::default();

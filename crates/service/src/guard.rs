@@ -42,7 +42,9 @@ struct Shared {
 /// A place among the calls at once; a handler of a stream takes it from the request's extensions and keeps it while the stream
 /// lives.
 #[derive(Debug, Clone)]
-pub struct Place(#[allow(dead_code)] Arc<OwnedSemaphorePermit>);
+pub struct Place {
+    _permit: Arc<OwnedSemaphorePermit>,
+}
 
 /// What a guard has counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +114,7 @@ impl Shared {
         if slot.is_none() {
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
-        slot.map(|s| Place(Arc::new(s)))
+        slot.map(|s| Place { _permit: Arc::new(s) })
     }
 }
 

@@ -86,13 +86,12 @@ impl Judge {
     /// did not say in time, failed, or said something that is no score. Equal answers are asked about once, and what was said
     /// before is remembered by content. Never takes longer than the configured deadline.
     pub async fn score(&self, record: &Record, answers: &[Option<String>]) -> Vec<Component> {
-        let mut asked: HashMap<&str, Result<f64, String>> = HashMap::new();
         let mut open: Vec<&str> = answers.iter().flatten().map(String::as_str).collect();
         open.sort_unstable();
         open.dedup();
         let calls = open.iter().map(|answer| self.ask(record, answer));
         let said = futures::future::join_all(calls).await;
-        asked.extend(open.into_iter().zip(said));
+        let asked: HashMap<&str, Result<f64, String>> = open.into_iter().zip(said).collect();
         let component = |answer: &Option<String>| match answer.as_deref().map(|a| asked.get(a)) {
             None => Component::value(0.0).with("no_span", 1.0),
             Some(Some(Ok(value))) => Component::value(*value),
