@@ -99,9 +99,8 @@ impl Rewards {
             Err(e) => return masked(e.to_string()),
         };
         // Every group waits for the connection at the same time, none behind another.
-        let connecting = self
-            .client
-            .get_or_try_init(|| RewardClient::connect_with(&self.address, &self.options, self.deadline));
+        let connecting =
+            self.client.get_or_try_init(|| RewardClient::connect_with(&self.address, &self.options, self.deadline));
         let client = match tokio::time::timeout(self.deadline, connecting).await {
             Ok(Ok(client)) => client,
             Ok(Err(e)) => return masked(e.to_string()),
