@@ -13,7 +13,7 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-gpu fmt lint doc clean
+.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,14 @@ bench-learner: setup ## policy updates against TRL, weight sync against plain lo
 	@.ci/setup --tests
 	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
 	$(PYTHON) tests/bench/learner.py --sync $(ARGS)
+
+bench-reward: setup ## scoring in process and through gRPC, against numpy and scipy (ARGS="--rounds 3")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-reward --example reward_bench
+	$(PYTHON) tests/bench/reward.py $(ARGS)
+
+fuzz: setup ## a million hostile responses through scoring, optimised (UNVEIL_FUZZ=N UNVEIL_SEED=S)
+	UNVEIL_FUZZ=$${UNVEIL_FUZZ:-1000000} cargo test --release --locked -p unveil-reward --test hostile -- --nocapture
 
 bench-gpu: bench-build ## rollout against transformers on a GPU, 3B and 7B in bfloat16
 	$(PYTHON) tests/bench/rollout.py --name gpu --device cuda --dtype bfloat16 --shapes 3b,7b --bandwidth $(ARGS)

@@ -5,10 +5,12 @@
 mod auto;
 mod change;
 mod load;
+mod outside;
 mod paths;
 pub mod schema;
 mod validate;
 
 pub use change::{Change, changes, entries};
 pub use load::{ConfigError, environment, load, load_from};
+pub use outside::secret;
 pub use schema::Config;

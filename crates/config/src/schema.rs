@@ -7,6 +7,7 @@ mod learner;
 mod lora;
 mod parallel;
 mod reward;
+mod reward_service;
 
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
@@ -14,7 +15,11 @@ pub use learner::{
 };
 pub use lora::Lora;
 pub use parallel::Parallel;
-pub use reward::{ComponentConfig, Normalise, Reward, VisionMode, VisionRelevance};
+pub use reward::{
+    Abstention, ComponentConfig, Custom, Gate, Length, Localization, Normalise, Overlap, Relevance, RelevanceKind,
+    Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
+};
+pub use reward_service::{Judge, RewardService};
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]

@@ -22,6 +22,8 @@ pub(crate) struct Stage2<'a> {
     pub ranks: usize,
     /// Addresses that the configuration names; empty = start the role here.
     pub reward_address: &'a str,
+    /// How the reward service that is started here is spoken to.
+    pub reward_scheme: &'static str,
 }
 
 struct Worker {
@@ -38,7 +40,7 @@ impl Stage2<'_> {
         if reward_address.is_empty() {
             let mut role = self.reward(None)?;
             let bound = role.address(READY, stop)?;
-            reward_address = format!("http://{bound}");
+            reward_address = format!("{}://{bound}", self.reward_scheme);
             reward = Some((role, bound, 0));
         }
         let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;

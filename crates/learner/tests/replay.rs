@@ -135,6 +135,8 @@ fn ppo_equals_an_independent_update() {
 fn a_separate_critic_equals_an_independent_update() {
     let mut c = config(Algorithm::Ppo);
     c.learner.critic = Critic::Separate;
+    // Without the value loss the policy's own gradients lie nearer to what fp32 leaves of 0: see `adapters`.
+    c.learner.optimizer.eps = 1e-5;
     compare(&c);
 }
 

@@ -1,13 +1,18 @@
 //! The caller's side: scores, or breakdowns with every component masked. Never a 0 that nobody computed.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::transport::Channel;
-use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record};
+use unveil_config::Config;
+use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record, Secret};
 use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
-use unveil_service::{Backoff, connect, limited, retry, with_deadline};
+use unveil_service::{
+    Backoff, ClientOptions, ClientTls, PemPair, authorised, connect_with, limited, retry, with_deadline,
+};
 
 use crate::RewardError;
 use crate::score::COMPONENTS;
@@ -16,6 +21,7 @@ use crate::score::COMPONENTS;
 #[derive(Debug, Clone)]
 pub struct RewardClient {
     inner: Generated<Channel>,
+    token: Option<Arc<Secret>>,
 }
 
 impl RewardClient {
@@ -24,12 +30,21 @@ impl RewardClient {
     /// # Errors
     /// The address cannot be read, or nobody answered.
     pub async fn connect(address: &str, deadline: Duration) -> Result<Self, RewardError> {
-        Ok(Self::new(connect(address, deadline).await?))
+        Self::connect_with(address, &ClientOptions::default(), deadline).await
+    }
+
+    /// [`RewardClient::connect`] with TLS and a token; see [`client_options`].
+    ///
+    /// # Errors
+    /// As there; also when a certificate or key cannot be used.
+    pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Duration) -> Result<Self, RewardError> {
+        let token = options.token.clone().map(Arc::new);
+        Ok(Self { token, ..Self::new(connect_with(address, &options.tls, deadline).await?) })
     }
 
     /// A client over an existing channel.
     pub fn new(channel: Channel) -> Self {
-        Self { inner: limited!(Generated::new(channel)) }
+        Self { inner: limited!(Generated::new(channel)), token: None }
     }
 
     /// Scores a group; tries again while the service is away, up to `deadline`. On any failure the cause is logged and every
@@ -38,8 +53,9 @@ impl RewardClient {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         let answer = retry("reward score", deadline, Backoff::default(), |left| {
-            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
-            async move { client.score(request).await }
+            let request = authorised(with_deadline(request.clone(), left), self.token.as_deref());
+            let mut client = self.inner.clone();
+            async move { client.score(request?).await }
         })
         .await
         .map_err(|e| e.to_string())
@@ -49,6 +65,18 @@ impl RewardClient {
             masked_group(&id, &indices, &reason)
         })
     }
+}
+
+/// How a worker reaches the service of a configuration: its authority, certificate and token.
+///
+/// # Errors
+/// The token that the configuration names is not there.
+pub fn client_options(config: &Config) -> Result<ClientOptions, RewardError> {
+    let s = &config.reward.service;
+    let pem = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
+    let identity = pem(&s.client_cert).map(|certificate| PemPair { certificate, key: PathBuf::from(&s.client_key) });
+    let token = unveil_config::secret("reward.service.token", &s.token_env, &s.token_file)?;
+    Ok(ClientOptions { tls: ClientTls { ca: pem(&s.ca), identity }, token })
 }
 
 /// The request for a group; `record.boxes` in pixels of the original image, those of the responses written as `boxes` says.

@@ -4,14 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use unveil_config::schema::Normalise;
+use unveil_config::schema::{Gate, Normalise};
 use unveil_core::{Component, MaskReason};
 
 /// How one component enters the total.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Part {
+pub struct Part<'a> {
     /// Component name.
-    pub name: &'static str,
+    pub name: &'a str,
     /// Weight, 0 or more; 0 = reported, not in the total.
     pub weight: f64,
     /// Normalisation over the group.
@@ -26,7 +26,7 @@ pub struct Part {
 /// - `None` for all when nothing with a weight is left.
 ///
 /// Range: `[0, W]` for values in `[0, 1]` under `none` and `max`; z-scores are centred on 0.
-pub fn compose(group: &mut [BTreeMap<String, Component>], parts: &[Part], max_eps: f64) -> Vec<Option<f64>> {
+pub fn compose(group: &mut [BTreeMap<String, Component>], parts: &[Part<'_>], max_eps: f64) -> Vec<Option<f64>> {
     let mut totals = vec![0.0; group.len()];
     let (mut configured, mut left) = (0.0, 0.0);
     for part in parts {
@@ -42,6 +42,34 @@ pub fn compose(group: &mut [BTreeMap<String, Component>], parts: &[Part], max_ep
         }
     }
     totals.into_iter().map(|t| (left > 0.0).then(|| t * (configured / left))).collect()
+}
+
+/// Sets components to 0 where the component that they depend on is too low, in the order of `gates`.
+///
+/// The raw value moves to the detail `raw`, and the detail `gated` is 1. Where the deciding component is masked nobody knows, so the
+/// other is masked, too.
+pub fn apply_gates(group: &mut [BTreeMap<String, Component>], gates: &[Gate]) {
+    for gate in gates {
+        for response in group.iter_mut() {
+            let decides = response.get(&gate.needs).map(|c| c.value);
+            let (Some(decides), Some(c)) = (decides, response.get_mut(&gate.component)) else { continue };
+            match (decides, c.value) {
+                (_, None) => {}
+                (None, Some(raw)) => {
+                    c.detail.insert("raw".to_owned(), raw);
+                    c.value = None;
+                    c.masked = true;
+                    c.reason = Some(MaskReason::Failed(format!("its gate `{}` is masked", gate.needs)));
+                }
+                (Some(v), Some(raw)) if v < gate.at_least || v.is_nan() => {
+                    c.detail.insert("raw".to_owned(), raw);
+                    c.detail.insert("gated".to_owned(), 1.0);
+                    c.value = Some(0.0);
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 /// Applies the mask rule for one component.
@@ -89,7 +117,7 @@ pub fn normalised(values: &[f64], how: Normalise, max_eps: f64) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    fn part(name: &'static str, weight: f64) -> Part {
+    fn part(name: &str, weight: f64) -> Part<'_> {
         Part { name, weight, normalise: Normalise::None }
     }
 
@@ -106,6 +134,16 @@ mod tests {
         assert_eq!(g[0]["b"].reason, Some(MaskReason::GroupMasked));
         assert_eq!((g[0]["b"].value, g[0]["b"].detail["raw"]), (None, 1.0));
         assert_eq!(g[1]["b"].reason, Some(MaskReason::NoAttention));
+    }
+
+    #[test]
+    fn gates_let_through_set_to_zero_or_mask() {
+        let one = |a: Option<f64>| response(&[("a", a), ("b", Some(0.7))]);
+        let mut g = [one(Some(1.0)), one(Some(0.5)), one(None)];
+        apply_gates(&mut g, &[Gate { component: "b".into(), needs: "a".into(), at_least: 1.0 }]);
+        assert_eq!(g.each_ref().map(|r| r["b"].value), [Some(0.7), Some(0.0), None]);
+        assert_eq!((g[1]["b"].detail["gated"], g[1]["b"].detail["raw"]), (1.0, 0.7));
+        assert!(g[2]["b"].masked && matches!(&g[2]["b"].reason, Some(MaskReason::Failed(w)) if w.contains("`a`")));
     }
 
     #[test]

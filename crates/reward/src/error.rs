@@ -36,6 +36,17 @@ pub enum RewardError {
         /// What is wrong with it.
         what: String,
     },
+    /// Something that the configuration names, or the data of a command, cannot be used.
+    #[error("{what}: {why}")]
+    Named {
+        /// Which key or file.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A secret that the configuration names is not there.
+    #[error(transparent)]
+    Config(#[from] unveil_config::ConfigError),
     /// The model directory that the configuration names cannot be used.
     #[error("model.dir {path}: {what}")]
     Model {

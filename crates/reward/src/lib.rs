@@ -4,23 +4,36 @@
 //! Must not know: tch. Scorers know neither tokio nor tonic.
 
 pub mod assignment;
+pub mod calibrate;
 mod client;
 pub mod compose;
+pub mod embed;
 mod error;
 pub mod form;
 pub mod localization;
 pub mod mention;
+mod meter;
 mod model;
 mod offline;
+pub mod outside;
+mod relevance;
+mod rows;
 mod score;
+mod scorers;
 mod serve;
+pub mod style;
+pub mod symbolic;
+pub mod text;
 pub mod vision;
 mod wire;
 
-pub use client::{RewardClient, masked_group, score_request};
+pub use client::{RewardClient, client_options, masked_group, score_request};
 pub use error::RewardError;
 pub use mention::byte_spans;
 pub use offline::{GroupLines, read_responses, run_score};
-pub use score::{COMPONENTS, GroupInput, ResponseInput, Scoring, score_group};
-pub use serve::{reward_routes, run_serve, serve_with};
+pub use score::{
+    COMPONENTS, Components, GroupInput, Resources, ResponseInput, Scoring, components, finish, score_group,
+};
+pub use scorers::Scorers;
+pub use serve::{run_serve, serve_with};
 pub use wire::group_from_request;

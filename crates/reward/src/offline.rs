@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use futures::StreamExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use unveil_config::Config;
@@ -14,8 +16,12 @@ use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
 
 use crate::RewardError;
 use crate::model::ModelSide;
-use crate::score::{GroupInput, ResponseInput, Scoring, score_group};
+use crate::score::{GroupInput, ResponseInput};
+use crate::scorers::Scorers;
 use crate::wire::check_record;
+
+/// Groups that are scored at the same time.
+const GROUPS_AT_ONCE: usize = 32;
 
 /// Keys of a response line besides the record's own.
 #[derive(Debug)]
@@ -28,6 +34,8 @@ struct Line {
     /// Not in the contract, taken when there: bytes of `response` per token.
     spans: Option<Vec<(usize, usize)>>,
     attention: Option<Attention>,
+    /// Not in the contract, taken when there: newest weight version that made a token.
+    version: Option<u64>,
     /// Not in the contract, taken when there: pixels in which the answer gives its boxes.
     resized_size: Option<(u32, u32)>,
 }
@@ -40,11 +48,12 @@ pub type GroupLines = (GroupInput, Vec<usize>);
 /// # Errors
 /// The first line that cannot be used, as `file:line: what`; nothing is written then.
 pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<usize, RewardError> {
-    let scoring = Scoring::new(config);
-    let mut done: Vec<(usize, Breakdown)> = Vec::new();
-    for (group, numbers) in read_responses(config, data)? {
-        done.extend(numbers.into_iter().zip(score_group(&scoring, &group)));
+    let (mut numbers, mut inputs) = (Vec::new(), Vec::new());
+    for (group, lines) in read_responses(config, data)? {
+        numbers.extend(lines);
+        inputs.push(group);
     }
+    let mut done: Vec<(usize, Breakdown)> = numbers.into_iter().zip(score_all(config, inputs)?).collect();
     done.sort_by_key(|(number, _)| *number);
     let unwritable = |source| RewardError::Io { path: PathBuf::from("output"), source };
     for (_, breakdown) in &done {
@@ -92,6 +101,18 @@ pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, R
     order.into_iter().map(group).collect()
 }
 
+/// Groups in their order, on all cores; so many at once that a judge's limits decide, not ours.
+fn score_all(config: &Config, inputs: Vec<GroupInput>) -> Result<Vec<Breakdown>, RewardError> {
+    let unready = |source| RewardError::Io { path: PathBuf::from("runtime"), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unready)?;
+    runtime.block_on(async {
+        let scorers = Arc::new(Scorers::load(config)?);
+        let calls = inputs.into_iter().map(|group| Arc::clone(&scorers).score(Arc::new(group)));
+        let scored: Vec<Vec<Breakdown>> = futures::stream::iter(calls).buffered(GROUPS_AT_ONCE).collect().await;
+        Ok(scored.into_iter().flatten().collect())
+    })
+}
+
 fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {
     let io = |source| RewardError::Io { path: data.to_owned(), source };
     let mut out = Vec::new();
@@ -118,6 +139,7 @@ fn parse_line(number: usize, text: &str) -> Result<Line, String> {
         tokens: take(&mut record, "tokens")?,
         spans: take(&mut record, "spans")?,
         attention: take(&mut record, "attention")?,
+        version: take(&mut record, "version")?,
         resized_size: take(&mut record, "resized_size")?,
         record,
     };
@@ -187,7 +209,7 @@ fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, Stri
     if let Some(i) = spans.iter().position(|&(b, e)| b > e || e > text.len()) {
         return Err(format!("`spans[{i}]` is not a byte range of the text ({} bytes)", text.len()));
     }
-    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention })
+    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention, version: line.version.unwrap_or(0) })
 }
 
 /// `(width, height)` from the record, else from the image's header.

@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 
 use unveil_config::Config;
-use unveil_config::schema::{Normalise, Reward};
-use unveil_core::{Attention, BoxForm, Breakdown, Record};
-use unveil_data::codec::{Sizes, codec, read_answer};
+use unveil_config::schema::{RelevanceKind, Reward, VisionMode};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Record};
+use unveil_data::codec::{GroundedAnswer, Sizes, codec, read_answer};
 
-use crate::compose::{Part, compose};
-use crate::form;
-use crate::localization::localization;
-use crate::vision::{Region, vision_relevance};
+use crate::compose::{Part, apply_gates, compose};
+use crate::embed::Embedder;
+use crate::localization::{Claim, Rule, Truth, localize};
+use crate::symbolic::RuleTable;
+use crate::text::clean::{closed_span, visible};
+use crate::vision::{Region, Seen, VisionRule, look};
+use crate::{form, relevance, style};
 
-/// Names of the components, as in the configuration and in every breakdown.
+/// Names of the components that every breakdown has; the others are there where they are configured.
 pub const COMPONENTS: [&str; 4] = ["localization", "vision_relevance", "format", "category"];
 
 /// What scoring needs to know of the configuration.
@@ -37,17 +40,34 @@ impl Scoring {
         std::iter::once(category.to_owned()).chain(synonyms).collect()
     }
 
-    fn parts(&self) -> [Part; 4] {
-        let r = &self.reward;
-        let part = |name, weight: f64, normalise: Normalise| Part { name, weight, normalise };
-        [
-            part(COMPONENTS[0], r.localization.weight, r.localization.normalise),
-            part(COMPONENTS[1], r.vision_relevance.weight, r.vision_relevance.normalise),
-            part(COMPONENTS[2], r.format.weight, r.format.normalise),
-            part(COMPONENTS[3], r.category.weight, r.category.normalise),
-        ]
+    /// What stands in a text that a relevance scorer may look at: the closed span where marks are configured, without what
+    /// hides, cut. None = there is no such span.
+    pub fn answer_span(&self, text: &str) -> Option<String> {
+        let r = &self.reward.relevance;
+        let inside = match r.span.as_slice() {
+            [open, close] => closed_span(text, open, close)?,
+            _ => text,
+        };
+        Some(visible(inside, r.max_chars))
+    }
+
+    /// Asks an external judge.
+    pub(crate) fn asks_judge(&self) -> bool {
+        self.reward.relevance.weight > 0.0 && self.reward.relevance.kind == RelevanceKind::Judge
     }
 }
+
+/// What is read from files once; empty where nothing is configured.
+#[derive(Debug, Default)]
+pub struct Resources {
+    /// Rule table of the symbolic scorer.
+    pub symbolic: Option<RuleTable>,
+    /// Model of the embedding similarity.
+    pub embedder: Option<Embedder>,
+}
+
+/// Components of one response, by name.
+pub type Components = BTreeMap<String, Component>;
 
 /// The responses to one image and question.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,39 +93,139 @@ pub struct ResponseInput {
     pub spans: Vec<(usize, usize)>,
     /// Attention over the image tokens, when captured.
     pub attention: Option<Attention>,
+    /// Newest weight version that made one of its tokens; where it is not known, 0.
+    pub version: u64,
 }
 
-/// Scores a group: every component, masks, totals. Same order as the responses.
+/// Scores a group by what needs neither files nor other services: every such component, masks, totals. Same order as the
+/// responses.
 pub fn score_group(scoring: &Scoring, input: &GroupInput) -> Vec<Breakdown> {
+    finish(scoring, input, components(scoring, &Resources::default(), input))
+}
+
+/// The components that are computed in this process, raw: before gates, masks of the group and totals.
+pub fn components(scoring: &Scoring, resources: &Resources, input: &GroupInput) -> Vec<Components> {
     let names = scoring.names(&input.record.category);
     let truth = &input.record.boxes;
     let image: [u32; 2] = input.sizes.original.into();
+    let r = &scoring.reward;
+    let version = input.responses.iter().map(|r| r.version).max().unwrap_or(0);
+    let group = Shared {
+        scoring,
+        resources,
+        record: &input.record,
+        image,
+        rule: Rule::at(&r.localization, version),
+        look: VisionRule { mode: r.vision_relevance.mode, sink: r.vision_relevance.sink },
+        relevance: relevance::Reference::new(scoring, resources, &input.record),
+        names,
+    };
     let codec = codec(input.boxes);
     let mut region = Region::new(truth, image);
-    let mut components: Vec<BTreeMap<String, _>> = input
-        .responses
-        .iter()
-        .map(|r| {
-            let answer = read_answer(codec, &r.text, &input.sizes);
-            let mode = scoring.reward.vision_relevance.mode;
-            let attention = r.attention.as_ref();
-            let scores = [
-                localization(&answer.boxes, answer.no_finding, truth, image),
-                vision_relevance(&r.text, &names, &r.spans, attention, &mut region, mode),
-                form::format(&answer),
-                form::category(&answer, &names, !truth.is_empty()),
-            ];
-            COMPONENTS.iter().map(|n| (*n).to_owned()).zip(scores).collect()
-        })
+    let one = |response: &ResponseInput| {
+        let answer = read_answer(codec, &response.text, &input.sizes);
+        group.components(response, &answer, &mut region)
+    };
+    input.responses.iter().map(one).collect()
+}
+
+/// Gates, masks of the group, totals.
+pub fn finish(scoring: &Scoring, input: &GroupInput, mut components: Vec<Components>) -> Vec<Breakdown> {
+    apply_gates(&mut components, &scoring.reward.gates);
+    let parts: Vec<Part<'_>> = scoring
+        .reward
+        .components()
+        .into_iter()
+        .map(|(name, weight, normalise)| Part { name, weight, normalise })
         .collect();
-    let totals = compose(&mut components, &scoring.parts(), scoring.reward.max_eps);
-    input
-        .responses
-        .iter()
-        .zip(totals)
-        .zip(components)
+    let totals = compose(&mut components, &parts, scoring.reward.max_eps);
+    let responses = input.responses.iter().zip(totals).zip(components);
+    responses
         .map(|((r, total), components)| Breakdown { id: input.record.id.clone(), index: r.index, total, components })
         .collect()
+}
+
+/// What the responses of a group have in common.
+struct Shared<'a> {
+    scoring: &'a Scoring,
+    resources: &'a Resources,
+    record: &'a Record,
+    image: [u32; 2],
+    names: Vec<String>,
+    rule: Rule,
+    look: VisionRule,
+    relevance: relevance::Reference,
+}
+
+impl Shared<'_> {
+    fn components(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
+        let reward = &self.scoring.reward;
+        let truth = &self.record.boxes;
+        let named = if reward.localization.label_aware { self.named(answer) } else { Vec::new() };
+        let claim = Claim { boxes: &answer.boxes, says_none: answer.no_finding };
+        let place = localize(claim, Truth { boxes: truth, image: self.image, named: &named }, self.rule);
+        let seen = Seen { text: &r.text, spans: &r.spans, attention: r.attention.as_ref() };
+        let vision = look(seen, &self.names, region, self.look);
+        let mut out = Components::new();
+        let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
+        add(COMPONENTS[0], place.by(localization_version(reward)));
+        add(COMPONENTS[1], vision.by(vision_version(self.look)));
+        add(COMPONENTS[2], form::format(answer).by("format-1"));
+        add(COMPONENTS[3], form::category(answer, &self.names, !truth.is_empty()).by("category-1"));
+        if reward.relevance.weight > 0.0 && reward.relevance.kind != RelevanceKind::Judge {
+            let span = self.scoring.answer_span(&r.text);
+            add("relevance", self.relevance.score(span.as_deref(), self.resources));
+        }
+        let l = &reward.length;
+        if l.weight > 0.0 {
+            add("length", style::length(&r.text, l.min_chars, l.max_chars, l.slack_chars).by("length-1"));
+        }
+        if reward.repetition.weight > 0.0 {
+            add("repetition", style::repetition(&r.text, reward.repetition.ngram).by("repetition-1"));
+        }
+        if reward.abstention.weight > 0.0 {
+            add("abstention", style::abstention(answer, !truth.is_empty()).by("abstention-1"));
+        }
+        if reward.symbolic.weight > 0.0 {
+            let masked = || Component::masked(MaskReason::Failed("no rule table is loaded".to_owned()));
+            let table = self.resources.symbolic.as_ref();
+            let scored = table.map(|t| t.score(&r.text, self.record).by(t.version().to_owned()));
+            add("symbolic", scored.unwrap_or_else(masked));
+        }
+        out
+    }
+
+    /// Per true box, whether the answer names its label or a synonym of it. An answer names several by commas.
+    fn named(&self, answer: &GroundedAnswer) -> Vec<bool> {
+        let said: Vec<String> = answer.category.split(',').map(|c| c.trim().to_lowercase()).collect();
+        let is_said = |names: &[String]| names.iter().any(|n| said.contains(&n.trim().to_lowercase()));
+        let by_label = |at: usize| match self.record.labels.get(at) {
+            Some(label) => is_said(&self.scoring.names(label)),
+            None => is_said(&self.names),
+        };
+        (0..self.record.boxes.len()).map(by_label).collect()
+    }
+}
+
+fn localization_version(reward: &Reward) -> &'static str {
+    use unveil_config::schema::Overlap::{Ciou, Giou, Iou};
+    match (reward.localization.overlap, reward.localization.label_aware) {
+        (Iou, false) => "localization-2:iou",
+        (Giou, false) => "localization-2:giou",
+        (Ciou, false) => "localization-2:ciou",
+        (Iou, true) => "localization-2:iou+labels",
+        (Giou, true) => "localization-2:giou+labels",
+        (Ciou, true) => "localization-2:ciou+labels",
+    }
+}
+
+fn vision_version(rule: VisionRule) -> &'static str {
+    match (rule.mode, rule.sink > 0.0) {
+        (VisionMode::AllTokens, false) => "vision_relevance-2",
+        (VisionMode::AllTokens, true) => "vision_relevance-2:sinks",
+        (VisionMode::PaperLiteral, false) => "vision_relevance-2:literal",
+        (VisionMode::PaperLiteral, true) => "vision_relevance-2:literal+sinks",
+    }
 }
 
 #[cfg(test)]
@@ -158,6 +278,49 @@ mod tests {
         assert_eq!(value(&group), Some(0.0));
         group.boxes = BoxForm::PerMille;
         assert_eq!(value(&group), Some(1.0));
+    }
+
+    #[test]
+    fn versions_labels_and_the_curriculum() {
+        let mut s = Scoring::default();
+        s.reward.localization.label_aware = true;
+        s.reward.localization.curriculum = vec![(3, 0.9)];
+        let mut group = input(&["[10,5,30,14] nodule", "[10,5,30,14] mass"]);
+        let value = |g: &GroupInput, i: usize| score_group(&s, g)[i].components["localization"].value.unwrap();
+        assert!((value(&group, 0) - 0.9).abs() < 1e-6 && value(&group, 1) == 0.0);
+        group.record.labels = vec!["mass".into()];
+        assert!(value(&group, 0) == 0.0 && value(&group, 1) > 0.8);
+        group.record.boxes[0].y2 = 31.0;
+        group.responses[0].version = 3;
+        assert_eq!(value(&group, 1), 0.0, "the group's newest token decides");
+        let b = score_group(&s, &group);
+        assert_eq!(b[0].components["localization"].version, "localization-2:iou+labels");
+        assert!(b[0].components.values().all(|c| !c.version.is_empty()));
+    }
+
+    #[test]
+    fn optional_components_are_there_when_they_have_a_weight() {
+        let mut s = Scoring::default();
+        s.reward.length.weight = 1.0;
+        s.reward.repetition.weight = 1.0;
+        s.reward.abstention.weight = 1.0;
+        s.reward.symbolic.weight = 1.0;
+        s.reward.relevance =
+            unveil_config::schema::Relevance { weight: 1.0, kind: RelevanceKind::TokenF1, ..Default::default() };
+        let mut group = input(&["[10,5,30,15] nodule"]);
+        group.record.answer = "1053015 mass".into();
+        let b = &score_group(&s, &group)[0];
+        for name in ["length", "repetition", "abstention"] {
+            assert_eq!(b.components[name].value, Some(1.0), "{name}");
+        }
+        assert!(b.components["symbolic"].masked, "its table is not loaded");
+        assert_eq!(b.components["relevance"].value, Some(0.5), "numbers without spaces are one token");
+        s.reward.relevance.span = vec!["[".into(), "]".into()];
+        group.record.answer = "10,5,30,15".into();
+        assert_eq!(score_group(&s, &group)[0].components["relevance"].value, Some(1.0));
+        group.responses[0].text = "nodule".into();
+        let c = &score_group(&s, &group)[0].components["relevance"];
+        assert_eq!((c.value, c.detail["no_span"]), (Some(0.0), 1.0));
     }
 
     #[test]

@@ -10,6 +10,9 @@ use crate::score::{GroupInput, ResponseInput};
 /// True boxes that one record may hold.
 const BOX_LIMIT: usize = 1024;
 
+/// Responses that one group may have.
+const RESPONSE_LIMIT: usize = 1024;
+
 /// Reads a request.
 ///
 /// Attention that does not hold together is dropped, so that its component is masked, and the rest is still scored.
@@ -26,6 +29,10 @@ pub fn group_from_request(request: v1::ScoreRequest) -> Result<GroupInput, Rewar
     check_record(&record, original).map_err(|what| RewardError::request("record_json", what))?;
     if request.responses.is_empty() {
         return Err(RewardError::request("responses", "is empty: send the whole group"));
+    }
+    if request.responses.len() > RESPONSE_LIMIT {
+        let what = format!("has {} entries; at most {RESPONSE_LIMIT} are scored together", request.responses.len());
+        return Err(RewardError::request("responses", what));
     }
     let mut seen = std::collections::BTreeSet::new();
     let responses = request
@@ -74,7 +81,8 @@ fn response(at: usize, r: v1::Response) -> Result<ResponseInput, RewardError> {
     let attention = r.attention.and_then(|a| {
         attention_from_wire(a).inspect_err(|e| tracing::warn!(response = r.index, "attention is dropped: {e}")).ok()
     });
-    Ok(ResponseInput { index: r.index as usize, text: r.text, spans, attention })
+    let version = r.versions.iter().copied().max().unwrap_or(0);
+    Ok(ResponseInput { index: r.index as usize, text: r.text, spans, attention, version })
 }
 
 #[cfg(test)]
@@ -99,7 +107,8 @@ mod tests {
     fn the_field_is_named() {
         assert!(group_from_request(request()).is_ok());
         type Change = fn(&mut v1::ScoreRequest);
-        let cases: [(&str, Change); 10] = [
+        let cases: [(&str, Change); 11] = [
+            ("responses", |r| r.responses = vec![v1::Response::default(); RESPONSE_LIMIT + 1]),
             ("record_json", |r| r.record_json = "{".into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,1,1]]}"#.into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,100,4]]}"#.into()),

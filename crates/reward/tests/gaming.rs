@@ -1,6 +1,7 @@
 //! Known ways in which rewards of this kind are gamed: none of them pays, and no score leaves its range.
 
 use proptest::prelude::*;
+use unveil_config::schema::Overlap;
 use unveil_core::{Attention, BoxForm, Breakdown, Record, format_answer};
 use unveil_data::codec::Sizes;
 use unveil_reward::{COMPONENTS, GroupInput, ResponseInput, Scoring, score_group};
@@ -16,7 +17,7 @@ fn record(boxes: &str) -> Record {
 fn response(index: usize, text: &str, row: &[f32]) -> ResponseInput {
     let spans: Vec<(usize, usize)> = text.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect();
     let attention = Attention { grid: GRID, tokens: (0..spans.len()).collect(), rows: vec![row.to_vec(); spans.len()] };
-    ResponseInput { index, text: text.to_owned(), spans, attention: Some(attention) }
+    ResponseInput { index, text: text.to_owned(), spans, attention: Some(attention), version: 0 }
 }
 
 fn half_inside() -> Vec<f32> {
@@ -61,6 +62,29 @@ fn many_boxes_lose() {
 fn whole_image_boxes_lose() {
     let b = score(TRUE_BOX, &[HONEST, "[0,0,96,96] nodule"]);
     assert!(value(&b[1], "localization") < 0.06);
+}
+
+#[test]
+fn under_every_overlap_no_cheat_beats_the_honest_answer() {
+    let spray: Vec<[i64; 4]> = (0..36).map(|i| [i % 6 * 16, i / 6 * 16, i % 6 * 16 + 16, i / 6 * 16 + 16]).collect();
+    let texts = [
+        HONEST,
+        "[17,17,33,33] nodule",
+        "[0,0,96,96] nodule",
+        &format_answer(&spray, "nodule"),
+        "[32,32,16,16] nodule",
+    ];
+    for overlap in [Overlap::Iou, Overlap::Giou, Overlap::Ciou] {
+        let mut scoring = Scoring::default();
+        scoring.reward.localization.overlap = overlap;
+        let responses = texts.iter().enumerate().map(|(i, t)| response(i, t, &half_inside())).collect();
+        let group = GroupInput { record: record(TRUE_BOX), sizes: IMAGE, boxes: BoxForm::Absolute, responses };
+        let v: Vec<f64> = score_group(&scoring, &group).iter().map(|b| value(b, "localization")).collect();
+        assert!(
+            v[0] == 1.0 && v[1] > v[2] && v[2] > v[4] && v[1] > v[3] && v[3] < 0.1 && v[4] == 0.0,
+            "{overlap:?} {v:?}"
+        );
+    }
 }
 
 #[test]

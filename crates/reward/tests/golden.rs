@@ -1,37 +1,26 @@
-//! Localization against torchvision and scipy on random cases (golden.py).
+//! Scorers against torchvision, scipy, rouge-score, sacrebleu, difflib and transformers on random cases (golden.py). `UNVEIL_SEED`
+//! makes other cases.
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use unveil_config::schema::Overlap;
 use unveil_core::BBox;
 use unveil_reward::assignment::max_assignment;
-use unveil_reward::localization::localization;
-
-#[derive(Serialize)]
-struct Case {
-    predicted: Vec<[f64; 4]>,
-    r#true: Vec<[f64; 4]>,
-}
-
-#[derive(Serialize)]
-struct Cases {
-    cases: Vec<Case>,
-    matrices: Vec<Vec<Vec<f64>>>,
-}
-
-#[derive(Deserialize)]
-struct Golden {
-    iou: Vec<Vec<Vec<f64>>>,
-    soft_f1: Vec<f64>,
-    optimum: Vec<f64>,
-}
+use unveil_reward::embed::{Embedder, similarity};
+use unveil_reward::localization::{Claim, Rule, Truth, localization, localize};
+use unveil_reward::text::{bleu::bleu, difflib, overlap};
 
 /// A small linear congruential generator: repeatable numbers in [0, 1).
 struct Numbers(u64);
 
 impl Numbers {
+    fn new(stream: u64) -> Self {
+        let seed = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(7_u64);
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ stream)
+    }
+
     fn next(&mut self) -> f64 {
         self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (self.0 >> 11) as f64 / (1_u64 << 53) as f64
@@ -49,17 +38,53 @@ impl Numbers {
         };
         (0..n).map(|_| one()).collect()
     }
+
+    /// A text of words, numbers, punctuation and other letters; sometimes long, sometimes of a single character again and again.
+    fn text(&mut self) -> String {
+        const PIECES: [&str; 28] = [
+            "nodule",
+            "lung",
+            "the",
+            "a",
+            "An",
+            "left",
+            "right",
+            "No finding",
+            "3.5",
+            "mm",
+            "7-8",
+            ",",
+            ".",
+            "!",
+            "(",
+            ")",
+            "it's",
+            "&",
+            "&lt;",
+            "\"",
+            "-",
+            "höhle",
+            "ÄÖ",
+            "肺",
+            "1,000",
+            "x.y",
+            "/",
+            "_",
+        ];
+        let n = [0, 1, 3, 8, 20, 60][self.below(6)];
+        let mut out = String::new();
+        for _ in 0..n {
+            out.push_str(PIECES[self.below(PIECES.len())]);
+            out.push_str(["", " ", " ", " ", "  ", "\n"][self.below(6)]);
+        }
+        out
+    }
 }
 
-/// The interpreter of the set-up environment; its absence is a failure, not a skip.
-fn python() -> PathBuf {
-    let local = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python");
-    std::env::var_os("UNVEIL_PYTHON").map_or(local, PathBuf::from)
-}
-
-fn golden(cases: &Cases) -> Golden {
+/// Asks golden.py; the absence of its interpreter is a failure, not a skip.
+fn golden(request: &Value) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden.py");
-    let python = python();
+    let python = unveil_testkit::python();
     let mut child = Command::new(&python)
         .arg(script)
         .env("OMP_NUM_THREADS", "1")
@@ -67,46 +92,130 @@ fn golden(cases: &Cases) -> Golden {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap_or_else(|e| panic!("{}: {e}; run `make setup`, or set UNVEIL_PYTHON", python.display()));
-    child.stdin.take().unwrap().write_all(&serde_json::to_vec(cases).unwrap()).unwrap();
+    let body = serde_json::to_vec(request).unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let writer = std::thread::spawn(move || input.write_all(&body).unwrap());
     let out = child.wait_with_output().unwrap();
+    writer.join().unwrap();
     assert!(out.status.success(), "golden.py failed");
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
+fn number(v: &Value) -> f64 {
+    v.as_f64().unwrap()
+}
+
 #[test]
-fn iou_soft_f1_and_assignment_equal_torchvision_and_scipy() {
-    let mut rng = Numbers(7);
-    let cases: Vec<Case> = (0..300)
+fn overlaps_soft_f1_and_assignment() {
+    let mut rng = Numbers::new(1);
+    let cases: Vec<[Vec<[f64; 4]>; 2]> = (0..1500)
         .map(|_| {
             let (p, t) = (1 + rng.below(12), 1 + rng.below(8));
-            Case { predicted: rng.boxes(p), r#true: rng.boxes(t) }
+            let mut predicted = rng.boxes(p);
+            let truth = rng.boxes(t);
+            if rng.below(4) == 0 {
+                predicted[0] = truth[0];
+            }
+            [predicted, truth]
         })
         .collect();
-    let matrices: Vec<Vec<Vec<f64>>> = (0..200)
+    let matrices: Vec<Vec<Vec<f64>>> = (0..1500)
         .map(|_| {
-            let (rows, columns) = (1 + rng.below(40), 1 + rng.below(40));
+            let (rows, columns) = (1 + rng.below(20), 1 + rng.below(20));
             // Rounded, so that ties are common.
             (0..rows).map(|_| (0..columns).map(|_| (rng.next() * 10.0).round() / 10.0).collect()).collect()
         })
         .collect();
-    let request = Cases { cases, matrices };
-    let golden = golden(&request);
-    assert_eq!((golden.soft_f1.len(), golden.optimum.len()), (300, 200));
-    for (i, case) in request.cases.iter().enumerate() {
+    let sent: Vec<Value> = cases.iter().map(|[p, t]| json!({"predicted": p, "true": t})).collect();
+    let golden = golden(&json!({"what": "boxes", "cases": sent, "matrices": matrices}));
+    let mut compared = 0;
+    for (i, [predicted, truth]) in cases.iter().enumerate() {
         let list = |b: &[[f64; 4]]| b.iter().map(|b| BBox::from(b.map(|v| v as f32))).collect::<Vec<_>>();
-        let (p, t) = (list(&case.predicted), list(&case.r#true));
-        for (a, row) in p.iter().zip(&golden.iou[i]) {
-            for (b, expected) in t.iter().zip(row) {
-                assert!((a.iou(b) - expected).abs() < 1e-9, "case {i}: {} {expected}", a.iou(b));
+        let (p, t) = (list(predicted), list(truth));
+        for (a, box_a) in p.iter().enumerate() {
+            for (b, box_b) in t.iter().enumerate() {
+                let ours = [box_a.iou(box_b), box_a.giou(box_b), box_a.ciou(box_b)];
+                for (name, ours) in ["iou", "giou", "ciou"].into_iter().zip(ours) {
+                    let expected = number(&golden[name][i][a][b]);
+                    assert!((ours - expected).abs() < 1e-9, "case {i} {name}: {ours} {expected}");
+                    compared += 1;
+                }
             }
         }
-        let ours = localization(&p, false, &t, [200, 120]);
-        assert!((ours.value.unwrap() - golden.soft_f1[i]).abs() < 1e-9, "case {i}: {ours:?} {}", golden.soft_f1[i]);
+        for (at, overlap) in [Overlap::Iou, Overlap::Giou, Overlap::Ciou].into_iter().enumerate() {
+            let claim = Claim { boxes: &p, says_none: false };
+            let truth = Truth { boxes: &t, image: [200, 120], named: &[] };
+            let ours = localize(claim, truth, Rule { overlap, threshold: 0.0 });
+            let expected = number(&golden["soft_f1"][i][at]);
+            assert!((ours.value.unwrap() - expected).abs() < 1e-9, "case {i}: {ours:?} {expected}");
+        }
+        assert_eq!(localization(&p, false, &t, [200, 120]).lesions.len(), t.len());
     }
-    for (i, (m, expected)) in request.matrices.iter().zip(&golden.optimum).enumerate() {
+    assert!(compared > 50_000);
+    for (i, m) in matrices.iter().enumerate() {
         let pairs = max_assignment(m.len(), m[0].len(), |r, c| m[r][c]);
         assert_eq!(pairs.len(), m.len().min(m[0].len()));
         let ours: f64 = pairs.iter().map(|&(r, c)| m[r][c]).sum();
+        let expected = number(&golden["optimum"][i]);
         assert!((ours - expected).abs() < 1e-9, "matrix {i}: {ours} {expected}");
     }
+}
+
+#[test]
+fn text_measures() {
+    let mut rng = Numbers::new(2);
+    let mut pairs: Vec<[String; 2]> = (0..2500)
+        .map(|_| {
+            let reference = rng.text();
+            // Often a changed copy, so that something agrees.
+            let answer = match rng.below(3) {
+                0 => rng.text(),
+                1 => format!("{}{reference}", rng.text()),
+                _ => reference.chars().filter(|_| rng.below(12) > 0).collect(),
+            };
+            [answer, reference]
+        })
+        .collect();
+    pairs.push(["ab".repeat(150), "a".repeat(300)]);
+    pairs.push(["abcdefghij".repeat(30), "jihgfedcba".repeat(25)]);
+    let golden = golden(&json!({"what": "texts", "pairs": pairs}));
+    for (i, [answer, reference]) in pairs.iter().enumerate() {
+        for (name, ours) in [
+            ("exact", overlap::exact(answer, reference)),
+            ("f1", overlap::token_f1(answer, reference)),
+            ("rouge", overlap::rouge_l(answer, reference)),
+            ("bleu", bleu(answer, reference)),
+            ("ratio", difflib::ratio(reference, answer)),
+        ] {
+            let expected = number(&golden[name][i]);
+            assert!((ours - expected).abs() < 1e-6, "{name}: {ours} {expected}\n{answer:?}\n{reference:?}");
+        }
+    }
+}
+
+#[test]
+fn sentence_embeddings() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Numbers::new(3);
+    let mut texts: Vec<String> = (0..60).map(|_| rng.text()).collect();
+    texts.extend(["".to_owned(), "left lung nodule".repeat(40), "The nodules, no finding.".to_owned()]);
+    let seed = rng.below(1000);
+    let golden = golden(&json!({"what": "embedding", "dir": dir.path(), "texts": texts, "seed": seed}));
+    let model = Embedder::load(dir.path()).unwrap();
+    let mut all = Vec::new();
+    for (i, text) in texts.iter().enumerate() {
+        let ours = model.embed(text).unwrap();
+        let expected: Vec<f32> = golden["vectors"][i].as_array().unwrap().iter().map(|v| number(v) as f32).collect();
+        assert_eq!(ours.len(), expected.len());
+        for (a, b) in ours.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-5, "{text:?}: {a} {b}");
+        }
+        assert!((similarity(&ours, &expected) - 1.0).abs() < 1e-5);
+        all.push(ours);
+    }
+    assert!(similarity(&all[61], &all[62]) < 0.9999, "texts differ");
+    std::fs::create_dir(dir.path().join("1_Pooling")).unwrap();
+    std::fs::write(dir.path().join("1_Pooling/config.json"), r#"{"pooling_mode_cls_token": true}"#).unwrap();
+    let e = Embedder::load(dir.path()).unwrap_err().to_string();
+    assert!(e.contains("pooling"), "{e}");
 }

@@ -7,6 +7,7 @@ use unveil_data::records::RecordsError;
 use unveil_data::store::ImageError;
 use unveil_engine::EngineError;
 use unveil_model::ModelError;
+use unveil_reward::RewardError;
 use unveil_service::ServiceError;
 
 /// Why a rollout worker, `generate` or `score` stopped.
@@ -73,6 +74,9 @@ pub enum RolloutError {
         /// Why.
         source: std::io::Error,
     },
+    /// The token for the reward service is not there.
+    #[error(transparent)]
+    Reward(#[from] RewardError),
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] EngineError),

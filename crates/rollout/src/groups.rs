@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
+use unveil_config::Config;
 use unveil_core::{Breakdown, Finish, GroupId, Logprobs, Record, Sampling};
 use unveil_data::prepare::Preparer;
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
 use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
-use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_request};
-use unveil_service::connect;
+use unveil_reward::{RewardClient, RewardError, Scoring, client_options, masked_group, score_request};
+use unveil_service::{ClientOptions, connect_with};
 
 use crate::engine::stop_rule;
 use crate::experience::Experience;
@@ -68,19 +69,21 @@ pub(crate) fn prepare(
 /// The reward service, connected to when it is first needed. Where it cannot be had, groups are masked.
 pub(crate) struct Rewards {
     address: String,
+    options: ClientOptions,
     deadline: Duration,
     client: OnceCell<RewardClient>,
 }
 
 impl Rewards {
-    /// Errors when the address can never be one.
-    pub async fn new(address: &str, deadline: Duration) -> Result<Self> {
-        if let Err(e) = connect(address, Duration::ZERO).await
+    /// Errors when the address can never be one, or what `reward.service` names for workers is not there.
+    pub async fn new(address: &str, config: &Config) -> Result<Self> {
+        let (options, deadline) = (client_options(config)?, Duration::from_secs_f64(config.reward.deadline_s));
+        if let Err(e) = connect_with(address, &options.tls, Duration::ZERO).await
             && e.is_permanent()
         {
             return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });
         }
-        Ok(Self { address: address.to_owned(), deadline, client: OnceCell::new() })
+        Ok(Self { address: address.to_owned(), options, deadline, client: OnceCell::new() })
     }
 
     /// One breakdown per response, masked when the service failed or the deadline has passed.
@@ -100,7 +103,8 @@ impl Rewards {
             Err(e) => return masked(e.to_string()),
         };
         // Every group waits for the connection at the same time, none behind another.
-        let connecting = self.client.get_or_try_init(|| RewardClient::connect(&self.address, self.deadline));
+        let connecting =
+            self.client.get_or_try_init(|| RewardClient::connect_with(&self.address, &self.options, self.deadline));
         let client = match tokio::time::timeout(self.deadline, connecting).await {
             Ok(Ok(client)) => client,
             Ok(Err(e)) => return masked(e.to_string()),

@@ -168,7 +168,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         banned: preparer.tokenizer().special().banned.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
-    let rewards = Rewards::new(&options.reward, Duration::from_secs_f64(config.reward.deadline_s)).await?;
+    let rewards = Rewards::new(&options.reward, config).await?;
     let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
     let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
     tracing::info!("worker {} leases from {}", options.worker, options.experience);

@@ -1,13 +1,17 @@
 //! Channels to other roles: connecting with retry and back-off, calls with a deadline.
 
 use std::future::Future;
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
+use unveil_core::Secret;
+
 use crate::error::{ServiceError, retryable};
+use crate::tls::ClientTls;
 
 /// Waits between tries: from `first`, doubled each time, up to `most`.
 #[derive(Debug, Clone, Copy)]
@@ -24,12 +28,29 @@ impl Default for Backoff {
     }
 }
 
+/// How to reach a service besides its address.
+#[derive(Debug, Clone, Default)]
+pub struct ClientOptions {
+    /// For `https://` addresses.
+    pub tls: ClientTls,
+    /// Bearer token; see [`authorised`].
+    pub token: Option<Secret>,
+}
+
 /// Connects to `http://host:port` (or `host:port`), trying again with back-off until `deadline` has passed. The channel reconnects by itself afterwards.
 ///
 /// # Errors
 /// [`ServiceError::Address`] at once when the address cannot be read, [`ServiceError::Deadline`] when nobody answered.
 pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, ServiceError> {
-    let endpoint = endpoint(address)?;
+    connect_with(address, &ClientTls::default(), deadline).await
+}
+
+/// [`connect`], to `https://` addresses as `tls` says.
+///
+/// # Errors
+/// As [`connect`]; [`ServiceError::Setup`] when a file of `tls` cannot be used.
+pub async fn connect_with(address: &str, tls: &ClientTls, deadline: Duration) -> Result<Channel, ServiceError> {
+    let endpoint = endpoint(address, tls)?;
     let start = Instant::now();
     let mut wait = Backoff::default().first;
     loop {
@@ -51,12 +72,38 @@ pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, Servi
     }
 }
 
-fn endpoint(address: &str) -> Result<Endpoint, ServiceError> {
+/// A channel that connects when it is first used; `ca` = PEM file of the authority that `https://` addresses are checked with. Needs a
+/// runtime.
+///
+/// # Errors
+/// The address or the file cannot be used.
+pub fn lazy_channel(address: &str, ca: Option<&Path>) -> Result<Channel, ServiceError> {
+    Ok(endpoint(address, &ClientTls { ca: ca.map(Into::into), identity: None })?.connect_lazy())
+}
+
+/// Puts a bearer token into a request.
+///
+/// # Errors
+/// [`Status::invalid_argument`] when the token holds characters that no header can carry.
+pub fn authorised<T>(mut request: Request<T>, token: Option<&Secret>) -> Result<Request<T>, Status> {
+    if let Some(token) = token {
+        let value = format!("Bearer {}", token.reveal()).parse();
+        let bad = |_| Status::invalid_argument("the bearer token holds characters that no header can carry");
+        request.metadata_mut().insert("authorization", value.map_err(bad)?);
+    }
+    Ok(request)
+}
+
+fn endpoint(address: &str, tls: &ClientTls) -> Result<Endpoint, ServiceError> {
     let bad = |reason: String| ServiceError::Address { address: address.to_owned(), reason, form: "http://host:port" };
     let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
-    let endpoint = Endpoint::from_shared(url).map_err(|e| bad(chain(&e)))?;
+    let mut endpoint = Endpoint::from_shared(url).map_err(|e| bad(chain(&e)))?;
     if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
         return Err(bad("host or port is missing".to_owned()));
+    }
+    if endpoint.uri().scheme_str() == Some("https") {
+        let setup = |e| ServiceError::Setup(format!("TLS to {address}: {}", chain(&e)));
+        endpoint = endpoint.tls_config(tls.load()?).map_err(setup)?;
     }
     Ok(endpoint
         .connect_timeout(Duration::from_secs(5))
@@ -107,7 +154,7 @@ where
 }
 
 /// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut out = error.to_string();
     let mut source = error.source();
     while let Some(e) = source {
@@ -128,9 +175,9 @@ mod tests {
 
     #[test]
     fn addresses() {
-        assert!(endpoint("127.0.0.1:80").is_ok() && endpoint("http://reward:4711").is_ok());
+        assert!(endpoint("127.0.0.1:80", &ClientTls::default()).is_ok());
         for bad in ["", "http://", "nowhere", "http://a b:1"] {
-            let e = endpoint(bad).unwrap_err();
+            let e = endpoint(bad, &ClientTls::default()).unwrap_err();
             assert!(e.is_permanent() && e.to_string().contains("http://host:port"), "{e}");
         }
     }

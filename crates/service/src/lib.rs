@@ -1,21 +1,31 @@
-//! Building blocks of every gRPC role: serving with health, reflection and a graceful end; channels with retry, deadlines and
-//! keep-alive; the ready line; tracing.
+//! Building blocks of every gRPC role: serving with TLS, tokens, limits, health, reflection and a graceful end; a metrics page; channels with retry, deadlines and
+//! keep-alive; the ready line; tracing. And a client of chat endpoints over HTTP.
 //!
 //! Must not know: tch, and what any service is about.
 
+pub mod chat;
 mod client;
 mod error;
+mod guard;
+mod http;
+mod page;
 mod ready;
 mod serve;
+mod tls;
 mod trace;
 
-pub use client::{Backoff, connect, retry, with_deadline};
+pub use client::{Backoff, ClientOptions, authorised, connect, connect_with, lazy_channel, retry, with_deadline};
 pub use error::ServiceError;
+pub use guard::{Guard, GuardCounts, Guarded, Place};
+pub use http::{ANSWER_LIMIT, HttpAnswer, HttpClient};
+pub use page::metrics_page;
 pub use ready::{Ready, announce, parse_ready};
 pub use serve::{Running, ServeOptions, bind, cancel_on_signal, serve, start};
+pub use tls::{ClientTls, PemPair, ServerTls};
 pub use trace::init_tracing;
 
 // Callers build routes and tokens with these.
+pub use prometheus_client;
 pub use tokio_util::sync::CancellationToken;
 pub use tonic::service::{Routes, RoutesBuilder};
 

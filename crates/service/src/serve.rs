@@ -12,7 +12,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS;
 
-use crate::ServiceError;
+use crate::{Guard, ServerTls, ServiceError};
 
 /// Largest HTTP/2 frame that is taken, in bytes.
 const FRAME: u32 = 1 << 20;
@@ -24,11 +24,18 @@ pub struct ServeOptions {
     pub names: Vec<&'static str>,
     /// How long running calls may take to finish after shutdown was asked for.
     pub drain: Duration,
+    /// TLS; none = plain HTTP/2.
+    pub tls: Option<ServerTls>,
+    /// Token, calls at once, time per call.
+    pub guard: Guard,
+    /// Calls at once per connection; more wait at the sender.
+    pub per_connection: Option<u32>,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
-        Self { names: Vec::new(), drain: Duration::from_secs(5) }
+        let (tls, guard, per_connection) = (None, Guard::default(), None);
+        Self { names: Vec::new(), drain: Duration::from_secs(5), tls, guard, per_connection }
     }
 }
 
@@ -103,12 +110,19 @@ pub async fn start(
             reporter.set_service_status(name, ServingStatus::NotServing).await;
         }
     };
-    let server = Server::builder()
+    let mut server = Server::builder();
+    if let Some(tls) = &options.tls {
+        let setup = |e| ServiceError::Setup(format!("TLS: {}", crate::client::chain(&e)));
+        server = server.tls_config(tls.load()?).map_err(setup)?;
+    }
+    let server = server
         .initial_stream_window_size(crate::STREAM_WINDOW)
         .initial_connection_window_size(crate::CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .max_concurrent_streams(options.per_connection)
+        .layer(options.guard.clone())
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, stop);
     let task = tokio::spawn(async move {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role};
 
-/// Scores responses: localization, vision relevance, format.
+/// Scores responses: localization, vision relevance, format, relevance, and what users add.
 #[derive(Parser)]
 #[command(name = "unveil-reward", version)]
 struct Cli {
@@ -26,19 +26,40 @@ enum Command {
         #[arg(long)]
         data: PathBuf,
     },
+    /// Chooses the attention heads that look at lesions; writes the file that reward.vision_relevance.heads_file names.
+    Calibrate {
+        /// JSON lines: {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
+        #[arg(long)]
+        data: PathBuf,
+        /// Heads to choose at most.
+        #[arg(long, default_value_t = 4)]
+        top: usize,
+        /// Where the choice goes.
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     exit(match Cli::parse().command {
         Command::Serve(args) => serve(&args),
         Command::Score { config, data } => score(&config, &data),
+        Command::Calibrate { data, top, out } => calibrate(&data, top, &out),
     })
 }
 
 fn serve(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     unveil_service::init_tracing("reward", "info")?;
-    run_role(args.supervised, 2, |token| async move { Ok(unveil_reward::run_serve(&config, token).await?) })
+    let threads = std::thread::available_parallelism().map_or(2, usize::from).max(2);
+    run_role(args.supervised, threads, |token| async move { Ok(unveil_reward::run_serve(&config, token).await?) })
+}
+
+fn calibrate(data: &std::path::Path, top: usize, out: &std::path::Path) -> anyhow::Result<()> {
+    let choice = unveil_reward::calibrate::calibrate(data, top)?;
+    choice.save(out)?;
+    println!("{}", serde_json::to_string(&choice)?);
+    Ok(())
 }
 
 fn score(config: &ConfigArgs, data: &std::path::Path) -> anyhow::Result<()> {

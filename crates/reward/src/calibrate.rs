@@ -1,0 +1,229 @@
+//! Head calibration: which attention heads look at lesions, from rows per head over a data set with true boxes.
+//!
+//! Grounding heads are few, and the same over images (arXiv 2503.06287); so they are chosen once, saved, and frozen.
+//! Must not know: how rows are captured.
+
+use std::collections::BTreeMap;
+use std::io::BufRead;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use unveil_core::{BBox, Grid};
+
+use crate::RewardError;
+use crate::rows::{entropy, is_distribution, sums};
+
+/// One line of calibration data: an image and, per head, the attention of the tokens that name the class (their mean).
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadSample {
+    /// Record id.
+    pub id: String,
+    /// `[width, height]` in pixels.
+    pub image_size: [u32; 2],
+    /// True boxes in those pixels.
+    pub boxes: Vec<BBox>,
+    /// `[rows, cols]` of the merged image-token grid.
+    pub grid: [usize; 2],
+    /// One row per head.
+    pub heads: Vec<HeadRow>,
+}
+
+/// One head's row: softmax over the image tokens, row-major.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeadRow {
+    /// Decoder layer, 0-based.
+    pub layer: usize,
+    /// Head, 0-based.
+    pub head: usize,
+    /// `grid[0] * grid[1]` values that sum to 1.
+    pub row: Vec<f32>,
+}
+
+/// What one head does over the data set.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct HeadScore {
+    /// Decoder layer.
+    pub layer: usize,
+    /// Head.
+    pub head: usize,
+    /// Mean of `clip((s - a) / (1 - a), 0, 1)`, `[0, 1]`: what is chosen by.
+    pub score: f64,
+    /// Mean of s / a; 1 = chance.
+    pub lift: f64,
+    /// Share of the samples with s above a, `[0, 1]`.
+    pub above: f64,
+    /// Mean entropy as a share of ln |V|, `[0, 1]`.
+    pub entropy: f64,
+    /// Samples with a row of this head.
+    pub samples: usize,
+}
+
+/// The frozen choice: the file that `reward.vision_relevance.heads_file` names.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HeadChoice {
+    /// `[layer, head]`, best first.
+    pub heads: Vec<[usize; 2]>,
+    /// Samples that were used.
+    pub samples: usize,
+    /// BLAKE3 of the data file.
+    pub data: String,
+    /// Every head, best first.
+    pub measured: Vec<HeadScore>,
+}
+
+/// Sums of one head.
+#[derive(Debug, Default)]
+struct Tally {
+    score: f64,
+    lift: f64,
+    above: usize,
+    entropy: f64,
+    samples: usize,
+}
+
+/// Scores of all heads, best first (by score, then lift, then layer and head). Samples without a true box, or whose boxes cover
+/// the image, tell nothing and are left out; the number of those used comes back, too.
+///
+/// # Errors
+/// A sample does not hold together; the message names it.
+pub fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String> {
+    let mut tallies: BTreeMap<(usize, usize), Tally> = BTreeMap::new();
+    let mut used = 0;
+    for sample in samples {
+        let bad = |what: String| format!("sample `{}`: {what}", sample.id);
+        let [rows, cols] = sample.grid;
+        let cells = rows.checked_mul(cols).filter(|c| *c > 0 && *c <= 1 << 24);
+        let cells = cells.ok_or_else(|| bad(format!("the grid {rows} x {cols} cannot be")))?;
+        let [width, height] = sample.image_size.map(|v| v as f32);
+        let m = Grid { rows, cols }.coverage(&sample.boxes, width, height);
+        let a = m.iter().map(|v| f64::from(*v)).sum::<f64>() / cells as f64;
+        let tells = a > 0.0 && a < 1.0 - 1e-6;
+        used += usize::from(tells && !sample.heads.is_empty());
+        for h in &sample.heads {
+            if h.row.len() != cells || !is_distribution(&h.row, 0.05) {
+                let what = format!("layer {} head {}: the row is no distribution over {cells} cells", h.layer, h.head);
+                return Err(bad(what));
+            }
+            if tells {
+                let read = sums(&h.row, &m);
+                let s = read.inside / read.total;
+                let t = tallies.entry((h.layer, h.head)).or_default();
+                t.score += ((s - a) / (1.0 - a)).clamp(0.0, 1.0);
+                t.lift += s / a;
+                t.above += usize::from(s > a);
+                t.entropy += entropy(&h.row);
+                t.samples += 1;
+            }
+        }
+    }
+    let mut out: Vec<HeadScore> = (tallies.into_iter())
+        .map(|((layer, head), t)| {
+            let n = t.samples as f64;
+            let (score, lift, above, entropy) = (t.score / n, t.lift / n, t.above as f64 / n, t.entropy / n);
+            HeadScore { layer, head, score, lift, above, entropy, samples: t.samples }
+        })
+        .collect();
+    out.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.lift.total_cmp(&a.lift)));
+    Ok((out, used))
+}
+
+/// Reads `data` (JSON lines of [`HeadSample`]) and chooses the best `top` heads among those that look at lesions more often than
+/// not (`above` > 0.5) and more than chance (`lift` > 1).
+///
+/// # Errors
+/// The file cannot be read or used, or no head is good enough.
+pub fn calibrate(data: &Path, top: usize) -> Result<HeadChoice, RewardError> {
+    let io = |source| RewardError::Io { path: data.to_owned(), source };
+    let bytes = std::fs::read(data).map_err(io)?;
+    let mut samples = Vec::new();
+    for (at, line) in bytes.as_slice().lines().enumerate() {
+        let line = line.map_err(io)?;
+        if !line.trim().is_empty() {
+            let fail = |e: serde_json::Error| RewardError::Line {
+                path: data.to_owned(),
+                line: at + 1,
+                what: format!("no calibration sample: {e}"),
+            };
+            samples.push(serde_json::from_str(&line).map_err(fail)?);
+        }
+    }
+    let whole = |what: String| RewardError::Named { what: format!("calibration data {}", data.display()), why: what };
+    let (measured, samples) = measure(&samples).map_err(whole)?;
+    let good = measured.iter().filter(|h| h.lift > 1.0 && h.above > 0.5);
+    let heads: Vec<[usize; 2]> = good.take(top).map(|h| [h.layer, h.head]).collect();
+    if heads.is_empty() {
+        return Err(whole(format!(
+            "no head of {} looks at lesions more than chance, over {samples} samples",
+            measured.len()
+        )));
+    }
+    Ok(HeadChoice { heads, samples, data: blake3::hash(&bytes).to_hex().to_string(), measured })
+}
+
+impl HeadChoice {
+    /// The choice as a TOML file.
+    ///
+    /// # Errors
+    /// It cannot be written there.
+    pub fn save(&self, path: &Path) -> Result<(), RewardError> {
+        let io = |source| RewardError::Io { path: path.to_owned(), source };
+        let text = toml::to_string(self).map_err(|e| io(std::io::Error::other(e)))?;
+        std::fs::write(path, format!("# Written by unveil-reward calibrate; frozen.\n{text}")).map_err(io)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(id: &str, rows: &[(usize, usize, usize)]) -> HeadSample {
+        let one = |cell: usize| (0..16).map(|j| if j == cell { 0.85 } else { 0.01 }).collect();
+        HeadSample {
+            id: id.into(),
+            image_size: [40, 40],
+            boxes: vec![[10.0, 10.0, 20.0, 20.0].into()],
+            grid: [4, 4],
+            heads: rows.iter().map(|&(layer, head, cell)| HeadRow { layer, head, row: one(cell) }).collect(),
+        }
+    }
+
+    #[test]
+    fn the_head_that_looks_is_found() {
+        let samples =
+            [sample("a", &[(0, 0, 3), (0, 1, 5), (2, 0, 5)]), sample("b", &[(0, 0, 3), (0, 1, 5), (2, 0, 3)])];
+        let (measured, used) = measure(&samples).unwrap();
+        assert_eq!((used, measured.len(), measured[0].layer, measured[0].head), (2, 3, 0, 1));
+        assert!((measured[0].lift - 0.85 * 16.0).abs() < 1e-4 && measured[0].above == 1.0 && measured[1].above == 0.5);
+        assert_eq!((measured[2].score, measured[2].samples), (0.0, 2));
+        let mut none = sample("c", &[(0, 0, 3)]);
+        none.boxes.clear();
+        assert_eq!(measure(&[none]).unwrap(), (vec![], 0));
+        let mut bad = sample("d", &[(0, 0, 3)]);
+        bad.heads[0].row.pop();
+        assert!(measure(&[bad]).unwrap_err().contains("sample `d`: layer 0 head 0"));
+    }
+
+    #[test]
+    fn a_file_in_a_choice_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, out) = (dir.path().join("h.jsonl"), dir.path().join("heads.toml"));
+        let line = |cell: usize| {
+            let row: Vec<f64> = (0..16).map(|j| f64::from(u8::from(j == cell))).collect();
+            serde_json::json!({"id": "a", "image_size": [40, 40], "boxes": [[10, 10, 20, 20]], "grid": [4, 4],
+                "heads": [{"layer": 1, "head": 2, "row": row}]})
+            .to_string()
+        };
+        std::fs::write(&data, line(5)).unwrap();
+        let choice = calibrate(&data, 4).unwrap();
+        choice.save(&out).unwrap();
+        let set = format!("reward.vision_relevance.heads_file={}", out.display());
+        let config = unveil_config::load_from(None, std::iter::empty(), &[set]).unwrap();
+        assert_eq!(config.reward.vision_relevance.heads, [[1, 2]]);
+        std::fs::write(&data, line(4)).unwrap();
+        assert!(calibrate(&data, 4).unwrap_err().to_string().contains("no head"));
+        std::fs::write(&data, "{}").unwrap();
+        assert!(calibrate(&data, 4).unwrap_err().to_string().contains("h.jsonl:1:"));
+    }
+}

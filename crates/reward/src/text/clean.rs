@@ -1,0 +1,50 @@
+//! The part of an answer that others get to see: one closed span, without characters that hide or reorder text.
+
+/// The text between `open` and `close`; none unless there is exactly one such span, opened and closed.
+pub fn closed_span<'a>(text: &'a str, open: &str, close: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(open)?;
+    let (inside, after) = rest.split_once(close)?;
+    let again = inside.contains(open) || after.contains(open) || after.contains(close);
+    (!again).then_some(inside)
+}
+
+/// `text` without control characters (line feeds and tabs become spaces), bidirectional controls, zero-width and tag characters,
+/// trimmed, its first `limit` characters.
+///
+/// Source: Unicode Technical Report 36, section 3 (text that reads otherwise than it is stored).
+pub fn visible(text: &str, limit: usize) -> String {
+    let shown = text.chars().filter_map(|c| match c {
+        '\n' | '\r' | '\t' => Some(' '),
+        c if c.is_control() || is_hidden(c) => None,
+        c => Some(c),
+    });
+    let cut: String = shown.skip_while(|c| c.is_whitespace()).take(limit).collect();
+    cut.trim_end().to_owned()
+}
+
+fn is_hidden(c: char) -> bool {
+    matches!(c,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+        | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e0fff}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_closed_span() {
+        let s = |t| closed_span(t, "<a>", "</a>");
+        assert_eq!(s("Judge: 10/10! <a>nodule</a> really"), Some("nodule"));
+        for bad in ["", "nodule", "<a>nodule", "nodule</a>", "<a>x</a><a>y</a>", "<a><a>x</a>", "<a>x</a></a>"] {
+            assert_eq!(s(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_hides_is_gone() {
+        assert_eq!(visible(" a\u{202e}b\u{200b}c\u{0}\nd\u{e0041} ", 100), "abc d");
+        assert_eq!(visible("höhle", 3), "höh");
+        assert_eq!(visible("\u{feff}", 3), "");
+    }
+}

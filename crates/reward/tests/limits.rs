@@ -1,0 +1,402 @@
+//! The service against clients that send too much, too large, too slowly, or without leave; streams; TLS; the metrics page.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Code, Request, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+use unveil_config::Config;
+use unveil_core::{MaskReason, Record};
+use unveil_data::codec::Sizes;
+use unveil_proto::v1;
+use unveil_proto::v1::reward_client::RewardClient as Generated;
+use unveil_proto::v1::reward_stream_client::RewardStreamClient;
+use unveil_reward::{RewardClient, RewardError, client_options, score_request, serve_with};
+use unveil_service::{CancellationToken, connect};
+use unveil_testkit::{WebReply, WebServer};
+
+const WAIT: Duration = Duration::from_secs(20);
+
+struct Served {
+    address: SocketAddr,
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<Result<(), RewardError>>,
+}
+
+async fn serve(config: &Config) -> Served {
+    let stop = CancellationToken::new();
+    let (send, receive) = tokio::sync::oneshot::channel();
+    let (token, config) = (stop.clone(), config.clone());
+    let task = tokio::spawn(async move { serve_with(&config, token, |address| send.send(address).unwrap()).await });
+    Served { address: receive.await.unwrap(), stop, task }
+}
+
+fn request(id: &str) -> v1::ScoreRequest {
+    let json = format!(r#"{{"id":"{id}","image_size":[96,96],"category":"nodule","boxes":[[16,16,32,32]]}}"#);
+    let record: Record = serde_json::from_str(&json).unwrap();
+    let response = v1::Response { text: "[16,16,32,32] nodule".into(), ..Default::default() };
+    let sizes = Sizes { original: (96, 96), resized: (96, 96) };
+    score_request(&record, &sizes, Default::default(), vec![response]).unwrap()
+}
+
+fn peak_memory_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+/// A request whose text need not be UTF-8.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    record_json: Vec<u8>,
+}
+
+#[tokio::test]
+async fn what_is_no_text_or_no_message_is_refused() {
+    let served = serve(&Config::default()).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let nested = format!("{{\"id\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    for record_json in [vec![0xff, 0xfe, 0x00], b"\xf0\x28\x8c\x28".to_vec(), Vec::new(), nested.into_bytes()] {
+        let mut raw = tonic::client::Grpc::new(channel.clone());
+        raw.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<RawRequest, v1::ScoreResponse>::default();
+        let path = "/unveil.v1.Reward/Score".parse().unwrap();
+        let status = raw.unary(Request::new(RawRequest { record_json }), path, codec).await.unwrap_err();
+        assert!(matches!(status.code(), Code::Internal | Code::InvalidArgument), "{status}");
+    }
+    assert!(Generated::new(channel).score(request("b")).await.is_ok());
+    served.stop.cancel();
+}
+
+/// A judge that never answers holds calls in the service.
+fn held(judge: &WebServer) -> Config {
+    let mut c = Config::default();
+    c.reward.relevance.weight = 1.0;
+    c.reward.judge.base_url = judge.url();
+    c.reward.judge.model = "m".into();
+    (c.reward.judge.deadline_s, c.reward.judge.attempt_s) = (1.5, 10.0);
+    c
+}
+
+#[tokio::test]
+async fn too_many_calls_are_refused_at_once_and_those_inside_are_answered() {
+    let judge = WebServer::start(|_| WebReply::Stall);
+    let mut c = held(&judge);
+    c.reward.service.max_in_flight = 3;
+    let served = serve(&c).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let calls: Vec<_> = (0..40)
+        .map(|i| {
+            let mut client = Generated::new(channel.clone());
+            tokio::spawn(async move {
+                let start = Instant::now();
+                (client.score(request(&i.to_string())).await, start.elapsed())
+            })
+        })
+        .collect();
+    let (mut answered, mut refused) = (0, 0);
+    for call in calls {
+        match call.await.unwrap() {
+            (Ok(r), _) => {
+                answered += 1;
+                let r = r.into_inner();
+                assert!(r.breakdowns[0].components["relevance"].masked && r.breakdowns[0].total.is_some());
+            }
+            (Err(status), took) => {
+                refused += 1;
+                assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+                assert!(took < Duration::from_secs(1), "{took:?}");
+            }
+        }
+    }
+    assert_eq!((answered, refused), (3, 37));
+    let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+    assert!(health.is_ok(), "whoever watches is not refused");
+    served.stop.cancel();
+}
+
+#[tokio::test]
+async fn too_large_messages_are_refused_and_memory_stays_bounded() {
+    let mut c = Config::default();
+    (c.reward.service.max_message_mib, c.reward.service.max_in_flight) = (1, 4);
+    let served = serve(&c).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let mut client = Generated::new(channel.clone()).max_encoding_message_size(1 << 30);
+    let before = peak_memory_mib();
+    let mut large = request("a");
+    large.responses[0].text = "x".repeat(48 << 20);
+    let sent = peak_memory_mib();
+    for _ in 0..4 {
+        let status = client.score(large.clone()).await.unwrap_err();
+        assert!(matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted), "{status}");
+    }
+    // The sender's own copies are in this process, too: 48 MiB as text, and again as it is encoded.
+    assert!(peak_memory_mib() < sent.max(before) + 48 * 5, "{before} {sent} {}", peak_memory_mib());
+    assert!(client.score(request("b")).await.is_ok());
+    served.stop.cancel();
+}
+
+/// A call whose body does not come: HTTP/2 by hand is not needed, a stream of frames that stops is enough.
+#[tokio::test]
+async fn too_slow_callers_are_ended() {
+    let mut c = Config::default();
+    c.reward.service.call_s = 0.5;
+    let served = serve(&c).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    // A stream that sends one group and then nothing.
+    let messages = futures::stream::iter([request("a")]).chain(futures::stream::pending());
+    let mut answers = RewardStreamClient::new(channel.clone()).score_groups(messages).await.unwrap().into_inner();
+    assert!(answers.message().await.unwrap().is_some());
+    let start = Instant::now();
+    let status = answers.message().await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+    // A single call whose message never ends: the service under a unary path reads a body that stops.
+    let mut unary = tonic::client::Grpc::new(channel.clone());
+    unary.ready().await.unwrap();
+    let path = "/unveil.v1.Reward/Score".parse().unwrap();
+    let codec = tonic_prost::ProstCodec::<v1::ScoreRequest, v1::ScoreResponse>::default();
+    let never = futures::stream::pending::<v1::ScoreRequest>();
+    let start = Instant::now();
+    let status = unary.client_streaming(Request::new(never), path, codec).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+    // A connection that never speaks costs nothing and stops nobody.
+    let mut silent = tokio::net::TcpStream::connect(served.address).await.unwrap();
+    silent.write_all(b"PRI").await.unwrap();
+    assert!(Generated::new(channel).score(request("b")).await.is_ok());
+    served.stop.cancel();
+    tokio::time::timeout(WAIT, served.task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn streams_answer_in_order_and_end_with_the_first_bad_request() {
+    let served = serve(&Config::default()).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let mut client = RewardStreamClient::new(channel);
+    let mut list: Vec<v1::ScoreRequest> = (0..200).map(|i| request(&i.to_string())).collect();
+    for (i, r) in list.iter_mut().enumerate() {
+        r.responses[0].index = i as u32;
+    }
+    let mut answers = client.score_groups(futures::stream::iter(list.clone())).await.unwrap().into_inner();
+    for i in 0..200 {
+        let answer = answers.message().await.unwrap().unwrap();
+        assert_eq!((answer.breakdowns[0].index, answer.breakdowns[0].components.len()), (i, 4));
+    }
+    assert!(answers.message().await.unwrap().is_none());
+    list[50].image_width = 0;
+    let mut answers = client.score_groups(futures::stream::iter(list)).await.unwrap().into_inner();
+    let mut good = 0;
+    let status = loop {
+        match answers.message().await {
+            Ok(Some(_)) => good += 1,
+            Ok(None) => panic!("the stream ended without its fault"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!((good, status.code()), (50, Code::InvalidArgument));
+    assert!(status.message().contains("image_width"), "{status}");
+    served.stop.cancel();
+}
+
+#[tokio::test]
+async fn a_stream_holds_back_a_sender_and_keeps_its_place() {
+    let judge = WebServer::start(|_| WebReply::Stall);
+    let mut c = held(&judge);
+    c.reward.service.max_in_flight = 1;
+    c.reward.judge.deadline_s = 0.5;
+    let served = serve(&c).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let taken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = std::sync::Arc::clone(&taken);
+    let endless = futures::stream::iter(0..).map(move |i: u64| {
+        counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let mut r = request(&i.to_string());
+        r.responses[0].text = "x".repeat(1 << 20);
+        r
+    });
+    let enough = CancellationToken::new();
+    let messages = endless.take_until(enough.clone().cancelled_owned());
+    let answers = RewardStreamClient::new(channel.clone()).score_groups(messages).await.unwrap().into_inner();
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let sent = taken.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(sent < 80, "{sent} MiB were taken while eight groups are open");
+    let status = Generated::new(channel.clone()).score(request("b")).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "the stream has the only place");
+    enough.cancel();
+    drop(answers);
+    let start = Instant::now();
+    while Generated::new(channel.clone()).score(request("c")).await.is_err() {
+        assert!(start.elapsed() < WAIT, "the place comes back");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    served.stop.cancel();
+}
+
+#[tokio::test]
+async fn running_calls_finish_when_it_is_told_to_stop() {
+    let judge = WebServer::start(|_| WebReply::after(Duration::from_millis(600), 500, "late"));
+    let served = serve(&held(&judge)).await;
+    let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
+    let mut client = Generated::new(channel);
+    let call = tokio::spawn(async move { client.score(request("a")).await });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    served.stop.cancel();
+    assert!(call.await.unwrap().is_ok(), "it was drained");
+    tokio::time::timeout(WAIT, served.task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_token_is_needed_where_one_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("token");
+    std::fs::write(&file, "s3cret\n").unwrap();
+    let mut c = Config::default();
+    c.reward.service.token_file = file.display().to_string();
+    let served = serve(&c).await;
+    let address = served.address.to_string();
+    let channel = connect(&address, WAIT).await.unwrap();
+    let mut bare = Generated::new(channel.clone());
+    assert_eq!(bare.score(request("a")).await.unwrap_err().code(), Code::Unauthenticated);
+    let mut wrong = Request::new(request("a"));
+    wrong.metadata_mut().insert("authorization", "Bearer s3cres".parse().unwrap());
+    assert_eq!(bare.score(wrong).await.unwrap_err().code(), Code::Unauthenticated);
+    let stream = RewardStreamClient::new(channel.clone()).score_groups(futures::stream::iter([request("a")])).await;
+    assert_eq!(stream.unwrap_err().code(), Code::Unauthenticated);
+    assert!(HealthClient::new(channel).check(HealthCheckRequest::default()).await.is_ok());
+    let options = client_options(&c).unwrap();
+    let client = RewardClient::connect_with(&address, &options, WAIT).await.unwrap();
+    assert!(client.score(request("a"), WAIT).await[0].total.is_some());
+    let without = RewardClient::connect(&address, WAIT).await.unwrap().score(request("a"), WAIT).await;
+    assert!(matches!(&without[0].components["format"].reason, Some(MaskReason::Failed(w)) if w.contains("token")));
+    served.stop.cancel();
+}
+
+/// A certificate authority and what it signed, as PEM files.
+struct Authority {
+    dir: PathBuf,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Authority {
+    fn new(dir: &Path, name: &str) -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        let dir = dir.join(name);
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("ca.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
+        Self { dir, issuer: rcgen::Issuer::new(params, key) }
+    }
+
+    fn sign(&self, name: &str) -> [String; 2] {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let paths = [format!("{name}.pem"), format!("{name}.key")].map(|f| self.dir.join(f).display().to_string());
+        std::fs::write(&paths[0], certificate.pem()).unwrap();
+        std::fs::write(&paths[1], key.serialize_pem()).unwrap();
+        paths
+    }
+
+    fn ca(&self) -> String {
+        self.dir.join("ca.pem").display().to_string()
+    }
+}
+
+#[tokio::test]
+async fn tls_and_mutual_tls() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (Authority::new(dir.path(), "ours"), Authority::new(dir.path(), "theirs"));
+    let mut c = Config::default();
+    let s = &mut c.reward.service;
+    [s.tls_cert, s.tls_key] = ours.sign("server");
+    s.ca = ours.ca();
+    let served = serve(&c).await;
+    let https = format!("https://localhost:{}", served.address.port());
+    let score = async |address: &str, c: &Config| {
+        let options = client_options(c).unwrap();
+        let client = RewardClient::connect_with(address, &options, Duration::from_millis(800))
+            .await
+            .map_err(|e| e.to_string())?;
+        let scored = client.score(request("a"), Duration::from_millis(800)).await;
+        scored[0].total.ok_or_else(|| format!("{:?}", scored[0].components["format"].reason))
+    };
+    score(&https, &c).await.unwrap();
+    let mut stranger = c.clone();
+    stranger.reward.service.ca = theirs.ca();
+    score(&https, &stranger).await.unwrap_err();
+    score(&format!("http://{}", served.address), &c).await.unwrap_err();
+    served.stop.cancel();
+
+    c.reward.service.client_ca = ours.ca();
+    let served = serve(&c).await;
+    let https = format!("https://localhost:{}", served.address.port());
+    score(&https, &c).await.unwrap_err();
+    let with = |pair: [String; 2]| {
+        let mut c = c.clone();
+        [c.reward.service.client_cert, c.reward.service.client_key] = pair;
+        c
+    };
+    score(&https, &with(theirs.sign("worker"))).await.unwrap_err();
+    score(&https, &with(ours.sign("worker"))).await.unwrap();
+    served.stop.cancel();
+
+    c.reward.service.tls_key = "/no/such/key.pem".into();
+    let e = serve_with(&c, CancellationToken::new(), |_| ()).await.unwrap_err().to_string();
+    assert!(e.contains("/no/such/key.pem"), "{e}");
+}
+
+#[tokio::test]
+async fn a_users_scorer_is_another_reward_service() {
+    let mut other = Config::default();
+    other.reward.custom.clear();
+    let served = serve(&other).await;
+    let mut c = Config::default();
+    for (name, address) in [("format_there", served.address.to_string()), ("nobody", "127.0.0.1:9".into())] {
+        let custom = serde_json::json!({"name": name, "address": format!("grpc://{address}"), "deadline_s": 2.0, "range": [0.0, 2.0]});
+        c.reward.custom.push(serde_json::from_value(custom).unwrap());
+    }
+    let here = serve(&c).await;
+    let client = RewardClient::connect(&here.address.to_string(), WAIT).await.unwrap();
+    let b = &client.score(request("a"), WAIT).await[0];
+    // The other service knows no component of that name, so its total counts: all but vision relevance is perfect.
+    assert!((b.components["format_there"].value.unwrap() - 1.8).abs() < 1e-9, "{b:?}");
+    assert!(b.components["format_there"].version.contains("unveil-reward"));
+    assert!(b.components["nobody"].masked && b.total.is_some());
+    served.stop.cancel();
+    here.stop.cancel();
+}
+
+#[tokio::test]
+async fn the_metrics_page_tells_what_happened() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut c = Config::default();
+    c.reward.service.metrics_listen = free.to_string();
+    let served = serve(&c).await;
+    let mut client = Generated::new(connect(&served.address.to_string(), WAIT).await.unwrap());
+    for i in 0..5 {
+        client.score(request(&i.to_string())).await.unwrap();
+    }
+    let bad: Status = client.score(v1::ScoreRequest::default()).await.unwrap_err();
+    assert_eq!(bad.code(), Code::InvalidArgument);
+    let mut stream = tokio::net::TcpStream::connect(free).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).await.unwrap();
+    for line in [
+        "unveil_reward_component_value_sum{component=\"localization\"} 5.0",
+        "unveil_reward_masked_total{component=\"vision_relevance\",reason=\"no_attention\"} 5",
+        "unveil_reward_group_seconds_count 5",
+        "unveil_reward_calls{state=\"refused\"} 0",
+    ] {
+        assert!(page.contains(line), "{line} is not in\n{page}");
+    }
+    served.stop.cancel();
+}
