@@ -4,9 +4,11 @@
 
 mod auto;
 mod load;
+mod outside;
 mod paths;
 pub mod schema;
 mod validate;
 
 pub use load::{ConfigError, environment, load, load_from};
+pub use outside::secret;
 pub use schema::Config;

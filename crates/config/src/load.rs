@@ -5,7 +5,7 @@ use std::path::Path;
 use toml::{Table, Value};
 
 use crate::schema::Config;
-use crate::validate;
+use crate::{outside, validate};
 
 /// What is wrong with a configuration; each message names the key and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -92,23 +92,20 @@ pub fn load_from(
         let (key, value) = set.split_once('=').ok_or_else(|| ConfigError::Set(set.clone()))?;
         merge(&mut merged, nested(key.trim(), value.trim()), &template, "", "--set")?;
     }
-    let config: Config = Value::Table(merged)
+    let mut config: Config = Value::Table(merged)
         .try_into()
         .map_err(|e: toml::de::Error| ConfigError::Invalid(vec![e.to_string().trim().to_owned()]))?;
+    outside::fill_heads(&mut config)?;
     let faults = validate::faults(&config);
     if faults.is_empty() { Ok(config) } else { Err(ConfigError::Invalid(faults)) }
 }
 
-/// The defaults as a table, which is also the list of known keys. Keys without a default get a typed stand-in.
+/// The defaults as a table, which is also the list of known keys.
 fn template() -> Table {
-    let mut t = match Value::try_from(Config::default()) {
+    match Value::try_from(Config::default()) {
         Ok(Value::Table(t)) => t,
         _ => Table::new(),
-    };
-    if let Some(Value::Table(v)) = t.get_mut("reward").and_then(|r| r.get_mut("vision_relevance")) {
-        v.insert("layer".into(), Value::Integer(0));
     }
-    t
 }
 
 /// One `a.b.c = text` as nested tables; the text is read as a TOML value, else taken as a string.
@@ -314,6 +311,78 @@ mod tests {
         }
         let c = with("[data.synonyms]\nnodule = [\"nodules\"]", &[], &[]).unwrap();
         assert_eq!(c.data.synonyms["nodule"], ["nodules"]);
+    }
+
+    #[test]
+    fn choices_of_the_reward_are_read_and_checked() {
+        let text = r#"
+            [reward.localization]
+            overlap = "giou"
+            curriculum = [[0, 0.1], [100, 0.5]]
+            [reward.relevance]
+            weight = 1
+            kind = "rouge_l"
+            span = ["<answer>", "</answer>"]
+            [[reward.custom]]
+            name = "tone"
+            address = "grpc://127.0.0.1:9"
+            [[reward.gates]]
+            component = "vision_relevance"
+            needs = "category"
+        "#;
+        let r = with(text, &[], &[]).unwrap().reward;
+        use crate::schema::*;
+        assert_eq!(r.localization.curriculum, [(0, 0.1), (100, 0.5)]);
+        assert_eq!((r.localization.overlap, r.relevance.kind), (Overlap::Giou, RelevanceKind::RougeL));
+        assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
+        let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
+        assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
+        let faults: [(&[&str], &[&str]); 18] = [
+            (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
+            (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
+            (&["localization.overlap=diou"], &["diou", "ciou"]),
+            (&["vision_relevance.sink=0.5"], &["sink", "above 1"]),
+            (&["relevance.weight=1"], &["judge.base_url", "judge.model"]),
+            (&["relevance.weight=1", "relevance.kind=embedding"], &["embedding_dir"]),
+            (&["relevance.span=[\"<a>\"]"], &["relevance.span", "closing"]),
+            (&["judge.scale=[5, 5]"], &["judge.scale", "highest"]),
+            (&["judge.hedge=1"], &["judge.hedge", "below 1"]),
+            (&["judge.deadline_s=0"], &["judge.deadline_s", "above 0"]),
+            (&["length.min_chars=900"], &["length.min_chars", "900"]),
+            (&["symbolic.weight=1"], &["symbolic.table"]),
+            (&["custom=[{name=\"format\", address=\"http://x\"}]"], &["format", "taken"]),
+            (&["custom=[{name=\"a\", address=\"ftp://x\"}]"], &["ftp://x", "grpc://"]),
+            (&["custom=[{name=\"a\", address=\"http://x\", wieght=2}]"], &["wieght"]),
+            (&["gates=[{component=\"length\", needs=\"category\"}]"], &["gates", "`length`", "not computed"]),
+            (&["service.tls_cert=a.pem"], &["tls_cert", "tls_key"]),
+            (&["service.token_env=A", "service.token_file=b"], &["token_env", "token_file"]),
+        ];
+        for (sets, words) in faults {
+            let sets: Vec<String> = sets.iter().map(|s| format!("reward.{s}")).collect();
+            let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+            let m = with("", &[], &sets).unwrap_err().to_string();
+            assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+        }
+    }
+
+    #[test]
+    fn calibrated_heads_are_read_and_frozen() {
+        let path = std::env::temp_dir().join(format!("unveil-heads-{}.toml", std::process::id()));
+        std::fs::write(&path, "heads = [[3, 1], [4, 0]]\nsamples = 9").unwrap();
+        let file = format!("reward.vision_relevance.heads_file={}", path.display());
+        let c = with("", &[], &[&file]).unwrap();
+        assert_eq!(c.reward.vision_relevance.heads, [[3, 1], [4, 0]]);
+        assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c, "what is effective loads again");
+        for other in ["reward.vision_relevance.heads=[[0,0]]", "reward.vision_relevance.layers=[1]"] {
+            let e = with("", &[], &[&file, other]).unwrap_err().to_string();
+            assert!(e.contains("heads_file") && e.contains("other heads"), "{e}");
+        }
+        for bad in ["heads = []", "heads = 3", "x"] {
+            std::fs::write(&path, bad).unwrap();
+            assert!(with("", &[], &[&file]).unwrap_err().to_string().contains("heads_file"), "{bad}");
+        }
+        let gone = with("", &[], &["reward.vision_relevance.heads_file=/no/such.toml"]).unwrap_err().to_string();
+        assert!(gone.contains("/no/such.toml"), "{gone}");
     }
 
     #[test]

@@ -5,11 +5,16 @@ use unveil_core::{BoxForm, Logprobs};
 
 mod learner;
 mod reward;
+mod reward_service;
 
 pub use learner::{
     Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
 };
-pub use reward::{ComponentConfig, Normalise, Reward, VisionMode, VisionRelevance};
+pub use reward::{
+    Abstention, ComponentConfig, Custom, Gate, Length, Localization, Normalise, Overlap, Relevance, RelevanceKind,
+    Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
+};
+pub use reward_service::{Judge, RewardService};
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]

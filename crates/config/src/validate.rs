@@ -1,6 +1,7 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
 mod learner;
+mod reward;
 
 use crate::schema::{Config, DataKind, Optimizer};
 
@@ -80,22 +81,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             "rollout.max_staleness is {staleness} and learner.steps {steps}: nothing can lag more updates than there are"
         ),
     );
-    let r = &c.reward;
-    let weights = [
-        ("localization", r.localization.weight),
-        ("vision_relevance", r.vision_relevance.weight),
-        ("format", r.format.weight),
-        ("category", r.category.weight),
-    ];
-    for (name, w) in weights {
-        need(w >= 0.0 && w.is_finite(), format!("reward.{name}.weight is {w}: use 0 or more"));
-    }
-    need(
-        c.learner.steps == 0 || weights.iter().any(|(_, w)| *w > 0.0),
-        "every reward weight is 0: there is nothing to learn from".into(),
-    );
-    need(r.vision_relevance.gradient >= 0.0, "reward.vision_relevance.gradient must be 0 or more".into());
-    need(r.deadline_s > 0.0, "reward.deadline_s must be above 0".into());
+    reward::faults(c, &mut out);
     learner::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);

@@ -82,6 +82,47 @@ impl BBox {
         (i / (a + b - i)).clamp(0.0, 1.0)
     }
 
+    /// Generalised IoU in `[-1, 1]`, at most the IoU: `IoU - (C - U) / C` with C the area of the smallest box around both; -1 when
+    /// either box has no area. Source: Rezatofighi et al., arXiv 1902.09630; as `torchvision.ops.generalized_box_iou`.
+    pub fn giou(&self, other: &BBox) -> f64 {
+        let (a, b) = (self.area(), other.area());
+        if a == 0.0 || b == 0.0 {
+            return -1.0;
+        }
+        let i = self.intersection(other);
+        let union = a + b - i;
+        let [w, h] = self.around(other);
+        (i / union - (w * h - union) / (w * h)).clamp(-1.0, 1.0)
+    }
+
+    /// Complete IoU in `[-1.5, 1]`, at most the IoU: it also charges for the distance of the centres and for the difference of the
+    /// aspect ratios; -1.5 when either box has no area. Source: Zheng et al., arXiv 1911.08287, equations 8 to 11; as
+    /// `torchvision.ops.complete_box_iou` with its epsilon of 1e-7.
+    pub fn ciou(&self, other: &BBox) -> f64 {
+        const EPS: f64 = 1e-7;
+        if self.area() == 0.0 || other.area() == 0.0 {
+            return -1.5;
+        }
+        let iou = self.iou(other);
+        let [w, h] = self.around(other);
+        let ([ax, ay, aw, ah], [bx, by, bw, bh]) = (self.centre_and_sides(), other.centre_and_sides());
+        let distance = ((ax - bx).powi(2) + (ay - by).powi(2)) / (w * w + h * h + EPS);
+        let v = 4.0 / std::f64::consts::PI.powi(2) * ((bw / bh).atan() - (aw / ah).atan()).powi(2);
+        let alpha = v / (1.0 - iou + v + EPS);
+        (iou - distance - alpha * v).clamp(-1.5, 1.0)
+    }
+
+    /// Sides of the smallest box around both.
+    fn around(&self, other: &BBox) -> [f64; 2] {
+        let span = |a1: f32, a2: f32, b1: f32, b2: f32| f64::from(a2.max(b2)) - f64::from(a1.min(b1));
+        [span(self.x1, self.x2, other.x1, other.x2), span(self.y1, self.y2, other.y1, other.y2)]
+    }
+
+    fn centre_and_sides(&self) -> [f64; 4] {
+        let [x1, y1, x2, y2] = <[f32; 4]>::from(*self).map(f64::from);
+        [(x1 + x2) / 2.0, (y1 + y2) / 2.0, x2 - x1, y2 - y1]
+    }
+
     /// Area shared by the two boxes in square pixels.
     pub fn intersection(&self, other: &BBox) -> f64 {
         let w = f64::from(self.x2.min(other.x2)) - f64::from(self.x1.max(other.x1));
@@ -120,14 +161,34 @@ impl Grid {
             return out;
         }
         let (cw, ch) = (f64::from(width) / self.cols as f64, f64::from(height) / self.rows as f64);
-        for r in 0..self.rows {
-            for c in 0..self.cols {
-                let cell = [c as f64 * cw, r as f64 * ch, (c + 1) as f64 * cw, (r + 1) as f64 * ch];
-                out[r * self.cols + c] = (union_in_cell(boxes, cell) / (cw * ch)).clamp(0.0, 1.0) as f32;
+        let mut touched = vec![0_u8; out.len()];
+        for b in boxes.iter().filter(|b| b.area() > 0.0) {
+            let across = overlaps(f64::from(b.x1), f64::from(b.x2), cw, self.cols);
+            let down = overlaps(f64::from(b.y1), f64::from(b.y2), ch, self.rows);
+            for &(r, high) in &down {
+                for &(c, wide) in &across {
+                    let at = r * self.cols + c;
+                    out[at] = (wide * high / (cw * ch)).clamp(0.0, 1.0) as f32;
+                    touched[at] = touched[at].saturating_add(1);
+                }
             }
+        }
+        // Where boxes meet, their areas do not add up.
+        for (at, _) in touched.iter().enumerate().filter(|(_, n)| **n > 1) {
+            let (r, c) = (at / self.cols, at % self.cols);
+            let cell = [c as f64 * cw, r as f64 * ch, (c + 1) as f64 * cw, (r + 1) as f64 * ch];
+            out[at] = (union_in_cell(boxes, cell) / (cw * ch)).clamp(0.0, 1.0) as f32;
         }
         out
     }
+}
+
+/// The cells of size `size` that `lo..hi` overlaps, with the length of each overlap.
+fn overlaps(lo: f64, hi: f64, size: f64, cells: usize) -> Vec<(usize, f64)> {
+    let first = ((lo / size).floor().max(0.0) as usize).min(cells);
+    let last = ((hi / size).ceil().max(0.0) as usize).min(cells);
+    let length = |i: usize| hi.min((i + 1) as f64 * size) - lo.max(i as f64 * size);
+    (first..last).map(|i| (i, length(i))).filter(|(_, l)| *l > 0.0).collect()
 }
 
 /// Area of the union of `boxes` inside `cell` by coordinate compression (exact up to rounding).
@@ -186,6 +247,44 @@ mod tests {
         assert_eq!(f([0.0, 0.0, f32::NAN, 1.0]), Some(BoxFault::NonFinite));
         assert_eq!(f([3.0, 0.0, 3.0, 1.0]), Some(BoxFault::Empty));
         assert_eq!(f([0.0, 0.0, 102.0, 50.0]), Some(BoxFault::Outside));
+    }
+
+    #[test]
+    fn coverage_equals_the_union_cell_by_cell() {
+        let mut seed = 7_u64;
+        let mut next = |n: u64| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) % n
+        };
+        for _ in 0..200 {
+            let g = Grid { rows: 1 + next(9) as usize, cols: 1 + next(9) as usize };
+            let boxes: Vec<BBox> = (0..next(5))
+                .map(|_| {
+                    let (x, y) = (next(90) as f32 - 5.0, next(90) as f32 - 5.0);
+                    [x, y, x + next(60) as f32 + 0.5, y + next(60) as f32 + 0.25].into()
+                })
+                .collect();
+            let (cw, ch) = (100.0 / g.cols as f64, 80.0 / g.rows as f64);
+            for (at, m) in g.coverage(&boxes, 100.0, 80.0).into_iter().enumerate() {
+                let (r, c) = ((at / g.cols) as f64, (at % g.cols) as f64);
+                let expected = union_in_cell(&boxes, [c * cw, r * ch, (c + 1.0) * cw, (r + 1.0) * ch]) / (cw * ch);
+                assert!((f64::from(m) - expected).abs() < 1e-6, "{boxes:?} {at}: {m} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn generalised_and_complete_by_hand() {
+        let a = BBox::from([0.0, 0.0, 10.0, 10.0]);
+        assert_eq!((a.giou(&a), a.ciou(&a)), (1.0, 1.0));
+        // Ten apart: union 200, hull 300, centres 20 apart, diagonal^2 = 900 + 100.
+        let b = BBox::from([20.0, 0.0, 30.0, 10.0]);
+        assert!((a.giou(&b) + 100.0 / 300.0).abs() < 1e-12 && (a.ciou(&b) + 0.4).abs() < 1e-9);
+        for bad in
+            [[9.0, 9.0, 1.0, 1.0], [f32::NAN, 0.0, 1.0, 1.0], [0.0, 0.0, f32::INFINITY, 1.0], [3.0, 3.0, 3.0, 9.0]]
+        {
+            assert_eq!((a.giou(&bad.into()), a.ciou(&bad.into())), (-1.0, -1.5));
+        }
     }
 
     #[test]

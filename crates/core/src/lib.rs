@@ -8,10 +8,12 @@ pub mod geometry;
 pub mod group;
 pub mod record;
 pub mod reward;
+pub mod secret;
 
 pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
 pub use boxes::{BoxForm, UnknownBoxForm};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
-pub use reward::{Attention, Breakdown, Component, MaskReason};
+pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
+pub use secret::Secret;

@@ -1,5 +1,6 @@
 //! What a reward says of one response: components with value, mask and reason. Owns the JSON shape that scripts read.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,19 @@ pub enum MaskReason {
     GroupMasked,
 }
 
+/// How one true lesion was met.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LesionScore {
+    /// Which true box.
+    pub truth: usize,
+    /// The box of the answer that it is matched with; absent when none is left for it.
+    pub predicted: Option<usize>,
+    /// IoU of the two, `[0, 1]`; 0 where there is no match.
+    pub iou: f64,
+    /// What the match adds to the score, in `[0, 1]`: the configured overlap, 0 below the threshold or under another label.
+    pub counted: f64,
+}
+
 /// One component of the reward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Component {
@@ -45,17 +59,31 @@ pub struct Component {
     /// Side measurements (lift, matched boxes…), for logs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub detail: BTreeMap<String, f64>,
+    /// Localization: one entry per true lesion.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lesions: Vec<LesionScore>,
+    /// Which scorer (and prompt or table) made it; empty when nobody did.
+    #[serde(default, skip_serializing_if = "str::is_empty")]
+    pub version: Cow<'static, str>,
 }
 
 impl Component {
     /// A component with a value.
     pub fn value(value: f64) -> Self {
-        Self { value: Some(value), masked: false, reason: None, detail: BTreeMap::new() }
+        let (detail, lesions) = (BTreeMap::new(), Vec::new());
+        Self { value: Some(value), masked: false, reason: None, detail, lesions, version: Cow::Borrowed("") }
     }
 
     /// A component that could not be computed.
     pub fn masked(reason: MaskReason) -> Self {
-        Self { value: None, masked: true, reason: Some(reason), detail: BTreeMap::new() }
+        let (detail, lesions) = (BTreeMap::new(), Vec::new());
+        Self { value: None, masked: true, reason: Some(reason), detail, lesions, version: Cow::Borrowed("") }
+    }
+
+    /// Says who made it.
+    pub fn by(mut self, version: impl Into<Cow<'static, str>>) -> Self {
+        self.version = version.into();
+        self
     }
 
     /// Adds a side measurement.

@@ -1,6 +1,6 @@
 //! Domain types to wire types and back. What comes from the wire is checked here.
 
-use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, GroupId, MaskReason, Response};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, GroupId, LesionScore, MaskReason, Response};
 
 use crate::v1;
 
@@ -137,12 +137,24 @@ pub fn breakdown_to_wire(b: &Breakdown) -> v1::Breakdown {
         masked: c.masked,
         reason: c.reason.as_ref().and_then(|r| serde_json::to_string(r).ok()).unwrap_or_default(),
         detail: c.detail.clone().into_iter().collect(),
+        lesions: c.lesions.iter().map(lesion_to_wire).collect(),
+        version: c.version.clone().into_owned(),
     };
     v1::Breakdown {
         index: b.index as u32,
         total: b.total,
         components: b.components.iter().map(|(k, c)| (k.clone(), component(c))).collect(),
     }
+}
+
+fn lesion_to_wire(l: &LesionScore) -> v1::LesionScore {
+    let predicted = l.predicted.map(|p| p as u32);
+    v1::LesionScore { truth: l.truth as u32, predicted, iou: l.iou, counted: l.counted }
+}
+
+fn lesion_from_wire(l: &v1::LesionScore) -> LesionScore {
+    let predicted = l.predicted.map(|p| p as usize);
+    LesionScore { truth: l.truth as usize, predicted, iou: l.iou, counted: l.counted }
 }
 
 /// A breakdown from the wire.
@@ -156,6 +168,8 @@ pub fn breakdown_from_wire(id: &str, b: v1::Breakdown) -> Breakdown {
         masked: c.masked,
         reason: reason(&c.reason),
         detail: c.detail.into_iter().collect(),
+        lesions: c.lesions.iter().map(lesion_from_wire).collect(),
+        version: c.version.into(),
     };
     Breakdown {
         id: id.to_owned(),
@@ -182,7 +196,10 @@ mod tests {
     fn breakdown_keeps_the_mask() {
         let mut b = Breakdown { id: "a".into(), index: 1, total: None, components: Default::default() };
         b.components.insert("x".into(), Component::masked(MaskReason::Failed("late".into())));
-        b.components.insert("y".into(), Component::value(0.5).with("lift", 2.0));
+        let mut y = Component::value(0.5).with("lift", 2.0).by("y-1");
+        y.lesions.push(LesionScore { truth: 0, predicted: Some(3), iou: 0.5, counted: 0.25 });
+        y.lesions.push(LesionScore { truth: 1, predicted: None, iou: 0.0, counted: 0.0 });
+        b.components.insert("y".into(), y);
         assert_eq!(breakdown_from_wire("a", breakdown_to_wire(&b)), b);
     }
 

@@ -1,16 +1,19 @@
 //! Building blocks of every gRPC role: serving with health, reflection and a graceful end; channels with retry, deadlines and
-//! keep-alive; the ready line; tracing.
+//! keep-alive; the ready line; tracing. And a client of chat endpoints over HTTP.
 //!
 //! Must not know: tch, and what any service is about.
 
+pub mod chat;
 mod client;
 mod error;
+mod http;
 mod ready;
 mod serve;
 mod trace;
 
 pub use client::{Backoff, connect, retry, with_deadline};
 pub use error::ServiceError;
+pub use http::{ANSWER_LIMIT, HttpAnswer, HttpClient};
 pub use ready::{Ready, announce, parse_ready};
 pub use serve::{Running, ServeOptions, bind, cancel_on_signal, serve, start};
 pub use trace::init_tracing;

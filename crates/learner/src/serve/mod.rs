@@ -184,7 +184,7 @@ impl Host {
         });
         let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
-        let serve = ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1) };
+        let serve = ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
         Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })

@@ -1,0 +1,163 @@
+//! A small HTTP/1.1 server that does what a test tells it, also what no server should: stall, drop, talk nonsense.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// What came in.
+#[derive(Debug, Clone)]
+pub struct WebRequest {
+    /// How many came before it.
+    pub number: usize,
+    /// Path of the URL.
+    pub path: String,
+    /// Header lines, names in lower case.
+    pub headers: Vec<(String, String)>,
+    /// Body.
+    pub body: String,
+}
+
+impl WebRequest {
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+}
+
+/// What to do with a request.
+#[derive(Debug, Clone)]
+pub enum WebReply {
+    /// Answer after `delay`.
+    Answer {
+        /// Wait before the answer.
+        delay: Duration,
+        /// Status code.
+        code: u16,
+        /// Further header lines, `Name: value`.
+        headers: Vec<String>,
+        /// Body.
+        body: Vec<u8>,
+    },
+    /// Close the connection without a word.
+    Drop,
+    /// Announce a body, send half of it, close.
+    Break(Vec<u8>),
+    /// Keep the connection open and never answer.
+    Stall,
+}
+
+impl WebReply {
+    /// An answer at once.
+    pub fn now(code: u16, body: impl Into<Vec<u8>>) -> Self {
+        Self::after(Duration::ZERO, code, body)
+    }
+
+    /// An answer after a while.
+    pub fn after(delay: Duration, code: u16, body: impl Into<Vec<u8>>) -> Self {
+        Self::Answer { delay, code, headers: Vec::new(), body: body.into() }
+    }
+}
+
+/// The running server; it ends when dropped.
+pub struct WebServer {
+    address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    seen: Arc<Mutex<Vec<WebRequest>>>,
+}
+
+impl WebServer {
+    /// Serves on a free port of the loopback; `act` decides about each request, from any thread.
+    pub fn start(act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+        let (act, count) = (Arc::new(act), Arc::new(AtomicUsize::new(0)));
+        let (stopped, log) = (Arc::clone(&stop), Arc::clone(&seen));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let (act, count, log, stop) =
+                    (Arc::clone(&act), Arc::clone(&count), Arc::clone(&log), Arc::clone(&stopped));
+                std::thread::spawn(move || serve(&stream, &*act, &count, &log, &stop));
+            }
+        });
+        Self { address, stop, seen }
+    }
+
+    /// `http://127.0.0.1:port`.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The requests so far.
+    pub fn seen(&self) -> Vec<WebRequest> {
+        self.seen.lock().expect("no test thread panicked").clone()
+    }
+}
+
+impl Drop for WebServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wakes the accepting thread, so that it sees the flag.
+        drop(TcpStream::connect(self.address));
+    }
+}
+
+fn serve(
+    stream: &TcpStream,
+    act: &(dyn Fn(&WebRequest) -> WebReply + Send + Sync),
+    count: &AtomicUsize,
+    log: &Mutex<Vec<WebRequest>>,
+    stop: &AtomicBool,
+) {
+    let mut reader = BufReader::new(stream);
+    while let Some(mut request) = read(&mut reader) {
+        request.number = count.fetch_add(1, Ordering::Relaxed);
+        log.lock().expect("no test thread panicked").push(request.clone());
+        let sent = match act(&request) {
+            WebReply::Answer { delay, code, headers, body } => {
+                std::thread::sleep(delay);
+                let head: String = headers.iter().map(|h| format!("{h}\r\n")).collect();
+                let head = format!("HTTP/1.1 {code} x\r\ncontent-length: {}\r\n{head}\r\n", body.len());
+                (&*stream).write_all(&[head.as_bytes(), &body].concat()).is_ok()
+            }
+            WebReply::Break(body) => {
+                let head = format!("HTTP/1.1 200 x\r\ncontent-length: {}\r\n\r\n", body.len());
+                let half = &body[..body.len() / 2];
+                drop((&*stream).write_all(&[head.as_bytes(), half].concat()));
+                false
+            }
+            WebReply::Drop => false,
+            WebReply::Stall => {
+                while !stop.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                false
+            }
+        };
+        if !sent {
+            return;
+        }
+    }
+}
+
+fn read(reader: &mut impl BufRead) -> Option<WebRequest> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|n| *n > 0)?;
+    let path = line.split_whitespace().nth(1)?.to_owned();
+    let mut headers = Vec::new();
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok().filter(|n| *n > 0)?;
+        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        headers.push((name.to_lowercase(), value.trim().to_owned()));
+    }
+    let length = headers.iter().find(|(n, _)| n == "content-length").and_then(|(_, v)| v.parse().ok()).unwrap_or(0);
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some(WebRequest { number: 0, path, headers, body: String::from_utf8_lossy(&body).into_owned() })
+}
