@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
+mod collect;
 mod learner;
 mod reward;
 mod reward_service;
 
+pub use collect::Collect;
 pub use learner::{
     Algorithm, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel, Whiten,
 };
@@ -38,6 +40,8 @@ pub struct Config {
     pub eval: Eval,
     /// Checkpoints.
     pub checkpoint: Checkpoint,
+    /// Collecting answers from a vision model.
+    pub collect: Collect,
 }
 
 /// Run directory, seed, resources.

@@ -1,5 +1,6 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
+mod collect;
 mod learner;
 mod reward;
 
@@ -82,6 +83,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
         ),
     );
     reward::faults(c, &mut out);
+    collect::faults(c, &mut out);
     learner::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);

@@ -45,8 +45,11 @@ impl Source {
         if file.take(MAX_TEXT).read_to_end(&mut bytes).map_err(io)? as u64 == MAX_TEXT {
             return Err(io(std::io::Error::other(format!("the file is longer than {MAX_TEXT} bytes"))));
         }
-        let text = String::from_utf8(bytes).map_err(|_| wrong_file(path, "the file is not UTF-8".to_owned()))?;
-        Ok(text.strip_prefix('\u{feff}').map_or(text.clone(), str::to_owned))
+        let mut text = String::from_utf8(bytes).map_err(|_| wrong_file(path, "the file is not UTF-8".to_owned()))?;
+        if text.starts_with('\u{feff}') {
+            text.drain(..'\u{feff}'.len_utf8());
+        }
+        Ok(text)
     }
 
     /// Reads a file as one JSON value.

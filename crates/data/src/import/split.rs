@@ -19,19 +19,18 @@ pub(super) fn assigned(key: &[u8]) -> &'static str {
     }
 }
 
-/// The split that a file, folder or field names, in the words of the record format; empty when it names none.
+/// The split that a file, folder or field names, in the words of the record format; empty when it names none, or several.
 pub(super) fn named(text: &str) -> &'static str {
     let text = text.to_lowercase();
-    let has = |words: &[&str]| words.iter().any(|w| text.contains(w));
-    if has(&["test"]) {
-        "test"
-    } else if has(&["val", "dev"]) {
-        "val"
-    } else if has(&["train"]) {
-        "train"
-    } else {
-        ""
-    }
+    let words = text.split(|c: char| !c.is_alphanumeric()).map(|w| w.trim_end_matches(|c: char| c.is_ascii_digit()));
+    let mut found = words.filter_map(|w| match w {
+        "train" | "training" | "trainset" => Some("train"),
+        "val" | "valid" | "validate" | "validation" | "valset" | "dev" => Some("val"),
+        "test" | "testing" | "testset" => Some("test"),
+        _ => None,
+    });
+    let first = found.next().unwrap_or_default();
+    if found.all(|other| other == first) { first } else { "" }
 }
 
 /// Order in which copies of an image stay: what a result is reported on is worth most.
@@ -57,8 +56,9 @@ mod tests {
 
     #[test]
     fn names() {
-        let of = ["Training", "valid", "validate.json", "instances_val2017", "test_clean", "x"].map(named);
-        assert_eq!(of, ["train", "val", "val", "val", "test", ""]);
+        let of = ["Training", "a/valid/x", "validate.json", "instances_val2017", "test_clean", "TBX11K_train"].map(named);
+        assert_eq!(of, ["train", "val", "val", "val", "test", "train"]);
+        assert_eq!(["x", "latest", "intervals", "train_val", "test/train.json", "test/testset"].map(named), ["", "", "", "", "", "test"]);
         assert!(rank("test") < rank("val") && rank("val") < rank("train") && rank("train") < rank(""));
     }
 }
