@@ -56,9 +56,13 @@ mod tests {
 
     #[test]
     fn names() {
-        let of = ["Training", "a/valid/x", "validate.json", "instances_val2017", "test_clean", "TBX11K_train"].map(named);
+        let of =
+            ["Training", "a/valid/x", "validate.json", "instances_val2017", "test_clean", "TBX11K_train"].map(named);
         assert_eq!(of, ["train", "val", "val", "val", "test", "train"]);
-        assert_eq!(["x", "latest", "intervals", "train_val", "test/train.json", "test/testset"].map(named), ["", "", "", "", "", "test"]);
+        assert_eq!(
+            ["x", "latest", "intervals", "train_val", "test/train.json", "test/testset"].map(named),
+            ["", "", "", "", "", "test"]
+        );
         assert!(rank("test") < rank("val") && rank("val") < rank("train") && rank("train") < rank(""));
     }
 }
