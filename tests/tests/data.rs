@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use unveil_testkit::{Sandbox, json_lines, workspace};
+use serde_json::{Value, json};
+use unveil_testkit::{Sandbox, WebReply, WebServer, json_lines, workspace};
 
 /// Every file under `root` by its relative path.
 fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -58,4 +59,87 @@ fn bccd_imports_whole() {
     let boxes: usize = records.iter().filter_map(|r| r["boxes"].as_array()).map(Vec::len).sum();
     assert_eq!(boxes, 4886);
     s.unveil(&["data", "check", &file]).ok();
+}
+
+#[test]
+fn other_formats_are_imported_by_name() {
+    let s = Sandbox::new();
+    let source = s.synth("source", 3, 8);
+    let name = json_lines(&std::fs::read_to_string(&source).expect("records"))[0]["image"]
+        .as_str()
+        .expect("a path")
+        .to_owned();
+    let coco = json!({
+        "images": [{"id": 1, "file_name": name, "width": 64, "height": 64}, {"id": 2, "file_name": "../../../../x.png"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 4, "bbox": [10, 20, 30, 40], "iscrowd": 0},
+                        {"id": 2, "image_id": 1, "category_id": 4, "bbox": [0, 0, 90, 90], "iscrowd": 1}],
+        "categories": [{"id": 4, "name": "cyst"}]});
+    s.write("source/train.json", coco.to_string());
+    let (src, out) = (s.path("source").display().to_string(), s.path("coco.jsonl").display().to_string());
+    let done = s.unveil(&["data", "import", "coco", "--src", &src, "--out", &out, "--modality", "CT"]).ok();
+    let report = &done.json()[0];
+    assert_eq!(
+        (&report["records"], &report["boxes"], &report["splits"]["train"]),
+        (&1.into(), &1.into(), &1.into()),
+        "{report}"
+    );
+    assert!(done.stderr.contains("is a crowd") && done.stderr.contains("leaves the source folder"), "{}", done.stderr);
+    let record = &json_lines(&std::fs::read_to_string(&out).expect("records"))[0];
+    assert_eq!((&record["boxes"], &record["modality"]), (&json!([[10.0, 20.0, 40.0, 60.0]]), &json!("CT")));
+    s.unveil(&["data", "check", "--near", &out]).ok();
+    s.unveil(&["data", "import", "vok", "--src", &src, "--out", &out]).says(2, &["vok"]);
+    s.unveil(&["data", "import", "llava", "--src", &s.path("nowhere").display().to_string(), "--out", &out])
+        .says(1, &["nowhere"]);
+}
+
+/// What a good model answers, in either stage.
+fn answer(number: usize) -> WebReply {
+    let text = format!("Something is there, number {number}.");
+    let body = json!({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1000, "completion_tokens": 100}});
+    WebReply::now(200, body.to_string())
+}
+
+#[test]
+fn answers_are_collected_and_reviewed() {
+    let s = Sandbox::new();
+    let (data, out) = (s.synth("data", 10, 5).display().to_string(), s.path("out").display().to_string());
+    let server = WebServer::start(|r| answer(r.number));
+    let sets = [
+        format!("collect.base_url={}/v1", server.url()),
+        "collect.model=seer".to_owned(),
+        "collect.price_answer=10".to_owned(),
+    ];
+    let collect = |more: &[&str]| {
+        let mut args = vec!["data", "collect", "--data", &data, "--out", &out];
+        sets.iter().map(String::as_str).chain(more.iter().copied()).for_each(|set| args.extend(["--set", set]));
+        s.unveil(&args)
+    };
+    let unset = s.unveil(&["data", "collect", "--data", &data, "--out", &out]).exits(2);
+    assert!(unset.stderr.contains("collect.base_url is empty"), "{}", unset.stderr);
+    // An answer costs 0.001, and is taken for 0.005 beforehand.
+    let stopped = collect(&["collect.budget=0.0075", "collect.concurrency=1"]);
+    let summary = stopped.json()[0].clone();
+    assert_eq!((&summary["asked"], &summary["stopped"]["why"]), (&3.into(), &"budget".into()), "{summary}");
+    stopped.says(1, &["budget of 0.0075", "collect.budget"]);
+    let done = collect(&[]).ok().json()[0].clone();
+    let n = done["to_ask"].as_u64().expect("a count");
+    assert_eq!(
+        (&done["answered"], server.seen().len() as u64, done["reused"].as_u64()),
+        (&n.into(), 2 * n, Some(3)),
+        "{done}"
+    );
+    assert!(s.path("out/review-001.html").is_file());
+    let records = json_lines(&std::fs::read_to_string(s.path("out/collected.jsonl")).expect("records"));
+    let decision = |r: &Value| json!({"id": r["id"], "key": r["collect"]["key"], "decision": "accept"}).to_string();
+    let lines: Vec<String> = records.iter().filter(|r| !r["collect"].is_null()).map(decision).collect();
+    let decisions = s.write("decisions.jsonl", lines[1..].join("\n")).display().to_string();
+    let last = s.path("final.jsonl").display().to_string();
+    let review =
+        s.unveil(&["data", "review", "--dir", &out, "--decisions", &decisions, "--out", &last]).ok().json()[0].clone();
+    assert_eq!((review["accepted"].as_u64(), review["unreviewed"].as_u64()), (Some(n - 1), Some(1)), "{review}");
+    s.unveil(&["data", "check", &last]).ok();
+    let stats = s.unveil(&["data", "stats", &last]).ok().json()[0].clone();
+    assert_eq!(stats["records"], 9, "{stats}");
+    let prompts = s.unveil(&["data", "collect", "--write-prompts", &s.path("prompts").display().to_string()]).ok();
+    assert!(s.path("prompts/reflection.txt").is_file(), "{}", prompts.stdout);
 }

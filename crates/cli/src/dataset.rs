@@ -1,20 +1,18 @@
-//! `unveil data …`: synthesise, import, check, describe.
+//! `unveil data …`: synthesise, import, check, describe, collect, review.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use clap::{Subcommand, ValueEnum};
-use unveil_data::import::voc::{self, ClassFilter, VocOptions};
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
+use unveil_cli::{ConfigArgs, Stop, run_role};
+use unveil_collect::{CollectError, Prompts};
+use unveil_config::ConfigError;
+use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
 use unveil_data::records::RecordFile;
 use unveil_data::synth::{self, SynthSpec};
 use unveil_data::{check, stats};
-
-/// Annotation formats that can be imported.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Format {
-    /// Pascal VOC.
-    Voc,
-}
 
 #[derive(Subcommand)]
 pub enum DataCommand {
@@ -39,42 +37,87 @@ pub enum DataCommand {
         #[arg(long)]
         several: Option<f64>,
     },
-    /// Imports another format.
-    Import {
-        /// Format.
-        format: Format,
-        /// Source folder.
-        #[arg(long)]
-        src: PathBuf,
-        /// Record file to write.
-        #[arg(long)]
-        out: PathBuf,
-        /// Only this split.
-        #[arg(long)]
-        split: Option<String>,
-        /// Only this class; images without it become "no finding".
-        #[arg(long)]
-        class: Option<String>,
-        /// Words for that class.
-        #[arg(long, requires = "class")]
-        category: Option<String>,
-        /// Written to every record.
-        #[arg(long, default_value = "")]
-        modality: String,
-        /// Asked of every image.
-        #[arg(long)]
-        question: Option<String>,
-    },
+    /// Imports another format; the report is one JSON object.
+    Import(ImportArgs),
     /// Looks for faults; one JSON line each, exit code 1 when there is an error among them.
     Check {
         /// Record file.
         data: PathBuf,
+        /// Also names images that look alike across splits.
+        #[arg(long)]
+        near: bool,
     },
     /// Counts and sizes, as one JSON object.
     Stats {
         /// Record file.
         data: PathBuf,
     },
+    /// Asks a vision model about every record with a region, by two prompts; goes on where an earlier run ended.
+    Collect(CollectArgs),
+    /// Makes the final records of what a person decided on the pages of `collect`.
+    Review {
+        /// Output folder of `collect`.
+        #[arg(long)]
+        dir: PathBuf,
+        /// Files that the pages hand back; of several decisions about a record the last counts.
+        #[arg(long, required = true, num_args = 1..)]
+        decisions: Vec<PathBuf>,
+        /// Record file to write.
+        #[arg(long)]
+        out: PathBuf,
+        /// Also writes answers that nobody decided about.
+        #[arg(long)]
+        keep_unreviewed: bool,
+    },
+}
+
+#[derive(Args)]
+pub struct ImportArgs {
+    /// Format.
+    #[arg(value_parser = PossibleValuesParser::new(Format::ALL.map(Format::name)))]
+    format: String,
+    /// Source folder.
+    #[arg(long)]
+    src: PathBuf,
+    /// Record file to write.
+    #[arg(long)]
+    out: PathBuf,
+    /// Only this split.
+    #[arg(long)]
+    split: Option<String>,
+    /// Only this class; images without it become "no finding".
+    #[arg(long)]
+    class: Option<String>,
+    /// Words for that class.
+    #[arg(long, requires = "class")]
+    category: Option<String>,
+    /// Written to every record in place of what the data set says.
+    #[arg(long)]
+    modality: Option<String>,
+    /// Asked of every image that brings no question of its own.
+    #[arg(long)]
+    question: Option<String>,
+    /// Splits by patient, or image, instead of the published ones.
+    #[arg(long)]
+    resplit: bool,
+    /// Leaves out images that are also in another split: the copy in test stays before val before train.
+    #[arg(long)]
+    drop_leaks: bool,
+}
+
+#[derive(Args)]
+pub struct CollectArgs {
+    /// Record file.
+    #[arg(long, required_unless_present = "write_prompts")]
+    data: Option<PathBuf>,
+    /// Output folder: journal, records and pages.
+    #[arg(long, required_unless_present = "write_prompts")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Writes the built-in prompts into DIR, to be changed and named by `collect.diagnosis_prompt` and `collect.reflection_prompt`.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "out"])]
+    write_prompts: Option<PathBuf>,
 }
 
 /// Runs one command.
@@ -89,34 +132,74 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             println!("{}", serde_json::json!({ "records": records.len(), "file": file }));
             Ok(())
         }
-        DataCommand::Import { format: Format::Voc, src, out, split, class, category, modality, question } => {
-            let filter = class.as_ref().map(|class| ClassFilter {
-                class: class.clone(),
-                category: category.clone().unwrap_or_else(|| class.clone()),
-            });
-            let options = VocOptions {
-                split: split.clone(),
-                class: filter,
-                modality: modality.clone(),
-                question: question.clone(),
-            };
-            let report = voc::import(src, out, &options)?;
-            for left in &report.left_out {
-                eprintln!("left out: {} object {} ({}): {}", left.file, left.object, left.label, left.reason);
-            }
-            println!("{}", serde_json::to_string(&report)?);
-            Ok(())
-        }
-        DataCommand::Check { data } => checked(data),
+        DataCommand::Import(args) => imported(args),
+        DataCommand::Check { data, near } => checked(data, *near),
         DataCommand::Stats { data } => {
             println!("{}", serde_json::to_string(&stats::stats(&RecordFile::load(data)?))?);
+            Ok(())
+        }
+        DataCommand::Collect(args) => collected(args),
+        DataCommand::Review { dir, decisions, out, keep_unreviewed } => {
+            let report = unveil_collect::review(dir, decisions, out, *keep_unreviewed)?;
+            for (reason, ids) in &report.ignored {
+                eprintln!("not followed: {reason}: {}", ids.join(", "));
+            }
+            println!("{}", serde_json::to_string(&report)?);
             Ok(())
         }
     }
 }
 
-fn checked(data: &Path) -> anyhow::Result<()> {
-    let findings = check::check_file(data).with_context(|| format!("checking {}", data.display()))?;
+fn imported(args: &ImportArgs) -> anyhow::Result<()> {
+    let class = args.class.as_ref().map(|class| ClassFilter {
+        class: class.clone(),
+        category: args.category.clone().unwrap_or_else(|| class.clone()),
+    });
+    let options = ImportOptions {
+        split: args.split.clone(),
+        class,
+        modality: args.modality.clone(),
+        question: args.question.clone(),
+        resplit: args.resplit,
+        drop_leaks: args.drop_leaks,
+    };
+    let report = import::import(args.format.parse()?, &args.src, &args.out, &options)?;
+    warn(&report);
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(())
+}
+
+/// Says on stderr what was left out and what leaks; the first of each kind in words, all in the report.
+fn warn(report: &ImportReport) {
+    for left in report.left_out.iter().take(20) {
+        eprintln!("left out: {} object {} ({}): {}", left.file, left.object, left.label, left.reason);
+    }
+    if report.left_out_count() > 20 {
+        for (reason, count) in &report.left_out_by_reason {
+            eprintln!("left out: {count} in all: {reason}");
+        }
+    }
+    if let Some(l) = report.leaks.first() {
+        eprintln!(
+            "warning: {} records show an image that is also in another split, e.g. \"{}\" ({}) and \"{}\" ({}): --drop-leaks keeps the \
+             copy in test before val before train",
+            report.leaks.len(),
+            l.copy,
+            l.copy_split,
+            l.id,
+            l.split
+        );
+    }
+    if let Some(patient) = report.split_patients.first() {
+        eprintln!(
+            "warning: {} patients have images in more than one split, e.g. \"{patient}\": --resplit keeps them together",
+            report.split_patients.len()
+        );
+    }
+}
+
+fn checked(data: &Path, near: bool) -> anyhow::Result<()> {
+    let findings = check::check_file(data, near).with_context(|| format!("checking {}", data.display()))?;
     let mut errors = 0;
     for finding in &findings {
         errors += usize::from(finding.severity == check::Severity::Error);
@@ -126,4 +209,60 @@ fn checked(data: &Path) -> anyhow::Result<()> {
         bail!("{}: {errors} of {} findings are errors", data.display(), findings.len());
     }
     Ok(())
+}
+
+fn collected(args: &CollectArgs) -> anyhow::Result<()> {
+    if let Some(dir) = &args.write_prompts {
+        std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        let files = ["diagnosis.txt", "reflection.txt"].map(|n| dir.join(n));
+        for (file, text) in files.iter().zip(Prompts::BUILT_IN) {
+            std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+        }
+        println!("{}", serde_json::json!({ "prompts": files }));
+        return Ok(());
+    }
+    let (Some(data), Some(out)) = (&args.data, &args.out) else { bail!("--data and --out are needed") };
+    let settings = args.config.load()?.collect;
+    let key = unveil_config::secret("collect.key_env", &settings.key_env, "")?;
+    let live = std::io::stderr().is_terminal();
+    let told = |done: usize, of: usize, cost: f64| {
+        if live || done == of || done.is_multiple_of(100) {
+            eprint!(
+                "{}{done} of {of} answered, {cost:.4} spent{}",
+                if live { "\r" } else { "" },
+                if live && done < of { "" } else { "\n" }
+            );
+        }
+    };
+    let summary = run_role(false, 2, |cancel| async {
+        unveil_collect::collect(data, out, &settings, key, cancel, told).await.map_err(wrong_settings)
+    })?;
+    println!("{}", serde_json::to_string(&summary)?);
+    for failure in summary.failed.iter().take(20) {
+        eprintln!("no answer: {}: {}", failure.id, failure.reason);
+    }
+    match &summary.stopped {
+        Some(unveil_collect::Stop::Interrupted) => Err(Stop::Interrupted.into()),
+        Some(unveil_collect::Stop::Budget) => bail!(
+            "the budget of {} is spent ({} of {} records are answered): raise collect.budget and run this again",
+            settings.budget,
+            summary.answered,
+            summary.to_ask
+        ),
+        Some(unveil_collect::Stop::Refused { answer: said } | unveil_collect::Stop::Down { failure: said }) => {
+            bail!("{}: {said}; what was answered is kept: run this again", settings.base_url)
+        }
+        None if !summary.failed.is_empty() => {
+            bail!("{} of {} records have no answer: run this again", summary.failed.len(), summary.to_ask)
+        }
+        None => Ok(()),
+    }
+}
+
+/// Settings that are missing are wrong configuration (exit code 2), not a failure.
+fn wrong_settings(e: CollectError) -> anyhow::Error {
+    match e {
+        CollectError::NoEndpoint => ConfigError::Invalid(vec![e.to_string()]).into(),
+        other => other.into(),
+    }
 }

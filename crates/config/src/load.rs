@@ -386,6 +386,28 @@ mod tests {
     }
 
     #[test]
+    fn faults_of_collecting_are_named() {
+        for (sets, words) in [
+            (&["collect.base_url=http://x/v1"][..], &["collect.base_url", "collect.model"][..]),
+            (&["collect.max_side=8"], &["collect.max_side", "64 to 8192"]),
+            (&["collect.max_tokens=0", "collect.tries=0"], &["collect.max_tokens", "collect.tries"]),
+            (&["collect.concurrency=0", "collect.page_size=0"], &["collect.concurrency", "collect.page_size"]),
+            (&["collect.attempt_s=0", "collect.deadline_s=-1"], &["collect.attempt_s", "collect.deadline_s"]),
+            (&["collect.per_minute=-1", "collect.temperature=-1"], &["collect.per_minute", "collect.temperature"]),
+            (
+                &["collect.price_prompt=-1", "collect.price_answer=-2"],
+                &["collect.price_prompt", "collect.price_answer"],
+            ),
+            (&["collect.budget=5"], &["collect.budget", "without a price"]),
+        ] {
+            let m = with("", &[], sets).unwrap_err().to_string();
+            assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+        }
+        let good = ["collect.base_url=http://x/v1", "collect.model=m", "collect.budget=5", "collect.price_answer=2"];
+        assert_eq!(with("", &[], &good).unwrap().collect.budget, 5.0);
+    }
+
+    #[test]
     fn calibrated_heads_are_read_and_frozen() {
         let path = std::env::temp_dir().join(format!("unveil-heads-{}.toml", std::process::id()));
         std::fs::write(&path, "heads = [[3, 1], [4, 0]]\nsamples = 9").unwrap();

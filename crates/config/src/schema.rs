@@ -3,12 +3,14 @@
 use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
+mod collect;
 mod learner;
 mod lora;
 mod parallel;
 mod reward;
 mod reward_service;
 
+pub use collect::Collect;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -43,6 +45,8 @@ pub struct Config {
     pub eval: Eval,
     /// Checkpoints.
     pub checkpoint: Checkpoint,
+    /// Collecting answers from a vision model.
+    pub collect: Collect,
 }
 
 /// Run directory, seed, resources.

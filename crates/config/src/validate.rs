@@ -1,5 +1,6 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
+mod collect;
 mod learner;
 mod parallel;
 mod reward;
@@ -99,6 +100,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
         need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
     }
     reward::faults(c, &mut out);
+    collect::faults(c, &mut out);
     learner::faults(c, &mut out);
     parallel::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);

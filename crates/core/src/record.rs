@@ -5,6 +5,15 @@ use serde_json::{Map, Value};
 
 use crate::geometry::{BBox, BoxFault};
 
+/// Key of a record that says what kind of question it asks. Absent: where something is.
+pub const TASK: &str = "task";
+
+/// Value of [`TASK`] for a question that is answered in text; such a record without boxes is no "no finding".
+pub const TEXT_TASK: &str = "vqa";
+
+/// Stands in [`Record::answer`] for boxes and category, which each model family writes in its own way.
+pub const REGION: &str = "<region>";
+
 /// One dataset record: an image, a question, the abnormal class and its boxes in original-image pixels.
 ///
 /// `boxes: []` means "no finding". Keys that Unveil does not know are kept in [`Record::extra`].
@@ -21,7 +30,8 @@ pub struct Record {
     /// What is asked.
     #[serde(default)]
     pub question: String,
-    /// Reference answer in free text; may be empty, the training answer is made from boxes and category.
+    /// Reference answer in free text; may be empty, then the training answer is made from boxes and category. It is the training answer
+    /// itself where it holds [`REGION`] (boxes and category go there), and in records of [`TEXT_TASK`].
     #[serde(default)]
     pub answer: String,
     /// The abnormal class, in words.
@@ -77,6 +87,11 @@ pub enum RecordFault {
 }
 
 impl Record {
+    /// Whether the question is answered in text rather than by a region.
+    pub fn is_text(&self) -> bool {
+        self.extra.get(TASK).and_then(Value::as_str) == Some(TEXT_TASK)
+    }
+
     /// Checks what can be checked without the image; `size` is `(width, height)` when known, else borders are not checked.
     pub fn faults(&self, size: Option<(u32, u32)>) -> Vec<RecordFault> {
         let mut out = Vec::new();

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::Serialize;
 use unveil_core::Record;
 
+use crate::near::{dhash, nearest_before};
 use crate::records::{ImageRef, RecordFile, RecordsError};
 use crate::store::{ContentHash, Image, read_file};
 
@@ -48,11 +49,12 @@ pub struct CheckError {
     pub more: usize,
 }
 
-/// Checks a record file from disk: also lines that are no records, missing and repeated ids. Errors first by line.
+/// Checks a record file from disk: also lines that are no records, missing and repeated ids. Errors first by line. `near` also names
+/// images that look alike across splits.
 ///
 /// # Errors
 /// Only when the file itself cannot be read.
-pub fn check_file(path: &Path) -> Result<Vec<Finding>, RecordsError> {
+pub fn check_file(path: &Path, near: bool) -> Result<Vec<Finding>, RecordsError> {
     let mut out = Vec::new();
     let file = RecordFile::scan(path, |e| {
         let (line, id, what) = match e {
@@ -66,15 +68,21 @@ pub fn check_file(path: &Path) -> Result<Vec<Finding>, RecordsError> {
     })?;
     let line_of: HashMap<String, usize> =
         file.lines.iter().enumerate().map(|(i, line)| (file.place(i), *line)).collect();
-    out.extend(check(&file).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)));
+    out.extend(examine(&file, near).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)));
     out.sort_by_key(|(line, _)| *line);
     Ok(out.into_iter().map(|(_, f)| f).collect())
 }
 
 /// Checks loaded records; decodes every image.
 pub fn check(file: &RecordFile) -> Vec<Finding> {
+    examine(file, false)
+}
+
+fn examine(file: &RecordFile, near: bool) -> Vec<Finding> {
     let mut out = Vec::new();
-    let mut seen: HashMap<ContentHash, usize> = HashMap::new();
+    let mut seen: HashMap<((u32, u32), ContentHash), usize> = HashMap::new();
+    let mut patients: HashMap<&str, usize> = HashMap::new();
+    let mut hashes = vec![None; file.records.len()];
     for (i, r) in file.records.iter().enumerate() {
         let mut add = |severity, what: String| {
             out.push(Finding { id: r.id.clone(), file: file.place(i), what, severity });
@@ -84,24 +92,40 @@ pub fn check(file: &RecordFile) -> Vec<Finding> {
             ImageRef::None => {}
             ImageRef::Url(url) => add(Severity::Warning, format!("image {url} is remote and was not checked")),
             ImageRef::File(path) => {
-                let read = read_file(&path)
-                    .and_then(|bytes| Image::decode(&bytes, &path.display().to_string()).map(|image| (bytes, image)));
+                let read = read_file(&path).and_then(|bytes| Image::decode(&bytes, &path.display().to_string()));
                 match read {
                     Err(e) => add(Severity::Error, e.to_string()),
-                    Ok((bytes, image)) => {
+                    Ok(image) => {
                         size = Some((image.width, image.height));
-                        let first = *seen.entry(ContentHash::of(&bytes)).or_insert(i);
+                        let key = ((image.width, image.height), ContentHash::of(&image.rgb));
+                        let first = *seen.entry(key).or_insert(i);
                         let other = &file.records[first];
                         if other.split != r.split {
                             let what =
                                 format!("its image is also that of \"{}\" in split \"{}\"", other.id, other.split);
                             add(Severity::Warning, what);
+                        } else if near && first == i {
+                            hashes[i] = dhash(&image);
                         }
                     }
                 }
             }
         }
+        if let Some(patient) = r.extra.get("patient").and_then(|p| p.as_str()).filter(|p| !p.is_empty()) {
+            let other = &file.records[*patients.entry(patient).or_insert(i)];
+            if other.split != r.split && other.source == r.source {
+                let what = format!("patient \"{patient}\" is also in split \"{}\" (\"{}\")", other.split, other.id);
+                add(Severity::Warning, what);
+            }
+        }
         judge(r, size, &mut add);
+    }
+    let differs = |i: usize, j: usize| file.records[i].split != file.records[j].split;
+    for (i, near) in nearest_before(&hashes, differs).into_iter().enumerate() {
+        let Some(other) = near.map(|j| &file.records[j]) else { continue };
+        let what = format!("its image looks like that of \"{}\" in split \"{}\"", other.id, other.split);
+        let (id, file) = (file.records[i].id.clone(), file.place(i));
+        out.push(Finding { id, file, what, severity: Severity::Warning });
     }
     out
 }
@@ -115,6 +139,9 @@ fn judge(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, St
     }
     for fault in r.faults(size) {
         add(Severity::Error, fault.to_string());
+    }
+    if r.is_text() && r.answer.trim().is_empty() {
+        add(Severity::Error, "its question is one in text, but it has no answer".to_owned());
     }
     if !r.boxes.is_empty() && r.category.trim().is_empty() {
         add(Severity::Error, format!("the category is empty but there are {} boxes", r.boxes.len()));
@@ -157,8 +184,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         generate(&SynthSpec::new(40, 5), dir.path(), |_, _| {}).unwrap();
         let path = dir.path().join(RECORDS_FILE);
-        assert_eq!(check_file(&path).unwrap(), vec![]);
+        assert_eq!(check_file(&path, false).unwrap(), vec![]);
         assert_eq!(require(&RecordFile::load(&path).unwrap()), Ok(()));
+    }
+
+    #[test]
+    fn equal_pixels_and_likeness_across_splits() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = generate(&SynthSpec::new(3, 5), dir.path(), |_, _| {}).unwrap();
+        let image = crate::records::open_image(dir.path(), &records[0]).unwrap();
+        let mut brighter = image.clone();
+        brighter.rgb.iter_mut().for_each(|v| *v = v.saturating_add(2));
+        std::fs::write(dir.path().join("a.png"), image.to_png().unwrap()).unwrap();
+        std::fs::write(dir.path().join("b.png"), brighter.to_png().unwrap()).unwrap();
+        // The same pixels as colour, in other bytes.
+        let colour = image::RgbImage::from_raw(image.width, image.height, image.rgb.clone()).unwrap();
+        colour.save(dir.path().join("c.png")).unwrap();
+        let line = |name: &str, split: &str| {
+            format!(r#"{{"id":"{name}","image":"{name}.png","question":"q","split":"{split}"}}"#)
+        };
+        let path = dir.path().join("r.jsonl");
+        std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
+        let told = |near: bool| {
+            let list = check_file(&path, near).unwrap();
+            list.into_iter().map(|f| format!("{} {}", f.id, f.what)).collect::<Vec<_>>()
+        };
+        let equal = "c its image is also that of \"a\" in split \"train\"";
+        assert_eq!(told(false), [equal]);
+        assert_eq!(told(true), ["b its image looks like that of \"a\" in split \"train\"", equal]);
     }
 
     #[test]
@@ -180,12 +233,14 @@ mod tests {
             format!(r#"{{"id":"labels","image":"a.png","category":"x","boxes":[[0,0,5,5]],"labels":["x","y"],{ok}}}"#),
             format!(r#"{{"id":"up","image":"../a.png",{ok}}}"#),
             format!(r#"{{"id":"bare",{ok}}}"#),
-            r#"{"id":"soft","image":"a.png","category":"x","boxes":[[0,0,20,10]],"split":"test"}"#.to_owned(),
-            format!(r#"{{"id":"url","image":"s3://b/k.png",{ok}}}"#),
+            r#"{"id":"soft","image":"a.png","category":"x","boxes":[[0,0,20,10]],"split":"test","patient":"7"}"#
+                .to_owned(),
+            format!(r#"{{"id":"url","image":"s3://b/k.png","patient":"7",{ok}}}"#),
+            format!(r#"{{"id":"text","image":"a.png","task":"vqa",{ok}}}"#),
         ];
         let path = dir.path().join("r.jsonl");
         std::fs::write(&path, lines.join("\n")).unwrap();
-        let found = check_file(&path).unwrap();
+        let found = check_file(&path, false).unwrap();
         let say: Vec<String> = found
             .iter()
             .map(|f| format!("{} {} {:?} {}", f.file.rsplit(':').next().unwrap(), f.id, f.severity, f.what))
@@ -206,6 +261,8 @@ mod tests {
             ("12 soft Warning", "whole image"),
             ("12 soft Warning", "question is empty"),
             ("13 url Warning", "not checked"),
+            ("13 url Warning", "patient \"7\" is also in split \"test\""),
+            ("14 text Error", "no answer"),
         ];
         assert_eq!(say.len(), want.len(), "{say:#?}");
         for (s, (head, tail)) in say.iter().zip(want) {

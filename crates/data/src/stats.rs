@@ -30,10 +30,14 @@ pub struct Stats {
     pub records: usize,
     /// Number of boxes.
     pub boxes: usize,
-    /// Share of records without a box, `[0, 1]`; 0 for an empty file.
+    /// Share of records without a box among those that ask where, `[0, 1]`; 0 where there are none.
     pub no_finding: f64,
+    /// Records whose question is answered in text; they are not among those without a finding.
+    pub in_text: usize,
     /// Records by split.
     pub by_split: BTreeMap<String, usize>,
+    /// Records by source, and by split within it.
+    pub by_source_and_split: BTreeMap<String, BTreeMap<String, usize>>,
     /// Records by category; those without a box count as "no finding".
     pub by_category: BTreeMap<String, usize>,
     /// Boxes by label.
@@ -63,14 +67,19 @@ pub fn stats(file: &RecordFile) -> Stats {
         count(&mut s.by_split, &r.split);
         count(&mut s.by_modality, &r.modality);
         count(&mut s.by_source, &r.source);
+        count(s.by_source_and_split.entry(r.source.clone()).or_default(), &r.split);
+        let size = size_of(file, r);
+        count(&mut s.image_sizes, &size.map_or("unknown".to_owned(), |(w, h)| format!("{w}x{h}")));
+        if r.is_text() {
+            s.in_text += 1;
+            continue;
+        }
         count(&mut s.by_category, if r.boxes.is_empty() { unveil_core::answer::NO_FINDING } else { &r.category });
         for (i, _) in r.boxes.iter().enumerate() {
             count(&mut s.by_label, r.labels.get(i).unwrap_or(&r.category));
         }
         *s.boxes_per_image.entry(r.boxes.len()).or_default() += 1;
         s.boxes += r.boxes.len();
-        let size = size_of(file, r);
-        count(&mut s.image_sizes, &size.map_or("unknown".to_owned(), |(w, h)| format!("{w}x{h}")));
         let Some((w, h)) = size.map(|(w, h)| (w as f32, h as f32)) else { continue };
         for b in r.boxes.iter().filter(|b| b.fault(w, h).is_none()) {
             let (x, y) = (f64::from((b.x2 - b.x1) / w), f64::from((b.y2 - b.y1) / h));
@@ -78,7 +87,7 @@ pub fn stats(file: &RecordFile) -> Stats {
         }
     }
     let empty = s.boxes_per_image.get(&0).copied().unwrap_or(0);
-    s.no_finding = empty as f64 / s.records.max(1) as f64;
+    s.no_finding = empty as f64 / (s.records - s.in_text).max(1) as f64;
     [s.box_width, s.box_height, s.box_area] = sides.map(quantiles);
     s
 }
@@ -110,14 +119,16 @@ mod tests {
         let path = dir.path().join("r.jsonl");
         let text = r#"{"id":"a","image_size":[100,50],"category":"x","boxes":[[0,0,10,25],[0,0,20,5]],"labels":["p","q"],"split":"train"}
 {"id":"b","image_size":[100,50],"category":"x","boxes":[[0,0,30,10]],"split":"test","modality":"ct"}
-{"id":"c","image":"gone.png","category":"x","split":"test","source":"s"}"#;
+{"id":"c","image":"gone.png","category":"x","split":"test","source":"s"}
+{"id":"d","image_size":[7,5],"answer":"yes","task":"vqa","split":"test","source":"s"}"#;
         std::fs::write(&path, text).unwrap();
         let s = stats(&RecordFile::load(&path).unwrap());
-        assert_eq!((s.records, s.boxes), (3, 3));
+        assert_eq!((s.records, s.boxes, s.in_text), (4, 3, 1));
         assert!((s.no_finding - 1.0 / 3.0).abs() < 1e-12);
-        assert_eq!((s.by_split["test"], s.by_category["x"], s.by_category["no finding"]), (2, 2, 1));
+        assert_eq!((s.by_split["test"], s.by_category["x"], s.by_category["no finding"]), (3, 2, 1));
         assert_eq!((s.by_label["p"], s.by_label["q"], s.by_label["x"]), (1, 1, 1));
-        assert_eq!((s.by_modality["ct"], s.by_source["s"], s.boxes_per_image[&2]), (1, 1, 1));
+        assert_eq!((s.by_modality["ct"], s.by_source["s"], s.boxes_per_image[&2]), (1, 2, 1));
+        assert_eq!((s.by_source_and_split["s"]["test"], s.by_source_and_split[""]["train"]), (2, 1));
         assert_eq!((s.image_sizes["100x50"], s.image_sizes["unknown"]), (2, 1));
         let w = s.box_width.unwrap();
         assert!((w.min - 0.1).abs() < 1e-6 && (w.p50 - 0.2).abs() < 1e-6 && (w.max - 0.3).abs() < 1e-6);

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use unveil_config::Config;
 use unveil_config::schema::DataKind;
-use unveil_data::import::voc::{ClassFilter, VocOptions};
+use unveil_data::import::{ClassFilter, Format, ImportOptions};
 use unveil_data::records::RecordFile;
 use unveil_data::synth::SynthSpec;
 use unveil_data::{check, import, synth};
@@ -32,7 +32,7 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
                 synth::generate(&spec, folder, |_, _| ()).map_err(|e| fail(&e))?;
             }
             DataKind::Voc => {
-                let options = VocOptions {
+                let options = ImportOptions {
                     class: Some(ClassFilter {
                         class: config.data.class.clone(),
                         category: if config.data.category.is_empty() {
@@ -42,11 +42,11 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
                         },
                     }),
                     question: Some(config.data.question.clone()),
-                    ..VocOptions::default()
+                    ..ImportOptions::default()
                 };
                 std::fs::create_dir_all(folder).map_err(crate::io("cannot create", folder))?;
-                let report =
-                    import::voc::import(Path::new(&config.data.root), &records, &options).map_err(|e| fail(&e))?;
+                let report = import::import(Format::Voc, Path::new(&config.data.root), &records, &options)
+                    .map_err(|e| fail(&e))?;
                 note(&format!("data: {} images, {} boxes imported", report.records, report.boxes));
                 for left in &report.left_out {
                     note(&format!("data: left out {} object {}: {}", left.file, left.object, left.reason));

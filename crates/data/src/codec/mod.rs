@@ -11,6 +11,7 @@ mod qwen2_vl;
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
+use unveil_core::record::REGION;
 use unveil_core::{Answer, BBox, BoxForm, ParseFault, Record, format_answer, parse_answer};
 
 pub use absolute::AbsoluteResized;
@@ -124,14 +125,22 @@ pub struct GroundedAnswer {
     pub fault: Option<ParseFault>,
 }
 
-/// The training answer of a record: its boxes in the family's numbers, sorted by (x1, y1), then its category; or "no finding".
+/// The training answer of a record: its boxes in the family's numbers, sorted by (x1, y1), then its category; or "no finding". Where the
+/// record's answer holds `<region>`, that answer with all this in its place; a question in text has its answer as it is.
 ///
 /// # Errors
 /// A record with boxes but no category, with a category that does not read back in this form, or with a box that is not valid for its
-/// image.
+/// image; a question in text without an answer; boxes that do not read back from the whole answer.
 pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Result<String, PrepareError> {
     let bad = |what: String| PrepareError::Record { id: record.id.clone(), what };
-    let category = record.category.trim();
+    let (category, told) = (record.category.trim(), record.answer.trim());
+    if record.is_text() {
+        return if told.is_empty() {
+            Err(bad("its question is one in text, but it has no answer".to_owned()))
+        } else {
+            Ok(told.to_owned())
+        };
+    }
     if !record.boxes.is_empty() && category.is_empty() {
         return Err(bad("it has boxes but no category".to_owned()));
     }
@@ -148,7 +157,14 @@ pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Resu
     if back.boxes.len() != boxes.len() || back.fault.is_some() || (!boxes.is_empty() && back.category != category) {
         return Err(bad(format!("the category {category:?} cannot be told from a box in the form `{}`", codec.form())));
     }
-    Ok(text)
+    if !told.contains(REGION) {
+        return Ok(text);
+    }
+    let whole = told.replacen(REGION, &text, 1);
+    if codec.read(&whole).boxes != back.boxes || whole.contains(REGION) {
+        return Err(bad(format!("its answer holds more than one {REGION}, or other boxes")));
+    }
+    Ok(whole)
 }
 
 /// Reads a model's text; its boxes come back in original pixels.
@@ -197,6 +213,30 @@ mod tests {
             assert_eq!(answer_text(codec, &record(vec![], "x"), &SIZES).unwrap(), "no finding");
             assert!(read_answer(codec, "no finding", &SIZES).no_finding);
         }
+    }
+
+    #[test]
+    fn answers_in_text_are_the_targets() {
+        let r = record(vec![[320.0, 100.0, 400.0, 200.0].into()], "polyp");
+        for codec in each() {
+            let plain = answer_text(codec, &r, &SIZES).unwrap();
+            let told = |answer: &str| answer_text(codec, &Record { answer: answer.into(), ..r.clone() }, &SIZES);
+            assert_eq!(told("Remarks without a place.").unwrap(), plain);
+            let whole = told("A raised lesion is seen.\n<region>").unwrap();
+            assert_eq!(whole, format!("A raised lesion is seen.\n{plain}"));
+            let back = read_answer(codec, &whole, &SIZES);
+            assert_eq!(back.boxes, read_answer(codec, &plain, &SIZES).boxes);
+            assert!(told("<region> and <region>").unwrap_err().to_string().contains("more than one"));
+            let text = |answer: &str| {
+                let mut r = Record { answer: answer.into(), ..record(vec![], "") };
+                r.extra.insert("task".into(), "vqa".into());
+                answer_text(codec, &r, &SIZES)
+            };
+            assert_eq!(text(" yes ").unwrap(), "yes");
+            assert!(text("").unwrap_err().to_string().contains("no answer"));
+        }
+        let boxed = Record { answer: "At [1,2,3,4]: <region>".into(), ..r };
+        assert!(answer_text(codec(BoxForm::PerMille), &boxed, &SIZES).unwrap_err().to_string().contains("other boxes"));
     }
 
     #[test]

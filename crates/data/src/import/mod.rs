@@ -1,50 +1,83 @@
 //! Importers: other annotation formats to record files. Each says what it left out, and why.
+//!
+//! Owns the formats and their rules: a module per format turns a folder into items, and the modules `finish`, `place`, `split` and
+//! `leaks` turn items into records in one way for all. Must not know: model families, what is done with the records.
+//!
+//! Rules for all formats but Pascal VOC, which is strict (what is missing or corrupt stops it, and nothing is clipped):
+//! - An image that is missing or corrupt, a path that leaves the source folder, an object that cannot be understood: left out, reported.
+//! - A box that overhangs the image is clipped to it when at least half of it lies inside, else left out. One without area, inverted or
+//!   not finite is left out.
+//! - Boxes are in the frame of the size that the annotation states. An image of another size but the same shape has them scaled; one of
+//!   another shape has them left out.
+//! - Splits are the published ones where there are any, else (or with `resplit`) eight tenths train, one val, one test by a hash of the
+//!   patient, or of the image's pixels where no patient is known.
 
-pub mod voc;
+mod choices;
+mod coco;
+mod conversation;
+mod deeplesion;
+mod finish;
+mod format;
+mod images;
+mod item;
+mod kidney_stone;
+mod kvasir;
+mod leaks;
+mod llava;
+mod med_grit;
+mod medvh;
+mod ms_swift;
+mod nih;
+mod omnimedvqa;
+mod place;
+mod pmc_vqa;
+mod report;
+mod slake;
+mod source;
+mod split;
+mod tbx11k;
+mod via;
+mod voc;
+mod vqa_rad;
 mod xml;
+mod yolo;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+#[cfg(test)]
+mod tests;
 
-use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+pub use format::{Format, UnknownFormat};
+pub use report::{ImportReport, Leak, LeftOut};
 
 use crate::records::RecordsError;
 use crate::store::ImageError;
+use item::Found;
 
-/// What an import did.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
-pub struct ImportReport {
-    /// Records written (one per image).
-    pub records: usize,
-    /// Objects found in the annotations of these images, before any filter.
-    pub objects: usize,
-    /// Boxes written.
-    pub boxes: usize,
-    /// Records by split; the empty name holds images that no list names.
-    pub splits: BTreeMap<String, usize>,
-    /// Objects by class as annotated, before any filter.
-    pub classes: BTreeMap<String, usize>,
-    /// Objects left out by rule.
-    pub left_out: Vec<LeftOut>,
-    /// Annotations whose stated size is not the image's (the image's is used).
-    pub size_mismatch: Vec<String>,
-    /// Folder into which the images were linked or copied; absent when they are used where they lie.
-    pub images_copied_to: Option<PathBuf>,
+/// What to take over, and how.
+#[derive(Debug, Clone, Default)]
+pub struct ImportOptions {
+    /// Only this split; all images otherwise.
+    pub split: Option<String>,
+    /// Only this class's boxes; images without one become "no finding".
+    pub class: Option<ClassFilter>,
+    /// Written to every record in place of what the data set says.
+    pub modality: Option<String>,
+    /// Asked of every image that brings no question of its own.
+    pub question: Option<String>,
+    /// Splits by patient or image instead of the published ones.
+    pub resplit: bool,
+    /// Leaves out an image whose pixels are also in another split: the copy in test stays before val before train.
+    pub drop_leaks: bool,
 }
 
-/// One object that was not taken over.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct LeftOut {
-    /// Annotation file.
-    pub file: String,
-    /// Position of the object in the file, from 0.
-    pub object: usize,
-    /// Its class.
-    pub label: String,
-    /// The rule.
-    pub reason: String,
-    /// Coordinates as written.
-    pub coords: [f32; 4],
+/// One class of the data set and the words that it gets.
+#[derive(Debug, Clone)]
+pub struct ClassFilter {
+    /// Name in the annotations.
+    pub class: String,
+    /// Category and label in the records.
+    pub category: String,
 }
 
 /// Why an import stopped; nothing is written under the output's name then.
@@ -80,4 +113,35 @@ pub enum ImportError {
     /// The records cannot be written.
     #[error(transparent)]
     Records(#[from] RecordsError),
+}
+
+/// Imports the folder `src` of the given format into the record file `out`.
+///
+/// Images under the folder of `out` are used where they lie; others are hard-linked (copied where that fails) into
+/// `<stem of out>_images/` beside it, because an image path may not leave the folder of its record file.
+///
+/// # Errors
+/// The folder is not of the format, or the request does not fit it; what is wrong with single images or objects is reported instead.
+pub fn import(format: Format, src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
+    let mut found = Found::new(src);
+    match format {
+        Format::Voc => voc::read(&mut found, options)?,
+        Format::Coco => coco::read(&mut found)?,
+        Format::Yolo => yolo::read(&mut found)?,
+        Format::Via => via::read(&mut found)?,
+        Format::DeepLesion => deeplesion::read(&mut found)?,
+        Format::NihChestXray => nih::read(&mut found)?,
+        Format::Tbx11k => tbx11k::read(&mut found)?,
+        Format::KvasirSeg => kvasir::read(&mut found)?,
+        Format::KidneyStone => kidney_stone::read(&mut found)?,
+        Format::MedGrit => med_grit::read(&mut found)?,
+        Format::Slake => slake::read(&mut found)?,
+        Format::VqaRad => vqa_rad::read(&mut found)?,
+        Format::PmcVqa => pmc_vqa::read(&mut found)?,
+        Format::OmniMedVqa => omnimedvqa::read(&mut found)?,
+        Format::MedVh => medvh::read(&mut found)?,
+        Format::MsSwift => ms_swift::read(&mut found)?,
+        Format::Llava => llava::read(&mut found)?,
+    }
+    finish::finish(found, format, out, options)
 }

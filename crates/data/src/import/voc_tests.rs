@@ -1,6 +1,14 @@
+use unveil_core::BoxForm;
+
+use super::super::{ClassFilter, Format, ImportOptions, ImportReport};
 use super::*;
+use crate::codec::{Sizes, answer_text, codec, read_answer};
 use crate::records::RecordFile;
 use crate::store::Image;
+
+fn import(src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
+    super::super::import(Format::Voc, src, out, options)
+}
 
 fn bccd() -> PathBuf {
     let path = std::env::var_os("UNVEIL_BCCD")
@@ -13,7 +21,7 @@ fn bccd() -> PathBuf {
 fn bccd_imports_whole() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("all.jsonl");
-    let report = import(&bccd(), &out, &VocOptions::default()).unwrap();
+    let report = import(&bccd(), &out, &ImportOptions::default()).unwrap();
     assert_eq!((report.records, report.objects, report.boxes), (364, 4888, 4886));
     let splits: Vec<usize> = SPLITS.iter().map(|s| report.splits[*s]).collect();
     assert_eq!(splits, [205, 87, 72]);
@@ -35,10 +43,10 @@ fn bccd_imports_whole() {
 fn bccd_white_blood_cells_of_the_test_split() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("wbc.jsonl");
-    let options = VocOptions {
+    let options = ImportOptions {
         split: Some("test".into()),
         class: Some(ClassFilter { class: "WBC".into(), category: "white blood cell".into() }),
-        ..VocOptions::default()
+        ..ImportOptions::default()
     };
     let report = import(&bccd(), &out, &options).unwrap();
     let file = RecordFile::load(&out).unwrap();
@@ -47,6 +55,32 @@ fn bccd_white_blood_cells_of_the_test_split() {
     assert!(
         file.records.iter().all(|r| r.category == "white blood cell" && r.question == "Where is the white blood cell?")
     );
+}
+
+/// From the real set to answers and back: boxes survive import, record file and every codec.
+#[test]
+fn bccd_answers_localize_in_every_form() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("all.jsonl");
+    import(&bccd(), &out, &ImportOptions::default()).unwrap();
+    let file = RecordFile::load(&out).unwrap();
+    assert_eq!(crate::check::require(&file), Ok(()));
+    for r in &file.records {
+        let [w, h] = r.image_size.unwrap();
+        // What Qwen2.5-VL makes of 640 x 480: multiples of 28.
+        let sizes = Sizes { original: (w, h), resized: (644, 476) };
+        for form in BoxForm::ALL {
+            let text = answer_text(codec(form), r, &sizes).unwrap();
+            let back = read_answer(codec(form), &text, &sizes);
+            assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{text}");
+            // Each edge is off by half a step, 0.52 pixels at most.
+            for truth in &r.boxes {
+                let best = back.boxes.iter().map(|b| b.iou(truth)).fold(0.0, f64::max);
+                let side = f64::from((truth.x2 - truth.x1).min(truth.y2 - truth.y1));
+                assert!(best >= 1.0 - 4.0 * 0.52 / side.max(3.0), "{} {form}: {truth:?} {best}", r.id);
+            }
+        }
+    }
 }
 
 /// A small VOC folder: `a` with a good, a flat, an inverted and an overhanging box, `b` without objects.
@@ -76,7 +110,7 @@ fn small(root: &Path) -> PathBuf {
 fn bad_boxes_are_left_out_and_reported() {
     let dir = tempfile::tempdir().unwrap();
     let src = small(dir.path());
-    let report = import(&src, &dir.path().join("out.jsonl"), &VocOptions::default()).unwrap();
+    let report = import(&src, &dir.path().join("out.jsonl"), &ImportOptions::default()).unwrap();
     let reasons: Vec<_> = report.left_out.iter().map(|l| (l.object, l.reason.as_str())).collect();
     assert_eq!(reasons, [(1, "has no area"), (2, "is inverted"), (3, "lies outside the image")]);
     assert_eq!((report.boxes, report.size_mismatch.len(), report.images_copied_to), (1, 1, None));
@@ -91,19 +125,21 @@ fn errors_name_the_file_and_write_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let src = small(dir.path());
     let out = dir.path().join("out.jsonl");
-    let run = |o: &VocOptions| import(&src, &out, o).unwrap_err().to_string();
+    let run = |o: &ImportOptions| import(&src, &out, o).unwrap_err().to_string();
     let class = Some(ClassFilter { class: "y".into(), category: "y".into() });
-    assert!(run(&VocOptions { class, ..VocOptions::default() }).contains("the classes are x"));
-    assert!(run(&VocOptions { split: Some("test".into()), ..VocOptions::default() }).contains("test.txt"));
+    assert!(run(&ImportOptions { class, ..ImportOptions::default() }).contains("the classes are x"));
+    assert!(run(&ImportOptions { split: Some("test".into()), ..ImportOptions::default() }).contains("test.txt"));
     std::fs::write(src.join("Annotations/b.xml"), "<annotation><obj").unwrap();
-    assert!(run(&VocOptions::default()).contains("b.xml: corrupt XML"));
+    assert!(run(&ImportOptions::default()).contains("b.xml: corrupt XML"));
     std::fs::write(src.join("Annotations/b.xml"), "<annotation></annotation>").unwrap();
     std::fs::write(src.join("JPEGImages/b.png"), "no image").unwrap();
-    assert!(run(&VocOptions::default()).contains("b.png"));
+    assert!(run(&ImportOptions::default()).contains("b.png"));
     std::fs::remove_file(src.join("JPEGImages/b.png")).unwrap();
-    assert!(run(&VocOptions::default()).contains("JPEGImages/b: no image"));
+    assert!(run(&ImportOptions::default()).contains("JPEGImages/b: no image"));
     std::fs::write(src.join("ImageSets/Main/test.txt"), "a\n").unwrap();
-    assert!(run(&VocOptions::default()).contains("a is in both train.txt and test.txt"));
-    assert!(import(&dir.path().join("gone"), &out, &VocOptions::default()).unwrap_err().to_string().contains("gone"));
+    assert!(run(&ImportOptions::default()).contains("a is in both train.txt and test.txt"));
+    assert!(
+        import(&dir.path().join("gone"), &out, &ImportOptions::default()).unwrap_err().to_string().contains("gone")
+    );
     assert!(!out.exists());
 }

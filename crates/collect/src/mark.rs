@@ -1,0 +1,103 @@
+//! The image that is sent: not larger than it must be, with the regions marked. Pure.
+
+use unveil_core::BBox;
+use unveil_data::processor::{Filter, resize};
+use unveil_data::store::Image;
+
+/// Colours of the marks and their names; the one that differs most from what lies under the marks is used.
+const COLOURS: [([u8; 3], &str); 5] = [
+    ([255, 0, 0], "red"),
+    ([0, 255, 0], "green"),
+    ([0, 255, 255], "cyan"),
+    ([255, 255, 0], "yellow"),
+    ([255, 0, 255], "magenta"),
+];
+
+/// An image with marks.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Marked {
+    pub(crate) image: Image,
+    /// The regions in its pixels.
+    pub(crate) boxes: Vec<[i64; 4]>,
+    /// Name of the marks' colour.
+    pub(crate) colour: &'static str,
+}
+
+/// Shrinks `image` to at most `most` pixels a side and draws a frame around each box, outside of it where there is room.
+pub(crate) fn mark(image: Image, boxes: &[BBox], most: u32) -> Marked {
+    let scale = (f64::from(most) / f64::from(image.width.max(image.height))).min(1.0);
+    let side = |v: u32| ((f64::from(v) * scale).round() as u32).max(1);
+    let (w, h) = (side(image.width), side(image.height));
+    let (sx, sy) = (w as f32 / image.width as f32, h as f32 / image.height as f32);
+    let mut image = if scale < 1.0 { resize(&image, w, h, Filter::Bicubic) } else { image };
+    let (w, h) = (i64::from(w), i64::from(h));
+    let boxes: Vec<[i64; 4]> = boxes
+        .iter()
+        .map(|b| b.scaled(sx, sy))
+        .map(|b| {
+            let at = |v: f32, most: i64| (v.round() as i64).clamp(0, most);
+            [at(b.x1, w), at(b.y1, h), at(b.x2, w), at(b.y2, h)]
+        })
+        .collect();
+    let width = (w.max(h) / 256).max(2);
+    let frame: Vec<(u32, u32)> = boxes.iter().flat_map(|b| frame(*b, width, (w, h))).collect();
+    let distance = |colour: [u8; 3]| -> u64 {
+        let of = |(x, y): &(u32, u32)| {
+            let p = image.pixel(*x, *y);
+            p.iter().zip(colour).map(|(a, b)| u64::from(a.abs_diff(b)).pow(2)).sum::<u64>()
+        };
+        frame.iter().map(of).sum()
+    };
+    let (colour, name) = COLOURS.into_iter().rev().max_by_key(|(c, _)| distance(*c)).unwrap_or(COLOURS[0]);
+    frame.iter().for_each(|(x, y)| image.set_pixel(*x, *y, colour));
+    Marked { image, boxes, colour: name }
+}
+
+/// Pixels of a frame of this width around a box, cut at the image's borders.
+fn frame([x1, y1, x2, y2]: [i64; 4], width: i64, (w, h): (i64, i64)) -> impl Iterator<Item = (u32, u32)> {
+    let outer = [(x1 - width).max(0), (y1 - width).max(0), (x2 + width).min(w), (y2 + width).min(h)];
+    // Where the box touches a border there is no room outside: the frame lies on its edge then.
+    let inner = [x1.max(outer[0] + 1), y1.max(outer[1] + 1), x2.min(outer[2] - 1), y2.min(outer[3] - 1)];
+    (outer[1]..outer[3]).flat_map(move |y| {
+        let inside = move |x: i64| (inner[0]..inner[2]).contains(&x) && (inner[1]..inner[3]).contains(&y);
+        (outer[0]..outer[2]).filter(move |x| !inside(*x)).map(move |x| (x as u32, y as u32))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_region_itself_stays_free() {
+        let grey = Image { width: 100, height: 50, rgb: vec![90; 100 * 50 * 3] };
+        let m = mark(grey.clone(), &[[20.0, 10.0, 40.0, 30.0].into()], 512);
+        assert_eq!((m.image.width, m.boxes.as_slice()), (100, &[[20, 10, 40, 30]][..]));
+        let changed = |x, y| m.image.pixel(x, y) != grey.pixel(x, y);
+        assert!((20..40).all(|x| (10..30).all(|y| !changed(x, y))));
+        assert!(changed(19, 15) && changed(18, 8) && changed(41, 31) && !changed(17, 15) && !changed(42, 15));
+    }
+
+    #[test]
+    fn the_colour_stands_out() {
+        let of = |rgb: [u8; 3]| {
+            let mut image = Image::new(30, 30);
+            image.rgb.chunks_exact_mut(3).for_each(|p| p.copy_from_slice(&rgb));
+            mark(image, &[[5.0, 5.0, 20.0, 20.0].into()], 64).colour
+        };
+        assert_eq!(of([200, 30, 30]), "cyan");
+        assert_ne!(of([0, 255, 255]), "cyan");
+        assert_eq!(of([255, 255, 255]), of([255, 255, 255]));
+    }
+
+    #[test]
+    fn large_images_shrink_and_whole_image_boxes_are_framed_on_the_edge() {
+        let m = mark(Image::new(2000, 1000), &[[0.0, 0.0, 2000.0, 1000.0].into()], 500);
+        assert_eq!((m.image.width, m.image.height, m.boxes[0]), (500, 250, [0, 0, 500, 250]));
+        assert!(
+            m.image.pixel(0, 100) != [0; 3] && m.image.pixel(499, 249) != [0; 3] && m.image.pixel(250, 125) == [0; 3]
+        );
+        let tiny = mark(Image::new(1, 1), &[[0.0, 0.0, 1.0, 1.0].into()], 500);
+        assert_ne!(tiny.image.pixel(0, 0), [0; 3]);
+    }
+}

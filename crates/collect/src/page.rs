@@ -1,0 +1,122 @@
+//! Pages on which a person accepts, edits or rejects what was collected. Each is one HTML file that needs nothing else, and hands the
+//! decisions back as a downloaded file of JSON lines.
+//!
+//! All texts come from outside: they go into the page as JSON, and its script puts them there as text, never as markup.
+
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use image::codecs::jpeg::JpegEncoder;
+use image::{ExtendedColorType, ImageEncoder};
+use serde_json::{Value, json};
+use unveil_core::Record;
+use unveil_data::processor::{Filter, resize};
+use unveil_data::records::RecordFile;
+use unveil_data::store::{ContentHash, Image};
+
+use crate::answer::usable;
+use crate::{COLLECTED, CollectError};
+
+/// Longer side of the images on a page, in pixels.
+const SIDE: u32 = 640;
+const QUALITY: u8 = 85;
+
+/// Writes `review-001.html` and so on into `dir` for the answers in its record file, `per_page` on each; older pages there go.
+///
+/// # Errors
+/// The record file or a page cannot be read or written. An image that cannot be read is missing on its page.
+pub fn write_pages(dir: &Path, per_page: usize) -> Result<Vec<PathBuf>, CollectError> {
+    let file = RecordFile::load(&dir.join(COLLECTED))?;
+    for old in std::fs::read_dir(dir).map_err(CollectError::io(dir))?.flatten().map(|e| e.path()) {
+        let name = old.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("review-") && name.ends_with(".html") {
+            std::fs::remove_file(&old).map_err(CollectError::io(&old))?;
+        }
+    }
+    let answered: Vec<&Record> = file.records.iter().filter(|r| r.extra.contains_key("collect")).collect();
+    let chunks = answered.chunks(per_page.max(1));
+    let count = chunks.len();
+    let mut pages = Vec::with_capacity(count);
+    for (k, records) in chunks.enumerate() {
+        let items: Vec<Value> = records.iter().map(|r| item(&file, r)).collect();
+        let path = dir.join(format!("review-{:03}.html", k + 1));
+        std::fs::write(&path, page(&items, k + 1, count)).map_err(CollectError::io(&path))?;
+        pages.push(path);
+    }
+    Ok(pages)
+}
+
+fn item(file: &RecordFile, r: &Record) -> Value {
+    let about = &r.extra["collect"];
+    let reflection = about["reflection"].as_str().unwrap_or_default();
+    let label = |k: usize| r.labels.get(k).unwrap_or(&r.category);
+    let boxes = r.boxes.iter().enumerate();
+    let boxes: Vec<Value> =
+        boxes.map(|(k, b)| json!({"label": label(k), "x1": b.x1, "y1": b.y1, "x2": b.x2, "y2": b.y2})).collect();
+    let image = file.open_image(r).ok();
+    let size = image.as_ref().map(|i| [i.width, i.height]).or(r.image_size).unwrap_or([1, 1]);
+    json!({
+        "id": r.id, "key": about["key"], "category": r.category, "question": r.question, "modality": r.modality, "source": r.source,
+        "size": size, "boxes": boxes, "image": image.and_then(embed).unwrap_or_default(),
+        "diagnosis": about["diagnosis"], "reflection": reflection, "faults": about["faults"],
+        "usable": !reflection.is_empty() && usable(r, reflection),
+    })
+}
+
+/// The image as a JPEG data URL, shrunk.
+fn embed(image: Image) -> Option<String> {
+    let scale = (f64::from(SIDE) / f64::from(image.width.max(image.height))).min(1.0);
+    let side = |v: u32| ((f64::from(v) * scale).round() as u32).max(1);
+    let image =
+        if scale < 1.0 { resize(&image, side(image.width), side(image.height), Filter::Bicubic) } else { image };
+    let mut out = Vec::new();
+    let encoder = JpegEncoder::new_with_quality(&mut out, QUALITY);
+    encoder.write_image(&image.rgb, image.width, image.height, ExtendedColorType::Rgb8).ok()?;
+    Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(out)))
+}
+
+fn page(items: &[Value], number: usize, of: usize) -> String {
+    // In a script element only `</` and `<!--` end or change what is read (HTML, "Restrictions for contents of script elements").
+    let data = Value::from(items).to_string().replace('<', "\\u003c");
+    let keys: String = items.iter().map(|i| i["key"].to_string()).collect();
+    // Decisions are remembered per content, so that another set's page in the same folder does not show them.
+    let name = format!("{number:03}-{}", &ContentHash::of(keys.as_bytes()).to_string()[..8]);
+    let (style, script) = (include_str!("page.css"), include_str!("page.js"));
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n\
+         <title>Review {number} of {of}</title>\n<style>\n{style}</style>\n</head>\n<body data-name=\"{name}\">\n<header><div class=\"row\">\
+         <h1>Collected answers, page {number} of {of}</h1><span id=\"count\"></span>\
+         <select id=\"filter\" aria-label=\"show\"><option value=\"all\">all</option><option value=\"open\">undecided</option>\
+         <option value=\"faulty\">with remarks</option><option value=\"accept\">accepted</option><option value=\"edit\">edited</option>\
+         <option value=\"reject\">rejected</option></select>\
+         <label class=\"file\">Load decisions<input type=\"file\" id=\"load\" accept=\".jsonl\"></label>\
+         <button type=\"button\" class=\"save\" id=\"download\">Download decisions</button>\
+         <div class=\"bar\"><i></i></div></div></header>\n<main><p class=\"help\"><kbd>A</kbd> accept, <kbd>E</kbd> edit \
+         (<kbd>Esc</kbd> leaves the text, <kbd>S</kbd> saves it), <kbd>R</kbd> reject, <kbd>U</kbd> undo, <kbd>J</kbd> <kbd>K</kbd> next and \
+         previous. Frames fade under the pointer. Boxes and class are added to the answer by themselves.</p></main>\n\
+         <script type=\"application/json\" id=\"items\">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_cannot_leave_their_element() {
+        let items = [json!({"id": "</script><script>alert(1)</script>", "key": "k", "note": "<!-- x"})];
+        let html = page(&items, 1, 1);
+        assert_eq!(html.matches("<script").count(), 2);
+        assert!(!html.contains("alert(1)</script>") && !html.contains("<!-- x"));
+        let start = html.find("id=\"items\">").unwrap() + 11;
+        let back: Value = serde_json::from_str(&html[start..][..html[start..].find("</script>").unwrap()]).unwrap();
+        assert_eq!(back[0], items[0]);
+        assert!(
+            !html.contains("http://")
+                || html.matches("http://").count() == html.matches("http://www.w3.org/2000/svg").count()
+        );
+    }
+}

@@ -1,0 +1,363 @@
+//! Collecting against a server that is slow, drops, answers 429 and 500 and nonsense; killing and resuming; budget; review.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use unveil_collect::{COLLECTED, CollectError, JOURNAL, Stop, Summary, collect, review};
+use unveil_config::schema::Collect;
+use unveil_core::{Record, Secret};
+use unveil_data::codec::{Sizes, answer_text, codec, read_answer};
+use unveil_data::records::RecordFile;
+use unveil_data::store::Image;
+use unveil_service::CancellationToken;
+use unveil_testkit::{WebReply, WebRequest, WebServer};
+
+/// Records with a box each, but the last, in which nothing is found.
+fn data(dir: &Path, n: usize) -> PathBuf {
+    let mut lines = Vec::new();
+    for k in 0..n {
+        let mut image = Image::new(60, 40);
+        image.rgb.iter_mut().enumerate().for_each(|(i, v)| *v = (i + 40 * k) as u8);
+        std::fs::write(dir.join(format!("{k}.png")), image.to_png().unwrap()).unwrap();
+        let boxes = if k + 1 == n { json!([]) } else { json!([[10, 8, 30, 28]]) };
+        lines.push(
+            json!({"id": format!("r{k}"), "image": format!("{k}.png"), "image_size": [60, 40], "question": "What is abnormal?", "modality": "CT",
+                   "category": "liver cyst", "boxes": boxes, "split": "train"})
+            .to_string(),
+        );
+    }
+    let path = dir.join("records.jsonl");
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    path
+}
+
+fn settings(server: &WebServer) -> Collect {
+    Collect {
+        base_url: format!("{}/v1", server.url()),
+        model: "seer".into(),
+        concurrency: 2,
+        tries: 6,
+        attempt_s: 0.6,
+        deadline_s: 20.0,
+        price_prompt: 1.0,
+        price_answer: 2.0,
+        ..Collect::default()
+    }
+}
+
+async fn run(data: &Path, out: &Path, settings: &Collect) -> Summary {
+    collect(data, out, settings, None, CancellationToken::new(), |_, _, _| ()).await.unwrap()
+}
+
+/// The parts of the user's message of a request.
+fn parts(request: &WebRequest) -> (String, String) {
+    let body: Value = serde_json::from_str(&request.body).unwrap();
+    let content = &body["messages"].as_array().unwrap().last().unwrap()["content"];
+    let text = content[0]["text"].as_str().unwrap().to_owned();
+    (text, content[1]["image_url"]["url"].as_str().unwrap().to_owned())
+}
+
+fn completion(text: &str) -> String {
+    json!({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1000, "completion_tokens": 100}}).to_string()
+}
+
+/// Answers as a good model would.
+fn good(request: &WebRequest) -> WebReply {
+    let (text, _) = parts(request);
+    let second = text.contains("A colleague answered");
+    WebReply::now(
+        200,
+        completion(if second { "Something dark and round lies in the liver: a liver cyst." } else { "A liver cyst." }),
+    )
+}
+
+fn journal(out: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(out.join(JOURNAL)).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[tokio::test]
+async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
+    let server = WebServer::start(good);
+    let key = Some(Secret::new("sk-secret"));
+    let mut heard = Vec::new();
+    let s = collect(&file, &out, &settings(&server), key, CancellationToken::new(), |done, of, cost| {
+        heard.push((done, of, cost))
+    })
+    .await
+    .unwrap();
+    assert_eq!((s.to_ask, s.answered, s.asked, s.reused, s.faulty), (3, 3, 6, 0, 0), "{s:?}");
+    assert!(s.is_complete() && heard.last().is_some_and(|h| (h.0, h.1) == (3, 3)));
+    // 6 answers of 1000 prompt and 100 answer tokens at 1 and 2 a million.
+    assert!((s.cost - 6.0 * 1.2e-3).abs() < 1e-12 && s.tokens == [6000, 600], "{s:?}");
+    let seen = server.seen();
+    let (first, image) = parts(seen.iter().find(|r| !parts(r).0.contains("colleague")).unwrap());
+    assert!(first.contains("liver cyst: from (10, 8) to (30, 28)") && first.contains("(CT)"), "{first}");
+    assert_eq!(seen[0].header("authorization"), Some("Bearer sk-secret"));
+    use base64::Engine;
+    let png = base64::engine::general_purpose::STANDARD
+        .decode(image.strip_prefix("data:image/png;base64,").unwrap())
+        .unwrap();
+    let sent = Image::decode(&png, "sent").unwrap();
+    let frame = sent.pixel(9, 15);
+    assert_eq!((sent.width, frame.iter().filter(|v| [0, 255].contains(*v)).count()), (60, 3), "{frame:?} is a mark");
+    let second = seen.iter().map(|r| parts(r).0).find(|t| t.contains("A colleague answered")).unwrap();
+    assert!(second.contains("A liver cyst.\n"), "the diagnosis is in the second prompt: {second}");
+
+    let written = RecordFile::load(&out.join(COLLECTED)).unwrap();
+    assert_eq!(written.records.len(), 4);
+    let r: &Record = &written.records[0];
+    assert_eq!(r.answer, "Something dark and round lies in the liver: a liver cyst.\n<region>");
+    assert_eq!((r.extra["collect"]["model"].as_str(), written.records[3].extra.get("collect")), (Some("seer"), None));
+    assert_eq!(written.open_image(r).unwrap().width, 60);
+    let sizes = Sizes { original: (60, 40), resized: (56, 56) };
+    let target = answer_text(codec(unveil_core::BoxForm::PerMille), r, &sizes).unwrap();
+    let back = read_answer(codec(unveil_core::BoxForm::PerMille), &target, &sizes);
+    assert!(back.boxes[0].iou(&r.boxes[0]) > 0.95 && back.category == "liver cyst", "{target}");
+
+    let lines = journal(&out);
+    let kinds = |kind: &str| lines.iter().filter(|l| l["kind"] == kind).count();
+    assert_eq!((kinds("ask"), kinds("answer"), lines.len()), (6, 6, 12));
+    assert!(lines[0]["user"].as_str().unwrap().contains("liver cyst") && !lines[0].to_string().contains("base64"));
+    assert!(!std::fs::read_to_string(out.join(JOURNAL)).unwrap().contains("sk-secret"));
+}
+
+#[tokio::test]
+async fn a_bad_server_is_asked_again_and_answers_are_asked_for_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
+    let server = WebServer::start(|r| match r.number {
+        0 => WebReply::now(500, "oops"),
+        1 => WebReply::Drop,
+        2 => WebReply::now(200, "{\"choices\": 3}"),
+        3 => WebReply::Stall,
+        4 => WebReply::Answer {
+            delay: Duration::ZERO,
+            code: 429,
+            headers: vec!["Retry-After: 0.1".into()],
+            body: b"slow".to_vec(),
+        },
+        5 => WebReply::Break(completion("x").into()),
+        _ => good(r),
+    });
+    let s = run(&file, &out, &settings(&server)).await;
+    assert_eq!((s.answered, s.asked), (3, 6), "{s:?}");
+    assert_eq!(server.seen().len(), 12);
+    let again = run(&file, &out, &settings(&server)).await;
+    assert_eq!((again.answered, again.asked, again.reused, server.seen().len()), (3, 0, 6, 12), "{again:?}");
+    assert_eq!(again.cost, s.cost);
+}
+
+#[tokio::test]
+async fn a_record_that_fails_is_told_and_asked_again_the_next_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
+    std::fs::write(dir.path().join("1.png"), b"no image").unwrap();
+    let image = |r: &WebRequest| parts(r).1;
+    let first = std::sync::Mutex::new(None::<String>);
+    let server = WebServer::start(move |r| {
+        let bad = first.lock().unwrap().get_or_insert_with(|| image(r)).clone();
+        if image(r) == bad { WebReply::now(400, "the picture is not allowed") } else { good(r) }
+    });
+    let s = run(&file, &out, &settings(&server)).await;
+    assert_eq!((s.answered, s.failed.len(), s.is_complete()), (1, 2, false), "{s:?}");
+    let reasons: String = s.failed.iter().map(|f| f.reason.clone()).collect();
+    assert!(reasons.contains("not allowed") && reasons.contains("1.png"), "{reasons}");
+    assert_eq!(journal(&out).iter().filter(|l| l["kind"] == "failed").count(), 1);
+    let well = WebServer::start(good);
+    let s = run(&file, &out, &settings(&well)).await;
+    assert_eq!((s.answered, s.failed.len(), s.asked, s.reused), (2, 1, 2, 2), "{s:?}");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_refuses_or_is_down_stops_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = data(dir.path(), 30);
+    let no = WebServer::start(|_| WebReply::now(401, "wrong key"));
+    let s = run(&file, &dir.path().join("a"), &settings(&no)).await;
+    assert!(matches!(&s.stopped, Some(Stop::Refused { answer }) if answer.contains("wrong key")), "{s:?}");
+    assert!(no.seen().len() <= 4, "{}", no.seen().len());
+    let down = WebServer::start(|_| WebReply::now(503, "away"));
+    let s = run(&file, &dir.path().join("b"), &Collect { tries: 1, ..settings(&down) }).await;
+    assert!(matches!(&s.stopped, Some(Stop::Down { failure }) if failure.contains("away")), "{s:?}");
+    assert!((6..=8).contains(&down.seen().len()) && s.answered == 0, "{}", down.seen().len());
+}
+
+#[tokio::test]
+async fn the_budget_stops_and_counts_over_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 12), dir.path().join("out"));
+    let server = WebServer::start(good);
+    // An answer costs 0.0012; eight fit.
+    let limited = Collect { budget: 0.01, concurrency: 1, ..settings(&server) };
+    let s = run(&file, &out, &limited).await;
+    assert_eq!(s.stopped, Some(Stop::Budget));
+    assert!(s.cost <= 0.01 && server.seen().len() == 8 && s.answered == 4, "{} {s:?}", server.seen().len());
+    let again = run(&file, &out, &limited).await;
+    assert_eq!((again.asked, again.answered, again.stopped), (0, 4, Some(Stop::Budget)), "what is there stays");
+    let more = run(&file, &out, &Collect { budget: 1.0, ..limited }).await;
+    assert_eq!((more.answered, more.asked + 8, server.seen().len()), (11, 22, 22), "{more:?}");
+}
+
+#[tokio::test]
+async fn the_rate_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = data(dir.path(), 4);
+    let server = WebServer::start(good);
+    let start = std::time::Instant::now();
+    // Two at once, then one every 0.1 s: the sixth starts 0.4 s after the first.
+    let s = run(&file, &dir.path().join("out"), &Collect { per_minute: 600.0, ..settings(&server) }).await;
+    assert!(s.answered == 3 && start.elapsed() >= Duration::from_millis(390), "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_stop_keeps_what_was_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 30), dir.path().join("out"));
+    let cancel = CancellationToken::new();
+    let inner = cancel.clone();
+    let server = WebServer::start(move |r| {
+        if r.number == 9 {
+            inner.cancel();
+        }
+        good(r)
+    });
+    let s = collect(&file, &out, &settings(&server), None, cancel, |_, _, _| ()).await.unwrap();
+    assert_eq!(s.stopped, Some(Stop::Interrupted));
+    let held = journal(&out).iter().filter(|l| l["kind"] == "answer").count();
+    let s = run(&file, &out, &settings(&server)).await;
+    assert!(s.is_complete() && s.reused == held && s.asked == 58 - held && held >= 4, "{held} {s:?}");
+}
+
+#[test]
+fn a_killed_run_goes_on_without_asking_for_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 16), dir.path().join("out"));
+    let server = WebServer::start(|r| {
+        std::thread::sleep(Duration::from_millis(40));
+        good(r)
+    });
+    let program = std::env::current_exe().unwrap().parent().unwrap().join("../examples/collect");
+    let url = format!("{}/v1", server.url());
+    let start = || {
+        let mut command = std::process::Command::new(&program);
+        command.arg(&file).arg(&out).arg(&url).stdout(std::process::Stdio::piped());
+        command.spawn().unwrap_or_else(|e| panic!("{}: {e}: build the examples first", program.display()))
+    };
+    for asked in [5, 14] {
+        let mut child = start();
+        while server.seen().len() < asked {
+            assert_eq!(child.try_wait().unwrap(), None, "it ended before it was killed");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    // What was sent and not yet written when the run died is all that may be asked for twice: three requests, twice killed.
+    let answers = |out: &Path| {
+        let text = std::fs::read_to_string(out.join(JOURNAL)).unwrap();
+        text.lines().filter(|l| l.contains("\"kind\":\"answer\"")).count()
+    };
+    let (held, before) = (answers(&out), server.seen().len());
+    assert!(held >= before - 6 && held >= 5, "{held} of {before}");
+    let done = start().wait_with_output().unwrap();
+    let summary: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert_eq!(
+        (&summary["answered"], &summary["reused"], &summary["asked"]),
+        (&json!(15), &json!(held), &json!(30 - held))
+    );
+    assert_eq!((server.seen().len() - before, answers(&out)), (30 - held, 30), "each answer once");
+}
+
+#[tokio::test]
+async fn other_prompts_ask_anew_and_bad_settings_ask_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 2), dir.path().join("out"));
+    let server = WebServer::start(good);
+    run(&file, &out, &settings(&server)).await;
+    let own = dir.path().join("own.txt");
+    std::fs::write(&own, "Be brief.\n===\nA colleague answered: {{ diagnosis }}. Rewrite it.").unwrap();
+    let changed = Collect { reflection_prompt: own.display().to_string(), ..settings(&server) };
+    let s = run(&file, &out, &changed).await;
+    assert_eq!((s.asked, s.reused), (1, 1));
+    let body: Value = serde_json::from_str(&server.seen().last().unwrap().body).unwrap();
+    assert_eq!(body["messages"][0], json!({"role": "system", "content": "Be brief."}));
+    assert_eq!(body["messages"][1]["content"][0]["text"], "A colleague answered: A liver cyst.. Rewrite it.");
+    let none = dir.path().join("none.jsonl");
+    std::fs::write(&none, r#"{"id":"a","image":"0.png"}"#).unwrap();
+    let quiet = CancellationToken::new;
+    let e = collect(&none, &out, &settings(&server), None, quiet(), |_, _, _| ()).await.unwrap_err();
+    assert!(matches!(e, CollectError::Nothing(_)) && e.to_string().contains("none.jsonl"), "{e}");
+    let bad = Collect { base_url: "nowhere".into(), ..settings(&server) };
+    let e = collect(&file, &out, &bad, None, quiet(), |_, _, _| ()).await.unwrap_err();
+    assert!(e.to_string().contains("nowhere"), "{e}");
+    let e = collect(&file, &out, &Collect::default(), None, quiet(), |_, _, _| ()).await.unwrap_err();
+    assert!(e.to_string().contains("collect.base_url"), "{e}");
+}
+
+/// Answers with faults for some records; then a review with every kind of decision.
+#[tokio::test]
+async fn decisions_make_the_final_records() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (data(dir.path(), 7), dir.path().join("out"));
+    let server = WebServer::start(|r| {
+        let (text, _) = parts(r);
+        match text.contains("A colleague answered") {
+            true if r.number % 2 == 0 => WebReply::now(200, completion("At [1, 2, 3, 4] is a liver cyst.")),
+            _ => good(r),
+        }
+    });
+    let s = run(&file, &out, &Collect { concurrency: 1, page_size: 4, ..settings(&server) }).await;
+    assert_eq!((s.answered, s.pages.len()), (6, 2));
+    let page = std::fs::read_to_string(&s.pages[0]).unwrap();
+    assert!(page.contains("data:image/jpeg;base64,") && page.contains("liver cyst") && page.len() < 300_000);
+    let written = RecordFile::load(&out.join(COLLECTED)).unwrap();
+    let good_ones: Vec<&Record> = written.records.iter().filter(|r| !r.answer.is_empty()).collect();
+    let bad_ones: Vec<&Record> =
+        written.records.iter().filter(|r| r.answer.is_empty() && !r.boxes.is_empty()).collect();
+    assert_eq!(s.faulty, bad_ones.len());
+    let line = |r: &Record, decision: &str, answer: &str| {
+        json!({"id": r.id, "key": r.extra["collect"]["key"], "decision": decision, "answer": answer}).to_string()
+    };
+    let all: Vec<&Record> = good_ones.iter().chain(&bad_ones).copied().collect();
+    let lines = [
+        line(all[0], "reject", ""),
+        line(all[0], "accept", ""),
+        line(all[1], "edit", "I see a liver cyst."),
+        line(all[2], "reject", ""),
+        line(all[3], "edit", "A liver cyst at (0.1,0.2) [1,2,3,4]"),
+        json!({"id": all[4].id, "key": "old", "decision": "accept"}).to_string(),
+        json!({"id": "nobody", "key": "k", "decision": "accept"}).to_string(),
+    ];
+    let decisions = dir.path().join("decisions.jsonl");
+    std::fs::write(&decisions, lines.join("\n")).unwrap();
+    let last = dir.path().join("final/mau.jsonl");
+    let done = review(&out, std::slice::from_ref(&decisions), &last, false).unwrap();
+    assert_eq!((done.edited, done.rejected, done.not_asked), (1, 1, 1), "{done:?}");
+    let usable_first = !all[0].answer.is_empty();
+    assert_eq!((done.accepted, done.records), (usize::from(usable_first), 2 + usize::from(usable_first)));
+    let told: Vec<&str> = done.ignored.keys().map(String::as_str).collect();
+    assert_eq!(
+        told,
+        [
+            "no record has this id",
+            "the answer has changed since",
+            "the answer is empty or holds coordinates of its own"
+        ]
+    );
+    let kept = RecordFile::load(&last).unwrap();
+    unveil_data::check::require(&kept).unwrap();
+    let edited = kept.records.iter().find(|r| r.id == all[1].id).unwrap();
+    assert_eq!(
+        (edited.answer.as_str(), &edited.extra["collect"]["status"]),
+        ("I see a liver cyst.\n<region>", &json!("edited"))
+    );
+    let more = review(&out, std::slice::from_ref(&decisions), &last, true).unwrap();
+    assert!(more.records >= done.records && more.unreviewed == done.unreviewed);
+    std::fs::write(&decisions, "{\"id\": 3}").unwrap();
+    let e = review(&out, &[decisions], &last, false).unwrap_err().to_string();
+    assert!(e.contains("decisions.jsonl:1: no decision"), "{e}");
+}

@@ -1,0 +1,114 @@
+//! DeepLesion (<https://nihcc.app.box.com/v/DeepLesion>; Yan et al., J. Med. Imaging 5(3), 2018): `DL_info.csv` with a row per lesion,
+//! key slices at `Images_png/PPPPPP_SS_RR/KKK.png`, or flat as `PPPPPP_SS_RR_KKK.png` in `Images_png/` or `Key_slices/`.
+//!
+//! The slices are 16-bit PNG of Hounsfield units plus 32768; they are written as 8-bit images in the row's `DICOM_windows`. Splits are the
+//! published ones (by patient). Rows marked `Possibly_noisy` are left out. Boxes are in the frame of `Image_size`: those that leave it are
+//! clipped, those more outside than in (other frames) left out. Lesions of unknown type (-1: only val and test are typed) are "lesion".
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use super::ImportError;
+use super::item::{Coords, Found, Item, Object};
+use super::source::stem;
+
+/// `Coarse_lesion_type` from 1 (the data set's README).
+const TYPES: [&str; 8] = [
+    "bone lesion",
+    "abdominal lesion",
+    "mediastinal lesion",
+    "liver lesion",
+    "lung lesion",
+    "kidney lesion",
+    "soft tissue lesion",
+    "pelvic lesion",
+];
+const SPLITS: [&str; 3] = ["train", "val", "test"];
+const NO_BOX: &str = "its box is not four numbers";
+
+pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
+    found.question = Some("What is abnormal, and where?");
+    let file = found.source.root.join("DL_info.csv");
+    let table = found.source.csv(&file)?;
+    let [name, patient, boxes, kind, noisy, size, window, split] = [
+        "File_name",
+        "Patient_index",
+        "Bounding_boxes",
+        "Coarse_lesion_type",
+        "Possibly_noisy",
+        "Image_size",
+        "DICOM_windows",
+        "Train_Val_Test",
+    ]
+    .map(|c| table.column(c));
+    let [name, patient, boxes, kind] = [name?, patient?, boxes?, kind?];
+    let [noisy, size, window, split] = [noisy?, size?, window?, split?];
+    let mut at: BTreeMap<String, usize> = BTreeMap::new();
+    for (row, r) in table.rows.iter().enumerate() {
+        let field = |c: usize| r.get(c).unwrap_or_default();
+        let (image, kind) = (field(name).to_owned(), field(kind).parse::<usize>().unwrap_or(0));
+        if field(noisy) == "1" {
+            found.leave_out(&file, row, &image, "is marked possibly noisy");
+            continue;
+        }
+        let numbers = numbers(field(boxes));
+        let (four, rest) = numbers.as_chunks::<4>();
+        if four.is_empty() || !rest.is_empty() {
+            found.leave_out(&file, row, &image, NO_BOX);
+            continue;
+        }
+        let label = kind.checked_sub(1).and_then(|k| TYPES.get(k)).unwrap_or(&"lesion");
+        let objects = four.iter().map(|c| Object { label: (*label).to_owned(), coords: Coords::Pixels(*c) });
+        if let Some(item) = at.get(&image).and_then(|k| found.items.get_mut(*k)) {
+            item.objects.extend(objects);
+            continue;
+        }
+        let nested = image.rsplit_once('_').map(|(series, slice)| format!("{series}/{slice}")).unwrap_or_default();
+        let slice = found.source.image(&["Images_png"], &nested);
+        let path = match slice.or_else(|_| found.source.image(&["Images_png", "Key_slices", "images"], &image)) {
+            Ok(path) => path,
+            Err(reason) => {
+                found.leave_out(&file, row, &image, reason);
+                continue;
+            }
+        };
+        let window = match self::numbers(field(window)).as_slice() {
+            [low, high] if low < high => (*low, *high),
+            _ => (-175.0, 275.0),
+        };
+        let mut extra = serde_json::Map::new();
+        extra.insert("window".to_owned(), json!([window.0, window.1]));
+        at.insert(image.clone(), found.items.len());
+        found.items.push(Item {
+            id: stem(std::path::Path::new(&image)),
+            image: path,
+            file: file.clone(),
+            row,
+            objects: objects.collect(),
+            frame: match self::numbers(field(size)).as_slice() {
+                // Rows, then columns; all published slices are square or nearly so.
+                [h, w] => Some((*w as u32, *h as u32)),
+                _ => None,
+            },
+            modality: "CT".to_owned(),
+            split: field(split)
+                .parse::<usize>()
+                .ok()
+                .and_then(|s| SPLITS.get(s.checked_sub(1)?))
+                .map_or("", |s| s)
+                .to_owned(),
+            patient: field(patient).to_owned(),
+            window: Some(window),
+            extra,
+            ..Item::default()
+        });
+    }
+    Ok(())
+}
+
+/// The numbers of a field such as `"226.169, 90.0204, 241.252, 111.977"`; none when one is no number.
+fn numbers(field: &str) -> Vec<f32> {
+    let parts = field.split([',', ';', ' ', '[', ']']).filter(|p| !p.is_empty());
+    parts.map(str::parse).collect::<Result<_, _>>().unwrap_or_default()
+}

@@ -1,0 +1,104 @@
+//! Names of the formats that can be imported.
+
+/// A data set or an annotation format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Pascal VOC folders.
+    Voc,
+    /// COCO detection JSON.
+    Coco,
+    /// YOLO text labels with `data.yaml`.
+    Yolo,
+    /// VGG Image Annotator, JSON or CSV.
+    Via,
+    /// DeepLesion (CT).
+    DeepLesion,
+    /// NIH ChestX-ray14 with its boxes.
+    NihChestXray,
+    /// TBX11K (tuberculosis in chest X-rays).
+    Tbx11k,
+    /// Kvasir-SEG boxes (polyps).
+    KvasirSeg,
+    /// Kidney stones in CT, a YOLO export.
+    KidneyStone,
+    /// Med-GRIT-270k conversations.
+    MedGrit,
+    /// SLAKE questions and boxes.
+    Slake,
+    /// VQA-RAD questions.
+    VqaRad,
+    /// PMC-VQA questions with choices.
+    PmcVqa,
+    /// OmniMedVQA questions with choices.
+    OmniMedVqa,
+    /// MedVH hallucination tests.
+    MedVh,
+    /// ms-swift `objects` lines.
+    MsSwift,
+    /// LLaVA conversations.
+    Llava,
+}
+
+/// No format has this name.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no format \"{0}\"; the formats are {list}", list = Format::ALL.map(Format::name).join(", "))]
+pub struct UnknownFormat(String);
+
+impl Format {
+    /// All of them.
+    pub const ALL: [Self; 17] = [
+        Self::Voc,
+        Self::Coco,
+        Self::Yolo,
+        Self::Via,
+        Self::DeepLesion,
+        Self::NihChestXray,
+        Self::Tbx11k,
+        Self::KvasirSeg,
+        Self::KidneyStone,
+        Self::MedGrit,
+        Self::Slake,
+        Self::VqaRad,
+        Self::PmcVqa,
+        Self::OmniMedVqa,
+        Self::MedVh,
+        Self::MsSwift,
+        Self::Llava,
+    ];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Voc => "voc",
+            Self::Coco => "coco",
+            Self::Yolo => "yolo",
+            Self::Via => "via",
+            Self::DeepLesion => "deeplesion",
+            Self::NihChestXray => "nih-chest-xray",
+            Self::Tbx11k => "tbx11k",
+            Self::KvasirSeg => "kvasir-seg",
+            Self::KidneyStone => "kidney-stone",
+            Self::MedGrit => "med-grit",
+            Self::Slake => "slake",
+            Self::VqaRad => "vqa-rad",
+            Self::PmcVqa => "pmc-vqa",
+            Self::OmniMedVqa => "omnimedvqa",
+            Self::MedVh => "medvh",
+            Self::MsSwift => "ms-swift",
+            Self::Llava => "llava",
+        }
+    }
+
+    /// The formats that say nothing of what they hold are named by their folder in `source`; the data sets by their own name.
+    pub(super) fn is_generic(self) -> bool {
+        matches!(self, Self::Voc | Self::Coco | Self::Yolo | Self::Via | Self::MsSwift | Self::Llava)
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(name: &str) -> Result<Self, UnknownFormat> {
+        Self::ALL.into_iter().find(|f| f.name() == name).ok_or_else(|| UnknownFormat(name.to_owned()))
+    }
+}

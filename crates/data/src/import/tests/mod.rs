@@ -1,0 +1,83 @@
+//! Importers on small folders built as the data sets' pages describe them.
+
+mod detection;
+mod fixtures;
+mod hostile;
+mod medical;
+mod questions;
+mod rules;
+mod words;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use unveil_core::Record;
+
+use super::{Format, ImportError, ImportOptions, ImportReport, import};
+use crate::records::RecordFile;
+use crate::store::Image;
+
+/// A data set's folder in the making, with the place of its record file beside it.
+pub(super) struct Set {
+    dir: tempfile::TempDir,
+}
+
+impl Set {
+    pub(super) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("set")).unwrap();
+        Self { dir }
+    }
+
+    pub(super) fn src(&self) -> PathBuf {
+        self.dir.path().join("set")
+    }
+
+    pub(super) fn out(&self) -> PathBuf {
+        self.dir.path().join("out/records.jsonl")
+    }
+
+    pub(super) fn write(&self, name: &str, content: impl AsRef<[u8]>) -> &Self {
+        let path = self.src().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+        self
+    }
+
+    /// Writes an image of this size; `tone` tells its pixels from those of others.
+    pub(super) fn image(&self, name: &str, (w, h): (u32, u32), tone: u8) -> &Self {
+        let mut image = Image::new(w, h);
+        image.rgb.iter_mut().enumerate().for_each(|(i, v)| *v = tone.wrapping_mul(31).wrapping_add(i as u8));
+        self.write(name, image.to_png().unwrap())
+    }
+
+    pub(super) fn try_import(&self, format: Format, options: &ImportOptions) -> Result<ImportReport, ImportError> {
+        import(format, &self.src(), &self.out(), options)
+    }
+
+    /// Imports; the records are also checked as training checks them.
+    pub(super) fn import(&self, format: Format, options: &ImportOptions) -> (ImportReport, BTreeMap<String, Record>) {
+        let report = self.try_import(format, options).unwrap();
+        let file = RecordFile::load(&self.out()).unwrap();
+        crate::check::require(&file).unwrap();
+        assert_eq!(report.records, file.records.len());
+        assert_eq!(report.boxes, file.records.iter().map(|r| r.boxes.len()).sum::<usize>());
+        (report, file.records.into_iter().map(|r| (r.id.clone(), r)).collect())
+    }
+}
+
+/// Reasons and counts of a report.
+pub(super) fn reasons(report: &ImportReport) -> Vec<(&str, usize)> {
+    assert_eq!(report.left_out_count(), report.left_out.len());
+    report.left_out_by_reason.iter().map(|(r, n)| (r.as_str(), *n)).collect()
+}
+
+/// Coordinates of the boxes of a record.
+pub(super) fn boxes(record: &Record) -> Vec<[f32; 4]> {
+    record.boxes.iter().map(|b| (*b).into()).collect()
+}
+
+/// Pixels of a record's image.
+pub(super) fn pixels(set: &Set, record: &Record) -> Image {
+    crate::records::open_image(Path::new(set.out().parent().unwrap()), record).unwrap()
+}

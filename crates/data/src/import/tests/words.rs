@@ -1,0 +1,27 @@
+//! Every importer's records in every box form: what is imported can be written as a training answer and read back.
+
+use unveil_core::BoxForm;
+
+use super::{Format, ImportOptions, fixtures};
+use crate::codec::{Sizes, answer_text, codec, read_answer};
+
+#[test]
+fn records_of_every_format_become_answers() {
+    for format in Format::ALL {
+        let (_, records) = fixtures::of(format).import(format, &ImportOptions::default());
+        for r in records.values() {
+            let [w, h] = r.image_size.unwrap();
+            let sizes = Sizes { original: (w, h), resized: (280, 140) };
+            for form in BoxForm::ALL {
+                let text = answer_text(codec(form), r, &sizes).unwrap();
+                if r.is_text() {
+                    assert_eq!(text, r.answer);
+                    continue;
+                }
+                let back = read_answer(codec(form), &text, &sizes);
+                assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{}: {text}", format.name());
+                assert!(r.boxes.is_empty() || back.category == r.category, "{text}");
+            }
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Real images from import to reward: answers written from BCCD's records localize, in every box form, and others do not.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use unveil_config::Config;
+use unveil_core::{BBox, BoxForm, Record};
+use unveil_data::codec::{Sizes, answer_text, codec};
+use unveil_data::import::{ClassFilter, Format, ImportOptions, import};
+use unveil_data::records::RecordFile;
+
+fn bccd() -> PathBuf {
+    let path = std::env::var_os("UNVEIL_BCCD")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/bccd"), PathBuf::from);
+    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
+    path
+}
+
+#[test]
+fn bccd_answers_are_rewarded_for_where_they_point() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("wbc.jsonl");
+    let class = Some(ClassFilter { class: "WBC".into(), category: "white blood cell".into() });
+    let options = ImportOptions { split: Some("test".into()), class, ..ImportOptions::default() };
+    assert_eq!(import(Format::Voc, &bccd(), &file, &options).unwrap().records, 72);
+    let records = RecordFile::load(&file).unwrap().records;
+    for form in BoxForm::ALL {
+        let mut lines = Vec::new();
+        for r in &records {
+            let [w, h] = r.image_size.unwrap();
+            let sizes = Sizes { original: (w, h), resized: (w, h) };
+            let whole = Record { boxes: vec![BBox::from([0.0, 0.0, w as f32, h as f32])], ..r.clone() };
+            for (index, told) in [r, &whole].into_iter().enumerate() {
+                let mut line = serde_json::to_value(r).unwrap();
+                line["index"] = json!(index);
+                line["response"] = json!(answer_text(codec(form), told, &sizes).unwrap());
+                lines.push(line.to_string());
+            }
+        }
+        let responses = dir.path().join("responses.jsonl");
+        std::fs::write(&responses, lines.join("\n")).unwrap();
+        let mut config = Config::default();
+        config.model.boxes = Some(form);
+        let mut out = Vec::new();
+        assert_eq!(unveil_reward::run_score(&config, &responses, &mut out).unwrap(), 144);
+        let scores: Vec<Value> =
+            String::from_utf8(out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let of = |k: usize| scores[k]["components"]["localization"]["value"].as_f64().unwrap();
+        for (k, r) in records.iter().enumerate() {
+            // Cells have a hundred pixels a side; an edge is off by a third of a pixel at most.
+            assert!(of(2 * k) > 0.97, "{form}: {} {}", r.id, of(2 * k));
+            // A cell fills a twentieth of the image.
+            assert!(of(2 * k + 1) < 0.4, "{form}: {} {}", r.id, of(2 * k + 1));
+        }
+    }
+}
