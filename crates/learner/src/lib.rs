@@ -46,4 +46,4 @@ pub use setup::Models;
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
 pub use shard::{Ranks, Zero};
 pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage};
-pub use step::Learner;
+pub use step::{Learner, Named};

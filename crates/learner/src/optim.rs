@@ -270,7 +270,7 @@ impl AdamW {
                 (Ok(whole), _) => whole,
             };
             for slot in &block.slots {
-                let _ = slot.tensor.shallow_clone().f_copy_(&block.part(&whole, slot)?)?;
+                slot.tensor.shallow_clone().f_copy_(&block.part(&whole, slot)?)?;
             }
         }
         Ok(())

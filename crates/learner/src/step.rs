@@ -42,6 +42,9 @@ pub struct Learner {
     pub(crate) trace: Option<Vec<(String, Tensor)>>,
 }
 
+/// Tensors by name.
+pub type Named = Vec<(String, Tensor)>;
+
 /// Values before an update, by group and response; empty for responses that do not count.
 pub(crate) type Values = HashMap<GroupId, Vec<Vec<f64>>>;
 
@@ -237,7 +240,7 @@ impl Learner {
     ///
     /// # Errors
     /// A rank is gone.
-    pub fn state(&self) -> Result<(Vec<(String, Tensor)>, Vec<(String, Tensor)>)> {
+    pub fn state(&self) -> Result<(Named, Named)> {
         Ok((self.optimizer.weights()?, self.optimizer.state()?))
     }
 

@@ -178,18 +178,18 @@ fn settings_that_do_not_fit_are_named() {
         change(&mut s);
         Learner::new(vlm, None, s).err().map(|e| e.to_string()).unwrap_or_default()
     };
-    assert!(refuse(&|s| s.freezing = frozen(&vec!["vision.".into()])).contains("`vision.`"));
+    assert!(refuse(&|s| s.freezing = frozen(&["vision.".into()])).contains("`vision.`"));
     assert!(refuse(&|s| s.attention = unveil_model::AttentionSet::layer(99)).contains("layer 99"));
     assert!(refuse(&|s| s.objective.kl_coef = 0.1).contains("reference"));
-    assert!(refuse(&|s| s.freezing = frozen(&vec!["visual".into(), "model".into()])).contains("frozen"));
-    assert_eq!(refuse(&|s| s.freezing = frozen(&vec!["visual".into()])), "");
+    assert!(refuse(&|s| s.freezing = frozen(&["visual".into(), "model".into()])).contains("frozen"));
+    assert_eq!(refuse(&|s| s.freezing = frozen(&["visual".into()])), "");
 }
 
 #[test]
 fn frozen_parameters_stay() {
     let vlm = model(2);
     let mut s = settings(&vlm, Algorithm::Grpo, 5);
-    s.freezing = frozen(&vec!["visual".into()]);
+    s.freezing = frozen(&["visual".into()]);
     let mut learner = Learner::new(vlm, None, s).unwrap();
     let before = weights(learner.vlm());
     let batch = rollout(learner.vlm(), 2, 4, 0, &low_tokens);

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use unveil_collective::{Backend, Setup, Timing, open};
 use unveil_config::schema::{self, Algorithm, Critic, KlPlace};
-use unveil_learner::{Learner, Models, Ranks, StepSettings, TrainGroup, Zero, dump};
+use unveil_learner::{Learner, Models, Named, Ranks, StepSettings, TrainGroup, Zero, dump};
 use unveil_model::{Vlm, read_safetensors, write_safetensors};
 
 /// What a rank's process is told.
@@ -93,7 +93,8 @@ fn record(dir: &Path) {
                 r.versions.fill(0);
                 r.tokens.truncate(2 + k);
                 let n = r.tokens.len();
-                (r.logprobs.truncate(n), r.versions.truncate(n));
+                r.logprobs.truncate(n);
+                r.versions.truncate(n);
             }
             g.spans.iter_mut().zip(&g.responses).for_each(|(s, r)| s.truncate(r.tokens.len()));
         }
@@ -184,7 +185,7 @@ fn start(spec: &Spec) -> Child {
 }
 
 /// Updates and the state after them, of each rank.
-fn run(spec: &Spec) -> Vec<(Vec<Update>, Vec<(String, Tensor)>)> {
+fn run(spec: &Spec) -> Vec<(Vec<Update>, Named)> {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let children: Vec<Child> = (0..spec.world).map(|rank| start(&Spec { rank, port, ..spec.clone() })).collect();
     for mut child in children {

@@ -53,7 +53,7 @@ impl Ranks {
         if size == 1 && shards == 1 {
             return Ok(Self::solo());
         }
-        if size % shards != 0 {
+        if !size.is_multiple_of(shards) {
             return Err(LearnerError::Setting(format!(
                 "learner.parallel: {size} ranks do not divide into replicas of {shards} shards; choose a divisor of {size}"
             )));
