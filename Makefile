@@ -50,10 +50,10 @@ bench-rollout: bench-build ## rollout against transformers, loading against read
 bench-load: bench-build ## loading a 3B model directory against reading its files
 	$(PYTHON) tests/bench/load.py $(ARGS)
 
-bench-learner: setup ## policy updates against TRL, weight sync against plain loopback TCP (ARGS="--rounds 3")
+bench-learner: setup ## policy updates against TRL, sums over ranks, weight sync against plain loopback TCP (ARGS="--rounds 3")
 	@.ci/setup --tests
 	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
-	$(PYTHON) tests/bench/learner.py --sync $(ARGS)
+	$(PYTHON) tests/bench/learner.py --ranks --sync $(ARGS)
 
 bench-reward: setup ## scoring in process and through gRPC, against numpy and scipy (ARGS="--rounds 3")
 	@.ci/setup --tests

@@ -12,7 +12,7 @@ Rows, for each shape (shapes.py has the sizes):
     SHAPE-n8, SHAPE-n4       samples (responses) per second with 8 and 4 responses per prompt
     SHAPE-memory-n8          peak memory of an update above the loaded model
 
-    learner.py --shapes tiny --rounds 5 [--sync]
+    learner.py --shapes tiny --rounds 5 [--ranks] [--sync]
 """
 
 import argparse
@@ -20,6 +20,7 @@ import os
 import sys
 from statistics import median
 
+import ranks
 import shapes
 import sync
 import table
@@ -96,6 +97,7 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
     parser.add_argument("--sync", action="store_true", help="the rows of sync.py as well")
+    parser.add_argument("--ranks", action="store_true", help="the rows of ranks.py as well")
     parser.add_argument("--name", default="learner", help="of the file under target/bench")
     args = parser.parse_args()
     unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
@@ -108,6 +110,9 @@ def main():
             more, note = measure(shape, n, args)
             rows += more
             notes.append(note)
+    if args.ranks:
+        more, notes_of_ranks = ranks.measure(args.shapes.split(",")[0], args.rounds)
+        rows, notes = rows + more, notes + notes_of_ranks
     if args.sync:
         more, notes_of_sync = sync.measure(sync.Options())
         rows, notes = rows + more, notes + notes_of_sync

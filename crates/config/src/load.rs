@@ -231,6 +231,19 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_the_same_again_is_refused() {
+        let fault = |sets: &[&str]| {
+            let sets = [&["run.deterministic=true"][..], sets].concat();
+            with("", &[], &sets).unwrap_err().to_string()
+        };
+        let m = fault(&["rollout.max_staleness=1"]);
+        assert!(m.contains("run.deterministic") && m.contains("max_staleness = 0 (now 1)"), "{m}");
+        let m = fault(&["rollout.max_staleness=0", "rollout.groups_per_lease=3", "learner.groups=16"]);
+        assert!(m.contains("groups_per_lease (3)") && m.contains("(16)"), "{m}");
+        with("", &[], &["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=4"]).unwrap();
+    }
+
+    #[test]
     fn errors_name_the_key() {
         let e = |t: &str, s: &[&str]| with(t, &[], s).unwrap_err().to_string();
         let m = e("[learner]\nclip_hihg = 0.3", &[]);
@@ -271,7 +284,7 @@ mod tests {
             )
         );
         assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlace::Reward, Whiten::Always, 3.0));
-        let faults: [(&[&str], &[&str]); 18] = [
+        let faults: [(&[&str], &[&str]); 30] = [
             (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
             (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
             (&["kl_form=k4"], &["k4", "k3"]),
@@ -290,6 +303,21 @@ mod tests {
             (&["lora.rank=-1"], &["learner.lora.rank"]),
             (&["lora.rank=4", "frozen=[\"visual.\"]"], &["learner.frozen", "learner.lora.rank is 4", "targets"]),
             (&["lora.dropout=0.1"], &["learner.lora.dropout"]),
+            (
+                &["parallel.ranks=4", "parallel.zero=1", "parallel.shards=3"],
+                &["learner.parallel.shards", "3", "4 ranks"],
+            ),
+            (&["parallel.ranks=4", "parallel.shards=2"], &["learner.parallel.shards", "zero = 0"]),
+            (&["parallel.ranks=2", "parallel.rank=2"], &["learner.parallel.rank is 2", "2 ranks"]),
+            (&["parallel.ranks=2", "parallel.rank=1"], &["learner.parallel.rendezvous", "rank 1", "port"]),
+            (&["parallel.rendezvous=nowhere"], &["learner.parallel.rendezvous", "`nowhere`", "host:port"]),
+            (&["parallel.zero=4"], &["learner.parallel.zero is 4", "0, 1, 2 or 3"]),
+            (&["parallel.lost_s=1"], &["learner.parallel.lost_s is 1", "5 to 3600"]),
+            (&["critic=separate"], &["learner.critic", "ppo", "grpo"]),
+            (&["freeze=[{parameters=[\"merger\"], from=4, until=4}]"], &["learner.freeze, entry 0", "from = 4"]),
+            (&["freeze=[{parameters=[], until=4}]"], &["learner.freeze, entry 0", "empty"]),
+            (&["freeze=[{parameter=[\"merger\"], until=4}]"], &["parameter"]),
+            (&["token_budget=0"], &["learner.token_budget"]),
         ];
         for (sets, words) in faults {
             let sets: Vec<String> = sets.iter().map(|s| format!("learner.{s}")).collect();
@@ -357,7 +385,7 @@ mod tests {
         assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
         let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
         assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
-        let faults: [(&[&str], &[&str]); 18] = [
+        let faults: [(&[&str], &[&str]); 30] = [
             (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
             (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
             (&["localization.overlap=diou"], &["diou", "ciou"]),

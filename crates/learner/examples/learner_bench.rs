@@ -1,19 +1,22 @@
 //! Our side of the learner benchmark (tests/bench/learner.py): reads one JSON command per line, answers with one JSON line.
 //!
-//! `learner_bench MODEL_DIR PROMPTS BATCH THREADS`; command `update {calls}` gives the seconds of each update, and the loss and the
-//! gradient norm of the first.
+//! `learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]`; command `update {calls}` gives the seconds of each update,
+//! and the loss and the gradient norm of the first. As one of several ranks: with `overlap = false` sums over ranks begin after the
+//! backward pass; command `sum {calls}` makes the sums alone.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
+use unveil_collective::{Backend, Setup, Timing, open};
 use unveil_config::Config;
 use unveil_core::{Breakdown, Finish, Grid, GroupId, Record, Response};
-use unveil_learner::{GroupInput, Learner, StepSettings, TrainGroup};
+use unveil_learner::{GroupInput, Learner, Models, Ranks, StepSettings, TrainGroup, Zero};
 use unveil_model::{Prompt, Vlm, read_safetensors};
 
 type Fault = Box<dyn std::error::Error>;
@@ -70,9 +73,18 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
     Ok(out)
 }
 
+/// The ranks of a learner that sums gradients over all of them.
+fn ranks(args: &[String]) -> Result<Rc<Ranks>, Fault> {
+    let [rank, world, address] = args else { return Ok(Ranks::solo()) };
+    let (rank, world, address) = (rank.parse()?, world.parse()?, address.clone());
+    let (backend, fingerprint, timing) = (Backend::Gloo, "bench".into(), Timing::default());
+    let world = open(&Setup { rank, world, address, local: None, backend, fingerprint, timing })?;
+    Ok(Ranks::new(world, Zero::None, 0)?)
+}
+
 fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Result<(), Fault> {
-    let [_, dir, prompts, responses, threads] = args else {
-        return Err("usage: learner_bench MODEL_DIR PROMPTS BATCH THREADS".into());
+    let [_, dir, prompts, responses, threads, rest @ ..] = args else {
+        return Err("usage: learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]".into());
     };
     tch::set_num_threads(threads.parse()?);
     let vlm = Vlm::load(Path::new(dir), Device::Cpu, Kind::Float)?;
@@ -85,14 +97,22 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
     // The peer leaves the vision tokens in its softmax.
     let settings =
         StepSettings { agreement_limit: f64::INFINITY, banned: Vec::new(), ..StepSettings::new(&config, &vlm, &[]) };
-    let mut learner = Learner::new(vlm, None, settings)?;
+    let models = Models { vlm, reference: None, critic: None };
+    let mut learner = Learner::on(ranks(rest)?, models, settings)?;
     say(json!({ "ready": true }))?;
     for line in std::io::stdin().lock().lines() {
         let command: Value = serde_json::from_str(&line?)?;
         let calls = command["calls"].as_u64().ok_or("`calls` is missing")?;
         let (mut seconds, mut first) = (Vec::new(), None);
+        learner.overlap(command["overlap"] != false);
         for _ in 0..calls {
             let start = Instant::now();
+            if command["op"] == "sum" {
+                learner.sum_nothing()?;
+                seconds.push(start.elapsed().as_secs_f64());
+                first.get_or_insert((0.0, 0.0));
+                continue;
+            }
             let report = learner.update(&groups)?;
             seconds.push(start.elapsed().as_secs_f64());
             if let Some(why) = report.skipped {

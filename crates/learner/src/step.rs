@@ -236,6 +236,23 @@ impl Learner {
         (0..groups.len()).filter(|i| own.contains(&&groups[*i].id)).collect()
     }
 
+    /// Whether sums over ranks begin while a backward pass goes on (they do), or all after it. For measuring what that is worth;
+    /// divided parameters always come layer by layer.
+    pub fn overlap(&mut self, on: bool) {
+        self.policy.course.by_layer = self.ranks.size() > 1 && (on || self.policy.course.gathered.is_some());
+    }
+
+    /// The sums over ranks of one mini-batch of one pass, without anything to sum. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn sum_nothing(&mut self) -> Result<()> {
+        let objective = self.objective();
+        self.policy.forward(&[], &objective)?.backward(None, true)?;
+        self.optimizer.gradient()?;
+        self.optimizer.zero_grad()
+    }
+
     /// Everything that is trained, to its last digit, and the optimiser's moments, by name. All ranks call it.
     ///
     /// # Errors
