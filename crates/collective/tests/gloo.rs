@@ -119,17 +119,17 @@ fn a_missing_rank_0_is_named() {
 }
 
 #[test]
-fn a_rank_with_another_fingerprint_is_refused_with_both() {
-    let first = Spec::new(0, 3, GLOO, &Task::Meet).start();
+fn a_rank_with_another_fingerprint_is_refused_with_what_differs() {
+    let print = |rate: &str| format!("build 7\nrate = {rate}\nseed = 3");
+    let first = Spec { fingerprint: print("0.1"), ..Spec::new(0, 3, GLOO, &Task::Meet) }.start();
     let address = address_of(&first);
-    let other = |rank, print: &str| Spec {
-        address: address.clone(),
-        fingerprint: print.into(),
-        ..Spec::new(rank, 3, GLOO, &Task::Meet)
+    let other = |rank, rate: &str| {
+        let (address, fingerprint) = (address.clone(), print(rate));
+        Spec { address, fingerprint, ..Spec::new(rank, 3, GLOO, &Task::Meet) }.start()
     };
-    for mut rank in [first, other(1, "v1").start(), other(2, "v2").start()] {
+    for mut rank in [first, other(1, "0.1"), other(2, "0.2")] {
         let error = rank.outcome(LIMIT).error.unwrap();
-        let wanted = "rank 2 was refused: it runs `3 ranks, gloo, v2`, but rank 0 runs `3 ranks, gloo, v1`";
+        let wanted = "rank 2 was refused: it runs `rate = 0.2`, but rank 0 runs `rate = 0.1`; start";
         assert!(error.starts_with(wanted), "{error}");
         rank.ended(LIMIT);
     }

@@ -385,7 +385,7 @@ mod tests {
         assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
         let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
         assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
-        let faults: [(&[&str], &[&str]); 30] = [
+        let faults: [(&[&str], &[&str]); 18] = [
             (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
             (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
             (&["localization.overlap=diou"], &["diou", "ciou"]),
