@@ -1,13 +1,12 @@
 """Two ranks of a learner on this host: how much of the gradients' sum over ranks is hidden behind the backward pass; part of
 `make bench-learner`.
 
-Each rank is a process with one thread and computes half of the batch of learner.py; ranks talk by Gloo over loopback. In turns: an
-update whose sums begin layer by layer while the backward pass goes on, one whose sums all begin after it, and the sums alone. On two
-cores a sum that is under way takes processor time from the backward pass, so the share is a lower bound of what hosts with cores
-to spare reach.
+Each rank is a process with one thread and computes half of the batch of learner.py; ranks talk by Gloo over loopback. In turns:
+updates whose sums begin layer by layer while the backward pass goes on, and updates whose sums all begin after it. What counts is how long
+the rank waits for sums that comes last, which waits for nothing else: the other one waits for it, too.
 
 Rows:
-    SHAPE-ranks2-hidden      (update without overlap - update with it) / sums alone; peer null
+    SHAPE-ranks2-hidden      1 - wait with overlap / wait without; peer null
 """
 
 import argparse
@@ -42,23 +41,23 @@ def measure(shape, rounds):
             return Child(f"{shape}-rank{rank}", command, 1)
         ranks = list(pool.map(start, range(RANKS)))
         try:
-            def turn(op, calls, overlap):
-                """Seconds of one call, of the slower rank."""
-                replies = list(pool.map(lambda c: c.ask(op, calls=calls, overlap=overlap), ranks))
-                return max(sum(r["seconds"]) / calls for r in replies)
-            turn("update", 2, True)
-            kinds = {"with": ("update", 4, True), "without": ("update", 4, False), "sums": ("sum", 20, True)}
-            seconds = {k: [] for k in kinds}
+            def turn(overlap):
+                """Seconds of an update, and those that the last rank waits, medians."""
+                replies = list(pool.map(lambda c: c.ask("update", calls=6, overlap=overlap), ranks))
+                last = [min(waits) for waits in zip(*(r["waits"] for r in replies))]
+                return median(max(s) for s in zip(*(r["seconds"] for r in replies))), median(last)
+            turn(True)
+            found = {True: [], False: []}
             for r in range(rounds):
-                for kind in list(kinds) if r % 2 == 0 else reversed(list(kinds)):
-                    seconds[kind].append(turn(*kinds[kind]))
+                for overlap in (True, False) if r % 2 == 0 else (False, True):
+                    found[overlap].append(turn(overlap))
         finally:
             for child in ranks:
                 child.__exit__()
-    shares = [(b - a) / c for a, b, c in zip(*(seconds[k] for k in kinds))]
-    mid = {k: median(v) for k, v in seconds.items()}
-    notes = [f"{shape}, {RANKS} ranks of one thread: an update takes {mid['with'] * 1e3:.0f} ms, {mid['without'] * 1e3:.0f} ms where sums "
-             f"begin after the backward pass, the sums alone {mid['sums'] * 1e3:.1f} ms"]
+    shares = [1 - a / b for (_, a), (_, b) in zip(found[True], found[False])]
+    update, wait = ({o: median(v[i] for v in found[o]) * 1e3 for o in found} for i in (0, 1))
+    notes = [f"{shape}, {RANKS} ranks of one thread: an update takes {update[True]:.0f} ms, of which the last rank waits {wait[True]:.2f} "
+             f"ms for sums; {update[False]:.0f} ms and {wait[False]:.2f} ms where they begin after the backward pass"]
     print("bench:", notes[0], flush=True)
     return [table.row(f"{shape}-ranks{RANKS}-hidden", "share of the sums' time", median(shares), None, None, median(shares),
                       table.spread(shares))], notes

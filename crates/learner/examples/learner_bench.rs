@@ -1,8 +1,8 @@
 //! Our side of the learner benchmark (tests/bench/learner.py): reads one JSON command per line, answers with one JSON line.
 //!
 //! `learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]`; command `update {calls}` gives the seconds of each update,
-//! and the loss and the gradient norm of the first. As one of several ranks: with `overlap = false` sums over ranks begin after the
-//! backward pass; command `sum {calls}` makes the sums alone.
+//! those of them spent waiting for other ranks, and the loss and the gradient norm of the first. As one of several ranks: with `overlap = false` sums over ranks begin after the
+//! backward pass.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -103,25 +103,20 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
     for line in std::io::stdin().lock().lines() {
         let command: Value = serde_json::from_str(&line?)?;
         let calls = command["calls"].as_u64().ok_or("`calls` is missing")?;
-        let (mut seconds, mut first) = (Vec::new(), None);
+        let (mut seconds, mut waits, mut first) = (Vec::new(), Vec::new(), None);
         learner.overlap(command["overlap"] != false);
         for _ in 0..calls {
             let start = Instant::now();
-            if command["op"] == "sum" {
-                learner.sum_nothing()?;
-                seconds.push(start.elapsed().as_secs_f64());
-                first.get_or_insert((0.0, 0.0));
-                continue;
-            }
             let report = learner.update(&groups)?;
             seconds.push(start.elapsed().as_secs_f64());
+            waits.push(report.reduce_wait_ms / 1e3);
             if let Some(why) = report.skipped {
                 return Err(why.into());
             }
             first.get_or_insert((report.loss["loss"], report.grad_norm));
         }
         let (loss, norm) = first.ok_or("no call was asked for")?;
-        say(json!({ "seconds": seconds, "loss": loss, "grad_norm": norm }))?;
+        say(json!({ "seconds": seconds, "waits": waits, "loss": loss, "grad_norm": norm }))?;
     }
     Ok(())
 }

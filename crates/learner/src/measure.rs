@@ -87,6 +87,8 @@ pub struct UpdateReport {
     pub reward_ms: f64,
     /// Time spent waiting for the batch, in ms.
     pub wait_ms: f64,
+    /// Time of the update that was spent waiting for the sums of gradients over ranks, in ms.
+    pub reduce_wait_ms: f64,
     /// Time that the update took, in ms.
     pub step_ms: f64,
 }

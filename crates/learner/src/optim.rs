@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tch::{Kind, Tensor, no_grad};
 use unveil_collective::Collective;
@@ -160,6 +161,11 @@ impl AdamW {
             norm = shards.all_reduce(square)?.f_double_value(&[0])?.sqrt();
         }
         Ok(Gradient { flat, norm })
+    }
+
+    /// The time spent waiting for sums over ranks since it was asked for last.
+    pub fn take_waited(&mut self) -> Duration {
+        self.gradients.borrow_mut().take_waited()
     }
 
     /// Copies of a gradient's parts in the parameters' shapes, by name. All ranks call it.

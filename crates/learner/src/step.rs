@@ -108,6 +108,7 @@ impl Learner {
             }
         };
         self.optimizer.zero_grad()?;
+        report.reduce_wait_ms = self.optimizer.take_waited().as_secs_f64() * 1e3;
         self.step += 1;
         report.version = self.step;
         report.step = self.step;
@@ -184,9 +185,9 @@ impl Learner {
                 let counts = counts(&chosen);
                 let work = share.work(&members, &chunk);
                 let total = gradients(policy, &work, std::mem::take(&mut first), &counts, &objective)?;
+                let gradient = self.optimizer.gradient()?;
                 let weighted = objective.correction != Correction::None;
                 let total = Sums::of(&self.ranks.sum(total.list(weighted), policy.vlm.device())?);
-                let gradient = self.optimizer.gradient()?;
                 if !total.loss().is_finite() {
                     return Ok(Err(Unusable("the loss is not finite".into())));
                 }
@@ -240,17 +241,6 @@ impl Learner {
     /// divided parameters always come layer by layer.
     pub fn overlap(&mut self, on: bool) {
         self.policy.course.by_layer = self.ranks.size() > 1 && (on || self.policy.course.gathered.is_some());
-    }
-
-    /// The sums over ranks of one mini-batch of one pass, without anything to sum. All ranks call it.
-    ///
-    /// # Errors
-    /// A rank is gone.
-    pub fn sum_nothing(&mut self) -> Result<()> {
-        let objective = self.objective();
-        self.policy.forward(&[], &objective)?.backward(None, true)?;
-        self.optimizer.gradient()?;
-        self.optimizer.zero_grad()
     }
 
     /// Everything that is trained, to its last digit, and the optimiser's moments, by name. All ranks call it.

@@ -2,6 +2,7 @@
 //! meanwhile. Knows no pass and no optimiser.
 
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 use unveil_collective::{Collective, Work};
@@ -23,13 +24,15 @@ pub(crate) struct Gradients {
     owned: Vec<Option<Tensor>>,
     /// Sums over shards (over replicas where there are no shards) that have begun, in order.
     begun: Vec<(usize, Work)>,
+    /// Time spent waiting for them.
+    waited: Duration,
 }
 
 impl Gradients {
     pub fn new(plan: Rc<Plan>, ranks: Rc<Ranks>, kind: Kind) -> Self {
         let none = || plan.blocks.iter().map(|_| None).collect();
         let (local, owned) = (none(), none());
-        Self { plan, ranks, kind, local, owned, begun: Vec::new() }
+        Self { plan, ranks, kind, local, owned, begun: Vec::new(), waited: Duration::ZERO }
     }
 
     /// Takes the gradients of one block after a backward pass; `last` says that no other pass of the mini-batch follows.
@@ -67,6 +70,18 @@ impl Gradients {
 
     /// Waits for the sums that have begun.
     fn settle(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let done = self.end_all();
+        self.waited += start.elapsed();
+        done
+    }
+
+    /// The time spent waiting for sums since it was asked for last.
+    pub fn take_waited(&mut self) -> Duration {
+        std::mem::take(&mut self.waited)
+    }
+
+    fn end_all(&mut self) -> Result<()> {
         let ranks = self.ranks.clone();
         let mut outer = Vec::new();
         for (index, work) in std::mem::take(&mut self.begun) {
