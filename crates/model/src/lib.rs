@@ -13,6 +13,7 @@ mod device;
 mod error;
 mod export;
 mod family;
+mod fuse;
 mod graph;
 mod host;
 mod init;
