@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use unveil_testkit::{Lineage, Process, Sandbox, committed, events_of};
+use unveil_testkit::{Found, Lineage, Process, Sandbox, committed, events_of};
 
 const SOON: Duration = Duration::from_secs(120);
 const TWO: [&str; 2] = ["learner.parallel.ranks=2", "learner.parallel.lost_s=5"];
@@ -14,6 +14,10 @@ fn start(s: &Sandbox, command: &str, sets: &[&str]) -> Process {
     let mut args = vec![command, "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     s.spawn(&args)
+}
+
+fn rank_one(s: &Sandbox) -> Option<Found> {
+    s.processes().into_iter().find(|p| p.args.iter().any(|a| a == "learner.parallel.rank=1"))
 }
 
 /// Loss and gradient norm of the first update.
@@ -43,8 +47,7 @@ fn a_rank_that_dies_ends_the_run_and_another_number_of_ranks_resumes() {
     let sets = [&TWO[..], &["learner.parallel.zero=3", "learner.steps=60", "learner.checkpoint_every=2"]].concat();
     let mut train = start(&s, "train", &sets);
     train.until("a checkpoint", SOON, || (!committed(&run).is_empty()).then_some(()));
-    let other = |p: &unveil_testkit::Found| p.args.iter().any(|a| a == "learner.parallel.rank=1");
-    s.processes().into_iter().find(other).expect("rank 1 runs").kill();
+    rank_one(&s).expect("rank 1 runs").kill();
     let ended = train.wait(Duration::from_secs(30));
     assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
     let cause = ended.stderr.lines().find(|l| l.starts_with("error: ranks: "));
@@ -60,6 +63,18 @@ fn a_rank_that_dies_ends_the_run_and_another_number_of_ranks_resumes() {
     let after = Lineage::read(&run);
     assert_eq!(after.resumed, [newest], "it goes on from the newest checkpoint");
     after.is_exactly_once(newest + 3, 2, 8);
+}
+
+#[test]
+fn a_rank_that_does_not_even_start_is_not_waited_for() {
+    let s = Sandbox::new();
+    let mut train = start(&s, "train", &TWO);
+    train.until("rank 1", SOON, || rank_one(&s)).kill();
+    // Rank 0 alone would wait for it for five minutes.
+    let ended = train.wait(Duration::from_secs(60));
+    assert_eq!(ended.status.code(), Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("learner-1 ended with signal: 9"), "{}", ended.stderr);
+    assert_eq!(s.processes(), []);
 }
 
 #[test]

@@ -56,13 +56,15 @@ impl Role {
         Ok(Self { name: name.to_owned(), log: (!shown).then(|| log.to_owned()), child, lines, _stdin: stdin })
     }
 
-    /// Waits for the role's ready line and returns the address in it.
-    pub fn address(&mut self, within: Duration, stop: &dyn Fn() -> bool) -> Result<String, LaunchError> {
+    /// Waits for the role's ready line and returns the address in it; `look` is asked meanwhile whether there is any use in waiting.
+    pub fn address(
+        &mut self,
+        within: Duration,
+        look: &mut dyn FnMut() -> Result<(), LaunchError>,
+    ) -> Result<String, LaunchError> {
         let deadline = Instant::now() + within;
         while Instant::now() < deadline {
-            if stop() {
-                return Err(LaunchError::Interrupted);
-            }
+            look()?;
             if let Ok(line) = self.lines.recv_timeout(Duration::from_millis(100)) {
                 let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
                 if let Some(address) = value["address"].as_str() {

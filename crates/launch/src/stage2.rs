@@ -35,24 +35,30 @@ struct Worker {
 impl Stage2<'_> {
     /// Runs until the learner has ended; every process is gone when this returns.
     pub fn run(&self, stop: &dyn Fn() -> bool, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
+        let going = || if stop() { Err(LaunchError::Interrupted) } else { Ok(()) };
         let mut reward = None;
         let mut reward_address = self.reward_address.to_owned();
         if reward_address.is_empty() {
             let mut role = self.reward(None)?;
-            let bound = role.address(READY, stop)?;
+            let bound = role.address(READY, &mut || going())?;
             reward_address = format!("{}://{bound}", self.reward_scheme);
             reward = Some((role, bound, 0));
         }
         let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;
-        let mut ranks = Vec::new();
+        let mut ranks: Vec<Role> = Vec::new();
         if self.ranks > 1 {
-            let meet = learner.address(READY * 5, stop)?;
+            let meet = learner.address(READY * 5, &mut || going())?;
             for rank in 1..self.ranks {
                 let sets = [format!("learner.parallel.rank={rank}"), format!("learner.parallel.rendezvous={meet}")];
                 ranks.push(self.role(&format!("learner-{rank}"), self.unveil, &["learner"], &sets, false)?);
             }
         }
-        let learner_address = format!("http://{}", learner.address(READY * 5, stop)?);
+        // Rank 0 would wait for long for a rank that could not even start.
+        let mut together = || match ranks.iter_mut().find_map(|r| Some((r.exited()?, r))) {
+            Some((status, rank)) => Err(rank.failed(status)),
+            None => going(),
+        };
+        let learner_address = format!("http://{}", learner.address(READY * 5, &mut together)?);
         let mut workers: Vec<Worker> =
             (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None }).collect();
         let mut told = BTreeSet::new();
