@@ -1,12 +1,12 @@
 //! How rank 0 leads the other ranks of a learner: it tells each what comes next, and all do it together. Must not know: what an
 //! order leads to, sockets.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timing, World, open_with};
 use unveil_config::Config;
@@ -74,22 +74,22 @@ impl Crew {
                 timing,
             };
             let world: World = open_with(&setup, tell)?;
-            let zero = [Zero::None, Zero::Optimizer, Zero::Gradients, Zero::Parameters];
-            Ranks::new(world, zero[usize::from(p.zero.min(3))], p.shards)?
+            Ranks::new(world, Zero::stage(p.zero), p.shards)?
         };
-        Ok(Self { ranks, device, every: seconds(p.call_s) / 4, last: Instant::now() })
+        let every = (seconds(p.call_s) / 4).min(Duration::from_secs(1));
+        Ok(Self { ranks, device, every, last: Instant::now() })
     }
 
-    /// Gives an order, as rank 0. Returns whether some other rank was told to stop.
+    /// Gives an order, as rank 0; it is made only where there is somebody to hear it. Returns whether some other rank was told to stop.
     ///
     /// # Errors
     /// A rank is gone.
-    pub fn give(&mut self, order: &Order) -> Result<bool> {
+    pub fn give(&mut self, order: impl FnOnce() -> Order) -> Result<bool> {
         if self.ranks.size() == 1 {
             return Ok(false);
         }
         let fault = |e: rmp_serde::encode::Error| LearnerError::Setting(format!("an order for other ranks: {e}"));
-        let bytes = rmp_serde::to_vec_named(order).map_err(fault)?;
+        let bytes = rmp_serde::to_vec_named(&order()).map_err(fault)?;
         self.send(Some(&bytes))?;
         self.last = Instant::now();
         self.stops(false)
@@ -100,7 +100,7 @@ impl Crew {
     /// # Errors
     /// A rank is gone.
     pub fn hold(&mut self) -> Result<bool> {
-        if self.last.elapsed() < self.every.min(Duration::from_secs(1)) { Ok(false) } else { self.give(&Order::Wait) }
+        if self.last.elapsed() < self.every { Ok(false) } else { self.give(|| Order::Wait) }
     }
 
     /// The next order, as another rank; `stop` says that this one was told to stop.
@@ -169,7 +169,7 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
     let path = model.join("config.json");
     let shape = std::fs::read(&path).map_err(LearnerError::io(&path))?;
-    lines.push(format!("{} = {}", path.display(), blake3::hash(&shape)));
+    lines.push(format!("config.json of the model = {}", blake3::hash(&shape)));
     lines.push(format!("records = {} with {}", records.len(), blake3::hash(records.join("\n").as_bytes())));
     Ok(lines.join("\n"))
 }

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use unveil_model::Vlm;
 
 use crate::batch::{Member, TrainGroup};
-use crate::error::{LearnerError, Result};
+use crate::error::Result;
 use crate::shard::Zero;
 use crate::share::Share;
 use crate::step::{Learner, members};
@@ -129,27 +129,26 @@ fn is_short(message: &str) -> bool {
         .any(|w| message.contains(w))
 }
 
-/// Runs `work`; where memory does not suffice, `plan` says what it was for.
+/// Runs `work`.
 ///
 /// # Errors
-/// Those of `work`, or [`LearnerError::OutOfMemory`].
-pub(crate) fn guarded<T>(plan: impl FnOnce() -> MemoryPlan, work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Memory did not suffice; what libtorch said.
+pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T>) -> Result<Result<T>, String> {
     quiet();
     // Operators of tch panic where its functions fail; after this error the learner ends, so nothing is used again.
     let outcome = catch_unwind(AssertUnwindSafe(work));
     let message = match outcome {
-        Ok(Ok(done)) => return Ok(done),
+        Ok(Ok(done)) => return Ok(Ok(done)),
         Ok(Err(e)) => match e.to_string() {
             m if is_short(&m) => m,
-            _ => return Err(e),
+            _ => return Ok(Err(e)),
         },
         Err(panic) => match text(panic.as_ref()) {
             Some(m) if is_short(m) => m.to_owned(),
             _ => resume_unwind(panic),
         },
     };
-    let cause = message.lines().find(|l| is_short(l)).unwrap_or_default().trim().to_owned();
-    Err(LearnerError::OutOfMemory { cause, plan: Box::new(plan()) })
+    Err(message.lines().find(|l| is_short(l)).unwrap_or_default().trim().to_owned())
 }
 
 fn text(panic: &(dyn std::any::Any + Send)) -> Option<&str> {
@@ -172,19 +171,18 @@ fn quiet() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::LearnerError;
 
     #[test]
     fn want_of_memory_is_told_from_other_faults() {
-        let plan = || MemoryPlan { advice: vec!["lower learner.token_budget".into()], ..MemoryPlan::default() };
         let short = || -> Result<()> {
             panic!("Torch(\"[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\")")
         };
-        let e = guarded(plan, short).unwrap_err().to_string();
-        assert!(e.contains("can't allocate memory") && e.contains("lower learner.token_budget"), "{e}");
+        assert!(guarded(short).unwrap_err().contains("can't allocate memory"));
         let other = || -> Result<()> { Err(LearnerError::Setting("another fault".into())) };
-        assert_eq!(guarded(plan, other).unwrap_err().to_string(), "another fault");
-        assert!(catch_unwind(|| guarded(plan, || -> Result<()> { panic!("a bug") })).is_err());
-        assert_eq!(guarded(plan, || Ok(3)).unwrap(), 3);
+        assert_eq!(guarded(other).unwrap().unwrap_err().to_string(), "another fault");
+        assert!(catch_unwind(|| guarded(|| -> Result<()> { panic!("a bug") })).is_err());
+        assert_eq!(guarded(|| Ok(3)).unwrap().unwrap(), 3);
     }
 
     #[test]

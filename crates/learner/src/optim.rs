@@ -114,7 +114,7 @@ impl AdamW {
     /// How passes of the model take gradients; `gathered` is where its parameters are divided.
     pub(crate) fn course(&self, gathered: Option<Rc<Gathered>>) -> Course {
         let by_layer = self.ranks.size() > 1;
-        Course { gathered, gradients: Some(self.gradients.clone()), plan: Some(self.plan.clone()), by_layer }
+        Course { gathered, gradients: Some(self.gradients.clone()), by_layer }
     }
 
     /// The parameters, and what this rank owns of their weights; none where nothing is divided.

@@ -123,7 +123,7 @@ impl Run {
     /// Has all weights whole on this rank, for what needs them all.
     fn bring(&mut self) -> Result<()> {
         if self.crew.ranks.zero() == Zero::Parameters {
-            self.crew.give(&Order::Bring)?;
+            self.crew.give(|| Order::Bring)?;
             self.learner.bring()?;
         }
         Ok(())
@@ -156,10 +156,10 @@ impl Run {
             let wait_ms = waiting.elapsed().as_secs_f64() * 1e3;
             if !config.run.dump_batch.is_empty() {
                 let to = Path::new(&config.run.dump_batch).join(format!("step-{}", self.learner.step() + 1));
-                self.crew.give(&Order::Values(Crew::plain(&batch)))?;
+                self.crew.give(|| Order::Values(Crew::plain(&batch)))?;
                 dump::write(&to, config, &self.learner, &batch)?;
             }
-            if self.crew.give(&Order::Update(Crew::plain(&batch)))? {
+            if self.crew.give(|| Order::Update(Crew::plain(&batch)))? {
                 // Another rank is to go: the run ends after this update.
                 stage.cancel.cancel();
             }
@@ -194,7 +194,7 @@ impl Run {
             stage.event(&state::event("rl", &info))?;
         }
         self.bring()?;
-        self.crew.give(&Order::End)?;
+        self.crew.give(|| Order::End)?;
         outcome.interrupted = outcome.step < total;
         Ok(outcome)
     }
@@ -229,7 +229,7 @@ impl Run {
 
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
         self.bring()?;
-        self.crew.give(&Order::State)?;
+        self.crew.give(|| Order::State)?;
         let (learner, base) = (&self.learner, self.base.as_ref());
         let (weights, moments) = learner.state()?;
         let trained = Trained { weights, moments, head: learner.value_head() };

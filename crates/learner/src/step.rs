@@ -103,8 +103,13 @@ impl Learner {
             Err(unusable) => Err(unusable),
             Ok(stats) => {
                 report.flat_groups = stats.flat_groups;
-                let plan = self.memory_plan(groups);
-                guarded(|| plan, || self.apply(groups, given, &mut report))?
+                match guarded(|| self.apply(groups, given, &mut report)) {
+                    Ok(done) => done?,
+                    Err(cause) => {
+                        let plan = Box::new(self.memory_plan(groups));
+                        return Err(LearnerError::OutOfMemory { cause, plan });
+                    }
+                }
             }
         };
         self.optimizer.zero_grad()?;

@@ -27,7 +27,7 @@ struct Spec {
     dir: PathBuf,
     rank: usize,
     world: usize,
-    zero: usize,
+    zero: u8,
     shards: usize,
     port: u16,
     double: bool,
@@ -134,8 +134,7 @@ fn work(spec: &Spec) -> Vec<Update> {
         let address = format!("127.0.0.1:{}", spec.port);
         let (backend, fingerprint) = (Backend::Gloo, "test".into());
         let setup = Setup { rank: spec.rank, world: spec.world, address, local: None, backend, fingerprint, timing };
-        let zero = [Zero::None, Zero::Optimizer, Zero::Gradients, Zero::Parameters][spec.zero];
-        Ranks::new(open(&setup).unwrap(), zero, spec.shards).unwrap()
+        Ranks::new(open(&setup).unwrap(), Zero::stage(spec.zero), spec.shards).unwrap()
     };
     let vlm = load();
     let (patch_len, settings) = (vlm.config().vision.patch_len(), settings(&vlm, spec));
@@ -205,7 +204,7 @@ fn apart(a: &Tensor, b: &Tensor) -> f64 {
     norm(&(a.to_kind(Kind::Double) - b.to_kind(Kind::Double))) / norm(b).max(1e-30)
 }
 
-fn compare(double: bool, (ppo, critic): (bool, bool), small: bool, worlds: &[(usize, usize, usize)]) {
+fn compare(double: bool, (ppo, critic): (bool, bool), small: bool, worlds: &[(usize, u8, usize)]) {
     let dir = tempfile::tempdir().unwrap();
     record(dir.path());
     let solo =

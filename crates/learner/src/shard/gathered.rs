@@ -37,8 +37,7 @@ impl Gathered {
     /// Divides parameters: each source is a plan of parameters of one kind and this rank's part of them. They are whole from here
     /// on; [`Gathered::part`] gives them up.
     pub fn new(ranks: Rc<Ranks>, sources: Vec<(Rc<Plan>, Tensor)>) -> Result<Self> {
-        let layers =
-            sources.iter().flat_map(|(p, _)| p.blocks.iter().filter_map(|b| b.layer)).max().map_or(0, |l| l + 1);
+        let layers = sources.iter().map(|(p, _)| p.layers()).max().unwrap_or(0);
         let mut bytes = Vec::new();
         for (plan, _) in &sources {
             let mut of_plan = Vec::new();

@@ -35,9 +35,16 @@ impl Gradients {
         Self { plan, ranks, kind, local, owned, begun: Vec::new(), waited: Duration::ZERO }
     }
 
-    /// Takes the gradients of one block after a backward pass; `last` says that no other pass of the mini-batch follows.
-    pub fn take(&mut self, index: usize, last: bool) -> Result<()> {
+    /// Layers of the decoder, up to the last that has gradients.
+    pub fn layers(&self) -> usize {
+        self.plan.layers()
+    }
+
+    /// Takes the gradients of a layer, or of everything that belongs to none, after a backward pass; `last` says that no other
+    /// pass of the mini-batch follows.
+    pub fn take(&mut self, layer: Option<usize>, last: bool) -> Result<()> {
         let plan = self.plan.clone();
+        let Some(index) = plan.blocks.iter().position(|b| b.layer == layer) else { return Ok(()) };
         let block = &plan.blocks[index];
         let kept = !last && self.ranks.zero() < Zero::Gradients;
         if kept && block.slots.iter().all(|s| s.tensor.kind() == self.kind) {

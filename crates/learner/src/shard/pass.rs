@@ -8,7 +8,6 @@ use unveil_model::{Escort, Way};
 
 use super::gathered::Gathered;
 use super::gradients::Gradients;
-use super::plan::Plan;
 use crate::error::{LearnerError, Result};
 
 /// What goes along with passes of one model.
@@ -18,8 +17,6 @@ pub(crate) struct Course {
     pub gathered: Option<Rc<Gathered>>,
     /// Where gradients are taken.
     pub gradients: Option<Rc<RefCell<Gradients>>>,
-    /// Blocks of the gradients.
-    pub plan: Option<Rc<Plan>>,
     /// Whether layers are escorted; else gradients are taken at the end.
     pub by_layer: bool,
 }
@@ -37,9 +34,8 @@ pub(crate) struct Pass {
 
 impl Course {
     fn layers(&self) -> usize {
-        let of_plan = |p: &Rc<Plan>| p.blocks.iter().filter_map(|b| b.layer).max().map_or(0, |l| l + 1);
-        let gathered = self.gathered.as_ref().map_or(0, |g| g.layers);
-        self.plan.as_ref().map_or(0, of_plan).max(gathered)
+        let taken = self.gradients.as_ref().map_or(0, |g| g.borrow().layers());
+        self.gathered.as_ref().map_or(0, |g| g.layers).max(taken)
     }
 
     /// Begins a pass. All ranks begin theirs together.
@@ -124,11 +120,8 @@ impl Pass {
     }
 
     fn take(&self, layer: Option<usize>) -> Result<()> {
-        let (Some(gradients), Some(plan)) = (&self.course.gradients, &self.course.plan) else { return Ok(()) };
-        match plan.blocks.iter().position(|b| b.layer == layer) {
-            Some(block) => gradients.borrow_mut().take(block, self.last.get()),
-            None => Ok(()),
-        }
+        let Some(gradients) = &self.course.gradients else { return Ok(()) };
+        gradients.borrow_mut().take(layer, self.last.get())
     }
 
     /// Keeps the first fault; the pass goes on, since nothing in the middle of it can end it.

@@ -114,6 +114,11 @@ impl Plan {
         })
     }
 
+    /// Layers of the decoder, up to the last that has parameters here.
+    pub fn layers(&self) -> usize {
+        self.blocks.iter().filter_map(|b| b.layer).max().map_or(0, |l| l + 1)
+    }
+
     /// All parameters, block by block.
     pub fn slots(&self) -> impl Iterator<Item = &Slot> {
         self.blocks.iter().flat_map(|b| &b.slots)

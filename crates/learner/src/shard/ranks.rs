@@ -21,6 +21,18 @@ pub enum Zero {
     Parameters,
 }
 
+impl Zero {
+    /// By the number of its stage; beyond 3 there is none, and 3 is meant.
+    pub fn stage(number: u8) -> Self {
+        match number {
+            0 => Self::None,
+            1 => Self::Optimizer,
+            2 => Self::Gradients,
+            _ => Self::Parameters,
+        }
+    }
+}
+
 /// All ranks of a learner.
 pub struct Ranks {
     /// None in a world of one.
