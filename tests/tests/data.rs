@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use unveil_testkit::{Sandbox, WebReply, WebServer, json_lines, workspace};
+use unveil_testkit::{Sandbox, WebReply, WebServer, bccd, json_lines};
 
 /// Every file under `root` by its relative path.
 fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -40,8 +40,7 @@ fn synthetic_data_repeats_by_seed() {
 
 #[test]
 fn bccd_imports_whole() {
-    let source = std::env::var_os("UNVEIL_BCCD").map_or_else(|| workspace().join("../shared/data/bccd"), PathBuf::from);
-    assert!(source.join("Annotations").is_dir(), "{} holds no BCCD: set UNVEIL_BCCD to its folder", source.display());
+    let source = bccd();
     let s = Sandbox::new();
     let out = s.path("bccd/records.jsonl");
     std::fs::create_dir(s.path("bccd")).expect("a folder");

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
-use unveil_testkit::{Sandbox, json_lines, workspace};
+use unveil_testkit::{Sandbox, bccd, json_lines, workspace};
 
 /// Reads a sample page as a browser would: its elements, and the data that its script draws from.
 const READ_PAGE: &str = r#"
@@ -112,8 +112,7 @@ fn responses_are_measured_in_a_named_form() {
 
 /// Records of BCCD with answers that are right, shifted, silent or unreadable, some with attention.
 fn bccd_responses(s: &Sandbox) -> PathBuf {
-    let source = std::env::var_os("UNVEIL_BCCD").map_or_else(|| workspace().join("../shared/data/bccd"), PathBuf::from);
-    assert!(source.join("Annotations").is_dir(), "{} holds no BCCD: set UNVEIL_BCCD to its folder", source.display());
+    let source = bccd();
     std::fs::create_dir(s.path("bccd")).expect("a folder");
     let file = s.path("bccd/records.jsonl");
     let (src, out) = (source.to_string_lossy(), file.to_string_lossy());

@@ -234,8 +234,7 @@ mod tests {
         let named = [("logits", logits.shallow_clone()), ("settings", Tensor::from_slice(&settings).view([rows, 4]))];
         Tensor::write_safetensors(&named, dir.path().join("in.st")).unwrap();
         let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-        let python = std::env::var_os("UNVEIL_PYTHON")
-            .map_or_else(|| here.join("../../.venv/bin/python"), std::path::PathBuf::from);
+        let python = unveil_testkit::python();
         let run =
             std::process::Command::new(python).arg(here.join("tests/warpers.py")).arg(dir.path()).output().unwrap();
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));

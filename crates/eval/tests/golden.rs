@@ -3,7 +3,7 @@
 //! Metrics agree within 1e-9, intervals within 1e-6 where both sides are given the same resamples. scipy's own resamples differ, so
 //! its intervals are compared within 0.3 standard errors: each end of 4,000 resamples is uncertain by about 0.06 of them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use rand::seq::IndexedRandom;
@@ -19,14 +19,12 @@ const RECORDS: usize = 60;
 const SOURCES: [&str; 4] = ["chest", "gut", "kidney", "skull"];
 
 fn python(script: &str, args: &[&Path], form: BoxForm) -> Value {
-    let local = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python");
-    let python = std::env::var_os("UNVEIL_PYTHON").map_or(local, PathBuf::from);
-    let out = Command::new(&python)
+    let out = Command::new(unveil_testkit::python())
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script))
         .args([args[0].as_os_str(), form.name().as_ref(), args[1].as_os_str()])
         .env("OMP_NUM_THREADS", "1")
         .output()
-        .unwrap_or_else(|e| panic!("{}: {e}; run `make setup`, or set UNVEIL_PYTHON", python.display()));
+        .unwrap();
     assert!(out.status.success(), "{script} failed: {}", String::from_utf8_lossy(&out.stderr));
     serde_json::from_slice(&out.stdout).unwrap()
 }

@@ -1,18 +1,12 @@
 //! AdamW, decay, clipping and moments against `torch.optim.AdamW` over several steps.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
 use unveil_config::schema::Optimizer;
 use unveil_learner::optim::AdamW;
-
-fn python() -> PathBuf {
-    let p = std::env::var_os("UNVEIL_PYTHON")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
-    assert!(p.exists(), "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON", p.display());
-    p
-}
+use unveil_testkit::python;
 
 /// Six updates of a matrix and a vector, the latter not trained in the first `frozen` of them, with parameters of `kind`.
 fn equals_torch(frozen: i64, kind: Kind) {

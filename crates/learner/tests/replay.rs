@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use common::{low_tokens, model, rollout, write_model};
@@ -15,6 +15,7 @@ use unveil_config::Config;
 use unveil_config::schema::{Algorithm, Critic};
 use unveil_learner::{Learner, Models, Ranks, ReplayModels, StepSettings, dump, replay};
 use unveil_model::{LoraSpec, ValueHead};
+use unveil_testkit::python;
 
 fn models(model: &Path) -> ReplayModels<'_> {
     ReplayModels { model, adapter: None, reference: None }
@@ -22,13 +23,6 @@ fn models(model: &Path) -> ReplayModels<'_> {
 
 fn seed() -> u64 {
     std::env::var("UNVEIL_SEED").map_or(1, |s| s.parse().expect("UNVEIL_SEED is a number"))
-}
-
-fn python() -> PathBuf {
-    let p = std::env::var_os("UNVEIL_PYTHON")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
-    assert!(p.exists(), "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON", p.display());
-    p
 }
 
 /// A dump whose log-probabilities and values are not those of the weights, with one masked response and one group of equal rewards.

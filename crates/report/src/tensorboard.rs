@@ -90,8 +90,7 @@ mod tests {
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n\
             a = EventAccumulator(sys.argv[1]); a.Reload()\n\
             print([(e.step, e.value) for e in a.Scalars('train/loss')], a.Scalars('train/reward/total')[0].value)";
-        let python = std::env::var("UNVEIL_PYTHON")
-            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/../../.venv/bin/python").to_owned());
+        let python = unveil_testkit::python();
         let out = std::process::Command::new(&python).args(["-c", script]).arg(dir.path()).output().unwrap();
         let text = String::from_utf8_lossy(&out.stdout);
         assert_eq!(text.trim(), "[(3, 0.25), (4, 0.125)] -1.5", "{}", String::from_utf8_lossy(&out.stderr));

@@ -1,20 +1,12 @@
 //! Real images from import to reward: answers written from BCCD's records localize, in every box form, and others do not.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::{Value, json};
 use unveil_config::Config;
 use unveil_core::{BBox, BoxForm, Record};
 use unveil_data::codec::{Sizes, answer_text, codec};
 use unveil_data::import::{ClassFilter, Format, ImportOptions, import};
 use unveil_data::records::RecordFile;
-
-fn bccd() -> PathBuf {
-    let path = std::env::var_os("UNVEIL_BCCD")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/bccd"), PathBuf::from);
-    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
-    path
-}
+use unveil_testkit::bccd;
 
 #[test]
 fn bccd_answers_are_rewarded_for_where_they_point() {

@@ -84,14 +84,13 @@ impl Numbers {
 /// Asks golden.py; the absence of its interpreter is a failure, not a skip.
 fn golden(request: &Value) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden.py");
-    let python = unveil_testkit::python();
-    let mut child = Command::new(&python)
+    let mut child = Command::new(unveil_testkit::python())
         .arg(script)
         .env("OMP_NUM_THREADS", "1")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .unwrap_or_else(|e| panic!("{}: {e}; run `make setup`, or set UNVEIL_PYTHON", python.display()));
+        .unwrap();
     let body = serde_json::to_vec(request).unwrap();
     let mut input = child.stdin.take().unwrap();
     let writer = std::thread::spawn(move || input.write_all(&body).unwrap());

@@ -1,4 +1,4 @@
-//! What process tests share: a sandbox in which the built programs run, their processes, the files of a run, small disks, an HTTP server
+//! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run, small disks, an HTTP server
 //! that misbehaves when told to.
 //!
 //! Everything a sandbox starts is ended when it is dropped, and nothing outside it is touched. Helpers panic with a message
@@ -12,7 +12,7 @@ mod sandbox;
 mod web;
 
 pub use disk::SmallDisk;
-pub use paths::{binary, python, workspace};
+pub use paths::{bccd, binary, python, workspace};
 pub use process::{Finished, Found, Process};
 pub use run::{Lineage, TrainStep, committed, events, events_of, json_lines, read_json};
 pub use sandbox::Sandbox;

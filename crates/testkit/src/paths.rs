@@ -21,6 +21,17 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// The BCCD data set: `UNVEIL_BCCD`, else `shared/data/bccd` beside the workspace.
+///
+/// # Panics
+/// It is not there.
+#[track_caller]
+pub fn bccd() -> PathBuf {
+    let path = std::env::var_os("UNVEIL_BCCD").map_or_else(|| workspace().join("../shared/data/bccd"), PathBuf::from);
+    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
+    path
+}
+
 /// A Python with the reference implementations: `UNVEIL_PYTHON`, else `.venv` of the workspace.
 ///
 /// # Panics

@@ -1,11 +1,12 @@
 //! Hands cases to a Python script and compares what comes back.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
 use tch::{Kind, Tensor};
+use unveil_testkit::python;
 
 /// How far two results may be apart.
 #[derive(Clone, Copy)]
@@ -77,11 +78,4 @@ impl Results {
             assert!(same, "{found}[{i}]: ours {x:e}, theirs {y:e}, largest {largest:e}");
         }
     }
-}
-
-fn python() -> PathBuf {
-    let p = std::env::var_os("UNVEIL_PYTHON")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
-    assert!(p.exists(), "no Python with torch at {}: run `make setup` or set UNVEIL_PYTHON", p.display());
-    p
 }

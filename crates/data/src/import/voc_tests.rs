@@ -1,4 +1,5 @@
 use unveil_core::BoxForm;
+use unveil_testkit::bccd;
 
 use super::super::{ClassFilter, Format, ImportOptions, ImportReport};
 use super::*;
@@ -8,13 +9,6 @@ use crate::store::Image;
 
 fn import(src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
     super::super::import(Format::Voc, src, out, options)
-}
-
-fn bccd() -> PathBuf {
-    let path = std::env::var_os("UNVEIL_BCCD")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/bccd"), PathBuf::from);
-    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
-    path
 }
 
 #[test]

@@ -1,15 +1,9 @@
 //! The Python side of the tests of this crate.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-/// `UNVEIL_PYTHON`, else `.venv/bin/python` of the workspace; a missing one is a failure.
-fn python() -> PathBuf {
-    let path = std::env::var_os("UNVEIL_PYTHON")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python"), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run `make setup`, or set UNVEIL_PYTHON", path.display());
-    path
-}
+use unveil_testkit::python;
 
 /// Runs a script of this folder on `dir` and returns the JSON that it leaves in `dir/out.json`.
 pub fn run(script: &str, dir: &Path) -> serde_json::Value {

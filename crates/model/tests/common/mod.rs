@@ -1,7 +1,7 @@
 //! Helpers of the model tests.
 #![allow(dead_code, missing_docs)]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
@@ -44,13 +44,12 @@ pub fn lively_of(family: Family, dir: &Path) -> Vlm {
 
 pub fn python(script: &str, args: &[&str]) -> String {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = std::env::var_os("UNVEIL_PYTHON").map_or_else(|| here.join("../../.venv/bin/python"), PathBuf::from);
-    let out = Command::new(&python)
+    let out = Command::new(unveil_testkit::python())
         .arg(here.join("tests").join(script))
         .args(args)
         .env("OMP_NUM_THREADS", "1")
         .output()
-        .unwrap_or_else(|e| panic!("{} is needed for this test (make setup, or UNVEIL_PYTHON): {e}", python.display()));
+        .unwrap();
     assert!(out.status.success(), "{script} {args:?} failed:\n{}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
