@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tch::Device;
+
 use crate::{CollectiveError, Result};
 
 /// What carries the calls.
@@ -19,6 +21,14 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// What carries calls among several ranks whose tensors are on this kind of device.
+    pub fn of(device: Device) -> Self {
+        match device {
+            Device::Cuda(device) => Self::Nccl { device },
+            _ => Self::Gloo,
+        }
+    }
+
     /// The name in configurations and messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -40,6 +50,14 @@ pub struct Timing {
     pub beat: Duration,
     /// A rank that gave no sign of life for so long is gone.
     pub lost: Duration,
+}
+
+impl Timing {
+    /// Everything within `limit`: to come together, each call, and silence.
+    pub fn within(limit: Duration) -> Self {
+        let beat = Self::default().beat.min(limit / 20);
+        Self { join: limit, call: limit, beat, lost: limit }
+    }
 }
 
 impl Default for Timing {
@@ -116,5 +134,10 @@ mod tests {
         let mut hasty = setup(0, 2, Backend::Gloo);
         hasty.timing.beat = hasty.timing.lost;
         assert!(hasty.check().unwrap_err().to_string().contains("10s"));
+        for seconds in [1, 10, 600] {
+            let timing = Timing::within(Duration::from_secs(seconds));
+            Setup { timing, ..setup(0, 2, Backend::of(Device::Cpu)) }.check().unwrap();
+        }
+        assert_eq!(Backend::of(Device::Cuda(3)), Backend::Nccl { device: 3 });
     }
 }

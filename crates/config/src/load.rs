@@ -191,6 +191,7 @@ fn collect(t: &Table, prefix: &str, out: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::WeightSync;
 
     fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigError> {
         let dir = std::env::temp_dir().join(format!(
@@ -241,6 +242,19 @@ mod tests {
         let m = fault(&["rollout.max_staleness=0", "rollout.groups_per_lease=3", "learner.groups=16"]);
         assert!(m.contains("groups_per_lease (3)") && m.contains("(16)"), "{m}");
         with("", &[], &["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=4"]).unwrap();
+    }
+
+    #[test]
+    fn weight_sync_is_one_of_two() {
+        let c = with("", &[], &["rollout.weight_sync=broadcast", "rollout.broadcast_s=2.5"]).unwrap();
+        assert_eq!((c.rollout.weight_sync, c.rollout.broadcast_s), (WeightSync::Broadcast, 2.5));
+        assert_eq!(with("", &[], &[]).unwrap().rollout.weight_sync, WeightSync::Grpc);
+        let m = with("", &[], &["rollout.weight_sync=pigeon"]).unwrap_err().to_string();
+        assert!(m.contains("pigeon") && m.contains("broadcast"), "{m}");
+        for bad in ["0.5", "601", "nan"] {
+            let m = with("", &[], &[&format!("rollout.broadcast_s={bad}")]).unwrap_err().to_string();
+            assert!(m.contains("rollout.broadcast_s"), "{bad}: {m}");
+        }
     }
 
     #[test]

@@ -317,6 +317,22 @@ pub struct Rollout {
     pub max_rows: usize,
     /// GiB that keys, values and work may take in a worker; 0 = what is free.
     pub memory_gib: f64,
+    /// How new weights come to the workers.
+    pub weight_sync: WeightSync,
+    /// Seconds that workers have to come to a broadcast, and that each of its calls may take (1 to 600); who is later takes the
+    /// gRPC stream. A worker that died meanwhile holds the others up for so long.
+    pub broadcast_s: f64,
+}
+
+/// How new weights come to the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightSync {
+    /// Each worker fetches them over gRPC.
+    Grpc,
+    /// The learner broadcasts them to all workers that follow it, over NCCL where its device is a GPU, over Gloo on CPUs; other
+    /// workers, and those whose broadcast fails, fetch them over gRPC.
+    Broadcast,
 }
 
 impl Default for Rollout {
@@ -337,6 +353,8 @@ impl Default for Rollout {
             workers: 1,
             max_rows: 256,
             memory_gib: 0.0,
+            weight_sync: WeightSync::Grpc,
+            broadcast_s: 10.0,
         }
     }
 }

@@ -72,6 +72,8 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
     need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
+    let broadcast_s = c.rollout.broadcast_s;
+    need((1.0..=600.0).contains(&broadcast_s), format!("rollout.broadcast_s is {broadcast_s}: use 1 to 600 seconds"));
     let (staleness, steps) = (c.rollout.max_staleness, c.learner.steps);
     need(
         staleness <= MOST_STALE,

@@ -90,6 +90,7 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
         stop: vec![],
         vocab: 1,
         fixed: None,
+        broadcast: None,
     };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing))?;
     let raw = TcpListener::bind("127.0.0.1:0")?;

@@ -54,10 +54,6 @@ impl Crew {
         let ranks = if p.ranks == 1 {
             Ranks::solo()
         } else {
-            let backend = match device {
-                Device::Cuda(device) => Backend::Nccl { device },
-                _ => Backend::Gloo,
-            };
             let timing = Timing {
                 join: seconds(p.join_s),
                 call: seconds(p.call_s),
@@ -69,7 +65,7 @@ impl Crew {
                 world: p.ranks,
                 address: p.rendezvous.clone(),
                 local: None,
-                backend,
+                backend: Backend::of(device),
                 fingerprint: fingerprint(config, model, records)?,
                 timing,
             };

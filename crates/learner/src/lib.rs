@@ -40,7 +40,7 @@ pub use measure::UpdateReport;
 pub use memory::MemoryPlan;
 pub use replay::{ReplayModels, replay};
 pub use run::{Ready, run_rl, sampling};
-pub use serve::{Host, HostOptions, LeaseSource, Leased, NewWeights};
+pub use serve::{Broadcasting, Host, HostOptions, LeaseSource, Leased, NewWeights, Sent};
 pub use settings::{StepSettings, banned_ids};
 pub use setup::Models;
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use unveil_algo::KlController;
 use unveil_checkpoint::{Loaded, Resume};
 use unveil_config::Config;
-use unveil_config::schema::{Critic, Dtype};
+use unveil_config::schema::{Critic, Dtype, WeightSync};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
 use unveil_model::Vlm;
@@ -23,7 +23,7 @@ use crate::follow::follow;
 use crate::kept;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
-use crate::serve::{Host, HostOptions, NewWeights};
+use crate::serve::{Broadcasting, Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::setup::Models;
 use crate::shard::Zero;
@@ -114,6 +114,13 @@ impl Run {
             stop: config.rollout.stop.clone(),
             vocab: learner.vlm().config().text.vocab_size as u32,
             fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
+            broadcast: match config.rollout.weight_sync {
+                WeightSync::Grpc => None,
+                WeightSync::Broadcast => Some(Broadcasting {
+                    device: device(config)?,
+                    limit: Duration::from_secs_f64(config.rollout.broadcast_s),
+                }),
+            },
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
@@ -211,6 +218,9 @@ impl Run {
                 if !matches!(event, Event::Leased { .. } | Event::Submitted { .. } | Event::Trained { .. }) {
                     stage.event(&with_kind("experience", &event)?)?;
                 }
+            }
+            for sent in self.host.drain_broadcasts() {
+                stage.event(&with_kind("broadcast", &sent)?)?;
             }
             if batch.is_some() || stage.cancel.is_cancelled() {
                 return Ok(batch.filter(|_| !stage.cancel.is_cancelled()));

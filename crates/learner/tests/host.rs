@@ -51,7 +51,8 @@ fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50, fixed: None };
+    let options =
+        HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Source)).unwrap();
     let address = host.address().to_string();
     let channel = runtime.block_on(unveil_service::connect(&address, Duration::from_secs(5))).unwrap();
@@ -75,7 +76,7 @@ impl Served {
 
     /// Head and data of what a worker gets that holds `holds`, every chunk checked; none when there is nothing newer.
     fn weights(&mut self, holds: Option<v1::HeldWeights>, wait_ms: u32) -> Option<(v1::WeightsHead, Vec<u8>)> {
-        let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms };
+        let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms, joins: None };
         self.runtime.block_on(async {
             let mut stream = self.client.weights(ask).await.unwrap().into_inner();
             let mut chunks = Vec::new();
@@ -177,7 +178,7 @@ fn a_batch_comes_together_and_counts_once() {
 #[test]
 fn weights_travel_in_checked_chunks_and_only_what_changed() {
     let mut s = serve(&["a", "b"], 60.0);
-    let ask = v1::WeightsRequest { worker: "w".into(), holds: None, wait_ms: 10 };
+    let ask = v1::WeightsRequest { worker: "w".into(), holds: None, wait_ms: 10, joins: None };
     let none = s.runtime.block_on(s.client.weights(ask));
     assert_eq!(none.err().map(|e| e.code()), Some(tonic::Code::Unavailable));
     publish(&s.host, 0).unwrap();
@@ -186,8 +187,10 @@ fn weights_travel_in_checked_chunks_and_only_what_changed() {
     assert!(data == bytes(&named(0)));
     assert_eq!(s.weights(Some(held(0)), 10), None, "the worker has the newest");
     // The worker asks before there is something newer; then only what changed travels.
-    let (mut client, ask) =
-        (s.client.clone(), v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000 });
+    let (mut client, ask) = (
+        s.client.clone(),
+        v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000, joins: None },
+    );
     let waiting = s.runtime.spawn(async move {
         let mut stream = client.weights(ask).await.unwrap().into_inner();
         let first = stream.message().await.unwrap().unwrap();
@@ -364,7 +367,8 @@ fn a_port_in_use_is_named() {
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.host.address().to_string();
-    let options = HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50, fixed: None };
+    let options =
+        HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
     let e = Host::start(s.runtime.handle(), options, machine, Arc::new(Source)).err().map(|e| e.to_string());
     assert!(e.is_some_and(|e| e.contains(&listen) && e.contains("in use")));
 }

@@ -217,7 +217,7 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
             Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
         let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
-        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None };
+        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
         let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing)).unwrap();
         let mut vlm = model(2);
         vlm.adapt(

@@ -73,8 +73,15 @@ impl Experience {
     }
 
     /// Opens a stream of what is newer than `holds`; waits up to `wait` on the server.
-    pub async fn weights(&self, holds: Option<v1::HeldWeights>, wait: Duration) -> Result<Streaming<v1::WeightsChunk>> {
-        let request = v1::WeightsRequest { worker: self.worker.clone(), holds, wait_ms: wait.as_millis() as u32 };
+    /// `joins` says how the worker can take them by broadcast.
+    pub async fn weights(
+        &self,
+        holds: Option<v1::HeldWeights>,
+        wait: Duration,
+        joins: Option<v1::Joins>,
+    ) -> Result<Streaming<v1::WeightsChunk>> {
+        let request =
+            v1::WeightsRequest { worker: self.worker.clone(), holds, wait_ms: wait.as_millis() as u32, joins };
         let answer = self.call("weights", |_| {
             let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
             async move { client.weights(request).await }

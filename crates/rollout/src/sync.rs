@@ -1,6 +1,8 @@
 //! The receiving end of weight sync: asks for what is newer than the weights it holds, checks it, asks again when it was damaged.
+//! Where the service offers a broadcast, it takes part; when that fails, it asks for the stream.
 //! Must not know: the engine.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::{Status, Streaming};
@@ -10,6 +12,7 @@ use crate::experience::Experience;
 use crate::weights::{Assembly, Known, Pool};
 use crate::{Result, RolloutError};
 
+pub use crate::broadcast::Member;
 pub use crate::weights::Update;
 
 /// How often weights that arrived damaged are asked for again.
@@ -21,6 +24,16 @@ pub struct WeightReceiver {
     known: Option<Known>,
     pool: Pool,
     patience: Duration,
+    member: Option<Arc<Member>>,
+    /// The round whose world it is in; 0 = none.
+    round: u64,
+}
+
+/// Why nothing arrived.
+enum Fault {
+    /// By broadcast; the stream may do better.
+    Broadcast(String),
+    Stream(String),
 }
 
 impl WeightReceiver {
@@ -30,7 +43,13 @@ impl WeightReceiver {
     /// Nobody answers at the address.
     pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
         let experience = Experience::connect(address, worker, patience).await?;
-        Ok(Self { experience, known: None, pool: Pool::new(), patience })
+        Ok(Self { experience, known: None, pool: Pool::new(), patience, member: None, round: 0 })
+    }
+
+    /// Takes part in broadcasts through `member`.
+    #[must_use]
+    pub fn with_broadcast(self, member: Arc<Member>) -> Self {
+        Self { member: Some(member), ..self }
     }
 
     /// What is held.
@@ -49,11 +68,18 @@ impl WeightReceiver {
     /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums.
     pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
         let mut left = TRIES;
+        let mut member = self.member.clone();
         loop {
-            let stream = self.experience.weights(self.held(), wait).await?;
-            let what = match self.receive(stream).await {
+            let joins = member.as_ref().map(|m| m.joins(self.round));
+            let stream = self.experience.weights(self.held(), wait, joins).await?;
+            let what = match self.receive(stream, member.as_deref()).await {
                 Ok(found) => return Ok(found),
-                Err(what) => what,
+                Err(Fault::Broadcast(what)) => {
+                    tracing::warn!("{what}; the weights are fetched from {} instead", self.experience.address);
+                    (self.round, member) = (0, None);
+                    continue;
+                }
+                Err(Fault::Stream(what)) => what,
             };
             left -= 1;
             if left == 0 {
@@ -63,13 +89,26 @@ impl WeightReceiver {
         }
     }
 
-    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, String> {
-        let Some(first) = next(&mut stream, self.patience).await? else { return Ok(None) };
-        let mut assembly = Assembly::begin(&first, self.known.as_ref(), &mut self.pool)?;
-        while let Some(chunk) = next(&mut stream, self.patience).await? {
-            assembly.push(&chunk)?;
-        }
-        assembly.finish().map(Some)
+    async fn receive(
+        &mut self,
+        mut stream: Streaming<WeightsChunk>,
+        member: Option<&Member>,
+    ) -> Result<Option<Update>, Fault> {
+        let Some(first) = next(&mut stream, self.patience).await.map_err(Fault::Stream)? else { return Ok(None) };
+        let mut assembly = Assembly::begin(&first, self.known.as_ref(), &mut self.pool).map_err(Fault::Stream)?;
+        let Some(ticket) = assembly.broadcast() else {
+            return all(stream, assembly, self.patience).await.map(Some).map_err(Fault::Stream);
+        };
+        let Some(member) = member else {
+            return Err(Fault::Stream(format!(
+                "version {} came by a broadcast that was not asked for",
+                assembly.version()
+            )));
+        };
+        let round = ticket.round;
+        let update = member.receive(ticket, assembly).await.map_err(Fault::Broadcast)?;
+        self.round = round;
+        Ok(Some(update))
     }
 
     /// The update is what is held from here on; its memory is used for the next one.
@@ -77,6 +116,18 @@ impl WeightReceiver {
         self.known = Some(Known { version: update.version, sums: update.sums });
         self.pool.extend(update.tensors);
     }
+}
+
+/// The rest of a stream whose head has come.
+async fn all(
+    mut stream: Streaming<WeightsChunk>,
+    mut assembly: Assembly,
+    patience: Duration,
+) -> Result<Update, String> {
+    while let Some(chunk) = next(&mut stream, patience).await? {
+        assembly.push(&chunk)?;
+    }
+    assembly.finish()
 }
 
 async fn next(stream: &mut Streaming<WeightsChunk>, patience: Duration) -> Result<Option<WeightsChunk>, String> {

@@ -70,7 +70,7 @@ fn stream(version: u64, file: &[u8]) -> (Vec<v1::WeightsChunk>, u32) {
         shape: view.shape().iter().map(|n| *n as u64).collect(),
     });
     let checksum = crc32c::crc32c(&whole);
-    let head = v1::WeightsHead { version, checksum, base: None, tensors: tensors.collect(), adapter_scale: None };
+    let head = v1::WeightsHead { version, checksum, tensors: tensors.collect(), ..Default::default() };
     let chunk = |data: Vec<u8>| v1::WeightsChunk { crc32c: crc32c::crc32c(&data), data: data.into() };
     let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head))];
     chunks.extend(named.iter().flat_map(|(_, view)| view.data().chunks(1 << 16)).map(|part| chunk(part.to_vec())));

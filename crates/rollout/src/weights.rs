@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use unveil_core::WeightVersion;
 use unveil_engine::Engine;
 use unveil_model::{Vlm, is_adapter};
-use unveil_proto::v1::{HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
+use unveil_proto::v1::{Broadcast, HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
 use unveil_proto::weights::{Sum, Sums, checksum, verify};
 
 /// Tensors on the host by name, free to be written to.
@@ -100,23 +100,58 @@ impl Assembly {
         Ok(Self { head, base, tensors, sums, at: 0 })
     }
 
+    /// The broadcast by which the tensors come, where they do not follow the head.
+    pub fn broadcast(&mut self) -> Option<Broadcast> {
+        self.head.broadcast.take()
+    }
+
+    /// The version that arrives.
+    pub fn version(&self) -> u64 {
+        self.head.version
+    }
+
+    /// Bytes of all tensors that are sent.
+    pub fn size(&self) -> usize {
+        self.tensors.iter().map(|(_, t)| bytes(t)).sum()
+    }
+
+    /// Takes the next bytes, of any number of tensors. Nothing vouches for them but the checksum of the whole.
+    pub fn fill(&mut self, mut data: &[u8]) -> Result<(), String> {
+        while !data.is_empty() {
+            self.skip_whole();
+            let left =
+                self.tensors.get(self.at).map_or(data.len(), |(_, t)| bytes(t) - self.sums[self.at].bytes as usize);
+            let (part, rest) = data.split_at(left.min(data.len()));
+            self.put(part, Sum::of(part))?;
+            data = rest;
+        }
+        Ok(())
+    }
+
     /// Takes the next chunk; the error says what is wrong with it.
     pub fn push(&mut self, chunk: &WeightsChunk) -> Result<(), String> {
+        let found = verify(chunk).map_err(|sums| {
+            self.skip_whole();
+            let (name, at) = self.tensors.get(self.at).map_or(("", 0), |(n, _)| (n, self.sums[self.at].bytes));
+            damaged(&format!("the chunk at byte {at} of `{name}` of version {}", self.head.version), sums)
+        })?;
+        self.put(&chunk.data, found)
+    }
+
+    fn put(&mut self, data: &[u8], found: Sum) -> Result<(), String> {
         let version = self.head.version;
         self.skip_whole();
         let Some((name, tensor)) = self.tensors.get_mut(self.at) else {
             return Err(format!("more than the announced tensors of version {version} arrived"));
         };
         let at = self.sums[self.at].bytes;
-        let found = verify(chunk)
-            .map_err(|sums| damaged(&format!("the chunk at byte {at} of `{name}` of version {version}"), sums))?;
-        let (size, count) = (bytes(tensor), chunk.data.len());
+        let (size, count) = (bytes(tensor), data.len());
         if at as usize + count > size || count == 0 {
             return Err(format!(
                 "{count} bytes arrived at byte {at} of `{name}` of version {version}, which has {size}"
             ));
         }
-        write(tensor, at as usize, &chunk.data);
+        write(tensor, at as usize, data);
         self.sums[self.at] = self.sums[self.at].then(found);
         Ok(())
     }
@@ -201,7 +236,14 @@ mod tests {
         let (b, a) = data.split_at(12);
         let sums: Sums = [("a".to_owned(), Sum::of(a)), ("b".to_owned(), Sum::of(b))].into();
         let tensors = vec![tensor("b", &[3]), tensor("a", &[2, 2])];
-        let head = WeightsHead { version, checksum: checksum(&sums), base: None, tensors, adapter_scale: None };
+        let head = WeightsHead {
+            version,
+            checksum: checksum(&sums),
+            base: None,
+            tensors,
+            adapter_scale: None,
+            broadcast: None,
+        };
         let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head).into())];
         chunks.extend([b, a].iter().flat_map(|t| t.chunks(8)).map(|part| chunk(part.to_vec().into())));
         (chunks, sums)
@@ -269,6 +311,23 @@ mod tests {
     }
 
     #[test]
+    fn bytes_fill_tensors_however_they_are_cut() {
+        let (chunks, sums) = stream(3);
+        let data: Vec<u8> = chunks[1..].iter().flat_map(|c| c.data.to_vec()).collect();
+        for cut in [1, 3, 8, 16, 28] {
+            let mut a = Assembly::begin(&chunks[0], None, &mut Pool::new()).unwrap();
+            assert_eq!((a.size(), a.version(), a.broadcast()), (28, 3, None));
+            data.chunks(cut).try_for_each(|part| a.fill(part)).unwrap();
+            assert!(a.fill(&[0]).unwrap_err().contains("more than the announced"));
+            assert_eq!(a.finish().unwrap().sums, sums, "{cut}");
+        }
+        let mut a = Assembly::begin(&chunks[0], None, &mut Pool::new()).unwrap();
+        a.fill(&data.iter().map(|b| b ^ 2).collect::<Vec<u8>>()).unwrap();
+        let text = a.finish().unwrap_err();
+        assert!(text.contains("the whole of version 3"), "{text}");
+    }
+
+    #[test]
     fn a_part_builds_on_the_version_that_is_held() {
         let (chunks, mut sums) = stream(3);
         let first = assemble(&chunks, None, &mut Pool::new()).unwrap();
@@ -277,7 +336,14 @@ mod tests {
         sums.insert("a".into(), Sum::of(&data));
         let part = |base| {
             let tensors = vec![tensor("a", &[2, 2])];
-            let head = WeightsHead { version: 4, checksum: checksum(&sums), base, tensors, adapter_scale: None };
+            let head = WeightsHead {
+                version: 4,
+                checksum: checksum(&sums),
+                base,
+                tensors,
+                adapter_scale: None,
+                broadcast: None,
+            };
             vec![chunk(prost::Message::encode_to_vec(&head).into()), chunk(data.clone().into())]
         };
         let update = assemble(&part(Some(known.held())), Some(&known), &mut Pool::new()).unwrap();

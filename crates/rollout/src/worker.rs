@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use unveil_config::Config;
+use unveil_config::schema::WeightSync;
 use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
@@ -20,7 +21,7 @@ use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
 use crate::groups::{Delivery, Leased, Rewards, deliver, prepare};
 use crate::keeper::{Weights, keep};
-use crate::sync::WeightReceiver;
+use crate::sync::{Member, WeightReceiver};
 use crate::{Result, RolloutError};
 
 /// Batches that are generated or ready to be.
@@ -121,7 +122,7 @@ struct Shared {
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
     let starting = start(&options, &cancel);
-    let (shared, device, receiver) = tokio::select! {
+    let (shared, device, receiver, member) = tokio::select! {
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
     };
@@ -141,6 +142,9 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
         tracing::info!("handing {} lease(s) back", held.len());
         worker.shared.experience.release(held).await;
     }
+    if let Some(member) = member.and_then(Arc::into_inner) {
+        member.close().await;
+    }
     if let Some(device) = Arc::into_inner(worker.device) {
         device.close().await;
     }
@@ -155,7 +159,9 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     })
 }
 
-async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread, WeightReceiver)> {
+type Started = (Shared, DeviceThread, WeightReceiver, Option<Arc<Member>>);
+
+async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<Started> {
     let config = &options.config;
     let dir = options.model_dir.clone();
     let boxes = config.model.boxes;
@@ -170,7 +176,17 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
     let device = DeviceThread::start(spec, cancel.clone()).await?;
     let rewards = Rewards::new(&options.reward, config).await?;
     let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
-    let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
+    let mut receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
+    let member = match config.rollout.weight_sync {
+        WeightSync::Grpc => None,
+        WeightSync::Broadcast => {
+            let device = unveil_model::device(&config.run.device)?;
+            Some(Member::start(device, Duration::from_secs_f64(config.rollout.broadcast_s))?)
+        }
+    };
+    if let Some(member) = &member {
+        receiver = receiver.with_broadcast(member.clone());
+    }
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,
@@ -183,7 +199,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         scoring: Scoring::new(config),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
-    Ok((shared, device, receiver))
+    Ok((shared, device, receiver, member))
 }
 
 struct Worker {

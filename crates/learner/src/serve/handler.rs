@@ -9,8 +9,10 @@ use tonic::{Request, Response as Answer, Status};
 use unveil_core::{GroupId, Logprobs, WeightVersion};
 use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
+use unveil_proto::weights::chunk;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
 
+use super::broadcast::Ticket;
 use super::{Leased, Shared, State};
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
@@ -37,6 +39,24 @@ impl State {
             format!("worker `{worker}` holds weights of version {version} with CRC-32C {checksum:08x}, but {why}");
         tracing::warn!("{what}");
         Err(Status::failed_precondition(format!("{what}. Fetch them again")))
+    }
+}
+
+/// A call for weights. Dropped before its end, the worker is gone.
+struct Call<'a> {
+    shared: &'a Shared,
+    worker: &'a str,
+    ended: bool,
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        if let Some(rounds) = &mut self.shared.lock().rounds {
+            rounds.gone(self.worker);
+        }
     }
 }
 
@@ -248,18 +268,36 @@ impl Service for Handler {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
     async fn weights(&self, request: Request<v1::WeightsRequest>) -> Result<Answer<Self::WeightsStream>, Status> {
+        let local = request.local_addr().map(|a| a.ip().to_canonical());
         let r = request.into_inner();
-        let until = Instant::now() + Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        let until = Instant::now() + wait;
         let shared = &self.shared;
+        let mut call = Call { shared, worker: &r.worker, ended: false };
+        let mut noted = false;
         loop {
             let told = shared.work.notified();
             tokio::pin!(told);
             told.as_mut().enable();
             {
-                let state = shared.lock();
+                let mut state = shared.lock();
                 // Weights of a learner that is gone, or damaged ones, are no base to build on.
                 let base = r.holds.filter(|h| state.checksums.get(&h.version) == Some(&h.checksum));
                 let newest = base.is_some_and(|b| b.version == state.machine.version());
+                let mut ticket = Ticket::None;
+                if let Some(rounds) = &mut state.rounds {
+                    if !noted {
+                        rounds.note(&r.worker, r.joins.as_ref(), base, local, shared.now() + wait);
+                        noted = true;
+                    }
+                    ticket = rounds.ticket(&r.worker, base);
+                }
+                call.ended = true;
+                if let Ticket::Head(head) = ticket {
+                    let head = chunk(prost::Message::encode_to_vec(&*head).into());
+                    return Ok(Answer::new(Box::pin(tokio_stream::once(Ok(head)))));
+                }
+                let newest = newest || (matches!(ticket, Ticket::Soon) && Instant::now() < until);
                 if let Some(weights) = state.weights.as_ref().filter(|_| !newest) {
                     return Ok(Answer::new(Box::pin(tokio_stream::iter(weights.stream(base)))));
                 }
@@ -269,6 +307,7 @@ impl Service for Handler {
                     }
                     return Err(Status::unavailable("no weights are published yet"));
                 }
+                call.ended = false;
             }
             let _ = tokio::time::timeout(until.saturating_duration_since(Instant::now()), told).await;
         }

@@ -19,16 +19,21 @@ use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
 
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
+use broadcast::{Broadcaster, Rounds};
 use handler::Handler;
 use weights::Published;
 
+mod broadcast;
 mod handler;
 mod weights;
 
+pub use broadcast::{Broadcasting, Sent};
 pub use weights::NewWeights;
 
 /// A worker that was not heard of for so long is not counted on.
 const SILENT: Duration = Duration::from_secs(5);
+/// How long the service and the thread of broadcasts may take to end.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// What goes to a worker with a lease.
 #[derive(Debug, Clone)]
@@ -60,6 +65,8 @@ struct State {
     /// Workers that ever leased, and when they were last heard of.
     workers: BTreeMap<String, Duration>,
     told: BTreeSet<String>,
+    /// None where weights are not broadcast.
+    rounds: Option<Rounds>,
     finished: bool,
     fault: Option<LearnerError>,
 }
@@ -148,6 +155,8 @@ pub struct HostOptions {
     pub vocab: u32,
     /// Groups that every lease has, whoever asks for how many; none = as many as are asked for and there are.
     pub fixed: Option<usize>,
+    /// How weights are broadcast to the workers that can take part; none = each fetches them as a stream.
+    pub broadcast: Option<Broadcasting>,
 }
 
 /// A running host; the training thread's end of it.
@@ -156,6 +165,7 @@ pub struct Host {
     handle: Handle,
     stop: CancellationToken,
     running: Option<Running>,
+    broadcaster: Option<Broadcaster>,
     address: SocketAddr,
 }
 
@@ -177,6 +187,7 @@ impl Host {
             checksums: BTreeMap::new(),
             workers: BTreeMap::new(),
             told: BTreeSet::new(),
+            rounds: options.broadcast.map(Rounds::new),
             finished: false,
             fault: None,
         };
@@ -197,7 +208,9 @@ impl Host {
             ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
-        Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })
+        let broadcaster = options.broadcast.map(|how| Broadcaster::start(shared.clone(), how)).transpose()?;
+        let address = running.address;
+        Ok(Self { shared, handle: handle.clone(), stop, address, running: Some(running), broadcaster })
     }
 
     /// Where it listens, with the real port.
@@ -226,7 +239,15 @@ impl Host {
         let mut state = self.shared.lock();
         state.machine.published(version)?;
         state.checksums.insert(version, made.checksum);
+        let now = self.shared.now();
+        let job = state.rounds.as_mut().and_then(|rounds| rounds.begin(&made, now));
         state.weights = Some(made);
+        if let Some((job, thread)) = job.zip(self.broadcaster.as_ref())
+            && let Err(job) = thread.send(job)
+            && let Some(rounds) = &mut state.rounds
+        {
+            rounds.ended(&job, &Err(LearnerError::Lost("the thread of broadcasts")));
+        }
         drop(state);
         self.shared.work.notify_waiters();
         Ok(())
@@ -293,6 +314,11 @@ impl Host {
         self.shared.lock().machine.drain_events()
     }
 
+    /// Broadcasts that reached their workers since the last call.
+    pub fn drain_broadcasts(&self) -> Vec<Sent> {
+        self.shared.lock().rounds.as_mut().map_or_else(Vec::new, Rounds::drain)
+    }
+
     /// Tells workers that the run is over, waits up to `most` until each that ever leased has heard it, and stops serving.
     pub fn finish(mut self, most: Duration) {
         let until = Instant::now() + most;
@@ -312,9 +338,11 @@ impl Host {
     fn close(&mut self) {
         self.stop.cancel();
         self.shared.work.notify_waiters();
+        if let Some(broadcaster) = self.broadcaster.take() {
+            broadcaster.close(CLOSING);
+        }
         if let Some(running) = self.running.take() {
-            let ended =
-                self.handle.block_on(async { tokio::time::timeout(Duration::from_secs(2), running.wait()).await });
+            let ended = self.handle.block_on(async { tokio::time::timeout(CLOSING, running.wait()).await });
             if let Ok(Err(e)) = ended {
                 tracing::warn!(error = %e, "the experience service ended with an error");
             }
