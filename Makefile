@@ -40,9 +40,10 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
 
-test-gpu: setup ## tests of the engine and of collectives on a GPU; they fail where there is none
+test-gpu: setup ## tests of the engine, of collectives and of weight sync on a GPU; they fail where there is none
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
 	cargo test --locked -p unveil-collective --features gpu --test gpu -- --nocapture --test-threads 1
+	cargo test --locked -p unveil-learner --features gpu --test gpu -- --nocapture --test-threads 1
 
 bench-rollout: bench-build ## rollout against transformers, loading against reading (ARGS="--shapes 6m --rounds 3")
 	$(PYTHON) tests/bench/rollout.py --load $(ARGS)

@@ -162,6 +162,10 @@ fn bad_configurations() {
     with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
     with("sft.steps=many").says(2, &["sft.steps", "integer"]);
     with("rollout.n=1").exits(2);
+    let ranks =
+        ["learner.parallel.ranks=2", "--set", "learner.parallel.rank=1", "--set", "learner.parallel.rendezvous=h:1"];
+    let rank = s.unveil(&[&["train", "--config", &config, "--set"][..], &ranks].concat());
+    rank.says(2, &["learner.parallel.rank is 1", "`unveil learner`"]);
     s.write("odd.toml", "[learner]\nstepz = 3\n");
     s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
     s.write("odd.toml", "[learner\n");

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role};
-use unveil_config::Config;
 use unveil_config::schema::Suite;
+use unveil_config::{Config, ConfigError};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_engine::Engine;
@@ -35,6 +35,13 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
 /// `unveil train`
 pub fn train(args: &ConfigArgs) -> anyhow::Result<()> {
     let config = args.load()?;
+    let rank = config.learner.parallel.rank;
+    if rank > 0 {
+        let what = format!(
+            "learner.parallel.rank is {rank}: `unveil train` starts all ranks by itself; use `unveil learner` for one"
+        );
+        return Err(ConfigError::Invalid(vec![what]).into());
+    }
     unveil_service::init_tracing("train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
     let summary = run_role(false, 1, |token| async move {

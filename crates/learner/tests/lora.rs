@@ -6,7 +6,7 @@ mod stage;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{configured, low_tokens, model, rollout, weights};
 use serde_json::Value;
@@ -17,10 +17,11 @@ use unveil_core::{GroupId, Sampling};
 use unveil_engine::{Engine, EngineOptions};
 use unveil_experience::{Experience, Settings};
 use unveil_learner::{
-    Host, HostOptions, Learner, LearnerError, LeaseSource, Leased, NewWeights, Outcome, Silent, TrainGroup, run_rl,
+    Broadcasting, Host, HostOptions, Learner, LearnerError, LeaseSource, Leased, NewWeights, Outcome, Silent,
+    TrainGroup, run_rl,
 };
 use unveil_model::{LoraSpec, Merger, Vlm, export, read_adapters, read_safetensors};
-use unveil_rollout::sync::WeightReceiver;
+use unveil_rollout::sync::{Member, WeightReceiver};
 use unveil_service::CancellationToken;
 
 fn spec(rank: i64) -> LoraSpec {
@@ -208,16 +209,18 @@ impl LeaseSource for Nothing {
 }
 
 /// Over real gRPC: the first version travels whole, later ones as adapters alone; a worker that joins late holds the same bits as
-/// one that followed, in both kinds of numbers.
+/// one that followed, in both kinds of numbers, by stream and by broadcast.
 #[test]
 fn adapters_travel_alone_and_late_workers_hold_the_same() {
-    for kind in [Kind::Float, Kind::BFloat16] {
+    let limit = Duration::from_secs(5);
+    for (kind, by_broadcast) in [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true)] {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let settings =
             Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
         let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
-        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
+        let broadcast = by_broadcast.then_some(Broadcasting { device: Device::Cpu, limit });
+        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None, broadcast };
         let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing)).unwrap();
         let mut vlm = model(2);
         vlm.adapt(
@@ -254,6 +257,9 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
         let own = vlm.adapters().unwrap().named_parameters();
         let (count, size) = (own.len(), own.iter().map(|(_, t)| t.numel() * 4).sum::<usize>());
         let (mut early, mut follower) = (connect("early"), engine());
+        if by_broadcast {
+            early = early.with_broadcast(Some(Member::start(Device::Cpu, limit).unwrap()));
+        }
         publish(&vlm, 0);
         let whole = vlm.named_parameters().len() + count;
         assert_eq!(take(&mut early, &mut follower), (true, whole, base + size));
@@ -263,6 +269,14 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
             assert_eq!(take(&mut early, &mut follower), (false, count, size));
         }
         assert!(size * 10 < base, "{size} of {base} bytes travel");
+        // What it held was told first with its request for version 2.
+        let mut sent = Vec::new();
+        let end = Instant::now() + limit;
+        while by_broadcast && sent.len() < 2 && Instant::now() < end {
+            sent.extend(host.drain_broadcasts().into_iter().map(|s| (s.version, s.round, s.workers, s.bytes as usize)));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(sent, if by_broadcast { vec![(2, 1, 1, size), (3, 1, 1, size)] } else { vec![] });
         let (mut late, mut joiner) = (connect("late"), engine());
         assert_eq!(take(&mut late, &mut joiner), (true, whole, base + size));
         assert_eq!((early.held(), follower.version(), joiner.version()), (late.held(), 3, 3));

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 use tokio::sync::oneshot;
-use unveil_collective::{Backend, Collective, CollectiveError, Group, Setup, Timing, World, open};
+use unveil_collective::{Backend, Collective, CollectiveError, Setup, Timing, World, open};
 use unveil_proto::v1::{Broadcast, Joins};
 use unveil_proto::weights::BUCKET;
 
+use crate::crc::Checks;
 use crate::weights::{Assembly, Update};
 use crate::{Result, RolloutError};
 
@@ -25,7 +26,7 @@ struct Order {
 
 /// This worker's place in broadcasts. Dropping it ends the thread after the present call.
 pub struct Member {
-    backend: Backend,
+    device: Device,
     orders: mpsc::Sender<Order>,
     thread: JoinHandle<()>,
 }
@@ -37,17 +38,21 @@ impl Member {
     /// There is no thread to be had.
     pub fn start(device: Device, limit: Duration) -> Result<Arc<Self>> {
         let (orders, inbox) = mpsc::channel();
-        let backend = Backend::of(device);
         let thread = std::thread::Builder::new()
             .name("unveil-broadcast".to_owned())
-            .spawn(move || Calls { device, limit, world: None }.serve(&inbox))
+            .spawn(move || Calls { device, limit, world: None, checks: Checks::new(device) }.serve(&inbox))
             .map_err(RolloutError::io("cannot start a thread for broadcasts"))?;
-        Ok(Arc::new(Self { backend, orders, thread }))
+        Ok(Arc::new(Self { device, orders, thread }))
+    }
+
+    /// Where tensors arrive.
+    pub(crate) fn device(&self) -> Device {
+        self.device
     }
 
     /// What the learner is told of it, where it is in the world of `round`.
     pub(crate) fn joins(&self, round: u64) -> Joins {
-        Joins { backend: self.backend.name().to_owned(), round }
+        Joins { backend: Backend::of(self.device).name().to_owned(), round }
     }
 
     /// Takes part in a broadcast of what `assembly` waits for; the error says why nothing came of it.
@@ -72,6 +77,7 @@ struct Calls {
     device: Device,
     limit: Duration,
     world: Option<(u64, World)>,
+    checks: Checks,
 }
 
 impl Calls {
@@ -86,15 +92,15 @@ impl Calls {
     }
 
     fn receive(&mut self, ticket: &Broadcast, mut assembly: Assembly) -> Result<Update, String> {
-        let (device, round) = (self.device, ticket.round);
-        let collected = self.join(ticket).and_then(|world| collect(world.group(), device, &mut assembly));
+        let round = ticket.round;
+        let collected = self.join(ticket).and_then(|()| self.collect(&mut assembly));
         collected
             .map_err(|e| format!("the broadcast of version {} in round {round} failed: {e}", assembly.version()))?;
         assembly.finish()
     }
 
-    /// The world of a round: the one that the worker is in, or a new one.
-    fn join(&mut self, ticket: &Broadcast) -> Result<&World, CollectiveError> {
+    /// Has the world of a round: the one that the worker is in, or a new one.
+    fn join(&mut self, ticket: &Broadcast) -> Result<(), CollectiveError> {
         if let Some((_, old)) = self.world.take_if(|(round, _)| *round != ticket.round) {
             old.part();
         }
@@ -110,25 +116,23 @@ impl Calls {
             };
             self.world = Some((ticket.round, open(&setup)?));
         }
-        let none = || CollectiveError::Setup("there is no world".into());
-        self.world.as_ref().map(|(_, world)| world).ok_or_else(none)
+        Ok(())
     }
-}
 
-/// Takes the bytes of all tensors from rank 0.
-fn collect(group: &Group, device: Device, assembly: &mut Assembly) -> Result<(), CollectiveError> {
-    let wrong = |what: String| CollectiveError::Tensor { call: "broadcast", message: what };
-    let torch = |e: tch::TchError| wrong(e.to_string());
-    let (mut left, mut bucket) = (assembly.size(), Vec::new());
-    while left > 0 {
-        let count = left.min(BUCKET);
-        let words = count.div_ceil(8);
-        let empty = Tensor::f_zeros([words as i64], (Kind::Int64, device)).map_err(torch)?;
-        let sent = group.broadcast(empty, 0)?.f_to_device(Device::Cpu).map_err(torch)?;
-        bucket.resize(words * 8, 0);
-        sent.f_copy_data_u8(&mut bucket, words).map_err(torch)?;
-        assembly.fill(&bucket[..count]).map_err(wrong)?;
-        left -= count;
+    /// Takes the bytes of all tensors from rank 0. They stay on the device that they come to.
+    fn collect(&mut self, assembly: &mut Assembly) -> Result<(), CollectiveError> {
+        let wrong = |what: String| CollectiveError::Tensor { call: "broadcast", message: what };
+        let torch = |e: tch::TchError| wrong(e.to_string());
+        let world = self.world.as_ref().ok_or_else(|| CollectiveError::Setup("there is no world".into()))?;
+        let (group, mut left) = (world.1.group(), assembly.size());
+        while left > 0 {
+            let count = left.min(BUCKET);
+            let empty = Tensor::f_zeros([count.div_ceil(8) as i64], (Kind::Int64, self.device)).map_err(torch)?;
+            let bytes = group.broadcast(empty, 0)?.f_view_dtype(Kind::Uint8).map_err(torch)?;
+            let bytes = bytes.f_narrow(0, 0, count as i64).map_err(torch)?;
+            assembly.fill(&bytes, &mut self.checks).map_err(wrong)?;
+            left -= count;
+        }
+        group.barrier()
     }
-    group.barrier()
 }

@@ -2,6 +2,7 @@
 //! refused and fetched as a stream.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ struct Fake {
     data: Vec<u8>,
     damage: Option<usize>,
     asked: Mutex<Vec<Option<v1::Joins>>>,
+    followed: AtomicUsize,
 }
 
 impl Fake {
@@ -68,6 +70,15 @@ impl Experience for Fake {
         Err(Status::unimplemented("no leases"))
     }
 
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
+
+    async fn follow(&self, r: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
+        assert_eq!(r.into_inner().worker, "w0");
+        // Every other one ends at once, and has to be opened again.
+        let ends = self.followed.fetch_add(1, Ordering::Relaxed) % 2 == 0;
+        Ok(Response::new(if ends { Box::pin(tokio_stream::empty()) } else { Box::pin(tokio_stream::pending()) }))
+    }
+
     async fn weights(&self, r: Request<v1::WeightsRequest>) -> Result<Response<Self::WeightsStream>, Status> {
         let joins = r.into_inner().joins;
         let broadcast = joins.as_ref().map(|_| self.host());
@@ -85,7 +96,7 @@ impl Experience for Fake {
 /// What is received, and how it was asked for.
 async fn receive(damage: Option<usize>) -> (bool, Vec<Option<v1::Joins>>) {
     let data: Vec<u8> = (0..SIZE as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
-    let fake = Arc::new(Fake { data: data.clone(), damage, asked: Mutex::default() });
+    let fake = Arc::new(Fake { data: data.clone(), damage, asked: Mutex::default(), followed: AtomicUsize::new(0) });
     let stop = CancellationToken::new();
     let mut routes = RoutesBuilder::default();
     routes.add_service(ExperienceServer::from_arc(fake.clone()));
@@ -93,13 +104,15 @@ async fn receive(damage: Option<usize>) -> (bool, Vec<Option<v1::Joins>>) {
     let address = format!("http://{}", running.address);
     let member = Member::start(Device::Cpu, LIMIT).unwrap();
     let receiver = WeightReceiver::connect(&address, "w0", LIMIT).await.unwrap();
-    let mut receiver = receiver.with_broadcast(member);
+    let mut receiver = receiver.with_broadcast(Some(member));
     let update = receiver.fetch(LIMIT).await.unwrap().unwrap();
     let mut bytes = vec![0; SIZE];
     update.tensors[0].1.copy_data_u8(&mut bytes, SIZE / 4);
     assert_eq!((update.version, update.whole, update.checksum), (7, true, Sum::of(&data).crc32c));
     receiver.taken(update);
-    receiver.fetch(LIMIT).await.unwrap().unwrap();
+    let again = receiver.fetch(LIMIT).await.unwrap().unwrap();
+    receiver.taken(again);
+    assert_eq!(fake.followed.load(Ordering::Relaxed), 2, "the call that ended is opened again");
     stop.cancel();
     let asked = std::mem::take(&mut *fake.asked.lock().unwrap());
     (bytes == data, asked)

@@ -89,6 +89,16 @@ impl Experience {
         Ok(answer.await?.into_inner())
     }
 
+    /// Opens the call that tells that this worker takes part in broadcasts, as long as it is open.
+    pub async fn follow(&self) -> Result<Streaming<v1::FollowResponse>> {
+        let request = v1::FollowRequest { worker: self.worker.clone() };
+        let answer = self.call("follow", |_| {
+            let (mut client, request) = (self.inner.clone(), request.clone());
+            async move { client.follow(request).await }
+        });
+        Ok(answer.await?.into_inner())
+    }
+
     /// Hands leases back, once and for a short time: they run out by themselves otherwise.
     pub async fn release(&self, leases: Vec<String>) {
         let within = Duration::from_secs(1);

@@ -5,6 +5,7 @@
 //! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
 
 mod broadcast;
+mod crc;
 mod device;
 mod engine;
 mod error;

@@ -1,12 +1,14 @@
 //! The receiving end of weight sync: asks for what is newer than the weights it holds, checks it, asks again when it was damaged.
-//! Where the service offers a broadcast, it takes part; when that fails, it asks for the stream.
+//! Where the service offers a broadcast, it takes part; when that fails, it asks for the stream. A call that stays open tells the
+//! service that it can be counted on.
 //! Must not know: the engine.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use tch::Device;
 use tonic::{Status, Streaming};
-use unveil_proto::v1::{HeldWeights, WeightsChunk};
+use unveil_proto::v1::{FollowResponse, HeldWeights, WeightsChunk};
 
 use crate::experience::Experience;
 use crate::weights::{Assembly, Known, Pool};
@@ -24,9 +26,16 @@ pub struct WeightReceiver {
     known: Option<Known>,
     pool: Pool,
     patience: Duration,
-    member: Option<Arc<Member>>,
+    place: Option<Place>,
+}
+
+/// Its place in broadcasts.
+struct Place {
+    member: Arc<Member>,
     /// The round whose world it is in; 0 = none.
     round: u64,
+    /// The call that tells that it takes part.
+    following: Option<Streaming<FollowResponse>>,
 }
 
 /// Why nothing arrived.
@@ -43,13 +52,13 @@ impl WeightReceiver {
     /// Nobody answers at the address.
     pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
         let experience = Experience::connect(address, worker, patience).await?;
-        Ok(Self { experience, known: None, pool: Pool::new(), patience, member: None, round: 0 })
+        Ok(Self { experience, known: None, pool: Pool::new(), patience, place: None })
     }
 
-    /// Takes part in broadcasts through `member`.
+    /// Takes part in broadcasts through `member`, or not any more.
     #[must_use]
-    pub fn with_broadcast(self, member: Arc<Member>) -> Self {
-        Self { member: Some(member), ..self }
+    pub fn with_broadcast(self, member: Option<Arc<Member>>) -> Self {
+        Self { place: member.map(|member| Place { member, round: 0, following: None }), ..self }
     }
 
     /// What is held.
@@ -68,15 +77,17 @@ impl WeightReceiver {
     /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums.
     pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
         let mut left = TRIES;
-        let mut member = self.member.clone();
+        self.follow().await?;
+        let mut by_broadcast = true;
         loop {
-            let joins = member.as_ref().map(|m| m.joins(self.round));
+            let place = self.place.as_ref().filter(|_| by_broadcast);
+            let joins = place.map(|p| p.member.joins(p.round));
             let stream = self.experience.weights(self.held(), wait, joins).await?;
-            let what = match self.receive(stream, member.as_deref()).await {
+            let what = match self.receive(stream).await {
                 Ok(found) => return Ok(found),
                 Err(Fault::Broadcast(what)) => {
                     tracing::warn!("{what}; the weights are fetched from {} instead", self.experience.address);
-                    (self.round, member) = (0, None);
+                    by_broadcast = false;
                     continue;
                 }
                 Err(Fault::Stream(what)) => what,
@@ -89,25 +100,36 @@ impl WeightReceiver {
         }
     }
 
-    async fn receive(
-        &mut self,
-        mut stream: Streaming<WeightsChunk>,
-        member: Option<&Member>,
-    ) -> Result<Option<Update>, Fault> {
+    /// Has the call open by which the service counts on this worker; it ends with the connection.
+    async fn follow(&mut self) -> Result<()> {
+        let Some(place) = &mut self.place else { return Ok(()) };
+        if let Some(following) = &mut place.following {
+            // Nothing ever comes by it: it stands, or it has ended.
+            if tokio::time::timeout(Duration::ZERO, following.message()).await.is_err() {
+                return Ok(());
+            }
+        }
+        place.following = Some(self.experience.follow().await?);
+        Ok(())
+    }
+
+    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, Fault> {
         let Some(first) = next(&mut stream, self.patience).await.map_err(Fault::Stream)? else { return Ok(None) };
-        let mut assembly = Assembly::begin(&first, self.known.as_ref(), &mut self.pool).map_err(Fault::Stream)?;
+        let device = self.place.as_ref().map_or(Device::Cpu, |p| p.member.device());
+        let begun = Assembly::begin(&first, self.known.as_ref(), &mut self.pool, device);
+        let mut assembly = begun.map_err(Fault::Stream)?;
         let Some(ticket) = assembly.broadcast() else {
             return all(stream, assembly, self.patience).await.map(Some).map_err(Fault::Stream);
         };
-        let Some(member) = member else {
-            return Err(Fault::Stream(format!(
-                "version {} came by a broadcast that was not asked for",
-                assembly.version()
-            )));
+        let Some(place) = &mut self.place else {
+            let version = assembly.version();
+            return Err(Fault::Stream(format!("version {version} came by a broadcast that was not asked for")));
         };
         let round = ticket.round;
-        let update = member.receive(ticket, assembly).await.map_err(Fault::Broadcast)?;
-        self.round = round;
+        // In no world, if nothing comes of it.
+        place.round = 0;
+        let update = place.member.receive(ticket, assembly).await.map_err(Fault::Broadcast)?;
+        place.round = round;
         Ok(Some(update))
     }
 

@@ -107,6 +107,12 @@ impl Experience for Fake {
         })
     }
 
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
+
+    async fn follow(&self, _: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
+        Err(Status::unimplemented("nothing is broadcast"))
+    }
+
     async fn release(&self, r: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         self.with(|s| s.released.extend(r.into_inner().leases));
         Ok(Response::new(v1::ReleaseResponse {}))

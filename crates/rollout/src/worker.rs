@@ -176,7 +176,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<Star
     let device = DeviceThread::start(spec, cancel.clone()).await?;
     let rewards = Rewards::new(&options.reward, config).await?;
     let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
-    let mut receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
+    let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
     let member = match config.rollout.weight_sync {
         WeightSync::Grpc => None,
         WeightSync::Broadcast => {
@@ -184,9 +184,6 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<Star
             Some(Member::start(device, Duration::from_secs_f64(config.rollout.broadcast_s))?)
         }
     };
-    if let Some(member) = &member {
-        receiver = receiver.with_broadcast(member.clone());
-    }
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,
@@ -199,7 +196,7 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<Star
         scoring: Scoring::new(config),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
-    Ok((shared, device, receiver, member))
+    Ok((shared, device, receiver.with_broadcast(member.clone()), member))
 }
 
 struct Worker {

@@ -12,7 +12,8 @@ use unveil_proto::v1::experience_server::Experience as Service;
 use unveil_proto::weights::chunk;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
 
-use super::broadcast::Ticket;
+use super::following::Following;
+use super::rounds::Ticket;
 use super::{Leased, Shared, State};
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
@@ -39,24 +40,6 @@ impl State {
             format!("worker `{worker}` holds weights of version {version} with CRC-32C {checksum:08x}, but {why}");
         tracing::warn!("{what}");
         Err(Status::failed_precondition(format!("{what}. Fetch them again")))
-    }
-}
-
-/// A call for weights. Dropped before its end, the worker is gone.
-struct Call<'a> {
-    shared: &'a Shared,
-    worker: &'a str,
-    ended: bool,
-}
-
-impl Drop for Call<'_> {
-    fn drop(&mut self) {
-        if self.ended {
-            return;
-        }
-        if let Some(rounds) = &mut self.shared.lock().rounds {
-            rounds.gone(self.worker);
-        }
     }
 }
 
@@ -273,7 +256,6 @@ impl Service for Handler {
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let until = Instant::now() + wait;
         let shared = &self.shared;
-        let mut call = Call { shared, worker: &r.worker, ended: false };
         let mut noted = false;
         loop {
             let told = shared.work.notified();
@@ -292,7 +274,6 @@ impl Service for Handler {
                     }
                     ticket = rounds.ticket(&r.worker, base);
                 }
-                call.ended = true;
                 if let Ticket::Head(head) = ticket {
                     let head = chunk(prost::Message::encode_to_vec(&*head).into());
                     return Ok(Answer::new(Box::pin(tokio_stream::once(Ok(head)))));
@@ -307,9 +288,14 @@ impl Service for Handler {
                     }
                     return Err(Status::unavailable("no weights are published yet"));
                 }
-                call.ended = false;
             }
             let _ = tokio::time::timeout(until.saturating_duration_since(Instant::now()), told).await;
         }
+    }
+
+    type FollowStream = Following;
+
+    async fn follow(&self, request: Request<v1::FollowRequest>) -> Result<Answer<Following>, Status> {
+        Ok(Answer::new(Following::open(&self.shared, request.into_inner().worker)))
     }
 }

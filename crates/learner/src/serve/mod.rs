@@ -12,6 +12,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tonic::Status;
+use unveil_collective::Backend;
 use unveil_core::{GroupId, Sampling, WeightVersion};
 use unveil_experience::{Event, Experience, ExperienceError, Snapshot, Stats};
 use unveil_proto::v1::experience_server::ExperienceServer;
@@ -19,15 +20,20 @@ use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
 
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
-use broadcast::{Broadcaster, Rounds};
+use broadcast::Broadcaster;
 use handler::Handler;
+use rounds::Rounds;
 use weights::Published;
 
 mod broadcast;
+mod buckets;
+mod following;
 mod handler;
+mod rounds;
 mod weights;
 
-pub use broadcast::{Broadcasting, Sent};
+pub use broadcast::Broadcasting;
+pub use rounds::Sent;
 pub use weights::NewWeights;
 
 /// A worker that was not heard of for so long is not counted on.
@@ -89,6 +95,9 @@ impl State {
             let held = self.machine.worker_lost(&name, now);
             tracing::warn!(worker = name, held, "the worker was started again: its groups return to the queue");
             self.workers.remove(&name);
+            if let Some(rounds) = &mut self.rounds {
+                rounds.lost(&name);
+            }
         }
     }
 
@@ -116,6 +125,8 @@ struct Shared {
     ready: Condvar,
     /// There may be something to lease: for waiting workers.
     work: Notify,
+    /// The service is to end.
+    ending: CancellationToken,
     started: Instant,
     source: Arc<dyn LeaseSource>,
     sampling: Sampling,
@@ -187,14 +198,16 @@ impl Host {
             checksums: BTreeMap::new(),
             workers: BTreeMap::new(),
             told: BTreeSet::new(),
-            rounds: options.broadcast.map(Rounds::new),
+            rounds: options.broadcast.map(|how| Rounds::new(Backend::of(how.device).name())),
             finished: false,
             fault: None,
         };
+        let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             ready: Condvar::new(),
             work: Notify::new(),
+            ending: stop.clone(),
             started: Instant::now(),
             source,
             sampling: options.sampling,
@@ -202,7 +215,6 @@ impl Host {
             vocab: options.vocab,
             fixed: options.fixed,
         });
-        let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
         let serve =
             ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
@@ -242,13 +254,13 @@ impl Host {
         let now = self.shared.now();
         let job = state.rounds.as_mut().and_then(|rounds| rounds.begin(&made, now));
         state.weights = Some(made);
+        drop(state);
         if let Some((job, thread)) = job.zip(self.broadcaster.as_ref())
-            && let Err(job) = thread.send(job)
-            && let Some(rounds) = &mut state.rounds
+            && let Err(job) = thread.send(job, new)
+            && let Some(rounds) = &mut self.shared.lock().rounds
         {
             rounds.ended(&job, &Err(LearnerError::Lost("the thread of broadcasts")));
         }
-        drop(state);
         self.shared.work.notify_waiters();
         Ok(())
     }

@@ -44,6 +44,11 @@ pub(super) struct Packed {
 }
 
 impl Packed {
+    /// The tensor's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// How many they are.
     pub fn bytes(&self) -> u64 {
         self.sum.bytes
