@@ -331,7 +331,8 @@ pub enum WeightSync {
     /// Each worker fetches them over gRPC.
     Grpc,
     /// The learner broadcasts them to all workers that follow it, over NCCL where its device is a GPU, over Gloo on CPUs; other
-    /// workers, and those whose broadcast fails, fetch them over gRPC.
+    /// workers, and those whose broadcast fails, fetch them over gRPC. On GPUs both ends hold what is sent once more in device
+    /// memory; where there is no room for it, it passes through host memory.
     Broadcast,
 }
 

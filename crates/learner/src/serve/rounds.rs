@@ -135,7 +135,7 @@ impl Rounds {
         self.followers.remove(worker);
     }
 
-    /// Notes what a worker tells that holds `base` and may wait for `wait`; `local` is our address as it reaches us.
+    /// Notes what a worker tells that holds `base` and is heard of again by `until`; `local` is our address as it reaches us.
     pub fn note(
         &mut self,
         worker: &str,
