@@ -1,7 +1,6 @@
 //! The service against clients that send too much, too large, too slowly, or without leave; streams; TLS; the metrics page.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -17,7 +16,7 @@ use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::v1::reward_stream_client::RewardStreamClient;
 use unveil_reward::{RewardClient, RewardError, client_options, score_request, serve_with};
 use unveil_service::{CancellationToken, connect};
-use unveil_testkit::{WebReply, WebServer};
+use unveil_testkit::{Authority, WebReply, WebServer};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -275,39 +274,6 @@ async fn a_token_is_needed_where_one_is_set() {
     let without = RewardClient::connect(&address, WAIT).await.unwrap().score(request("a"), WAIT).await;
     assert!(matches!(&without[0].components["format"].reason, Some(MaskReason::Failed(w)) if w.contains("token")));
     served.stop.cancel();
-}
-
-/// A certificate authority and what it signed, as PEM files.
-struct Authority {
-    dir: PathBuf,
-    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
-}
-
-impl Authority {
-    fn new(dir: &Path, name: &str) -> Self {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        let dir = dir.join(name);
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("ca.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
-        Self { dir, issuer: rcgen::Issuer::new(params, key) }
-    }
-
-    fn sign(&self, name: &str) -> [String; 2] {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let paths = [format!("{name}.pem"), format!("{name}.key")].map(|f| self.dir.join(f).display().to_string());
-        std::fs::write(&paths[0], certificate.pem()).unwrap();
-        std::fs::write(&paths[1], key.serialize_pem()).unwrap();
-        paths
-    }
-
-    fn ca(&self) -> String {
-        self.dir.join("ca.pem").display().to_string()
-    }
 }
 
 #[tokio::test]

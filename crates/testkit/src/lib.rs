@@ -1,9 +1,10 @@
 //! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run, small disks, an HTTP server
-//! that misbehaves when told to.
+//! that misbehaves when told to, a certificate authority.
 //!
 //! Everything a sandbox starts is ended when it is dropped, and nothing outside it is touched. Helpers panic with a message
 //! that says what to do: this crate serves tests only.
 
+mod authority;
 mod disk;
 mod paths;
 mod process;
@@ -11,6 +12,7 @@ mod run;
 mod sandbox;
 mod web;
 
+pub use authority::Authority;
 pub use disk::SmallDisk;
 pub use paths::{bccd, binary, python, workspace};
 pub use process::{Finished, Found, Process};
