@@ -385,7 +385,7 @@ mod tests {
         assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
         let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
         assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
-        let faults: [(&[&str], &[&str]); 18] = [
+        let faults: [(&[&str], &[&str]); 20] = [
             (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
             (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
             (&["localization.overlap=diou"], &["diou", "ciou"]),
@@ -395,7 +395,9 @@ mod tests {
             (&["relevance.span=[\"<a>\"]"], &["relevance.span", "closing"]),
             (&["judge.scale=[5, 5]"], &["judge.scale", "highest"]),
             (&["judge.hedge=1"], &["judge.hedge", "below 1"]),
-            (&["judge.deadline_s=0"], &["judge.deadline_s", "above 0"]),
+            (&["judge.deadline_s=0", "judge.tries=0"], &["judge.deadline_s", "above 0", "judge.tries"]),
+            (&["judge.base_url=http://x/v1"], &["judge.base_url", "judge.model"]),
+            (&["judge.temperature=3", "judge.per_minute=-1"], &["judge.temperature", "0 to 2", "judge.per_minute"]),
             (&["length.min_chars=900"], &["length.min_chars", "900"]),
             (&["symbolic.weight=1"], &["symbolic.table"]),
             (&["custom=[{name=\"format\", address=\"http://x\"}]"], &["format", "taken"]),

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
 mod collect;
+mod endpoint;
 mod learner;
 mod lora;
 mod parallel;
@@ -11,6 +12,7 @@ mod reward;
 mod reward_service;
 
 pub use collect::Collect;
+pub(crate) use endpoint::Endpoint;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,

@@ -1,6 +1,7 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
 mod collect;
+mod endpoint;
 mod learner;
 mod parallel;
 mod reward;
@@ -121,4 +122,9 @@ fn optimizer(stage: &str, o: &Optimizer, out: &mut Vec<String>) {
     if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
         out.push(format!("{stage}.optimizer.betas is {:?}: each 0 up to below 1", o.betas));
     }
+}
+
+/// Durations that the clock can count.
+fn seconds(s: f64) -> bool {
+    s > 0.0 && s < 1e6
 }
