@@ -15,6 +15,7 @@ mod export;
 mod family;
 mod fuse;
 mod graph;
+mod heads;
 mod host;
 mod init;
 mod linear;
