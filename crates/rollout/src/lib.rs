@@ -9,6 +9,7 @@ mod engine;
 mod error;
 mod experience;
 mod groups;
+mod heads;
 mod keeper;
 mod offline;
 pub mod sync;
