@@ -28,7 +28,7 @@ enum Command {
     },
     /// Chooses the attention heads that look at lesions; writes the file that reward.vision_relevance.heads_file names.
     Calibrate {
-        /// JSON lines: {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
+        /// What `unveil score --heads` writes: JSON lines {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
         #[arg(long)]
         data: PathBuf,
         /// Heads to choose at most.
