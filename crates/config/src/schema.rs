@@ -393,10 +393,12 @@ pub struct Checkpoint {
     pub url: String,
     /// Newest checkpoints that are kept (the best one is kept besides).
     pub keep: usize,
+    /// Checkpoints whose step is a multiple of this are kept besides (0 = none).
+    pub keep_every: u64,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { url: String::new(), keep: 2 }
+        Self { url: String::new(), keep: 2, keep_every: 0 }
     }
 }
