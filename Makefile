@@ -13,7 +13,7 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
+.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-checkpoint bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,11 @@ bench-learner: setup ## policy updates against TRL, sums over ranks, weight sync
 	@.ci/setup --tests
 	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
 	$(PYTHON) tests/bench/learner.py --ranks --sync $(ARGS)
+
+bench-checkpoint: setup ## saves and loads against the raw rate of the store and torch.distributed.checkpoint (ARGS="--rounds 3")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-learner --example checkpoint_bench
+	$(PYTHON) tests/bench/checkpoint.py $(ARGS)
 
 bench-reward: setup ## scoring in process and through gRPC, against numpy and scipy (ARGS="--rounds 3")
 	@.ci/setup --tests

@@ -192,8 +192,8 @@ fn ppo_with_a_value_head() {
         assert!(value.is_some_and(|v| v.is_finite() && v > 0.0), "the value head has a loss: {e}");
     }
     let shown = s.unveil(&["checkpoint", "show", &run.to_string_lossy()]).ok().json();
-    let objects = shown[0]["manifest"]["objects"].as_array().expect("objects");
-    assert!(objects.iter().any(|o| o["name"] == "value_head.safetensors"), "the value head is in the checkpoint");
+    let tensors = shown[0]["manifest"]["tensors"].as_array().expect("tensors");
+    assert!(tensors.iter().any(|t| t["name"] == "value_head.weight"), "the value head is in the checkpoint");
     finite(&read_json(&run.join("summary.json"))["after"]);
 }
 

@@ -191,7 +191,7 @@ impl Checkpoints {
     /// Saves as the only writer.
     ///
     /// # Errors
-    /// As [`Checkpoints::begin`], [`write`] and [`Checkpoints::commit`].
+    /// As [`Checkpoints::begin`], [`write()`] and [`Checkpoints::commit`].
     pub async fn save(&mut self, snapshot: Snapshot, objects: Vec<Object>) -> Result<CheckpointInfo> {
         self.begin(snapshot.step).await?;
         let task = Task { step: snapshot.step, term: self.term(), rank: 0, objects };

@@ -41,6 +41,9 @@ pub enum CheckpointCommand {
         /// Newest ones that stay (the best stays besides).
         #[arg(long, default_value_t = 2)]
         keep: usize,
+        /// Those whose step is a multiple of this stay besides (0 = none).
+        #[arg(long, default_value_t = 0)]
+        keep_every: u64,
         /// Also deletes what aborted saves left.
         #[arg(long)]
         orphans: bool,
@@ -80,14 +83,15 @@ async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
         CheckpointCommand::Export { place, out } => {
             let store = open(&place.url, Access::Read).await?;
             let shown = checkpoint::show(&store, place.step).await?;
-            let whole = shown.manifest.objects.iter().any(|o| o.name.starts_with("model/"));
-            let part = if whole { "model/" } else { "adapter/" };
-            let files = checkpoint::export(&store, Some(shown.info.step), out, part).await?;
+            let whole = shown.manifest.tensors.iter().any(|t| t.part == "model");
+            let (part, stem) = if whole { ("model", "model") } else { ("adapter", "adapter_model") };
+            let files = checkpoint::export(&store, Some(shown.info.step), out, part, stem).await?;
             println!("{}", serde_json::json!({ "out": out, "files": files }));
         }
-        CheckpointCommand::Prune { url, keep, orphans } => {
+        CheckpointCommand::Prune { url, keep, keep_every, orphans } => {
             let store = open(url, Access::Write).await?;
-            let pruned = checkpoint::prune(&store, Retention { keep: *keep, keep_best: true }, *orphans).await?;
+            let retention = Retention { keep: *keep, keep_best: true, keep_every: *keep_every };
+            let pruned = checkpoint::prune(&store, retention, *orphans).await?;
             println!("{}", serde_json::to_string(&pruned)?);
         }
     }

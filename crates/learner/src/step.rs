@@ -294,7 +294,7 @@ impl Learner {
         (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
     }
 
-    /// Takes counters and the weight of KL over from a checkpoint.
+    /// Takes counters and the weight of KL over.
     pub(crate) fn restore(&mut self, at: Counters, kl: Option<&KlController>) {
         self.stand_at(at);
         if let Some(saved) = kl {

@@ -110,6 +110,11 @@ impl Vlm {
         config.save(dir)
     }
 
+    /// How published files of the family spell a parameter's name.
+    pub fn published_name(&self, name: &str) -> String {
+        self.config.family.stored_name(name)
+    }
+
     /// The configuration.
     pub fn config(&self) -> &VlmConfig {
         &self.config

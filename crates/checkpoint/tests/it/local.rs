@@ -27,7 +27,7 @@ async fn a_path_and_its_file_url_are_the_same_run() {
     assert_eq!(load(&again, Resume::Auto).await.unwrap().unwrap().info.step, 2);
     assert!(verify(&again, None).await.unwrap().iter().all(|o| o.ok));
 
-    let mut c = Checkpoints::claim(again.clone(), retention(1)).await.unwrap();
+    let c = Checkpoints::claim(again.clone(), retention(1)).await.unwrap();
     assert_eq!(c.term(), 2);
     assert_eq!(c.choice(Resume::Auto).unwrap().take().unwrap().unwrap().step, 2);
 

@@ -10,6 +10,6 @@ mod ranks;
 pub(crate) use gathered::Gathered;
 pub(crate) use gradients::Gradients;
 pub(crate) use pass::{Course, Pass};
-pub(crate) use plan::{Piece, Plan, Slot};
+pub(crate) use plan::{Piece, Plan, Slot, Stretch};
 pub(crate) use ranks::end;
 pub use ranks::{Ranks, Zero};
