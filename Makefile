@@ -57,7 +57,7 @@ bench-learner: setup ## policy updates against TRL, sums over ranks, weight sync
 
 bench-checkpoint: setup ## saves and loads against the raw rate of the store and torch.distributed.checkpoint (ARGS="--rounds 3")
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-learner --example checkpoint_bench
+	cargo build --release --locked -p unveil-checkpoint --example checkpoint_bench -p unveil-learner --example copy_bench
 	$(PYTHON) tests/bench/checkpoint.py $(ARGS)
 
 bench-reward: setup ## scoring in process and through gRPC, against numpy and scipy (ARGS="--rounds 3")

@@ -1,7 +1,7 @@
 """Saving and loading checkpoints: `make bench-checkpoint`.
 
-The state is that of a learner of the 100m shape: weights in fp32 and two moments, 1.2 GB. A save is all of it: the copy in host memory,
-objects with BLAKE3, manifest, log entry; to local disk with every file synced. A load reads, checks every byte, and puts the tensors in
+The state is that of a learner of the 100m shape: weights in fp32 and two moments, 1.2 GB, in host memory. A save is all of it: the copy,
+objects with BLAKE3, manifest, log entry; to local disk with every file synced. A load reads, checks every byte, and puts the numbers in
 their place; from local disk its files are dropped from the page cache first. In turns, each save to a place of its own; the first of a
 round alternates. Limits and peer:
 
@@ -12,7 +12,8 @@ round alternates. Limits and peer:
 Rows (GB/s):
     local-save-raw, local-load-raw, s3-save-raw, s3-load-raw   ratio = share of the raw rate (aim 0.8), peer null
     local-save-dcp, local-load-dcp                             against torch.distributed.checkpoint (aim 1)
-    copy-save                                                  what training stands still for: the copy, as a share of memcpy (aim 0.5)
+    copy-save                                                  what training stands still for: the copy of a learner's state
+                                                               (copy_bench), as a share of memcpy (aim 0.5)
 
 The S3 server is moto on loopback, on the same cores as both sides. `spread` is (highest - lowest) / median of the ratios of the rounds.
 """
@@ -32,7 +33,7 @@ import table
 from load import prepare
 from process import Child
 
-PROGRAM = shapes.OUT.parent / "release" / "examples" / "checkpoint_bench"
+PROGRAMS = shapes.OUT.parent / "release" / "examples"
 HERE = pathlib.Path(__file__).resolve().parent
 SERVER = """
 import sys, urllib.request
@@ -82,6 +83,37 @@ def remote(ours, rounds):
     return out
 
 
+def on_s3(command, rounds, threads):
+    """Starts a server, measures on it, ends it."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.DEVNULL)
+    try:
+        os.environ.update(AWS_ENDPOINT_URL=server.stdout.readline().strip(), AWS_ALLOW_HTTP="true", AWS_REGION="us-east-1",
+                          AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret")
+        with Child("checkpoint-s3", command, threads) as ours:
+            return remote(ours, rounds)
+    finally:
+        server.stdin.close()
+        server.wait()
+
+
+def copy(programs, options, threads):
+    """The copy of a learner's state against memcpy; the first round makes the memory."""
+    model = shapes.make(options.shape, "float32")
+    command = [programs / "copy_bench", model, str(threads), str(options.rounds)]
+    done = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE, text=True)
+    reply = json.loads(done.stdout)
+    shares = [m / c for c, m in zip(reply["copy_s"][1:], reply["memcpy_s"][1:])]
+    ours = reply["bytes"] / median(reply["copy_s"][1:]) / 1e9
+    print(f"copy: {reply}", flush=True)
+    return [table.row("copy-save", "GB/s", ours, None, None, median(shares), table.spread(shares))]
+
+
+def write_shapes(shape, path):
+    sizes = {n: list(s) for n, s in shapes.tensors_of(shapes.config_of(shape)).items()}
+    path.write_text(json.dumps(sizes))
+
+
 def rate(replies):
     return median(r["bytes"] / r["seconds"] for r in replies) / 1e9
 
@@ -103,42 +135,29 @@ def main():
     parser.add_argument("--shape", default="100m", choices=list(shapes.SHAPES))
     parser.add_argument("--s3-shape", default="100m", choices=list(shapes.SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--program", default=str(PROGRAM), help="our side: examples/checkpoint_bench of some build")
+    parser.add_argument("--programs", default=str(PROGRAMS), help="the folder of checkpoint_bench and copy_bench")
+    parser.add_argument("--no-copy", dest="copy", action="store_false", help="leave the copy of a learner's state out")
     parser.add_argument("--dir", default=str(shapes.OUT), help="where to write: a directory on the disk to be measured")
     options = parser.parse_args()
-    program = pathlib.Path(options.program)
-    if not program.exists():
-        raise SystemExit(f"bench: {program} is missing; run it through make, or cargo build --release --examples")
+    programs = pathlib.Path(options.programs)
+    if not (programs / "checkpoint_bench").exists():
+        raise SystemExit(f"bench: {programs / 'checkpoint_bench'} is missing; run it through make, or cargo build --release --examples")
     threads = len(os.sched_getaffinity(0))
     rows, notes = [], []
+    if options.copy:
+        rows += copy(programs, options, threads)
     pathlib.Path(options.dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         place = pathlib.Path(folder)
-        sizes = {n: list(s) for n, s in shapes.tensors_of(shapes.config_of(options.shape)).items()}
-        (place / "shapes.json").write_text(json.dumps(sizes))
-        model = shapes.make(options.shape, "float32")
+        write_shapes(options.shape, place / "shapes.json")
         peer = [sys.executable, HERE / "checkpoint_peer.py", place / "shapes.json", threads]
-        with Child("checkpoint", [program, model, threads], threads) as ours:
+        with Child("checkpoint", [programs / "checkpoint_bench", place / "shapes.json"], threads) as ours:
+            notes.append(f"{ours.ready['bytes']} bytes of state")
             with Child("checkpoint-peer", peer, threads) as other:
-                memory = rate([ours.ask("memcpy")])
                 found = local(ours, other, options.rounds, place)
-            rows += rows_of("local", found, "raw") + rows_of("local", found, "dcp", "torch.distributed.checkpoint 2.11")
-            # The first save takes its memory from the system; the next ones have it.
-            copies = [r["bytes"] / r["copy_s"] / 1e9 for r in found["ours", "save"][1:] or found["ours", "save"]]
-            rows.append(table.row("copy-save", "GB/s", median(copies), None, None, median(copies) / memory,
-                                  table.spread([c / memory for c in copies])))
-            notes.append(f"{found['ours', 'save'][0]['bytes']} bytes; memcpy {memory:.2f} GB/s")
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                              stderr=subprocess.DEVNULL)
-    try:
-        os.environ.update(AWS_ENDPOINT_URL=server.stdout.readline().strip(), AWS_ALLOW_HTTP="true", AWS_REGION="us-east-1",
-                          AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret")
-        model = shapes.make(options.s3_shape, "float32")
-        with Child("checkpoint-s3", [program, model, threads], threads) as ours:
-            rows += rows_of("s3", remote(ours, options.rounds), "raw")
-    finally:
-        server.stdin.close()
-        server.wait()
+        rows += rows_of("local", found, "raw") + rows_of("local", found, "dcp", "torch.distributed.checkpoint 2.11")
+        write_shapes(options.s3_shape, place / "shapes.json")
+        rows += rows_of("s3", on_s3([programs / "checkpoint_bench", place / "shapes.json"], options.rounds, threads), "raw")
     table.write("checkpoint", table.machine(), rows, notes)
 
 

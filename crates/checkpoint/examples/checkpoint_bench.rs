@@ -1,28 +1,29 @@
 //! Our side of the checkpoint benchmark (tests/bench/checkpoint.py), and the raw rate of the same store by the same client: reads one
 //! JSON command per line, answers with one JSON line.
 //!
-//! `checkpoint_bench MODEL_DIR THREADS`; `save`, `load`, `raw_save`, `raw_load` and `clear` take `url`, `memcpy` nothing. A save is what
-//! a learner of one rank does: the copy, then objects, manifest and log; a load reads, checks, and puts everything in its place.
+//! `checkpoint_bench SHAPES.json`: parameters in fp32 with two moments each, in host memory. Commands `save`, `load`, `raw_save`,
+//! `raw_load` and `clear` take `url`. A save copies the state as a learner does, then writes objects, manifest and log; a load reads,
+//! checks, and puts everything in its place.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures::StreamExt;
 use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
 use object_store::multipart::MultipartStore;
 use object_store::path::Path as Key;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use serde_json::{Value, json};
-use tch::{Device, Kind};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
-use unveil_checkpoint::{Access, Checkpoints, Object, Reader, Resume, Retention, Snapshot, Store, Task, choice, write};
-use unveil_config::Config;
-use unveil_learner::{Buffers, Learner, Stand, StepSettings};
-use unveil_model::Vlm;
+use unveil_checkpoint::{
+    Access, Checkpoints, Dtype, Layout, OBJECT, Object, Piece, Reader, Resume, Retention, Snapshot, Store, Task, Want,
+    choice, write,
+};
 
 type Fault = Box<dyn std::error::Error + Send + Sync>;
 
@@ -44,7 +45,7 @@ impl Raw {
             return Ok(Self::Local(Arc::new(LocalFileSystem::new_with_prefix(url)?.with_fsync(true))));
         }
         let mut builder = AmazonS3Builder::new().with_url(url);
-        for (key, value) in unveil_config::environment() {
+        for (key, value) in std::env::vars() {
             if let Ok(key) = key.to_ascii_lowercase().parse() {
                 builder = builder.with_config(key, value);
             }
@@ -132,7 +133,6 @@ impl Raw {
     }
 
     async fn clear(&self) -> Result<(), Fault> {
-        use tokio_stream::StreamExt;
         let store = self.any();
         let prefix = match self {
             Self::Local(_) => None,
@@ -146,50 +146,132 @@ impl Raw {
     }
 }
 
+/// Memory that goes back when all that was lent of it is gone.
+type Pool = Arc<Mutex<Vec<u8>>>;
+
+struct Lent {
+    memory: Vec<u8>,
+    home: Pool,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.memory
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        *self.home.lock().unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut self.memory);
+    }
+}
+
 struct Bench {
     runtime: Runtime,
-    learner: Learner,
-    buffers: Buffers,
+    /// Whole tensors, and where each lies in `live`.
+    pieces: Vec<(Piece, usize)>,
+    live: Vec<u8>,
+    pool: Pool,
+    cores: usize,
 }
 
 impl Bench {
-    fn objects(&self) -> Result<(Vec<Object>, f64), Fault> {
-        let copied = self.learner.snapshot(&self.buffers)?;
-        Ok((copied.objects, copied.took.as_secs_f64()))
+    fn new(shapes: &str) -> Result<Self, Fault> {
+        let shapes: BTreeMap<String, Vec<u64>> = serde_json::from_str(&std::fs::read_to_string(shapes)?)?;
+        let (mut pieces, mut size) = (Vec::new(), 0);
+        for kind in ["weight", "exp_avg", "exp_avg_sq"] {
+            for (name, shape) in &shapes {
+                let (kind, name, part) = (kind.to_owned(), name.clone(), String::new());
+                let (shape, count) = (shape.clone(), shape.iter().product());
+                let p = Piece { kind, name, part, dtype: Dtype::F32, shape, begin: 0, count };
+                pieces.push((p.clone(), size));
+                size += p.bytes() as usize;
+            }
+        }
+        let live = (0..size).map(|i| (i ^ (i >> 11)) as u8).collect();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self { runtime, pieces, live, pool: Pool::default(), cores })
+    }
+
+    /// The state as objects: copied by as many threads as there are cores, to memory that is used again.
+    fn objects(&self) -> Vec<Object> {
+        let layouts = Layout::divide(self.pieces.iter().map(|(p, _)| p.clone()).collect(), OBJECT);
+        let place: BTreeMap<_, _> = self.pieces.iter().map(|(p, at)| ((&p.kind, &p.name), *at)).collect();
+        let size: usize = layouts.iter().map(|l| l.size() as usize).sum();
+        let mut memory = std::mem::take(&mut *self.pool.lock().unwrap_or_else(PoisonError::into_inner));
+        memory.resize(size, 0);
+        let mut jobs = Vec::new();
+        let mut rest = memory.as_mut_slice();
+        for layout in &layouts {
+            let (own, more) = rest.split_at_mut(layout.size() as usize);
+            jobs.push((layout, own));
+            rest = more;
+        }
+        let jobs = Mutex::new(jobs.into_iter());
+        std::thread::scope(|s| {
+            for _ in 0..self.cores {
+                s.spawn(|| {
+                    while let Some((layout, own)) = next(&jobs) {
+                        own[..layout.header().len()].copy_from_slice(layout.header());
+                        for (p, at) in layout.pieces() {
+                            let (from, to) = (place[&(&p.kind, &p.name)] + p.begin as usize * 4, at as usize);
+                            let bytes = p.bytes() as usize;
+                            own[to..to + bytes].copy_from_slice(&self.live[from..from + bytes]);
+                        }
+                    }
+                });
+            }
+        });
+        let whole = Bytes::from_owner(Lent { memory, home: self.pool.clone() });
+        let mut first = 0;
+        let object = |(i, layout): (usize, Layout)| {
+            let bytes = whole.slice(first..first + layout.size() as usize);
+            first += layout.size() as usize;
+            Object { name: format!("shards/{i}.safetensors"), bytes, layout: Some(layout) }
+        };
+        layouts.into_iter().enumerate().map(object).collect()
     }
 
     fn save(&self, url: &str) -> Result<Value, Fault> {
-        let environment = unveil_config::environment();
-        let store = self.runtime.block_on(Store::open(url, environment, Access::Write))?;
+        let store = self.runtime.block_on(Store::open(url, std::env::vars(), Access::Write))?;
         let retention = Retention { keep: 1, keep_best: false, keep_every: 0 };
         let mut held = self.runtime.block_on(Checkpoints::claim(store.clone(), retention))?;
         let start = Instant::now();
-        let (objects, copy) = self.objects()?;
+        let objects = self.objects();
+        let copy = start.elapsed().as_secs_f64();
         let bytes: usize = objects.iter().map(|o| o.bytes.len()).sum();
-        let meta = serde_json::to_value(self.learner.stand())?;
         self.runtime.block_on(async {
             held.begin(1).await?;
             let report = write(&store, Task { step: 1, term: held.term(), rank: 0, objects }).await?;
-            held.commit(Snapshot { step: 1, meta, best: false }, vec![report]).await
+            held.commit(Snapshot { step: 1, meta: Value::Null, best: false }, vec![report]).await
         })?;
         Ok(json!({"seconds": start.elapsed().as_secs_f64(), "copy_s": copy, "bytes": bytes}))
     }
 
     fn load(&mut self, url: &str) -> Result<Value, Fault> {
-        let environment = unveil_config::environment();
-        let store = self.runtime.block_on(Store::open(url, environment, Access::Read))?;
+        let store = self.runtime.block_on(Store::open(url, std::env::vars(), Access::Read))?;
         let start = Instant::now();
         let info = self.runtime.block_on(choice(&store, Resume::Auto))?.take()?.ok_or("there is no checkpoint")?;
         let reader = self.runtime.block_on(Reader::open(&store, &info))?;
-        self.learner.read(self.runtime.handle(), &reader)?;
-        let stand: Stand = serde_json::from_value(reader.manifest().meta.clone())?;
-        self.learner.go_on(&stand)?;
-        Ok(json!({"seconds": start.elapsed().as_secs_f64(), "bytes": info.bytes}))
+        let wants: Vec<Want> = self
+            .pieces
+            .iter()
+            .map(|(p, to)| Want { kind: p.kind.clone(), name: p.name.clone(), begin: 0, count: p.count, to: *to })
+            .collect();
+        let before = self.live[self.live.len() / 2];
+        self.live.fill(0);
+        self.runtime.block_on(reader.read(&wants, &mut self.live))?;
+        let seconds = start.elapsed().as_secs_f64();
+        if self.live[self.live.len() / 2] != before {
+            return Err("what was loaded is not what was saved".into());
+        }
+        Ok(json!({"seconds": seconds, "bytes": info.bytes}))
     }
 
     fn raw(&self, op: &str, url: &str) -> Result<Value, Fault> {
         let raw = Raw::open(url)?;
-        let objects: Vec<Bytes> = self.objects()?.0.into_iter().map(|o| o.bytes).collect();
+        let objects: Vec<Bytes> = self.objects().into_iter().map(|o| o.bytes).collect();
         let sizes: Vec<usize> = objects.iter().map(Bytes::len).collect();
         let start = Instant::now();
         if op == "raw_save" {
@@ -200,32 +282,12 @@ impl Bench {
         Ok(json!({"seconds": start.elapsed().as_secs_f64(), "bytes": sizes.iter().sum::<usize>()}))
     }
 
-    /// As many bytes from one place in memory to another, by as many threads as there are cores; the best of three.
-    fn memcpy(&self) -> Result<Value, Fault> {
-        let bytes: usize = self.objects()?.0.iter().map(|o| o.bytes.len()).sum();
-        let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let piece = bytes.div_ceil(cores);
-        let mut best = f64::INFINITY;
-        for _ in 0..3 {
-            let start = Instant::now();
-            std::thread::scope(|s| {
-                for (from, to) in from.chunks(piece).zip(to.chunks_mut(piece)) {
-                    s.spawn(|| to.copy_from_slice(from));
-                }
-            });
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-        Ok(json!({"seconds": best, "bytes": bytes, "check": to[bytes / 2]}))
-    }
-
     fn answer(&mut self, command: &Value) -> Result<Value, Fault> {
         let url = command["url"].as_str().unwrap_or_default();
         match command["op"].as_str().unwrap_or_default() {
             "save" => self.save(url),
             "load" => self.load(url),
             op @ ("raw_save" | "raw_load") => self.raw(op, url),
-            "memcpy" => self.memcpy(),
             "clear" => {
                 self.runtime.block_on(Raw::open(url)?.clear())?;
                 Ok(json!({}))
@@ -235,17 +297,16 @@ impl Bench {
     }
 }
 
+fn next<T>(jobs: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    jobs.lock().unwrap_or_else(PoisonError::into_inner).next()
+}
+
 fn main() -> Result<(), Fault> {
     let args: Vec<String> = std::env::args().collect();
-    let [_, model, threads] = &args[..] else { return Err("usage: checkpoint_bench MODEL_DIR THREADS".into()) };
-    tch::set_num_threads(threads.parse()?);
-    let vlm = Vlm::load(Path::new(model), Device::Cpu, Kind::Float)?;
-    let settings = StepSettings::new(&Config::default(), &vlm, &[]);
-    let learner = Learner::new(vlm, None, settings)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let mut bench = Bench { runtime, learner, buffers: Buffers::default() };
+    let [_, shapes] = &args[..] else { return Err("usage: checkpoint_bench SHAPES.json".into()) };
+    let mut bench = Bench::new(shapes)?;
     let mut out = std::io::stdout();
-    writeln!(out, "{}", json!({"ready": true}))?;
+    writeln!(out, "{}", json!({"bytes": bench.live.len()}))?;
     out.flush()?;
     for line in std::io::stdin().lock().lines() {
         let reply = bench.answer(&serde_json::from_str(&line?)?);
