@@ -24,6 +24,9 @@ use crate::step::{Counters, Learner};
 /// The part of a checkpoint that is the model directory.
 pub(crate) const MODEL: &str = "model";
 
+/// Bytes that a load holds beside the state.
+const AT_ONCE: usize = 1 << 30;
+
 /// Where a learner stands beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stand {
@@ -186,30 +189,48 @@ impl State<'_> {
 
     /// Reads everything from a checkpoint to where it is. The parameters of divided state are not touched yet.
     pub fn read(&self, handle: &Handle, reader: &Reader) -> Result<()> {
-        for one in ["weight", "exp_avg", "exp_avg_sq"] {
-            let (mut wants, mut places, mut size) = (Vec::new(), Vec::new(), 0usize);
-            for Held { kind: what, stretch: s } in self.held.iter().filter(|h| h.kind == one) {
-                let name = key(self.vlm, &s.name).0;
-                let stored = reader.tensor(what, &name).map(|t| (t.dtype, t.shape.clone()));
-                let shape: Vec<u64> = s.shape.iter().map(|n| *n as u64).collect();
-                let width = match &stored {
-                    Some((dtype, found)) if *found == shape => dtype.size() as usize,
-                    Some((_, found)) => {
-                        let what = format!("its {what} of `{name}` has shape {found:?}, the parameter {shape:?}");
-                        return Err(LearnerError::State { step: reader.info().step, what });
-                    }
-                    None => 0,
-                };
-                let count = s.numbers.numel();
-                wants.push(Want { kind: one.to_owned(), name, begin: s.begin as u64, count: count as u64, to: size });
-                places.push((size, stored.map(|(d, _)| d), &s.numbers));
-                size = (size + count * width).next_multiple_of(8);
+        for kind in ["weight", "exp_avg", "exp_avg_sq"] {
+            let mut rest: Vec<&Held> = self.held.iter().filter(|h| h.kind == kind).collect();
+            while !rest.is_empty() {
+                let mut bytes = 0;
+                let fits = rest.iter().take_while(|h| {
+                    let before = bytes;
+                    bytes += h.stretch.numbers.numel() * self.optimizer.kind().elt_size_in_bytes();
+                    before == 0 || bytes <= AT_ONCE
+                });
+                let count = fits.count();
+                let batch: Vec<&Held> = rest.drain(..count).collect();
+                self.read_some(handle, reader, &batch)?;
             }
-            let mut buffer = HostBuffer::new(size, Device::Cpu)?;
-            handle.block_on(reader.read(&wants, buffer.as_mut()))?;
-            for (at, stored, numbers) in places {
-                buffer.copy_out(at, kind(stored.unwrap_or(Dtype::F32)), numbers)?;
-            }
+        }
+        Ok(())
+    }
+
+    /// Reads stretches by way of host memory for all of them.
+    fn read_some(&self, handle: &Handle, reader: &Reader, held: &[&Held]) -> Result<()> {
+        let (mut wants, mut places, mut size) = (Vec::new(), Vec::new(), 0usize);
+        for Held { kind: what, stretch: s } in held.iter().copied() {
+            let name = key(self.vlm, &s.name).0;
+            let stored = reader.tensor(what, &name).map(|t| (t.dtype, t.shape.clone()));
+            let shape: Vec<u64> = s.shape.iter().map(|n| *n as u64).collect();
+            let width = match &stored {
+                Some((dtype, found)) if *found == shape => dtype.size() as usize,
+                Some((_, found)) => {
+                    let what = format!("its {what} of `{name}` has shape {found:?}, the parameter {shape:?}");
+                    return Err(LearnerError::State { step: reader.info().step, what });
+                }
+                None => 0,
+            };
+            let count = s.numbers.numel();
+            let (kind, begin) = ((*what).to_owned(), s.begin as u64);
+            wants.push(Want { kind, name, begin, count: count as u64, to: size });
+            places.push((size, stored.map(|(d, _)| d), &s.numbers));
+            size = (size + count * width).next_multiple_of(8);
+        }
+        let mut buffer = HostBuffer::new(size, Device::Cpu)?;
+        handle.block_on(reader.read(&wants, buffer.as_mut()))?;
+        for (at, stored, numbers) in places {
+            buffer.copy_out(at, kind(stored.unwrap_or(Dtype::F32)), numbers)?;
         }
         Ok(())
     }
