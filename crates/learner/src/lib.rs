@@ -4,7 +4,6 @@
 //! step, collective backends, the command line.
 
 pub mod batch;
-pub mod codec;
 mod crew;
 mod dataset;
 pub mod dump;
