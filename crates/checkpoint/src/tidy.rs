@@ -45,7 +45,7 @@ pub struct Pruned {
 /// for them only when none runs.
 ///
 /// # Errors
-/// Store errors; [`Error::Fenced`] when a learner claims the run meanwhile.
+/// Store errors; [`crate::Error::Fenced`] when a learner claims the run meanwhile.
 pub async fn prune(store: &Store, retention: Retention, orphans: bool) -> Result<Pruned> {
     let mut log = RunLog::read(store).await?;
     log.join();
