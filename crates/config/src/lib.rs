@@ -4,6 +4,7 @@
 
 mod auto;
 mod change;
+mod identity;
 mod load;
 mod outside;
 mod paths;
@@ -11,6 +12,7 @@ pub mod schema;
 mod validate;
 
 pub use change::{Change, changes, entries};
+pub use identity::{Role, TOKEN_LEAST, TlsFiles};
 pub use load::{ConfigError, environment, load, load_from};
 pub use outside::secret;
 pub use schema::Config;

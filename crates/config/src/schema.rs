@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
+mod access;
 mod collect;
 mod learner;
 mod lora;
@@ -10,6 +11,7 @@ mod parallel;
 mod reward;
 mod reward_service;
 
+pub use access::{Auth, Tls};
 pub use collect::Collect;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
@@ -47,6 +49,10 @@ pub struct Config {
     pub checkpoint: Checkpoint,
     /// Collecting answers from a vision model.
     pub collect: Collect,
+    /// TLS between the roles.
+    pub tls: Tls,
+    /// The token that the roles share.
+    pub auth: Auth,
 }
 
 /// Run directory, seed, resources.
@@ -145,6 +151,8 @@ pub struct Data {
     pub class: String,
     /// Category name in words for that class.
     pub category: String,
+    /// Images may lie outside the folder of their record file: absolute paths, `..`, and links that leave it.
+    pub outside: bool,
     /// Question asked of every image when records have none.
     pub question: String,
     /// Synthetic data.
@@ -168,6 +176,7 @@ impl Default for Data {
             root: String::new(),
             class: String::new(),
             category: String::new(),
+            outside: false,
             question: "What is abnormal, and where?".into(),
             synth: Synth::default(),
             train_split: "train".into(),

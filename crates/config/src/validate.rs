@@ -1,5 +1,6 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
+mod access;
 mod collect;
 mod learner;
 mod parallel;
@@ -99,6 +100,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     for (at, suite) in c.eval.suites.iter().enumerate() {
         need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
     }
+    access::faults(c, &mut out);
     reward::faults(c, &mut out);
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);

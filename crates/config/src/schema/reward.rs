@@ -258,6 +258,9 @@ pub struct Custom {
     /// `[lowest, highest]` value; one outside is masked.
     #[serde(default = "unit")]
     pub range: [f64; 2],
+    /// PEM file of certificate authorities trusted beside the system's; empty = none.
+    #[serde(default)]
+    pub ca: String,
 }
 
 fn one() -> f64 {
@@ -321,7 +324,7 @@ pub struct Reward {
     pub address: String,
     /// Seconds a rollout worker waits for a group's scores before masking them.
     pub deadline_s: f64,
-    /// Limits, TLS and tokens of the service.
+    /// Limits of the service.
     pub service: RewardService,
 }
 

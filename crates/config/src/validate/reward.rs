@@ -161,19 +161,6 @@ fn service(c: &Config, need: &mut impl FnMut(bool, String)) {
         s.drain_s >= 0.0 && s.drain_s < 1e6,
         format!("reward.service.drain_s is {}: use 0 or more seconds", s.drain_s),
     );
-    for (a, b, cert, key) in
-        [("tls_cert", "tls_key", &s.tls_cert, &s.tls_key), ("client_cert", "client_key", &s.client_cert, &s.client_key)]
-    {
-        need(cert.is_empty() == key.is_empty(), format!("reward.service.{a} and {b} go together: set both or none"));
-    }
-    need(
-        s.client_ca.is_empty() || !s.tls_cert.is_empty(),
-        "reward.service.client_ca needs tls_cert and tls_key: client certificates travel inside TLS only".into(),
-    );
-    need(
-        s.token_env.is_empty() || s.token_file.is_empty(),
-        "reward.service.token_env and token_file exclude each other".into(),
-    );
 }
 
 /// Durations that the clock can count.
