@@ -17,6 +17,13 @@ use crate::{Guard, ServerTls, ServiceError};
 /// Largest HTTP/2 frame that is taken, in bytes.
 const FRAME: u32 = 1 << 20;
 
+/// Why a plain listener stays on this machine.
+const NO_TLS: &str = "without TLS it may listen on loopback (127.0.0.1) only. Set tls.dir (`unveil tls init --out DIR` makes the \
+                      certificates), or, where the network itself encrypts, tls.insecure = true and a token";
+/// Why a listener that knows no caller stays on this machine.
+const NO_CALLER: &str = "whoever reaches it could call. Set auth.token_env or auth.token_file, or want client certificates (tls.dir \
+                         with tls.mutual = true)";
+
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
@@ -30,13 +37,42 @@ pub struct ServeOptions {
     pub guard: Guard,
     /// Calls at once per connection; more wait at the sender.
     pub per_connection: Option<u32>,
+    /// Beyond loopback, too, it may listen without TLS: the network encrypts.
+    pub insecure: bool,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
         let (tls, guard, per_connection) = (None, Guard::default(), None);
-        Self { names: Vec::new(), drain: Duration::from_secs(5), tls, guard, per_connection }
+        Self { names: Vec::new(), drain: Duration::from_secs(5), tls, guard, per_connection, insecure: false }
     }
+}
+
+impl ServeOptions {
+    /// What others could do to a service at `address`: beyond loopback it must be TLS, and callers must say who they are.
+    fn check(&self, address: SocketAddr) -> Result<(), ServiceError> {
+        exposed(address, self.tls.is_some(), self.insecure)?;
+        let known = self.guard.wants_token() || self.tls.as_ref().is_some_and(|t| t.client_ca.is_some());
+        match known || address.ip().is_loopback() {
+            true => Ok(()),
+            false => Err(ServiceError::Exposed { address: address.to_string(), why: NO_CALLER }),
+        }
+    }
+}
+
+/// Whether a listener may be where it is: beyond loopback it must be TLS, or the network must encrypt.
+pub(crate) fn exposed(address: SocketAddr, tls: bool, insecure: bool) -> Result<(), ServiceError> {
+    if tls || address.ip().is_loopback() {
+        return Ok(());
+    }
+    if !insecure {
+        return Err(ServiceError::Exposed { address: address.to_string(), why: NO_TLS });
+    }
+    tracing::warn!(
+        %address,
+        "INSECURE: listening without TLS (tls.insecure = true). Whoever sees the network sees the token, the data and the weights"
+    );
+    Ok(())
 }
 
 /// A server that runs in the background. Dropping it does not stop it: cancel its token, then [`Running::wait`].
@@ -87,6 +123,7 @@ pub async fn start(
     shutdown: CancellationToken,
 ) -> Result<Running, ServiceError> {
     let (listener, address) = bind(listen).await?;
+    options.check(address)?;
     let (reporter, health) = tonic_health::server::health_reporter();
     for name in &options.names {
         reporter.set_service_status(*name, ServingStatus::Serving).await;
@@ -110,12 +147,7 @@ pub async fn start(
             reporter.set_service_status(name, ServingStatus::NotServing).await;
         }
     };
-    let mut server = Server::builder();
-    if let Some(tls) = &options.tls {
-        let setup = |e| ServiceError::Setup(format!("TLS: {}", crate::client::chain(&e)));
-        server = server.tls_config(tls.load()?).map_err(setup)?;
-    }
-    let server = server
+    let server = with_tls(Server::builder(), options.tls.as_ref())?
         .initial_stream_window_size(crate::STREAM_WINDOW)
         .initial_connection_window_size(crate::CONNECTION_WINDOW)
         .max_frame_size(FRAME)
@@ -135,6 +167,13 @@ pub async fn start(
         }
     });
     Ok(Running { address, task })
+}
+
+/// A server that speaks TLS where that is wanted.
+pub(crate) fn with_tls(server: Server, tls: Option<&ServerTls>) -> Result<Server, ServiceError> {
+    let Some(tls) = tls else { return Ok(server) };
+    let setup = |e| ServiceError::Setup(format!("TLS: {}", crate::client::chain(&e)));
+    server.tls_config(tls.load()?).map_err(setup)
 }
 
 /// [`start`], then `ready` with the bound address, then waits for the end.
