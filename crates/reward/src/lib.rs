@@ -27,7 +27,7 @@ pub mod text;
 pub mod vision;
 mod wire;
 
-pub use client::{RewardClient, client_options, masked_group, score_request};
+pub use client::{RewardClient, masked_group, score_request};
 pub use error::RewardError;
 pub use mention::byte_spans;
 pub use offline::{GroupLines, read_responses, run_score};

@@ -1,7 +1,6 @@
 //! The reward service: stateless, any number of replicas behind one address. Scoring runs beside the event loop.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,11 +9,11 @@ use futures::stream::BoxStream;
 use tokio::sync::Semaphore;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status, Streaming};
-use unveil_config::Config;
+use unveil_config::{Config, Role};
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::reward_stream_server::{RewardStream, RewardStreamServer};
 use unveil_proto::{breakdown_to_wire, v1};
-use unveil_service::{CancellationToken, Guard, PemPair, Place, Routes, ServeOptions, ServerTls};
+use unveil_service::{Access, CancellationToken, Guard, Place, Routes, ServeOptions};
 use unveil_service::{announce, limited, metrics_page, serve};
 
 use crate::meter::Meter;
@@ -144,8 +143,8 @@ pub async fn serve_with(
 ) -> Result<(), RewardError> {
     let s = &config.reward.service;
     let call = Duration::from_secs_f64(s.call_s);
-    let token = unveil_config::secret("reward.service.token", &s.token_env, &s.token_file)?;
-    let guard = Guard::new(token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]);
+    let access = Access::of(config, Role::Reward)?;
+    let guard = Guard::new(access.token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]);
     let (meter, registry) = Meter::new();
     let service = RewardService {
         scorers: Arc::new(Scorers::load(config)?),
@@ -156,23 +155,19 @@ pub async fn serve_with(
     if !s.metrics_listen.is_empty() {
         let (meter, scorers, guard) = (Arc::clone(&service.meter), Arc::clone(&service.scorers), guard.clone());
         let refresh = move || meter.refresh(guard.counts(), scorers.judge().map(|j| j.spent()));
-        let address = metrics_page(&s.metrics_listen, Arc::new(registry), refresh, shutdown.clone()).await?;
+        let address = metrics_page(&s.metrics_listen, Arc::new(registry), refresh, &access, shutdown.clone()).await?;
         tracing::info!(%address, "metrics at /metrics");
     }
     let limit = s.max_message_mib << 20;
     let mut routes = Routes::builder();
     routes.add_service(limited!(Server::new(service.clone()), limit));
     routes.add_service(limited!(StreamServer::new(service), limit));
-    let pem = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
-    let tls = pem(&s.tls_cert).map(|certificate| ServerTls {
-        identity: PemPair { certificate, key: PathBuf::from(&s.tls_key) },
-        client_ca: pem(&s.client_ca),
-    });
     let options = ServeOptions {
         names: vec![Server::NAME, StreamServer::NAME],
         drain: Duration::from_secs_f64(s.drain_s),
-        tls,
+        tls: access.tls,
         guard,
+        insecure: access.insecure,
         // One more than is taken, so that what is too much is refused and not left to wait.
         per_connection: Some(u32::try_from(s.max_in_flight).unwrap_or(u32::MAX).saturating_add(64)),
     };
