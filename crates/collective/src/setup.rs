@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use unveil_core::Secret;
+
 use crate::{CollectiveError, Result};
 
 /// What carries the calls.
@@ -65,6 +67,9 @@ pub struct Setup {
     pub backend: Backend,
     /// What must be the same on all ranks, in lines: configuration, version of the binary. Errors show the lines that differ.
     pub fingerprint: String,
+    /// What all ranks know and nobody else does: each proves it to all before the world opens. Needed where ranks meet beyond
+    /// loopback; none: whoever comes first is taken.
+    pub token: Option<Secret>,
     /// How long things may take.
     pub timing: Timing,
 }
@@ -89,7 +94,8 @@ impl Setup {
 
     /// All that must agree among ranks.
     pub(crate) fn print(&self) -> String {
-        format!("{} ranks\n{}\n{}", self.world, self.backend.name(), self.fingerprint)
+        let token = if self.token.is_some() { "with a token" } else { "without a token" };
+        format!("{} ranks\n{}\n{token}\n{}", self.world, self.backend.name(), self.fingerprint)
     }
 }
 
@@ -106,6 +112,7 @@ mod tests {
             local: None,
             backend,
             fingerprint: String::new(),
+            token: None,
             timing: Timing::default(),
         };
         setup(0, 1, Backend::Solo).check().unwrap();
