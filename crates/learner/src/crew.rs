@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timing, World, open_with};
 use unveil_config::Config;
+use unveil_service::ServiceError;
 
 use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
@@ -71,9 +72,16 @@ impl Crew {
                 local: None,
                 backend,
                 fingerprint: fingerprint(config, model, records)?,
+                token: config.token().map_err(ServiceError::from)?,
                 timing,
             };
-            let world: World = open_with(&setup, tell)?;
+            let warned = |address: SocketAddr| {
+                if !address.ip().is_loopback() {
+                    tracing::warn!(%address, "what ranks send each other is not encrypted: keep it within a network that is trusted");
+                }
+                tell(address);
+            };
+            let world: World = open_with(&setup, warned)?;
             Ranks::new(world, Zero::stage(p.zero), p.shards)?
         };
         let every = (seconds(p.call_s) / 4).min(Duration::from_secs(1));
@@ -165,6 +173,9 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     same.learner.listen.clear();
     same.learner.address.clear();
     same.reward.address.clear();
+    // Where a machine keeps its certificates and its token is its own affair.
+    same.tls.dir.clear();
+    same.auth = Default::default();
     let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
     lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
     let path = model.join("config.json");

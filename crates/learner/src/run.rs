@@ -9,11 +9,12 @@ use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use unveil_algo::KlController;
 use unveil_checkpoint::{Loaded, Resume};
-use unveil_config::Config;
 use unveil_config::schema::{Critic, Dtype};
+use unveil_config::{Config, Role};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
 use unveil_model::Vlm;
+use unveil_service::Access;
 
 use crate::batch::TrainGroup;
 use crate::crew::{Crew, Order, device};
@@ -115,7 +116,8 @@ impl Run {
             vocab: learner.vlm().config().text.vocab_size as u32,
             fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
         };
-        let host = Host::start(handle, options, machine, stage.data.clone())?;
+        let access = Access::of(config, Role::Learner)?;
+        let host = Host::start_with(handle, options, access, machine, stage.data.clone())?;
         let best = restored.and_then(|r| r.meta.best);
         Ok(Self { learner, crew, host, saver, files, base, best, responses: 0 })
     }

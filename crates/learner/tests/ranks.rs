@@ -133,7 +133,16 @@ fn work(spec: &Spec) -> Vec<Update> {
         let timing = Timing { join: Duration::from_secs(60), call: Duration::from_secs(60), ..Timing::default() };
         let address = format!("127.0.0.1:{}", spec.port);
         let (backend, fingerprint) = (Backend::Gloo, "test".into());
-        let setup = Setup { rank: spec.rank, world: spec.world, address, local: None, backend, fingerprint, timing };
+        let setup = Setup {
+            rank: spec.rank,
+            world: spec.world,
+            address,
+            local: None,
+            backend,
+            fingerprint,
+            token: None,
+            timing,
+        };
         Ranks::new(open(&setup).unwrap(), Zero::stage(spec.zero), spec.shards).unwrap()
     };
     let vlm = load();

@@ -1,12 +1,14 @@
 //! The worker's side of the experience service: calls with retry.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
+use unveil_core::Secret;
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
-use unveil_service::{Backoff, ServiceError, connect, limited, retry, with_deadline};
+use unveil_service::{Backoff, ClientOptions, ServiceError, authorised, connect_with, limited, retry, with_deadline};
 
 use crate::{Result, RolloutError};
 
@@ -22,15 +24,21 @@ pub(crate) struct Experience {
     inner: ExperienceClient<Channel>,
     pub address: String,
     worker: String,
+    token: Option<Arc<Secret>>,
     patience: Duration,
 }
 
 impl Experience {
     /// Connects, trying until `patience` is over.
-    pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
-        let channel = connect(address, patience).await.map_err(|e| failed(address, e))?;
+    pub async fn connect(address: &str, worker: &str, options: &ClientOptions, patience: Duration) -> Result<Self> {
+        let channel = connect_with(address, options, patience).await.map_err(|e| failed(address, e))?;
         let inner = limited!(ExperienceClient::new(channel));
-        Ok(Self { inner, address: address.to_owned(), worker: worker.to_owned(), patience })
+        let token = options.token.clone().map(Arc::new);
+        Ok(Self { inner, address: address.to_owned(), worker: worker.to_owned(), token, patience })
+    }
+
+    fn request<T>(&self, message: T, deadline: Duration) -> Result<Request<T>, Status> {
+        authorised(with_deadline(message, deadline), self.token.as_deref())
     }
 
     async fn call<T, F, Fut>(&self, what: &str, call: F) -> Result<T>
@@ -56,8 +64,8 @@ impl Experience {
         };
         let answer = self.call("lease", |_| {
             // A peer that vanished without a word must not be waited for.
-            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
-            async move { client.lease(request).await }
+            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), wait + LATE));
+            async move { client.lease(request?).await }
         });
         trusted(answer.await)
     }
@@ -66,8 +74,8 @@ impl Experience {
     pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<Trusted<v1::submit_response::Verdict>> {
         request.worker.clone_from(&self.worker);
         let answer = self.call("submit", |left| {
-            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
-            async move { client.submit(request).await }
+            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), left));
+            async move { client.submit(request?).await }
         });
         Ok(trusted(answer.await)?.map(|answer| answer.verdict()))
     }
@@ -76,8 +84,8 @@ impl Experience {
     pub async fn weights(&self, holds: Option<v1::HeldWeights>, wait: Duration) -> Result<Streaming<v1::WeightsChunk>> {
         let request = v1::WeightsRequest { worker: self.worker.clone(), holds, wait_ms: wait.as_millis() as u32 };
         let answer = self.call("weights", |_| {
-            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
-            async move { client.weights(request).await }
+            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), wait + LATE));
+            async move { client.weights(request?).await }
         });
         Ok(answer.await?.into_inner())
     }
@@ -86,7 +94,8 @@ impl Experience {
     pub async fn release(&self, leases: Vec<String>) {
         let within = Duration::from_secs(1);
         let mut client = self.inner.clone();
-        let call = client.release(with_deadline(v1::ReleaseRequest { worker: self.worker.clone(), leases }, within));
+        let request = self.request(v1::ReleaseRequest { worker: self.worker.clone(), leases }, within);
+        let call = async move { client.release(request?).await };
         match tokio::time::timeout(within, call).await {
             Ok(Ok(_)) => {}
             Ok(Err(e)) => tracing::warn!("leases were not handed back, they will run out: {}", e.message()),

@@ -11,7 +11,7 @@ use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
 use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
-use unveil_reward::{RewardClient, RewardError, Scoring, client_options, masked_group, score_request};
+use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_request};
 use unveil_service::{ClientOptions, connect_with};
 
 use crate::engine::stop_rule;
@@ -75,10 +75,10 @@ pub(crate) struct Rewards {
 }
 
 impl Rewards {
-    /// Errors when the address can never be one, or what `reward.service` names for workers is not there.
-    pub async fn new(address: &str, config: &Config) -> Result<Self> {
-        let (options, deadline) = (client_options(config)?, Duration::from_secs_f64(config.reward.deadline_s));
-        if let Err(e) = connect_with(address, &options.tls, Duration::ZERO).await
+    /// Errors when the address can never be one, or a certificate is not there.
+    pub async fn new(address: &str, options: ClientOptions, config: &Config) -> Result<Self> {
+        let deadline = Duration::from_secs_f64(config.reward.deadline_s);
+        if let Err(e) = connect_with(address, &options, Duration::ZERO).await
             && e.is_permanent()
         {
             return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });

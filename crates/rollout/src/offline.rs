@@ -10,7 +10,8 @@ use unveil_config::Config;
 use unveil_config::schema::VisionMode;
 use unveil_core::{Attention, BBox, Finish, Record, Sampling};
 use unveil_data::prepare::Preparer;
-use unveil_data::records::{RecordFile, folder_of, open_image, path_fault};
+use unveil_data::records::{RecordFile, path_fault};
+use unveil_data::root::{Reach, Root};
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
@@ -96,8 +97,8 @@ impl<'a> Loaded<'a> {
         Ok(Self { engine, preparer, scoring, options })
     }
 
-    fn input(&self, folder: &Path, record: &Record) -> Result<(GroupInput, Frame)> {
-        let image = open_image(folder, record)?;
+    fn input(&self, root: &Root, record: &Record) -> Result<(GroupInput, Frame)> {
+        let image = root.open(record)?;
         let question = if record.question.is_empty() { &self.options.config.data.question } else { &record.question };
         let prepared = self
             .preparer
@@ -127,14 +128,15 @@ impl<'a> Loaded<'a> {
 /// # Errors
 /// The model, the file or an image cannot be used; the output cannot be written.
 pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()> {
-    let data = RecordFile::load(&options.data)?;
+    let data = RecordFile::load_with(&options.data, reach(&options.model))?;
+    let root = data.root();
     let mut model = Loaded::open(&options.model)?;
     let stop = stop_rule(&model.preparer, &options.stop);
     for records in data.records.chunks(CHUNK) {
         let mut frames = Vec::with_capacity(records.len());
         let mut requests = Vec::with_capacity(records.len());
         for record in records {
-            let (input, frame) = model.input(data.folder(), record)?;
+            let (input, frame) = model.input(&root, record)?;
             let key = group_key(&[record.id.as_bytes()]);
             requests.push(GroupRequest { input, key, sampling: options.sampling, stop: stop.clone() });
             frames.push(frame);
@@ -178,8 +180,8 @@ struct Given {
 /// The model, a line or an image cannot be used; the output cannot be written.
 pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     let mut model = Loaded::open(&options.model)?;
-    let given = read_responses(&options.data, &model.preparer)?;
-    let folder = folder_of(&options.data);
+    let given = read_responses(&options.data, reach(&options.model), &model.preparer)?;
+    let root = Root::of(&options.data, reach(&options.model));
     // Neighbouring lines of one record are one group: its image is encoded once.
     let same = |a: &Given, b: &Given| {
         a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question
@@ -189,7 +191,7 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
         let mut frames = Vec::with_capacity(chunk.len());
         let mut requests = Vec::with_capacity(chunk.len());
         for group in chunk {
-            let (input, frame) = model.input(folder, &group[0].record)?;
+            let (input, frame) = model.input(&root, &group[0].record)?;
             requests.push(ScoreRequest { input, responses: group.iter().map(|g| g.tokens.clone()).collect() });
             frames.push(frame);
         }
@@ -214,7 +216,7 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
 }
 
 /// Reads a response file; the same id may come often. A line without `index` counts on from the id's last one.
-fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
+fn read_responses(path: &Path, reach: Reach, preparer: &Preparer) -> Result<Vec<Given>> {
     let io = || RolloutError::io(path.display().to_string());
     let reader = BufReader::new(std::fs::File::open(path).map_err(io())?);
     let mut next: HashMap<String, usize> = HashMap::new();
@@ -229,7 +231,7 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
         if record.id.trim().is_empty() {
             return Err(bad("the record's `id` is empty".to_owned()));
         }
-        if let Some(fault) = path_fault(&record.image) {
+        if let Some(fault) = path_fault(&record.image, reach) {
             return Err(bad(format!("image \"{}\" {fault}", record.image)));
         }
         let id = &record.id;
@@ -256,6 +258,11 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
         out.push(Given { record, index, tokens });
     }
     Ok(out)
+}
+
+/// How far paths of records may reach.
+fn reach(model: &OfflineModel) -> Reach {
+    Reach::new(model.config.data.outside)
 }
 
 fn write_line(out: &mut dyn Write, line: &impl Serialize) -> Result<()> {

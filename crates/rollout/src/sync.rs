@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tonic::{Status, Streaming};
 use unveil_proto::v1::{HeldWeights, WeightsChunk};
+use unveil_service::ClientOptions;
 
 use crate::experience::Experience;
 use crate::weights::{Assembly, Known, Pool};
@@ -24,12 +25,25 @@ pub struct WeightReceiver {
 }
 
 impl WeightReceiver {
+    /// [`WeightReceiver::connect_with`] to a service without TLS and token.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
+        Self::connect_with(address, worker, &ClientOptions::default(), patience).await
+    }
+
     /// Connects to the experience service, trying until `patience` is over. No message of a stream may take longer either.
     ///
     /// # Errors
-    /// Nobody answers at the address.
-    pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
-        let experience = Experience::connect(address, worker, patience).await?;
+    /// Nobody answers at the address, or a certificate cannot be used.
+    pub async fn connect_with(
+        address: &str,
+        worker: &str,
+        options: &ClientOptions,
+        patience: Duration,
+    ) -> Result<Self> {
+        let experience = Experience::connect(address, worker, options, patience).await?;
         Ok(Self { experience, known: None, pool: Pool::new(), patience })
     }
 

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use unveil_config::Config;
+use unveil_config::{Config, Role};
 use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
-use unveil_service::CancellationToken;
+use unveil_service::{CancellationToken, client_options};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
@@ -168,9 +168,11 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         banned: preparer.tokenizer().special().banned.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
-    let rewards = Rewards::new(&options.reward, config).await?;
-    let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
-    let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
+    let access = client_options(config, Role::Rollout)?;
+    let rewards = Rewards::new(&options.reward, access.clone(), config).await?;
+    let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
+    let experience = Experience::connect(at, worker, &access, patience).await?;
+    let receiver = WeightReceiver::connect_with(at, worker, &access, patience).await?;
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,

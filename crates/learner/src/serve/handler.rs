@@ -11,7 +11,7 @@ use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
 
-use super::{Leased, Shared, State};
+use super::{Leased, Shared, State, limits};
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
 
@@ -147,9 +147,7 @@ impl Handler {
 impl Service for Handler {
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Answer<v1::LeaseResponse>, Status> {
         let r = request.into_inner();
-        if r.worker.is_empty() {
-            return Err(Status::invalid_argument("`worker` is empty: give each worker a name of its own"));
-        }
+        limits::lease(&r)?;
         if let Some(held) = &r.weights {
             self.shared.lock().trust(&r.worker, held)?;
         }
@@ -185,6 +183,7 @@ impl Service for Handler {
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Result<Answer<v1::SubmitResponse>, Status> {
         let mut r = request.into_inner();
+        limits::submit(&r)?;
         let id = group_from_wire(r.group.take()).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let (worker, lease) = (std::mem::take(&mut r.worker), std::mem::take(&mut r.lease));
         let told = std::mem::take(&mut r.weights);
@@ -237,6 +236,7 @@ impl Service for Handler {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Answer<v1::ReleaseResponse>, Status> {
         let r = request.into_inner();
+        limits::release(&r)?;
         let now = self.shared.now();
         let released = self.shared.lock().machine.release(&r.worker, &r.leases, now);
         if released > 0 {
@@ -249,6 +249,7 @@ impl Service for Handler {
 
     async fn weights(&self, request: Request<v1::WeightsRequest>) -> Result<Answer<Self::WeightsStream>, Status> {
         let r = request.into_inner();
+        limits::weights(&r)?;
         let until = Instant::now() + Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let shared = &self.shared;
         loop {

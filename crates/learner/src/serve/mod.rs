@@ -15,7 +15,7 @@ use tonic::Status;
 use unveil_core::{GroupId, Sampling, WeightVersion};
 use unveil_experience::{Event, Experience, ExperienceError, Snapshot, Stats};
 use unveil_proto::v1::experience_server::ExperienceServer;
-use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
+use unveil_service::{Access, CancellationToken, Guard, Routes, Running, ServeOptions, limited};
 
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
@@ -23,12 +23,18 @@ use handler::Handler;
 use weights::Published;
 
 mod handler;
+mod limits;
 mod weights;
 
 pub use weights::NewWeights;
 
 /// A worker that was not heard of for so long is not counted on.
 const SILENT: Duration = Duration::from_secs(5);
+
+/// Calls at once; more are refused before their messages are read.
+const MOST_CALLS: usize = 1024;
+/// Longest time for a call, or until its stream begins.
+const CALL: Duration = Duration::from_secs(120);
 
 /// What goes to a worker with a lease.
 #[derive(Debug, Clone)]
@@ -170,6 +176,20 @@ impl Host {
         machine: Experience<TrainGroup>,
         source: Arc<dyn LeaseSource>,
     ) -> Result<Self> {
+        Self::start_with(handle, options, Access::default(), machine, source)
+    }
+
+    /// [`Host::start`] with TLS and a token.
+    ///
+    /// # Errors
+    /// As there; also where the address is reached from elsewhere, and others could listen in or anybody could call.
+    pub fn start_with(
+        handle: &Handle,
+        options: HostOptions,
+        access: Access,
+        machine: Experience<TrainGroup>,
+        source: Arc<dyn LeaseSource>,
+    ) -> Result<Self> {
         let state = State {
             machine,
             inputs: HashMap::new(),
@@ -193,8 +213,14 @@ impl Host {
         });
         let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
-        let serve =
-            ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
+        let serve = ServeOptions {
+            names: vec!["unveil.v1.Experience"],
+            drain: Duration::from_secs(1),
+            guard: Guard::new(access.token.as_ref(), MOST_CALLS, Some(CALL), &[]),
+            tls: access.tls,
+            insecure: access.insecure,
+            ..Default::default()
+        };
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
         Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })
