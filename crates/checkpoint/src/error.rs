@@ -59,7 +59,8 @@ pub(crate) fn cause(e: &(dyn StdError + 'static)) -> String {
         }
         at = x.source();
     }
-    let text = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    // Stores say keys back, and a cut one would not be known any more.
+    let text = unveil_core::redact(&e.to_string()).split_whitespace().collect::<Vec<_>>().join(" ");
     match text.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

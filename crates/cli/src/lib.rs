@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use unveil_config::{Config, ConfigError};
+use unveil_core::redact;
 use unveil_service::CancellationToken;
 
 /// Configuration file and overrides.
@@ -66,7 +67,7 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     match error.downcast_ref::<Stop>() {
         Some(Stop::Supervised) => {}
         Some(Stop::Interrupted) => eprintln!("error: {error}"),
-        None => eprintln!("error: {}", one_line(&error)),
+        None => eprintln!("error: {}", redact(&one_line(&error))),
     }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)

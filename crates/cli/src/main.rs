@@ -1,5 +1,6 @@
 //! `unveil`: every role and tool. Arguments in, rooms called, results on stdout as JSON, logs on stderr.
 
+mod certificates;
 mod checkpoints;
 mod dataset;
 mod evaluation;
@@ -79,6 +80,9 @@ enum Command {
     /// Configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Certificates for mutual TLS between the roles.
+    #[command(subcommand)]
+    Tls(certificates::TlsCommand),
     /// Writes report.html and samples.html of a run directory, or a page of given responses and their rewards.
     Report(evaluation::ReportArgs),
 }
@@ -137,6 +141,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&args.load()?)?);
             Ok(())
         }
+        Command::Tls(command) => certificates::run(&command),
         Command::Report(args) => evaluation::report(&args),
     }
 }

@@ -11,6 +11,7 @@ use unveil_config::Config;
 use unveil_config::schema::Suite;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
+use unveil_data::root::Reach;
 use unveil_engine::Engine;
 use unveil_eval::{Bootstrap, Settings, check, evaluate, evaluate_withheld, load_samples, measure};
 use unveil_launch::{LaunchError, Options};
@@ -87,6 +88,11 @@ pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     })
 }
 
+/// The records of a run.
+fn records(config: &Config) -> Result<RecordFile, unveil_data::records::RecordsError> {
+    RecordFile::load_with(&config.records(), Reach::new(config.data.outside))
+}
+
 /// Runs one training stage on a thread of its own, which owns the model.
 fn stage(
     supervised: bool,
@@ -113,7 +119,7 @@ fn stage(
                 config,
                 model_dir: &model_dir,
                 out: &out,
-                data: Arc::new(Dataset::new(config, RecordFile::load(&config.records())?, preparer)?),
+                data: Arc::new(Dataset::new(config, records(config)?, preparer)?),
                 environment: unveil_config::environment(),
                 cancel,
                 events,
@@ -137,7 +143,7 @@ fn validation(
 ) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, Failure>> {
     let preparer = Preparer::load_with(model_dir, config.model.boxes)?;
     let (data, eval) = (&config.data, &config.eval);
-    let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
+    let samples = load_samples(&records(config)?, &data.val_split, eval.val_limit, &data.question, &preparer)?;
     let settings =
         Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
     for suite in &eval.suites {

@@ -62,7 +62,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
             workers: config.rollout.workers,
             ranks: config.learner.parallel.ranks,
             reward_address: &config.reward.address,
-            reward_scheme: if config.reward.service.tls_cert.is_empty() { "http" } else { "https" },
+            scheme: config.scheme(),
         };
         stage2.run(options.stop, options.note)?;
     }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use unveil_core::redact;
 
 use crate::tensorboard::TensorBoard;
 
@@ -28,7 +29,7 @@ impl EventLog {
 
     /// Appends one event in a single write, so that lines of several processes never mix.
     pub fn append(&mut self, event: &Value) -> std::io::Result<()> {
-        let mut line = event.to_string();
+        let mut line = redact(&event.to_string()).into_owned();
         line.push('\n');
         self.file
             .write_all(line.as_bytes())
