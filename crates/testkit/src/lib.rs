@@ -1,10 +1,11 @@
-//! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run, small disks, an HTTP server
+//! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run, small disks, hosts with addresses of their own, an HTTP server
 //! that misbehaves when told to.
 //!
 //! Everything a sandbox starts is ended when it is dropped, and nothing outside it is touched. Helpers panic with a message
 //! that says what to do: this crate serves tests only.
 
 mod disk;
+mod hosts;
 mod paths;
 mod process;
 mod run;
@@ -12,6 +13,7 @@ mod sandbox;
 mod web;
 
 pub use disk::SmallDisk;
+pub use hosts::Hosts;
 pub use paths::{bccd, binary, python, workspace};
 pub use process::{Finished, Found, Process};
 pub use run::{Lineage, TrainStep, committed, events, events_of, json_lines, read_json};
