@@ -9,7 +9,7 @@ use unveil_core::Record;
 use crate::near::{dhash, nearest_before};
 use crate::records::{ImageRef, RecordFile, RecordsError};
 use crate::root::Reach;
-use crate::store::ContentHash;
+use crate::store::{ContentHash, Image};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -83,7 +83,7 @@ fn examine(file: &RecordFile, near: bool) -> Vec<Finding> {
     let mut out = Vec::new();
     let mut seen: HashMap<((u32, u32), ContentHash), usize> = HashMap::new();
     let mut patients: HashMap<&str, usize> = HashMap::new();
-    let mut hashes = vec![None; file.records.len()];
+    let (root, mut hashes) = (file.root(), vec![None; file.records.len()]);
     for (i, r) in file.records.iter().enumerate() {
         let mut add = |severity, what: String| {
             out.push(Finding { id: r.id.clone(), file: file.place(i), what, severity });
@@ -92,7 +92,7 @@ fn examine(file: &RecordFile, near: bool) -> Vec<Finding> {
         match file.image_ref(r) {
             ImageRef::None => {}
             ImageRef::Url(url) => add(Severity::Warning, format!("image {url} is remote and was not checked")),
-            ImageRef::File(_) => match file.open_image(r) {
+            ImageRef::File(path) => match root.read(r).and_then(|b| Image::decode(&b, &path.display().to_string())) {
                 Err(e) => add(Severity::Error, e.to_string()),
                 Ok(image) => {
                     size = Some((image.width, image.height));
@@ -174,7 +174,6 @@ pub fn require(file: &RecordFile) -> Result<(), CheckError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Image;
     use crate::synth::{RECORDS_FILE, SynthSpec, generate};
 
     #[test]
