@@ -184,7 +184,9 @@ mod tests {
             ("breakdowns[0].components[iou].detail", |r| {
                 first(r).detail = (0..=PARTS).map(|i| (i.to_string(), 0.0)).collect();
             }),
-            ("breakdowns[0].components[iou].detail", |r| drop(first(r).detail.insert("x".repeat(WORD + 1), 0.0))),
+            ("breakdowns[0].components[iou].detail", |r| {
+                first(r).detail.insert("x".repeat(WORD + 1), 0.0);
+            }),
             ("breakdowns[0].components[iou].lesions", |r| {
                 first(r).lesions = vec![v1::LesionScore::default(); LESIONS + 1];
             }),
