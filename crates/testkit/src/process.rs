@@ -59,6 +59,11 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// The file that holds its standard output.
+    pub(crate) fn stdout_path(&self) -> &Path {
+        &self.stdout
+    }
+
     /// What it wrote on standard output so far.
     pub fn stdout(&self) -> String {
         text(&self.stdout)
