@@ -22,7 +22,8 @@ pub enum CheckpointCommand {
         /// Path or URL.
         url: String,
     },
-    /// Manifest of one checkpoint.
+    /// Manifest of one checkpoint, the checkpoints before it in its lineage, and the accounting of stage 2: groups trained per
+    /// pass, how many of them twice, how many lost.
     Show(Place),
     /// Reads every object and compares its checksum; exit code 1 when one is damaged.
     Verify(Place),
@@ -47,6 +48,21 @@ pub enum CheckpointCommand {
     },
 }
 
+/// A checkpoint with its lineage and its accounting; the latter is null for stage 1, which has no groups.
+async fn with_accounting(store: &Store, shown: checkpoint::Shown) -> anyhow::Result<serde_json::Value> {
+    let position = shown.manifest.meta.get("experience").filter(|e| !e.is_null()).cloned();
+    let snapshot: Option<unveil_experience::Snapshot> = position.map(serde_json::from_value).transpose()?;
+    let before = checkpoint::list(store).await?.into_iter().filter(|c| c.current == shown.info.current);
+    let lineage: Vec<_> = before
+        .filter(|c| c.seq <= shown.info.seq)
+        .map(|c| serde_json::json!({"step": c.step, "term": c.term}))
+        .collect();
+    let mut out = serde_json::to_value(&shown)?;
+    out["lineage"] = lineage.into();
+    out["accounting"] = serde_json::to_value(snapshot.map(|s| s.accounting()))?;
+    Ok(out)
+}
+
 /// Runs one command.
 pub fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(act(command))
@@ -64,8 +80,9 @@ async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
             }
         }
         CheckpointCommand::Show(p) => {
-            let shown = checkpoint::show(&open(&p.url, Access::Read).await?, p.step).await?;
-            println!("{}", serde_json::to_string(&shown)?);
+            let store = open(&p.url, Access::Read).await?;
+            let shown = checkpoint::show(&store, p.step).await?;
+            println!("{}", with_accounting(&store, shown).await?);
         }
         CheckpointCommand::Verify(p) => {
             let checks = checkpoint::verify(&open(&p.url, Access::Read).await?, p.step).await?;

@@ -10,7 +10,7 @@ mod paths;
 pub mod schema;
 mod validate;
 
-pub use change::{Change, changes, entries};
+pub use change::{Change, changes, changes_since, entries};
 pub use load::{ConfigError, environment, load, load_from};
 pub use outside::secret;
 pub use schema::Config;

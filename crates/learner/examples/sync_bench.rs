@@ -81,8 +81,15 @@ fn serve(ready: Value, mut answer: impl FnMut(&str) -> Result<Value, Fault>) -> 
 fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
     let Model { named, kind, bytes } = tensors(shapes, dtype)?;
     let runtime = runtime(2)?;
-    let settings =
-        Settings { groups_per_step: 1, max_staleness: 0, lease_s: 60.0, seed: 0, term: 1, total_groups: None };
+    let settings = Settings {
+        groups_per_step: 1,
+        max_staleness: 0,
+        lease_s: 60.0,
+        silence_s: 60.0,
+        seed: 0,
+        term: 1,
+        total_groups: None,
+    };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["none".into()])?;
     let options = HostOptions {
         listen: "127.0.0.1:0".into(),

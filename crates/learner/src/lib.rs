@@ -19,6 +19,7 @@ pub mod optim;
 mod plain;
 mod policy;
 mod replay;
+mod resume;
 mod run;
 mod serve;
 mod settings;

@@ -23,7 +23,8 @@ use crate::follow::follow;
 use crate::kept;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
-use crate::serve::{Host, HostOptions, NewWeights};
+use crate::resume;
+use crate::serve::{DEAD, Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::setup::Models;
 use crate::shard::Zero;
@@ -97,6 +98,7 @@ impl Run {
         let resume: Resume = config.run.resume.parse()?;
         let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
+        resume::look(&mut *stage.progress, config, loaded.as_ref(), restored.as_ref())?;
         let crew = Crew::open(config, stage.model_dir, &stage.data.ids(), tell)?;
         let from = restored.as_ref().zip(loaded.as_ref());
         let (learner, base) = make_learner(stage, &crew, from)?;
@@ -242,6 +244,7 @@ impl Run {
             best: self.best,
             kl: Some(self.learner.kl_controller()),
             base: self.base.as_ref().map(|b| b.hash.clone()),
+            config: unveil_config::entries(stage.config),
         };
         if let Some(info) = self.saver.save(self.learner.step(), objects, &meta, best)? {
             stage.event(&state::event("rl", &info))?;
@@ -291,6 +294,7 @@ fn accounting(config: &Config, term: u64) -> Settings {
         groups_per_step: config.learner.groups,
         max_staleness: config.rollout.max_staleness,
         lease_s: config.rollout.lease_s,
+        silence_s: DEAD.as_secs_f64(),
         seed: config.run.seed,
         term,
         total_groups: Some(config.learner.steps * config.learner.groups as u64),

@@ -19,6 +19,7 @@ use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
 use crate::policy::forward_groups;
+use crate::resume;
 use crate::stage::{Outcome, Stage, load_model_as};
 use crate::state::{self, Meta, Restored, Saver, StaticFiles, Trained};
 use crate::step::{Counters, SKIP_LIMIT};
@@ -219,8 +220,10 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     // A step number speaks of stage 2, which needs a stage 1 that is whole.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
     let (mut saver, loaded) = Saver::open(runtime.handle(), config, "sft", &stage.environment, resume)?;
-    if let Some(loaded) = &loaded {
-        trainer.restore(&Restored::read(loaded, "sft", seed)?)?;
+    let restored = loaded.as_ref().map(|l| Restored::read(l, "sft", seed)).transpose()?;
+    resume::look(&mut *stage.progress, config, loaded.as_ref(), restored.as_ref())?;
+    if let Some(restored) = &restored {
+        trainer.restore(restored)?;
     }
     let kind = if loaded.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
@@ -235,6 +238,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
             best: None,
             base: None,
             kl: None,
+            config: unveil_config::entries(config),
         };
         saver.save(trainer.step(), objects, &meta, false)
     };

@@ -47,6 +47,8 @@ pub(crate) struct Meta {
     /// Weight of KL to the reference; stage 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kl: Option<unveil_algo::KlController>,
+    /// The configuration that it was made with, key by key.
+    pub config: Vec<(String, String)>,
 }
 
 /// The best evaluation so far.

@@ -130,6 +130,7 @@ fn synchronous(small: &Small) -> Expected {
         groups_per_step: config.learner.groups,
         max_staleness: 0,
         lease_s: 60.0,
+        silence_s: 60.0,
         seed: config.run.seed,
         term: 1,
         total_groups: None,

@@ -45,9 +45,13 @@ fn serve(ids: &[&str], lease_s: f64) -> Served {
 }
 
 fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
+    serve_while_heard(ids, lease_s, max_staleness, lease_s)
+}
+
+fn serve_while_heard(ids: &[&str], lease_s: f64, max_staleness: u64, silence_s: f64) -> Served {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let total_groups = Some(4);
-    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, seed: 0, term: 1, total_groups };
+    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, silence_s, seed: 0, term: 1, total_groups };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
@@ -359,8 +363,15 @@ fn a_record_that_cannot_be_prepared_ends_the_wait() {
 #[test]
 fn a_port_in_use_is_named() {
     let s = serve(&["a", "b"], 60.0);
-    let settings =
-        Settings { groups_per_step: 2, max_staleness: 0, lease_s: 1.0, seed: 0, term: 1, total_groups: None };
+    let settings = Settings {
+        groups_per_step: 2,
+        max_staleness: 0,
+        lease_s: 1.0,
+        silence_s: 1.0,
+        seed: 0,
+        term: 1,
+        total_groups: None,
+    };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.host.address().to_string();
@@ -384,4 +395,21 @@ fn workers_hear_that_the_run_is_over() {
     s.host.finish(SOON);
     assert!(s.runtime.block_on(waiting).unwrap().unwrap());
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+}
+
+/// What a dead worker holds goes to others long before its lease runs out; a sign of life keeps it.
+#[test]
+fn a_worker_that_falls_silent_loses_its_groups() {
+    let mut s = serve_while_heard(&["a", "b"], 600.0, 0, 1.5);
+    publish(&s.host, 0).unwrap();
+    assert_eq!(s.lease("one", 0).groups.len(), 2);
+    for _ in 0..8 {
+        let life = v1::LeaseRequest { worker: "one".into(), ..Default::default() };
+        let answer = s.runtime.block_on(s.client.lease(life)).unwrap().into_inner();
+        assert!(answer.groups.is_empty() && !answer.finished);
+        assert!(s.lease("two", 300).groups.is_empty(), "worker one lives");
+    }
+    let begun = std::time::Instant::now();
+    assert_eq!(s.lease("two", 10_000).groups.len(), 2);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(4), "{:?}", begun.elapsed());
 }

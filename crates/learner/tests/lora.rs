@@ -213,8 +213,15 @@ impl LeaseSource for Nothing {
 fn adapters_travel_alone_and_late_workers_hold_the_same() {
     for kind in [Kind::Float, Kind::BFloat16] {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let settings =
-            Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
+        let settings = Settings {
+            groups_per_step: 1,
+            max_staleness: 0,
+            lease_s: 9.0,
+            silence_s: 9.0,
+            seed: 0,
+            term: 1,
+            total_groups: None,
+        };
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
         let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
         let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None };

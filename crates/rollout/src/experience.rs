@@ -62,6 +62,16 @@ impl Experience {
         trusted(answer.await)
     }
 
+    /// Gives a sign of life, once: the next one follows soon.
+    pub async fn live(&self, within: Duration) {
+        let request = v1::LeaseRequest { worker: self.worker.clone(), ..Default::default() };
+        let mut client = self.inner.clone();
+        let told = tokio::time::timeout(within, client.lease(with_deadline(request, within))).await;
+        if !matches!(told, Ok(Ok(_))) {
+            tracing::debug!("a sign of life did not arrive at {}", self.address);
+        }
+    }
+
     /// Hands a whole group in.
     pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<Trusted<v1::submit_response::Verdict>> {
         request.worker.clone_from(&self.worker);

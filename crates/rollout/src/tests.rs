@@ -41,6 +41,8 @@ struct State {
     distrust: (usize, usize),
     /// A lease call with groups was answered, and so often.
     leased: usize,
+    /// Signs of life.
+    lives: usize,
     weights_calls: Vec<Option<u64>>,
     told: Vec<Option<v1::HeldWeights>>,
     submitted: Vec<v1::SubmitRequest>,
@@ -82,8 +84,12 @@ impl Experience for Fake {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
     async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
-        let held = r.into_inner().weights;
+        let v1::LeaseRequest { max_groups, weights: held, .. } = r.into_inner();
         self.with(|s| {
+            if max_groups == 0 {
+                s.lives += 1;
+                return Ok(Response::new(v1::LeaseResponse::default()));
+            }
             s.told.push(held);
             if s.distrust.0 > 0 {
                 s.distrust.0 -= 1;
@@ -259,6 +265,7 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
     assert_eq!((report.accepted, report.refused, report.weights, report.finished), (3, 0, 2, true));
     stage.fake.with(|s| {
         assert_eq!(s.weights_calls, [None, Some(0)]);
+        assert!(s.lives > 0, "it says that it lives");
         assert!(s.released.is_empty());
         s.submitted.sort_by_key(|g| g.lease.clone());
         for (k, g) in s.submitted.iter().enumerate() {

@@ -31,6 +31,9 @@ const IN_HAND: u32 = AHEAD as u32 + 1;
 /// Shortest time between two calls that brought nothing.
 pub(crate) const IDLE: Duration = Duration::from_millis(20);
 
+/// How often the experience service hears that the worker lives, whatever else it does.
+const PULSE: Duration = Duration::from_secs(2);
+
 /// What a worker needs.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
@@ -198,8 +201,10 @@ struct Worker {
 impl Worker {
     async fn work(&mut self, receiver: WeightReceiver) -> Result<()> {
         let (shared, wait) = (self.shared.clone(), self.options.wait);
+        let living = shared.experience.clone();
         let keeper = keep(shared.weights.clone(), receiver, self.device.clone(), wait);
         self.tasks.spawn(async { (keeper.await, None) });
+        self.tasks.spawn(async { (pulse(living).await, None) });
         let (ahead, in_hand) = (Arc::new(Semaphore::new(AHEAD)), Arc::new(Semaphore::new(IN_HAND as usize)));
         let most = self.options.config.rollout.groups_per_lease;
         loop {
@@ -242,6 +247,14 @@ impl Worker {
                 Some(done) = self.tasks.join_next() => done.map_err(|_| RolloutError::Died("task"))?.0?,
             }
         }
+    }
+}
+
+/// Tells the experience service that the worker lives, until it is dropped.
+async fn pulse(experience: Experience) -> Result<()> {
+    loop {
+        experience.live(PULSE).await;
+        tokio::time::sleep(PULSE).await;
     }
 }
 

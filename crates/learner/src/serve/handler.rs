@@ -153,6 +153,13 @@ impl Service for Handler {
         if let Some(held) = &r.weights {
             self.shared.lock().trust(&r.worker, held)?;
         }
+        if r.max_groups == 0 {
+            // A sign of life alone.
+            let mut state = self.shared.lock();
+            state.welcome(&r.worker, self.shared.now());
+            let version = state.machine.version();
+            return Ok(Answer::new(v1::LeaseResponse { groups: Vec::new(), version, finished: false }));
+        }
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let (leases, version, finished) = self.take(&r.worker, r.max_groups as usize, Instant::now() + wait).await;
         let ready = self.prepare(leases).await?;

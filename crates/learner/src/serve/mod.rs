@@ -29,6 +29,8 @@ pub use weights::NewWeights;
 
 /// A worker that was not heard of for so long is not counted on.
 const SILENT: Duration = Duration::from_secs(5);
+/// A worker that was not heard of for so long is taken for dead: others make its groups. Workers give a sign of life every two seconds.
+pub(crate) const DEAD: Duration = Duration::from_secs(8);
 
 /// What goes to a worker with a lease.
 #[derive(Debug, Clone)]
@@ -68,6 +70,7 @@ impl State {
     /// Notes a worker. A name `base#k` stands for a process that was started again: what other incarnations of `base` hold
     /// is free at once.
     fn welcome(&mut self, worker: &str, now: Duration) {
+        self.machine.hear(worker, now);
         if self.workers.insert(worker.to_owned(), now).is_some() {
             return;
         }
