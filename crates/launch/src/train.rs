@@ -215,7 +215,23 @@ fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<Path
         for change in allowed.iter().filter(|c| c.key != "run.resume") {
             note(&format!("the run goes on with {change}"));
         }
+        if allowed.iter().any(|c| c.key == "learner.steps") {
+            forget_end(config, run)?;
+        }
     }
     std::fs::write(&path, text).map_err(io("cannot write", &path))?;
     Ok(path)
+}
+
+/// Removes what a run has at its end, which has moved: stage 2 goes on to the new one, and is measured again. Its checkpoints stay.
+fn forget_end(config: &Config, run: &Path) -> Result<(), LaunchError> {
+    let gone = |path: &Path, result: std::io::Result<()>| match result {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("cannot remove", path)(e)),
+        _ => Ok(()),
+    };
+    for file in [run.join("summary.json"), run.join("eval").join("after.json")] {
+        gone(&file, std::fs::remove_file(&file))?;
+    }
+    let model = config.final_model();
+    gone(&model, std::fs::remove_dir_all(&model))
 }

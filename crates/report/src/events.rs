@@ -1,7 +1,7 @@
 //! `events.jsonl`: one JSON object per line, appended whole. Owns the file and its mirror as TensorBoard scalars.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -21,7 +21,8 @@ impl EventLog {
         let path = run.join("events.jsonl");
         let at = |e: std::io::Error| std::io::Error::new(e.kind(), format!("cannot write {}: {e}", path.display()));
         std::fs::create_dir_all(run).map_err(at)?;
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(at)?;
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(at)?;
+        end_line(&mut file).map_err(at)?;
         let board = TensorBoard::create(&run.join("metrics").join(role))?;
         Ok(Self { path, file, board })
     }
@@ -46,6 +47,17 @@ impl EventLog {
         }
         Ok(())
     }
+}
+
+/// Ends a line that a crash has cut, so that the next event does not share its fate.
+fn end_line(file: &mut File) -> std::io::Result<()> {
+    if file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(());
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    if last == *b"\n" { Ok(()) } else { file.write_all(b"\n") }
 }
 
 fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, f32)>) {
@@ -127,8 +139,13 @@ mod tests {
         drop(log);
         let mut f = OpenOptions::new().append(true).open(dir.path().join("events.jsonl")).unwrap();
         f.write_all(b"{\"kind\": \"tra").unwrap();
-        assert_eq!(read_events(dir.path()).unwrap().len(), 1);
+        drop(f);
         let boards = std::fs::read_dir(dir.path().join("metrics/learner")).unwrap().count();
         assert_eq!(boards, 1);
+        assert_eq!(read_events(dir.path()).unwrap().len(), 1);
+        let mut again = EventLog::open(dir.path(), "learner").unwrap();
+        again.append(&json!({"kind": "train", "step": 2})).unwrap();
+        let steps: Vec<_> = read_events(dir.path()).unwrap().into_iter().map(|e| e["step"].clone()).collect();
+        assert_eq!(steps, [json!(1), json!(2)], "the torn line takes no other with it");
     }
 }
