@@ -11,6 +11,7 @@ mod index;
 mod load;
 mod log;
 mod save;
+mod steady;
 mod store;
 mod tidy;
 

@@ -12,6 +12,7 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
 use url::Url;
 
 use crate::error::{Error, Result, cause};
+use crate::steady::Steady;
 
 /// Objects above this go up in parts.
 const SINGLE_PUT: usize = 64 << 20;
@@ -75,7 +76,7 @@ impl Store {
             .filter(|(k, _)| k.as_ref().get(..4).is_some_and(|p| p.eq_ignore_ascii_case("aws_")))
             .collect();
         let (inner, prefix) = object_store::parse_url_opts(&url, options).map_err(|e| fault(cause(&e)))?;
-        Ok(Self { inner: Arc::from(inner), prefix, place: target.to_string() })
+        Ok(Self { inner: Arc::new(Steady(Arc::from(inner))), prefix, place: target.to_string() })
     }
 
     async fn open_dir(dir: &FsPath, target: &str, access: Access) -> Result<Self> {
