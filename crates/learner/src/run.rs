@@ -109,7 +109,7 @@ impl Run {
             None => Experience::new(accounting, ids)?,
         };
         let kind = if restored.is_some() { "resumed" } else { "started" };
-        stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step()}))?;
+        stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step(), "term": saver.term}))?;
         let options = HostOptions {
             listen: config.learner.listen.clone(),
             sampling: sampling(config),
@@ -253,7 +253,10 @@ impl Run {
     }
 
     fn tell(&mut self, stage: &mut Stage<'_>, report: &UpdateReport, batch: &[TrainGroup]) -> Result<()> {
-        stage.event(&with_kind("train", report)?)?;
+        let mut event = with_kind("train", report)?;
+        // By its term an event of a learner that was paused and overtaken is told from those of its successor.
+        event["term"] = self.saver.term.into();
+        stage.event(&event)?;
         kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();

@@ -64,7 +64,7 @@ fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, f32)>) {
     match value {
         Value::Number(n) => out.push((prefix.to_owned(), n.as_f64().unwrap_or(f64::NAN) as f32)),
         Value::Object(map) => {
-            for (k, v) in map.iter().filter(|(k, _)| !matches!(k.as_str(), "step" | "kind" | "stage")) {
+            for (k, v) in map.iter().filter(|(k, _)| !matches!(k.as_str(), "step" | "kind" | "stage" | "term")) {
                 flatten(&format!("{prefix}/{k}"), v, out);
             }
         }
@@ -90,7 +90,7 @@ pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
 }
 
 /// Events of the lineage that led to the newest state: when a stage was started again or resumed from an earlier step, what it
-/// had logged beyond that step is left out.
+/// had logged beyond that step is left out, and so is what a learner logs whose term is over.
 pub fn lineage(events: Vec<Value>) -> Vec<Value> {
     let stage = |e: &Value| match e["kind"].as_str() {
         Some("sft") => "sft".to_owned(),
@@ -98,7 +98,15 @@ pub fn lineage(events: Vec<Value>) -> Vec<Value> {
         _ => e["stage"].as_str().unwrap_or_default().to_owned(),
     };
     let mut out: Vec<Value> = Vec::with_capacity(events.len());
+    let mut newest = 0;
     for event in events {
+        if let Some(term) = event["term"].as_u64() {
+            // A fresh start counts its terms from 1 again.
+            if term < newest && event["kind"] != "started" {
+                continue;
+            }
+            newest = term;
+        }
         if let (Some("started" | "resumed"), Some(from)) = (event["kind"].as_str(), event["step"].as_u64()) {
             let again = stage(&event);
             out.retain(|e| stage(e) != again || e["step"].as_u64().is_none_or(|s| s <= from));
@@ -123,6 +131,9 @@ mod tests {
             train(2, 0.0),
             json!({"kind": "eval", "stage": "rl", "step": 2}),
             json!({"kind": "resumed", "stage": "rl", "step": 1}),
+            json!({"kind": "train", "step": 2, "term": 1, "v": 2.0}),
+            json!({"kind": "resumed", "stage": "rl", "step": 1, "term": 2}),
+            json!({"kind": "train", "step": 3, "term": 1, "v": 3.0}),
             train(2, 1.0),
         ];
         let kept = lineage(all);

@@ -69,7 +69,7 @@ impl TrainStep {
     }
 }
 
-/// Updates of the final lineage: those that were redone after a resumption do not count.
+/// Updates of the final lineage: those that were redone after a resumption do not count, nor those of a learner whose term was over.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Lineage {
     /// Updates in the order of training.
@@ -82,8 +82,13 @@ impl Lineage {
     /// Reads it from `events.jsonl`.
     #[track_caller]
     pub fn read(run: &Path) -> Self {
-        let mut out = Self::default();
+        let (mut out, mut newest) = (Self::default(), 0);
         for e in events(run) {
+            let term = e["term"].as_u64().unwrap_or(newest);
+            if term < newest && e["kind"] != "started" {
+                continue;
+            }
+            newest = term;
             match (e["kind"].as_str(), e["stage"].as_str()) {
                 (Some("started"), Some("rl")) => out.steps.clear(),
                 (Some("resumed"), Some("rl")) => {
