@@ -13,7 +13,11 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
+# What the soak draws from: SEED=N repeats one.
+SEED ?= $(shell date +%s)
+FAULTS ?= 200
+
+.PHONY: help setup build train test check chaos test-ceph test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +43,14 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
+
+chaos: build ## kills, stops, networks and stores that fail, one after another, and a verdict (SEED=… FAULTS=200)
+	@.ci/setup --tests
+	cargo run --locked -p unveil-tests --example chaos -- $(SEED) $(FAULTS)
+
+test-ceph: build ## the tests on object storage against Ceph's S3 gateway (installs Debian packages when root)
+	@.ci/setup --tests
+	tests/ceph/run
 
 test-gpu: setup ## tests of the engine and of collectives on a GPU; they fail where there is none
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
