@@ -63,6 +63,6 @@ mod tests {
         for part in ["step 3", "rollout.n = ", "learner.groups = ", &format!("was {}", before.rollout.n), "never"] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(!text.contains("learner.steps") && !text.contains("run.dir"), "{text}");
+        assert!(!text.contains("learner.steps") && !text.contains("run.dir ="), "{text}");
     }
 }

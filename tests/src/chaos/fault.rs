@@ -104,7 +104,7 @@ impl Deck {
 
     /// How long nothing goes wrong until the next fault.
     pub fn calm(&mut self) -> Duration {
-        self.longest.mul_f64(self.rng.random_range(0.0..0.8))
+        self.longest.mul_f64(self.rng.random_range(0.0..0.4))
     }
 
     fn card(&mut self, kind: usize) -> Fault {
