@@ -19,7 +19,7 @@ use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
-use unveil_service::announce;
+use unveil_service::{Health, announce};
 
 use crate::evaluation::SAMPLES;
 
@@ -65,7 +65,10 @@ pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
     unveil_service::init_tracing("sft", "warn")?;
     let paths = (config.initial_model(), config.stage1_model());
     let progress = StageProgress::new("stage 1", config.sft.steps, "images");
-    stage(args.supervised, "sft", &config, paths, progress, unveil_learner::run_sft)
+    stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
+        health.ready();
+        unveil_learner::run_sft(stage)
+    })
 }
 
 /// `unveil learner`
@@ -74,11 +77,15 @@ pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     unveil_service::init_tracing("learner", "warn")?;
     let paths = (config.stage1_model(), config.final_model());
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
-    stage(args.supervised, "learner", &config, paths, progress, |stage| {
+    stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
         run_rl(stage, |ready| {
             let (role, address) = match ready {
                 Ready::Ranks(address) => ("rendezvous", address),
-                Ready::Experience(address) => ("learner", address),
+                Ready::Experience(address) => {
+                    health.ready();
+                    ("learner", address)
+                }
+                Ready::Joined => return health.ready(),
             };
             if let Err(e) = announce(role, address) {
                 eprintln!("the ready line could not be written: {e}");
@@ -94,9 +101,10 @@ fn stage(
     config: &Config,
     (model_dir, out): (PathBuf, PathBuf),
     progress: StageProgress,
-    run: impl FnOnce(Stage<'_>) -> unveil_learner::Result<Outcome> + Send,
+    run: impl FnOnce(Stage<'_>, &Health) -> unveil_learner::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
     let outcome = run_role(supervised, 1, |cancel| async move {
+        let (health, _) = Health::start(&config.health.listen, cancel.clone()).await?;
         let work = || -> anyhow::Result<Outcome> {
             let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
             let mut evaluator = validation(config, &model_dir)?;
@@ -109,7 +117,7 @@ fn stage(
                 Some((events, progress)) => (events, progress),
                 None => (&mut nobody, &mut silent),
             };
-            Ok(run(Stage {
+            let stage = Stage {
                 config,
                 model_dir: &model_dir,
                 out: &out,
@@ -119,7 +127,8 @@ fn stage(
                 events,
                 progress,
                 evaluator: Some(&mut evaluator),
-            })?)
+            };
+            Ok(run(stage, &health)?)
         };
         tokio::task::block_in_place(|| {
             std::thread::scope(|s| s.spawn(work).join().map_err(|_| anyhow::anyhow!("the {role} thread panicked")))
@@ -174,7 +183,10 @@ pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
     }
     let (model, experience, reward) =
         (config.stage1_model(), config.learner.address.clone(), config.reward.address.clone());
-    let options = WorkerOptions::new(config, model, experience, reward, worker);
-    let report = run_role(args.supervised, 1, |token| async move { Ok(unveil_rollout::run(options, token).await?) })?;
+    let mut options = WorkerOptions::new(config, model, experience, reward, worker);
+    let report = run_role(args.supervised, 1, |token| async move {
+        (options.health, _) = Health::start(&options.config.health.listen, token.clone()).await?;
+        Ok(unveil_rollout::run(options, token).await?)
+    })?;
     if report.finished { Ok(()) } else { Err(Stop::of_role(args.supervised).into()) }
 }

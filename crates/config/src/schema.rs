@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
 mod collect;
+mod health;
 mod learner;
 mod lora;
 mod parallel;
@@ -11,6 +12,7 @@ mod reward;
 mod reward_service;
 
 pub use collect::Collect;
+pub use health::Health;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -47,6 +49,8 @@ pub struct Config {
     pub checkpoint: Checkpoint,
     /// Collecting answers from a vision model.
     pub collect: Collect,
+    /// Signs of life for whoever started the process.
+    pub health: Health,
 }
 
 /// Run directory, seed, resources.

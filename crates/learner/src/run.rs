@@ -43,9 +43,12 @@ pub enum Ready {
     Ranks(SocketAddr),
     /// Where rollout workers find the experience service.
     Experience(SocketAddr),
+    /// This rank, not rank 0, has met the others and holds the model.
+    Joined,
 }
 
-/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it.
+/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it, the others when they
+/// have joined it.
 ///
 /// Checkpoints go to the run's prefix. The model directory written to [`Stage::out`] is that of the best evaluated checkpoint,
 /// or of the last update where nothing was evaluated. Call it from a thread that runs no tokio runtime.
@@ -54,7 +57,7 @@ pub enum Ready {
 /// See [`LearnerError`].
 pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outcome> {
     if stage.config.learner.parallel.rank > 0 {
-        return follow(&stage);
+        return follow(&stage, || ready(Ready::Joined));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -116,6 +119,7 @@ impl Run {
             fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
+        host.serve_metrics(&config.learner.metrics_listen)?;
         let best = restored.and_then(|r| r.meta.best);
         Ok(Self { learner, crew, host, saver, files, base, best, responses: 0 })
     }

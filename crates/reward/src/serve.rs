@@ -14,7 +14,7 @@ use unveil_config::Config;
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::reward_stream_server::{RewardStream, RewardStreamServer};
 use unveil_proto::{breakdown_to_wire, v1};
-use unveil_service::{CancellationToken, Guard, PemPair, Place, Routes, ServeOptions, ServerTls};
+use unveil_service::{CancellationToken, Guard, Health, PemPair, Place, Routes, ServeOptions, ServerTls};
 use unveil_service::{announce, limited, metrics_page, serve};
 
 use crate::meter::Meter;
@@ -180,13 +180,15 @@ pub async fn serve_with(
     Ok(())
 }
 
-/// [`serve_with`] that writes the ready line to stdout.
+/// [`serve_with`] that writes the ready line to stdout, with `health.listen` beside it.
 ///
 /// # Errors
 /// As [`serve_with`].
 pub async fn run_serve(config: &Config, shutdown: CancellationToken) -> Result<(), RewardError> {
+    let (health, _) = Health::start(&config.health.listen, shutdown.clone()).await?;
     serve_with(config, shutdown, |address| {
         tracing::info!(%address, "scoring");
+        health.ready();
         if let Err(e) = announce("reward", address) {
             tracing::warn!("the ready line could not be written: {e}");
         }

@@ -14,7 +14,7 @@ use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
-use unveil_service::CancellationToken;
+use unveil_service::{CancellationToken, Health};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
@@ -48,13 +48,15 @@ pub struct WorkerOptions {
     pub patience: Duration,
     /// How long the experience service may hold a lease call when there is no work.
     pub wait: Duration,
+    /// Hears that the worker has its model and reaches the services.
+    pub health: Health,
 }
 
 impl WorkerOptions {
     /// Options with the usual patience (60 s) and wait (2 s).
     pub fn new(config: Config, model_dir: PathBuf, experience: String, reward: String, worker: String) -> Self {
         let (patience, wait) = (Duration::from_secs(60), Duration::from_secs(2));
-        Self { config, model_dir, experience, reward, worker, patience, wait }
+        Self { config, model_dir, experience, reward, worker, patience, wait, health: Health::default() }
     }
 }
 
@@ -125,6 +127,7 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
     };
+    options.health.ready();
     let (shared, device) = (Arc::new(shared), Arc::new(device));
     let mut worker = Worker { options, shared, device, tasks: JoinSet::new() };
     let outcome = tokio::select! {

@@ -23,6 +23,7 @@ use handler::Handler;
 use weights::Published;
 
 mod handler;
+mod meter;
 mod weights;
 
 pub use weights::NewWeights;
