@@ -4,7 +4,9 @@ mod checkpoints;
 mod dataset;
 mod evaluation;
 mod models;
+mod prepare;
 mod roles;
+mod submit;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,6 +57,8 @@ enum Command {
         #[arg(long, default_value = "rollout")]
         worker: String,
     },
+    /// Data and model for a role on a machine of its own, before it starts.
+    Prepare(prepare::PrepareArgs),
     /// The reward service and offline scoring (handed to `unveil-reward`).
     #[command(disable_help_flag = true)]
     Reward {
@@ -76,6 +80,9 @@ enum Command {
     /// Checkpoints at a path or URL.
     #[command(subcommand)]
     Checkpoint(checkpoints::CheckpointCommand),
+    /// Hands a run to a cluster.
+    #[command(subcommand)]
+    Submit(submit::SubmitCommand),
     /// Configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -122,6 +129,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             roles::learner(&role)
         }
         Command::Rollout { role, worker } => roles::rollout(&role, worker),
+        Command::Prepare(args) => prepare::run(&args),
         Command::Reward { args } => roles::reward(&args),
         Command::Generate(args) => models::generate(&args),
         Command::Score(args) => models::score(&args),
@@ -129,6 +137,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Model(command) => models::model(&command),
         Command::Data(command) => dataset::run(&command),
         Command::Checkpoint(command) => checkpoints::run(&command),
+        Command::Submit(command) => submit::run(&command),
         Command::Config(ConfigCommand::Check(args)) => {
             args.load()?;
             Ok(())
