@@ -13,7 +13,7 @@ endif
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
+.PHONY: help setup build train test check test-gpu test-helm bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,11 @@ test: ## all tests
 	$(if $(NEXTEST_ONLY),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
 	else set -x; cargo test --locked --workspace $(TEST_ONLY); fi
+
+test-helm: ## the Helm chart, the container's recipe, and roles as pods run them (part of `test`)
+	@.ci/setup --tests
+	cargo build --locked --workspace --bins
+	cargo test --locked -p unveil-tests --test helm
 
 check: setup ## format, clippy, docs, licences, unused dependencies, room boundaries
 	cargo fmt --all --check
