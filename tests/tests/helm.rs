@@ -133,7 +133,8 @@ fn roles_that_share_no_disk_find_each_other_and_say_how_they_are() {
 
     let pages = learner.until("an update", SOON, || {
         let (learner, reward) = (page(port[1]), page(port[4]));
-        let trained = learner.lines().any(|l| l.starts_with("unveil_learner_trained_groups ") && !l.ends_with(" 0"));
+        let trained =
+            learner.lines().any(|l| l.starts_with("unveil_learner_trained_groups_total ") && !l.ends_with(" 0"));
         trained.then_some(learner + &reward)
     });
     every_name_of_the_dashboard_is_on(&pages);

@@ -1,10 +1,11 @@
 //! What the host of experience tells Prometheus: how many groups are where, and how many workers there are. Must not know: tensors.
 
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use unveil_service::metrics_page;
+use unveil_service::prometheus_client::metrics::counter::Counter;
 use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::gauge::Gauge;
 use unveil_service::prometheus_client::registry::Registry;
@@ -12,17 +13,17 @@ use unveil_service::prometheus_client::registry::Registry;
 use super::{Host, SILENT, Shared};
 use crate::error::Result;
 
-type Count = Gauge<u64, AtomicU64>;
-type Counts = Family<Vec<(&'static str, &'static str)>, Count>;
+type Value = Gauge<u64, AtomicU64>;
+type Labels = Vec<(&'static str, &'static str)>;
 
-/// Gauges that are read off the state when a page is asked for.
+/// What is read off the state when a page is asked for.
 #[derive(Debug, Default)]
 struct Meter {
-    groups: Counts,
-    lost: Counts,
-    trained: Count,
-    version: Count,
-    workers: Count,
+    groups: Family<Labels, Value>,
+    lost: Family<Labels, Counter>,
+    trained: Counter,
+    version: Value,
+    workers: Value,
 }
 
 impl Host {
@@ -48,7 +49,7 @@ impl Meter {
     fn register(&self, registry: &mut Registry) {
         let help = "Groups by state; leasable is the queue that waits for rollout workers";
         registry.register("groups", help, self.groups.clone());
-        registry.register("lost", "Work that did not count, by reason, since this process started", self.lost.clone());
+        registry.register("lost_groups", "Groups whose work did not count, by reason", self.lost.clone());
         registry.register("trained_groups", "Groups trained since the start of the run", self.trained.clone());
         registry.register("weight_version", "Published weight version, the update's number", self.version.clone());
         registry.register("workers", "Rollout workers heard of in the last 5 s", self.workers.clone());
@@ -66,9 +67,9 @@ impl Meter {
         }
         let lost = [("stale", s.stale), ("expired", s.expired), ("duplicate", s.duplicates), ("refused", s.refused)];
         for (name, n) in lost {
-            self.lost.get_or_create(&vec![("reason", name)]).set(n);
+            self.lost.get_or_create(&vec![("reason", name)]).inner().store(n, Ordering::Relaxed);
         }
-        self.trained.set(s.trained);
+        self.trained.inner().store(s.trained, Ordering::Relaxed);
         self.version.set(s.version);
         self.workers.set(heard as u64);
     }
