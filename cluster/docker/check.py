@@ -8,6 +8,7 @@ usage: check.py [--programs DIR]   DIR holds `unveil-reward`, and `unveil` where
 import argparse
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,14 +18,16 @@ import tempfile
 from dockerfile import read
 
 DEBIAN = "bookworm"
-#: Lines that are not run as they stand: how they begin, why, and the end of what is run instead (nothing where it is empty).
+#: Lines that are not run as they stand: a pattern, why, and what is run instead (nothing where it is empty).
 OTHERWISE = [
-    ("cargo build", "needs the Rust image and many minutes", ""),
-    ("/opt/torch/bin/python -m pip install", "gigabytes: resolved, not installed", " --dry-run"),
-    ("VENV=/opt/torch .ci/setup", "needs the torch that was only resolved", ""),
-    ("unveil --version", "run at the end, with programs that are built already", ""),
+    (r"cargo build.*", "needs the Rust image and many minutes", ""),
+    (r"(.* -m pip) install .* (\S+)==(\S+)", "gigabytes: asked whether the index has it", r"\1 index versions \2 | grep -wF \3"),
+    (r"VENV=/opt/torch .ci/setup", "needs the torch that was only asked for; every fresh checkout runs it", ""),
+    (r"unveil --version.*", "run at the end, with programs that are built already", ""),
 ]
 USER = "10001:10001"
+#: Where the authorities that this machine trusts lie in the root, out of the way of the packages.
+AUTHORITIES = "/opt/machine-authorities.crt"
 
 
 def inside(root, line, libraries=(), user=None):
@@ -38,6 +41,7 @@ def inside(root, line, libraries=(), user=None):
     script.append(shlex.join(["chroot", *who, str(root), "/bin/sh", "-c", line]))
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "DEBIAN_FRONTEND": "noninteractive"}
     network = {k: v for k, v in os.environ.items() if k.startswith("PIP_") or k.lower().endswith("_proxy")}
+    network |= {k: AUTHORITIES for k in ("PIP_CERT", "SSL_CERT_FILE")}
     command = ["unshare", "--mount", "--pid", "--fork", "/bin/sh", "-ec", "\n".join(script)]
     return subprocess.run(command, env=environment | network, capture_output=True, text=True)
 
@@ -46,13 +50,14 @@ def debian(root):
     """A bare Debian with this machine's mirrors and authorities."""
     mirror = next(iter(os.environ.get("UNVEIL_DEBIAN_MIRROR", "").split()), "http://deb.debian.org/debian")
     subprocess.run(["debootstrap", "--variant=minbase", DEBIAN, root, mirror], check=True, stdout=subprocess.DEVNULL)
-    for path in ("/etc/apt/sources.list", "/etc/apt/sources.list.d", "/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/ssl/certs", "/etc/resolv.conf"):
+    for path in ("/etc/apt/sources.list", "/etc/apt/sources.list.d", "/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf"):
         source, target = pathlib.Path(path), root / path[1:]
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)
         elif source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
+    shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / AUTHORITIES[1:])
 
 
 def lines(root):
@@ -60,15 +65,15 @@ def lines(root):
     good, done = True, set()
     for stage in read():
         for line in stage.all("RUN"):
-            why, change = next(((why, change) for start, why, change in OTHERWISE if line.startswith(start)), ("", None))
+            why, change = next(((why, m.expand(to)) for p, why, to in OTHERWISE if (m := re.fullmatch(p, line))), ("", line))
             if line in done:
                 continue
             done.add(line)
             if change == "":
                 print(f"not run   {stage.name}: {line}\n          ({why})")
                 continue
-            ended = inside(root, line + (change or ""))
-            word = "failed" if ended.returncode else "as it is" if change is None else "otherwise"
+            ended = inside(root, change)
+            word = "failed" if ended.returncode else "as it is" if change == line else "otherwise"
             print(f"{word:9} {stage.name}: {line}" + (f"\n          ({why})" if why else ""), flush=True)
             if ended.returncode:
                 print(ended.stdout[-2000:] + ended.stderr[-2000:])

@@ -19,7 +19,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from chart import CHART, HERE, NAMESPACE, RELEASE, ROOT, SHAPES, VALUES, containers, environment, job, merged, named, pods, render, values_of
+from chart import CHART, HERE, NAMESPACE, RELEASE, ROOT, SHAPES, containers, environment, job, merged, named, pods, render, submit, values_of
 import policy
 
 VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
@@ -48,8 +48,8 @@ EVERYTHING = {
 
 
 def cases():
-    """(name, values): each file, a shape together with another endpoint, everything at once, and without what can be left out."""
-    out = [(name, values_of(name)) for name in VALUES]
+    """(name, values): each shape, a shape together with another endpoint, everything at once, and without what can be left out."""
+    out = [(name, values_of(name)) for name in SHAPES]
     out.append(("one-gpu+s3-endpoint", values_of("one-gpu", "s3-endpoint")))
     out.append(("everything", merged(values_of("cpu-demo", "s3-endpoint"), EVERYTHING)))
     bare = {"stage1": {"enabled": False}, "reward": {"enabled": False}, "networkPolicy": {"enabled": False}, "serviceAccount": {"create": False}}
@@ -138,8 +138,8 @@ def snapshot(values):
                 out |= {f"{key} besides": more} if more else {}
             elif key == "securityContext" and below == restricted:
                 out[key] = "restricted"
-            elif key == "unveil.json":
-                out[key] = "the dashboard"
+            elif key in ("unveil.json", "config.toml"):
+                out[key] = "a whole file"
             else:
                 out[key] = short(below)
         return out
@@ -361,18 +361,15 @@ class Program(unittest.TestCase):
         config, url = ROOT / "configs/quickstart.toml", "s3://bucket/runs/a"
         sets = ["--set", f"checkpoint.url={url}", "--set", "learner.parallel.ranks=2", "--set", "rollout.workers=3"]
         with tempfile.TemporaryDirectory() as folder:
-            def submit(*args):
-                command = [os.environ["UNVEIL"], "submit", "kubernetes", "--config", config, *sets, *args]
-                return subprocess.run(command, env=os.environ | {"PATH": folder}, cwd=folder, capture_output=True, text=True)
-
-            shown = submit("--dry-run")
+            run = functools.partial(submit, "--config", config, *sets, folder=folder)
+            shown = run("--dry-run")
             self.assertEqual((shown.returncode, os.listdir(folder)), (0, []))
             self.assertIn("helm is not installed", shown.stderr)
-            written = submit("--release", RELEASE, "--namespace", NAMESPACE, "--chart", CHART)
+            written = run("--release", RELEASE, "--namespace", NAMESPACE, "--chart", CHART)
             said = json.loads(written.stdout)
             self.assertEqual((said["installed"], pathlib.Path(folder, said["values"]).read_text()), (False, shown.stdout))
             self.assertIn(said["command"], written.stderr)
-            refused = submit("--set", "checkpoint.url=runs/a")
+            refused = run("--set", "checkpoint.url=runs/a")
             self.assertEqual(refused.returncode, 2)
             self.assertIn("checkpoint.url is `runs/a`", refused.stderr)
         documents = render(yaml.safe_load(shown.stdout))
