@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Runs the RUN lines of the Dockerfile without Docker and without a registry of images: in a bare Debian made by debootstrap, as root.
 
-What is run as it stands, what is run otherwise and what is not run is printed line by line; it ends with 1 when a line fails. Then the
-built programs are started in that root as the image's user, with the root file system read-only.
+What is run as it stands, what is run otherwise and what is not run is printed line by line; it ends with 1 when a line fails. The lines
+of the images come first: then the built programs are started in that root, which holds no more than an image would, as the image's user
+and with the root file system read-only. The lines of the stages that build come last.
 usage: check.py [--programs DIR]   DIR holds `unveil-reward`, and `unveil` where there is one (target/debug)
 """
 import argparse
@@ -23,7 +24,7 @@ OTHERWISE = [
     (r"cargo build.*", "needs the Rust image and many minutes", ""),
     (r"(.* -m pip) install .* (\S+)==(\S+)", "gigabytes: asked whether the index has it", r"\1 index versions \2 | grep -wF \3"),
     (r"VENV=/opt/torch .ci/setup", "needs the torch that was only asked for; every fresh checkout runs it", ""),
-    (r"unveil --version.*", "run at the end, with programs that are built already", ""),
+    (r"unveil --version.*", "run next, with programs that are built already", ""),
 ]
 USER = "10001:10001"
 #: Where the authorities that this machine trusts lie in the root, out of the way of the packages.
@@ -60,10 +61,10 @@ def debian(root):
     shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / AUTHORITIES[1:])
 
 
-def lines(root):
+def lines(root, stages):
     """Runs what can be run; returns whether all of it went well."""
     good, done = True, set()
-    for stage in read():
+    for stage in stages:
         for line in stage.all("RUN"):
             why, change = next(((why, m.expand(to)) for p, why, to in OTHERWISE if (m := re.fullmatch(p, line))), ("", line))
             if line in done:
@@ -109,9 +110,12 @@ def main():
     with tempfile.TemporaryDirectory(prefix="unveil-image-") as name:
         root = pathlib.Path(name, "root")
         debian(root)
-        good = lines(root)
+        stages = read()
+        images = {s.name for s in stages if s.all("USER")} | {s.base for s in stages if s.all("USER")}
+        good = lines(root, [s for s in stages if s.name in images])
         if folder:
             good &= programs(root, folder.resolve())
+        good &= lines(root, [s for s in stages if s.name not in images])
     sys.exit(0 if good else 1)
 
 
