@@ -5,6 +5,7 @@ mod dataset;
 mod evaluation;
 mod models;
 mod roles;
+mod submit;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +30,9 @@ enum Command {
         /// auto: newest checkpoint that verifies; never: start stage 2 afresh; or a step.
         #[arg(long, value_name = "auto|never|STEP")]
         resume: Option<String>,
+        /// Ends before stage 2: data, model and stage 1 alone, for places that start the roles themselves.
+        #[arg(long)]
+        prepare: bool,
         #[command(flatten)]
         dump: DumpArgs,
     },
@@ -79,6 +83,9 @@ enum Command {
     /// Configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Runs on a cluster.
+    #[command(subcommand)]
+    Submit(submit::SubmitCommand),
     /// Writes report.html and samples.html of a run directory, or a page of given responses and their rewards.
     Report(evaluation::ReportArgs),
 }
@@ -111,9 +118,9 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Train { mut config, resume, dump } => {
+        Command::Train { mut config, resume, prepare, dump } => {
             config.sets.extend(overrides(resume, dump));
-            roles::train(&config)
+            roles::train(&config, prepare)
         }
         Command::Sft(role) => roles::sft(&role),
         Command::Learner { command: Some(LearnerCommand::Replay(args)), .. } => models::replay(&args),
@@ -137,6 +144,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&args.load()?)?);
             Ok(())
         }
+        Command::Submit(command) => submit::run(&command),
         Command::Report(args) => evaluation::report(&args),
     }
 }

@@ -32,24 +32,28 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// `unveil train`
-pub fn train(args: &ConfigArgs) -> anyhow::Result<()> {
+/// `unveil train`; with `prepare` only what comes before stage 2.
+pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
     let config = args.load()?;
     unveil_service::init_tracing("train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
     let summary = run_role(false, 1, |token| async move {
         let note = |line: &str| eprintln!("{line}");
         let stop = || token.is_cancelled();
-        let options = Options { unveil, unveil_reward, stop: &stop, note: &note };
+        let options = Options { unveil, unveil_reward, stop: &stop, note: &note, prepare };
         let summary = tokio::task::block_in_place(|| unveil_launch::train(&config, &options)).map_err(|e| match e {
             LaunchError::Interrupted => anyhow::Error::new(Stop::Interrupted).context(e.to_string()),
             e => e.into(),
         })?;
-        let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
-        eprintln!("report: {}", page.display());
+        if summary.is_some() {
+            let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
+            eprintln!("report: {}", page.display());
+        }
         Ok(summary)
     })?;
-    println!("{summary}");
+    if let Some(summary) = summary {
+        println!("{summary}");
+    }
     Ok(())
 }
 

@@ -22,13 +22,15 @@ pub struct Options<'a> {
     pub stop: &'a dyn Fn() -> bool,
     /// Shows one line to the person.
     pub note: &'a dyn Fn(&str),
+    /// Ends before stage 2, whose roles something else starts.
+    pub prepare: bool,
 }
 
-/// Runs the main job and returns the content of `summary.json`.
+/// Runs the main job and returns the content of `summary.json`; none where it was only prepared.
 ///
 /// # Errors
 /// [`LaunchError`]; whatever was written before stays whole, and the same call goes on from there.
-pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchError> {
+pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, LaunchError> {
     let started = Instant::now();
     let run = config.run_dir();
     let logs = run.join("logs");
@@ -53,6 +55,9 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
         job.finish("sft", job.role_args("sft"), true)?;
     }
     let before = job.evaluate(&config.stage1_model(), "before")?;
+    if options.prepare {
+        return Ok(None);
+    }
     if config.learner.steps > 0 && !config.final_model().join("config.json").exists() {
         let stage2 = Stage2 {
             unveil: &options.unveil,
@@ -78,7 +83,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
     });
     let path = run.join("summary.json");
     std::fs::write(&path, format!("{summary:#}\n")).map_err(io("cannot write", &path))?;
-    Ok(summary)
+    Ok(Some(summary))
 }
 
 struct Job<'a> {

@@ -153,19 +153,21 @@ pub async fn serve(
     running.wait().await
 }
 
-/// A token that the first interrupt (Ctrl-C) or termination signal cancels.
+/// A token that the first interrupt (Ctrl-C), SIGTERM or SIGUSR1 cancels; by the last a batch system says that time is short.
 ///
 /// # Errors
 /// The signals cannot be listened for.
 pub fn cancel_on_signal() -> std::io::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut preempt = signal(SignalKind::user_defined1())?;
     let token = CancellationToken::new();
     let cancel = token.clone();
     tokio::spawn(async move {
         tokio::select! {
             _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
             _ = terminate.recv() => tracing::info!("told to stop: stopping"),
+            _ = preempt.recv() => tracing::info!("told that time is short: stopping"),
         }
         cancel.cancel();
     });
