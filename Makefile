@@ -2,18 +2,14 @@
 SHELL := bash
 CONFIG ?= configs/quickstart.toml
 BCCD := $(or $(UNVEIL_BCCD),../shared/data/bccd)
-# Tests named after BCCD need that data set; without it they are left out here, and fail when run by hand.
-ifneq ($(wildcard $(BCCD)/Annotations),)
-NEXTEST_ONLY :=
-TEST_ONLY :=
-else
-NEXTEST_ONLY := -E 'not test(bccd)'
-TEST_ONLY := -- --skip bccd
-endif
+# Tests named after BCCD need that data set, those named after Slurm need root; without, they are left out here, and fail when run by hand.
+LEFT_OUT := $(if $(wildcard $(BCCD)/Annotations),,bccd) $(if $(filter 0,$(shell id -u)),,slurm_)
+NEXTEST_ONLY := $(if $(strip $(LEFT_OUT)),-E 'all()$(foreach name,$(LEFT_OUT), - test($(name)))')
+TEST_ONLY := $(if $(strip $(LEFT_OUT)),-- $(foreach name,$(LEFT_OUT),--skip $(name)))
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
+.PHONY: help setup build train test check test-slurm test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,7 +26,8 @@ train: build ## the main job: stage 1, stage 2, evaluation, report (CONFIG=… A
 test: ## all tests
 	@.ci/setup --tests
 	cargo build --locked --workspace --bins
-	$(if $(NEXTEST_ONLY),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
+	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
+	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: the tests on a real Slurm are left out")
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
 	else set -x; cargo test --locked --workspace $(TEST_ONLY); fi
 
@@ -39,6 +36,11 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
+
+test-slurm: setup ## a part of test: runs on a real Slurm of four nodes on this machine; needs root
+	@.ci/setup --tests
+	cargo build --locked --workspace --bins
+	cargo test --locked -p unveil-tests --test slurm -- --nocapture --test-threads 1
 
 test-gpu: setup ## tests of the engine and of collectives on a GPU; they fail where there is none
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1

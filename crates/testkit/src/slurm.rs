@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::process::{Finished, Found, Process, in_directory};
@@ -201,7 +202,9 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 /// The first of `n` ports in a row that nobody has, above those that the system hands out by itself.
 fn free_ports(n: u16) -> u16 {
-    let start = 61_000 + (std::process::id() % 250) as u16 * 16;
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    let own = (std::process::id() % 250) as u16 + TAKEN.fetch_add(1, Ordering::Relaxed) % 8;
+    let start = 61_000 + own % 250 * 16;
     let all = (start..65_000).chain(61_000..start).step_by(16);
     let free = |first: &u16| (*first..*first + n).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok());
     all.into_iter().find(free).expect("some free ports")

@@ -66,7 +66,7 @@ fn options_of_sbatch_that_would_break_the_script() {
 }
 
 #[test]
-fn paths_that_slurm_cannot_be_told() {
+fn paths_that_a_job_cannot_be_told() {
     for dir in ["/a\\b", "/a\nb", "/both ' and \"", "/bell\u{7}"] {
         refused(&[], &[&format!("run.dir={dir}")], &["run directory"]);
     }
