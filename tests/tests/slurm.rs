@@ -65,6 +65,7 @@ fn slurm_run_outlives_a_hung_node_and_a_preemption() {
     let job = submit(&slurm, &s, &[&flags[..], &sets].concat());
     slurm.until_step(&run, 1, SOON);
     println!("from submission to the first update: {:.1} s", submitted.elapsed().as_secs_f64());
+    assert!(!run.join("summary.json").exists(), "what prepares a run does not end it");
     let shown = s.processes().into_iter().flat_map(|p| p.args).any(|a| a.contains("very-secret"));
     assert!(!shown, "a secret is an argument");
 

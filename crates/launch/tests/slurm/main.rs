@@ -18,17 +18,17 @@ struct Flags {
     options: SlurmOptions,
 }
 
-pub fn options(flags: &[&str]) -> SlurmOptions {
+pub(crate) fn options(flags: &[&str]) -> SlurmOptions {
     Flags::parse_from(std::iter::once("submit").chain(flags.iter().copied())).options
 }
 
-pub fn config(sets: &[&str]) -> Config {
+pub(crate) fn config(sets: &[&str]) -> Config {
     let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
     unveil_config::load_from(None, std::iter::empty(), &sets).unwrap_or_else(|e| panic!("{sets:?}: {e}"))
 }
 
 /// The job that `flags` make of a configuration with `sets`, submitted from `directory`.
-pub fn job(directory: &str, flags: &[&str], sets: &[&str]) -> Result<Job, ConfigError> {
+pub(crate) fn job(directory: &str, flags: &[&str], sets: &[&str]) -> Result<Job, ConfigError> {
     let place = Place {
         directory: directory.into(),
         config: "run.toml".into(),
@@ -39,7 +39,7 @@ pub fn job(directory: &str, flags: &[&str], sets: &[&str]) -> Result<Job, Config
 }
 
 /// Directives and settings of a script.
-pub fn settings(script: &str) -> &str {
+pub(crate) fn settings(script: &str) -> &str {
     let from = script.split_once("# --- settings ---\n").expect("settings").1;
     from.split_once("# --- end of settings ---").expect("their end").0
 }

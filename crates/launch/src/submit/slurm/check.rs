@@ -140,7 +140,8 @@ fn sbatch(more: &str, need: &mut impl FnMut(bool, String)) {
 /// Whether a directive can hold it.
 fn is_plain(path: &Path) -> bool {
     let text = path.display().to_string();
-    !text.contains(|c: char| c == '\\' || c.is_control()) && !(text.contains('\'') && text.contains('"'))
+    let both_quotes = text.contains('\'') && text.contains('"');
+    !both_quotes && !text.contains(|c: char| c == '\\' || c.is_control())
 }
 
 /// `0-3`, `1,5,7`, `0-8:2`, each with `%N` for the number that run at once.

@@ -27,11 +27,12 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn new(config: &Config, options: &SlurmOptions, place: &Place) -> Self {
-        let at = |path: &Path| absolute(&place.directory, path);
+        let directory = absolute(&place.directory, Path::new(""));
+        let at = |path: &Path| absolute(&directory, path);
         let (run, file) = (at(&config.run_dir()), at(&place.config));
         let mut mounts = Vec::new();
         if options.container.is_some() {
-            let own = [Some(place.directory.as_path()), Some(run.as_path()), file.parent()];
+            let own = [Some(directory.as_path()), Some(run.as_path()), file.parent()];
             for dir in own.into_iter().flatten().map(Path::to_owned).chain(options.mount.iter().map(|m| at(m))) {
                 if !mounts.iter().any(|m| dir.starts_with(m)) {
                     mounts.push(dir);
@@ -45,13 +46,14 @@ impl Layout {
             (None, Some(_)) => PathBuf::from("unveil"),
             (None, None) => place.program.clone(),
         };
+        let secrets = options.secrets.as_deref().map(at);
         Self {
-            directory: place.directory.clone(),
+            directory,
             config: file,
             sets: place.sets.clone(),
             program,
             run,
-            secrets: options.secrets.as_deref().map(at),
+            secrets,
             mounts,
             reward_tasks: options.reward_tasks.unwrap_or(usize::from(config.reward.address.is_empty())),
             gpus: usize::from(config.run.device != "cpu"),
