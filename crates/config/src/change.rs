@@ -4,7 +4,7 @@ use crate::schema::Config;
 
 /// Sections and keys that do not say what is trained: where and how fast a run goes, what is watched and kept, and the two that a
 /// person turns while a run goes on, the learning rate and the end. A name stands for itself and all below it.
-const MAY_CHANGE: [&str; 27] = [
+const MAY_CHANGE: [&str; 31] = [
     "run.resume",
     "run.device",
     "run.threads",
@@ -15,6 +15,7 @@ const MAY_CHANGE: [&str; 27] = [
     "rollout.memory_gib",
     "rollout.max_rows",
     "rollout.groups_per_lease",
+    "rollout.metrics_listen",
     "reward.listen",
     "reward.address",
     "reward.deadline_s",
@@ -29,9 +30,12 @@ const MAY_CHANGE: [&str; 27] = [
     "learner.threads",
     "learner.listen",
     "learner.address",
+    "learner.metrics_listen",
     "learner.eval_every",
     "learner.checkpoint_every",
     "checkpoint",
+    "health",
+    "telemetry",
 ];
 
 /// One key that differs.

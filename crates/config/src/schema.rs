@@ -4,13 +4,16 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
 mod collect;
+mod health;
 mod learner;
 mod lora;
 mod parallel;
 mod reward;
 mod reward_service;
+mod telemetry;
 
 pub use collect::Collect;
+pub use health::Health;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -22,6 +25,7 @@ pub use reward::{
     Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
 };
 pub use reward_service::{Judge, RewardService};
+pub use telemetry::{LogForm, Telemetry};
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -47,6 +51,10 @@ pub struct Config {
     pub checkpoint: Checkpoint,
     /// Collecting answers from a vision model.
     pub collect: Collect,
+    /// Signs of life for whoever started the process.
+    pub health: Health,
+    /// Logs and traces.
+    pub telemetry: Telemetry,
 }
 
 /// Run directory, seed, resources.
@@ -317,6 +325,8 @@ pub struct Rollout {
     pub max_rows: usize,
     /// GiB that keys, values and work may take in a worker; 0 = what is free.
     pub memory_gib: f64,
+    /// Listen address of a worker's Prometheus page (`/metrics`); empty = none. Workers on one machine need different ports.
+    pub metrics_listen: String,
 }
 
 impl Default for Rollout {
@@ -337,6 +347,7 @@ impl Default for Rollout {
             workers: 1,
             max_rows: 256,
             memory_gib: 0.0,
+            metrics_listen: String::new(),
         }
     }
 }

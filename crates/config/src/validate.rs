@@ -2,6 +2,7 @@
 
 mod collect;
 mod learner;
+mod listen;
 mod parallel;
 mod reward;
 
@@ -103,6 +104,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);
     parallel::faults(c, &mut out);
+    listen::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);
     out
