@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use unveil_config::schema::LogForm;
 use unveil_config::{Config, ConfigError};
-use unveil_service::CancellationToken;
+use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
 /// Configuration file and overrides.
 #[derive(Debug, Clone, Args)]
@@ -23,6 +24,16 @@ impl ConfigArgs {
     pub fn load(&self) -> Result<Config, ConfigError> {
         unveil_config::load(self.config.as_deref(), &self.sets)
     }
+}
+
+/// Logs and spans of this process as the configuration has them. `level` is a filter of log lines; keep the result until the role
+/// has ended.
+///
+/// # Errors
+/// The collector's address cannot be used.
+pub fn telemetry(config: &Config, role: &str, level: &str) -> Result<Tracing, ServiceError> {
+    let json = config.telemetry.log == LogForm::Json;
+    init_tracing(&TraceOptions { role, level, json, run: &config.run.dir, collector: &config.telemetry.otlp_endpoint })
 }
 
 /// What a role process needs besides its configuration.

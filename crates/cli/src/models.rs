@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
-use unveil_cli::ConfigArgs;
+use unveil_cli::{ConfigArgs, telemetry};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_core::Sampling;
 use unveil_data::prepare::{Family, Preparer};
@@ -251,7 +251,7 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
 /// `unveil learner replay`
 pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("replay", "warn")?;
+    let _tracing = telemetry(&config, "replay", "warn")?;
     let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
     println!(

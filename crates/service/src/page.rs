@@ -1,4 +1,4 @@
-//! A page of metrics in Prometheus' text format over plain HTTP.
+//! A page of metrics in Prometheus' text format over plain HTTP, as scrapers expect it: it holds numbers, no data, and wants no token.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role};
+use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role, telemetry};
 
 /// Scores responses: localization, vision relevance, format, relevance, and what users add.
 #[derive(Parser)]
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 fn serve(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("reward", "info")?;
+    let _tracing = telemetry(&config, "reward", "info")?;
     let threads = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     run_role(args.supervised, threads, |token| async move { Ok(unveil_reward::run_serve(&config, token).await?) })
 }
