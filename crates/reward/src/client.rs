@@ -11,7 +11,7 @@ use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
 use unveil_service::{
-    Backoff, ClientOptions, ClientTls, PemPair, authorised, connect_with, limited, retry, with_deadline,
+    Backoff, ClientOptions, ClientTls, PemPair, authorised, carry, connect_with, limited, retry, with_deadline,
 };
 
 use crate::RewardError;
@@ -48,12 +48,13 @@ impl RewardClient {
     }
 
     /// Scores a group; tries again while the service is away, up to `deadline`. On any failure the cause is logged and every
-    /// component of every response is masked as failed.
+    /// component of every response is masked as failed. The current span goes on in the service.
     pub async fn score(&self, request: v1::ScoreRequest, deadline: Duration) -> Vec<Breakdown> {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         let answer = retry("reward score", deadline, Backoff::default(), |left| {
-            let request = authorised(with_deadline(request.clone(), left), self.token.as_deref());
+            let request = carry(with_deadline(request.clone(), left), &tracing::Span::current());
+            let request = authorised(request, self.token.as_deref());
             let mut client = self.inner.clone();
             async move { client.score(request?).await }
         })

@@ -10,12 +10,13 @@ use futures::stream::BoxStream;
 use tokio::sync::Semaphore;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 use unveil_config::Config;
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::reward_stream_server::{RewardStream, RewardStreamServer};
 use unveil_proto::{breakdown_to_wire, v1};
-use unveil_service::{CancellationToken, Guard, PemPair, Place, Routes, ServeOptions, ServerTls};
-use unveil_service::{announce, limited, metrics_page, serve};
+use unveil_service::{CancellationToken, Guard, Health, PemPair, Place, Routes, ServeOptions, ServerTls, ServiceError};
+use unveil_service::{announce, carried, continues, limited, metrics_page, serve, span};
 
 use crate::meter::Meter;
 use crate::scorers::Scorers;
@@ -86,7 +87,9 @@ impl RewardService {
 #[tonic::async_trait]
 impl Reward for RewardService {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        Ok(Response::new(self.answer(request.into_inner()).await?))
+        let span = span!(parent: None, "rewards", responses = request.get_ref().responses.len());
+        continues(&span, &carried(&request));
+        Ok(Response::new(self.answer(request.into_inner()).instrument(span).await?))
     }
 }
 
@@ -146,9 +149,16 @@ pub async fn serve_with(
     let call = Duration::from_secs_f64(s.call_s);
     let token = unveil_config::secret("reward.service.token", &s.token_env, &s.token_file)?;
     let guard = Guard::new(token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]);
+    // Beside the runtime's threads: whoever asks how the service is gets an answer meanwhile.
+    let named = config.clone();
+    let loading = tokio::task::spawn_blocking(move || Scorers::load(&named));
+    let scorers = tokio::select! {
+        loaded = loading => loaded.map_err(|e| ServiceError::Setup(format!("loading the scorers: {e}")))??,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     let (meter, registry) = Meter::new();
     let service = RewardService {
-        scorers: Arc::new(Scorers::load(config)?),
+        scorers: Arc::new(scorers),
         meter: Arc::new(meter),
         cores: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
         patience: call,
@@ -175,18 +185,21 @@ pub async fn serve_with(
         guard,
         // One more than is taken, so that what is too much is refused and not left to wait.
         per_connection: Some(u32::try_from(s.max_in_flight).unwrap_or(u32::MAX).saturating_add(64)),
+        serving: true,
     };
     serve(&config.reward.listen, routes.routes(), options, shutdown, ready).await?;
     Ok(())
 }
 
-/// [`serve_with`] that writes the ready line to stdout.
+/// [`serve_with`] that writes the ready line to stdout, with `health.listen` beside it.
 ///
 /// # Errors
 /// As [`serve_with`].
 pub async fn run_serve(config: &Config, shutdown: CancellationToken) -> Result<(), RewardError> {
+    let (health, _) = Health::start(&config.health.listen, shutdown.clone()).await?;
     serve_with(config, shutdown, |address| {
         tracing::info!(%address, "scoring");
+        health.ready();
         if let Err(e) = announce("reward", address) {
             tracing::warn!("the ready line could not be written: {e}");
         }

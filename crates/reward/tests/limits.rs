@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -17,7 +17,7 @@ use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::v1::reward_stream_client::RewardStreamClient;
 use unveil_reward::{RewardClient, RewardError, client_options, score_request, serve_with};
 use unveil_service::{CancellationToken, connect};
-use unveil_testkit::{WebReply, WebServer};
+use unveil_testkit::{MetricsPage, WebReply, WebServer};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -386,17 +386,15 @@ async fn the_metrics_page_tells_what_happened() {
     }
     let bad: Status = client.score(v1::ScoreRequest::default()).await.unwrap_err();
     assert_eq!(bad.code(), Code::InvalidArgument);
-    let mut stream = tokio::net::TcpStream::connect(free).await.unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    for line in [
-        "unveil_reward_component_value_sum{component=\"localization\"} 5.0",
-        "unveil_reward_masked_total{component=\"vision_relevance\",reason=\"no_attention\"} 5",
-        "unveil_reward_group_seconds_count 5",
-        "unveil_reward_calls{state=\"refused\"} 0",
+    let page = tokio::task::spawn_blocking(move || MetricsPage::get(free)).await.unwrap();
+    for (series, value) in [
+        ("unveil_reward_component_value_sum{component=\"localization\"}", 5.0),
+        ("unveil_reward_masked_total{component=\"vision_relevance\",reason=\"no_attention\"}", 5.0),
+        ("unveil_reward_group_seconds_count", 5.0),
+        ("unveil_reward_calls{state=\"refused\"}", 0.0),
     ] {
-        assert!(page.contains(line), "{line} is not in\n{page}");
+        assert_eq!(page.of(series), value, "{series}");
     }
+    page.is_listed("reward");
     served.stop.cancel();
 }
