@@ -40,7 +40,7 @@ mod window;
 pub use attention::{AttentionSet, Capture, CaptureSpec};
 pub use cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 pub use config::{Reach, TextConfig, VisionConfig, VlmConfig};
-pub use device::{device, free_memory};
+pub use device::{GpuMemory, device, free_memory, gpu_memory};
 pub use error::ModelError;
 pub use export::{companions, copy_companions, export, fingerprint};
 pub use family::Family;

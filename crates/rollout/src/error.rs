@@ -74,6 +74,9 @@ pub enum RolloutError {
         /// Why.
         source: std::io::Error,
     },
+    /// The page of metrics cannot be served.
+    #[error(transparent)]
+    Page(#[from] ServiceError),
     /// The token for the reward service is not there.
     #[error(transparent)]
     Reward(#[from] RewardError),

@@ -6,7 +6,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
-use unveil_service::{Backoff, ServiceError, connect, limited, retry, with_deadline};
+use unveil_service::{Backoff, Health, ServiceError, carry, connect, limited, retry, with_deadline};
 
 use crate::{Result, RolloutError};
 
@@ -41,12 +41,14 @@ impl Experience {
         retry(what, self.patience, Backoff::default(), call).await.map_err(|e| failed(&self.address, e))
     }
 
-    /// Groups to generate; waits up to `wait` on the server.
+    /// Groups to generate; waits up to `wait` on the server. `health` hears whether the service answers: who holds weights and is
+    /// answered can do its work.
     pub async fn lease(
         &self,
         max_groups: usize,
         wait: Duration,
         weights: Option<v1::HeldWeights>,
+        health: &Health,
     ) -> Result<Trusted<v1::LeaseResponse>> {
         let request = v1::LeaseRequest {
             worker: self.worker.clone(),
@@ -57,16 +59,25 @@ impl Experience {
         let answer = self.call("lease", |_| {
             // A peer that vanished without a word must not be waited for.
             let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), wait + LATE));
-            async move { client.lease(request).await }
+            async move {
+                let answer = client.lease(request).await;
+                match (&answer, weights) {
+                    (Ok(_), Some(_)) => health.ready(),
+                    (Ok(_), None) => {}
+                    (Err(_), _) => health.waiting(),
+                }
+                answer
+            }
         });
         trusted(answer.await)
     }
 
-    /// Hands a whole group in.
+    /// Hands a whole group in. The current span goes on in the service.
     pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<Trusted<v1::submit_response::Verdict>> {
         request.worker.clone_from(&self.worker);
         let answer = self.call("submit", |left| {
-            let (mut client, request) = (self.inner.clone(), with_deadline(request.clone(), left));
+            let request = carry(with_deadline(request.clone(), left), &tracing::Span::current());
+            let mut client = self.inner.clone();
             async move { client.submit(request).await }
         });
         Ok(trusted(answer.await)?.map(|answer| answer.verdict()))

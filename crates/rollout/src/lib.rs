@@ -10,6 +10,7 @@ mod error;
 mod experience;
 mod groups;
 mod keeper;
+mod meter;
 mod offline;
 pub mod sync;
 mod text;

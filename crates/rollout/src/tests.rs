@@ -16,8 +16,11 @@ use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_proto::{attention_from_wire, breakdown_to_wire, v1};
 use unveil_service::{CancellationToken, Routes, RoutesBuilder, Running, ServeOptions, start};
+use unveil_testkit::MetricsPage;
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
+
+mod order;
 
 /// How the stream of weights goes wrong.
 #[derive(Clone, Copy, PartialEq)]
@@ -33,7 +36,7 @@ struct State {
     /// What the next lease calls answer; afterwards `finished`, or nothing when `endless`.
     leases: VecDeque<v1::LeaseResponse>,
     endless: bool,
-    /// Served weights: version and safetensors file.
+    /// Served weights: version and safetensors file; none are published yet where that is empty.
     weights: (u64, Vec<u8>),
     /// What happens to the next streams; one that is `None` goes well, and so do those that follow.
     damage: VecDeque<Option<Damage>>,
@@ -41,6 +44,8 @@ struct State {
     distrust: (usize, usize),
     /// A lease call with groups was answered, and so often.
     leased: usize,
+    /// Calls for weights, and those that were answered with some.
+    asked: usize,
     weights_calls: Vec<Option<u64>>,
     told: Vec<Option<v1::HeldWeights>>,
     submitted: Vec<v1::SubmitRequest>,
@@ -115,6 +120,13 @@ impl Experience for Fake {
     async fn weights(&self, r: Request<v1::WeightsRequest>) -> Result<Response<Self::WeightsStream>, Status> {
         let r = r.into_inner();
         let have = r.holds.map(|h| h.version);
+        let none = self.with(|s| {
+            s.asked += 1;
+            s.weights.1.is_empty()
+        });
+        if none {
+            return Err(Status::unavailable("no weights are published yet"));
+        }
         let until = Instant::now() + Duration::from_millis(r.wait_ms.into());
         while Instant::now() < until && self.with(|s| have == Some(s.weights.0)) {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -209,6 +221,11 @@ impl Stage {
     }
 }
 
+/// A port that nobody has.
+fn free() -> std::net::SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
     v1::LeasedGroup {
         lease: format!("lease-{k}"),
@@ -255,8 +272,18 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
             s.endless = false;
         });
     });
-    let report = stage.run().await.unwrap();
+    let (mut options, page) = (stage.options(), free());
+    options.config.rollout.metrics_listen = page.to_string();
+    let report = tokio::time::timeout(Duration::from_secs(120), run(options, CancellationToken::new())).await.unwrap();
+    let report = report.unwrap();
     assert_eq!((report.accepted, report.refused, report.weights, report.finished), (3, 0, 2, true));
+    let page = tokio::task::spawn_blocking(move || MetricsPage::get(page)).await.unwrap();
+    page.is_listed("rollout");
+    assert_eq!(page.of("unveil_rollout_groups_total{verdict=\"accepted\"}"), 3.0);
+    assert_eq!(page.of("unveil_rollout_tokens_total"), report.tokens as f64);
+    assert_eq!((page.of("unveil_rollout_weight_version"), page.of("unveil_rollout_weight_lag_versions")), (4.0, 0.0));
+    let told: f64 = stage.fake.with(|s| s.submitted.iter().map(|g| g.generate_ms / 1e3).sum());
+    assert!((page.of("unveil_rollout_generate_seconds_sum") - told).abs() < 1e-9, "the very numbers that it submits");
     stage.fake.with(|s| {
         assert_eq!(s.weights_calls, [None, Some(0)]);
         assert!(s.released.is_empty());
@@ -457,16 +484,6 @@ async fn a_stop_hands_leases_back_and_is_no_error() {
         s.released.sort();
         assert_eq!(s.released, ["lease-0", "lease-1"]);
     });
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unreachable_experience_service_is_named() {
-    let stage = stage().await;
-    let mut options = stage.options();
-    options.experience = "http://127.0.0.1:9".into();
-    options.patience = Duration::from_millis(400);
-    let text = run(options, CancellationToken::new()).await.unwrap_err().to_string();
-    assert!(text.contains("experience") && text.contains("127.0.0.1:9"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

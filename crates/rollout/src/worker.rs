@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,12 +14,13 @@ use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
-use unveil_service::CancellationToken;
+use unveil_service::{CancellationToken, Health};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
-use crate::groups::{Delivery, Leased, Rewards, deliver, prepare};
+use crate::groups::{Delivery, Leased, Rewards, Step, deliver, prepare};
 use crate::keeper::{Weights, keep};
+use crate::meter::Meter;
 use crate::sync::WeightReceiver;
 use crate::{Result, RolloutError};
 
@@ -48,13 +49,15 @@ pub struct WorkerOptions {
     pub patience: Duration,
     /// How long the experience service may hold a lease call when there is no work.
     pub wait: Duration,
+    /// Hears that the worker has weights and is answered by the experience service, and when it is not answered any more.
+    pub health: Health,
 }
 
 impl WorkerOptions {
     /// Options with the usual patience (60 s) and wait (2 s).
     pub fn new(config: Config, model_dir: PathBuf, experience: String, reward: String, worker: String) -> Self {
         let (patience, wait) = (Duration::from_secs(60), Duration::from_secs(2));
-        Self { config, model_dir, experience, reward, worker, patience, wait }
+        Self { config, model_dir, experience, reward, worker, patience, wait, health: Health::default() }
     }
 }
 
@@ -71,13 +74,6 @@ pub struct WorkerReport {
     pub weights: u64,
     /// The run is over (false: the worker was asked to stop).
     pub finished: bool,
-}
-
-#[derive(Default)]
-struct Counters {
-    accepted: AtomicU64,
-    refused: AtomicU64,
-    tokens: AtomicU64,
 }
 
 /// Leases that are neither submitted nor handed back.
@@ -105,7 +101,8 @@ struct Shared {
     preparer: Arc<Preparer>,
     weights: Arc<Weights>,
     held: Held,
-    counters: Counters,
+    meter: Meter,
+    health: Health,
     question: String,
     scoring: Scoring,
     /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
@@ -117,10 +114,13 @@ struct Shared {
 ///
 /// # Errors
 /// The model directory cannot be used; the experience service stayed unreachable (the message names its address) or sent
-/// something that does not hold together; weights arrived damaged; a leased record cannot be prepared.
+/// something that does not hold together; weights arrived damaged; a leased record cannot be prepared; the page of metrics
+/// cannot be served.
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
-    let starting = start(&options, &cancel);
+    let meter = Meter::new();
+    meter.serve(&options.config.rollout.metrics_listen, shutdown.clone()).await?;
+    let starting = start(&options, &meter, &cancel);
     let (shared, device, receiver) = tokio::select! {
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
@@ -144,18 +144,15 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     if let Some(device) = Arc::into_inner(worker.device) {
         device.close().await;
     }
-    let c = &worker.shared.counters;
-    let get = |a: &AtomicU64| a.load(Ordering::Relaxed);
-    outcome.map(|finished| WorkerReport {
-        accepted: get(&c.accepted),
-        refused: get(&c.refused),
-        tokens: get(&c.tokens),
-        weights: worker.shared.weights.loads(),
-        finished,
-    })
+    let (accepted, refused, tokens, weights) = meter.totals();
+    outcome.map(|finished| WorkerReport { accepted, refused, tokens, weights, finished })
 }
 
-async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread, WeightReceiver)> {
+async fn start(
+    options: &WorkerOptions,
+    meter: &Meter,
+    cancel: &Arc<AtomicBool>,
+) -> Result<(Shared, DeviceThread, WeightReceiver)> {
     let config = &options.config;
     let dir = options.model_dir.clone();
     let boxes = config.model.boxes;
@@ -176,9 +173,10 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         experience,
         rewards,
         preparer: Arc::new(preparer),
-        weights: Arc::new(Weights::new(&options.experience)),
+        weights: Arc::new(Weights::new(&options.experience, meter.clone())),
         held: Held::default(),
-        counters: Counters::default(),
+        meter: meter.clone(),
+        health: options.health.clone(),
         question: config.data.question.clone(),
         scoring: Scoring::new(config),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
@@ -206,7 +204,7 @@ impl Worker {
             let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
             self.unless_failed(shared.weights.at_least(0)).await?;
             let (start, epoch) = (Instant::now(), shared.weights.epoch());
-            let leasing = shared.experience.lease(most, wait, shared.weights.present());
+            let leasing = shared.experience.lease(most, wait, shared.weights.present(), &shared.health);
             // The call goes on while batches end: dropped, its leases would be lost.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,
@@ -216,6 +214,7 @@ impl Worker {
                 }
             };
             shared.weights.trusted();
+            shared.meter.newest(lease.version);
             shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
             if lease.groups.is_empty() {
                 if lease.finished {
@@ -275,8 +274,10 @@ async fn one_batch(
     shared.weights.at_least(need).await?;
     let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
     let epoch = shared.weights.epoch();
+    let spans = leased.iter().map(|l| l.span(Step::Generate)).collect::<Vec<_>>();
     let made = device.generate(requests).await?;
-    drop(turn);
+    drop((turn, spans));
+    shared.meter.gpu(made.gpu);
     drop(ahead);
     // A batch is generated as one; each group bears its share.
     let each_ms = made.ms / leased.len().max(1) as f64;
@@ -300,27 +301,24 @@ async fn one_delivery(
 ) -> Result<()> {
     if shared.weights.epoch() != epoch {
         shared.held.remove(&leased.lease);
-        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        shared.meter.distrusted();
         shared.experience.release(vec![leased.lease]).await;
         return Ok(());
     }
     let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
     let told = shared.weights.told(versions);
     let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
-    let c = &shared.counters;
     match done {
         Delivery::Cancelled => return Ok(()),
-        Delivery::Answered { verdict, tokens } => {
-            c.tokens.fetch_add(tokens, Ordering::Relaxed);
-            if verdict == Verdict::Accepted {
-                c.accepted.fetch_add(1, Ordering::Relaxed);
-            } else {
-                c.refused.fetch_add(1, Ordering::Relaxed);
+        Delivery::Answered { verdict, tokens, reward_ms } => {
+            shared.meter.made(ms, reward_ms);
+            shared.meter.answered(verdict, tokens);
+            if verdict != Verdict::Accepted {
                 tracing::warn!(lease = leased.lease, "a group was not counted: {}", verdict.as_str_name());
             }
         }
         Delivery::Distrusted(what) => {
-            c.refused.fetch_add(1, Ordering::Relaxed);
+            shared.meter.distrusted();
             shared.weights.distrust(epoch, what)?;
         }
     }
