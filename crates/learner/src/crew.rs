@@ -164,6 +164,9 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     same.learner.parallel.rendezvous.clear();
     same.learner.listen.clear();
     same.learner.address.clear();
+    same.learner.metrics_listen.clear();
+    same.health.listen.clear();
+    same.telemetry = Default::default();
     same.reward.address.clear();
     let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
     lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));

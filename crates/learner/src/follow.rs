@@ -13,14 +13,15 @@ use crate::run::make_learner;
 use crate::stage::{Outcome, Stage};
 use crate::step::Learner;
 
-/// Follows rank 0 to the end of stage 2.
+/// Follows rank 0 to the end of stage 2; `joined` is called once this rank holds the model.
 ///
 /// # Errors
 /// See [`LearnerError`].
-pub(crate) fn follow(stage: &Stage<'_>) -> Result<Outcome> {
+pub(crate) fn follow(stage: &Stage<'_>, joined: impl FnOnce()) -> Result<Outcome> {
     let nobody = |_: SocketAddr| ();
     let crew = Crew::open(stage.config, stage.model_dir, &stage.data.ids(), nobody)?;
     let (mut learner, _) = make_learner(stage, &crew, None)?;
+    joined();
     let mut outcome = Outcome::default();
     loop {
         match crew.hear(stage.cancel.is_cancelled())? {

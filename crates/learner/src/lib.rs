@@ -15,6 +15,7 @@ mod kept;
 mod lora;
 mod measure;
 mod memory;
+mod meter;
 pub mod optim;
 mod plain;
 mod policy;

@@ -8,14 +8,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Duration;
 
 use tch::{Kind, Tensor, no_grad};
 use unveil_collective::Collective;
 use unveil_config::schema::Optimizer;
 
 use crate::error::{LearnerError, Result};
-use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, Zero, end};
+use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, SumsTime, Zero, end};
 
 /// Learning rate of update number `step` (from 0) of `total`: linear warm-up, constant, then linear from `lr` to
 /// `lr * lr_end` over the last `decay` share of the updates.
@@ -163,9 +162,9 @@ impl AdamW {
         Ok(Gradient { flat, norm })
     }
 
-    /// The time spent waiting for sums over ranks since it was asked for last.
-    pub fn take_waited(&mut self) -> Duration {
-        self.gradients.borrow_mut().take_waited()
+    /// The time of sums over ranks since it was asked for last.
+    pub(crate) fn take_sums_time(&mut self) -> SumsTime {
+        self.gradients.borrow_mut().take_time()
     }
 
     /// Copies of a gradient's parts in the parameters' shapes, by name. All ranks call it.

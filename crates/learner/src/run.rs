@@ -13,7 +13,7 @@ use unveil_config::Config;
 use unveil_config::schema::{Critic, Dtype};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
-use unveil_model::Vlm;
+use unveil_model::{Vlm, gpu_memory};
 
 use crate::batch::TrainGroup;
 use crate::crew::{Crew, Order, device};
@@ -23,6 +23,7 @@ use crate::follow::follow;
 use crate::kept;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
+use crate::meter::Meter;
 use crate::serve::{Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::setup::Models;
@@ -43,9 +44,12 @@ pub enum Ready {
     Ranks(SocketAddr),
     /// Where rollout workers find the experience service.
     Experience(SocketAddr),
+    /// This rank, not rank 0, has met the others and holds the model.
+    Joined,
 }
 
-/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it.
+/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it and its weights are
+/// published, the others when they have joined it.
 ///
 /// Checkpoints go to the run's prefix. The model directory written to [`Stage::out`] is that of the best evaluated checkpoint,
 /// or of the last update where nothing was evaluated. Call it from a thread that runs no tokio runtime.
@@ -54,7 +58,7 @@ pub enum Ready {
 /// See [`LearnerError`].
 pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outcome> {
     if stage.config.learner.parallel.rank > 0 {
-        return follow(&stage);
+        return follow(&stage, || ready(Ready::Joined));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -62,8 +66,8 @@ pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outc
         .build()
         .map_err(LearnerError::io("runtime"))?;
     let mut run = Run::open(&mut stage, runtime.handle(), |address| ready(Ready::Ranks(address)))?;
-    ready(Ready::Experience(run.host.address()));
     run.publish(wire_kind(stage.config))?;
+    ready(Ready::Experience(run.host.address()));
     let ended = run.train(&mut stage);
     let (outcome, Run { learner, host, mut saver, base, best, .. }) = (ended?, run);
     if outcome.interrupted {
@@ -88,6 +92,7 @@ struct Run {
     base: Option<Base>,
     best: Option<Best>,
     responses: u64,
+    meter: Meter,
 }
 
 impl Run {
@@ -95,7 +100,7 @@ impl Run {
         let config = stage.config;
         let files = StaticFiles::read(stage.model_dir)?;
         let resume: Resume = config.run.resume.parse()?;
-        let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
+        let (mut saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
         let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
         let crew = Crew::open(config, stage.model_dir, &stage.data.ids(), tell)?;
         let from = restored.as_ref().zip(loaded.as_ref());
@@ -116,8 +121,11 @@ impl Run {
             fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
         };
         let host = Host::start(handle, options, machine, stage.data.clone())?;
+        let meter = Meter::new(learner.settings().agreement_limit);
+        host.serve_metrics(&config.learner.metrics_listen, meter.registry())?;
+        saver.tell(meter.saves());
         let best = restored.and_then(|r| r.meta.best);
-        Ok(Self { learner, crew, host, saver, files, base, best, responses: 0 })
+        Ok(Self { learner, crew, host, saver, files, base, best, responses: 0, meter })
     }
 
     /// Has all weights whole on this rank, for what needs them all.
@@ -142,6 +150,7 @@ impl Run {
 
     fn train(&mut self, stage: &mut Stage<'_>) -> Result<Outcome> {
         let config = stage.config;
+        let meter = self.meter.clone();
         let total = config.learner.steps;
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut outcome = Outcome::default();
@@ -163,27 +172,29 @@ impl Run {
                 // Another rank is to go: the run ends after this update.
                 stage.cancel.cancel();
             }
+            let spans = self.host.training(self.learner.step() + 1, &batch);
             let mut report = self.learner.update(&batch)?;
+            drop(spans);
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
             report.stale_groups = self.host.stats().stale;
             let step = self.learner.step();
             let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
             self.host.trained(step, &ids)?;
             if step < total {
-                self.publish(wire_kind(config))?;
+                meter.part("publish", || self.publish(wire_kind(config)))?;
             }
             self.tell(stage, &report, &batch)?;
             let last = step == total;
             let evaluated = if last || due(config.learner.eval_every, step) {
                 self.bring()?;
-                stage.evaluate("rl", self.learner.vlm_mut(), step)?
+                meter.part("evaluate", || stage.evaluate("rl", self.learner.vlm_mut(), step))?
             } else {
                 None
             };
             let better = self.judge(step, evaluated.as_ref());
             outcome.last = evaluated.or(outcome.last);
             if better || last || due(config.learner.checkpoint_every, step) {
-                self.save(stage, better)?;
+                meter.part("save", || self.save(stage, better))?;
             }
         }
         (outcome.step, outcome.skipped) = (self.learner.step(), self.learner.counters().skipped);
@@ -251,6 +262,7 @@ impl Run {
 
     fn tell(&mut self, stage: &mut Stage<'_>, report: &UpdateReport, batch: &[TrainGroup]) -> Result<()> {
         stage.event(&with_kind("train", report)?)?;
+        self.meter.updated(report, batch, gpu_memory(self.learner.vlm().device()));
         kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,7 @@ use unveil_model::{ValueHead, Vlm};
 use crate::codec::{from_bytes, to_bytes};
 use crate::error::{LearnerError, Result};
 use crate::lora::{self, Base, SavedAdapters};
+use crate::meter::Saves;
 use crate::setup::CRITIC;
 use crate::step::Counters;
 
@@ -249,6 +251,7 @@ pub(crate) struct Saver {
     checkpoints: Arc<Mutex<Checkpoints>>,
     pending: Option<JoinHandle<Result<CheckpointInfo, unveil_checkpoint::Error>>>,
     last: Option<u64>,
+    saves: Option<Saves>,
     /// The learner's term.
     pub term: u64,
 }
@@ -274,7 +277,12 @@ impl Saver {
         })?;
         let (term, last) = (checkpoints.term(), loaded.as_ref().map(|l| l.info.step));
         let checkpoints = Arc::new(Mutex::new(checkpoints));
-        Ok((Self { handle: handle.clone(), store, checkpoints, pending: None, last, term }, loaded))
+        Ok((Self { handle: handle.clone(), store, checkpoints, pending: None, last, saves: None, term }, loaded))
+    }
+
+    /// Tells `saves` of every checkpoint that is committed from here on.
+    pub fn tell(&mut self, saves: Saves) {
+        self.saves = Some(saves);
     }
 
     /// The step that was saved, or resumed from, last.
@@ -294,8 +302,15 @@ impl Saver {
         let meta: Value = serde_json::to_value(meta).map_err(|e| LearnerError::State { step, what: e.to_string() })?;
         let checkpoints = self.checkpoints.clone();
         let snapshot = Snapshot { step, objects, meta, best };
-        let handle = self.handle.clone();
-        let work = move || handle.block_on(lock(&checkpoints).save(snapshot));
+        let (handle, saves) = (self.handle.clone(), self.saves.clone());
+        let work = move || {
+            let begun = Instant::now();
+            let info = handle.block_on(lock(&checkpoints).save(snapshot))?;
+            if let Some(saves) = saves {
+                saves.committed(begun.elapsed());
+            }
+            Ok(info)
+        };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
         self.pending = Some(thread.map_err(LearnerError::io("thread checkpoint"))?);
         self.last = Some(step);

@@ -385,3 +385,15 @@ fn workers_hear_that_the_run_is_over() {
     assert!(s.runtime.block_on(waiting).unwrap().unwrap());
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
 }
+
+#[test]
+fn the_service_is_ready_when_weights_are_published_and_not_before() {
+    let s = serve(&["a", "b"], 60.0);
+    let address = s.host.address().to_string();
+    let asked = |name: &str| s.runtime.block_on(unveil_service::check_health(&address, name, SOON)).unwrap();
+    assert!(asked("") && !asked("unveil.v1.Experience"), "alive, and nothing to lease");
+    publish(&s.host, 0).unwrap();
+    assert!(asked("") && asked("unveil.v1.Experience"));
+    publish(&s.host, 1).unwrap();
+    assert!(asked("unveil.v1.Experience"), "new weights do not take it away");
+}

@@ -10,6 +10,7 @@ use unveil_core::{GroupId, Logprobs, WeightVersion};
 use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
+use unveil_service::{carried, context, continues, span};
 
 use super::{Leased, Shared, State};
 use crate::batch::{GroupInput, TrainGroup};
@@ -84,6 +85,13 @@ impl Handler {
         }
     }
 
+    /// A span for each lease, in the trace of its group.
+    fn lease_spans(&self, worker: &str, leases: &[(Lease, usize)]) -> Vec<tracing::Span> {
+        let traces = &mut self.shared.lock().traces;
+        let span = |(l, _): &(Lease, usize)| span!(parent: &traces.group(&l.group), "lease", worker, lease = l.id);
+        leases.iter().map(span).collect()
+    }
+
     fn group(&self, request: v1::SubmitRequest, id: GroupId, input: Arc<GroupInput>) -> Result<TrainGroup, Status> {
         let bad = |what: String| Status::invalid_argument(format!("group {} of pass {}: {what}", id.record, id.pass));
         let n = self.shared.sampling.n;
@@ -155,10 +163,11 @@ impl Service for Handler {
         }
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let (leases, version, finished) = self.take(&r.worker, r.max_groups as usize, Instant::now() + wait).await;
+        let spans = self.lease_spans(&r.worker, &leases);
         let ready = self.prepare(leases).await?;
         let mut groups = Vec::with_capacity(ready.len());
         let mut state = self.shared.lock();
-        for (lease, made) in ready {
+        for ((lease, made), span) in ready.into_iter().zip(spans) {
             let record_json = serde_json::to_string(&made.input.record).map_err(|e| Status::internal(e.to_string()))?;
             let s = &self.shared.sampling;
             groups.push(v1::LeasedGroup {
@@ -177,6 +186,7 @@ impl Service for Handler {
                 min_p: s.min_p,
                 untempered: s.logprobs == Logprobs::Untempered,
                 stop: self.shared.stop.clone(),
+                traceparent: context(&span),
             });
             state.inputs.insert(lease.group, made.input);
         }
@@ -184,6 +194,8 @@ impl Service for Handler {
     }
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Result<Answer<v1::SubmitResponse>, Status> {
+        let span = span!(parent: None, "take", verdict = tracing::field::Empty);
+        continues(&span, &carried(&request));
         let mut r = request.into_inner();
         let id = group_from_wire(r.group.take()).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let (worker, lease) = (std::mem::take(&mut r.worker), std::mem::take(&mut r.lease));
@@ -232,6 +244,7 @@ impl Service for Handler {
             Verdict::Stale => v1::submit_response::Verdict::Stale,
             Verdict::Expired => v1::submit_response::Verdict::Expired,
         };
+        span.record("verdict", verdict.as_str_name());
         Ok(Answer::new(v1::SubmitResponse { verdict: verdict.into() }))
     }
 

@@ -20,9 +20,12 @@ use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
 use handler::Handler;
+use traces::Traces;
 use weights::Published;
 
 mod handler;
+mod meter;
+mod traces;
 mod weights;
 
 pub use weights::NewWeights;
@@ -60,6 +63,7 @@ struct State {
     /// Workers that ever leased, and when they were last heard of.
     workers: BTreeMap<String, Duration>,
     told: BTreeSet<String>,
+    traces: Traces,
     finished: bool,
     fault: Option<LearnerError>,
 }
@@ -160,7 +164,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// Starts serving. Nothing is leased before the first [`Host::publish`].
+    /// Starts serving. Nothing is leased before the first [`Host::publish`], and health says that the service is not ready.
     ///
     /// # Errors
     /// The address cannot be listened on.
@@ -177,6 +181,7 @@ impl Host {
             checksums: BTreeMap::new(),
             workers: BTreeMap::new(),
             told: BTreeSet::new(),
+            traces: Traces::default(),
             finished: false,
             fault: None,
         };
@@ -193,8 +198,12 @@ impl Host {
         });
         let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
-        let serve =
-            ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
+        let serve = ServeOptions {
+            names: vec!["unveil.v1.Experience"],
+            drain: Duration::from_secs(1),
+            serving: false,
+            ..Default::default()
+        };
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
         Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })
@@ -225,9 +234,12 @@ impl Host {
         let made = Published::make(new, before)?;
         let mut state = self.shared.lock();
         state.machine.published(version)?;
-        state.checksums.insert(version, made.checksum);
+        let first = state.checksums.insert(version, made.checksum).is_none() && state.checksums.len() == 1;
         state.weights = Some(made);
         drop(state);
+        if let Some(running) = self.running.as_ref().filter(|_| first) {
+            self.handle.block_on(running.serving());
+        }
         self.shared.work.notify_waiters();
         Ok(())
     }
@@ -269,13 +281,21 @@ impl Host {
         }
     }
 
+    /// Spans of update `step` in the traces of its groups; it lasts until they are dropped.
+    pub(crate) fn training(&self, step: u64, batch: &[TrainGroup]) -> Vec<tracing::Span> {
+        self.shared.lock().traces.train(step, batch.iter().map(|g| &g.id))
+    }
+
     /// Counts a batch as trained by update `step`.
     ///
     /// # Errors
     /// It is not the batch that was taken.
     pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
         let now = self.shared.now();
-        Ok(self.shared.lock().machine.trained(step, groups, now)?)
+        let mut state = self.shared.lock();
+        state.machine.trained(step, groups, now)?;
+        state.traces.end(groups);
+        Ok(())
     }
 
     /// Where the run stands in its data.

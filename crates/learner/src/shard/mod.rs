@@ -8,7 +8,7 @@ mod plan;
 mod ranks;
 
 pub(crate) use gathered::Gathered;
-pub(crate) use gradients::Gradients;
+pub(crate) use gradients::{Gradients, SumsTime};
 pub(crate) use pass::{Course, Pass};
 pub(crate) use plan::{Piece, Plan, Slot};
 pub(crate) use ranks::end;
