@@ -162,6 +162,8 @@ fn bad_configurations() {
     with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
     with("sft.steps=many").says(2, &["sft.steps", "integer"]);
     with("rollout.n=1").exits(2);
+    with("health.listen=127.0.0.1:9").says(2, &["health.listen", "every role", "port 0"]);
+    with("telemetry.otlp_endpoint=collector").says(2, &["telemetry.otlp_endpoint", "http://host:port"]);
     s.write("odd.toml", "[learner]\nstepz = 3\n");
     s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
     s.write("odd.toml", "[learner\n");
