@@ -2,18 +2,18 @@
 SHELL := bash
 CONFIG ?= configs/quickstart.toml
 BCCD := $(or $(UNVEIL_BCCD),../shared/data/bccd)
-# Tests named after BCCD need that data set; without it they are left out here, and fail when run by hand.
-ifneq ($(wildcard $(BCCD)/Annotations),)
-NEXTEST_ONLY :=
-TEST_ONLY :=
-else
-NEXTEST_ONLY := -E 'not test(bccd)'
-TEST_ONLY := -- --skip bccd
-endif
+# Tests named after BCCD need that data set, those named after Slurm need root; without, they are left out here, and fail when run by hand.
+LEFT_OUT := $(if $(wildcard $(BCCD)/Annotations),,bccd) $(if $(filter 0,$(shell id -u)),,slurm_)
+NEXTEST_ONLY := $(if $(strip $(LEFT_OUT)),-E 'all()$(foreach name,$(LEFT_OUT), - test($(name)))')
+TEST_ONLY := $(if $(strip $(LEFT_OUT)),-- $(foreach name,$(LEFT_OUT),--skip $(name)))
 # The interpreter that setup chose.
 PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 
-.PHONY: help setup build train test check test-gpu bench-rollout bench-load bench-learner bench-reward bench-gpu fuzz fmt lint doc clean
+# What the soak draws from: SEED=N repeats one.
+SEED ?= $(shell date +%s)
+FAULTS ?= 200
+
+.PHONY: help setup build train test check chaos test-ceph test-gpu test-helm test-slurm bench-rollout bench-load bench-learner bench-checkpoint bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,9 +30,15 @@ train: build ## the main job: stage 1, stage 2, evaluation, report (CONFIG=… A
 test: ## all tests
 	@.ci/setup --tests
 	cargo build --locked --workspace --bins
-	$(if $(NEXTEST_ONLY),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
+	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
+	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: the tests on a real Slurm are left out")
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
 	else set -x; cargo test --locked --workspace $(TEST_ONLY); fi
+
+test-helm: ## the Helm chart, the container's recipe, and roles as pods run them (part of `test`)
+	@.ci/setup --tests
+	cargo build --locked --workspace --bins
+	cargo test --locked -p unveil-tests --test helm
 
 check: setup ## format, clippy, docs, licences, unused dependencies, room boundaries
 	cargo fmt --all --check
@@ -40,9 +46,23 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
 
-test-gpu: setup ## tests of the engine and of collectives on a GPU; they fail where there is none
+chaos: build ## kills, stops, networks and stores that fail, one after another, and a verdict (SEED=… FAULTS=200)
+	@.ci/setup --tests
+	cargo run --locked -p unveil-tests --example chaos -- $(SEED) $(FAULTS)
+
+test-ceph: build ## the tests on object storage against Ceph's S3 gateway (installs Debian packages when root)
+	@.ci/setup --tests
+	tests/ceph/run
+
+test-slurm: setup ## a part of test: runs on a real Slurm of four nodes on this machine; needs root
+	@.ci/setup --tests
+	cargo build --locked --workspace --bins
+	cargo test --locked -p unveil-tests --test slurm -- --nocapture --test-threads 1
+
+test-gpu: setup ## tests of the engine, of collectives and of weight sync on a GPU; they fail where there is none
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
 	cargo test --locked -p unveil-collective --features gpu --test gpu -- --nocapture --test-threads 1
+	cargo test --locked -p unveil-learner --features gpu --test gpu -- --nocapture --test-threads 1
 
 bench-rollout: bench-build ## rollout against transformers, loading against reading (ARGS="--shapes 6m --rounds 3")
 	$(PYTHON) tests/bench/rollout.py --load $(ARGS)
@@ -54,6 +74,11 @@ bench-learner: setup ## policy updates against TRL, sums over ranks, weight sync
 	@.ci/setup --tests
 	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
 	$(PYTHON) tests/bench/learner.py --ranks --sync $(ARGS)
+
+bench-checkpoint: setup ## saves and loads against the raw rate of the store and torch.distributed.checkpoint (ARGS="--rounds 3")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-checkpoint --example checkpoint_bench -p unveil-learner --example copy_bench
+	$(PYTHON) tests/bench/checkpoint.py $(ARGS)
 
 bench-reward: setup ## scoring in process and through gRPC, against numpy and scipy (ARGS="--rounds 3")
 	@.ci/setup --tests

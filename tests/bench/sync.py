@@ -5,9 +5,11 @@ what a run does for each version: the learner copies its tensors into chunks wit
 checks every chunk and the whole, and copies them into its model. Its time is from the first of these to the last, with nothing
 else going on. The limit is the same number of bytes between the same two processes over a plain TCP connection, written from and
 read into one buffer of 1 MiB, without checksums. In turns; the first of a round alternates. Buffers are made by one sync before.
+Then the worker joins, and the same goes by a broadcast over Gloo, whose world a first one makes.
 
 Rows:
     3b-grpc-sync     bytes per second; ratio = share of the plain rate (aim 0.25), peer null
+    3b-gloo-sync     the same by broadcast to one worker; peer = the gRPC stream of the same round
 """
 
 import argparse
@@ -59,21 +61,42 @@ def measure(options):
                 return rounds(options, pool, sender, receiver, ready["bytes"])
 
 
+def broadcast(pool, sender, receiver):
+    """One sync by broadcast in a world that stands; as `both`."""
+    receiver.ask("join")
+    both(pool, sender, receiver, "sync")
+    sender.ask("sent")
+    found = both(pool, sender, receiver, "sync")
+    deadline = time.monotonic() + 10
+    while not sender.ask("sent")["broadcasts"]:
+        if time.monotonic() > deadline:
+            raise SystemExit("bench: a version that was to be broadcast went as a stream")
+        time.sleep(0.01)
+    receiver.ask("leave")
+    return found
+
+
 def rounds(options, pool, sender, receiver, size):
     both(pool, sender, receiver, "sync")
-    seconds = {"sync": [], "raw": []}
+    seconds = {"sync": [], "raw": [], "broadcast": []}
     for r in range(options.rounds):
-        for op in ("sync", "raw") if r % 2 == 0 else ("raw", "sync"):
-            (sent, got), took = both(pool, sender, receiver, op)
+        for op in ("sync", "raw", "broadcast") if r % 2 == 0 else ("broadcast", "raw", "sync"):
+            if op == "broadcast":
+                (sent, got), took = broadcast(pool, sender, receiver)
+            else:
+                (sent, got), took = both(pool, sender, receiver, op)
             seconds[op].append(took)
             print(f"{op}: {size / took / 1e9:.2f} GB/s, {took:.2f} s ({json.dumps(sent)}, {json.dumps(got)})", flush=True)
     shares = [raw / sync for raw, sync in zip(seconds["raw"], seconds["sync"])]
-    notes = [f"{size} bytes, {options.dtype}; plain loopback TCP {size / median(seconds['raw']) / 1e9:.3f} GB/s; peak resident "
+    gains = [sync / cast for sync, cast in zip(seconds["sync"], seconds["broadcast"])]
+    rate = {op: size / median(took) / 1e9 for op, took in seconds.items()}
+    notes = [f"{size} bytes, {options.dtype}; plain loopback TCP {rate['raw']:.3f} GB/s; peak resident "
              f"{sender.peak_mib():.0f} MiB of the sender and {receiver.peak_mib():.0f} MiB of the receiver"]
     print(f"bench: {notes[0]}", flush=True)
-    name = f"{options.shape}-grpc-sync"
-    return [table.row(name, "GB/s", size / median(seconds["sync"]) / 1e9, None, None, median(shares),
-                      table.spread(shares))], notes
+    grpc, gloo = f"{options.shape}-grpc-sync", f"{options.shape}-gloo-sync"
+    return [table.row(grpc, "GB/s", rate["sync"], None, None, median(shares), table.spread(shares)),
+            table.row(gloo, "GB/s", rate["broadcast"], rate["sync"], "gRPC stream", median(gains),
+                      table.spread(gains))], notes
 
 
 @dataclass

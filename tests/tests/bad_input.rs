@@ -162,6 +162,16 @@ fn bad_configurations() {
     with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
     with("sft.steps=many").says(2, &["sft.steps", "integer"]);
     with("rollout.n=1").exits(2);
+    let ranks =
+        ["learner.parallel.ranks=2", "--set", "learner.parallel.rank=1", "--set", "learner.parallel.rendezvous=h:1"];
+    let rank = s.unveil(&[&["train", "--config", &config, "--set"][..], &ranks].concat());
+    let said = rank.exits(2).stderr;
+    assert!(said.contains("learner.parallel.rank is 1") && said.contains("`unveil learner`"), "{said}");
+    let refused = |set: &str| with(set).exits(2).stderr;
+    let said = refused("health.listen=127.0.0.1:9");
+    assert!(said.contains("health.listen is `127.0.0.1:9`: every role") && said.contains("port 0"), "{said}");
+    let said = refused("telemetry.otlp_endpoint=collector");
+    assert!(said.contains("telemetry.otlp_endpoint is `collector`: use http://host:port"), "{said}");
     s.write("odd.toml", "[learner]\nstepz = 3\n");
     s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
     s.write("odd.toml", "[learner\n");

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal;
 use unveil_testkit::{Lineage, Process, Sandbox, committed, events_of};
 
 const SOON: Duration = Duration::from_secs(120);
@@ -176,7 +177,7 @@ fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
 }
 
 #[test]
-fn an_interrupt_in_stage_1_resumes_there() {
+fn a_termination_in_stage_1_resumes_there() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let (config, run) = (config.to_string_lossy(), s.path("run"));
@@ -184,7 +185,8 @@ fn an_interrupt_in_stage_1_resumes_there() {
     let mut train = s.spawn(&args);
     train.until("updates of stage 1", SOON, || (events_of(&run, "sft").len() >= 2).then_some(()));
     let asked = Instant::now();
-    train.interrupt();
+    // As Slurm and Kubernetes do it.
+    train.signal(Signal::SIGTERM);
     train.wait(SOON).says(130, &["interrupted"]);
     assert!(asked.elapsed() < STOP, "stopping took {:?}", asked.elapsed());
     assert_eq!(s.processes(), []);

@@ -116,6 +116,8 @@ fn check_family(family: &str) {
         "bf16 differs by {mean} on average"
     );
 
+    check_heads(&s, &model_arg, &data_arg);
+
     let set = format!("model.dir={model_arg}");
     let rewards = s.unveil(&["reward", "score", "--set", &set, "--data", &file]).ok().json();
     assert_eq!(rewards.len(), lines.len());
@@ -130,6 +132,22 @@ fn check_family(family: &str) {
             assert_eq!(masked, c["reason"].is_string() || c["reason"].is_object(), "a mask has a reason: {reward}");
         }
     }
+}
+
+/// Attention by head is written, a head chosen from it, and read again: over the same records its relevance is what it was chosen by.
+fn check_heads(s: &Sandbox, model: &str, data: &str) {
+    let (heads, chosen) = (s.path("heads.jsonl"), s.path("heads.toml"));
+    let (heads, chosen) = (heads.to_string_lossy(), chosen.to_string_lossy());
+    let score = ["score", "--model", model, "--data", data, "--answers"];
+    let plain = s.unveil(&[&score[..], &["--heads", &heads]].concat()).ok().json();
+    let choice = &s.unveil(&["reward", "calibrate", "--data", &heads, "--top", "1", "--out", &chosen]).ok().json()[0];
+    let set = format!("reward.vision_relevance.heads_file={chosen}");
+    let read = s.unveil(&[&score[..], &["--set", &set]].concat()).ok().json();
+    let defined = |lines: &[Value]| lines.iter().filter_map(|l| l["vision_relevance"].as_f64()).collect::<Vec<f64>>();
+    let (plain, read) = (defined(&plain), defined(&read));
+    assert!(read.len() > 1 && choice["samples"] == read.len() && plain != read, "{plain:?} {read:?} {choice}");
+    let (mean, best) = (read.iter().sum::<f64>() / read.len() as f64, choice["measured"][0]["score"].as_f64());
+    assert!((mean - best.expect("a score")).abs() < 1e-5, "{mean} {choice}");
 }
 
 #[test]

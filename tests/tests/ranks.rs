@@ -1,8 +1,11 @@
 //! A learner of several ranks as a user runs it: the whole job, a rank that dies, another number of ranks after it, and ranks that do
 //! not belong together.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+use unveil_service::{READY, check_health};
 use unveil_testkit::{Found, Lineage, Process, Sandbox, committed, events_of};
 
 const SOON: Duration = Duration::from_secs(120);
@@ -18,6 +21,16 @@ fn start(s: &Sandbox, command: &str, sets: &[&str]) -> Process {
 
 fn rank_one(s: &Sandbox) -> Option<Found> {
     s.processes().into_iter().find(|p| p.args.iter().any(|a| a == "learner.parallel.rank=1"))
+}
+
+fn free() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// What the listener for probes says.
+fn asked(health: SocketAddr, service: &str) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(check_health(&health.to_string(), service, SOON)).unwrap()
 }
 
 /// Loss and gradient norm of the first update.
@@ -82,8 +95,11 @@ fn ranks_that_do_not_belong_together_are_refused() {
     let s = Sandbox::new();
     start(&s, "train", &["learner.steps=1"]).wait(SOON).ok();
     let own = ["learner.steps=3", "learner.parallel.join_s=60"];
-    let mut zero = start(&s, "learner", &[&TWO[..], &own].concat());
+    let health = free();
+    let listen = format!("health.listen={health}");
+    let mut zero = start(&s, "learner", &[&TWO[..], &own, &[&listen]].concat());
     let line: serde_json::Value = serde_json::from_str(&zero.first_line(SOON)).unwrap();
+    assert!(asked(health, "") && !asked(health, READY), "it waits for rank 1: alive, not ready");
     let address = line["address"].as_str().expect("an address");
     let meet = format!("learner.parallel.rendezvous={address}");
     let others = ["learner.parallel.rank=1", &meet, "learner.optimizer.lr=0.5"];
@@ -93,4 +109,15 @@ fn ranks_that_do_not_belong_together_are_refused() {
     zero.wait(SOON).says(1, &said);
     let run = s.path("run").to_string_lossy().into_owned();
     s.unveil(&["checkpoint", "list", &run]).ok();
+
+    // One rank alone goes on in the same place: ready when it serves, and gone when it is told to end.
+    let mut learner = start(&s, "learner", &["learner.steps=9", &listen]);
+    learner.until("readiness", SOON, || {
+        std::net::TcpStream::connect(health).ok().filter(|_| asked(health, READY)).map(drop)
+    });
+    learner.signal(Signal::SIGTERM);
+    let asked_at = std::time::Instant::now();
+    learner.wait(Duration::from_secs(10)).says(130, &["interrupted"]);
+    assert!(asked_at.elapsed() < Duration::from_secs(10));
+    assert_eq!(committed(&s.path("run")).last(), Some(&1), "nothing was trained, and nothing is lost");
 }

@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use unveil_service::{READY, check_health};
 use unveil_testkit::{Sandbox, binary, json_lines};
 
 #[test]
@@ -23,13 +24,17 @@ fn it_links_no_torch() {
 fn it_is_ready_at_once_and_stops_when_asked() {
     let s = Sandbox::new();
     let start = Instant::now();
-    let mut service = s.spawn(&["reward", "serve"]);
+    let health = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
+    let mut service = s.spawn(&["reward", "serve", "--set", &format!("health.listen={health}")]);
     let ready = json_lines(&service.first_line(Duration::from_secs(10)));
     eprintln!("ready after {:?}", start.elapsed());
     assert_eq!(ready[0]["role"], "reward");
     let address = ready[0]["address"].as_str().expect("an address");
     assert!(address.starts_with("127.0.0.1:") && !address.ends_with(":0"), "{address}");
     std::net::TcpStream::connect(address).expect("it listens there");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let asked = |name: &str| runtime.block_on(check_health(&health.to_string(), name, Duration::from_secs(5)));
+    assert!(asked("").is_ok_and(|alive| alive) && asked(READY).is_ok_and(|ready| ready));
     let running = s.processes();
     assert!(running.iter().all(|p| p.args[0].ends_with("unveil-reward")), "`unveil reward` became {running:?}");
     service.interrupt();

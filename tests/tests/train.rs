@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
-use unveil_testkit::{Lineage, Sandbox, events_of, json_lines, read_json};
+use unveil_testkit::{Lineage, Sandbox, Span, SpanCollector, events_of, json_lines, read_json};
 
 fn finite(metrics: &Value) {
     for key in ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"] {
@@ -30,7 +30,11 @@ fn the_main_job_end_to_end() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let (config, run) = (config.to_string_lossy(), s.path("run"));
-    let args = ["train", "--config", &config, "--set", "eval.suites=[\"grounding\"]"];
+    let collector = SpanCollector::start();
+    let endpoint = format!("telemetry.otlp_endpoint={}", collector.endpoint());
+    let sets = ["eval.suites=[\"grounding\"]", "telemetry.log=json", &endpoint];
+    let args: Vec<&str> =
+        ["train", "--config", &config].into_iter().chain(sets.into_iter().flat_map(|set| ["--set", set])).collect();
     let first = s.unveil(&args).ok();
     assert_eq!(s.processes(), [], "every role ends with the run");
 
@@ -43,6 +47,8 @@ fn the_main_job_end_to_end() {
         assert!(summary[key].as_f64().is_some_and(|v| v > 0.0), "`{key}` in {summary}");
     }
     let report = std::fs::read_to_string(run.join("report.html")).expect("report.html");
+    // It shows the settings, the collector's address among them.
+    let report = report.replace(collector.endpoint(), "");
     assert!(report.contains("data:image/") && report.contains("<svg"), "the report shows images and curves");
     assert!(!report.contains("http://") && !report.contains("https://"), "the report loads nothing");
 
@@ -74,6 +80,8 @@ fn the_main_job_end_to_end() {
     assert!(tensorboard_files(&run.join("metrics")) >= 2, "both stages write TensorBoard files");
 
     checkpoints(&s, &run.to_string_lossy());
+    logs_are_json(&run);
+    traces_go_through_all_roles(&collector.spans());
 
     let again = s.unveil(&args).ok();
     assert!(again.waited < Duration::from_secs(20), "a finished run is not repeated: {:?}", again.waited);
@@ -82,6 +90,33 @@ fn the_main_job_end_to_end() {
         assert_eq!(second[key], summary[key], "`{key}` of a finished run stays");
     }
     Lineage::read(&run).is_exactly_once(6, 2, 8);
+}
+
+/// Every line of the roles' logs says whose it is, and of which run.
+fn logs_are_json(run: &Path) {
+    for (file, role) in [("rollout-0.log", "rollout"), ("reward.log", "reward")] {
+        let text = std::fs::read_to_string(run.join("logs").join(file)).expect("a role's log");
+        let lines = json_lines(&text);
+        assert!(!lines.is_empty() && lines.len() == text.lines().count(), "{text}");
+        for line in &lines {
+            assert_eq!((&line["role"], &line["run"]), (&role.into(), &run.to_string_lossy().into()), "{line}");
+            assert!(line["message"].is_string() && line["level"].is_string(), "{line}");
+        }
+    }
+}
+
+/// Twelve groups were trained: each is one trace with spans of three processes.
+fn traces_go_through_all_roles(spans: &[Span]) {
+    let groups: Vec<&Span> = spans.iter().filter(|s| s.name == "group").collect();
+    assert_eq!(groups.len(), 12);
+    for group in groups {
+        let mut of: Vec<(&str, &str)> =
+            spans.iter().filter(|s| s.trace == group.trace).map(|s| (s.service.as_str(), s.name.as_str())).collect();
+        of.sort_unstable();
+        let learner = ["group", "lease", "take", "train"].map(|name| ("unveil-learner", name));
+        let rollout = ["generate", "score", "submit"].map(|name| ("unveil-rollout", name));
+        assert_eq!(of, [&learner[..], &[("unveil-reward", "rewards")], &rollout].concat(), "{}", group.trace);
+    }
 }
 
 /// What a run keeps of the responses of an update: boxes, the image that the policy saw, and where it looked.
@@ -192,8 +227,8 @@ fn ppo_with_a_value_head() {
         assert!(value.is_some_and(|v| v.is_finite() && v > 0.0), "the value head has a loss: {e}");
     }
     let shown = s.unveil(&["checkpoint", "show", &run.to_string_lossy()]).ok().json();
-    let objects = shown[0]["manifest"]["objects"].as_array().expect("objects");
-    assert!(objects.iter().any(|o| o["name"] == "value_head.safetensors"), "the value head is in the checkpoint");
+    let tensors = shown[0]["manifest"]["tensors"].as_array().expect("tensors");
+    assert!(tensors.iter().any(|t| t["name"] == "value_head.weight"), "the value head is in the checkpoint");
     finite(&read_json(&run.join("summary.json"))["after"]);
 }
 

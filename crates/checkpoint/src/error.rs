@@ -39,6 +39,18 @@ pub enum Error {
     /// The step was saved in this term already.
     #[error("step {step} is already saved in {place} (term {term})")]
     StepTaken { place: String, step: u64, term: u64 },
+    /// An object is not there as its writer reported it.
+    #[error(
+        "`{object}` in {place} was written with {written} bytes and is seen with {}: give all ranks one and the same checkpoint.url",
+        seen(*.found)
+    )]
+    Lost { place: String, object: String, written: u64, found: Option<u64> },
+    /// What the writers of a checkpoint report does not make whole tensors.
+    #[error("the checkpoint of step {step} cannot be committed to {place}: {why}")]
+    Parts { place: String, step: u64, why: String },
+    /// A tensor that the checkpoint does not have, or not so large.
+    #[error("the checkpoint of step {step} has no such {kind} of `{name}`: {why}")]
+    NoTensor { step: u64, kind: String, name: String, why: String },
     /// An object name that cannot be stored.
     #[error("`{name}` cannot be an object of a checkpoint: {why}")]
     BadName { name: String, why: &'static str },
@@ -50,6 +62,10 @@ pub enum Error {
     Export { dir: String, cause: String },
 }
 
+fn seen(found: Option<u64>) -> String {
+    found.map_or_else(|| "none at all".to_owned(), |n| n.to_string())
+}
+
 /// One line for the cause: the operating system's error where there is one, else the outermost text.
 pub(crate) fn cause(e: &(dyn StdError + 'static)) -> String {
     let mut at: Option<&(dyn StdError + 'static)> = Some(e);
@@ -59,7 +75,8 @@ pub(crate) fn cause(e: &(dyn StdError + 'static)) -> String {
         }
         at = x.source();
     }
-    let text = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    // Stores say keys back, and a cut one would not be known any more.
+    let text = unveil_core::redact(&e.to_string()).split_whitespace().collect::<Vec<_>>().join(" ");
     match text.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

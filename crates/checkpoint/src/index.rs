@@ -3,42 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::log::{Entry, Kind};
 
-/// `manifest.json`: the last object of a checkpoint to be written.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Version of this format, now 1.
-    pub format: u32,
-    /// Step after which it was taken.
-    pub step: u64,
-    /// Term of the learner that wrote it.
-    pub term: u64,
-    /// Clock of the writer.
-    pub created_unix_s: u64,
-    /// Version of the program.
-    pub code_version: String,
-    /// What the caller wants to find again (configuration, position in the data, counters…).
-    pub meta: Value,
-    /// The objects.
-    pub objects: Vec<ManifestObject>,
-}
-
-/// One object of a checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ManifestObject {
-    /// Name relative to the checkpoint's folder.
-    pub name: String,
-    /// Bytes.
-    pub size: u64,
-    /// BLAKE3, hex.
-    pub blake3: String,
-}
-
 /// One checkpoint as the log knows it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointInfo {
     /// Its log entry.
     pub seq: u64,

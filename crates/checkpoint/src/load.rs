@@ -1,20 +1,17 @@
-//! Finding, verifying and reading checkpoints.
+//! Which checkpoints there are, which one to go on from, and whether they are as they were written.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::str::FromStr;
 
-use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::index::{CheckpointInfo, Index, Manifest, ManifestObject};
+use crate::index::{CheckpointInfo, Index};
 use crate::log::RunLog;
-use crate::store::{Store, hash};
-
-/// Objects read at once.
-const PARALLEL: usize = 4;
+use crate::manifest::{Manifest, ManifestObject};
+use crate::read::{PARALLEL, Reader};
+use crate::store::Store;
 
 /// Where to go on from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,17 +36,68 @@ impl FromStr for Resume {
     }
 }
 
-/// A checkpoint in memory; every byte has been checked.
-#[derive(Debug, Clone)]
-pub struct Loaded {
-    /// Which.
-    pub info: CheckpointInfo,
-    /// What the writer put beside the objects.
-    pub meta: Value,
-    /// The objects by name.
-    pub objects: BTreeMap<String, Bytes>,
-    /// Newer checkpoints that were passed over, and why.
-    pub warnings: Vec<String>,
+/// The checkpoints that a run may go on from, best first. Who reads one and finds it damaged says so, and takes the next.
+#[derive(Debug)]
+pub struct Choice {
+    place: String,
+    left: VecDeque<CheckpointInfo>,
+    /// An asked-for step is that step or an error.
+    one: bool,
+    /// A run that has begun is not started afresh.
+    begun: bool,
+    passed: Vec<String>,
+}
+
+impl Choice {
+    pub(crate) fn new(store: &Store, index: &Index, resume: Resume) -> Result<Self> {
+        let (mut left, mut begun) = (VecDeque::new(), false);
+        match resume {
+            Resume::Never => {}
+            Resume::Step(step) => left.push_back(pick(store, index, Some(step))?.clone()),
+            Resume::Auto => {
+                left.extend(index.lineage.iter().filter_map(|seq| index.get(*seq)).cloned());
+                begun = index.begun;
+            }
+        }
+        let one = matches!(resume, Resume::Step(_));
+        Ok(Self { place: store.place().to_string(), left, one, begun, passed: Vec::new() })
+    }
+
+    /// The next one to try; none: afresh.
+    ///
+    /// # Errors
+    /// [`Error::NoneUsable`] when there were checkpoints and none is left: a run is never silently started afresh.
+    pub fn take(&mut self) -> Result<Option<CheckpointInfo>> {
+        if let Some(info) = self.left.pop_front() {
+            return Ok(Some(info));
+        }
+        if !self.begun && self.passed.is_empty() {
+            return Ok(None);
+        }
+        if self.passed.is_empty() {
+            self.passed.push("all checkpoints of its lineage were removed".into());
+        }
+        Err(Error::NoneUsable { place: self.place.clone(), reasons: self.passed.join("; ") })
+    }
+
+    /// Passes over `info`, which could not be used for `fault`.
+    ///
+    /// # Errors
+    /// `fault`, where it says nothing about the checkpoint (a store that cannot be reached: an older one must not be taken for it),
+    /// or that step was asked for.
+    pub fn pass(&mut self, info: &CheckpointInfo, fault: Error) -> Result<()> {
+        if self.one || !matches!(fault, Error::Corrupt { .. }) {
+            return Err(fault);
+        }
+        tracing::warn!(step = info.step, error = %fault, "a checkpoint is passed over");
+        self.passed.push(format!("step {} is passed over: {fault}", info.step));
+        Ok(())
+    }
+
+    /// Checkpoints that were passed over, and why.
+    pub fn warnings(&self) -> &[String] {
+        &self.passed
+    }
 }
 
 /// A checkpoint and its manifest.
@@ -98,18 +146,16 @@ pub async fn best(store: &Store) -> Result<Option<CheckpointInfo>> {
 /// [`Error::Empty`] or [`Error::NoSuchStep`], or a store error.
 pub async fn show(store: &Store, step: Option<u64>) -> Result<Shown> {
     let index = Index::new(RunLog::read(store).await?.entries());
-    let info = pick(store, &index, step)?.clone();
-    let manifest = read_manifest(store, &info).await?;
-    Ok(Shown { info, manifest })
+    let reader = Reader::open(store, pick(store, &index, step)?).await?;
+    Ok(Shown { info: reader.info().clone(), manifest: reader.manifest().clone() })
 }
 
-/// Loads what a learner would resume from; nothing is recorded. `None`: it would start afresh.
+/// What a learner would go on from; nothing is recorded.
 ///
 /// # Errors
-/// [`Error::NoSuchStep`]; [`Error::NoneUsable`] when there are checkpoints but none verifies (a run is never silently
-/// started afresh); or a store error.
-pub async fn load(store: &Store, resume: Resume) -> Result<Option<Loaded>> {
-    load_from(store, &Index::new(RunLog::read(store).await?.entries()), resume).await
+/// [`Error::NoSuchStep`], or a store error.
+pub async fn choice(store: &Store, resume: Resume) -> Result<Choice> {
+    Choice::new(store, &Index::new(RunLog::read(store).await?.entries()), resume)
 }
 
 /// Checks every object of a step's checkpoint, or of all checkpoints. Damage is in the result, not an error.
@@ -132,20 +178,27 @@ pub async fn verify(store: &Store, step: Option<u64>) -> Result<Vec<ObjectCheck>
             ok: fault.is_none(),
             reason: fault.map(|e| e.to_string()),
         };
-        match read_manifest(store, info).await {
-            Err(e) => out.push(check("manifest.json", Some(e))),
-            Ok(manifest) => {
-                out.push(check("manifest.json", None));
-                let results = futures::stream::iter(&manifest.objects)
-                    .map(|o| async move { (o, read_object(store, info, o).await.err()) })
-                    .buffered(PARALLEL)
-                    .collect::<Vec<_>>()
-                    .await;
-                out.extend(results.into_iter().map(|(o, fault)| check(&o.name, fault)));
+        let reader = match Reader::open(store, info).await {
+            Ok(reader) => reader,
+            Err(e) => {
+                out.push(check("manifest.json", Some(e)));
+                continue;
             }
-        }
+        };
+        out.push(check("manifest.json", None));
+        // Parts of an object are read side by side; a few small objects, too.
+        let results = futures::stream::iter(&reader.manifest().objects)
+            .map(|o| check_one(&reader, o))
+            .buffered(PARALLEL / 4)
+            .collect::<Vec<_>>()
+            .await;
+        out.extend(results.into_iter().map(|(o, fault)| check(&o.name, fault)));
     }
     Ok(out)
+}
+
+async fn check_one<'a>(reader: &Reader, object: &'a ManifestObject) -> (&'a ManifestObject, Option<Error>) {
+    (object, reader.check(object).await.err())
 }
 
 /// The newest checkpoint, or a step's.
@@ -157,73 +210,4 @@ pub(crate) fn pick<'a>(store: &Store, index: &'a Index, step: Option<u64>) -> Re
             index.of_step(step).ok_or_else(|| Error::NoSuchStep { place: place(), step, have: index.steps() })
         }
     }
-}
-
-pub(crate) async fn load_from(store: &Store, index: &Index, resume: Resume) -> Result<Option<Loaded>> {
-    let candidates: Vec<&CheckpointInfo> = match resume {
-        Resume::Never => return Ok(None),
-        Resume::Step(step) => {
-            let info = pick(store, index, Some(step))?;
-            return fetch(store, info).await.map(Some);
-        }
-        Resume::Auto if !index.begun => return Ok(None),
-        Resume::Auto => index.lineage.iter().filter_map(|seq| index.get(*seq)).collect(),
-    };
-    let mut warnings = Vec::new();
-    for info in candidates {
-        match fetch(store, info).await {
-            Ok(mut loaded) => {
-                loaded.warnings = warnings;
-                return Ok(Some(loaded));
-            }
-            // a store that cannot be reached says nothing about the checkpoint: an older one must not be taken for it
-            Err(e @ Error::Read { .. }) => return Err(e),
-            Err(e) => {
-                tracing::warn!(step = info.step, error = %e, "a checkpoint is passed over");
-                warnings.push(format!("step {} is passed over: {e}", info.step));
-            }
-        }
-    }
-    if warnings.is_empty() {
-        warnings.push("all checkpoints of its lineage were removed".into());
-    }
-    Err(Error::NoneUsable { place: store.place().to_string(), reasons: warnings.join("; ") })
-}
-
-/// Reads and checks a whole checkpoint.
-async fn fetch(store: &Store, info: &CheckpointInfo) -> Result<Loaded> {
-    let manifest = read_manifest(store, info).await?;
-    let objects = futures::stream::iter(&manifest.objects)
-        .map(|o| async move { read_object(store, info, o).await.map(|b| (o.name.clone(), b)) })
-        .buffer_unordered(PARALLEL)
-        .try_collect()
-        .await?;
-    Ok(Loaded { info: info.clone(), meta: manifest.meta, objects, warnings: Vec::new() })
-}
-
-pub(crate) async fn read_manifest(store: &Store, info: &CheckpointInfo) -> Result<Manifest> {
-    let name = format!("{}/manifest.json", info.path);
-    let corrupt = |why: String| Error::Corrupt { place: store.place().to_string(), object: name.clone(), why };
-    let bytes = store.read(&name).await?.ok_or_else(|| corrupt("it is missing".into()))?;
-    if hash(&bytes).await != info.manifest_blake3 {
-        return Err(corrupt("its BLAKE3 is not the one in the log".into()));
-    }
-    let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
-    if manifest.format != 1 {
-        return Err(corrupt(format!("its format is {}, this version reads 1", manifest.format)));
-    }
-    Ok(manifest)
-}
-
-pub(crate) async fn read_object(store: &Store, info: &CheckpointInfo, object: &ManifestObject) -> Result<Bytes> {
-    let name = format!("{}/{}", info.path, object.name);
-    let corrupt = |why: String| Error::Corrupt { place: store.place().to_string(), object: name.clone(), why };
-    let bytes = store.read(&name).await?.ok_or_else(|| corrupt("it is missing".into()))?;
-    if bytes.len() as u64 != object.size {
-        return Err(corrupt(format!("it has {} bytes, the manifest says {}", bytes.len(), object.size)));
-    }
-    if hash(&bytes).await != object.blake3 {
-        return Err(corrupt("its BLAKE3 is not the one in the manifest".into()));
-    }
-    Ok(bytes)
 }

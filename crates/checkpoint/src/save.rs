@@ -1,32 +1,73 @@
-//! Writing checkpoints: objects, then the manifest, then the log entry that makes it exist; then tidying up.
+//! Writing checkpoints: objects of one or several writers, then the manifest, then the log entry that makes it exist; then tidying up.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 use serde_json::Value;
 
+use crate::digest;
 use crate::error::{Error, Result};
-use crate::index::{CheckpointInfo, Index, Manifest, ManifestObject};
-use crate::load::{Loaded, Resume, load_from};
+use crate::index::{CheckpointInfo, Index};
+use crate::layout::Layout;
+use crate::load::{Choice, Resume};
 use crate::log::{Kind, RunLog};
-use crate::store::{Store, hash, unix_s};
+use crate::manifest::{FORMAT, Manifest, Report, join};
+use crate::store::{Store, unix_s};
 use crate::tidy::{self, Retention};
+use crate::upload::{self, Writer};
 
-/// Objects written at once.
-const PARALLEL: usize = 4;
+/// One object to be written.
+#[derive(Debug, Clone)]
+pub struct Object {
+    /// Segments of `[A-Za-z0-9._-]` joined by `/`, such as `model/config.json`.
+    pub name: String,
+    /// All of it.
+    pub bytes: Bytes,
+    /// Where tensors lie in it, if it holds some; `bytes` begins with its header.
+    pub layout: Option<Layout>,
+}
 
-/// What to save.
+/// What one writer is to write.
+#[derive(Debug, Clone)]
+pub struct Task {
+    /// Step after which it was taken.
+    pub step: u64,
+    /// Term of the learner.
+    pub term: u64,
+    /// The writer, from 0; each has names of its own.
+    pub rank: usize,
+    /// The objects.
+    pub objects: Vec<Object>,
+}
+
+/// What a checkpoint says beside its objects.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// Step after which it was taken.
     pub step: u64,
-    /// Objects by name: segments of `[A-Za-z0-9._-]` joined by `/`, such as `model/model.safetensors`.
-    pub objects: Vec<(String, Bytes)>,
     /// Goes into the manifest as it is.
     pub meta: Value,
     /// Whether it is the best so far: retention spares the newest one that was.
     pub best: bool,
+}
+
+/// Writes one writer's objects. They are part of a checkpoint when [`Checkpoints::commit`] is given the report.
+///
+/// # Errors
+/// [`Error::Write`] names the object and the cause (disk full…); [`Error::BadName`].
+pub async fn write(store: &Store, task: Task) -> Result<Report> {
+    check_names(&task.objects)?;
+    let folder = tidy::folder(task.step, task.term);
+    let named: Vec<(String, Bytes)> =
+        task.objects.iter().map(|o| (format!("{folder}/{}", o.name), o.bytes.clone())).collect();
+    let by = Writer { step: task.step, term: task.term, rank: task.rank };
+    let mut objects = upload::write_all(store, by, &named).await?;
+    let mut pieces = Vec::new();
+    for (at, (made, o)) in objects.iter_mut().zip(&task.objects).enumerate() {
+        made.name.clone_from(&o.name);
+        pieces.extend(o.layout.iter().flat_map(Layout::pieces).map(|(p, first)| (p.clone(), at, first)));
+    }
+    Ok(Report { objects, pieces })
 }
 
 /// A learner's hold on a run: one term, under which it saves.
@@ -38,7 +79,8 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Claims the run. Every learner that held it before is fenced: it stops at its next commit.
+    /// Claims the run. Every learner that held it before is fenced: it stops at its next commit. Uploads that it left unfinished are
+    /// ended.
     ///
     /// # Errors
     /// When the log cannot be read or written, or another learner claims at the same moment.
@@ -46,6 +88,9 @@ impl Checkpoints {
         let mut log = RunLog::read(&store).await?;
         let term = log.claim().await?;
         tracing::info!(place = store.place(), term, "the run is claimed");
+        if let Err(e) = upload::abort_left(&store, term).await {
+            tracing::warn!(error = %e, "unfinished uploads of an earlier learner could not be looked for");
+        }
         Ok(Self { store, log, retention })
     }
 
@@ -59,17 +104,23 @@ impl Checkpoints {
         &self.store
     }
 
-    /// Loads what to go on from and records that in the log. Call it once, before the first save. `None`: afresh.
+    /// What to go on from.
     ///
     /// # Errors
-    /// As [`crate::load`], and [`Error::Fenced`].
-    pub async fn resume(&mut self, resume: Resume) -> Result<Option<Loaded>> {
-        let index = Index::new(self.log.entries());
-        let loaded = load_from(&self.store, &index, resume).await?;
-        if loaded.is_some() || index.begun {
-            self.log.append(Kind::Resumed { from: loaded.as_ref().map(|l| l.info.seq) }).await?;
+    /// [`Error::NoSuchStep`].
+    pub fn choice(&self, resume: Resume) -> Result<Choice> {
+        Choice::new(&self.store, &Index::new(self.log.entries()), resume)
+    }
+
+    /// Records what the learner goes on from (none: afresh). Call it once, before the first save.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`], [`Error::Log`].
+    pub async fn resumed(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
+        if from.is_some() || Index::new(self.log.entries()).begun {
+            self.log.append(Kind::Resumed { from: from.map(|c| c.seq) }).await?;
         }
-        Ok(loaded)
+        Ok(())
     }
 
     /// Whether this step was saved in this term.
@@ -91,31 +142,34 @@ impl Checkpoints {
         self.log.check_fence().await
     }
 
-    /// Saves. When it returns, the checkpoint is whole and committed; when it fails, older ones are as they were.
+    /// Fails where a save of `step` could not be committed.
+    ///
+    /// # Errors
+    /// [`Error::StepTaken`]; [`Error::Fenced`]; or a store error.
+    pub async fn begin(&mut self, step: u64) -> Result<()> {
+        if self.has_step(step) {
+            return Err(Error::StepTaken { place: self.store.place().to_string(), step, term: self.term() });
+        }
+        self.log.check_fence().await
+    }
+
+    /// Makes a checkpoint of what all writers have reported. When it returns, it is whole and committed; when it fails, older ones are
+    /// as they were.
     ///
     /// Then retention removes what is beyond it, and objects of saves that never finished are deleted; trouble with
     /// that is logged and tried again at the next save.
     ///
     /// # Errors
-    /// [`Error::Write`] names the object and the cause (disk full…); [`Error::Fenced`]; [`Error::StepTaken`];
-    /// [`Error::BadName`]; [`Error::Log`].
-    pub async fn save(&mut self, snapshot: Snapshot) -> Result<CheckpointInfo> {
+    /// [`Error::Fenced`]; [`Error::Lost`] where an object is not there as reported; [`Error::Parts`] where a tensor is not whole;
+    /// [`Error::Write`]; [`Error::Log`].
+    pub async fn commit(&mut self, snapshot: Snapshot, reports: Vec<Report>) -> Result<CheckpointInfo> {
         let (step, term) = (snapshot.step, self.term());
-        check_names(&snapshot.objects)?;
-        if self.has_step(step) {
-            return Err(Error::StepTaken { place: self.store.place().to_string(), step, term });
-        }
-        self.log.check_fence().await?;
         let path = tidy::folder(step, term);
-        let written = self.write(&path, &snapshot).await;
-        let (manifest_blake3, bytes) = match written {
+        self.log.check_fence().await?;
+        let (manifest_blake3, bytes, objects) = match self.write_manifest(&path, &snapshot, reports).await {
             Ok(x) => x,
-            Err(e) => {
-                self.discard(&path).await;
-                return Err(e);
-            }
+            Err(e) => return Err(self.failed(step, e).await),
         };
-        let objects = snapshot.objects.len();
         let seq = self.log.append(Kind::Checkpoint { step, path, manifest_blake3, bytes, objects }).await?;
         if snapshot.best {
             self.log.append(Kind::Best { of: seq }).await?;
@@ -134,6 +188,31 @@ impl Checkpoints {
         index.get(seq).cloned().ok_or_else(|| Error::Empty { place: self.store.place().to_string() })
     }
 
+    /// Saves as the only writer.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::begin`], [`write()`] and [`Checkpoints::commit`].
+    pub async fn save(&mut self, snapshot: Snapshot, objects: Vec<Object>) -> Result<CheckpointInfo> {
+        self.begin(snapshot.step).await?;
+        let task = Task { step: snapshot.step, term: self.term(), rank: 0, objects };
+        match write(&self.store, task).await {
+            Ok(report) => self.commit(snapshot, vec![report]).await,
+            Err(e) => Err(self.failed(snapshot.step, e).await),
+        }
+    }
+
+    /// What ended a save of `step`: that another learner holds the run, where it does, else `fault`. The space is given back if the
+    /// store lets us; else the next save does that.
+    pub async fn failed(&mut self, step: u64, fault: Error) -> Error {
+        if let Ok(names) = self.store.list(&tidy::folder(step, self.term())).await {
+            let _ = self.store.delete(&names).await;
+        }
+        match self.log.check_fence().await {
+            Err(fenced @ Error::Fenced { .. }) => fenced,
+            _ => fault,
+        }
+    }
+
     /// Marks a saved step of the current lineage as the best so far.
     ///
     /// # Errors
@@ -147,50 +226,49 @@ impl Checkpoints {
         self.log.append(Kind::Best { of }).await.map(drop)
     }
 
-    async fn write(&self, path: &str, snapshot: &Snapshot) -> Result<(String, u64)> {
+    /// Writes the manifest; returns its hash, and bytes and number of the objects.
+    async fn write_manifest(
+        &self,
+        path: &str,
+        snapshot: &Snapshot,
+        reports: Vec<Report>,
+    ) -> Result<(String, u64, usize)> {
         let store = &self.store;
-        let objects: Vec<ManifestObject> = futures::stream::iter(&snapshot.objects)
-            .map(|(name, bytes)| async move {
-                store.write(&format!("{path}/{name}"), bytes.clone()).await?;
-                let blake3 = hash(bytes).await;
-                Ok::<_, Error>(ManifestObject { name: name.clone(), size: bytes.len() as u64, blake3 })
-            })
-            .buffered(PARALLEL)
-            .try_collect()
-            .await?;
-        let total = objects.iter().map(|o| o.size).sum();
+        let place = || store.place().to_string();
+        let (objects, tensors) =
+            join(reports).map_err(|why| Error::Parts { place: place(), step: snapshot.step, why })?;
+        // Another writer may write to another place than we do; and what was cut short must not be committed.
+        let there: HashMap<String, u64> = store.sizes(path).await?.into_iter().collect();
+        for o in &objects {
+            let object = format!("{path}/{}", o.name);
+            let found = there.get(&object).copied();
+            if found != Some(o.size) {
+                return Err(Error::Lost { place: place(), object, written: o.size, found });
+            }
+        }
+        let (total, count) = (objects.iter().map(|o| o.size).sum(), objects.len());
         let manifest = Manifest {
-            format: 1,
+            format: FORMAT,
             step: snapshot.step,
             term: self.term(),
             created_unix_s: unix_s(),
             code_version: env!("CARGO_PKG_VERSION").to_string(),
             meta: snapshot.meta.clone(),
             objects,
+            tensors,
         };
         let name = format!("{path}/manifest.json");
-        let json = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::Write {
-            place: store.place().to_string(),
-            object: name.clone(),
-            cause: e.to_string(),
-        })?;
+        let json = serde_json::to_vec_pretty(&manifest).map_err(|e| store.write_fault(&name, e.to_string()))?;
         let bytes = Bytes::from(json);
-        let digest = hash(&bytes).await;
+        let hash = digest::root(&digest::all(&bytes).await);
         store.write(&name, bytes).await?;
-        Ok((digest, total))
-    }
-
-    /// Gives the space of a failed save back, if the store lets us; else the next save does.
-    async fn discard(&self, path: &str) {
-        if let Ok(names) = self.store.list(path).await {
-            let _ = self.store.delete(&names).await;
-        }
+        Ok((hash, total, count))
     }
 }
 
-fn check_names(objects: &[(String, Bytes)]) -> Result<()> {
+fn check_names(objects: &[Object]) -> Result<()> {
     let mut seen = BTreeSet::new();
-    for (name, _) in objects {
+    for Object { name, .. } in objects {
         let bad = |why| Err(Error::BadName { name: name.clone(), why });
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if name.split('/').any(|s| s.is_empty() || s == "." || s == ".." || !s.chars().all(plain)) {

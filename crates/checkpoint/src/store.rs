@@ -1,24 +1,16 @@
-//! A run's prefix in a directory or an object store: opening it, and whole-object reads and writes under it.
+//! A run's prefix in a directory or an object store: reads and writes of objects under it.
 
+use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::local::LocalFileSystem;
-use object_store::memory::InMemory;
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart};
-use url::Url;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use crate::error::{Error, Result, cause};
-
-/// Objects above this go up in parts.
-const SINGLE_PUT: usize = 64 << 20;
-/// Size of a part.
-const PART: usize = 16 << 20;
-/// Parts in flight per object.
-const PARTS: usize = 4;
 
 /// What a store is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,75 +22,47 @@ pub enum Access {
 }
 
 /// A run's prefix. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    multipart: Option<Arc<dyn MultipartStore>>,
+    root: Option<PathBuf>,
     prefix: Path,
     place: String,
 }
 
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Store").field(&self.place).finish()
+    }
+}
+
 impl Store {
-    /// Opens a local path, `file://…`, `s3://bucket/prefix` or `memory:` (for tests).
-    ///
-    /// `options` are environment-like pairs, which the caller reads; only names that begin with `AWS_` (in any case)
-    /// are used, by `object_store`'s names: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_ALLOW_HTTP`…
-    ///
-    /// # Errors
-    /// [`Error::Open`] with the place and the cause.
-    pub async fn open<I, K, V>(target: &str, options: I, access: Access) -> Result<Self>
-    where
-        I: IntoIterator<Item = (K, V)>,
-        K: AsRef<str>,
-        V: Into<String>,
-    {
-        let fault = |cause: String| Error::Open { place: target.to_string(), cause };
-        if target.trim().is_empty() {
-            return Err(fault("the path is empty".into()));
-        }
-        if target == "memory:" {
-            return Self::from_object_store(Arc::new(InMemory::new()), "", target);
-        }
-        if !target.contains("://") {
-            return Self::open_dir(FsPath::new(target), target, access).await;
-        }
-        let url = Url::parse(target).map_err(|e| fault(format!("not a URL: {e}")))?;
-        if url.scheme() == "file" {
-            let dir = url.to_file_path().map_err(|()| fault("not a path on this machine".into()))?;
-            return Self::open_dir(&dir, target, access).await;
-        }
-        if !url.username().is_empty() || url.password().is_some() {
-            let place = format!("{}://…", url.scheme());
-            return Err(Error::Open { place, cause: "credentials do not belong into the URL".into() });
-        }
-        let options: Vec<(K, V)> = options
-            .into_iter()
-            .filter(|(k, _)| k.as_ref().get(..4).is_some_and(|p| p.eq_ignore_ascii_case("aws_")))
-            .collect();
-        let (inner, prefix) = object_store::parse_url_opts(&url, options).map_err(|e| fault(cause(&e)))?;
-        Ok(Self { inner: Arc::from(inner), prefix, place: target.to_string() })
+    pub(crate) fn new(inner: Arc<dyn ObjectStore>, prefix: Path, place: &str) -> Self {
+        Self { inner, multipart: None, root: None, prefix, place: place.to_string() }
     }
 
-    async fn open_dir(dir: &FsPath, target: &str, access: Access) -> Result<Self> {
-        let fault = |e: &(dyn std::error::Error + 'static)| Error::Open { place: target.to_string(), cause: cause(e) };
-        if access == Access::Write {
-            tokio::fs::create_dir_all(dir).await.map_err(|e| fault(&e))?;
-            let probe: PathBuf = dir.join(format!(".probe-{}", nonce()));
-            let written = tokio::fs::write(&probe, b"probe").await;
-            let removed = tokio::fs::remove_file(&probe).await;
-            written.and(removed).map_err(|e| fault(&e))?;
-        }
-        let local = LocalFileSystem::new_with_prefix(dir).map_err(|e| fault(&e))?;
-        let local = local.with_fsync(true).with_automatic_cleanup(true);
-        Self::from_object_store(Arc::new(local), "", target)
+    /// Has large objects go up in parts through `parts`, the same store.
+    #[must_use]
+    pub fn with_multipart(mut self, parts: Arc<dyn MultipartStore>) -> Self {
+        self.multipart = Some(parts);
+        self
     }
 
-    /// Wraps any object store; `place` is how errors name it.
-    ///
-    /// # Errors
-    /// [`Error::Open`] when the prefix is not a valid object path.
-    pub fn from_object_store(inner: Arc<dyn ObjectStore>, prefix: &str, place: &str) -> Result<Self> {
-        let prefix = Path::parse(prefix).map_err(|e| Error::Open { place: place.to_string(), cause: cause(&e) })?;
-        Ok(Self { inner, prefix, place: place.to_string() })
+    /// The directory that the prefix is.
+    pub(crate) fn with_root(mut self, dir: &FsPath) -> Self {
+        self.root = Some(dir.to_owned());
+        self
+    }
+
+    /// Where parts of an object go, in stores that keep unfinished uploads.
+    pub(crate) fn multipart(&self) -> Option<&Arc<dyn MultipartStore>> {
+        self.multipart.as_ref()
+    }
+
+    /// The directory that the prefix is, where it is one.
+    pub(crate) fn root(&self) -> Option<&FsPath> {
+        self.root.as_deref()
     }
 
     /// How the store is named in messages.
@@ -106,7 +70,7 @@ impl Store {
         &self.place
     }
 
-    fn path(&self, name: &str) -> Path {
+    pub(crate) fn path(&self, name: &str) -> Path {
         name.split('/').fold(self.prefix.clone(), |p, part| p.join(part))
     }
 
@@ -127,30 +91,28 @@ impl Store {
         }
     }
 
-    /// Writes a whole object, replacing what is there.
-    pub(crate) async fn write(&self, name: &str, bytes: Bytes) -> Result<()> {
-        self.put(name, bytes).await.map_err(|e| Error::Write {
-            place: self.place.clone(),
-            object: name.to_string(),
-            cause: cause(&e),
-        })
+    /// Reads a range of an object, which it must have; `None` when the object is not there.
+    pub(crate) async fn read_range(&self, name: &str, range: Range<u64>) -> Result<Option<Bytes>> {
+        match self.inner.get_range(&self.path(name), range).await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(Error::Read { place: self.place.clone(), object: name.to_string(), cause: cause(&e) }),
+        }
     }
 
-    async fn put(&self, name: &str, bytes: Bytes) -> object_store::Result<()> {
-        let path = self.path(name);
-        if bytes.len() <= SINGLE_PUT {
-            return self.inner.put(&path, PutPayload::from_bytes(bytes)).await.map(drop);
+    /// Bytes of an object; `None` when it is not there.
+    pub(crate) async fn size(&self, name: &str) -> Result<Option<u64>> {
+        match self.inner.head(&self.path(name)).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(Error::Read { place: self.place.clone(), object: name.to_string(), cause: cause(&e) }),
         }
-        let mut upload = WriteMultipart::new_with_chunk_size(self.inner.put_multipart(&path).await?, PART);
-        for start in (0..bytes.len()).step_by(PART) {
-            // a failed part is an error here or at the end; both abort the upload
-            if let Err(e) = upload.wait_for_capacity(PARTS).await {
-                let _ = upload.abort().await;
-                return Err(e);
-            }
-            upload.put(bytes.slice(start..bytes.len().min(start + PART)));
-        }
-        upload.finish().await.map(drop)
+    }
+
+    /// Writes a whole object, replacing what is there.
+    pub(crate) async fn write(&self, name: &str, bytes: Bytes) -> Result<()> {
+        let put = self.inner.put(&self.path(name), PutPayload::from_bytes(bytes)).await;
+        put.map(drop).map_err(|e| self.write_fault(name, cause(&e)))
     }
 
     /// Writes an object only if there is none of that name.
@@ -161,14 +123,19 @@ impl Store {
 
     /// Names (relative to the prefix) of all objects below `folder`.
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>> {
+        Ok(self.sizes(folder).await?.into_iter().map(|(name, _)| name).collect())
+    }
+
+    /// Names (relative to the prefix) and bytes of all objects below `folder`.
+    pub(crate) async fn sizes(&self, folder: &str) -> Result<Vec<(String, u64)>> {
         let root = self.path(folder);
-        let found: Vec<_> = self.inner.list(Some(&root)).try_collect().await.map_err(|e| Error::Read {
+        let found: Vec<ObjectMeta> = self.inner.list(Some(&root)).try_collect().await.map_err(|e| Error::Read {
             place: self.place.clone(),
             object: format!("{folder}/"),
             cause: cause(&e),
         })?;
         let skip = |p: &Path| Some(p.prefix_match(&self.prefix)?.map(|x| x.as_ref().to_string()).collect::<Vec<_>>());
-        Ok(found.into_iter().filter_map(|m| skip(&m.location)).map(|parts| parts.join("/")).collect())
+        Ok(found.into_iter().filter_map(|m| Some((skip(&m.location)?.join("/"), m.size))).collect())
     }
 
     /// Deletes objects; those that are gone already are fine. The first other failure is reported after all were tried.
@@ -201,16 +168,4 @@ pub(crate) fn nonce() -> String {
 /// Seconds since 1970, for the reader only: nothing depends on it.
 pub(crate) fn unix_s() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
-
-/// BLAKE3, hex, off the async threads when it takes long.
-pub(crate) async fn hash(bytes: &Bytes) -> String {
-    if bytes.len() < 1 << 20 {
-        return blake3::hash(bytes).to_hex().to_string();
-    }
-    let copy = bytes.clone();
-    match tokio::task::spawn_blocking(move || blake3::hash(&copy).to_hex().to_string()).await {
-        Ok(h) => h,
-        Err(_) => blake3::hash(bytes).to_hex().to_string(),
-    }
 }

@@ -1,16 +1,15 @@
-//! Retention, orphans, and export of a model from a checkpoint.
+//! Retention, and what saves that never finished left.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use bytes::Bytes;
 use serde::Serialize;
 
-use crate::error::{Error, Result, cause};
+use crate::error::Result;
 use crate::index::{CheckpointInfo, Index};
-use crate::load::{pick, read_manifest, read_object};
 use crate::log::{Kind, RunLog};
-use crate::store::{Store, nonce};
+use crate::store::Store;
+use crate::upload;
 
 /// How many checkpoints stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +19,15 @@ pub struct Retention {
     pub keep: usize,
     /// Whether the best one stays beside them.
     pub keep_best: bool,
+    /// Milestones stay beside them: those of the current lineage whose step is a multiple of this (0 = none).
+    pub keep_every: u64,
+}
+
+impl Retention {
+    fn spares(&self, c: &CheckpointInfo) -> bool {
+        let milestone = self.keep_every > 0 && c.current && c.step.is_multiple_of(self.keep_every);
+        milestone || (self.keep_best && c.best)
+    }
 }
 
 /// What [`prune`] did.
@@ -37,12 +45,18 @@ pub struct Pruned {
 /// for them only when none runs.
 ///
 /// # Errors
-/// Store errors; [`Error::Fenced`] when a learner claims the run meanwhile.
+/// Store errors; [`crate::Error::Fenced`] when a learner claims the run meanwhile.
 pub async fn prune(store: &Store, retention: Retention, orphans: bool) -> Result<Pruned> {
     let mut log = RunLog::read(store).await?;
     log.join();
     let removed = remove_beyond(store, &mut log, retention).await?;
-    let orphans = if orphans { sweep(store, &log).await? } else { 0 };
+    let orphans = if orphans {
+        // Those of the newest term may be a running learner's.
+        upload::abort_left(store, log.term()).await?;
+        sweep(store, &log).await?
+    } else {
+        0
+    };
     Ok(Pruned { removed, orphans })
 }
 
@@ -56,7 +70,7 @@ pub(crate) async fn remove_beyond(store: &Store, log: &mut RunLog, keep: Retenti
     let index = Index::new(log.entries());
     let mut order: Vec<&CheckpointInfo> = index.live.iter().collect();
     order.sort_by_key(|c| std::cmp::Reverse((c.current, c.seq)));
-    let beyond = order.into_iter().skip(keep.keep.max(1)).filter(|c| !(keep.keep_best && c.best));
+    let beyond = order.into_iter().skip(keep.keep.max(1)).filter(|c| !keep.spares(c));
     let removed: Vec<CheckpointInfo> = beyond.cloned().collect();
     if removed.is_empty() {
         return Ok(removed);
@@ -73,82 +87,51 @@ pub(crate) async fn remove_beyond(store: &Store, log: &mut RunLog, keep: Retenti
     Ok(removed)
 }
 
+/// Step and term of a checkpoint's folder, from the name of something in it.
+fn step_and_term(name: &str) -> Option<(u64, u64)> {
+    let parts: Vec<&str> = name.splitn(4, '/').collect();
+    let [_, step, term, ..] = parts[..] else { return None };
+    let number = |s: &str, p: &str| s.strip_prefix(p).and_then(|n| n.parse::<u64>().ok());
+    Some((number(step, "step-")?, number(term, "term-")?))
+}
+
 /// Deletes objects of no checkpoint, written under our term or an earlier one; returns how many. Those of a later term
 /// are another learner's save in progress.
 pub(crate) async fn sweep(store: &Store, log: &RunLog) -> Result<usize> {
     let live: BTreeSet<String> = Index::new(log.entries()).live.into_iter().map(|c| c.path).collect();
     let ours = log.term();
-    let orphan = |name: &String| {
-        let parts: Vec<&str> = name.splitn(4, '/').collect();
-        let [_, step, term, _] = parts[..] else { return false };
-        let number = |s: &str, p: &str| s.strip_prefix(p).and_then(|n| n.parse::<u64>().ok());
-        match (number(step, "step-"), number(term, "term-")) {
-            (Some(step), Some(term)) => term <= ours && !live.contains(&folder(step, term)),
-            _ => false,
-        }
+    let left = |name: &str| {
+        step_and_term(name).is_some_and(|(step, term)| term <= ours && !live.contains(&folder(step, term)))
     };
-    let names: Vec<String> = store.list("checkpoints").await?.into_iter().filter(orphan).collect();
+    let names: Vec<String> = store.list("checkpoints").await?.into_iter().filter(|n| left(n)).collect();
     if !names.is_empty() {
         store.delete(&names).await?;
         tracing::info!(place = store.place(), objects = names.len(), "left-over objects are removed");
     }
+    if let Some(root) = store.root() {
+        for name in folders(root) {
+            // What a killed writer had staged is in no list.
+            if left(&name) {
+                let term = root.join(&name);
+                let _ = std::fs::remove_dir_all(&term);
+                // The step's own folder, unless another term has something there.
+                let _ = term.parent().map(std::fs::remove_dir);
+            }
+        }
+    }
     Ok(names.len())
 }
 
-/// Writes the objects under `prefix` (such as `model/`, which is cut off) of a checkpoint to the directory `out`,
-/// which must not exist or be empty: it appears whole or not at all. Returns the files.
-///
-/// # Errors
-/// [`Error::Empty`], [`Error::NoSuchStep`], damage as [`Error::Corrupt`], [`Error::Export`].
-pub async fn export(store: &Store, step: Option<u64>, out: &Path, prefix: &str) -> Result<Vec<PathBuf>> {
-    let fault = |cause: String| Error::Export { dir: out.display().to_string(), cause };
-    let index = Index::new(RunLog::read(store).await?.entries());
-    let info = pick(store, &index, step)?;
-    let manifest = read_manifest(store, info).await?;
-    let mut files: Vec<(String, Bytes)> = Vec::new();
-    for object in &manifest.objects {
-        // names come from the store: none may lead out of the directory
-        let Some(name) = object.name.strip_prefix(prefix).filter(|n| !n.is_empty()) else { continue };
-        if name.split('/').any(|s| s.is_empty() || s == "." || s == "..") {
-            return Err(fault(format!("the object name `{name}` leads out of the directory")));
-        }
-        files.push((name.to_string(), read_object(store, info, object).await?));
-    }
-    if files.is_empty() {
-        return Err(fault(format!("the checkpoint of step {} has no objects under `{prefix}`", info.step)));
-    }
-    let target = out.to_path_buf();
-    let done = tokio::task::spawn_blocking(move || write_dir(&target, &files)).await;
-    done.map_err(|e| fault(e.to_string()))?.map_err(|e| fault(cause(&e)))
-}
-
-fn write_dir(out: &Path, files: &[(String, Bytes)]) -> std::io::Result<Vec<PathBuf>> {
-    let taken = |why: &str| Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, why.to_string()));
-    match std::fs::read_dir(out).map(Iterator::count) {
-        Ok(1..) => return taken("the directory is not empty"),
-        Ok(_) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e),
-    }
-    let Some(name) = out.file_name() else { return taken("the path has no last component") };
-    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent)?;
-    let partial = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), nonce()));
-    let written = (|| {
-        for (file, bytes) in files {
-            let path = partial.join(file);
-            if let Some(dir) = path.parent() {
-                std::fs::create_dir_all(dir)?;
-            }
-            let mut f = std::fs::File::create_new(&path)?;
-            std::io::Write::write_all(&mut f, bytes)?;
-            f.sync_all()?;
-        }
-        std::fs::rename(&partial, out)
-    })();
-    if let Err(e) = written {
-        let _ = std::fs::remove_dir_all(&partial);
-        return Err(e);
-    }
-    Ok(files.iter().map(|(file, _)| out.join(file)).collect())
+/// Folders of checkpoints in a directory.
+fn folders(root: &Path) -> Vec<String> {
+    let names = |dir: &Path| -> Vec<String> {
+        let found = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        found.filter_map(|e| e.file_name().into_string().ok()).collect()
+    };
+    let all = root.join("checkpoints");
+    let of = |step: String| {
+        let terms = names(&all.join(&step)).into_iter();
+        terms.map(move |term| format!("checkpoints/{step}/{term}"))
+    };
+    names(&all).into_iter().flat_map(of).collect()
 }

@@ -22,7 +22,8 @@ pub enum CheckpointCommand {
         /// Path or URL.
         url: String,
     },
-    /// Manifest of one checkpoint.
+    /// Manifest of one checkpoint, the checkpoints before it in its lineage, and the accounting of stage 2: groups trained per
+    /// pass, how many of them twice, how many lost.
     Show(Place),
     /// Reads every object and compares its checksum; exit code 1 when one is damaged.
     Verify(Place),
@@ -41,10 +42,28 @@ pub enum CheckpointCommand {
         /// Newest ones that stay (the best stays besides).
         #[arg(long, default_value_t = 2)]
         keep: usize,
+        /// Those whose step is a multiple of this stay besides (0 = none).
+        #[arg(long, default_value_t = 0)]
+        keep_every: u64,
         /// Also deletes what aborted saves left.
         #[arg(long)]
         orphans: bool,
     },
+}
+
+/// A checkpoint with its lineage and its accounting; the latter is null for stage 1, which has no groups.
+async fn with_accounting(store: &Store, shown: checkpoint::Shown) -> anyhow::Result<serde_json::Value> {
+    let position = shown.manifest.meta.get("experience").filter(|e| !e.is_null()).cloned();
+    let snapshot: Option<unveil_experience::Snapshot> = position.map(serde_json::from_value).transpose()?;
+    let before = checkpoint::list(store).await?.into_iter().filter(|c| c.current == shown.info.current);
+    let lineage: Vec<_> = before
+        .filter(|c| c.seq <= shown.info.seq)
+        .map(|c| serde_json::json!({"step": c.step, "term": c.term}))
+        .collect();
+    let mut out = serde_json::to_value(&shown)?;
+    out["lineage"] = lineage.into();
+    out["accounting"] = serde_json::to_value(snapshot.map(|s| s.accounting()))?;
+    Ok(out)
 }
 
 /// Runs one command.
@@ -64,8 +83,9 @@ async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
             }
         }
         CheckpointCommand::Show(p) => {
-            let shown = checkpoint::show(&open(&p.url, Access::Read).await?, p.step).await?;
-            println!("{}", serde_json::to_string(&shown)?);
+            let store = open(&p.url, Access::Read).await?;
+            let shown = checkpoint::show(&store, p.step).await?;
+            println!("{}", with_accounting(&store, shown).await?);
         }
         CheckpointCommand::Verify(p) => {
             let checks = checkpoint::verify(&open(&p.url, Access::Read).await?, p.step).await?;
@@ -80,14 +100,15 @@ async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
         CheckpointCommand::Export { place, out } => {
             let store = open(&place.url, Access::Read).await?;
             let shown = checkpoint::show(&store, place.step).await?;
-            let whole = shown.manifest.objects.iter().any(|o| o.name.starts_with("model/"));
-            let part = if whole { "model/" } else { "adapter/" };
-            let files = checkpoint::export(&store, Some(shown.info.step), out, part).await?;
+            let whole = shown.manifest.tensors.iter().any(|t| t.part == "model");
+            let (part, stem) = if whole { ("model", "model") } else { ("adapter", "adapter_model") };
+            let files = checkpoint::export(&store, Some(shown.info.step), out, part, stem).await?;
             println!("{}", serde_json::json!({ "out": out, "files": files }));
         }
-        CheckpointCommand::Prune { url, keep, orphans } => {
+        CheckpointCommand::Prune { url, keep, keep_every, orphans } => {
             let store = open(url, Access::Write).await?;
-            let pruned = checkpoint::prune(&store, Retention { keep: *keep, keep_best: true }, *orphans).await?;
+            let retention = Retention { keep: *keep, keep_best: true, keep_every: *keep_every };
+            let pruned = checkpoint::prune(&store, retention, *orphans).await?;
             println!("{}", serde_json::to_string(&pruned)?);
         }
     }

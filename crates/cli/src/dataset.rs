@@ -11,6 +11,7 @@ use unveil_collect::{CollectError, Prompts};
 use unveil_config::ConfigError;
 use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
 use unveil_data::records::RecordFile;
+use unveil_data::root::Reach;
 use unveil_data::synth::{self, SynthSpec};
 use unveil_data::{check, stats};
 
@@ -46,11 +47,17 @@ pub enum DataCommand {
         /// Also names images that look alike across splits.
         #[arg(long)]
         near: bool,
+        /// Images may lie outside the folder of the record file, as with data.outside = true.
+        #[arg(long)]
+        outside: bool,
     },
     /// Counts and sizes, as one JSON object.
     Stats {
         /// Record file.
         data: PathBuf,
+        /// Images may lie outside the folder of the record file, as with data.outside = true.
+        #[arg(long)]
+        outside: bool,
     },
     /// Asks a vision model about every record with a region, by two prompts; goes on where an earlier run ended.
     Collect(CollectArgs),
@@ -133,9 +140,10 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             Ok(())
         }
         DataCommand::Import(args) => imported(args),
-        DataCommand::Check { data, near } => checked(data, *near),
-        DataCommand::Stats { data } => {
-            println!("{}", serde_json::to_string(&stats::stats(&RecordFile::load(data)?))?);
+        DataCommand::Check { data, near, outside } => checked(data, Reach::new(*outside), *near),
+        DataCommand::Stats { data, outside } => {
+            let records = RecordFile::load_with(data, Reach::new(*outside))?;
+            println!("{}", serde_json::to_string(&stats::stats(&records))?);
             Ok(())
         }
         DataCommand::Collect(args) => collected(args),
@@ -198,8 +206,8 @@ fn warn(report: &ImportReport) {
     }
 }
 
-fn checked(data: &Path, near: bool) -> anyhow::Result<()> {
-    let findings = check::check_file(data, near).with_context(|| format!("checking {}", data.display()))?;
+fn checked(data: &Path, reach: Reach, near: bool) -> anyhow::Result<()> {
+    let findings = check::check_file(data, reach, near).with_context(|| format!("checking {}", data.display()))?;
     let mut errors = 0;
     for finding in &findings {
         errors += usize::from(finding.severity == check::Severity::Error);

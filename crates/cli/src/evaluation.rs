@@ -10,6 +10,8 @@ use unveil_config::Config;
 use unveil_config::schema::Suite;
 use unveil_core::BoxForm;
 use unveil_data::prepare::Preparer;
+use unveil_data::records::RecordFile;
+use unveil_data::root::Reach;
 use unveil_eval::{
     Bootstrap, Evaluation, Judged, Settings, check, evaluate, evaluate_withheld, judge_responses, load_samples,
     measure, shown_responses,
@@ -143,7 +145,8 @@ fn answers(
     args: &EvalArgs,
 ) -> anyhow::Result<(Evaluation, Option<Vec<Judged>>)> {
     let preparer = Preparer::load_with(model, config.model.boxes)?;
-    let samples = load_samples(data, &args.split, 0, &config.data.question, &preparer)?;
+    let records = RecordFile::load_with(data, Reach::new(config.data.outside))?;
+    let samples = load_samples(&records, &args.split, 0, &config.data.question, &preparer)?;
     if let Chosen::Beyond(suite) = args.suite {
         check(suite, samples.iter().map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use unveil_config::schema::LogForm;
 use unveil_config::{Config, ConfigError};
-use unveil_service::CancellationToken;
+use unveil_core::redact;
+use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
 /// Configuration file and overrides.
 #[derive(Debug, Clone, Args)]
@@ -23,6 +25,16 @@ impl ConfigArgs {
     pub fn load(&self) -> Result<Config, ConfigError> {
         unveil_config::load(self.config.as_deref(), &self.sets)
     }
+}
+
+/// Logs and spans of this process as the configuration has them. `level` is a filter of log lines; keep the result until the role
+/// has ended.
+///
+/// # Errors
+/// The collector's address cannot be used.
+pub fn telemetry(config: &Config, role: &str, level: &str) -> Result<Tracing, ServiceError> {
+    let json = config.telemetry.log == LogForm::Json;
+    init_tracing(&TraceOptions { role, level, json, run: &config.run.dir, collector: &config.telemetry.otlp_endpoint })
 }
 
 /// What a role process needs besides its configuration.
@@ -66,7 +78,7 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     match error.downcast_ref::<Stop>() {
         Some(Stop::Supervised) => {}
         Some(Stop::Interrupted) => eprintln!("error: {error}"),
-        None => eprintln!("error: {}", one_line(&error)),
+        None => eprintln!("error: {}", redact(&one_line(&error))),
     }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)

@@ -1,10 +1,13 @@
 //! `unveil`: every role and tool. Arguments in, rooms called, results on stdout as JSON, logs on stderr.
 
+mod certificates;
 mod checkpoints;
 mod dataset;
 mod evaluation;
 mod models;
+mod prepare;
 mod roles;
+mod submit;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +32,9 @@ enum Command {
         /// auto: newest checkpoint that verifies; never: start stage 2 afresh; or a step.
         #[arg(long, value_name = "auto|never|STEP")]
         resume: Option<String>,
+        /// Ends before stage 2: data, model and stage 1 alone, for places that start the roles themselves.
+        #[arg(long)]
+        prepare: bool,
         #[command(flatten)]
         dump: DumpArgs,
     },
@@ -55,6 +61,8 @@ enum Command {
         #[arg(long, default_value = "rollout")]
         worker: String,
     },
+    /// Data and model for a role on a machine of its own, before it starts.
+    Prepare(prepare::PrepareArgs),
     /// The reward service and offline scoring (handed to `unveil-reward`).
     #[command(disable_help_flag = true)]
     Reward {
@@ -76,9 +84,15 @@ enum Command {
     /// Checkpoints at a path or URL.
     #[command(subcommand)]
     Checkpoint(checkpoints::CheckpointCommand),
+    /// Hands a run to a cluster.
+    #[command(subcommand)]
+    Submit(submit::SubmitCommand),
     /// Configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Certificates for mutual TLS between the roles.
+    #[command(subcommand)]
+    Tls(certificates::TlsCommand),
     /// Writes report.html and samples.html of a run directory, or a page of given responses and their rewards.
     Report(evaluation::ReportArgs),
 }
@@ -111,9 +125,9 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Train { mut config, resume, dump } => {
+        Command::Train { mut config, resume, prepare, dump } => {
             config.sets.extend(overrides(resume, dump));
-            roles::train(&config)
+            roles::train(&config, prepare)
         }
         Command::Sft(role) => roles::sft(&role),
         Command::Learner { command: Some(LearnerCommand::Replay(args)), .. } => models::replay(&args),
@@ -122,6 +136,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             roles::learner(&role)
         }
         Command::Rollout { role, worker } => roles::rollout(&role, worker),
+        Command::Prepare(args) => prepare::run(&args),
         Command::Reward { args } => roles::reward(&args),
         Command::Generate(args) => models::generate(&args),
         Command::Score(args) => models::score(&args),
@@ -129,6 +144,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Model(command) => models::model(&command),
         Command::Data(command) => dataset::run(&command),
         Command::Checkpoint(command) => checkpoints::run(&command),
+        Command::Submit(command) => submit::run(&command),
         Command::Config(ConfigCommand::Check(args)) => {
             args.load()?;
             Ok(())
@@ -137,6 +153,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             print!("{}", toml::to_string(&args.load()?)?);
             Ok(())
         }
+        Command::Tls(command) => certificates::run(&command),
         Command::Report(args) => evaluation::report(&args),
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
-use unveil_cli::ConfigArgs;
+use unveil_cli::{ConfigArgs, telemetry};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_core::Sampling;
 use unveil_data::prepare::{Family, Preparer};
@@ -103,6 +103,12 @@ pub struct ScoreArgs {
     /// Temperature of the distribution that is scored.
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
+    /// Scores the training answers of records that have neither `response` nor `tokens`.
+    #[arg(long)]
+    answers: bool,
+    /// Also writes attention by layer and head, of the tokens that name the class: what `reward calibrate` reads.
+    #[arg(long, value_name = "FILE")]
+    heads: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -243,6 +249,8 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
         model: offline(&args.config, &args.model)?,
         data: args.data.clone(),
         temperature: args.temperature,
+        answers: args.answers,
+        heads: args.heads.clone(),
     };
     score_cli(&options, &mut out)?;
     Ok(out.flush()?)
@@ -251,7 +259,7 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
 /// `unveil learner replay`
 pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("replay", "warn")?;
+    let _tracing = telemetry(&config, "replay", "warn")?;
     let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
     println!(

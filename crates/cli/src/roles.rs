@@ -6,11 +6,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role};
-use unveil_config::Config;
+use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role, telemetry};
 use unveil_config::schema::Suite;
+use unveil_config::{Config, ConfigError};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
+use unveil_data::root::Reach;
 use unveil_engine::Engine;
 use unveil_eval::{Bootstrap, Settings, check, evaluate, evaluate_withheld, load_samples, measure};
 use unveil_launch::{LaunchError, Options};
@@ -19,7 +20,7 @@ use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
-use unveil_service::announce;
+use unveil_service::{Health, announce};
 
 use crate::evaluation::SAMPLES;
 
@@ -32,25 +33,54 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// `unveil train`
-pub fn train(args: &ConfigArgs) -> anyhow::Result<()> {
+/// `unveil train`; with `prepare` only what comes before stage 2.
+pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
     let config = args.load()?;
-    unveil_service::init_tracing("train", "info")?;
+    let rank = config.learner.parallel.rank;
+    if rank > 0 {
+        let what = format!(
+            "learner.parallel.rank is {rank}: `unveil train` starts all ranks by itself; use `unveil learner` for one"
+        );
+        return Err(ConfigError::Invalid(vec![what]).into());
+    }
+    only_listeners_of_one(&config)?;
+    let _tracing = telemetry(&config, "train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
     let summary = run_role(false, 1, |token| async move {
         let note = |line: &str| eprintln!("{line}");
         let stop = || token.is_cancelled();
-        let options = Options { unveil, unveil_reward, stop: &stop, note: &note };
+        let options = Options { unveil, unveil_reward, stop: &stop, note: &note, prepare };
         let summary = tokio::task::block_in_place(|| unveil_launch::train(&config, &options)).map_err(|e| match e {
             LaunchError::Interrupted => anyhow::Error::new(Stop::Interrupted).context(e.to_string()),
             e => e.into(),
         })?;
-        let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
-        eprintln!("report: {}", page.display());
+        if summary.is_some() {
+            let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
+            eprintln!("report: {}", page.display());
+        }
         Ok(summary)
     })?;
-    println!("{summary}");
+    if let Some(summary) = summary {
+        println!("{summary}");
+    }
     Ok(())
+}
+
+/// `train` starts several processes with one configuration: a port of its own for each of them cannot be in it.
+fn only_listeners_of_one(config: &Config) -> Result<(), ConfigError> {
+    let fixed = |listen: &str| !listen.is_empty() && !listen.ends_with(":0");
+    let mut faults = Vec::new();
+    if fixed(&config.health.listen) {
+        let what = "every role that `unveil train` starts would listen there: leave it empty, or use port 0";
+        faults.push(format!("health.listen is `{}`: {what}", config.health.listen));
+    }
+    let (listen, workers) = (&config.rollout.metrics_listen, config.rollout.workers);
+    if workers > 1 && fixed(listen) {
+        let what = "each would listen there: leave it empty, or use port 0";
+        faults
+            .push(format!("rollout.metrics_listen is `{listen}` and `unveil train` starts {workers} workers: {what}"));
+    }
+    if faults.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(faults)) }
 }
 
 /// `unveil reward …`: becomes `unveil-reward …`.
@@ -62,29 +92,41 @@ pub fn reward(args: &[String]) -> anyhow::Result<()> {
 /// `unveil sft`
 pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("sft", "warn")?;
+    let _tracing = telemetry(&config, "sft", "warn")?;
     let paths = (config.initial_model(), config.stage1_model());
     let progress = StageProgress::new("stage 1", config.sft.steps, "images");
-    stage(args.supervised, "sft", &config, paths, progress, unveil_learner::run_sft)
+    stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
+        health.ready();
+        unveil_learner::run_sft(stage)
+    })
 }
 
 /// `unveil learner`
 pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("learner", "warn")?;
+    let _tracing = telemetry(&config, "learner", "warn")?;
     let paths = (config.stage1_model(), config.final_model());
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
-    stage(args.supervised, "learner", &config, paths, progress, |stage| {
+    stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
         run_rl(stage, |ready| {
             let (role, address) = match ready {
                 Ready::Ranks(address) => ("rendezvous", address),
-                Ready::Experience(address) => ("learner", address),
+                Ready::Experience(address) => {
+                    health.ready();
+                    ("learner", address)
+                }
+                Ready::Joined => return health.ready(),
             };
             if let Err(e) = announce(role, address) {
                 eprintln!("the ready line could not be written: {e}");
             }
         })
     })
+}
+
+/// The records of a run.
+fn records(config: &Config) -> Result<RecordFile, unveil_data::records::RecordsError> {
+    RecordFile::load_with(&config.records(), Reach::new(config.data.outside))
 }
 
 /// Runs one training stage on a thread of its own, which owns the model.
@@ -94,9 +136,10 @@ fn stage(
     config: &Config,
     (model_dir, out): (PathBuf, PathBuf),
     progress: StageProgress,
-    run: impl FnOnce(Stage<'_>) -> unveil_learner::Result<Outcome> + Send,
+    run: impl FnOnce(Stage<'_>, &Health) -> unveil_learner::Result<Outcome> + Send,
 ) -> anyhow::Result<()> {
     let outcome = run_role(supervised, 1, |cancel| async move {
+        let (health, _) = Health::start(&config.health.listen, cancel.clone()).await?;
         let work = || -> anyhow::Result<Outcome> {
             let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
             let mut evaluator = validation(config, &model_dir)?;
@@ -109,17 +152,18 @@ fn stage(
                 Some((events, progress)) => (events, progress),
                 None => (&mut nobody, &mut silent),
             };
-            Ok(run(Stage {
+            let stage = Stage {
                 config,
                 model_dir: &model_dir,
                 out: &out,
-                data: Arc::new(Dataset::new(config, RecordFile::load(&config.records())?, preparer)?),
+                data: Arc::new(Dataset::new(config, records(config)?, preparer)?),
                 environment: unveil_config::environment(),
                 cancel,
                 events,
                 progress,
                 evaluator: Some(&mut evaluator),
-            })?)
+            };
+            Ok(run(stage, &health)?)
         };
         tokio::task::block_in_place(|| {
             std::thread::scope(|s| s.spawn(work).join().map_err(|_| anyhow::anyhow!("the {role} thread panicked")))
@@ -137,7 +181,7 @@ fn validation(
 ) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, Failure>> {
     let preparer = Preparer::load_with(model_dir, config.model.boxes)?;
     let (data, eval) = (&config.data, &config.eval);
-    let samples = load_samples(&config.records(), &data.val_split, eval.val_limit, &data.question, &preparer)?;
+    let samples = load_samples(&records(config)?, &data.val_split, eval.val_limit, &data.question, &preparer)?;
     let settings =
         Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
     for suite in &eval.suites {
@@ -166,7 +210,7 @@ fn validation(
 /// `unveil rollout`
 pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("rollout", "info")?;
+    let _tracing = telemetry(&config, "rollout", "info")?;
     for (key, address) in [("learner.address", &config.learner.address), ("reward.address", &config.reward.address)] {
         if address.is_empty() {
             bail!("a rollout worker needs {key} (http://host:port)");
@@ -174,7 +218,10 @@ pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
     }
     let (model, experience, reward) =
         (config.stage1_model(), config.learner.address.clone(), config.reward.address.clone());
-    let options = WorkerOptions::new(config, model, experience, reward, worker);
-    let report = run_role(args.supervised, 1, |token| async move { Ok(unveil_rollout::run(options, token).await?) })?;
+    let mut options = WorkerOptions::new(config, model, experience, reward, worker);
+    let report = run_role(args.supervised, 1, |token| async move {
+        (options.health, _) = Health::start(&options.config.health.listen, token.clone()).await?;
+        Ok(unveil_rollout::run(options, token).await?)
+    })?;
     if report.finished { Ok(()) } else { Err(Stop::of_role(args.supervised).into()) }
 }

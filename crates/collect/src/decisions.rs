@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use unveil_core::Record;
 use unveil_data::reach::ImageFolder;
-use unveil_data::records::{self, ImageRef, RecordFile};
+use unveil_data::records::{self, RecordFile};
 
 use crate::answer::{answered, clean, usable};
 use crate::{COLLECTED, CollectError};
@@ -68,13 +68,11 @@ pub fn review(dir: &Path, decisions: &[PathBuf], out: &Path, keep_unreviewed: bo
     }
     let io = |(path, cause)| CollectError::Io { path, cause };
     let mut images = ImageFolder::new(file.folder(), out).map_err(io)?;
-    let mut list = Vec::new();
+    let (root, mut list) = (file.root(), Vec::new());
     for record in &file.records {
         let decision = of_id.remove(&record.id);
         let Some(mut kept) = decide(record, decision, keep_unreviewed, &mut report) else { continue };
-        if let ImageRef::File(image) = file.image_ref(record)
-            && image.is_file()
-        {
+        if let Ok(image) = root.file(record) {
             kept.image = images.reach(&image).map_err(io)?;
         }
         list.push(kept);

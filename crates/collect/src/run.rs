@@ -10,7 +10,7 @@ use serde::Serialize;
 use unveil_config::schema::Collect;
 use unveil_core::{Record, Secret};
 use unveil_data::reach::ImageFolder;
-use unveil_data::records::{self, ImageRef, RecordFile};
+use unveil_data::records::{self, RecordFile};
 use unveil_service::CancellationToken;
 use unveil_service::chat::{ChatClient, ChatOptions};
 
@@ -201,13 +201,11 @@ fn write(file: &RecordFile, collected: Vec<Option<Record>>, out: &Path) -> Resul
     let path = out.join(COLLECTED);
     let io = |(path, cause)| CollectError::Io { path, cause };
     let mut images = ImageFolder::new(file.folder(), &path).map_err(io)?;
-    let mut list = Vec::with_capacity(file.records.len());
+    let (root, mut list) = (file.root(), Vec::with_capacity(file.records.len()));
     for (old, new) in file.records.iter().zip(collected) {
         let mut record = new.unwrap_or_else(|| old.clone());
-        // An image that is not there stays named as it was: `data check` tells of it.
-        if let ImageRef::File(image) = file.image_ref(old)
-            && image.is_file()
-        {
+        // An image that is not there, or may not be read, stays named as it was: `data check` tells of it.
+        if let Ok(image) = root.file(old) {
             record.image = images.reach(&image).map_err(io)?;
         }
         list.push(record);

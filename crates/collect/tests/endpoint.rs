@@ -11,7 +11,7 @@ use unveil_data::codec::{Sizes, answer_text, codec, read_answer};
 use unveil_data::records::RecordFile;
 use unveil_data::store::Image;
 use unveil_service::CancellationToken;
-use unveil_testkit::{WebReply, WebRequest, WebServer};
+use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 
 /// Records with a box each, but the last, in which nothing is found.
 fn data(dir: &Path, n: usize) -> PathBuf {
@@ -296,6 +296,20 @@ async fn other_prompts_ask_anew_and_bad_settings_ask_nothing() {
     assert!(e.to_string().contains("nowhere"), "{e}");
     let e = collect(&file, &out, &Collect::default(), None, quiet(), |_, _, _| ()).await.unwrap_err();
     assert!(e.to_string().contains("collect.base_url"), "{e}");
+}
+
+#[tokio::test]
+async fn a_private_authority_is_trusted_where_it_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path(), "private");
+    let (file, out) = (data(dir.path(), 2), dir.path().join("out"));
+    let server = WebServer::start_tls(&authority.sign("seer"), good);
+    let without = Collect { tries: 1, deadline_s: 5.0, ..settings(&server) };
+    let s = run(&file, &out, &without).await;
+    assert_eq!((s.answered, s.failed.len(), server.seen().len()), (0, 1, 0), "{s:?}");
+    assert!(s.failed[0].reason.contains("certificate"), "{:?}", s.failed);
+    let s = run(&file, &out, &Collect { ca: authority.ca(), ..without }).await;
+    assert!(s.is_complete() && s.answered == 1, "{s:?}");
 }
 
 /// Answers with faults for some records; then a review with every kind of decision.

@@ -146,6 +146,17 @@ pub enum CollectiveError {
         /// The fingerprint of rank 0.
         expected: String,
     },
+    /// Two ranks do not know the same token.
+    #[error(
+        "{} of those that meet at {address} do not have the same token: give all ranks one, and look who else reaches that port",
+        list(ranks)
+    )]
+    Token {
+        /// The one that found out, and the other.
+        ranks: [usize; 2],
+        /// Where the ranks meet.
+        address: String,
+    },
     /// Two processes with one rank.
     #[error(
         "rank {rank} is at {address} already: give each process a rank of its own, or end what is left of an earlier run"

@@ -12,6 +12,7 @@
 mod beat;
 mod error;
 mod group;
+mod proof;
 mod rendezvous;
 mod setup;
 mod transport;

@@ -8,7 +8,7 @@ use unveil_torch_ext::{ExtError, GlooGroup, Store};
 
 use crate::beat::{self, Beat};
 use crate::watch::{FAULT, NO_FAULT, Watch};
-use crate::{Backend, CollectiveError, Result, Setup, World, transport};
+use crate::{Backend, CollectiveError, Result, Setup, World, proof, transport};
 
 /// Between two looks for ranks that have not come.
 const LOOK: Duration = Duration::from_millis(20);
@@ -64,12 +64,15 @@ pub fn open_with(setup: &Setup, tell: impl FnOnce(SocketAddr)) -> Result<World> 
 enum Refusal {
     Missing { ranks: Vec<usize>, seconds: f64, found_by: usize },
     Fingerprint { rank: usize, theirs: String, expected: String },
+    Token { ranks: [usize; 2] },
 }
 
 struct Meeting<'a> {
     setup: &'a Setup,
     store: Store,
     local: String,
+    /// Of this rank and this meeting alone: no proof of another time holds here.
+    nonce: String,
     begin: Instant,
     deadline: Instant,
 }
@@ -78,6 +81,13 @@ impl<'a> Meeting<'a> {
     fn reach(setup: &'a Setup, deadline: Instant) -> Result<Self> {
         let begin = Instant::now();
         let (store, own) = if setup.rank == 0 { host(setup, deadline)? } else { join(setup, begin, deadline)? };
+        if setup.token.is_none() && !own.is_loopback() {
+            return Err(CollectiveError::Setup(format!(
+                "ranks that meet at {}, beyond this machine, need a token by which they know each other: set auth.token_env or \
+                 auth.token_file. What they send each other is not encrypted",
+                setup.address
+            )));
+        }
         let local = match &setup.local {
             Some(local) => local.clone(),
             None if own.is_unspecified() => {
@@ -88,7 +98,7 @@ impl<'a> Meeting<'a> {
             }
             None => own.to_string(),
         };
-        Ok(Self { setup, store, local, begin, deadline })
+        Ok(Self { setup, store, local, nonce: proof::nonce(), begin, deadline })
     }
 
     /// Says who this rank is, and waits for all others.
@@ -105,20 +115,49 @@ impl<'a> Meeting<'a> {
         }
         let beat = serde_json::to_vec(&Beat::default()).map_err(|e| CollectiveError::Setup(e.to_string()))?;
         self.store.set(&beat::key(rank), &beat, limit).map_err(lost)?;
+        self.store.set(&nonce(rank), self.nonce.as_bytes(), limit).map_err(lost)?;
         self.store.set(&hello(rank), self.setup.print().as_bytes(), limit).map_err(lost)?;
 
-        let mut prints: Vec<Option<String>> = vec![None; world];
+        self.gather(&hello, limit, &|prints| self.compare(prints))?;
+        let Some(token) = &self.setup.token else { return Ok(()) };
+        let names: Vec<String> = (0..world).map(nonce).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let nonces = self.store.get_all(&names, limit).map_err(lost)?;
+        let right: Vec<String> = (0..world).map(|r| proof::of(token, &nonces, r, &self.setup.print())).collect();
+        self.store.set(&proof(rank), right[rank].as_bytes(), limit).map_err(lost)?;
+        self.gather(&proof, limit, &|said| {
+            let known =
+                said.iter().zip(&right).map(|(said, right)| said.as_ref().is_none_or(|s| proof::same(s, right)));
+            match known.enumerate().find(|(_, known)| !known) {
+                Some((other, _)) => {
+                    Err(CollectiveError::Token { ranks: [rank, other], address: self.setup.address.clone() })
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// Waits until every rank has set its `key`, and looks at what is there after each look.
+    fn gather(
+        &self,
+        key: &dyn Fn(usize) -> String,
+        limit: Instant,
+        look: &dyn Fn(&[Option<String>]) -> Result<()>,
+    ) -> Result<()> {
+        let Setup { rank, world, .. } = *self.setup;
+        let lost = |e| self.lost(&e);
+        let mut said: Vec<Option<String>> = vec![None; world];
         loop {
             self.refused(limit)?;
-            let missing: Vec<usize> = (0..world).filter(|r| prints[*r].is_none()).collect();
+            let missing: Vec<usize> = (0..world).filter(|r| said[*r].is_none()).collect();
             for r in &missing {
-                if self.store.check(&[&hello(*r)], limit).map_err(lost)? {
-                    let mut value = self.store.get_all(&[&hello(*r)], limit).map_err(lost)?;
-                    prints[*r] = Some(String::from_utf8_lossy(&value.pop().unwrap_or_default()).into_owned());
+                if self.store.check(&[&key(*r)], limit).map_err(lost)? {
+                    let mut value = self.store.get_all(&[&key(*r)], limit).map_err(lost)?;
+                    said[*r] = Some(String::from_utf8_lossy(&value.pop().unwrap_or_default()).into_owned());
                 }
             }
-            self.compare(&prints)?;
-            let missing: Vec<usize> = missing.into_iter().filter(|r| prints[*r].is_none()).collect();
+            look(&said)?;
+            let missing: Vec<usize> = missing.into_iter().filter(|r| said[*r].is_none()).collect();
             if missing.is_empty() {
                 return Ok(());
             }
@@ -151,6 +190,7 @@ impl<'a> Meeting<'a> {
             Ok(Refusal::Fingerprint { rank, theirs, expected }) => {
                 Err(CollectiveError::Fingerprint { rank, theirs, expected })
             }
+            Ok(Refusal::Token { ranks }) => Err(CollectiveError::Token { ranks, address: self.setup.address.clone() }),
             Err(e) => {
                 Err(CollectiveError::Setup(format!("the store at {} is not one of ours: {e}", self.setup.address)))
             }
@@ -173,6 +213,7 @@ impl<'a> Meeting<'a> {
         let refusal = match error.clone() {
             CollectiveError::Missing { ranks, seconds, found_by, .. } => Refusal::Missing { ranks, seconds, found_by },
             CollectiveError::Fingerprint { rank, theirs, expected } => Refusal::Fingerprint { rank, theirs, expected },
+            CollectiveError::Token { ranks, .. } => Refusal::Token { ranks },
             _ => return,
         };
         let Ok(text) = serde_json::to_vec(&refusal) else { return };
@@ -185,13 +226,21 @@ impl<'a> Meeting<'a> {
         // Ranks that were missing at the deadline are not waited for again.
         let missing = match refusal {
             Refusal::Missing { ranks, .. } => ranks,
-            Refusal::Fingerprint { .. } => Vec::new(),
+            Refusal::Fingerprint { .. } | Refusal::Token { .. } => Vec::new(),
         };
         let reads = |r: usize| !missing.contains(&r) && !self.store.check(&[&bye(r)], limit).unwrap_or(true);
         while Instant::now() < limit && (1..self.setup.world).any(reads) {
             std::thread::sleep(LOOK);
         }
     }
+}
+
+fn nonce(rank: usize) -> String {
+    format!("nonce/{rank}")
+}
+
+fn proof(rank: usize) -> String {
+    format!("proof/{rank}")
 }
 
 fn hello(rank: usize) -> String {

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use tch::Device;
+use unveil_core::Secret;
+
 use crate::{CollectiveError, Result};
 
 /// What carries the calls.
@@ -19,6 +22,14 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// What carries calls among several ranks whose tensors are on this kind of device.
+    pub fn of(device: Device) -> Self {
+        match device {
+            Device::Cuda(device) => Self::Nccl { device },
+            _ => Self::Gloo,
+        }
+    }
+
     /// The name in configurations and messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -40,6 +51,14 @@ pub struct Timing {
     pub beat: Duration,
     /// A rank that gave no sign of life for so long is gone.
     pub lost: Duration,
+}
+
+impl Timing {
+    /// Everything within `limit`: to come together, each call, and silence.
+    pub fn within(limit: Duration) -> Self {
+        let beat = Self::default().beat.min(limit / 20);
+        Self { join: limit, call: limit, beat, lost: limit }
+    }
 }
 
 impl Default for Timing {
@@ -65,6 +84,9 @@ pub struct Setup {
     pub backend: Backend,
     /// What must be the same on all ranks, in lines: configuration, version of the binary. Errors show the lines that differ.
     pub fingerprint: String,
+    /// What all ranks know and nobody else does: each proves it to all before the world opens. Needed where ranks meet beyond
+    /// loopback; none: whoever comes first is taken.
+    pub token: Option<Secret>,
     /// How long things may take.
     pub timing: Timing,
 }
@@ -89,7 +111,8 @@ impl Setup {
 
     /// All that must agree among ranks.
     pub(crate) fn print(&self) -> String {
-        format!("{} ranks\n{}\n{}", self.world, self.backend.name(), self.fingerprint)
+        let token = if self.token.is_some() { "with a token" } else { "without a token" };
+        format!("{} ranks\n{}\n{token}\n{}", self.world, self.backend.name(), self.fingerprint)
     }
 }
 
@@ -106,6 +129,7 @@ mod tests {
             local: None,
             backend,
             fingerprint: String::new(),
+            token: None,
             timing: Timing::default(),
         };
         setup(0, 1, Backend::Solo).check().unwrap();
@@ -116,5 +140,10 @@ mod tests {
         let mut hasty = setup(0, 2, Backend::Gloo);
         hasty.timing.beat = hasty.timing.lost;
         assert!(hasty.check().unwrap_err().to_string().contains("10s"));
+        for seconds in [1, 10, 600] {
+            let timing = Timing::within(Duration::from_secs(seconds));
+            Setup { timing, ..setup(0, 2, Backend::of(Device::Cpu)) }.check().unwrap();
+        }
+        assert_eq!(Backend::of(Device::Cuda(3)), Backend::Nccl { device: 3 });
     }
 }

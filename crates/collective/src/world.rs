@@ -126,6 +126,12 @@ impl World {
         self.base.setup.world
     }
 
+    /// Drops the world on a thread of its own, since that waits for the others.
+    pub fn part(self) {
+        // Without the thread it is dropped here.
+        let _left = std::thread::Builder::new().name("leave".into()).spawn(move || drop(self));
+    }
+
     /// The group of all ranks.
     pub fn group(&self) -> &Group {
         &self.all

@@ -136,6 +136,40 @@ fn a_rank_with_another_fingerprint_is_refused_with_what_differs() {
 }
 
 #[test]
+fn ranks_know_each_other_by_a_token() {
+    let spec =
+        |rank, token: Option<&str>| Spec { token: token.map(str::to_owned), ..Spec::new(rank, 2, GLOO, &Task::Meet) };
+    let meet = |other: Option<&str>| {
+        let mut first = spec(0, Some("the token of these ranks")).start();
+        let address = address_of(&first);
+        let mut second = Spec { address, ..spec(1, other) }.start();
+        [first.outcome(LIMIT).error, second.outcome(LIMIT).error]
+    };
+    assert_eq!(meet(Some("the token of these ranks")), [None, None]);
+    for error in meet(Some("the token of other ranks")) {
+        let error = error.unwrap();
+        assert!(error.contains("ranks 0, 1") || error.contains("ranks 1, 0"), "{error}");
+        assert!(error.contains("the same token") && !error.contains("the token of"), "{error}");
+    }
+    for error in meet(None) {
+        let error = error.unwrap();
+        assert!(error.starts_with("rank 1 was refused: it runs `without a token`"), "{error}");
+    }
+}
+
+#[test]
+fn beyond_this_machine_ranks_need_a_token() {
+    let mut setup = alone(Backend::Gloo);
+    (setup.world, setup.address, setup.local) = (2, "0.0.0.0:0".into(), Some("127.0.0.1".into()));
+    setup.timing.join = Duration::from_millis(300);
+    let error = open(&setup).err().unwrap().to_string();
+    assert!(error.contains("auth.token_env") && error.contains("0.0.0.0:0"), "{error}");
+    setup.token = Some(unveil_core::Secret::new("the token of these ranks"));
+    let error = open(&setup).err().unwrap();
+    assert!(matches!(&error, CollectiveError::Missing { ranks, .. } if *ranks == [1]), "{error}");
+}
+
+#[test]
 fn a_rank_that_is_there_twice_is_refused_and_the_others_go_on() {
     let first = Spec::new(0, 3, GLOO, &Task::Meet).start();
     let address = address_of(&first);
@@ -161,6 +195,7 @@ fn alone(backend: Backend) -> Setup {
         local: None,
         backend,
         fingerprint,
+        token: None,
         timing: Timing::default(),
     }
 }

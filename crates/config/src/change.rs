@@ -4,17 +4,22 @@ use crate::schema::Config;
 
 /// Sections and keys that do not say what is trained: where and how fast a run goes, what is watched and kept, and the two that a
 /// person turns while a run goes on, the learning rate and the end. A name stands for itself and all below it.
-const MAY_CHANGE: [&str; 27] = [
+const MAY_CHANGE: &[&str] = &[
+    "run.dir",
     "run.resume",
     "run.device",
     "run.threads",
     "run.dump_batch",
+    "data.root",
     "rollout.workers",
     "rollout.threads",
     "rollout.lease_s",
     "rollout.memory_gib",
     "rollout.max_rows",
     "rollout.groups_per_lease",
+    "rollout.weight_sync",
+    "rollout.broadcast_s",
+    "rollout.metrics_listen",
     "reward.listen",
     "reward.address",
     "reward.deadline_s",
@@ -29,9 +34,14 @@ const MAY_CHANGE: [&str; 27] = [
     "learner.threads",
     "learner.listen",
     "learner.address",
+    "learner.metrics_listen",
     "learner.eval_every",
     "learner.checkpoint_every",
     "checkpoint",
+    "health",
+    "telemetry",
+    "tls",
+    "auth",
 ];
 
 /// One key that differs.
@@ -76,14 +86,20 @@ fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<(String, String)>) {
 
 /// The keys whose values differ.
 pub fn changes(before: &Config, now: &Config) -> Vec<Change> {
-    let (old, new) = (entries(before), entries(now));
-    let find = |all: &[(String, String)], key: &str| {
-        all.iter().find(|(k, _)| k == key).map_or_else(|| "none".to_owned(), |(_, v)| v.clone())
-    };
+    changes_since(&entries(before), now)
+}
+
+/// The keys whose values differ from [`entries`] that were written before, maybe by another version: a key that is not among them
+/// had its default then.
+pub fn changes_since(before: &[(String, String)], now: &Config) -> Vec<Change> {
+    let (new, defaults) = (entries(now), entries(&Config::default()));
+    let find = |all: &[(String, String)], key: &str| all.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
     let mut keys: Vec<&String> = new.iter().map(|(k, _)| k).collect();
-    keys.extend(old.iter().map(|(k, _)| k).filter(|k| new.iter().all(|(n, _)| n != *k)));
+    keys.extend(before.iter().map(|(k, _)| k).filter(|k| new.iter().all(|(n, _)| n != *k)));
+    let none = || "none".to_owned();
     let change = |key: &String| {
-        let (before, now) = (find(&old, key), find(&new, key));
+        let before = find(before, key).or_else(|| find(&defaults, key)).unwrap_or_else(none);
+        let now = find(&new, key).unwrap_or_else(none);
         let allowed =
             MAY_CHANGE.iter().any(|m| key.strip_prefix(m).is_some_and(|r| r.is_empty() || r.starts_with('.')));
         (before != now).then(|| Change { key: key.clone(), before, now, allowed })
@@ -116,5 +132,17 @@ mod tests {
         assert_eq!(found, wanted);
         let shown = changes(&before, &now).iter().find(|c| c.key == "rollout.n").map(ToString::to_string);
         assert_eq!(shown, Some(format!("rollout.n = 3, was {}", before.rollout.n)));
+    }
+
+    #[test]
+    fn what_another_version_wrote_is_compared_by_key() {
+        let now = Config::default();
+        let mut before = entries(&now);
+        before.retain(|(k, _)| k != "rollout.min_p");
+        assert_eq!(changes_since(&before, &now), [], "the key is new and has its default");
+        before.push(("rollout.gone".to_owned(), "3".to_owned()));
+        let found = changes_since(&before, &now);
+        assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), ["rollout.gone = none, was 3"]);
+        assert!(!found[0].allowed);
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use toml::{Table, Value};
+use unveil_core::Secret;
 
 use crate::schema::Config;
 use crate::{outside, validate};
@@ -58,12 +59,15 @@ pub enum ConfigError {
 
 /// Loads a configuration: defaults, then `file`, then the environment, then `sets` (`a.b=c`), and checks it.
 pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Config, ConfigError> {
-    load_from(file, std::env::vars(), sets)
+    load_from(file, environment().into_iter(), sets)
 }
 
-/// The environment, for libraries that read their own variables from it (object store credentials).
+/// The environment, for libraries that read their own variables from it (object store credentials). What of it is a credential is
+/// remembered as a secret, so that [`unveil_core::redact`] knows it.
 pub fn environment() -> Vec<(String, String)> {
-    std::env::vars().collect()
+    let all: Vec<(String, String)> = std::env::vars().collect();
+    all.iter().filter(|(name, _)| outside::is_credential(name)).for_each(|(_, value)| drop(Secret::new(value)));
+    all
 }
 
 /// [`load`] with the environment given.
@@ -191,6 +195,7 @@ fn collect(t: &Table, prefix: &str, out: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::WeightSync;
 
     fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigError> {
         let dir = std::env::temp_dir().join(format!(
@@ -241,6 +246,19 @@ mod tests {
         let m = fault(&["rollout.max_staleness=0", "rollout.groups_per_lease=3", "learner.groups=16"]);
         assert!(m.contains("groups_per_lease (3)") && m.contains("(16)"), "{m}");
         with("", &[], &["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=4"]).unwrap();
+    }
+
+    #[test]
+    fn weight_sync_is_one_of_two() {
+        let c = with("", &[], &["rollout.weight_sync=broadcast", "rollout.broadcast_s=2.5"]).unwrap();
+        assert_eq!((c.rollout.weight_sync, c.rollout.broadcast_s), (WeightSync::Broadcast, 2.5));
+        assert_eq!(with("", &[], &[]).unwrap().rollout.weight_sync, WeightSync::Grpc);
+        let m = with("", &[], &["rollout.weight_sync=pigeon"]).unwrap_err().to_string();
+        assert!(m.contains("pigeon") && m.contains("broadcast"), "{m}");
+        for bad in ["0.5", "601", "nan"] {
+            let m = with("", &[], &[&format!("rollout.broadcast_s={bad}")]).unwrap_err().to_string();
+            assert!(m.contains("rollout.broadcast_s"), "{bad}: {m}");
+        }
     }
 
     #[test]
@@ -395,15 +413,15 @@ mod tests {
             (&["relevance.span=[\"<a>\"]"], &["relevance.span", "closing"]),
             (&["judge.scale=[5, 5]"], &["judge.scale", "highest"]),
             (&["judge.hedge=1"], &["judge.hedge", "below 1"]),
-            (&["judge.deadline_s=0"], &["judge.deadline_s", "above 0"]),
+            (&["judge.deadline_s=0", "judge.tries=0"], &["judge.deadline_s", "above 0", "judge.tries"]),
+            (&["judge.base_url=http://x/v1"], &["judge.base_url", "judge.model"]),
+            (&["judge.temperature=3", "judge.per_minute=-1"], &["judge.temperature", "0 to 2", "judge.per_minute"]),
             (&["length.min_chars=900"], &["length.min_chars", "900"]),
             (&["symbolic.weight=1"], &["symbolic.table"]),
             (&["custom=[{name=\"format\", address=\"http://x\"}]"], &["format", "taken"]),
             (&["custom=[{name=\"a\", address=\"ftp://x\"}]"], &["ftp://x", "grpc://"]),
             (&["custom=[{name=\"a\", address=\"http://x\", wieght=2}]"], &["wieght"]),
             (&["gates=[{component=\"length\", needs=\"category\"}]"], &["gates", "`length`", "not computed"]),
-            (&["service.tls_cert=a.pem"], &["tls_cert", "tls_key"]),
-            (&["service.token_env=A", "service.token_file=b"], &["token_env", "token_file"]),
         ];
         for (sets, words) in faults {
             let sets: Vec<String> = sets.iter().map(|s| format!("reward.{s}")).collect();

@@ -32,6 +32,14 @@ pub fn secret(key: &str, variable: &str, file: &str) -> Result<Option<Secret>, C
     Ok(Some(secret))
 }
 
+/// Whether the environment variable of this name holds a credential rather than a name, an address or a path.
+pub(crate) fn is_credential(variable: &str) -> bool {
+    let name = variable.to_ascii_uppercase();
+    let kinds = ["SECRET", "TOKEN", "PASSWORD", "PASSWD", "CREDENTIAL", "ACCESS_KEY", "API_KEY", "ACCOUNT_KEY"];
+    let names = ["_FILE", "_PATH", "_URI", "_URL", "_ENV", "_NAME", "_DIR"];
+    kinds.iter().any(|k| name.contains(k)) && !names.iter().any(|n| name.ends_with(n))
+}
+
 /// Heads of `reward.vision_relevance.heads_file`, put where everything that reads attention looks for them. Heads that are set
 /// besides must be the same, so that an effective configuration loads again and a calibration stays frozen.
 pub(crate) fn fill_heads(config: &mut Config) -> Result<(), ConfigError> {
@@ -62,6 +70,19 @@ pub(crate) fn fill_heads(config: &mut Config) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn credentials_are_told_by_their_names() {
+        for name in
+            ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "UNVEIL_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "db_password"]
+        {
+            assert!(is_credential(name), "{name}");
+        }
+        for name in ["AWS_REGION", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "PATH", "HOME"]
+        {
+            assert!(!is_credential(name), "{name}");
+        }
+    }
 
     #[test]
     fn secrets_come_from_where_they_are_named() {

@@ -3,14 +3,21 @@
 use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
+mod access;
 mod collect;
+mod endpoint;
+mod health;
 mod learner;
 mod lora;
 mod parallel;
 mod reward;
 mod reward_service;
+mod telemetry;
 
+pub use access::{Auth, Tls};
 pub use collect::Collect;
+pub(crate) use endpoint::Endpoint;
+pub use health::Health;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -22,6 +29,7 @@ pub use reward::{
     Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
 };
 pub use reward_service::{Judge, RewardService};
+pub use telemetry::{LogForm, Telemetry};
 
 /// The whole configuration of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
@@ -47,6 +55,14 @@ pub struct Config {
     pub checkpoint: Checkpoint,
     /// Collecting answers from a vision model.
     pub collect: Collect,
+    /// Signs of life for whoever started the process.
+    pub health: Health,
+    /// Logs and traces.
+    pub telemetry: Telemetry,
+    /// TLS between the roles.
+    pub tls: Tls,
+    /// The token that the roles share.
+    pub auth: Auth,
 }
 
 /// Run directory, seed, resources.
@@ -145,6 +161,8 @@ pub struct Data {
     pub class: String,
     /// Category name in words for that class.
     pub category: String,
+    /// Images may lie outside the folder of their record file: absolute paths, `..`, and links that leave it.
+    pub outside: bool,
     /// Question asked of every image when records have none.
     pub question: String,
     /// Synthetic data.
@@ -168,6 +186,7 @@ impl Default for Data {
             root: String::new(),
             class: String::new(),
             category: String::new(),
+            outside: false,
             question: "What is abnormal, and where?".into(),
             synth: Synth::default(),
             train_split: "train".into(),
@@ -317,6 +336,25 @@ pub struct Rollout {
     pub max_rows: usize,
     /// GiB that keys, values and work may take in a worker; 0 = what is free.
     pub memory_gib: f64,
+    /// How new weights come to the workers.
+    pub weight_sync: WeightSync,
+    /// Seconds that workers have to come to a broadcast, and that each of its calls may take (1 to 600); who is later takes the
+    /// gRPC stream. A worker that died meanwhile holds the others up for so long.
+    pub broadcast_s: f64,
+    /// Listen address of a worker's Prometheus page (`/metrics`); empty = none. Workers on one machine need different ports.
+    pub metrics_listen: String,
+}
+
+/// How new weights come to the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightSync {
+    /// Each worker fetches them over gRPC.
+    Grpc,
+    /// The learner broadcasts them to all workers that follow it, over NCCL where its device is a GPU, over Gloo on CPUs; other
+    /// workers, and those whose broadcast fails, fetch them over gRPC. On GPUs both ends hold what is sent once more in device
+    /// memory; where there is no room for it, it passes through host memory.
+    Broadcast,
 }
 
 impl Default for Rollout {
@@ -337,6 +375,9 @@ impl Default for Rollout {
             workers: 1,
             max_rows: 256,
             memory_gib: 0.0,
+            weight_sync: WeightSync::Grpc,
+            broadcast_s: 10.0,
+            metrics_listen: String::new(),
         }
     }
 }
@@ -393,10 +434,12 @@ pub struct Checkpoint {
     pub url: String,
     /// Newest checkpoints that are kept (the best one is kept besides).
     pub keep: usize,
+    /// Checkpoints whose step is a multiple of this are kept besides (0 = none).
+    pub keep_every: u64,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { url: String::new(), keep: 2 }
+        Self { url: String::new(), keep: 2, keep_every: 0 }
     }
 }

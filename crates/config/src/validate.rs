@@ -1,7 +1,10 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
+mod access;
 mod collect;
+mod endpoint;
 mod learner;
+mod listen;
 mod parallel;
 mod reward;
 
@@ -72,6 +75,8 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
     need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
+    let broadcast_s = c.rollout.broadcast_s;
+    need((1.0..=600.0).contains(&broadcast_s), format!("rollout.broadcast_s is {broadcast_s}: use 1 to 600 seconds"));
     let (staleness, steps) = (c.rollout.max_staleness, c.learner.steps);
     need(
         staleness <= MOST_STALE,
@@ -99,10 +104,12 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     for (at, suite) in c.eval.suites.iter().enumerate() {
         need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
     }
+    access::faults(c, &mut out);
     reward::faults(c, &mut out);
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);
     parallel::faults(c, &mut out);
+    listen::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);
     out
@@ -121,4 +128,9 @@ fn optimizer(stage: &str, o: &Optimizer, out: &mut Vec<String>) {
     if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
         out.push(format!("{stage}.optimizer.betas is {:?}: each 0 up to below 1", o.betas));
     }
+}
+
+/// Durations that the clock can count.
+fn seconds(s: f64) -> bool {
+    s > 0.0 && s < 1e6
 }

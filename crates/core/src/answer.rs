@@ -11,6 +11,9 @@ pub struct Answer {
     pub boxes: Vec<[f64; 4]>,
     /// Text beside the boxes, trimmed.
     pub category: String,
+    /// What each box is said to hold, where the form says it box by box: as many as boxes, "" = nothing is said of this one. Empty where
+    /// the form does not.
+    pub labels: Vec<String>,
     /// The text says "no finding".
     pub no_finding: bool,
     /// First deviation from the form, if any.

@@ -16,4 +16,4 @@ pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
-pub use secret::Secret;
+pub use secret::{Secret, redact};

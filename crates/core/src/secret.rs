@@ -1,4 +1,17 @@
-//! A text that must not show in logs, errors or dumps: keys and tokens.
+//! Texts that must not show in logs, errors, events or reports: keys and tokens. Every secret that this process has seen is known
+//! here, so that [`redact`] can take it out of whatever a peer or a library made of it.
+
+use std::borrow::Cow;
+use std::sync::{PoisonError, RwLock};
+
+/// Secrets that were seen. Shorter ones than [`LEAST`] bytes are not remembered: they would stand in many words.
+static SEEN: RwLock<Vec<String>> = RwLock::new(Vec::new());
+
+/// Bytes from which on a secret is looked for.
+const LEAST: usize = 8;
+
+/// What stands in a text where a secret was.
+const HIDDEN: &str = "***";
 
 /// Holds a key or token; its debug form hides it, and it has no display form and no serialised form.
 #[derive(Clone, PartialEq, Eq)]
@@ -7,7 +20,14 @@ pub struct Secret(String);
 impl Secret {
     /// Takes `text` without the white space around it (files end with a line feed).
     pub fn new(text: &str) -> Self {
-        Self(text.trim().to_owned())
+        let text = text.trim();
+        let mut seen = SEEN.write().unwrap_or_else(PoisonError::into_inner);
+        if text.len() >= LEAST && !seen.iter().any(|s| s == text) {
+            // A secret that holds another one is looked for first.
+            let at = seen.partition_point(|s| s.len() >= text.len());
+            seen.insert(at, text.to_owned());
+        }
+        Self(text.to_owned())
     }
 
     /// The text itself: for the wire only.
@@ -17,8 +37,28 @@ impl Secret {
 
     /// `text` with every occurrence of the secret replaced: peers echo keys in their error messages.
     pub fn scrub(&self, text: &str) -> String {
-        if self.0.is_empty() { text.to_owned() } else { text.replace(&self.0, "***") }
+        if self.0.is_empty() { text.to_owned() } else { text.replace(&self.0, HIDDEN) }
     }
+}
+
+/// `text` with every secret that this process has seen replaced, also where it stands as JSON writes it. For everything that leaves
+/// a process in words: log lines, errors, events, reports.
+pub fn redact(text: &str) -> Cow<'_, str> {
+    let seen = SEEN.read().unwrap_or_else(PoisonError::into_inner);
+    let mut out = Cow::Borrowed(text);
+    for secret in seen.iter() {
+        for form in [Some(secret.clone()), quoted(secret)].into_iter().flatten() {
+            if out.contains(&form) {
+                out = Cow::Owned(out.replace(&form, HIDDEN));
+            }
+        }
+    }
+    out
+}
+
+/// How JSON writes the secret, where that differs.
+fn quoted(secret: &str) -> Option<String> {
+    secret.contains(['"', '\\']).then(|| secret.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 impl std::fmt::Debug for Secret {
@@ -38,5 +78,15 @@ mod tests {
         assert_eq!(format!("{s:?}"), "Secret(***)");
         assert_eq!(s.scrub("key sk-123 is wrong"), "key *** is wrong");
         assert_eq!(Secret::new("").scrub("abc"), "abc");
+    }
+
+    #[test]
+    fn what_was_seen_is_redacted_wherever_it_stands() {
+        let text = "token of-a-run-long and of-a-run, \"with \\\"q\\\"uote\"";
+        assert_eq!(redact(text), text, "nothing is known yet");
+        let _seen = ["of-a-run", "of-a-run-long", "with \"q\"uote", "run"].map(Secret::new);
+        assert_eq!(redact(text), "token *** and ***, \"***\"");
+        assert!(matches!(redact("nothing here"), Cow::Borrowed(_)));
+        assert_eq!(redact("a short secret is in many words: run"), "a short secret is in many words: run");
     }
 }

@@ -8,7 +8,8 @@ use unveil_core::Record;
 
 use crate::near::{dhash, nearest_before};
 use crate::records::{ImageRef, RecordFile, RecordsError};
-use crate::store::{ContentHash, Image, read_file};
+use crate::root::Reach;
+use crate::store::{ContentHash, Image};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -54,9 +55,9 @@ pub struct CheckError {
 ///
 /// # Errors
 /// Only when the file itself cannot be read.
-pub fn check_file(path: &Path, near: bool) -> Result<Vec<Finding>, RecordsError> {
+pub fn check_file(path: &Path, reach: Reach, near: bool) -> Result<Vec<Finding>, RecordsError> {
     let mut out = Vec::new();
-    let file = RecordFile::scan(path, |e| {
+    let file = RecordFile::scan(path, reach, |e| {
         let (line, id, what) = match e {
             RecordsError::Line { line, cause, .. } => (line, String::new(), cause),
             RecordsError::Duplicate { line, first, id, .. } => (line, id, format!("the id is already on line {first}")),
@@ -82,7 +83,7 @@ fn examine(file: &RecordFile, near: bool) -> Vec<Finding> {
     let mut out = Vec::new();
     let mut seen: HashMap<((u32, u32), ContentHash), usize> = HashMap::new();
     let mut patients: HashMap<&str, usize> = HashMap::new();
-    let mut hashes = vec![None; file.records.len()];
+    let (root, mut hashes) = (file.root(), vec![None; file.records.len()]);
     for (i, r) in file.records.iter().enumerate() {
         let mut add = |severity, what: String| {
             out.push(Finding { id: r.id.clone(), file: file.place(i), what, severity });
@@ -91,25 +92,21 @@ fn examine(file: &RecordFile, near: bool) -> Vec<Finding> {
         match file.image_ref(r) {
             ImageRef::None => {}
             ImageRef::Url(url) => add(Severity::Warning, format!("image {url} is remote and was not checked")),
-            ImageRef::File(path) => {
-                let read = read_file(&path).and_then(|bytes| Image::decode(&bytes, &path.display().to_string()));
-                match read {
-                    Err(e) => add(Severity::Error, e.to_string()),
-                    Ok(image) => {
-                        size = Some((image.width, image.height));
-                        let key = ((image.width, image.height), ContentHash::of(&image.rgb));
-                        let first = *seen.entry(key).or_insert(i);
-                        let other = &file.records[first];
-                        if other.split != r.split {
-                            let what =
-                                format!("its image is also that of \"{}\" in split \"{}\"", other.id, other.split);
-                            add(Severity::Warning, what);
-                        } else if near && first == i {
-                            hashes[i] = dhash(&image);
-                        }
+            ImageRef::File(path) => match root.read(r).and_then(|b| Image::decode(&b, &path.display().to_string())) {
+                Err(e) => add(Severity::Error, e.to_string()),
+                Ok(image) => {
+                    size = Some((image.width, image.height));
+                    let key = ((image.width, image.height), ContentHash::of(&image.rgb));
+                    let first = *seen.entry(key).or_insert(i);
+                    let other = &file.records[first];
+                    if other.split != r.split {
+                        let what = format!("its image is also that of \"{}\" in split \"{}\"", other.id, other.split);
+                        add(Severity::Warning, what);
+                    } else if near && first == i {
+                        hashes[i] = dhash(&image);
                     }
                 }
-            }
+            },
         }
         if let Some(patient) = r.extra.get("patient").and_then(|p| p.as_str()).filter(|p| !p.is_empty()) {
             let other = &file.records[*patients.entry(patient).or_insert(i)];
@@ -184,7 +181,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         generate(&SynthSpec::new(40, 5), dir.path(), |_, _| {}).unwrap();
         let path = dir.path().join(RECORDS_FILE);
-        assert_eq!(check_file(&path, false).unwrap(), vec![]);
+        assert_eq!(check_file(&path, Reach::Folder, false).unwrap(), vec![]);
         assert_eq!(require(&RecordFile::load(&path).unwrap()), Ok(()));
     }
 
@@ -192,7 +189,7 @@ mod tests {
     fn equal_pixels_and_likeness_across_splits() {
         let dir = tempfile::tempdir().unwrap();
         let records = generate(&SynthSpec::new(3, 5), dir.path(), |_, _| {}).unwrap();
-        let image = crate::records::open_image(dir.path(), &records[0]).unwrap();
+        let image = crate::root::Root::of(&dir.path().join(RECORDS_FILE), Reach::Folder).open(&records[0]).unwrap();
         let mut brighter = image.clone();
         brighter.rgb.iter_mut().for_each(|v| *v = v.saturating_add(2));
         std::fs::write(dir.path().join("a.png"), image.to_png().unwrap()).unwrap();
@@ -206,7 +203,7 @@ mod tests {
         let path = dir.path().join("r.jsonl");
         std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
         let told = |near: bool| {
-            let list = check_file(&path, near).unwrap();
+            let list = check_file(&path, Reach::Folder, near).unwrap();
             list.into_iter().map(|f| format!("{} {}", f.id, f.what)).collect::<Vec<_>>()
         };
         let equal = "c its image is also that of \"a\" in split \"train\"";
@@ -240,7 +237,7 @@ mod tests {
         ];
         let path = dir.path().join("r.jsonl");
         std::fs::write(&path, lines.join("\n")).unwrap();
-        let found = check_file(&path, false).unwrap();
+        let found = check_file(&path, Reach::Folder, false).unwrap();
         let say: Vec<String> = found
             .iter()
             .map(|f| format!("{} {} {:?} {}", f.file.rsplit(':').next().unwrap(), f.id, f.severity, f.what))

@@ -14,6 +14,7 @@ pub mod prepare;
 pub mod processor;
 pub mod reach;
 pub mod records;
+pub mod root;
 pub mod stats;
 pub mod store;
 pub mod synth;

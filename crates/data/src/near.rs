@@ -74,7 +74,8 @@ mod tests {
     fn brightness_and_size_hardly_change_it_and_other_images_do() {
         let dir = tempfile::tempdir().unwrap();
         let records = generate(&SynthSpec::new(40, 9), dir.path(), |_, _| {}).unwrap();
-        let images: Vec<Image> = records.iter().map(|r| crate::records::open_image(dir.path(), r).unwrap()).collect();
+        let root = crate::root::Root::of(&dir.path().join("r.jsonl"), Default::default());
+        let images: Vec<Image> = records.iter().map(|r| root.open(r).unwrap()).collect();
         let (mut near, mut apart) = (0, 0);
         for (k, image) in images.iter().enumerate() {
             let hash = dhash(image).unwrap();

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use unveil_core::Record;
 
 use crate::files::write_atomic;
+use crate::root::{Reach, Root};
 use crate::store::{Image, ImageError};
 
 /// Longest line that is read, in bytes.
@@ -83,6 +84,8 @@ pub struct RecordFile {
     pub records: Vec<Record>,
     /// Line number (from 1) of each record.
     pub lines: Vec<usize>,
+    /// How far the paths of its records may reach.
+    pub reach: Reach,
 }
 
 impl RecordFile {
@@ -92,17 +95,26 @@ impl RecordFile {
     /// A line that is no record, a missing, empty or repeated id, an image path that is absolute or leaves the folder.
     /// Boxes are not judged here: see [`crate::check`].
     pub fn load(path: &Path) -> Result<Self, RecordsError> {
-        Self::scan(path, Err)
+        Self::load_with(path, Reach::Folder)
+    }
+
+    /// [`RecordFile::load`] with paths that may reach so far.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_with(path: &Path, reach: Reach) -> Result<Self, RecordsError> {
+        Self::scan(path, reach, Err)
     }
 
     /// Reads like [`RecordFile::load`], but hands each bad line to `bad_line`, which says whether to go on without it.
     pub(crate) fn scan(
         path: &Path,
+        reach: Reach,
         mut bad_line: impl FnMut(RecordsError) -> Result<(), RecordsError>,
     ) -> Result<Self, RecordsError> {
         let io = |cause| RecordsError::Io { file: path.to_owned(), cause };
         let mut reader = BufReader::new(std::fs::File::open(path).map_err(io)?);
-        let mut out = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new() };
+        let mut out = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new(), reach };
         let mut seen: HashMap<String, usize> = HashMap::new();
         let mut bytes = Vec::new();
         for line in 1.. {
@@ -114,7 +126,7 @@ impl RecordFile {
                 let cause = format!("the line is longer than {MAX_LINE} bytes");
                 return Err(RecordsError::Line { file: path.to_owned(), line, cause });
             }
-            match parse_line(path, line, &bytes, &seen) {
+            match parse_line(path, reach, line, &bytes, &seen) {
                 Ok(None) => {}
                 Ok(Some(record)) => {
                     seen.insert(record.id.clone(), line);
@@ -144,12 +156,17 @@ impl RecordFile {
 
     /// Where the image of `record` is.
     pub fn image_ref(&self, record: &Record) -> ImageRef {
-        image_ref(self.folder(), record)
+        self.root().image_ref(record)
+    }
+
+    /// The folder of the file, and how far its records may reach.
+    pub fn root(&self) -> Root {
+        Root::of(&self.path, self.reach)
     }
 
     /// Reads and decodes the image of `record`; the error names record and path.
     pub fn open_image(&self, record: &Record) -> Result<Image, ImageError> {
-        open_image(self.folder(), record)
+        self.root().open(record)
     }
 
     /// `file:line` of record number `index`, for messages.
@@ -166,53 +183,22 @@ pub fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Where the image of `record` is when its record file lies in `folder`.
-pub fn image_ref(folder: &Path, record: &Record) -> ImageRef {
-    if record.image.is_empty() {
-        ImageRef::None
-    } else if record.image.contains("://") {
-        ImageRef::Url(record.image.clone())
-    } else {
-        ImageRef::File(folder.join(&record.image))
-    }
-}
-
-/// Reads and decodes the image of `record`, a path relative to `folder`; an unsafe path is refused.
-pub fn open_image(folder: &Path, record: &Record) -> Result<Image, ImageError> {
-    Image::decode(&read_image(folder, record)?, &format!("{} of record \"{}\"", record.image, record.id))
-}
-
-/// Reads the encoded image of `record`, a path relative to `folder`; an unsafe path is refused.
-pub fn read_image(folder: &Path, record: &Record) -> Result<Vec<u8>, ImageError> {
-    let refuse = |why: &str| ImageError::Io {
-        name: format!("\"{}\" of record \"{}\"", record.image, record.id),
-        cause: std::io::Error::other(why.to_owned()),
-    };
-    if let Some(cause) = path_fault(&record.image) {
-        return Err(refuse(cause));
-    }
-    match image_ref(folder, record) {
-        ImageRef::File(path) => crate::store::read_file(&path).map_err(|e| match e {
-            ImageError::Io { name, cause } => {
-                ImageError::Io { name: format!("{name} of record \"{}\"", record.id), cause }
-            }
-            other => other,
-        }),
-        ImageRef::Url(_) => Err(refuse("is a URL, this place reads files only")),
-        ImageRef::None => Err(refuse("the record has no image")),
-    }
-}
-
-/// What is wrong with an image path of a record, if anything. URLs and empty paths pass.
-pub fn path_fault(image: &str) -> Option<&'static str> {
-    if image.contains("://") {
-        None
+/// What is wrong with an image path of a record as it is written, if anything; links are looked at when the image is read. URLs and
+/// empty paths pass.
+pub fn path_fault(image: &str, reach: Reach) -> Option<&'static str> {
+    if let Some((_, rest)) = image.split_once("://") {
+        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        host.contains('@').then_some("is a URL with credentials before the host; take them out")
     } else if image.contains('\0') {
         Some("holds a NUL character")
+    } else if reach == Reach::Anywhere {
+        None
     } else if Path::new(image).components().any(|c| matches!(c, Component::RootDir | Component::Prefix(_))) {
-        Some("is an absolute path; write it relative to the record file")
+        Some("is an absolute path; write it relative to the record file, or allow it (data.outside = true)")
     } else if Path::new(image).components().any(|c| c == Component::ParentDir) {
-        Some("leaves the folder of the record file with \"..\"; put the images beside or under it")
+        Some(
+            "leaves the folder of the record file with \"..\"; put the images beside or under it, or allow it (data.outside = true)",
+        )
     } else {
         None
     }
@@ -220,6 +206,7 @@ pub fn path_fault(image: &str) -> Option<&'static str> {
 
 fn parse_line(
     path: &Path,
+    reach: Reach,
     line: usize,
     bytes: &[u8],
     seen: &HashMap<String, usize>,
@@ -236,7 +223,7 @@ fn parse_line(
     if let Some(&first) = seen.get(&record.id) {
         return Err(RecordsError::Duplicate { file: path.to_owned(), line, first, id: record.id });
     }
-    if let Some(cause) = path_fault(&record.image) {
+    if let Some(cause) = path_fault(&record.image, reach) {
         let (id, image) = (record.id, record.image);
         return Err(RecordsError::ImagePath { file: path.to_owned(), line, id, image, cause });
     }
@@ -320,14 +307,5 @@ mod tests {
         assert!(write(&path, &[]).unwrap_err().to_string().contains("taken"));
         assert!(path.join("keep").exists());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn opening_names_record_and_path() {
-        let r: Record = serde_json::from_str("{\"id\":\"a7\",\"image\":\"gone.png\"}").unwrap();
-        let e = open_image(Path::new("/tmp"), &r).unwrap_err().to_string();
-        assert!(e.contains("gone.png") && e.contains("a7"), "{e}");
-        let r = Record { image: "../gone.png".into(), ..r };
-        assert!(open_image(Path::new("/tmp"), &r).unwrap_err().to_string().contains("leaves"));
     }
 }

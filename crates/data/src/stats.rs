@@ -95,7 +95,7 @@ pub fn stats(file: &RecordFile) -> Stats {
 fn size_of(file: &RecordFile, r: &Record) -> Option<(u32, u32)> {
     match (r.image_size, file.image_ref(r)) {
         (Some([w, h]), _) => Some((w, h)),
-        (None, ImageRef::File(path)) => image_size(&path).ok(),
+        (None, ImageRef::File(_)) => image_size(&file.root().file(r).ok()?).ok(),
         _ => None,
     }
 }

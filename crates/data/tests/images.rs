@@ -130,7 +130,7 @@ fn checked(root: &Path) {
     let path = root.join("r.jsonl");
     std::fs::write(&path, [line("a", "s16_window.dcm"), line("b", "frames.dcm"), line("c", "other.gif")].join("\n"))
         .unwrap();
-    let found = check::check_file(&path, false).unwrap();
+    let found = check::check_file(&path, Default::default(), false).unwrap();
     let said: Vec<String> = found.iter().map(ToString::to_string).collect();
     assert_eq!(said.len(), 2, "{said:?}");
     assert!(said[0].contains("frames.dcm") && said[1].contains("other.gif"), "{said:?}");

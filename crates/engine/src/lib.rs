@@ -11,6 +11,7 @@ mod batch;
 mod engine;
 mod error;
 mod generate;
+mod heads;
 mod images;
 mod plan;
 pub mod random;
@@ -27,6 +28,7 @@ mod tests;
 
 pub use engine::{Engine, EngineOptions, Stats, Ticket};
 pub use error::EngineError;
+pub use heads::HeadRows;
 pub use plan::{Longest, MemoryPlan};
 pub use request::{AttentionRows, GroupInput, GroupOutput, GroupRequest, RawResponse, ScoreRequest, Scored, StopRule};
 

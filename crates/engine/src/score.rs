@@ -16,20 +16,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
     /// each, an end token included. Errors name the group.
     pub fn score(&mut self, requests: &[ScoreRequest], temperature: f64) -> Result<Vec<Vec<Scored>>> {
         let _guard = tch::no_grad_guard();
-        let config = self.vlm().config();
-        let (vocab, placeholders) = (config.text.vocab_size, [config.image_token_id, config.video_token_id]);
-        for r in requests {
-            self.check(&r.input, r.responses.iter().map(Vec::len).max().unwrap_or(0))?;
-            let refuse = |what: String| Err(EngineError::request(&r.input.id, what));
-            if let Some(id) = r.responses.iter().flatten().find(|&&t| i64::from(t) >= vocab) {
-                return refuse(format!("response token {id} is outside the model's vocabulary of {vocab}"));
-            }
-            if r.responses.iter().flatten().any(|t| placeholders.contains(t)) {
-                return refuse(
-                    "a response holds an image or video placeholder, for which there is no image".to_owned(),
-                );
-            }
-        }
+        requests.iter().try_for_each(|r| self.check_scored(r))?;
         let mut out: Vec<Vec<Scored>> = requests.iter().map(|r| vec![Scored::default(); r.responses.len()]).collect();
         let busy: Vec<usize> =
             (0..requests.len()).filter(|&i| requests[i].responses.iter().any(|r| !r.is_empty())).collect();
@@ -43,6 +30,21 @@ impl<V: Borrow<Vlm>> Engine<V> {
             rest = later;
         }
         Ok(out)
+    }
+
+    /// Checks given responses and their prompt.
+    pub(crate) fn check_scored(&self, r: &ScoreRequest) -> Result<()> {
+        let config = self.vlm().config();
+        let (vocab, placeholders) = (config.text.vocab_size, [config.image_token_id, config.video_token_id]);
+        self.check(&r.input, r.responses.iter().map(Vec::len).max().unwrap_or(0))?;
+        let refuse = |what: String| Err(EngineError::request(&r.input.id, what));
+        if let Some(id) = r.responses.iter().flatten().find(|&&t| i64::from(t) >= vocab) {
+            return refuse(format!("response token {id} is outside the model's vocabulary of {vocab}"));
+        }
+        if r.responses.iter().flatten().any(|t| placeholders.contains(t)) {
+            return refuse("a response holds an image or video placeholder, for which there is no image".to_owned());
+        }
+        Ok(())
     }
 
     fn score_chunk(

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use unveil_config::Config;
 use unveil_core::Breakdown;
-use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
+use unveil_data::root::{Reach, Root};
 use unveil_report::Shown;
 use unveil_reward::{GroupInput, ResponseInput, Scoring, read_responses};
 
@@ -26,7 +26,7 @@ pub fn judge_responses(config: &Config, file: &Path, split: &str) -> Result<Vec<
     let mut out = Vec::new();
     for (group, _) in read_responses(config, file)? {
         if split.is_empty() || group.record.split == split {
-            let image = image_path(file, &group);
+            let image = image_path(file, Reach::new(config.data.outside), &group);
             out.extend(group.responses.iter().map(|r| judged(&group, &image, r, &scoring)));
         }
     }
@@ -45,7 +45,7 @@ pub fn shown_responses(config: &Config, file: &Path, scores: &Path) -> Result<Ve
     let scoring = Scoring::new(config);
     let mut out: Vec<(usize, Shown)> = Vec::new();
     for (group, lines) in read_responses(config, file)? {
-        let image = image_path(file, &group);
+        let image = image_path(file, Reach::new(config.data.outside), &group);
         for (response, line) in group.responses.iter().zip(lines) {
             let key = (group.record.id.clone(), response.index);
             let b = breakdowns.remove(&key).ok_or_else(|| EvalError::Scores {
@@ -75,13 +75,9 @@ fn judged(group: &GroupInput, image: &str, r: &ResponseInput, scoring: &Scoring)
 }
 
 /// The image file of a group; empty where it has none that may be read from here.
-fn image_path(file: &Path, group: &GroupInput) -> String {
-    match image_ref(folder_of(file), &group.record) {
-        ImageRef::File(path) if path_fault(&group.record.image).is_none() => {
-            std::fs::canonicalize(&path).unwrap_or(path).display().to_string()
-        }
-        _ => String::new(),
-    }
+fn image_path(file: &Path, reach: Reach, group: &GroupInput) -> String {
+    let path = Root::of(file, reach).file(&group.record);
+    path.map_or_else(|_| String::new(), |path| std::fs::canonicalize(&path).unwrap_or(path).display().to_string())
 }
 
 fn read_scores(path: &Path) -> Result<BTreeMap<(String, usize), Breakdown>, EvalError> {

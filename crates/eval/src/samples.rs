@@ -1,7 +1,5 @@
 //! Held-out samples, prepared once: the same images are evaluated many times during a run.
 
-use std::path::Path;
-
 use unveil_core::Record;
 use unveil_data::codec::Sizes;
 use unveil_data::prepare::Preparer;
@@ -28,17 +26,17 @@ pub struct Sample {
 
 /// Loads the records of `split` (all when empty), at most `limit` (0 = all), evenly spread over the file.
 pub fn load_samples(
-    file: &Path,
+    records: &RecordFile,
     split: &str,
     limit: usize,
     question: &str,
     preparer: &Preparer,
 ) -> Result<Vec<Sample>, EvalError> {
-    let records = RecordFile::load(file)?;
     let chosen: Vec<&Record> = records.records.iter().filter(|r| split.is_empty() || r.split == split).collect();
     if chosen.is_empty() {
-        return Err(EvalError::Empty { file: file.display().to_string(), split: split.to_owned() });
+        return Err(EvalError::Empty { file: records.path.display().to_string(), split: split.to_owned() });
     }
+    let root = records.root();
     let keep = if limit == 0 { chosen.len() } else { limit.min(chosen.len()) };
     (0..keep)
         .map(|i| {
@@ -47,7 +45,7 @@ pub fn load_samples(
             let asked = if record.question.is_empty() { question } else { &record.question };
             let prepared = preparer.prepare(&image, asked)?;
             let prompt = Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] };
-            let path = records.folder().join(&record.image);
+            let path = root.file(record)?;
             Ok(Sample {
                 record: record.clone(),
                 image: std::fs::canonicalize(&path).unwrap_or(path).display().to_string(),

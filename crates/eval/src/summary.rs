@@ -127,6 +127,7 @@ fn answer<V: Borrow<Vlm>>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unveil_data::records::RecordFile;
     use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
     #[test]
@@ -139,7 +140,7 @@ mod tests {
         std::fs::write(dir.path().join("x.png"), image.to_png().unwrap()).unwrap();
         let records = dir.path().join("r.jsonl");
         std::fs::write(&records, "{\"id\":\"a\",\"image\":\"x.png\"}\n{\"id\":\"b\",\"image\":\"x.png\"}").unwrap();
-        let samples = crate::load_samples(&records, "", 0, "Where?", &preparer).unwrap();
+        let samples = crate::load_samples(&RecordFile::load(&records).unwrap(), "", 0, "Where?", &preparer).unwrap();
         let black = preparer.prepare(&Image::new(160, 96), "Where?").unwrap();
         let inputs = withheld(&preparer, &samples).unwrap();
         assert!(Arc::ptr_eq(&inputs[0].patches, &inputs[1].patches), "one black image serves all of its size");

@@ -18,8 +18,8 @@ pub enum Event {
     Stale { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, version: WeightVersion },
     /// A submission under a lease that does not hold was not counted.
     Refused { ms: u64, worker: String, lease: String, group: GroupId },
-    /// A lease ran out; its group returned to the queue.
-    Expired { ms: u64, worker: String, lease: String, group: GroupId },
+    /// A lease ran out, or its worker was `silent` for too long; its group returned to the queue.
+    Expired { ms: u64, worker: String, lease: String, group: GroupId, silent: bool },
     /// A group was given back, by its worker or because the worker is lost.
     Released { ms: u64, worker: String, lease: String, group: GroupId, lost: bool },
     /// A batch was trained.

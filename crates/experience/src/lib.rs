@@ -6,13 +6,16 @@
 //! What it promises, whatever workers do:
 //! - each group of a pass is returned by [`Experience::next_batch`] exactly once, in the order of the pass;
 //! - no group is trained whose oldest token lags the learner by more than `max_staleness` versions;
-//! - a group whose worker died, was slow or gave it back is handed out again, before any newer group.
+//! - what was trained is counted a second time, by record, in a ledger that every checkpoint holds;
+//! - a group whose worker died, fell silent, was slow or gave it back is handed out again, before any newer group.
 
 mod event;
+mod ledger;
 mod machine;
 mod order;
 mod settings;
 
 pub use event::Event;
+pub use ledger::{Accounting, Ledger, PassAccount};
 pub use machine::{Experience, Stats};
 pub use settings::{ExperienceError, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan, by_pass};

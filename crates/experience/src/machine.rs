@@ -4,13 +4,14 @@
 //! (the frontier), and exactly-once follows from it. Behind the frontier lies a window of slots, one per group that is
 //! out, back, or waiting for another worker; nothing beyond the window has been handed out.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use serde::Serialize;
 use unveil_core::{GroupId, WeightVersion};
 
 use crate::event::Event;
+use crate::ledger::Ledger;
 use crate::order::Order;
 use crate::settings::{ExperienceError, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan};
 
@@ -79,6 +80,9 @@ pub struct Experience<T> {
     taken: u64,
     version: WeightVersion,
     leases: u64,
+    /// Workers, and when they were last heard of.
+    heard: HashMap<String, Duration>,
+    ledger: Ledger,
     now: Duration,
     counts: Stats,
     events: Vec<Event>,
@@ -109,6 +113,8 @@ impl<T> Experience<T> {
             taken: 0,
             version: 0,
             leases: 0,
+            heard: HashMap::new(),
+            ledger: Ledger::default(),
             now: Duration::ZERO,
             counts: Stats::default(),
             events: Vec::new(),
@@ -135,6 +141,7 @@ impl<T> Experience<T> {
         }
         (e.frontier, e.published_at, e.cursor) = (snapshot.trained, snapshot.trained, snapshot.trained);
         e.version = snapshot.version;
+        e.ledger = snapshot.ledger.clone();
         Ok(e)
     }
 
@@ -156,11 +163,21 @@ impl<T> Experience<T> {
         self.slots.values().filter(|s| matches!(s, Slot::Leased(h) if h.worker == worker)).count()
     }
 
+    /// Notes a sign of life of a worker. Every call of it is one.
+    pub fn hear(&mut self, worker: &str, now: Duration) {
+        self.tick(now);
+        match self.heard.get_mut(worker) {
+            Some(at) => *at = self.now,
+            None => drop(self.heard.insert(worker.to_owned(), self.now)),
+        }
+    }
+
     /// Hands out up to `max` groups, those that came back first, then new ones in order.
     ///
     /// Empty when all that may be out is out: a group is handed out only if it belongs to one of the next
     /// `max_staleness + 1` batches from the published version on. Expires old leases first.
     pub fn lease(&mut self, worker: &str, max: usize, now: Duration) -> Vec<Lease> {
+        self.hear(worker, now);
         self.expire(now);
         let waiting = self.slots.iter().filter(|(_, s)| matches!(s, Slot::Waiting { .. })).map(|(g, _)| *g);
         let numbers: Vec<u64> = waiting.chain(self.cursor..self.end()).take(max).collect();
@@ -196,7 +213,7 @@ impl<T> Experience<T> {
     /// Takes a whole group back, or says why it does not count. A lease that ran out still holds while nobody else has
     /// the group.
     pub fn submit(&mut self, s: &Submission<'_>, payload: T, now: Duration) -> Verdict {
-        self.tick(now);
+        self.hear(s.worker, now);
         let (ms, worker, lease, group) = (self.ms(), s.worker.to_string(), s.lease.to_string(), s.group.clone());
         let Some(g) = self.order.number(s.group).filter(|g| *g < self.cursor) else {
             self.counts.refused += 1;
@@ -234,13 +251,14 @@ impl<T> Experience<T> {
 
     /// Gives leases back unfinished; returns how many held.
     pub fn release(&mut self, worker: &str, leases: &[String], now: Duration) -> usize {
-        self.tick(now);
+        self.hear(worker, now);
         self.give_back(false, |h| h.worker == worker && leases.contains(&h.lease))
     }
 
     /// Returns all groups of a worker that is gone to the queue; returns how many it held.
     pub fn worker_lost(&mut self, worker: &str, now: Duration) -> usize {
         self.tick(now);
+        self.heard.remove(worker);
         self.give_back(true, |h| h.worker == worker)
     }
 
@@ -262,17 +280,20 @@ impl<T> Experience<T> {
         n
     }
 
-    /// Returns groups whose leases have run out to the queue; returns how many. [`Self::lease`] does it too.
+    /// Returns groups whose leases have run out, or whose workers are silent, to the queue; returns how many.
+    /// [`Self::lease`] does it too. A worker that was only slow or cut off may still bring its group in, while nobody else has it.
     pub fn expire(&mut self, now: Duration) -> usize {
         self.tick(now);
-        let ms = self.ms();
+        let (ms, silence) = (self.ms(), Duration::from_secs_f64(self.settings.silence_s));
         let mut n = 0;
         for (g, slot) in &mut self.slots {
             let Slot::Leased(h) = slot else { continue };
-            if self.now >= h.deadline {
+            let heard = self.heard.get(&h.worker).copied().unwrap_or_default();
+            let silent = self.now.saturating_sub(heard) >= silence;
+            if silent || self.now >= h.deadline {
                 let (worker, lease) = (h.worker.clone(), h.lease.clone());
-                tracing::warn!(worker, lease, "a lease ran out; its group returns to the queue");
-                self.events.push(Event::Expired { ms, worker, lease, group: self.order.group(*g) });
+                tracing::warn!(worker, lease, silent, "a lease ran out; its group returns to the queue");
+                self.events.push(Event::Expired { ms, worker, lease, group: self.order.group(*g), silent });
                 *slot = Slot::Waiting { last: Some(h.clone()) };
                 n += 1;
             }
@@ -340,6 +361,11 @@ impl<T> Experience<T> {
         if groups.is_empty() || groups != expected {
             return Err(ExperienceError::NotInTraining { step, reported: groups.len(), taken: expected.len() });
         }
+        for group in &expected {
+            if let Some(row) = self.order.row(group) {
+                self.ledger.note(group.pass, row, self.order.records());
+            }
+        }
         self.frontier += self.taken;
         self.taken = 0;
         self.slots = self.slots.split_off(&self.frontier);
@@ -395,6 +421,7 @@ impl<T> Experience<T> {
             records: n,
             data: self.order.fingerprint(),
             in_flight,
+            ledger: self.ledger.clone(),
         }
     }
 

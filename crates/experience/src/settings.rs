@@ -5,6 +5,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use unveil_core::{GroupId, Response, WeightVersion};
 
+use crate::ledger::Ledger;
+
 /// Settings of one run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -14,6 +16,8 @@ pub struct Settings {
     pub max_staleness: u64,
     /// Seconds until an unfinished lease returns to the queue.
     pub lease_s: f64,
+    /// Seconds after which a worker that was not heard of is taken for dead: what it holds returns to the queue.
+    pub silence_s: f64,
     /// Run seed: the order of a pass is a function of (seed, pass).
     pub seed: u64,
     /// The learner's term. It is part of every lease id, so leases that a dead learner gave are refused.
@@ -32,8 +36,10 @@ impl Settings {
         if self.groups_per_step == 0 {
             return fault("groups_per_step", "it must be at least 1");
         }
-        if !(self.lease_s.is_finite() && self.lease_s > 0.0 && self.lease_s < 1e9) {
-            return fault("lease_s", "it must be a positive number of seconds below 1e9");
+        for (name, seconds) in [("lease_s", self.lease_s), ("silence_s", self.silence_s)] {
+            if !(seconds.is_finite() && seconds > 0.0 && seconds < 1e9) {
+                return fault(name, "it must be a positive number of seconds below 1e9");
+            }
         }
         if self.max_staleness > 1_000_000 {
             return fault("max_staleness", "it must be at most 1000000");
@@ -127,6 +133,8 @@ pub struct Snapshot {
     pub data: String,
     /// Groups leased, ready or in training when the snapshot was taken (for the reader; restore does not need them).
     pub in_flight: Vec<GroupId>,
+    /// What was trained, counted apart from the position.
+    pub ledger: Ledger,
 }
 
 /// What can be wrong.

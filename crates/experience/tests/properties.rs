@@ -58,7 +58,7 @@ struct World {
 }
 
 fn settings(groups_per_step: usize, max_staleness: u64) -> Settings {
-    Settings { groups_per_step, max_staleness, lease_s: 30.0, seed: 11, term: 1, total_groups: None }
+    Settings { groups_per_step, max_staleness, lease_s: 30.0, silence_s: 30.0, seed: 11, term: 1, total_groups: None }
 }
 
 fn ids(n: usize) -> Vec<String> {
@@ -214,6 +214,8 @@ impl World {
             records.dedup();
             assert_eq!(records.len(), self.ids.len(), "a record was trained twice in a pass");
         }
+        let account = self.e.snapshot().accounting();
+        assert!(account.exactly_once && account.trained == self.trained.len() as u64, "{account:?}");
         for e in self.e.drain_events() {
             let line = serde_json::to_string(&e).unwrap();
             assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), e);
@@ -277,6 +279,35 @@ fn a_slow_worker_is_taken_late_unless_another_has_the_group() {
     let (l, v) = w.held[1][0].clone();
     assert_eq!(w.send(1, &l, v), Verdict::Accepted);
     assert_eq!(w.send(1, &l, v), Verdict::Duplicate);
+}
+
+/// The clock is the test's: a worker that says nothing for five seconds has lost its groups, one that does has not.
+#[test]
+fn a_silent_worker_loses_its_groups_and_one_that_lives_does_not() {
+    let s = Settings { silence_s: 5.0, ..settings(2, 0) };
+    let mut e = Experience::new(s, ids(6)).unwrap();
+    let at = |ms: u64| Duration::from_millis(3_600_000 + ms);
+    let (dead, alive) = (e.lease("dead", 1, at(0)).remove(0), e.lease("alive", 1, at(0)).remove(0));
+    for ms in (0..5_000).step_by(1_000) {
+        e.hear("alive", at(ms));
+        assert_eq!(e.expire(at(ms)), 0);
+    }
+    assert_eq!((e.expire(at(4_999)), e.expire(at(5_000))), (0, 1), "five seconds after its last word");
+    let silent = e.drain_events().into_iter().find(|e| matches!(e, Event::Expired { silent: true, .. }));
+    assert!(matches!(silent, Some(Event::Expired { worker, .. }) if worker == "dead"));
+    assert_eq!(e.leased_by("alive"), 1);
+    // A clock that goes back changes nothing, one that leaps takes the lease of everybody who is not heard after it.
+    e.hear("alive", at(0));
+    assert_eq!(e.expire(at(2_000)), 0);
+    e.hear("alive", at(1_000_000));
+    assert_eq!(e.expire(at(1_000_000)), 1, "the lease itself has run out by then");
+    // Nobody took the groups meanwhile: both still count, once.
+    for (lease, worker) in [(&dead, "dead"), (&alive, "alive")] {
+        let s = Submission { worker, lease: &lease.id, group: &lease.group, versions: VersionSpan::at(0) };
+        assert_eq!(e.submit(&s, (), at(1_000_000)), Verdict::Accepted);
+        assert_eq!(e.submit(&s, (), at(1_000_000)), Verdict::Duplicate);
+    }
+    assert_eq!(e.next_batch(at(0)).map(|b| b.len()), Some(2));
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! The local supervisor of roles: prepares data and model, runs stage 1, stage 2 and the evaluations as child processes, and
-//! tears everything down together whatever happens.
+//! tears everything down together whatever happens. Beside it the submission of runs to clusters.
 //!
 //! Must not know: tch. It starts programs and reads their files; what they compute is theirs.
 
@@ -7,6 +7,7 @@ mod child;
 mod memory;
 mod prepare;
 mod stage2;
+pub mod submit;
 mod train;
 
 pub use prepare::prepare_data;

@@ -6,6 +6,7 @@ use unveil_config::Config;
 use unveil_config::schema::DataKind;
 use unveil_data::import::{ClassFilter, Format, ImportOptions};
 use unveil_data::records::RecordFile;
+use unveil_data::root::Reach;
 use unveil_data::synth::SynthSpec;
 use unveil_data::{check, import, synth};
 
@@ -55,7 +56,7 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
             DataKind::Jsonl => {}
         }
     }
-    let file = RecordFile::load(&records).map_err(|e| fail(&e))?;
+    let file = RecordFile::load_with(&records, Reach::new(config.data.outside)).map_err(|e| fail(&e))?;
     check::require(&file).map_err(|e| fail(&e))?;
     let count = |split: &str| file.records.iter().filter(|r| r.split == split).count();
     let d = &config.data;

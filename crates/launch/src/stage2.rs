@@ -22,8 +22,8 @@ pub(crate) struct Stage2<'a> {
     pub ranks: usize,
     /// Addresses that the configuration names; empty = start the role here.
     pub reward_address: &'a str,
-    /// How the reward service that is started here is spoken to.
-    pub reward_scheme: &'static str,
+    /// How services that are started here are spoken to: `http` or `https`.
+    pub scheme: &'static str,
 }
 
 struct Worker {
@@ -41,7 +41,7 @@ impl Stage2<'_> {
         if reward_address.is_empty() {
             let mut role = self.reward(None)?;
             let bound = role.address(READY, &mut || going())?;
-            reward_address = format!("{}://{bound}", self.reward_scheme);
+            reward_address = format!("{}://{bound}", self.scheme);
             reward = Some((role, bound, 0));
         }
         let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;
@@ -58,7 +58,7 @@ impl Stage2<'_> {
             Some((status, rank)) => Err(rank.failed(status)),
             None => going(),
         };
-        let learner_address = format!("http://{}", learner.address(READY * 5, &mut together)?);
+        let learner_address = format!("{}://{}", self.scheme, learner.address(READY * 5, &mut together)?);
         let mut workers: Vec<Worker> =
             (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None }).collect();
         let mut told = BTreeSet::new();

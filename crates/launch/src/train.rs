@@ -22,13 +22,15 @@ pub struct Options<'a> {
     pub stop: &'a dyn Fn() -> bool,
     /// Shows one line to the person.
     pub note: &'a dyn Fn(&str),
+    /// Ends before stage 2, whose roles something else starts.
+    pub prepare: bool,
 }
 
-/// Runs the main job and returns the content of `summary.json`.
+/// Runs the main job and returns the content of `summary.json`; none where it was only prepared.
 ///
 /// # Errors
 /// [`LaunchError`]; whatever was written before stays whole, and the same call goes on from there.
-pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchError> {
+pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, LaunchError> {
     let started = Instant::now();
     let run = config.run_dir();
     let logs = run.join("logs");
@@ -53,6 +55,9 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
         job.finish("sft", job.role_args("sft"), true)?;
     }
     let before = job.evaluate(&config.stage1_model(), "before")?;
+    if options.prepare {
+        return Ok(None);
+    }
     if config.learner.steps > 0 && !config.final_model().join("config.json").exists() {
         let stage2 = Stage2 {
             unveil: &options.unveil,
@@ -62,7 +67,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
             workers: config.rollout.workers,
             ranks: config.learner.parallel.ranks,
             reward_address: &config.reward.address,
-            reward_scheme: if config.reward.service.tls_cert.is_empty() { "http" } else { "https" },
+            scheme: config.scheme(),
         };
         stage2.run(options.stop, options.note)?;
     }
@@ -78,7 +83,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Value, LaunchErro
     });
     let path = run.join("summary.json");
     std::fs::write(&path, format!("{summary:#}\n")).map_err(io("cannot write", &path))?;
-    Ok(summary)
+    Ok(Some(summary))
 }
 
 struct Job<'a> {
@@ -215,7 +220,23 @@ fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<Path
         for change in allowed.iter().filter(|c| c.key != "run.resume") {
             note(&format!("the run goes on with {change}"));
         }
+        if allowed.iter().any(|c| c.key == "learner.steps") {
+            forget_end(config, run)?;
+        }
     }
     std::fs::write(&path, text).map_err(io("cannot write", &path))?;
     Ok(path)
+}
+
+/// Removes what a run has at its end, which has moved: stage 2 goes on to the new one, and is measured again. Its checkpoints stay.
+fn forget_end(config: &Config, run: &Path) -> Result<(), LaunchError> {
+    let gone = |path: &Path, result: std::io::Result<()>| match result {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("cannot remove", path)(e)),
+        _ => Ok(()),
+    };
+    for file in [run.join("summary.json"), run.join("eval").join("after.json")] {
+        gone(&file, std::fs::remove_file(&file))?;
+    }
+    let model = config.final_model();
+    gone(&model, std::fs::remove_dir_all(&model))
 }

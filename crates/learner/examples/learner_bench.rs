@@ -78,7 +78,7 @@ fn ranks(args: &[String]) -> Result<Rc<Ranks>, Fault> {
     let [rank, world, address] = args else { return Ok(Ranks::solo()) };
     let (rank, world, address) = (rank.parse()?, world.parse()?, address.clone());
     let (backend, fingerprint, timing) = (Backend::Gloo, "bench".into(), Timing::default());
-    let world = open(&Setup { rank, world, address, local: None, backend, fingerprint, timing })?;
+    let world = open(&Setup { rank, world, address, local: None, backend, fingerprint, token: None, timing })?;
     Ok(Ranks::new(world, Zero::None, 0)?)
 }
 

@@ -5,7 +5,9 @@
 //! on both sides, so that a model of the published size fits beside its copies.
 //!
 //! Commands on standard input: `{"op":"sync"}` publishes the next version on the sender, and on the receiver fetches it, checks it
-//! and copies it into the tensors; `{"op":"raw"}` sends as many bytes over a plain TCP connection.
+//! and copies it into the tensors; `{"op":"raw"}` sends as many bytes over a plain TCP connection. On the receiver, `{"op":"join"}` has
+//! the next versions come by broadcast, and `{"op":"leave"}` by stream again; on the sender, `{"op":"sent"}` counts the broadcasts
+//! since the last time.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Write};
@@ -18,8 +20,8 @@ use tch::{Device, Kind, Tensor};
 use tokio::runtime::{Builder, Runtime};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Experience, Settings};
-use unveil_learner::{Host, HostOptions, LearnerError, LeaseSource, Leased, NewWeights, TrainGroup};
-use unveil_rollout::sync::WeightReceiver;
+use unveil_learner::{Broadcasting, Host, HostOptions, LearnerError, LeaseSource, Leased, NewWeights, TrainGroup};
+use unveil_rollout::sync::{Member, WeightReceiver};
 
 type Fault = Box<dyn std::error::Error>;
 
@@ -81,8 +83,15 @@ fn serve(ready: Value, mut answer: impl FnMut(&str) -> Result<Value, Fault>) -> 
 fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
     let Model { named, kind, bytes } = tensors(shapes, dtype)?;
     let runtime = runtime(2)?;
-    let settings =
-        Settings { groups_per_step: 1, max_staleness: 0, lease_s: 60.0, seed: 0, term: 1, total_groups: None };
+    let settings = Settings {
+        groups_per_step: 1,
+        max_staleness: 0,
+        lease_s: 60.0,
+        silence_s: 60.0,
+        seed: 0,
+        term: 1,
+        total_groups: None,
+    };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["none".into()])?;
     let options = HostOptions {
         listen: "127.0.0.1:0".into(),
@@ -90,6 +99,7 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
         stop: vec![],
         vocab: 1,
         fixed: None,
+        broadcast: Some(Broadcasting { device: Device::Cpu, limit: PATIENCE }),
     };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing))?;
     let raw = TcpListener::bind("127.0.0.1:0")?;
@@ -97,6 +107,9 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
     let (mut version, buffer) = (0, vec![7u8; BUFFER]);
     serve(ready, |op| {
         let start = Instant::now();
+        if op == "sent" {
+            return Ok(json!({"broadcasts": host.drain_broadcasts().len()}));
+        }
         if op == "raw" {
             // The receiver connects when it is asked; this one sends and is done when all is read.
             let (mut stream, _) = raw.accept()?;
@@ -118,7 +131,8 @@ fn receive(shapes: &str, dtype: &str, address: &str, raw: &str) -> Result<(), Fa
     let Model { named, bytes, .. } = tensors(shapes, dtype)?;
     let mut targets: BTreeMap<String, Tensor> = named.into_iter().collect();
     let runtime = runtime(1)?;
-    let mut receiver = runtime.block_on(WeightReceiver::connect(address, "bench", PATIENCE))?;
+    let mut receiver = Some(runtime.block_on(WeightReceiver::connect(address, "bench", PATIENCE))?);
+    let member = Member::start(Device::Cpu, PATIENCE, None)?;
     let mut buffer = vec![0u8; BUFFER];
     serve(json!({"bytes": bytes}), |op| {
         let start = Instant::now();
@@ -135,6 +149,19 @@ fn receive(shapes: &str, dtype: &str, address: &str, raw: &str) -> Result<(), Fa
             }
             return Ok(json!({"seconds": start.elapsed().as_secs_f64()}));
         }
+        if op == "join" {
+            // A fetch that brings nothing tells what is held.
+            let own = receiver.take().ok_or("no receiver")?;
+            let mut own = own.with_broadcast(Some(member.clone()));
+            runtime.block_on(own.fetch(Duration::from_millis(1)))?;
+            receiver = Some(own);
+            return Ok(json!({}));
+        }
+        if op == "leave" {
+            receiver = receiver.take().map(|own| own.with_broadcast(None));
+            return Ok(json!({}));
+        }
+        let receiver = receiver.as_mut().ok_or("no receiver")?;
         let update = runtime.block_on(receiver.fetch(PATIENCE))?.ok_or("no weights were published")?;
         let fetched = start.elapsed().as_secs_f64();
         for (name, tensor) in &update.tensors {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timing, World, open_with};
 use unveil_config::Config;
+use unveil_service::ServiceError;
 
 use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
@@ -27,8 +28,15 @@ pub(crate) enum Order {
     Values(Vec<Group>),
     /// All weights, whole on all ranks.
     Bring,
-    /// The state of the optimiser, for a checkpoint.
-    State,
+    /// A checkpoint: each rank writes what it has under this term.
+    Save {
+        /// After how many updates.
+        step: u64,
+        /// The term of rank 0.
+        term: u64,
+    },
+    /// What each rank has written, if all have.
+    Collect,
     /// The end.
     End,
 }
@@ -43,6 +51,11 @@ pub(crate) struct Crew {
 }
 
 impl Crew {
+    /// A crew of one.
+    pub fn solo() -> Self {
+        Self { ranks: Ranks::solo(), device: Device::Cpu, every: Duration::from_secs(1), last: Instant::now() }
+    }
+
     /// Brings the ranks together; rank 0 hands the address where they meet to `tell` before it waits for the others.
     ///
     /// # Errors
@@ -54,10 +67,6 @@ impl Crew {
         let ranks = if p.ranks == 1 {
             Ranks::solo()
         } else {
-            let backend = match device {
-                Device::Cuda(device) => Backend::Nccl { device },
-                _ => Backend::Gloo,
-            };
             let timing = Timing {
                 join: seconds(p.join_s),
                 call: seconds(p.call_s),
@@ -69,11 +78,18 @@ impl Crew {
                 world: p.ranks,
                 address: p.rendezvous.clone(),
                 local: None,
-                backend,
+                backend: Backend::of(device),
                 fingerprint: fingerprint(config, model, records)?,
+                token: config.token().map_err(ServiceError::from)?,
                 timing,
             };
-            let world: World = open_with(&setup, tell)?;
+            let warned = |address: SocketAddr| {
+                if !address.ip().is_loopback() {
+                    tracing::warn!(%address, "what ranks send each other is not encrypted: keep it within a network that is trusted");
+                }
+                tell(address);
+            };
+            let world: World = open_with(&setup, warned)?;
             Ranks::new(world, Zero::stage(p.zero), p.shards)?
         };
         let every = (seconds(p.call_s) / 4).min(Duration::from_secs(1));
@@ -125,23 +141,53 @@ impl Crew {
         let Some(all) = self.ranks.all() else { return Ok(bytes.unwrap_or_default().to_vec()) };
         let length = Tensor::from_slice(&[bytes.map_or(0, <[u8]>::len) as i64]).f_to_device(self.device)?;
         let length = usize::try_from(all.broadcast(length, 0)?.f_int64_value(&[0])?).unwrap_or(0);
-        let mut words = vec![0i64; length.div_ceil(8).max(1)];
-        if let Some(bytes) = bytes {
-            for (word, eight) in words.iter_mut().zip(bytes.chunks(8)) {
-                let mut own = [0; 8];
-                own[..eight.len()].copy_from_slice(eight);
-                *word = i64::from_le_bytes(own);
-            }
-        }
+        let mut words = words(bytes.unwrap_or_default());
+        words.resize(length.div_ceil(8).max(1), 0);
         let sent = all.broadcast(Tensor::f_from_slice(&words)?.f_to_device(self.device)?, 0)?;
         let words = Vec::<i64>::try_from(sent.f_to_device(Device::Cpu)?)?;
         Ok(words.into_iter().flat_map(i64::to_le_bytes).take(length).collect())
+    }
+
+    /// What every rank has to say, by rank, on all ranks; none as long as one of them has nothing. All ranks call it.
+    ///
+    /// # Errors
+    /// A rank is gone.
+    pub fn collect(&self, own: Option<&[u8]>) -> Result<Option<Vec<Vec<u8>>>> {
+        let Some(all) = self.ranks.all() else { return Ok(own.map(|b| vec![b.to_vec()])) };
+        let mut lengths = vec![0.0; self.ranks.size()];
+        lengths[self.ranks.rank()] = own.map_or(0.0, |b| b.len() as f64 + 1.0);
+        let lengths = self.ranks.sum(lengths, self.device)?;
+        if lengths.contains(&0.0) {
+            return Ok(None);
+        }
+        let most = lengths.iter().fold(0.0, |a: f64, b| a.max(*b)) as usize;
+        let mut bytes = own.unwrap_or_default().to_vec();
+        bytes.resize(most.next_multiple_of(8), 0);
+        let words: Vec<i64> = words(&bytes);
+        let count = words.len();
+        let told = all.all_gather(Tensor::f_from_slice(&words)?.f_to_device(self.device)?)?;
+        let told = Vec::<i64>::try_from(told.f_to_device(Device::Cpu)?)?;
+        let of = |(rank, length): (usize, &f64)| -> Vec<u8> {
+            let own = told[rank * count..(rank + 1) * count].iter();
+            own.flat_map(|w| w.to_le_bytes()).take(*length as usize - 1).collect()
+        };
+        Ok(Some(lengths.iter().enumerate().map(of).collect()))
     }
 
     /// A batch as it is sent.
     pub fn plain(groups: &[TrainGroup]) -> Vec<Group> {
         groups.iter().map(|g| Group::new(g, None)).collect()
     }
+}
+
+/// Bytes as words, the last one filled up.
+fn words(bytes: &[u8]) -> Vec<i64> {
+    let word = |eight: &[u8]| {
+        let mut own = [0; 8];
+        own[..eight.len()].copy_from_slice(eight);
+        i64::from_le_bytes(own)
+    };
+    bytes.chunks(8).map(word).collect()
 }
 
 /// The device of this rank: of several GPUs that a bare `cuda` or `auto` may mean, the one for its rank.
@@ -164,7 +210,13 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     same.learner.parallel.rendezvous.clear();
     same.learner.listen.clear();
     same.learner.address.clear();
+    same.learner.metrics_listen.clear();
+    same.health.listen.clear();
+    same.telemetry = Default::default();
     same.reward.address.clear();
+    // Where a machine keeps its certificates and its token is its own affair.
+    same.tls.dir.clear();
+    same.auth = Default::default();
     let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
     lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
     let path = model.join("config.json");

@@ -11,7 +11,8 @@ use unveil_core::{GroupId, Record};
 use unveil_data::augment::{AugmentSpec, augment};
 use unveil_data::prepare::Preparer;
 use unveil_data::processor::resize;
-use unveil_data::records::{ImageRef, RecordFile, image_ref, read_image};
+use unveil_data::records::RecordFile;
+use unveil_data::root::Root;
 use unveil_data::store::{ContentHash, Image};
 use unveil_model::Prompt;
 
@@ -26,7 +27,7 @@ const CACHE_BYTES: usize = 192 << 20;
 pub struct Dataset {
     records: Vec<Record>,
     by_id: HashMap<String, usize>,
-    folder: PathBuf,
+    root: Root,
     preparer: Arc<Preparer>,
     augment: AugmentSpec,
     question: String,
@@ -57,7 +58,7 @@ impl Dataset {
     /// No record in that split; augmentation out of range.
     pub fn new(config: &Config, records: RecordFile, preparer: Arc<Preparer>) -> Result<Self> {
         let path = records.path.display().to_string();
-        let folder = records.folder().to_owned();
+        let root = records.root();
         let split = &config.data.train_split;
         let records = records.split(split).records;
         if records.is_empty() {
@@ -74,7 +75,7 @@ impl Dataset {
         augment.validate().map_err(|e| LearnerError::Setting(e.to_string()))?;
         let (question, seed) = (config.data.question.clone(), config.run.seed);
         let by_id = records.iter().enumerate().map(|(i, r)| (r.id.clone(), i)).collect();
-        Ok(Self { records, by_id, folder, preparer, augment, question, seed, cache: Mutex::default() })
+        Ok(Self { records, by_id, root, preparer, augment, question, seed, cache: Mutex::default() })
     }
 
     /// Number of records.
@@ -131,7 +132,7 @@ impl Dataset {
 
     fn make(&self, record: &Record, pass: u64, with_image: bool) -> Result<Item> {
         let prepare = |source| LearnerError::Prepare { record: record.id.clone(), source };
-        let mut encoded = Bytes::from(read_image(&self.folder, record)?);
+        let mut encoded = Bytes::from(self.root.read(record)?);
         let name = format!("{} of record \"{}\"", record.image, record.id);
         let mut image = Image::decode(&encoded, &name)?;
         let mut record = record.clone();
@@ -168,10 +169,8 @@ impl Dataset {
 
     /// The file that holds the image of `record` as the policy sees it; none where augmentation changes it.
     pub fn image_file(&self, record: &Record) -> Option<PathBuf> {
-        match image_ref(&self.folder, record) {
-            ImageRef::File(path) if self.augment.is_off() => Some(std::fs::canonicalize(&path).unwrap_or(path)),
-            _ => None,
-        }
+        let path = self.root.file(record).ok().filter(|_| self.augment.is_off())?;
+        Some(std::fs::canonicalize(&path).unwrap_or(path))
     }
 
     /// Brings an augmented image that is larger than what the processor makes of it to that size: nothing is lost that the model

@@ -1,5 +1,5 @@
-//! What the ranks of a learner other than rank 0 do: their part of every update, and of what needs all ranks. They host nothing and
-//! write no files.
+//! What the ranks of a learner other than rank 0 do: their part of every update, and of what needs all ranks. They host nothing, and
+//! write their shards of checkpoints alone.
 
 use std::net::SocketAddr;
 
@@ -9,18 +9,27 @@ use crate::batch::TrainGroup;
 use crate::crew::{Crew, Order};
 use crate::error::{LearnerError, Result};
 use crate::plain::Group;
-use crate::run::make_learner;
+use crate::resume::take_up;
+use crate::run::{make_learner, read};
+use crate::saver::Helper;
 use crate::stage::{Outcome, Stage};
 use crate::step::Learner;
 
-/// Follows rank 0 to the end of stage 2.
+/// Follows rank 0 to the end of stage 2; `joined` is called once this rank holds the model.
 ///
 /// # Errors
 /// See [`LearnerError`].
-pub(crate) fn follow(stage: &Stage<'_>) -> Result<Outcome> {
+pub(crate) fn follow(stage: &Stage<'_>, joined: impl FnOnce()) -> Result<Outcome> {
     let nobody = |_: SocketAddr| ();
     let crew = Crew::open(stage.config, stage.model_dir, &stage.data.ids(), nobody)?;
-    let (mut learner, _) = make_learner(stage, &crew, None)?;
+    let mut helper = Helper::open(stage.config, &stage.environment)?;
+    let (mut learner, base) = make_learner(stage, &crew)?;
+    if let Some((_, meta)) =
+        take_up(&crew, helper.place(), None, |r| read(stage, &learner, base.as_ref(), r, helper.place().0))?
+    {
+        learner.go_on(&meta.stand)?;
+    }
+    joined();
     let mut outcome = Outcome::default();
     loop {
         match crew.hear(stage.cancel.is_cancelled())? {
@@ -34,7 +43,11 @@ pub(crate) fn follow(stage: &Stage<'_>) -> Result<Outcome> {
                 learner.values(&batch)?;
             }
             Order::Bring => learner.bring()?,
-            Order::State => drop(learner.state()?),
+            Order::Save { step, term } => {
+                let copied = learner.snapshot(&helper.buffers)?;
+                helper.save((step, term, crew.ranks.rank()), copied)?;
+            }
+            Order::Collect => helper.tell(&crew)?,
             Order::End => break,
         }
     }

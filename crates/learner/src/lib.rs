@@ -3,8 +3,8 @@
 //! One thread owns the model; everything asynchronous talks to it by shared state and channels. Must not know: tonic inside a
 //! step, collective backends, the command line.
 
+mod allowed;
 pub mod batch;
-pub mod codec;
 mod crew;
 mod dataset;
 pub mod dump;
@@ -15,17 +15,21 @@ mod kept;
 mod lora;
 mod measure;
 mod memory;
+mod meter;
 pub mod optim;
 mod plain;
 mod policy;
 mod replay;
+mod resume;
 mod run;
+mod saver;
 mod serve;
 mod settings;
 mod setup;
 pub mod sft;
 mod shard;
 mod share;
+mod snapshot;
 mod stage;
 mod state;
 pub mod step;
@@ -40,10 +44,11 @@ pub use measure::UpdateReport;
 pub use memory::MemoryPlan;
 pub use replay::{ReplayModels, replay};
 pub use run::{Ready, run_rl, sampling};
-pub use serve::{Host, HostOptions, LeaseSource, Leased, NewWeights};
+pub use serve::{Broadcasting, Host, HostOptions, LeaseSource, Leased, NewWeights, Sent};
 pub use settings::{StepSettings, banned_ids};
 pub use setup::Models;
 pub use sft::{SftBatch, SftReport, SftTrainer, run_sft};
 pub use shard::{Ranks, Zero};
+pub use snapshot::{Buffers, Copied, Stand};
 pub use stage::{Evaluation, Evaluator, EventSink, Outcome, Progress, Silent, Stage};
 pub use step::{Learner, Named};

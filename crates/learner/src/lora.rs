@@ -4,14 +4,13 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use tch::Tensor;
 use unveil_config::Config;
 use unveil_model::{LoraSpec, Vlm, copy_companions, fingerprint, read_adapters};
 
 use crate::error::{LearnerError, Result};
 
-/// Objects of a checkpoint that belong to the adapters.
-pub(crate) const ADAPTER: &str = "adapter/";
+/// The part of a checkpoint that is the adapters.
+pub(crate) const ADAPTER: &str = "adapter";
 
 /// The model that adapters lie beside; its weights are in no checkpoint.
 #[derive(Debug, Clone)]
@@ -45,57 +44,19 @@ fn spec(config: &Config) -> Option<LoraSpec> {
     (l.rank > 0).then_some(spec)
 }
 
-/// Adapters of a checkpoint.
-pub(crate) struct SavedAdapters {
-    spec: LoraSpec,
-    named: Vec<(String, Tensor)>,
+/// What adapters are, as it is told and compared.
+pub(crate) fn told(s: &LoraSpec) -> String {
+    format!("rank = {}, alpha = {}, rslora = {}", s.rank, s.alpha, s.rank_stabilised)
 }
 
-impl SavedAdapters {
-    /// Writes adapters as objects of a checkpoint.
-    pub fn objects(vlm: &Vlm, base: &Path) -> Result<Vec<(String, Bytes)>> {
-        let Some(adapters) = vlm.adapters() else { return Ok(Vec::new()) };
-        let scratch = scratch()?;
-        adapters.save(scratch.path(), &base.to_string_lossy())?;
-        let mut out = Vec::new();
-        for entry in std::fs::read_dir(scratch.path()).map_err(LearnerError::io(scratch.path()))? {
-            let path = entry.map_err(LearnerError::io(scratch.path()))?.path();
-            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            out.push((format!("{ADAPTER}{name}"), std::fs::read(&path).map_err(LearnerError::io(&path))?.into()));
-        }
-        Ok(out)
-    }
-
-    /// Reads them from objects; none where a checkpoint has no adapters.
-    pub fn read<'a>(objects: impl Iterator<Item = (&'a String, &'a Bytes)>) -> Result<Option<Self>> {
-        let scratch = scratch()?;
-        let mut any = false;
-        for (name, bytes) in objects {
-            // Names come from the store: only plain files of one folder are taken.
-            let Some(file) = name.strip_prefix(ADAPTER).filter(|f| !f.is_empty() && !f.contains('/')) else { continue };
-            let path = scratch.path().join(file);
-            std::fs::write(&path, bytes).map_err(LearnerError::io(&path))?;
-            any = true;
-        }
-        if !any {
-            return Ok(None);
-        }
-        let (spec, named) = read_adapters(scratch.path())?;
-        Ok(Some(Self { spec, named }))
-    }
-
-    /// Puts them in place of those of `vlm`; the error says what is not the same there.
-    pub fn load_into(&self, vlm: &mut Vlm) -> Result<(), String> {
-        let Some(own) = vlm.adapters() else {
-            return Err(format!("they are adapters of rank {}, but learner.lora.rank is 0: set it", self.spec.rank));
-        };
-        let told = |s: &LoraSpec| format!("rank = {}, alpha = {}, rslora = {}", s.rank, s.alpha, s.rank_stabilised);
-        let (saved, now) = (told(&self.spec), told(own.spec()));
-        if saved != now {
-            return Err(format!("the adapters were made with {saved}, but learner.lora says {now}: use the same"));
-        }
-        vlm.load_adapters(&self.named).map_err(|e| format!("the adapters do not fit learner.lora.targets: {e}"))
-    }
+/// The file of a checkpoint that says what its adapters are.
+pub(crate) fn config_file(vlm: &Vlm, base: &Path) -> Result<Option<(String, Bytes)>> {
+    let Some(adapters) = vlm.adapters() else { return Ok(None) };
+    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+    adapters.save_config(scratch.path(), &base.to_string_lossy())?;
+    let path = scratch.path().join("adapter_config.json");
+    let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    Ok(Some((format!("{ADAPTER}/adapter_config.json"), bytes.into())))
 }
 
 /// Puts the adapters in `dir` in place of those of `vlm`.
@@ -104,12 +65,20 @@ impl SavedAdapters {
 /// They cannot be read, or are not those that `learner.lora` asks for.
 pub(crate) fn load(vlm: &mut Vlm, dir: &Path) -> Result<()> {
     let (spec, named) = read_adapters(dir)?;
-    let found = SavedAdapters { spec, named }.load_into(vlm);
-    found.map_err(|what| LearnerError::Setting(format!("{}: {what}", dir.display())))
+    let fault = |what: String| LearnerError::Setting(format!("{}: {what}", dir.display()));
+    let Some(own) = vlm.adapters() else {
+        return Err(fault(format!("they are adapters of rank {}, but learner.lora.rank is 0: set it", spec.rank)));
+    };
+    let (saved, now) = (told(&spec), told(own.spec()));
+    if saved != now {
+        return Err(fault(differ(&saved, &now)));
+    }
+    vlm.load_adapters(&named).map_err(|e| fault(format!("the adapters do not fit learner.lora.targets: {e}")))
 }
 
-fn scratch() -> Result<tempfile::TempDir> {
-    tempfile::tempdir().map_err(LearnerError::io("temporary directory"))
+/// That adapters are not those that are asked for.
+pub(crate) fn differ(saved: &str, now: &str) -> String {
+    format!("the adapters were made with {saved}, but learner.lora says {now}: use the same")
 }
 
 /// Where adapters are written that belong to the model directory `out`: `adapter` beside it.

@@ -87,7 +87,9 @@ pub struct UpdateReport {
     pub reward_ms: f64,
     /// Time spent waiting for the batch, in ms.
     pub wait_ms: f64,
-    /// Time of the update that was spent waiting for the sums of gradients over ranks, in ms.
+    /// Time of the update in which sums of gradients over ranks were under way, in ms.
+    pub reduce_ms: f64,
+    /// Of this, the time that was spent waiting for them, in ms: the rest is hidden behind computing.
     pub reduce_wait_ms: f64,
     /// Time that the update took, in ms.
     pub step_ms: f64,
@@ -136,6 +138,12 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f64], version: We
     Agreement { mean: mean(same), drift: mean(stale), worst: worst.into_iter().take(3).map(|(_, w)| w).collect() }
 }
 
+/// Versions that a group's oldest token is behind `version`.
+pub(crate) fn staleness(group: &TrainGroup, version: WeightVersion) -> u64 {
+    let oldest = group.responses.iter().flat_map(|r| r.versions.iter().copied()).min();
+    version.saturating_sub(oldest.unwrap_or(version))
+}
+
 /// Everything of the report that needs neither the model nor usable numbers. `version` is that of the weights before the update.
 pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateReport {
     let mut r = UpdateReport { pass: groups.first().map_or(0, |g| g.id.pass), ..Default::default() };
@@ -168,9 +176,8 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
             r.responses += 1;
             length += resp.tokens.len();
             stopped += usize::from(resp.finish == unveil_core::Finish::Stop);
-            let oldest = resp.versions.iter().min().copied().unwrap_or(version);
-            r.staleness = r.staleness.max(version.saturating_sub(oldest));
         }
+        r.staleness = r.staleness.max(staleness(g, version));
         r.generate_ms += g.generate_ms / groups.len() as f64;
         r.reward_ms += g.reward_ms / groups.len() as f64;
     }

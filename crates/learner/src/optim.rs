@@ -6,16 +6,16 @@
 //! have those that are divided over ranks.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Duration;
 
 use tch::{Kind, Tensor, no_grad};
 use unveil_collective::Collective;
 use unveil_config::schema::Optimizer;
 
 use crate::error::{LearnerError, Result};
-use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, Zero, end};
+use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, Stretch, SumsTime, Zero, end};
 
 /// Learning rate of update number `step` (from 0) of `total`: linear warm-up, constant, then linear from `lr` to
 /// `lr * lr_end` over the last `decay` share of the updates.
@@ -163,9 +163,9 @@ impl AdamW {
         Ok(Gradient { flat, norm })
     }
 
-    /// The time spent waiting for sums over ranks since it was asked for last.
-    pub fn take_waited(&mut self) -> Duration {
-        self.gradients.borrow_mut().take_waited()
+    /// The time of sums over ranks since it was asked for last.
+    pub(crate) fn take_sums_time(&mut self) -> SumsTime {
+        self.gradients.borrow_mut().take_time()
     }
 
     /// Copies of a gradient's parts in the parameters' shapes, by name. All ranks call it.
@@ -195,7 +195,8 @@ impl AdamW {
             for (run, count) in self.runs() {
                 self.advance(&flat, run, count, lr)?;
             }
-            if self.master.is_some() { self.spread() } else { Ok(()) }
+            // Divided parameters take theirs when they are gathered next.
+            if self.ranks.zero() == Zero::Parameters { Ok(()) } else { self.spread() }
         })
     }
 
@@ -255,12 +256,9 @@ impl AdamW {
         Ok(())
     }
 
-    /// Writes master weights to the parameters; divided parameters take theirs when they are gathered next.
+    /// Writes master weights, where there are any, to the parameters.
     fn spread(&self) -> Result<()> {
         let Some(master) = &self.master else { return Ok(()) };
-        if self.ranks.zero() == Zero::Parameters {
-            return Ok(());
-        }
         let mut coming = Vec::new();
         for block in &self.plan.blocks {
             let own = master.f_narrow(0, block.at, block.size())?.f_to_kind(block.kind)?.f_contiguous()?;
@@ -311,42 +309,36 @@ impl AdamW {
         }
     }
 
-    /// What this rank owns of tensors that rank 0 gives by the parameters' names behind `prefix`; of the parameters themselves where
-    /// `or_own` and it gives none. All ranks call it.
-    fn take(&self, named: &[(String, Tensor)], prefix: &str, or_own: bool) -> Result<Tensor> {
-        let of = |s: &Slot| match find(named, prefix, s) {
-            Err(_) if or_own && named.iter().all(|(n, _)| n.strip_prefix(prefix) != Some(&s.name)) => {
-                Ok(s.tensor.shallow_clone())
-            }
-            found => found,
-        };
-        let Some(all) = self.ranks.all() else { return self.plan.owned(self.kind, of) };
-        no_grad(|| {
-            let mut parts = Vec::with_capacity(self.plan.blocks.len());
-            for block in &self.plan.blocks {
-                let whole = if all.rank() == 0 {
-                    block.join(self.kind, |s| of(s).map(Some))?
-                } else {
-                    block.join(self.kind, |_| Ok(None))?
-                };
-                parts.push(all.broadcast(whole, 0)?.f_narrow(0, block.own.start, block.size())?);
-            }
-            Ok(Tensor::f_cat(&parts, 0)?)
-        })
-    }
-
     /// Takes the parameters' weights over to their last digit: those that rank 0 gives by name, else those that the parameters have.
     /// All ranks call it.
     ///
     /// # Errors
     /// Names a weight that is misshapen; or a rank is gone.
     pub fn load_weights(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        if self.master.is_some() {
-            let own = self.take(named, "", true)?;
-            if let Some(master) = &mut self.master {
-                no_grad(|| master.f_copy_(&own).map(drop))?;
-            }
-        }
+        let Some(master) = &self.master else { return Ok(()) };
+        let of = |s: &Slot| match named.iter().find(|(n, _)| *n == s.name) {
+            None => Ok(s.tensor.shallow_clone()),
+            Some((_, t)) if t.size() == s.shape => Ok(t.shallow_clone()),
+            Some((_, t)) => Err(LearnerError::Setting(format!(
+                "the weight `{}` has shape {:?}, the parameter {:?}",
+                s.name,
+                t.size(),
+                s.shape
+            ))),
+        };
+        let own = match self.ranks.all() {
+            None => self.plan.owned(self.kind, of)?,
+            Some(all) => no_grad(|| {
+                let mut parts = Vec::with_capacity(self.plan.blocks.len());
+                for block in &self.plan.blocks {
+                    let first = all.rank() == 0;
+                    let whole = block.join(self.kind, |s| if first { of(s).map(Some) } else { Ok(None) })?;
+                    parts.push(all.broadcast(whole, 0)?.f_narrow(0, block.own.start, block.size())?);
+                }
+                Ok::<_, LearnerError>(Tensor::f_cat(&parts, 0)?)
+            })?,
+        };
+        no_grad(|| master.shallow_clone().f_copy_(&own).map(drop))?;
         Ok(())
     }
 
@@ -364,28 +356,43 @@ impl AdamW {
         Ok(out)
     }
 
-    /// Takes moments over from [`AdamW::state`] after `updates` updates; rank 0 gives them, and all ranks call it. Nothing changes
-    /// unless all fits.
+    /// Part `part` of what this rank owns of weights (to their last digit) and moments, where they are: for a checkpoint, and to be
+    /// overwritten from one.
+    pub(crate) fn stretches(&self, part: (usize, usize)) -> Result<Vec<(&'static str, Stretch)>> {
+        let sources =
+            [("weight", self.master.as_ref()), ("exp_avg", Some(&self.first)), ("exp_avg_sq", Some(&self.second))];
+        let mut out = Vec::new();
+        for (kind, flat) in sources {
+            out.extend(self.plan.stretches(flat, part)?.into_iter().map(|s| (kind, s)));
+        }
+        Ok(out)
+    }
+
+    /// The names of the parameters.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.plan.slots().map(|s| s.name.as_str())
+    }
+
+    /// Kind of moments and master weights.
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Updates of the parameters that took part in fewer than there were.
+    pub(crate) fn counts(&self) -> BTreeMap<String, u64> {
+        let counted = self.plan.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates);
+        counted.map(|(s, count)| (s.name.clone(), *count)).collect()
+    }
+
+    /// Goes on after `updates` updates, in fewer of which the parameters of `counts` took part, from weights and moments that were
+    /// written to [`AdamW::stretches`]: the parameters get the weights. All ranks call it.
     ///
     /// # Errors
-    /// Names the first moment that is missing or misshapen; or a rank is gone.
-    pub fn load_state(&mut self, named: &[(String, Tensor)], updates: u64) -> Result<()> {
-        let (first, second) = (self.take(named, "exp_avg.", false)?, self.take(named, "exp_avg_sq.", false)?);
-        let mut counts = Vec::with_capacity(self.counts.len());
-        for slot in self.plan.slots() {
-            let name = format!("step.{}", slot.name);
-            counts.push(match named.iter().find(|(n, _)| *n == name) {
-                Some((_, t)) => t.f_double_value(&[0])?,
-                None => updates as f64,
-            });
-        }
-        if let Some(all) = self.ranks.all() {
-            let counted = Tensor::f_from_slice(&counts)?.f_to_device(self.first.device())?;
-            counts = Vec::<f64>::try_from(all.broadcast(counted, 0)?)?;
-        }
-        let counts = counts.into_iter().map(|c| c as u64).collect();
-        (self.first, self.second, self.counts, self.updates) = (first, second, counts, updates);
-        Ok(())
+    /// A rank is gone.
+    pub(crate) fn go_on(&mut self, updates: u64, counts: &BTreeMap<String, u64>) -> Result<()> {
+        self.updates = updates;
+        self.counts = self.plan.slots().map(|s| counts.get(&s.name).copied().unwrap_or(updates)).collect();
+        no_grad(|| self.spread())
     }
 }
 
@@ -401,19 +408,6 @@ fn norm(flat: &Tensor) -> Result<f64> {
     let of = |t: &Tensor| t.f_norm_scalaropt_dim(2, [-1i64].as_slice(), false)?.f_to_kind(Kind::Double)?.f_norm();
     let (most, rest) = (of(&rows)?, of(&flat.f_narrow(0, whole, count - whole)?.f_view([1, count - whole])?)?);
     Ok(most.f_double_value(&[])?.hypot(rest.f_double_value(&[])?))
-}
-
-/// The state of one parameter among others.
-fn find(named: &[(String, Tensor)], prefix: &str, slot: &Slot) -> Result<Tensor> {
-    let name = format!("{prefix}{}", slot.name);
-    match named.iter().find(|(n, _)| *n == name).map(|(_, t)| t) {
-        Some(t) if t.size() == slot.shape => Ok(t.shallow_clone()),
-        Some(t) => {
-            let (found, want) = (t.size(), &slot.shape);
-            Err(LearnerError::Setting(format!("optimiser state `{name}` has shape {found:?}, expected {want:?}")))
-        }
-        None => Err(LearnerError::Setting(format!("optimiser state `{name}` is missing"))),
-    }
 }
 
 #[cfg(test)]
@@ -451,18 +445,21 @@ mod tests {
     }
 
     #[test]
-    fn state_round_trip_and_misfits() {
+    fn state_round_trip() {
         let w = || Tensor::ones([2, 3], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
         let own = w();
         let mut a = AdamW::new(&Optimizer::default(), &[("w".into(), own.shallow_clone())]).unwrap();
         own.square().sum(Kind::Float).backward();
         let g = a.take_gradient().unwrap();
         a.step(g, 0.1).unwrap();
-        let mut b = AdamW::new(&Optimizer::default(), &[("w".into(), w())]).unwrap();
-        b.load_state(&a.state().unwrap(), a.updates()).unwrap();
-        assert_eq!(b.first, a.first);
-        assert_eq!((b.updates(), b.second == a.second), (1, true));
-        let e = b.load_state(&a.state().unwrap()[..1], 1).unwrap_err().to_string();
-        assert!(e.contains("exp_avg_sq.w"), "{e}");
+        let other = w();
+        let mut b = AdamW::new(&Optimizer::default(), &[("w".into(), other.shallow_clone())]).unwrap();
+        for ((kind, from), (k, to)) in a.stretches((0, 1)).unwrap().into_iter().zip(b.stretches((0, 1)).unwrap()) {
+            assert_eq!((kind, from.begin, &from.shape), (k, to.begin, &to.shape));
+            no_grad(|| to.numbers.shallow_clone().copy_(&from.numbers));
+        }
+        b.go_on(a.updates(), &BTreeMap::from([("w".into(), 7)])).unwrap();
+        assert!(b.first == a.first && b.second == a.second && other == own && other.requires_grad());
+        assert_eq!((b.updates(), b.counts(), a.counts().len()), (1, BTreeMap::from([("w".into(), 7)]), 0));
     }
 }

@@ -13,10 +13,9 @@ use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::lora;
 use crate::settings::StepSettings;
-use crate::setup::Models;
+use crate::setup::{CRITIC, Models};
 use crate::shard::Ranks;
 use crate::stage::load_model_as;
-use crate::state::Trained;
 use crate::step::{Counters, Learner};
 
 /// What an update starts from.
@@ -81,8 +80,8 @@ pub fn replay(
     if let Some(head) = learner.value_head() {
         head.save(&made)?;
     }
-    let (weights, moments) = learner.state()?;
-    let critic = Trained { weights, moments, head: None }.critic();
+    let (mut critic, _) = learner.state()?;
+    critic.retain(|(name, _)| name.starts_with(CRITIC));
     if !critic.is_empty() {
         write_safetensors(&out.join("critic.safetensors"), &critic)?;
     }

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
-use unveil_algo::KlController;
-use unveil_checkpoint::{Loaded, Resume};
-use unveil_config::Config;
-use unveil_config::schema::{Critic, Dtype};
+use unveil_checkpoint::{Reader, Resume};
+use unveil_config::schema::{Critic, Dtype, WeightSync};
+use unveil_config::{Config, Role};
 use unveil_core::{GroupId, Sampling};
 use unveil_experience::{Event, Experience, Settings};
-use unveil_model::Vlm;
+use unveil_model::{Vlm, gpu_memory};
+use unveil_service::Access;
 
+use crate::allowed::{allowed, tell as tell_changes};
 use crate::batch::TrainGroup;
 use crate::crew::{Crew, Order, device};
 use crate::dump;
@@ -23,13 +24,16 @@ use crate::follow::follow;
 use crate::kept;
 use crate::lora::{self, Base};
 use crate::measure::UpdateReport;
-use crate::serve::{Host, HostOptions, NewWeights};
+use crate::meter::Meter;
+use crate::resume::take_up;
+use crate::saver::{Save, Saver};
+use crate::serve::{Broadcasting, DEAD, Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::setup::Models;
 use crate::shard::Zero;
 use crate::stage::{Evaluation, Outcome, Stage, load_model_as};
-use crate::state::{self, Best, Meta, Restored, Saver, StaticFiles, Trained};
-use crate::step::{Counters, Learner};
+use crate::state::{Best, Meta, SavedAdapters, StaticFiles};
+use crate::step::Learner;
 
 /// How often a waiting learner looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(100);
@@ -43,9 +47,12 @@ pub enum Ready {
     Ranks(SocketAddr),
     /// Where rollout workers find the experience service.
     Experience(SocketAddr),
+    /// This rank, not rank 0, has met the others and holds the model.
+    Joined,
 }
 
-/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it.
+/// Runs this rank of stage 2 to its end, or to an interrupt. Rank 0 calls `ready` when others can reach it and its weights are
+/// published, the others when they have joined it.
 ///
 /// Checkpoints go to the run's prefix. The model directory written to [`Stage::out`] is that of the best evaluated checkpoint,
 /// or of the last update where nothing was evaluated. Call it from a thread that runs no tokio runtime.
@@ -54,7 +61,7 @@ pub enum Ready {
 /// See [`LearnerError`].
 pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outcome> {
     if stage.config.learner.parallel.rank > 0 {
-        return follow(&stage);
+        return follow(&stage, || ready(Ready::Joined));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -62,8 +69,8 @@ pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outc
         .build()
         .map_err(LearnerError::io("runtime"))?;
     let mut run = Run::open(&mut stage, runtime.handle(), |address| ready(Ready::Ranks(address)))?;
-    ready(Ready::Experience(run.host.address()));
     run.publish(wire_kind(stage.config))?;
+    ready(Ready::Experience(run.host.address()));
     let ended = run.train(&mut stage);
     let (outcome, Run { learner, host, mut saver, base, best, .. }) = (ended?, run);
     if outcome.interrupted {
@@ -88,6 +95,7 @@ struct Run {
     base: Option<Base>,
     best: Option<Best>,
     responses: u64,
+    meter: Meter,
 }
 
 impl Run {
@@ -95,29 +103,49 @@ impl Run {
         let config = stage.config;
         let files = StaticFiles::read(stage.model_dir)?;
         let resume: Resume = config.run.resume.parse()?;
-        let (saver, loaded) = Saver::open(handle, config, "", &stage.environment, resume)?;
-        let restored = loaded.as_ref().map(|l| Restored::read(l, "rl", config.run.seed)).transpose()?;
+        let mut saver = Saver::open(handle, config, "", &stage.environment)?;
+        let mut choice = saver.choice(resume)?;
         let crew = Crew::open(config, stage.model_dir, &stage.data.ids(), tell)?;
-        let from = restored.as_ref().zip(loaded.as_ref());
-        let (learner, base) = make_learner(stage, &crew, from)?;
+        let (mut learner, base) = make_learner(stage, &crew)?;
+        let attempt = |r: &Reader| read(stage, &learner, base.as_ref(), r, handle);
+        let from = take_up(&crew, (handle, saver.store()), Some(&mut choice), attempt)?;
+        if let Some((info, meta)) = &from {
+            let changed = allowed(info.step, &meta.config, config)?;
+            tell_changes(&mut *stage.progress, info.step, choice.warnings(), &changed);
+        }
+        saver.resumed(from.as_ref().map(|(info, _)| info))?;
         let accounting = accounting(config, saver.term);
         let ids = stage.data.ids();
-        let machine = match from {
-            Some((r, l)) => resumed(&learner, r, l, accounting, ids)?,
+        let machine = match &from {
+            Some((info, meta)) => {
+                learner.go_on(&meta.stand)?;
+                resumed(&learner, meta, info.step, accounting, ids)?
+            }
             None => Experience::new(accounting, ids)?,
         };
-        let kind = if restored.is_some() { "resumed" } else { "started" };
-        stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step()}))?;
+        let kind = if from.is_some() { "resumed" } else { "started" };
+        stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step(), "term": saver.term}))?;
         let options = HostOptions {
             listen: config.learner.listen.clone(),
             sampling: sampling(config),
             stop: config.rollout.stop.clone(),
             vocab: learner.vlm().config().text.vocab_size as u32,
             fixed: config.run.deterministic.then_some(config.rollout.groups_per_lease),
+            broadcast: match config.rollout.weight_sync {
+                WeightSync::Grpc => None,
+                WeightSync::Broadcast => Some(Broadcasting {
+                    device: device(config)?,
+                    limit: Duration::from_secs_f64(config.rollout.broadcast_s),
+                }),
+            },
         };
-        let host = Host::start(handle, options, machine, stage.data.clone())?;
-        let best = restored.and_then(|r| r.meta.best);
-        Ok(Self { learner, crew, host, saver, files, base, best, responses: 0 })
+        let access = Access::of(config, Role::Learner)?;
+        let host = Host::start_with(handle, options, access.clone(), machine, stage.data.clone())?;
+        let meter = Meter::new(learner.settings().agreement_limit);
+        host.serve_metrics(&config.learner.metrics_listen, meter.registry(), &access)?;
+        saver.tell(meter.saves());
+        let (best, responses) = from.map_or((None, 0), |(_, meta)| (meta.best, meta.seen));
+        Ok(Self { learner, crew, host, saver, files, base, best, responses, meter })
     }
 
     /// Has all weights whole on this rank, for what needs them all.
@@ -142,6 +170,7 @@ impl Run {
 
     fn train(&mut self, stage: &mut Stage<'_>) -> Result<Outcome> {
         let config = stage.config;
+        let meter = self.meter.clone();
         let total = config.learner.steps;
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut outcome = Outcome::default();
@@ -163,35 +192,37 @@ impl Run {
                 // Another rank is to go: the run ends after this update.
                 stage.cancel.cancel();
             }
+            let spans = self.host.training(self.learner.step() + 1, &batch);
             let mut report = self.learner.update(&batch)?;
+            drop(spans);
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
             report.stale_groups = self.host.stats().stale;
             let step = self.learner.step();
             let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
             self.host.trained(step, &ids)?;
             if step < total {
-                self.publish(wire_kind(config))?;
+                meter.part("publish", || self.publish(wire_kind(config)))?;
             }
             self.tell(stage, &report, &batch)?;
             let last = step == total;
             let evaluated = if last || due(config.learner.eval_every, step) {
                 self.bring()?;
-                stage.evaluate("rl", self.learner.vlm_mut(), step)?
+                meter.part("evaluate", || stage.evaluate("rl", self.learner.vlm_mut(), step))?
             } else {
                 None
             };
             let better = self.judge(step, evaluated.as_ref());
             outcome.last = evaluated.or(outcome.last);
             if better || last || due(config.learner.checkpoint_every, step) {
-                self.save(stage, better)?;
+                meter.part("save", || self.save(stage, better))?;
             }
         }
         (outcome.step, outcome.skipped) = (self.learner.step(), self.learner.counters().skipped);
         if self.saver.last() != Some(outcome.step) {
             self.save(stage, false)?;
         }
-        if let Some(info) = self.saver.wait()? {
-            stage.event(&state::event("rl", &info))?;
+        if let Some(saved) = self.saver.wait(&mut self.crew)? {
+            stage.event(&saved.event("rl"))?;
         }
         self.bring()?;
         self.crew.give(|| Order::End)?;
@@ -205,12 +236,18 @@ impl Run {
             if self.crew.hold()? {
                 stage.cancel.cancel();
             }
+            if let Some(saved) = self.saver.poll(&mut self.crew)? {
+                stage.event(&saved.event("rl"))?;
+            }
             let batch = self.host.next_batch(LOOK)?;
             for event in self.host.drain_events() {
                 // Leases and submissions that go as they should are in the `train` events.
                 if !matches!(event, Event::Leased { .. } | Event::Submitted { .. } | Event::Trained { .. }) {
                     stage.event(&with_kind("experience", &event)?)?;
                 }
+            }
+            for sent in self.host.drain_broadcasts() {
+                stage.event(&with_kind("broadcast", &sent)?)?;
             }
             if batch.is_some() || stage.cancel.is_cancelled() {
                 return Ok(batch.filter(|_| !stage.cancel.is_cancelled()));
@@ -228,29 +265,32 @@ impl Run {
     }
 
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
-        self.bring()?;
-        self.crew.give(|| Order::State)?;
-        let (learner, base) = (&self.learner, self.base.as_ref());
-        let (weights, moments) = learner.state()?;
-        let trained = Trained { weights, moments, head: learner.value_head() };
-        let objects = state::objects(&self.files, learner.vlm(), base, &trained)?;
+        let waiting = Instant::now();
+        if let Some(saved) = self.saver.wait(&mut self.crew)? {
+            stage.event(&saved.event("rl"))?;
+        }
+        let wait = waiting.elapsed();
+        let (step, term) = (self.learner.step(), self.saver.term);
+        self.crew.give(|| Order::Save { step, term })?;
+        let copied = self.learner.snapshot(&self.saver.buffers)?;
+        let (vlm, base) = (self.learner.vlm(), self.base.as_ref());
+        let files = self.files.objects(vlm, base)?;
         let meta = Meta {
-            stage: "rl".into(),
-            counters: self.learner.counters(),
-            seed: stage.config.run.seed,
             experience: Some(self.host.snapshot()),
             best: self.best,
-            kl: Some(self.learner.kl_controller()),
-            base: self.base.as_ref().map(|b| b.hash.clone()),
+            adapters: SavedAdapters::of(vlm, base),
+            ..Meta::new("rl", stage.config, self.learner.stand(), self.responses)
         };
-        if let Some(info) = self.saver.save(self.learner.step(), objects, &meta, best)? {
-            stage.event(&state::event("rl", &info))?;
-        }
-        Ok(())
+        let save = Save { meta: &meta, best, alone: self.crew.ranks.size() == 1 };
+        self.saver.save(step, (wait, copied), files, save)
     }
 
     fn tell(&mut self, stage: &mut Stage<'_>, report: &UpdateReport, batch: &[TrainGroup]) -> Result<()> {
-        stage.event(&with_kind("train", report)?)?;
+        let mut event = with_kind("train", report)?;
+        // By its term an event of a learner that was paused and overtaken is told from those of its successor.
+        event["term"] = self.saver.term.into();
+        stage.event(&event)?;
+        self.meter.updated(report, batch, gpu_memory(self.learner.vlm().device()));
         kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();
@@ -291,52 +331,43 @@ fn accounting(config: &Config, term: u64) -> Settings {
         groups_per_step: config.learner.groups,
         max_staleness: config.rollout.max_staleness,
         lease_s: config.rollout.lease_s,
+        silence_s: DEAD.as_secs_f64(),
         seed: config.run.seed,
         term,
         total_groups: Some(config.learner.steps * config.learner.groups as u64),
     }
 }
 
-/// This rank's learner and what its adapters lie beside; all ranks take over what rank 0 goes on from.
-pub(crate) fn make_learner(
-    stage: &Stage<'_>,
-    crew: &Crew,
-    from: Option<(&Restored, &Loaded)>,
-) -> Result<(Learner, Option<Base>)> {
+/// This rank's learner, as the model directory has it, and what its adapters lie beside.
+pub(crate) fn make_learner(stage: &Stage<'_>, crew: &Crew) -> Result<(Learner, Option<Base>)> {
     let config = stage.config;
     let load = || load_model_as(config, config.learner.threads, stage.model_dir, wire_kind(config), device(config)?);
     let mut vlm = load()?;
     let base = lora::adapt(&mut vlm, config)?.then(|| Base::read(stage.model_dir)).transpose()?;
-    if let Some((r, l)) = from {
-        r.load_into(l.info.step, &mut vlm, base.as_ref())?;
-    }
     // Without its adapters the model is the reference.
     let reference = if config.learner.kl_coef > 0.0 && base.is_none() { Some(load()?) } else { None };
-    let mut critic = if config.learner.critic == Critic::Separate { Some(load()?) } else { None };
-    if let (Some(critic), Some((r, l))) = (&mut critic, from) {
-        r.load_critic(l.info.step, critic)?;
-    }
+    let critic = if config.learner.critic == Critic::Separate { Some(load()?) } else { None };
     let banned = stage.data.preparer().tokenizer().special().banned.clone();
     let settings = StepSettings::new(config, &vlm, &banned);
     let mut learner = Learner::on(crew.ranks.clone(), Models { vlm, reference, critic }, settings)?;
-    if let (Some(own), Some(named)) = (&mut learner.policy.value_head, from.and_then(|(r, _)| r.head.as_deref())) {
-        own.load_state(named)?;
-    }
-    let start = from.map(|(r, _)| (r.meta.counters, r.meta.kl));
-    let text = serde_json::to_vec(&start).map_err(|e| LearnerError::Setting(format!("where to start: {e}")))?;
-    let text = crew.send((crew.ranks.rank() == 0).then_some(&text))?;
-    let start: Option<(Counters, Option<KlController>)> =
-        serde_json::from_slice(&text).map_err(|e| LearnerError::Setting(format!("where rank 0 starts: {e}")))?;
-    let weights = match from {
-        Some((r, _)) => r.precise(),
-        None => first_weights(stage, crew)?,
-    };
-    let moments = from.map_or(&[][..], |(r, _)| &r.moments);
-    learner.align(&weights, start.map(|(at, _)| (moments, at.updates)))?;
-    if let Some((at, kl)) = &start {
-        learner.restore(*at, kl.as_ref());
-    }
+    learner.align(&first_weights(stage, crew)?)?;
     Ok((learner, base))
+}
+
+/// Reads this rank's share of a checkpoint, if it fits.
+pub(crate) fn read(
+    stage: &Stage<'_>,
+    learner: &Learner,
+    base: Option<&Base>,
+    reader: &Reader,
+    handle: &Handle,
+) -> Result<Meta> {
+    let meta = Meta::read(reader, "rl", stage.config.run.seed)?;
+    let critic = stage.config.learner.critic == Critic::Separate;
+    meta.fits(reader, learner.vlm(), base, critic)?;
+    allowed(reader.info().step, &meta.config, stage.config)?;
+    learner.read(handle, reader)?;
+    Ok(meta)
 }
 
 /// The weights of the model directory in fp32, where the learner computes with fewer digits.
@@ -350,15 +381,15 @@ fn first_weights(stage: &Stage<'_>, crew: &Crew) -> Result<Vec<(String, Tensor)>
 
 fn resumed(
     learner: &Learner,
-    r: &Restored,
-    l: &Loaded,
+    meta: &Meta,
+    step: u64,
     accounting: Settings,
     ids: Vec<String>,
 ) -> Result<Experience<TrainGroup>> {
-    let snapshot = r.meta.experience.as_ref().ok_or_else(|| LearnerError::State {
-        step: l.info.step,
-        what: "it does not say where the run stood in its data".into(),
-    })?;
+    let snapshot = meta
+        .experience
+        .as_ref()
+        .ok_or_else(|| LearnerError::State { step, what: "it does not say where the run stood in its data".into() })?;
     let mut machine = Experience::restore(accounting, ids, snapshot)?;
     if machine.version() < learner.step() {
         machine.published(learner.step())?;

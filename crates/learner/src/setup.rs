@@ -131,16 +131,11 @@ impl Learner {
         self.policy.course.gathered.as_ref().map_or(Ok(()), |g| g.bring_all())
     }
 
-    /// Gives all ranks what rank 0 has: weights, and where it goes on from a checkpoint also `weights` to their last digit and
-    /// moments. All ranks call it, before the first update.
+    /// Gives all ranks what rank 0 has: the weights, `weights` to their last digit. All ranks call it, before the first update.
     ///
     /// # Errors
-    /// A moment is missing or misshapen; or a rank is gone.
-    pub(crate) fn align(
-        &mut self,
-        weights: &[(String, Tensor)],
-        resumed: Option<(&[(String, Tensor)], u64)>,
-    ) -> Result<()> {
+    /// A rank is gone.
+    pub(crate) fn align(&mut self, weights: &[(String, Tensor)]) -> Result<()> {
         let policy = &self.policy;
         let named = policy.vlm.named_parameters().iter();
         let named = named.chain(policy.vlm.adapters().into_iter().flat_map(|a| a.named_parameters()));
@@ -148,10 +143,6 @@ impl Learner {
         for (_, tensor) in named.chain(policy.value_head.iter().flat_map(|h| h.named_parameters())) {
             self.ranks.align(tensor)?;
         }
-        self.optimizer.load_weights(weights)?;
-        match resumed {
-            Some((moments, updates)) => self.optimizer.load_state(moments, updates),
-            None => Ok(()),
-        }
+        self.optimizer.load_weights(weights)
     }
 }

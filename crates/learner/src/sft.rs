@@ -10,17 +10,22 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tch::{Kind, Tensor};
-use unveil_checkpoint::Resume;
+use unveil_checkpoint::{Reader, Resume};
 use unveil_config::schema::Optimizer;
 use unveil_model::{PackedGroup, Vlm};
 
+use crate::allowed::{allowed, tell as tell_changes};
 use crate::batch::GroupInput;
+use crate::crew::Crew;
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
 use crate::policy::forward_groups;
+use crate::resume::take_up;
+use crate::saver::{Save, Saver};
+use crate::snapshot::{Stand, State, held};
 use crate::stage::{Outcome, Stage, load_model_as};
-use crate::state::{self, Meta, Restored, Saver, StaticFiles, Trained};
+use crate::state::{Meta, StaticFiles};
 use crate::step::{Counters, SKIP_LIMIT};
 
 /// Batches that are prepared ahead.
@@ -132,11 +137,13 @@ impl SftTrainer {
         Ok(-logprobs.f_mean(Kind::Float)?)
     }
 
-    fn restore(&mut self, r: &Restored) -> Result<()> {
-        r.load_into(r.meta.counters.step, &mut self.vlm, None)?;
-        self.optimizer.load_state(&r.moments, r.meta.counters.updates)?;
-        self.counters = r.meta.counters;
-        Ok(())
+    fn state(&self, part: (usize, usize)) -> Result<State<'_>> {
+        let held = held(&self.optimizer, part, Vec::new())?;
+        Ok(State { vlm: &self.vlm, optimizer: &self.optimizer, rank: 0, held })
+    }
+
+    fn stand(&self) -> Stand {
+        Stand { counters: self.counters, counts: self.optimizer.counts(), kl: None }
     }
 }
 
@@ -218,30 +225,43 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     )?;
     // A step number speaks of stage 2, which needs a stage 1 that is whole.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
-    let (mut saver, loaded) = Saver::open(runtime.handle(), config, "sft", &stage.environment, resume)?;
-    if let Some(loaded) = &loaded {
-        trainer.restore(&Restored::read(loaded, "sft", seed)?)?;
+    let mut saver = Saver::open(runtime.handle(), config, "sft", &stage.environment)?;
+    let mut crew = Crew::solo();
+    let attempt = |reader: &Reader| {
+        let meta = Meta::read(reader, "sft", seed)?;
+        meta.fits(reader, &trainer.vlm, None, false)?;
+        allowed(reader.info().step, &meta.config, config)?;
+        trainer.state((0, 1))?.read(runtime.handle(), reader)?;
+        Ok(meta)
+    };
+    let mut choice = saver.choice(resume)?;
+    let from = take_up(&crew, (runtime.handle(), saver.store()), Some(&mut choice), attempt)?;
+    if let Some((info, meta)) = &from {
+        let changed = allowed(info.step, &meta.config, config)?;
+        tell_changes(&mut *stage.progress, info.step, choice.warnings(), &changed);
     }
-    let kind = if loaded.is_some() { "resumed" } else { "started" };
+    saver.resumed(from.as_ref().map(|(info, _)| info))?;
+    let mut images = 0u64;
+    if let Some((_, meta)) = &from {
+        trainer.optimizer.go_on(meta.stand.counters.updates, &meta.stand.counts)?;
+        (trainer.counters, images) = (meta.stand.counters, meta.seen);
+    }
+    let kind = if from.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
-    let save = |saver: &mut Saver, trainer: &SftTrainer| {
-        let (weights, moments) = (trainer.optimizer.weights()?, trainer.optimizer.state()?);
-        let objects = state::objects(&files, &trainer.vlm, None, &Trained { weights, moments, head: None })?;
-        let meta = Meta {
-            stage: "sft".into(),
-            counters: trainer.counters,
-            seed,
-            experience: None,
-            best: None,
-            base: None,
-            kl: None,
-        };
-        saver.save(trainer.step(), objects, &meta, false)
+    let mut save = |saver: &mut Saver, trainer: &SftTrainer, images: u64| {
+        let waiting = Instant::now();
+        let before = saver.wait(&mut crew)?;
+        let wait = waiting.elapsed();
+        let copied = trainer.state((0, 1))?.copy(&saver.buffers)?;
+        let meta = Meta::new("sft", config, trainer.stand(), images);
+        let save = Save { meta: &meta, best: false, alone: true };
+        saver.save(trainer.step(), (wait, copied), files.objects(&trainer.vlm, None)?, save)?;
+        Ok::<_, LearnerError>(before)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
     let batches = prefetch(stage.data.clone(), config.sft.batch, seed, trainer.step(), total)?;
     let mut outcome = Outcome::default();
-    let (started, mut images) = (Instant::now(), 0u64);
+    let (started, before) = (Instant::now(), images);
     while trainer.step() < total && !stage.cancel.is_cancelled() {
         let waiting = Instant::now();
         let batch = batches.recv().map_err(|_| LearnerError::Lost("the data thread"))??;
@@ -249,7 +269,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         let report = trainer.update(&batch)?;
         let step = trainer.step();
         images += batch.inputs.len() as u64;
-        let rate = images as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        let rate = (images - before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
         let step_ms = waiting.elapsed().as_secs_f64() * 1e3 - wait_ms;
         let mut event = json!({
             "kind": "sft", "step": step, "pass": batch.pass, "loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm,
@@ -265,20 +285,20 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         }
         if step < total
             && due(config.sft.checkpoint_every, step)
-            && let Some(info) = save(&mut saver, &trainer)?
+            && let Some(saved) = save(&mut saver, &trainer, images)?
         {
-            stage.event(&state::event("sft", &info))?;
+            stage.event(&saved.event("sft"))?;
         }
     }
     drop(batches);
     if saver.last() != Some(trainer.step())
-        && let Some(info) = save(&mut saver, &trainer)?
+        && let Some(saved) = save(&mut saver, &trainer, images)?
     {
-        stage.event(&state::event("sft", &info))?;
+        stage.event(&saved.event("sft"))?;
     }
-    let written = saver.wait()?;
-    if let Some(info) = &written {
-        stage.event(&state::event("sft", info))?;
+    let written = saver.wait(&mut crew)?;
+    if let Some(saved) = &written {
+        stage.event(&saved.event("sft"))?;
     }
     (outcome.step, outcome.skipped) = (trainer.step(), trainer.counters.skipped);
     outcome.interrupted = trainer.step() < total;

@@ -113,7 +113,9 @@ impl Learner {
             }
         };
         self.optimizer.zero_grad()?;
-        report.reduce_wait_ms = self.optimizer.take_waited().as_secs_f64() * 1e3;
+        let sums = self.optimizer.take_sums_time();
+        report.reduce_ms = sums.under_way.as_secs_f64() * 1e3;
+        report.reduce_wait_ms = sums.waited.as_secs_f64() * 1e3;
         self.step += 1;
         report.version = self.step;
         report.step = self.step;
@@ -294,7 +296,7 @@ impl Learner {
         (self.step, self.skipped, self.skipped_in_a_row) = (at.step, at.skipped, at.skipped_in_a_row);
     }
 
-    /// Takes counters and the weight of KL over from a checkpoint.
+    /// Takes counters and the weight of KL over.
     pub(crate) fn restore(&mut self, at: Counters, kl: Option<&KlController>) {
         self.stand_at(at);
         if let Some(saved) = kl {

@@ -45,13 +45,18 @@ fn serve(ids: &[&str], lease_s: f64) -> Served {
 }
 
 fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
+    serve_while_heard(ids, lease_s, max_staleness, lease_s)
+}
+
+fn serve_while_heard(ids: &[&str], lease_s: f64, max_staleness: u64, silence_s: f64) -> Served {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let total_groups = Some(4);
-    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, seed: 0, term: 1, total_groups };
+    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, silence_s, seed: 0, term: 1, total_groups };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-    let options = HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50, fixed: None };
+    let options =
+        HostOptions { listen: "127.0.0.1:0".into(), sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
     let host = Host::start(runtime.handle(), options, machine, Arc::new(Source)).unwrap();
     let address = host.address().to_string();
     let channel = runtime.block_on(unveil_service::connect(&address, Duration::from_secs(5))).unwrap();
@@ -75,7 +80,7 @@ impl Served {
 
     /// Head and data of what a worker gets that holds `holds`, every chunk checked; none when there is nothing newer.
     fn weights(&mut self, holds: Option<v1::HeldWeights>, wait_ms: u32) -> Option<(v1::WeightsHead, Vec<u8>)> {
-        let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms };
+        let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms, joins: None };
         self.runtime.block_on(async {
             let mut stream = self.client.weights(ask).await.unwrap().into_inner();
             let mut chunks = Vec::new();
@@ -177,7 +182,7 @@ fn a_batch_comes_together_and_counts_once() {
 #[test]
 fn weights_travel_in_checked_chunks_and_only_what_changed() {
     let mut s = serve(&["a", "b"], 60.0);
-    let ask = v1::WeightsRequest { worker: "w".into(), holds: None, wait_ms: 10 };
+    let ask = v1::WeightsRequest { worker: "w".into(), holds: None, wait_ms: 10, joins: None };
     let none = s.runtime.block_on(s.client.weights(ask));
     assert_eq!(none.err().map(|e| e.code()), Some(tonic::Code::Unavailable));
     publish(&s.host, 0).unwrap();
@@ -186,8 +191,10 @@ fn weights_travel_in_checked_chunks_and_only_what_changed() {
     assert!(data == bytes(&named(0)));
     assert_eq!(s.weights(Some(held(0)), 10), None, "the worker has the newest");
     // The worker asks before there is something newer; then only what changed travels.
-    let (mut client, ask) =
-        (s.client.clone(), v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000 });
+    let (mut client, ask) = (
+        s.client.clone(),
+        v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000, joins: None },
+    );
     let waiting = s.runtime.spawn(async move {
         let mut stream = client.weights(ask).await.unwrap().into_inner();
         let first = stream.message().await.unwrap().unwrap();
@@ -359,12 +366,20 @@ fn a_record_that_cannot_be_prepared_ends_the_wait() {
 #[test]
 fn a_port_in_use_is_named() {
     let s = serve(&["a", "b"], 60.0);
-    let settings =
-        Settings { groups_per_step: 2, max_staleness: 0, lease_s: 1.0, seed: 0, term: 1, total_groups: None };
+    let settings = Settings {
+        groups_per_step: 2,
+        max_staleness: 0,
+        lease_s: 1.0,
+        silence_s: 1.0,
+        seed: 0,
+        term: 1,
+        total_groups: None,
+    };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.host.address().to_string();
-    let options = HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50, fixed: None };
+    let options =
+        HostOptions { listen: listen.clone(), sampling, stop: vec![], vocab: 50, fixed: None, broadcast: None };
     let e = Host::start(s.runtime.handle(), options, machine, Arc::new(Source)).err().map(|e| e.to_string());
     assert!(e.is_some_and(|e| e.contains(&listen) && e.contains("in use")));
 }
@@ -384,4 +399,33 @@ fn workers_hear_that_the_run_is_over() {
     s.host.finish(SOON);
     assert!(s.runtime.block_on(waiting).unwrap().unwrap());
     assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+}
+
+/// What a dead worker holds goes to others long before its lease runs out; a sign of life keeps it.
+#[test]
+fn a_worker_that_falls_silent_loses_its_groups() {
+    let mut s = serve_while_heard(&["a", "b"], 600.0, 0, 1.5);
+    publish(&s.host, 0).unwrap();
+    assert_eq!(s.lease("one", 0).groups.len(), 2);
+    for _ in 0..8 {
+        let life = v1::LeaseRequest { worker: "one".into(), ..Default::default() };
+        let answer = s.runtime.block_on(s.client.lease(life)).unwrap().into_inner();
+        assert!(answer.groups.is_empty() && !answer.finished);
+        assert!(s.lease("two", 300).groups.is_empty(), "worker one lives");
+    }
+    let begun = std::time::Instant::now();
+    assert_eq!(s.lease("two", 10_000).groups.len(), 2);
+    assert!(begun.elapsed() < std::time::Duration::from_secs(4), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn the_service_is_ready_when_weights_are_published_and_not_before() {
+    let s = serve(&["a", "b"], 60.0);
+    let address = s.host.address().to_string();
+    let asked = |name: &str| s.runtime.block_on(unveil_service::check_health(&address, name, SOON)).unwrap();
+    assert!(asked("") && !asked("unveil.v1.Experience"), "alive, and nothing to lease");
+    publish(&s.host, 0).unwrap();
+    assert!(asked("") && asked("unveil.v1.Experience"));
+    publish(&s.host, 1).unwrap();
+    assert!(asked("unveil.v1.Experience"), "new weights do not take it away");
 }

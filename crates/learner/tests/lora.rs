@@ -6,21 +6,23 @@ mod stage;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{configured, low_tokens, model, rollout, weights};
 use serde_json::Value;
 use stage::{Small, StopAt, experience, work};
 use tch::{Device, Kind, Tensor};
+use unveil_checkpoint::{Access, Manifest, ManifestTensor, Store};
 use unveil_config::schema::{Algorithm, Learner as LearnerConfig};
 use unveil_core::{GroupId, Sampling};
 use unveil_engine::{Engine, EngineOptions};
 use unveil_experience::{Experience, Settings};
 use unveil_learner::{
-    Host, HostOptions, Learner, LearnerError, LeaseSource, Leased, NewWeights, Outcome, Silent, TrainGroup, run_rl,
+    Broadcasting, Host, HostOptions, Learner, LearnerError, LeaseSource, Leased, NewWeights, Outcome, Silent,
+    TrainGroup, run_rl,
 };
-use unveil_model::{LoraSpec, Merger, Vlm, export, read_adapters, read_safetensors};
-use unveil_rollout::sync::WeightReceiver;
+use unveil_model::{LoraSpec, Merger, Vlm, export, read_adapters};
+use unveil_rollout::sync::{Member, WeightReceiver};
 use unveil_service::CancellationToken;
 
 fn spec(rank: i64) -> LoraSpec {
@@ -114,13 +116,6 @@ fn small(algorithm: Algorithm) -> Small {
     small
 }
 
-fn names(dir: &Path) -> Vec<String> {
-    let mut out: Vec<String> =
-        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
-    out.sort();
-    out
-}
-
 #[test]
 fn an_interrupted_run_ends_with_the_same_adapters() {
     for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
@@ -148,19 +143,29 @@ fn an_interrupted_run_ends_with_the_same_adapters() {
         assert!(read(&again) == read(&at(&straight, "model")) && read(&again) != read(&straight.model()));
         unveil_data::prepare::Preparer::load(&at(&straight, "model")).unwrap();
         // A checkpoint has the adapters, and moments of them alone.
-        let saved = straight.run().join("checkpoints/step-4/term-1");
-        assert_eq!(names(&saved.join("adapter")), ["adapter_config.json", "adapter_model.safetensors"]);
-        assert!(!saved.join("model").exists());
-        let named = read_adapters(&saved.join("adapter")).unwrap().1;
-        let scalars = |list: &[(String, Tensor)]| list.iter().map(|(_, t)| t.numel()).sum::<usize>();
-        let head = if algorithm == Algorithm::Ppo {
-            scalars(&read_safetensors(&saved.join("value_head.safetensors")).unwrap())
-        } else {
-            0
+        let named = read_adapters(&at(&straight, "adapter")).unwrap().1;
+        let saved = shown(&straight);
+        assert!(saved.objects.iter().any(|o| o.name == "adapter/adapter_config.json"));
+        assert!(saved.objects.iter().all(|o| !o.name.starts_with("model/")));
+        let scalars = |kind: &str, part: &str| -> u64 {
+            let of = |t: &&ManifestTensor| t.kind == kind && (part.is_empty() || t.part == part);
+            saved.tensors.iter().filter(of).map(ManifestTensor::count).sum()
         };
-        let moments = scalars(&read_safetensors(&saved.join("optimizer.safetensors")).unwrap());
-        assert_eq!(moments, 2 * (scalars(&named) + head));
+        let adapters = named.iter().map(|(_, t)| t.numel() as u64).sum::<u64>();
+        assert_eq!(scalars("weight", "adapter"), adapters);
+        let head = scalars("weight", "") - adapters;
+        assert_eq!(head > 0, algorithm == Algorithm::Ppo, "the value head is there");
+        assert_eq!((scalars("exp_avg", ""), scalars("exp_avg_sq", "")), (adapters + head, adapters + head));
     }
+}
+
+/// What the newest checkpoint consists of.
+fn shown(small: &Small) -> Manifest {
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let none: [(&str, &str); 0] = [];
+        let store = Store::open(&small.config.run.dir, none, Access::Read).await.unwrap();
+        unveil_checkpoint::show(&store, None).await.unwrap().manifest
+    })
 }
 
 #[test]
@@ -208,16 +213,25 @@ impl LeaseSource for Nothing {
 }
 
 /// Over real gRPC: the first version travels whole, later ones as adapters alone; a worker that joins late holds the same bits as
-/// one that followed, in both kinds of numbers.
+/// one that followed, in both kinds of numbers, by stream and by broadcast.
 #[test]
 fn adapters_travel_alone_and_late_workers_hold_the_same() {
-    for kind in [Kind::Float, Kind::BFloat16] {
+    let limit = Duration::from_secs(5);
+    for (kind, by_broadcast) in [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true)] {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let settings =
-            Settings { groups_per_step: 1, max_staleness: 0, lease_s: 9.0, seed: 0, term: 1, total_groups: None };
+        let settings = Settings {
+            groups_per_step: 1,
+            max_staleness: 0,
+            lease_s: 9.0,
+            silence_s: 9.0,
+            seed: 0,
+            term: 1,
+            total_groups: None,
+        };
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
         let (listen, sampling) = ("127.0.0.1:0".to_owned(), Sampling { n: 2, ..Default::default() });
-        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None };
+        let broadcast = by_broadcast.then_some(Broadcasting { device: Device::Cpu, limit });
+        let options = HostOptions { listen, sampling, stop: vec![], vocab: 50, fixed: None, broadcast };
         let host = Host::start(runtime.handle(), options, machine, Arc::new(Nothing)).unwrap();
         let mut vlm = model(2);
         vlm.adapt(
@@ -254,6 +268,9 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
         let own = vlm.adapters().unwrap().named_parameters();
         let (count, size) = (own.len(), own.iter().map(|(_, t)| t.numel() * 4).sum::<usize>());
         let (mut early, mut follower) = (connect("early"), engine());
+        if by_broadcast {
+            early = early.with_broadcast(Some(Member::start(Device::Cpu, limit, None).unwrap()));
+        }
         publish(&vlm, 0);
         let whole = vlm.named_parameters().len() + count;
         assert_eq!(take(&mut early, &mut follower), (true, whole, base + size));
@@ -263,6 +280,14 @@ fn adapters_travel_alone_and_late_workers_hold_the_same() {
             assert_eq!(take(&mut early, &mut follower), (false, count, size));
         }
         assert!(size * 10 < base, "{size} of {base} bytes travel");
+        // What it held was told first with its request for version 2.
+        let mut sent = Vec::new();
+        let end = Instant::now() + limit;
+        while by_broadcast && sent.len() < 2 && Instant::now() < end {
+            sent.extend(host.drain_broadcasts().into_iter().map(|s| (s.version, s.round, s.workers, s.bytes as usize)));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(sent, if by_broadcast { vec![(2, 1, 1, size), (3, 1, 1, size)] } else { vec![] });
         let (mut late, mut joiner) = (connect("late"), engine());
         assert_eq!(take(&mut late, &mut joiner), (true, whole, base + size));
         assert_eq!((early.held(), follower.version(), joiner.version()), (late.held(), 3, 3));

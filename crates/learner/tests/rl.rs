@@ -8,6 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use stage::{Small, StopAt, experience, work};
+use unveil_checkpoint::{Access, Store};
 use unveil_config::schema::Algorithm;
 use unveil_learner::{Evaluation, Outcome, Silent, run_rl};
 use unveil_service::CancellationToken;
@@ -86,8 +87,20 @@ fn the_best_checkpoint_is_what_comes_out() {
         of(&events, "checkpoint").iter().map(|e| (e["step"].as_u64().unwrap(), e["best"] == true)).collect();
     assert_eq!(best, vec![(1, true), (2, true), (4, false)]);
     let exported = std::fs::read(small.dir.path().join("rl-out/model.safetensors")).unwrap();
-    let kept = std::fs::read(small.run().join("checkpoints/step-2/term-1/model/model.safetensors")).unwrap();
-    assert!(exported == kept);
+    let saved = |step: u64| {
+        let (runtime, out) = (tokio::runtime::Runtime::new().unwrap(), small.dir.path().join(format!("saved-{step}")));
+        runtime.block_on(async {
+            let none: [(&str, &str); 0] = [];
+            let store = Store::open(&small.config.run.dir, none, Access::Read).await.unwrap();
+            unveil_checkpoint::export(&store, Some(step), &out, "model", "model").await.unwrap();
+        });
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    assert!(exported == saved(2) && exported != saved(4));
+    for event in of(&events, "checkpoint") {
+        let seconds = ["wait_s", "copy_s", "upload_s"].map(|k| event[k].as_f64().unwrap());
+        assert!(seconds.iter().all(|s| (0.0..60.0).contains(s)) && seconds[2] > 0.0, "{event}");
+    }
     unveil_data::prepare::Preparer::load(&small.dir.path().join("rl-out")).unwrap();
     let samples = std::fs::read_to_string(small.run().join("rollouts/step-3.jsonl")).unwrap();
     assert_eq!(samples.lines().count(), 8);

@@ -5,6 +5,7 @@ mod common;
 mod stage;
 
 use stage::{Small, StopAt};
+use unveil_checkpoint::{Access, Store, list};
 use unveil_config::schema::Optimizer;
 use unveil_learner::{Evaluation, LearnerError, SftBatch, SftTrainer, Silent, run_sft};
 use unveil_service::CancellationToken;
@@ -99,6 +100,28 @@ fn an_interrupted_stage_ends_with_the_same_weights() {
     unveil_data::prepare::Preparer::load(&broken.dir.path().join("sft-out")).unwrap();
     let (outcome, events) = run(&broken, u64::MAX);
     assert_eq!((outcome.step, outcome.exported, events.len()), (6, Some(6), 1));
+}
+
+#[test]
+fn the_newest_and_milestones_are_kept_and_copies_are_timed() {
+    let mut small = small_sft();
+    (small.config.sft.steps, small.config.sft.checkpoint_every) = (5, 1);
+    (small.config.checkpoint.keep, small.config.checkpoint.keep_every) = (1, 2);
+    let (_, events) = run(&small, u64::MAX);
+    let saved: Vec<_> = events.iter().filter(|e| e["kind"] == "checkpoint").collect();
+    assert_eq!(saved.iter().filter_map(|e| e["step"].as_u64()).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
+    for e in saved {
+        let seconds = ["wait_s", "copy_s", "upload_s"].map(|k| e[k].as_f64().unwrap());
+        assert!(seconds.iter().all(|s| (0.0..60.0).contains(s)) && seconds[1] > 0.0 && seconds[2] > 0.0, "{e}");
+        assert!(e["bytes"].as_u64() > Some(3 * 4 * 1_000_000), "weights and two moments: {e}");
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let kept = runtime.block_on(async {
+        let (place, none): (_, [(&str, &str); 0]) = (small.run().join("sft"), []);
+        let store = Store::open(&place.to_string_lossy(), none, Access::Read).await.unwrap();
+        list(&store).await.unwrap()
+    });
+    assert_eq!(kept.iter().map(|c| c.step).collect::<Vec<_>>(), [2, 4, 5]);
 }
 
 #[test]

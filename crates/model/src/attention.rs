@@ -120,13 +120,17 @@ impl AttentionSet {
 
 /// Softmax over the image tokens that are valid, summed over `heads`.
 fn over_images(scores: &Tensor, valid: Option<&Tensor>, head_dim: i64, heads: &[i64]) -> Tensor {
+    image_softmax(scores, valid, head_dim).sum_dim_intlist(heads, false, scores.kind())
+}
+
+/// Softmax of unscaled scores over the image tokens that are valid, the last dimension.
+fn image_softmax(scores: &Tensor, valid: Option<&Tensor>, head_dim: i64) -> Tensor {
     let (scores, kind) = (scores * (head_dim as f64).powf(-0.5), scores.kind());
-    let rows = match valid {
+    match valid {
         // A sample without an image has no valid token: its row is zero, not uniform.
         Some(valid) => scores.masked_fill(&valid.logical_not(), NEVER).softmax(-1, kind) * valid.to_kind(kind),
         None => scores.softmax(-1, kind),
-    };
-    rows.sum_dim_intlist(heads, false, kind)
+    }
 }
 
 /// What to capture in a teacher-forced pass.
@@ -141,6 +145,8 @@ pub struct Capture {
     pub image_valid: Tensor,
     /// Keep the graph, so that a loss on the rows trains the model.
     pub differentiable: bool,
+    /// Rows of every head by itself, `[B, heads, S, V]`, for sets of queries by these weights `[B, S, Q]`; none = averaged over heads.
+    pub pool: Option<Tensor>,
 }
 
 impl Capture {
@@ -152,6 +158,7 @@ impl Capture {
             image_index: self.image_index.shallow_clone(),
             image_valid: self.image_valid.shallow_clone(),
             differentiable: self.differentiable,
+            pool: self.pool.as_ref().map(Tensor::shallow_clone),
         }
     }
 }
@@ -167,7 +174,8 @@ pub struct CaptureSpec {
 
 const NEVER: f64 = -1e30;
 
-/// What `layer` adds to the rows `[B, Q, V]` of a pass with queries `q [B, Hq, L, d]` and keys `k [B, Hkv, L, d]`.
+/// What `layer` adds to the rows `[B, Q, V]` of a pass with queries `q [B, Hq, L, d]` and keys `k [B, Hkv, L, d]`; with
+/// [`Capture::pool`] its own rows.
 pub(crate) fn capture_rows(layer: usize, q: &Tensor, k: &Tensor, capture: &Capture) -> Tensor {
     let (q, k) = if capture.differentiable { (q.shallow_clone(), k.shallow_clone()) } else { (q.detach(), k.detach()) };
     let (qs, ks) = (q.size(), k.size());
@@ -176,8 +184,11 @@ pub(crate) fn capture_rows(layer: usize, q: &Tensor, k: &Tensor, capture: &Captu
     let q = pick(&q, &capture.queries).reshape([b, hkv, hq / hkv * nq, d]);
     let k = pick(&k, &capture.image_index);
     let scores = q.matmul(&k.transpose(-1, -2)).view([b, hq, nq, nv]);
-    let heads = capture.set.heads(layer, scores.device());
-    capture.set.rows(&scores, heads.as_ref(), Some(&capture.image_valid.view([b, 1, 1, nv])), d)
+    let (heads, valid) = (capture.set.heads(layer, scores.device()), capture.image_valid.view([b, 1, 1, nv]));
+    match &capture.pool {
+        None => capture.set.rows(&scores, heads.as_ref(), Some(&valid), d),
+        Some(pool) => pool.unsqueeze(1).matmul(&image_softmax(&scores, Some(&valid), d)),
+    }
 }
 
 /// Positions `index [B, N]` of `t [B, H, L, d]`: `[B, H, N, d]`.

@@ -34,7 +34,7 @@ pub fn device(name: &str) -> Result<Device> {
 /// Bytes that can still be allocated on `device`; none where the system does not say.
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
-        Device::Cuda(_) => free_gpu_memory(),
+        Device::Cuda(_) => gpu_memory(device).map(|m| m.free),
         _ => {
             let text = std::fs::read_to_string("/proc/meminfo").ok()?;
             let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
@@ -48,9 +48,21 @@ pub fn free_memory(device: Device) -> Option<u64> {
     }
 }
 
-/// Asks the driver about the GPU of the calling thread's context, which libtorch has made.
+/// Memory of a GPU in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// What can still be allocated, by any process.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+/// Memory of the GPU of the calling thread's context, which libtorch has made; none on a CPU, or where the driver does not say.
 #[allow(unsafe_code)]
-fn free_gpu_memory() -> Option<u64> {
+pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
+    if !device.is_cuda() {
+        return None;
+    }
     type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
     let (mut free, mut total) = (0usize, 0usize);
     // SAFETY: the driver library is loaded already; the symbol has this signature since CUDA 3.2, writes two numbers and keeps
@@ -60,7 +72,7 @@ fn free_gpu_memory() -> Option<u64> {
         let call = library.get::<MemGetInfo>(b"cuMemGetInfo_v2").ok()?;
         call(&mut free, &mut total)
     };
-    (status == 0).then_some(free as u64)
+    (status == 0).then_some(GpuMemory { free: free as u64, total: total as u64 })
 }
 
 #[cfg(test)]
@@ -80,5 +92,6 @@ mod tests {
     fn memory_is_known_here() {
         let free = free_memory(Device::Cpu).unwrap();
         assert!(free > 1 << 20, "{free}");
+        assert_eq!(gpu_memory(Device::Cpu), None);
     }
 }

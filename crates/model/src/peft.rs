@@ -45,12 +45,22 @@ impl Adapters {
     /// # Errors
     /// A file that cannot be written.
     pub fn save(&self, dir: &Path, base: &str) -> Result<()> {
-        let stored: Vec<(String, Tensor)> = self
-            .named_parameters()
-            .iter()
-            .map(|(n, t)| (format!("{PREFIX}{}", spec::memory_name(n)), t.shallow_clone()))
-            .collect();
+        let stored: Vec<(String, Tensor)> =
+            self.named_parameters().iter().map(|(n, t)| (Self::stored_name(n), t.shallow_clone())).collect();
         write_safetensors(&dir.join(WEIGHTS), &stored)?;
+        self.save_config(dir, base)
+    }
+
+    /// The name in peft's files of a tensor that is called `name` here.
+    pub fn stored_name(name: &str) -> String {
+        format!("{PREFIX}{}", spec::memory_name(name))
+    }
+
+    /// Writes `adapter_config.json` alone.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn save_config(&self, dir: &Path, base: &str) -> Result<()> {
         let s = self.spec();
         let layers: Vec<String> =
             pairs(dir, self.named_parameters())?.iter().map(|p| spec::memory_name(p.layer)).collect();

@@ -110,6 +110,11 @@ impl Vlm {
         config.save(dir)
     }
 
+    /// How published files of the family spell a parameter's name.
+    pub fn published_name(&self, name: &str) -> String {
+        self.config.family.stored_name(name)
+    }
+
     /// The configuration.
     pub fn config(&self) -> &VlmConfig {
         &self.config
@@ -243,7 +248,7 @@ impl Vlm {
     }
 
     /// Checks shapes, runs the decoder.
-    fn sequences<'a>(
+    pub(crate) fn sequences<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         tokens: &Tensor,
@@ -281,7 +286,7 @@ impl Vlm {
         }))
     }
 
-    fn tree(&self, batch: &PackedBatch) -> Reach {
+    pub(crate) fn tree(&self, batch: &PackedBatch) -> Reach {
         Reach::Tree(batch.tree.of_kind(wide(self.kind())))
     }
 
@@ -329,6 +334,7 @@ impl Vlm {
                 image_index: batch.image_index.shallow_clone(),
                 image_valid: batch.image_valid.shallow_clone(),
                 differentiable: c.differentiable,
+                pool: None,
             })
         });
         let rows = Some(batch.predict_index.shallow_clone());

@@ -127,6 +127,15 @@ def rows_over_images(attentions, pairs, prompt, image):
     return torch.stack(rows).mean(0).contiguous()
 
 
+def rows_of_heads(attentions, prompt, image):
+    """Two sets of response tokens, and the mean of their rows for every layer and head: [2, layers, heads, V]."""
+    rows = torch.stack([layer[0][:, prompt:, image] for layer in attentions])
+    rows = rows / rows.sum(-1, keepdim=True)
+    rng = random.Random(prompt)
+    tokens = [sorted(rng.sample(range(rows.shape[2]), n)) for n in (1, rng.randint(2, 6))]
+    return tokens, torch.stack([rows[:, :, t].mean(2) for t in tokens]).contiguous()
+
+
 @torch.no_grad()
 def make(root, seed=0):
     rng = random.Random(seed)
@@ -167,13 +176,15 @@ def make_model(path, rng, kind, config):
         out = model(**full_inputs(inputs, sequence), output_attentions=True)
         tensors[f"{index}.tokens"] = sequence[0].contiguous()
         tensors[f"{index}.logits"] = out.logits[0].contiguous()
+        tokens = None
         if grids:
             tensors[f"{index}.pixels"] = inputs["pixel_values"]
             image = sequence[0] == IMAGE
             default = [(layer, head) for head in range(heads)]
             tensors[f"{index}.attention"] = rows_over_images(out.attentions, default, prompt, image)
             tensors[f"{index}.attention_set"] = rows_over_images(out.attentions, pairs, prompt, image)
-        listed.append({"prompt": prompt, "grids": [[1, h, w] for h, w in grids]})
+            tokens, tensors[f"{index}.heads"] = rows_of_heads(out.attentions, prompt, image)
+        listed.append({"prompt": prompt, "grids": [[1, h, w] for h, w in grids], "tokens": tokens})
     save_file(tensors, path / "golden.st")
     (path / "golden.json").write_text(json.dumps(
         {"layer": layer, "layers": whole, "heads": single, "suppress": SUPPRESS, "cases": listed}))

@@ -21,6 +21,8 @@ struct Case {
     logits: Tensor,
     /// Rows of the default layer, and of the model's own choice of layers and heads.
     attention: Option<[Tensor; 2]>,
+    /// Sets of response tokens, and their rows for every layer and head.
+    heads: Option<(Vec<Vec<usize>>, Tensor)>,
 }
 
 fn cases(dir: &Path, gold: &Value) -> Vec<Case> {
@@ -40,6 +42,7 @@ fn cases(dir: &Path, gold: &Value) -> Vec<Case> {
             pixels: find(i, "pixels"),
             logits: find(i, "logits").expect("logits"),
             attention: find(i, "attention").zip(find(i, "attention_set")).map(|(a, b)| [a, b]),
+            heads: find(i, "heads").map(|rows| (serde_json::from_value(case["tokens"].clone()).expect("sets"), rows)),
         }
     };
     listed.iter().enumerate().map(case).collect()
@@ -70,6 +73,28 @@ fn check_teacher_forced(vlm: &Vlm, case: &Case, sets: &[AttentionSet; 2]) {
             assert!(diff < 1e-4, "attention differs by {diff}");
         }
     }
+}
+
+/// Rows of every head by itself, of sets of tokens, in a group where the response stands behind another one.
+fn check_heads(vlm: &Vlm, case: &Case) {
+    let features = case.pixels.as_ref().map(|p| vlm.encode_images(p, &case.prompt.grids).expect("features"));
+    let other = case.response[..5].to_vec();
+    let group = PackedGroup { prompt: case.prompt.clone(), responses: vec![other.clone(), case.response.clone()] };
+    let batch = PackedBatch::build(std::slice::from_ref(&group), vlm.config(), Device::Cpu).expect("packs");
+    let Some((sets, gold)) = &case.heads else {
+        let text = vlm.head_rows(&batch, None, &[vec![0]]).expect_err("no image").to_string();
+        return assert!(text.contains("with an image"), "{text}");
+    };
+    let sets: Vec<Vec<usize>> = sets.iter().map(|s| s.iter().map(|t| t + other.len()).collect()).collect();
+    let rows = vlm.head_rows(&batch, features.as_ref(), &sets).expect("rows");
+    assert_eq!(rows.size(), gold.size());
+    let diff = max_diff(&rows, gold);
+    assert!(diff < 1e-4, "attention of single heads differs by {diff}");
+    let refuse = |sets: &[Vec<usize>]| vlm.head_rows(&batch, features.as_ref(), sets).expect_err("bad").to_string();
+    assert!(refuse(&[]).contains("not empty") && refuse(&[vec![0], vec![]]).contains("not empty"));
+    assert!(refuse(&[vec![batch.len()]]).contains("not among"));
+    let two = PackedBatch::build(&[group.clone(), group], vlm.config(), Device::Cpu).expect("packs");
+    assert!(vlm.head_rows(&two, None, &sets).expect_err("two").to_string().contains("one group"));
 }
 
 /// Greedy decoding of all cases of a model as one batch of groups of unequal lengths, two responses each.
@@ -172,6 +197,7 @@ fn equals_transformers() {
         tch::no_grad(|| {
             for case in &cases {
                 check_teacher_forced(&vlm, case, &sets);
+                check_heads(&vlm, case);
             }
             for (which, set) in sets.iter().enumerate() {
                 check_greedy(&vlm, &cases, which, set, &banned);

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 
 use crate::v1;
 
+/// Bytes that are broadcast at once, a multiple of eight. Both ends cut the tensors of a version by it.
+pub const BUCKET: usize = 8 << 20;
+
 /// CRC-32C of some bytes, and how many they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sum {

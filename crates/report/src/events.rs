@@ -1,10 +1,11 @@
 //! `events.jsonl`: one JSON object per line, appended whole. Owns the file and its mirror as TensorBoard scalars.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use unveil_core::redact;
 
 use crate::tensorboard::TensorBoard;
 
@@ -21,14 +22,15 @@ impl EventLog {
         let path = run.join("events.jsonl");
         let at = |e: std::io::Error| std::io::Error::new(e.kind(), format!("cannot write {}: {e}", path.display()));
         std::fs::create_dir_all(run).map_err(at)?;
-        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(at)?;
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(at)?;
+        end_line(&mut file).map_err(at)?;
         let board = TensorBoard::create(&run.join("metrics").join(role))?;
         Ok(Self { path, file, board })
     }
 
     /// Appends one event in a single write, so that lines of several processes never mix.
     pub fn append(&mut self, event: &Value) -> std::io::Result<()> {
-        let mut line = event.to_string();
+        let mut line = redact(&event.to_string()).into_owned();
         line.push('\n');
         self.file
             .write_all(line.as_bytes())
@@ -48,11 +50,22 @@ impl EventLog {
     }
 }
 
+/// Ends a line that a crash has cut, so that the next event does not share its fate.
+fn end_line(file: &mut File) -> std::io::Result<()> {
+    if file.seek(SeekFrom::End(0))? == 0 {
+        return Ok(());
+    }
+    file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    if last == *b"\n" { Ok(()) } else { file.write_all(b"\n") }
+}
+
 fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, f32)>) {
     match value {
         Value::Number(n) => out.push((prefix.to_owned(), n.as_f64().unwrap_or(f64::NAN) as f32)),
         Value::Object(map) => {
-            for (k, v) in map.iter().filter(|(k, _)| !matches!(k.as_str(), "step" | "kind" | "stage")) {
+            for (k, v) in map.iter().filter(|(k, _)| !matches!(k.as_str(), "step" | "kind" | "stage" | "term")) {
                 flatten(&format!("{prefix}/{k}"), v, out);
             }
         }
@@ -78,7 +91,7 @@ pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
 }
 
 /// Events of the lineage that led to the newest state: when a stage was started again or resumed from an earlier step, what it
-/// had logged beyond that step is left out.
+/// had logged beyond that step is left out, and so is what a learner logs whose term is over.
 pub fn lineage(events: Vec<Value>) -> Vec<Value> {
     let stage = |e: &Value| match e["kind"].as_str() {
         Some("sft") => "sft".to_owned(),
@@ -86,7 +99,15 @@ pub fn lineage(events: Vec<Value>) -> Vec<Value> {
         _ => e["stage"].as_str().unwrap_or_default().to_owned(),
     };
     let mut out: Vec<Value> = Vec::with_capacity(events.len());
+    let mut newest = 0;
     for event in events {
+        if let Some(term) = event["term"].as_u64() {
+            // A fresh start counts its terms from 1 again.
+            if term < newest && event["kind"] != "started" {
+                continue;
+            }
+            newest = term;
+        }
         if let (Some("started" | "resumed"), Some(from)) = (event["kind"].as_str(), event["step"].as_u64()) {
             let again = stage(&event);
             out.retain(|e| stage(e) != again || e["step"].as_u64().is_none_or(|s| s <= from));
@@ -111,6 +132,9 @@ mod tests {
             train(2, 0.0),
             json!({"kind": "eval", "stage": "rl", "step": 2}),
             json!({"kind": "resumed", "stage": "rl", "step": 1}),
+            json!({"kind": "train", "step": 2, "term": 1, "v": 2.0}),
+            json!({"kind": "resumed", "stage": "rl", "step": 1, "term": 2}),
+            json!({"kind": "train", "step": 3, "term": 1, "v": 3.0}),
             train(2, 1.0),
         ];
         let kept = lineage(all);
@@ -127,8 +151,13 @@ mod tests {
         drop(log);
         let mut f = OpenOptions::new().append(true).open(dir.path().join("events.jsonl")).unwrap();
         f.write_all(b"{\"kind\": \"tra").unwrap();
-        assert_eq!(read_events(dir.path()).unwrap().len(), 1);
+        drop(f);
         let boards = std::fs::read_dir(dir.path().join("metrics/learner")).unwrap().count();
         assert_eq!(boards, 1);
+        assert_eq!(read_events(dir.path()).unwrap().len(), 1);
+        let mut again = EventLog::open(dir.path(), "learner").unwrap();
+        again.append(&json!({"kind": "train", "step": 2})).unwrap();
+        let steps: Vec<_> = read_events(dir.path()).unwrap().into_iter().map(|e| e["step"].clone()).collect();
+        assert_eq!(steps, [json!(1), json!(2)], "the torn line takes no other with it");
     }
 }

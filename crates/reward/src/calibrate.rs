@@ -4,7 +4,7 @@
 //! Must not know: how rows are captured.
 
 use std::collections::BTreeMap;
-use std::io::BufRead;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,8 @@ use crate::RewardError;
 use crate::rows::{entropy, is_distribution, sums};
 
 /// One line of calibration data: an image and, per head, the attention of the tokens that name the class (their mean).
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+/// `unveil score --heads` writes them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HeadSample {
     /// Record id.
@@ -30,7 +31,7 @@ pub struct HeadSample {
 }
 
 /// One head's row: softmax over the image tokens, row-major.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HeadRow {
     /// Decoder layer, 0-based.
@@ -83,15 +84,20 @@ struct Tally {
     samples: usize,
 }
 
-/// Scores of all heads, best first (by score, then lift, then layer and head). Samples without a true box, or whose boxes cover
-/// the image, tell nothing and are left out; the number of those used comes back, too.
-///
-/// # Errors
-/// A sample does not hold together; the message names it.
-pub fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String> {
-    let mut tallies: BTreeMap<(usize, usize), Tally> = BTreeMap::new();
-    let mut used = 0;
-    for sample in samples {
+/// Scores of heads, sample by sample.
+#[derive(Debug, Default)]
+pub struct Measure {
+    tallies: BTreeMap<(usize, usize), Tally>,
+    /// Samples that told something.
+    used: usize,
+}
+
+impl Measure {
+    /// Takes a sample. One without a true box, or whose boxes cover the image, tells nothing and is left out.
+    ///
+    /// # Errors
+    /// It does not hold together; the message names it.
+    pub fn add(&mut self, sample: &HeadSample) -> Result<(), String> {
         let bad = |what: String| format!("sample `{}`: {what}", sample.id);
         let [rows, cols] = sample.grid;
         let cells = rows.checked_mul(cols).filter(|c| *c > 0 && *c <= 1 << 24);
@@ -100,7 +106,7 @@ pub fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String
         let m = Grid { rows, cols }.coverage(&sample.boxes, width, height);
         let a = m.iter().map(|v| f64::from(*v)).sum::<f64>() / cells as f64;
         let tells = a > 0.0 && a < 1.0 - 1e-6;
-        used += usize::from(tells && !sample.heads.is_empty());
+        self.used += usize::from(tells && !sample.heads.is_empty());
         for h in &sample.heads {
             if h.row.len() != cells || !is_distribution(&h.row, 0.05) {
                 let what = format!("layer {} head {}: the row is no distribution over {cells} cells", h.layer, h.head);
@@ -109,7 +115,7 @@ pub fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String
             if tells {
                 let read = sums(&h.row, &m);
                 let s = read.inside / read.total;
-                let t = tallies.entry((h.layer, h.head)).or_default();
+                let t = self.tallies.entry((h.layer, h.head)).or_default();
                 t.score += ((s - a) / (1.0 - a)).clamp(0.0, 1.0);
                 t.lift += s / a;
                 t.above += usize::from(s > a);
@@ -117,40 +123,51 @@ pub fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String
                 t.samples += 1;
             }
         }
+        Ok(())
     }
-    let mut out: Vec<HeadScore> = (tallies.into_iter())
-        .map(|((layer, head), t)| {
-            let n = t.samples as f64;
-            let (score, lift, above, entropy) = (t.score / n, t.lift / n, t.above as f64 / n, t.entropy / n);
-            HeadScore { layer, head, score, lift, above, entropy, samples: t.samples }
-        })
-        .collect();
-    out.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.lift.total_cmp(&a.lift)));
-    Ok((out, used))
+
+    /// All heads, best first (by score, then lift, then layer and head), and how many samples were used.
+    pub fn finish(self) -> (Vec<HeadScore>, usize) {
+        let mut out: Vec<HeadScore> = (self.tallies.into_iter())
+            .map(|((layer, head), t)| {
+                let n = t.samples as f64;
+                let (score, lift, above, entropy) = (t.score / n, t.lift / n, t.above as f64 / n, t.entropy / n);
+                HeadScore { layer, head, score, lift, above, entropy, samples: t.samples }
+            })
+            .collect();
+        out.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.lift.total_cmp(&a.lift)));
+        (out, self.used)
+    }
 }
 
-/// Reads `data` (JSON lines of [`HeadSample`]) and chooses the best `top` heads among those that look at lesions more often than
-/// not (`above` > 0.5) and more than chance (`lift` > 1).
+/// Reads `data` (JSON lines of [`HeadSample`]), one line at a time, and chooses the best `top` heads among those that look at lesions
+/// more often than not (`above` > 0.5) and more than chance (`lift` > 1).
 ///
 /// # Errors
 /// The file cannot be read or used, or no head is good enough.
 pub fn calibrate(data: &Path, top: usize) -> Result<HeadChoice, RewardError> {
     let io = |source| RewardError::Io { path: data.to_owned(), source };
-    let bytes = std::fs::read(data).map_err(io)?;
-    let mut samples = Vec::new();
-    for (at, line) in bytes.as_slice().lines().enumerate() {
-        let line = line.map_err(io)?;
-        if !line.trim().is_empty() {
-            let fail = |e: serde_json::Error| RewardError::Line {
-                path: data.to_owned(),
-                line: at + 1,
-                what: format!("no calibration sample: {e}"),
-            };
-            samples.push(serde_json::from_str(&line).map_err(fail)?);
+    let mut reader = BufReader::new(std::fs::File::open(data).map_err(io)?);
+    let (mut hash, mut measure, mut bytes) = (blake3::Hasher::new(), Measure::default(), Vec::new());
+    for line in 1.. {
+        bytes.clear();
+        if reader.read_until(b'\n', &mut bytes).map_err(io)? == 0 {
+            break;
+        }
+        hash.update(&bytes);
+        if !bytes.trim_ascii().is_empty() {
+            let fail = |what: String| RewardError::Line { path: data.to_owned(), line, what };
+            let sample = serde_json::from_slice(&bytes).map_err(|e| fail(format!("no calibration sample: {e}")))?;
+            measure.add(&sample).map_err(fail)?;
         }
     }
     let whole = |what: String| RewardError::Named { what: format!("calibration data {}", data.display()), why: what };
-    let (measured, samples) = measure(&samples).map_err(whole)?;
+    let (measured, samples) = measure.finish();
+    if samples == 0 {
+        return Err(whole(
+            "no sample has a lesion and rows: score answers that name the class, to records with boxes".into(),
+        ));
+    }
     let good = measured.iter().filter(|h| h.lift > 1.0 && h.above > 0.5);
     let heads: Vec<[usize; 2]> = good.take(top).map(|h| [h.layer, h.head]).collect();
     if heads.is_empty() {
@@ -159,7 +176,7 @@ pub fn calibrate(data: &Path, top: usize) -> Result<HeadChoice, RewardError> {
             measured.len()
         )));
     }
-    Ok(HeadChoice { heads, samples, data: blake3::hash(&bytes).to_hex().to_string(), measured })
+    Ok(HeadChoice { heads, samples, data: hash.finalize().to_hex().to_string(), measured })
 }
 
 impl HeadChoice {
@@ -187,6 +204,12 @@ mod tests {
             grid: [4, 4],
             heads: rows.iter().map(|&(layer, head, cell)| HeadRow { layer, head, row: one(cell) }).collect(),
         }
+    }
+
+    fn measure(samples: &[HeadSample]) -> Result<(Vec<HeadScore>, usize), String> {
+        let mut m = Measure::default();
+        samples.iter().try_for_each(|s| m.add(s))?;
+        Ok(m.finish())
     }
 
     #[test]
@@ -217,13 +240,24 @@ mod tests {
         };
         std::fs::write(&data, line(5)).unwrap();
         let choice = calibrate(&data, 4).unwrap();
+        assert_eq!(choice.data, blake3::hash(line(5).as_bytes()).to_hex().to_string());
         choice.save(&out).unwrap();
         let set = format!("reward.vision_relevance.heads_file={}", out.display());
         let config = unveil_config::load_from(None, std::iter::empty(), &[set]).unwrap();
         assert_eq!(config.reward.vision_relevance.heads, [[1, 2]]);
         std::fs::write(&data, line(4)).unwrap();
         assert!(calibrate(&data, 4).unwrap_err().to_string().contains("no head"));
-        std::fs::write(&data, "{}").unwrap();
-        assert!(calibrate(&data, 4).unwrap_err().to_string().contains("h.jsonl:1:"));
+        for (text, what) in [
+            ("{}", "h.jsonl:1: no calibration sample"),
+            ("\n[", "h.jsonl:2: no calibration sample"),
+            ("\n \n", "no sample has a lesion"),
+        ] {
+            std::fs::write(&data, text).unwrap();
+            let e = calibrate(&data, 4).unwrap_err().to_string();
+            assert!(e.contains(what), "{e}");
+        }
+        std::fs::write(&data, line(5).replace("[4,4]", "[4,5]")).unwrap();
+        let e = calibrate(&data, 4).unwrap_err().to_string();
+        assert!(e.contains("h.jsonl:1: sample `a`: layer 1 head 2"), "{e}");
     }
 }

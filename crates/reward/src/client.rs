@@ -1,18 +1,14 @@
 //! The caller's side: scores, or breakdowns with every component masked. Never a 0 that nobody computed.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::transport::Channel;
-use unveil_config::Config;
 use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record, Secret};
 use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
-use unveil_service::{
-    Backoff, ClientOptions, ClientTls, PemPair, authorised, connect_with, limited, retry, with_deadline,
-};
+use unveil_service::{Backoff, ClientOptions, authorised, carry, connect_with, limited, retry, with_deadline};
 
 use crate::RewardError;
 use crate::score::COMPONENTS;
@@ -33,13 +29,13 @@ impl RewardClient {
         Self::connect_with(address, &ClientOptions::default(), deadline).await
     }
 
-    /// [`RewardClient::connect`] with TLS and a token; see [`client_options`].
+    /// [`RewardClient::connect`] with TLS and a token; see [`unveil_service::client_options`].
     ///
     /// # Errors
     /// As there; also when a certificate or key cannot be used.
     pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Duration) -> Result<Self, RewardError> {
         let token = options.token.clone().map(Arc::new);
-        Ok(Self { token, ..Self::new(connect_with(address, &options.tls, deadline).await?) })
+        Ok(Self { token, ..Self::new(connect_with(address, options, deadline).await?) })
     }
 
     /// A client over an existing channel.
@@ -48,12 +44,13 @@ impl RewardClient {
     }
 
     /// Scores a group; tries again while the service is away, up to `deadline`. On any failure the cause is logged and every
-    /// component of every response is masked as failed.
+    /// component of every response is masked as failed. The current span goes on in the service.
     pub async fn score(&self, request: v1::ScoreRequest, deadline: Duration) -> Vec<Breakdown> {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         let answer = retry("reward score", deadline, Backoff::default(), |left| {
-            let request = authorised(with_deadline(request.clone(), left), self.token.as_deref());
+            let request = carry(with_deadline(request.clone(), left), &tracing::Span::current());
+            let request = authorised(request, self.token.as_deref());
             let mut client = self.inner.clone();
             async move { client.score(request?).await }
         })
@@ -65,18 +62,6 @@ impl RewardClient {
             masked_group(&id, &indices, &reason)
         })
     }
-}
-
-/// How a worker reaches the service of a configuration: its authority, certificate and token.
-///
-/// # Errors
-/// The token that the configuration names is not there.
-pub fn client_options(config: &Config) -> Result<ClientOptions, RewardError> {
-    let s = &config.reward.service;
-    let pem = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
-    let identity = pem(&s.client_cert).map(|certificate| PemPair { certificate, key: PathBuf::from(&s.client_key) });
-    let token = unveil_config::secret("reward.service.token", &s.token_env, &s.token_file)?;
-    Ok(ClientOptions { tls: ClientTls { ca: pem(&s.ca), identity }, token })
 }
 
 /// The request for a group; `record.boxes` in pixels of the original image, those of the responses written as `boxes` says.

@@ -29,8 +29,11 @@ pub struct Truth<'a> {
     pub boxes: &'a [BBox],
     /// `[width, height]` of the image.
     pub image: [u32; 2],
-    /// Per true box, whether the answer names its label; empty = labels do not count.
-    pub named: &'a [bool],
+}
+
+/// Every pair of boxes may be matched: labels do not count.
+pub fn any(_predicted: usize, _truth: usize) -> bool {
+    true
 }
 
 /// How boxes are compared.
@@ -63,16 +66,19 @@ impl Rule {
 /// [`localize`] by IoU, without threshold and labels.
 pub fn localization(predicted: &[BBox], says_none: bool, truth: &[BBox], image: [u32; 2]) -> Component {
     let rule = Rule { overlap: Overlap::Iou, threshold: 0.0 };
-    localize(Claim { boxes: predicted, says_none }, Truth { boxes: truth, image, named: &[] }, rule)
+    localize(Claim { boxes: predicted, says_none }, Truth { boxes: truth, image }, rule, any)
 }
 
 /// Soft F1 in `[0, 1]`: `2 * sum(overlap of matches) / (predicted + true)`.
 ///
 /// When nothing is to be found, the score is 1 only for a text that says so: an empty or unreadable answer has no boxes either,
-/// but is no answer. One side empty -> 0. A true box whose label is not named counts as not found.
+/// but is no answer. One side empty -> 0.
+///
+/// `agree(predicted, truth)` says of two boxes by position whether their labels go together; a match of others adds 0, so that the
+/// assignment is the best one among those that agree.
 ///
 /// Detail: `iou` (best single pair), `pred`, `true`, `invalid`, and `threshold` where there is one. Lesions: one entry per true box.
-pub fn localize(claim: Claim<'_>, truth: Truth<'_>, rule: Rule) -> Component {
+pub fn localize(claim: Claim<'_>, truth: Truth<'_>, rule: Rule, agree: impl Fn(usize, usize) -> bool) -> Component {
     let (width, height) = (truth.image[0] as f32, truth.image[1] as f32);
     let is_valid = |(_, b): &(usize, &BBox)| b.fault(width, height).is_none();
     let valid: Vec<(usize, &BBox)> = claim.boxes.iter().enumerate().filter(is_valid).collect();
@@ -81,8 +87,7 @@ pub fn localize(claim: Claim<'_>, truth: Truth<'_>, rule: Rule) -> Component {
     let candidates: Vec<(usize, &BBox)> = valid.iter().take(MATCH_LIMIT).copied().filter(|(_, p)| touches(p)).collect();
     let table: Vec<Vec<f64>> = (truth.boxes.iter().enumerate())
         .map(|(at, t)| {
-            let counts = truth.named.get(at).copied().unwrap_or(true);
-            candidates.iter().map(|(_, p)| if counts { rule.overlap(p, t) } else { 0.0 }).collect()
+            candidates.iter().map(|(index, p)| if agree(*index, at) { rule.overlap(p, t) } else { 0.0 }).collect()
         })
         .collect();
     let mut lesions: Vec<LesionScore> =
@@ -155,14 +160,15 @@ mod tests {
     fn labels_thresholds_and_every_lesion() {
         let t = list(&[[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]]);
         let p = list(&[[50.0, 50.0, 60.0, 60.0], [0.0, 0.0, 10.0, 5.0]]);
-        let with = |named: &[bool], threshold: f64| {
-            let truth = Truth { boxes: &t, image: IMAGE, named };
-            localize(Claim { boxes: &p, says_none: false }, truth, Rule { overlap: Overlap::Iou, threshold })
+        let with = |agree: fn(usize, usize) -> bool, threshold: f64| {
+            let truth = Truth { boxes: &t, image: IMAGE };
+            localize(Claim { boxes: &p, says_none: false }, truth, Rule { overlap: Overlap::Iou, threshold }, agree)
         };
         let value = |c: &Component| c.value.unwrap();
-        assert_eq!((value(&with(&[], 0.0)), value(&with(&[], 0.5)), value(&with(&[], 0.6))), (0.75, 0.75, 0.5));
-        let c = with(&[true, false], 0.0);
+        assert_eq!((value(&with(any, 0.0)), value(&with(any, 0.5)), value(&with(any, 0.6))), (0.75, 0.75, 0.5));
+        let c = with(|_, t| t == 0, 0.0);
         assert_eq!((value(&c), c.lesions[0].iou, c.lesions[1].counted), (0.25, 0.5, 0.0));
+        assert_eq!(value(&with(|p, t| p == t, 0.0)), 0.0, "each lies on the other's lesion");
         let config = schema::Localization { curriculum: vec![(0, 0.1), (10, 0.5)], ..Default::default() };
         let at = |v| Rule::at(&config, v).threshold;
         assert_eq!((at(0), at(9), at(10), at(99)), (0.1, 0.1, 0.5, 0.5));
@@ -175,9 +181,9 @@ mod tests {
         let t = list(&[[40.0, 40.0, 60.0, 60.0]]);
         for overlap in [Overlap::Giou, Overlap::Ciou] {
             let s = |b: [f32; 4]| {
-                let truth = Truth { boxes: &t, image: IMAGE, named: &[] };
+                let truth = Truth { boxes: &t, image: IMAGE };
                 let rule = Rule { overlap, threshold: 0.0 };
-                localize(Claim { boxes: &list(&[b]), says_none: false }, truth, rule).value.unwrap()
+                localize(Claim { boxes: &list(&[b]), says_none: false }, truth, rule, any).value.unwrap()
             };
             let (exact, near, far) =
                 (s([40.0, 40.0, 60.0, 60.0]), s([62.0, 40.0, 82.0, 60.0]), s([0.0, 0.0, 5.0, 5.0]));

@@ -4,13 +4,13 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use unveil_core::{Breakdown, MaskReason};
-use unveil_service::GuardCounts;
 use unveil_service::chat::ChatSpent;
 use unveil_service::prometheus_client::metrics::counter::Counter;
 use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::gauge::Gauge;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets, linear_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
+use unveil_service::{GuardCounts, role_registry};
 
 type Values = Family<Vec<(&'static str, String)>, Histogram, fn() -> Histogram>;
 
@@ -35,7 +35,7 @@ pub(crate) struct Timer<'a> {
 impl Meter {
     /// The metrics, and the registry that encodes them.
     pub fn new() -> (Self, Registry) {
-        let mut registry = Registry::with_prefix("unveil_reward");
+        let mut registry = role_registry("reward");
         let buckets: fn() -> Histogram = || Histogram::new(linear_buckets(0.1, 0.1, 10));
         let meter = Self {
             values: Family::new_with_constructor(buckets),

@@ -12,7 +12,8 @@ use unveil_config::Config;
 use unveil_core::{Attention, BoxForm, Breakdown, Record};
 use unveil_data::codec::Sizes;
 use unveil_data::prepare::Family;
-use unveil_data::records::{ImageRef, folder_of, image_ref, path_fault};
+use unveil_data::records::ImageRef;
+use unveil_data::root::{Reach, Root};
 
 use crate::RewardError;
 use crate::model::ModelSide;
@@ -93,10 +94,11 @@ pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, R
         }
         group.push(line);
     }
+    let root = Root::of(data, Reach::new(config.data.outside));
     let group = |id| {
         let lines = groups.remove(&id).unwrap_or_default();
         let numbers = lines.iter().map(|l| l.number).collect();
-        Ok((group_input(data, model.as_ref(), boxes, lines)?, numbers))
+        Ok((group_input((data, &root), model.as_ref(), boxes, lines)?, numbers))
     };
     order.into_iter().map(group).collect()
 }
@@ -158,7 +160,7 @@ fn take<T: DeserializeOwned>(record: &mut Record, key: &str) -> Result<Option<T>
 }
 
 fn group_input(
-    data: &Path,
+    (data, root): (&Path, &Root),
     model: Option<&ModelSide>,
     boxes: BoxForm,
     lines: Vec<Line>,
@@ -168,7 +170,7 @@ fn group_input(
         return Err(RewardError::request("responses", "is empty"));
     };
     let record = first.record.clone();
-    let image = image_size(data, &record).map_err(|what| fail(first.number, what))?;
+    let image = image_size(root, &record).map_err(|what| fail(first.number, what))?;
     check_record(&record, image).map_err(|what| fail(first.number, format!("the record {what}")))?;
     let sizes = match (first.resized_size, model) {
         (Some(resized), _) => Sizes { original: image, resized },
@@ -213,15 +215,14 @@ fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, Stri
 }
 
 /// `(width, height)` from the record, else from the image's header.
-fn image_size(data: &Path, record: &Record) -> Result<(u32, u32), String> {
+fn image_size(root: &Root, record: &Record) -> Result<(u32, u32), String> {
     if let Some(size) = record.image_size {
         return if size.contains(&0) { Err("`image_size` is 0".to_owned()) } else { Ok(size.into()) };
     }
-    if let Some(fault) = path_fault(&record.image) {
-        return Err(format!("image `{}`: {fault}", record.image));
-    }
-    match image_ref(folder_of(data), record) {
-        ImageRef::File(path) => unveil_data::store::image_size(&path).map_err(|e| e.to_string()),
+    match root.image_ref(record) {
+        ImageRef::File(_) => {
+            root.file(record).and_then(|path| unveil_data::store::image_size(&path)).map_err(|e| e.to_string())
+        }
         ImageRef::Url(url) => Err(format!("the size of {url} is not known here: give `image_size`")),
         ImageRef::None => Err("the record has neither `image` nor `image_size`".to_owned()),
     }

@@ -9,6 +9,7 @@ use unveil_data::codec::{GroundedAnswer, Sizes, codec, read_answer};
 
 use crate::compose::{Part, apply_gates, compose};
 use crate::embed::Embedder;
+use crate::labels::Labels;
 use crate::localization::{Claim, Rule, Truth, localize};
 use crate::symbolic::RuleTable;
 use crate::text::clean::{closed_span, visible};
@@ -116,7 +117,7 @@ pub fn components(scoring: &Scoring, resources: &Resources, input: &GroupInput) 
         record: &input.record,
         image,
         rule: Rule::at(&r.localization, version),
-        look: VisionRule { mode: r.vision_relevance.mode, sink: r.vision_relevance.sink },
+        look: VisionRule::new(&r.vision_relevance),
         relevance: relevance::Reference::new(scoring, resources, &input.record),
         names,
     };
@@ -161,9 +162,11 @@ impl Shared<'_> {
     fn components(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
         let reward = &self.scoring.reward;
         let truth = &self.record.boxes;
-        let named = if reward.localization.label_aware { self.named(answer) } else { Vec::new() };
+        let aware = reward.localization.label_aware;
+        let labels = aware.then(|| Labels::new(answer, self.record, |label| self.scoring.names(label)));
+        let agree = |predicted, truth| labels.as_ref().is_none_or(|l| l.agree(predicted, truth));
         let claim = Claim { boxes: &answer.boxes, says_none: answer.no_finding };
-        let place = localize(claim, Truth { boxes: truth, image: self.image, named: &named }, self.rule);
+        let place = localize(claim, Truth { boxes: truth, image: self.image }, self.rule, agree);
         let seen = Seen { text: &r.text, spans: &r.spans, attention: r.attention.as_ref() };
         let vision = look(seen, &self.names, region, self.look);
         let mut out = Components::new();
@@ -194,17 +197,6 @@ impl Shared<'_> {
         }
         out
     }
-
-    /// Per true box, whether the answer names its label or a synonym of it. An answer names several by commas.
-    fn named(&self, answer: &GroundedAnswer) -> Vec<bool> {
-        let said: Vec<String> = answer.category.split(',').map(|c| c.trim().to_lowercase()).collect();
-        let is_said = |names: &[String]| names.iter().any(|n| said.contains(&n.trim().to_lowercase()));
-        let by_label = |at: usize| match self.record.labels.get(at) {
-            Some(label) => is_said(&self.scoring.names(label)),
-            None => is_said(&self.names),
-        };
-        (0..self.record.boxes.len()).map(by_label).collect()
-    }
 }
 
 fn localization_version(reward: &Reward) -> &'static str {
@@ -213,18 +205,18 @@ fn localization_version(reward: &Reward) -> &'static str {
         (Iou, false) => "localization-2:iou",
         (Giou, false) => "localization-2:giou",
         (Ciou, false) => "localization-2:ciou",
-        (Iou, true) => "localization-2:iou+labels",
-        (Giou, true) => "localization-2:giou+labels",
-        (Ciou, true) => "localization-2:ciou+labels",
+        (Iou, true) => "localization-3:iou+labels",
+        (Giou, true) => "localization-3:giou+labels",
+        (Ciou, true) => "localization-3:ciou+labels",
     }
 }
 
 fn vision_version(rule: VisionRule) -> &'static str {
     match (rule.mode, rule.sink > 0.0) {
         (VisionMode::AllTokens, false) => "vision_relevance-2",
-        (VisionMode::AllTokens, true) => "vision_relevance-2:sinks",
+        (VisionMode::AllTokens, true) => "vision_relevance-3:sinks",
         (VisionMode::PaperLiteral, false) => "vision_relevance-2:literal",
-        (VisionMode::PaperLiteral, true) => "vision_relevance-2:literal+sinks",
+        (VisionMode::PaperLiteral, true) => "vision_relevance-3:literal+sinks",
     }
 }
 
@@ -294,7 +286,7 @@ mod tests {
         group.responses[0].version = 3;
         assert_eq!(value(&group, 1), 0.0, "the group's newest token decides");
         let b = score_group(&s, &group);
-        assert_eq!(b[0].components["localization"].version, "localization-2:iou+labels");
+        assert_eq!(b[0].components["localization"].version, "localization-3:iou+labels");
         assert!(b[0].components.values().all(|c| !c.version.is_empty()));
     }
 

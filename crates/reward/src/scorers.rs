@@ -45,8 +45,7 @@ impl Scorers {
         } else {
             None
         };
-        let ca = Some(Path::new(&r.service.ca)).filter(|p| !p.as_os_str().is_empty());
-        let custom = r.custom.iter().map(|c| CustomScorer::new(c, ca)).collect::<Result<_, _>>()?;
+        let custom = r.custom.iter().map(CustomScorer::new).collect::<Result<_, _>>()?;
         Ok(Self { scoring, resources, judge, custom })
     }
 

@@ -1,7 +1,6 @@
 //! The reward service: stateless, any number of replicas behind one address. Scoring runs beside the event loop.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,12 +9,13 @@ use futures::stream::BoxStream;
 use tokio::sync::Semaphore;
 use tonic::server::NamedService;
 use tonic::{Request, Response, Status, Streaming};
-use unveil_config::Config;
+use tracing::Instrument;
+use unveil_config::{Config, Role};
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::reward_stream_server::{RewardStream, RewardStreamServer};
 use unveil_proto::{breakdown_to_wire, v1};
-use unveil_service::{CancellationToken, Guard, PemPair, Place, Routes, ServeOptions, ServerTls};
-use unveil_service::{announce, limited, metrics_page, serve};
+use unveil_service::{Access, CancellationToken, Guard, Health, Place, Routes, ServeOptions, ServiceError};
+use unveil_service::{announce, carried, continues, limited, metrics_page, serve, span};
 
 use crate::meter::Meter;
 use crate::scorers::Scorers;
@@ -86,7 +86,9 @@ impl RewardService {
 #[tonic::async_trait]
 impl Reward for RewardService {
     async fn score(&self, request: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        Ok(Response::new(self.answer(request.into_inner()).await?))
+        let span = span!(parent: None, "rewards", responses = request.get_ref().responses.len());
+        continues(&span, &carried(&request));
+        Ok(Response::new(self.answer(request.into_inner()).instrument(span).await?))
     }
 }
 
@@ -144,11 +146,18 @@ pub async fn serve_with(
 ) -> Result<(), RewardError> {
     let s = &config.reward.service;
     let call = Duration::from_secs_f64(s.call_s);
-    let token = unveil_config::secret("reward.service.token", &s.token_env, &s.token_file)?;
-    let guard = Guard::new(token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]);
+    let access = Access::of(config, Role::Reward)?;
+    let guard = Guard::new(access.token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]);
+    // Beside the runtime's threads: whoever asks how the service is gets an answer meanwhile.
+    let named = config.clone();
+    let loading = tokio::task::spawn_blocking(move || Scorers::load(&named));
+    let scorers = tokio::select! {
+        loaded = loading => loaded.map_err(|e| ServiceError::Setup(format!("loading the scorers: {e}")))??,
+        () = shutdown.cancelled() => return Ok(()),
+    };
     let (meter, registry) = Meter::new();
     let service = RewardService {
-        scorers: Arc::new(Scorers::load(config)?),
+        scorers: Arc::new(scorers),
         meter: Arc::new(meter),
         cores: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
         patience: call,
@@ -156,37 +165,36 @@ pub async fn serve_with(
     if !s.metrics_listen.is_empty() {
         let (meter, scorers, guard) = (Arc::clone(&service.meter), Arc::clone(&service.scorers), guard.clone());
         let refresh = move || meter.refresh(guard.counts(), scorers.judge().map(|j| j.spent()));
-        let address = metrics_page(&s.metrics_listen, Arc::new(registry), refresh, shutdown.clone()).await?;
+        let address = metrics_page(&s.metrics_listen, Arc::new(registry), refresh, &access, shutdown.clone()).await?;
         tracing::info!(%address, "metrics at /metrics");
     }
     let limit = s.max_message_mib << 20;
     let mut routes = Routes::builder();
     routes.add_service(limited!(Server::new(service.clone()), limit));
     routes.add_service(limited!(StreamServer::new(service), limit));
-    let pem = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
-    let tls = pem(&s.tls_cert).map(|certificate| ServerTls {
-        identity: PemPair { certificate, key: PathBuf::from(&s.tls_key) },
-        client_ca: pem(&s.client_ca),
-    });
     let options = ServeOptions {
         names: vec![Server::NAME, StreamServer::NAME],
         drain: Duration::from_secs_f64(s.drain_s),
-        tls,
+        tls: access.tls,
         guard,
+        insecure: access.insecure,
         // One more than is taken, so that what is too much is refused and not left to wait.
         per_connection: Some(u32::try_from(s.max_in_flight).unwrap_or(u32::MAX).saturating_add(64)),
+        serving: true,
     };
     serve(&config.reward.listen, routes.routes(), options, shutdown, ready).await?;
     Ok(())
 }
 
-/// [`serve_with`] that writes the ready line to stdout.
+/// [`serve_with`] that writes the ready line to stdout, with `health.listen` beside it.
 ///
 /// # Errors
 /// As [`serve_with`].
 pub async fn run_serve(config: &Config, shutdown: CancellationToken) -> Result<(), RewardError> {
+    let (health, _) = Health::start(&config.health.listen, shutdown.clone()).await?;
     serve_with(config, shutdown, |address| {
         tracing::info!(%address, "scoring");
+        health.ready();
         if let Err(e) = announce("reward", address) {
             tracing::warn!("the ready line could not be written: {e}");
         }

@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use unveil_config::schema::VisionMode;
+use unveil_config::schema::{self, VisionMode};
 use unveil_core::{Attention, BBox, Component, Grid, MaskReason};
 
 use crate::mention::{first_mention, tokens_of};
 use crate::rows::{Sums, entropy, sums};
+use crate::sinks::{kept, sinks};
 
 /// How far a row's sum may be from 1 before it is not a softmax over the image tokens.
 const ROW_SUM_SLACK: f64 = 0.05;
@@ -54,8 +55,15 @@ impl<'a> Region<'a> {
 pub struct VisionRule {
     /// Form of the reward.
     pub mode: VisionMode,
-    /// A cell to which every sent token without a letter or digit gives at least so many times 1/|V| is a sink; 0 = none is.
+    /// Cells that draw so many times their fair share whatever is said are left out ([`sinks`]); 0 = none is.
     pub sink: f64,
+}
+
+impl VisionRule {
+    /// As configured.
+    pub fn new(config: &schema::VisionRelevance) -> Self {
+        Self { mode: config.mode, sink: config.sink }
+    }
 }
 
 /// [`look`] without a sink filter.
@@ -88,12 +96,11 @@ pub struct Seen<'a> {
 /// [`VisionMode::AllTokens`]: `clip((s - a) / (1 - a), 0, 1)`, range `[0, 1]`, 0 at chance.
 /// [`VisionMode::PaperLiteral`]: softmax over the abnormal cells only, summed over N: identically |N|, range `[0, |N|]`.
 ///
-/// With a sink filter, cells that draw attention whatever is said (arXiv 2503.03321) are left out of p, M and a, and p is
-/// normalised over the rest. Sinks are told by tokens that carry no word: those whose text has no letter and no digit; without
-/// rows of such tokens nothing is left out.
+/// With a sink filter, the cells of [`sinks`] are left out of p, M and a, and p is normalised over the rest; a token that looks at
+/// sinks alone has no attention on the lesion.
 ///
-/// No mention -> 0. Masked: no true box, the boxes cover the whole image, or no class name to look for (`NotApplicable`);
-/// rows of the mention absent, misshapen, not finite, or no distribution (`NoAttention`).
+/// No mention -> 0. Masked: no true box, the boxes cover the whole image or all of it but sinks, or no class name to look for
+/// (`NotApplicable`); rows of the mention absent, misshapen, not finite, or no distribution (`NoAttention`).
 ///
 /// Detail: `a`, and where the rows were read `s` (the energy inside the boxes), `lift` = s/a, `tokens` = |N|, `entropy` (mean over
 /// N, as a share of ln |V|; 1 = spread evenly), and with a filter `sinks` = cells left out.
@@ -110,19 +117,19 @@ pub fn look(seen: Seen<'_>, names: &[String], region: &mut Region<'_>, rule: Vis
         return Component::masked(MaskReason::NoAttention).with("a", region.share());
     };
     let m = region.coverage(attention.grid);
-    let sinks = if rule.sink > 0.0 { sinks(&seen, attention, rule.sink, m.len()) } else { Vec::new() };
+    let sinks = if rule.sink > 0.0 { sinks(seen, attention, m, rule.sink) } else { Vec::new() };
     let n = tokens.len() as f64;
     let (a, read): (f64, Vec<Sums>) = if sinks.is_empty() {
         (mean(m), rows.iter().map(|row| sums(row, m)).collect())
     } else {
-        let keep = |v: &[f32]| -> Vec<f32> { v.iter().zip(&sinks).filter(|(_, s)| !**s).map(|(v, _)| *v).collect() };
-        let m = keep(m);
-        (mean(&m), rows.iter().map(|row| sums(&keep(row), &m)).collect())
+        let m = kept(m, &sinks);
+        (mean(&m), rows.iter().map(|row| sums(&kept(row, &sinks), &m)).collect())
     };
-    if !(a > 0.0 && a < 1.0) || read.iter().any(|r| r.total <= 0.0) {
-        return Component::masked(MaskReason::NoAttention).with("a", region.share());
+    if !(a > 0.0 && a < 1.0 - WHOLE_IMAGE_SLACK) {
+        return Component::masked(MaskReason::NotApplicable).with("a", region.share());
     }
-    let s = read.iter().map(|r| r.inside / r.total).sum::<f64>() / n;
+    let share = |r: &Sums| if r.total > 0.0 { r.inside / r.total } else { 0.0 };
+    let s = read.iter().map(share).sum::<f64>() / n;
     let value = match rule.mode {
         VisionMode::AllTokens => ((s - a) / (1.0 - a)).clamp(0.0, 1.0),
         VisionMode::PaperLiteral => rows.iter().map(|row| literal(row, m)).sum(),
@@ -130,28 +137,11 @@ pub fn look(seen: Seen<'_>, names: &[String], region: &mut Region<'_>, rule: Vis
     let spread = rows.iter().map(|row| entropy(row)).sum::<f64>() / n;
     let mut out = Component::value(value).with("s", s).with("a", a).with("lift", s / a).with("tokens", n);
     out = out.with("entropy", spread);
-    if rule.sink > 0.0 { out.with("sinks", sinks.iter().filter(|s| **s).count() as f64) } else { out }
+    if rule.sink > 0.0 { out.with("sinks", sinks.len() as f64) } else { out }
 }
 
 fn mean(m: &[f32]) -> f64 {
     m.iter().map(|&v| f64::from(v)).sum::<f64>() / m.len() as f64
-}
-
-/// Which cells are sinks; empty when none is, or nothing tells.
-fn sinks(seen: &Seen<'_>, attention: &Attention, factor: f64, cells: usize) -> Vec<bool> {
-    let wordless = |token: usize| {
-        let text = seen.spans.get(token).and_then(|&(b, e)| seen.text.get(b..e));
-        text.is_some_and(|t| !t.chars().any(char::is_alphanumeric))
-    };
-    let least = (factor / cells as f64) as f32;
-    let mut sink: Option<Vec<bool>> = None;
-    for (&token, row) in attention.tokens.iter().zip(&attention.rows) {
-        if wordless(token) && row.len() == cells {
-            let sink = sink.get_or_insert_with(|| vec![true; cells]);
-            sink.iter_mut().zip(row).for_each(|(s, p)| *s &= *p >= least);
-        }
-    }
-    sink.filter(|s| s.contains(&true)).unwrap_or_default()
 }
 
 /// Softmax restricted to the cells with M > 0, summed over them. It is 1 by construction; also where all mass is outside
@@ -233,32 +223,6 @@ mod tests {
         let mut region = Region::new(&boxes, [40, 40]);
         let c = vision_relevance("[1] mass", &["nodule".into()], &[], None, &mut region, VisionMode::AllTokens);
         assert_eq!(c.value, Some(0.0));
-    }
-
-    #[test]
-    fn sinks_are_told_by_tokens_without_words() {
-        // Half of every row goes to cell 15; what the class token says beyond that goes to the lesion in cell 5.
-        let half = |cell: usize| (0..16).map(|j| if j == cell || j == 15 { 0.5 } else { 0.0 }).collect::<Vec<f32>>();
-        let text = "[1] nodule";
-        let spans = [(0, 1), (1, 2), (2, 3), (3, 10)];
-        let boxes = [BBox::from([10.0, 10.0, 20.0, 20.0])];
-        let score = |tokens: Vec<usize>, rows: Vec<Vec<f32>>, sink: f64| {
-            let attention = Attention { grid: [4, 4], tokens, rows };
-            let seen = Seen { text, spans: &spans, attention: Some(&attention) };
-            let rule = VisionRule { mode: VisionMode::AllTokens, sink };
-            look(seen, &["nodule".into()], &mut Region::new(&boxes, [40, 40]), rule)
-        };
-        let rows = vec![half(3), half(5), half(0), half(5)];
-        let all = score(vec![0, 1, 2, 3], rows.clone(), 4.0);
-        assert_eq!((all.value, all.detail["sinks"]), (Some(1.0), 1.0));
-        assert!((all.detail["a"] - 1.0 / 15.0).abs() < 1e-6);
-        let off = score(vec![0, 1, 2, 3], rows.clone(), 0.0);
-        assert!(
-            (off.value.unwrap() - (0.5 - 1.0 / 16.0) / (15.0 / 16.0)).abs() < 1e-6 && !off.detail.contains_key("sinks")
-        );
-        // Nothing tells: only tokens with words were sent.
-        let untold = score(vec![1, 3], vec![half(5), half(5)], 4.0);
-        assert_eq!((untold.value, untold.detail["sinks"]), (off.value, 0.0));
     }
 
     #[test]

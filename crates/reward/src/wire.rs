@@ -13,6 +13,12 @@ const BOX_LIMIT: usize = 1024;
 /// Responses that one group may have.
 const RESPONSE_LIMIT: usize = 1024;
 
+/// Bytes of a record as JSON.
+const RECORD_LIMIT: usize = 4 << 20;
+
+/// Bytes of a response's text, and tokens of a response.
+const TEXT_LIMIT: usize = 1 << 20;
+
 /// Reads a request.
 ///
 /// Attention that does not hold together is dropped, so that its component is masked, and the rest is still scored.
@@ -20,6 +26,7 @@ const RESPONSE_LIMIT: usize = 1024;
 /// # Errors
 /// [`RewardError::Request`] names the field and says what is wrong with it.
 pub fn group_from_request(request: v1::ScoreRequest) -> Result<GroupInput, RewardError> {
+    at_most("record_json", request.record_json.len(), RECORD_LIMIT, "bytes")?;
     let record: Record =
         serde_json::from_str(&request.record_json).map_err(|e| RewardError::request("record_json", e.to_string()))?;
     let original = (size("image_width", request.image_width)?, size("image_height", request.image_height)?);
@@ -68,7 +75,15 @@ fn size(field: &str, value: u32) -> Result<u32, RewardError> {
     Ok(value)
 }
 
+fn at_most(field: &str, found: usize, most: usize, unit: &str) -> Result<(), RewardError> {
+    let what = || RewardError::request(field, format!("has {found} {unit}; at most {most} are scored"));
+    if found > most { Err(what()) } else { Ok(()) }
+}
+
 fn response(at: usize, r: v1::Response) -> Result<ResponseInput, RewardError> {
+    at_most(&format!("responses[{at}].text"), r.text.len(), TEXT_LIMIT, "bytes")?;
+    at_most(&format!("responses[{at}].tokens"), r.tokens.len(), TEXT_LIMIT, "entries")?;
+    at_most(&format!("responses[{at}].spans"), r.spans.len(), TEXT_LIMIT, "entries")?;
     if !r.spans.is_empty() && !r.tokens.is_empty() && r.spans.len() != r.tokens.len() {
         let what = format!("has {} entries for {} tokens: one per token, or none", r.spans.len(), r.tokens.len());
         return Err(RewardError::request(format!("responses[{at}].spans"), what));
@@ -106,8 +121,15 @@ mod tests {
     #[test]
     fn the_field_is_named() {
         assert!(group_from_request(request()).is_ok());
+        let mut longest = request();
+        longest.responses[0].text = "x".repeat(TEXT_LIMIT);
+        assert!(group_from_request(longest).is_ok());
         type Change = fn(&mut v1::ScoreRequest);
-        let cases: [(&str, Change); 11] = [
+        let cases: [(&str, Change); 15] = [
+            ("record_json", |r| r.record_json = " ".repeat(RECORD_LIMIT + 1)),
+            ("responses[0].text", |r| r.responses[0].text = "x".repeat(TEXT_LIMIT + 1)),
+            ("responses[0].tokens", |r| r.responses[0].tokens = vec![0; TEXT_LIMIT + 1]),
+            ("responses", |r| r.responses = vec![v1::Response::default(); RESPONSE_LIMIT + 1]),
             ("responses", |r| r.responses = vec![v1::Response::default(); RESPONSE_LIMIT + 1]),
             ("record_json", |r| r.record_json = "{".into()),
             ("record_json", |r| r.record_json = r#"{"id":"a","boxes":[[3,3,1,1]]}"#.into()),

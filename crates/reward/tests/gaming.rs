@@ -126,6 +126,20 @@ fn text_for_the_judge_wins_nothing() {
 }
 
 #[test]
+fn naming_every_class_wins_nothing() {
+    let mut scoring = Scoring::default();
+    scoring.reward.localization.label_aware = true;
+    let json = |label: &str| format!(r#"[{{"bbox_2d": [16, 16, 32, 32], "label": "{label}"}}]"#);
+    let texts =
+        [json("nodule"), json("mass"), json("nodule, mass, cyst"), "[16,16,32,32] nodule, mass, cyst".to_owned()];
+    let responses = texts.iter().enumerate().map(|(i, t)| response(i, t, &half_inside())).collect();
+    let group = GroupInput { record: record("[[16,16,32,32]]"), sizes: IMAGE, boxes: BoxForm::Absolute, responses };
+    let b = score_group(&scoring, &group);
+    let l: Vec<f64> = b.iter().map(|b| value(b, "localization")).collect();
+    assert_eq!(l, [1.0, 0.0, 0.0, 0.0]);
+}
+
+#[test]
 fn growing_length_wins_nothing() {
     let long = format!("{HONEST}{}", " and so on".repeat(1000));
     let padded = format!("{}{HONEST}{}", " ".repeat(1000), " ".repeat(1000));

@@ -37,6 +37,32 @@ def boxes(request):
     return out
 
 
+def labels(request):
+    """cases: [{"predicted", "true", "said", "labels", "category"}] -> soft_f1 per overlap: pairs whose labels differ are masked before
+    the assignment. A box of the answer without a label may be any that the answer names, if all of these are there; a true one without
+    has the category."""
+    import numpy as np
+    import torch
+    from scipy.optimize import linear_sum_assignment
+    from torchvision.ops import box_iou, complete_box_iou, generalized_box_iou
+    maps = [(box_iou, lambda x: x), (generalized_box_iou, lambda x: (1 + x) / 2), (complete_box_iou, lambda x: (1.5 + x) / 2.5)]
+    out = []
+    for case in request["cases"]:
+        predicted = torch.tensor(case["predicted"], dtype=torch.float64).reshape(-1, 4)
+        true = torch.tensor(case["true"], dtype=torch.float64).reshape(-1, 4)
+        named = {label.lower() for label in case["said"] if label}
+        truth = [label.lower() for label in case["labels"]] or [case["category"]] * len(true)
+        named = named if len(named) == 1 or named <= set(truth) else set()
+        mask = np.array([[t in ({p.lower()} if p else named) for t in truth] for p in case["said"]])
+        scores = []
+        for overlap, mapped in maps:
+            value = np.where(mask, mapped(overlap(predicted, true).numpy()), 0.0)
+            rows, columns = linear_sum_assignment(value, maximize=True)
+            scores.append(2.0 * value[rows, columns].sum() / (len(predicted) + len(true)))
+        out.append(scores)
+    return {"soft_f1": out}
+
+
 def squad_words(text):
     """The normalisation of SQuAD's evaluation script, as it is described."""
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
@@ -92,4 +118,4 @@ def embedding(request):
 
 
 request = json.load(sys.stdin)
-json.dump({"boxes": boxes, "texts": texts, "embedding": embedding}[request["what"]](request), sys.stdout)
+json.dump({"boxes": boxes, "labels": labels, "texts": texts, "embedding": embedding}[request["what"]](request), sys.stdout)

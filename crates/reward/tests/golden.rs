@@ -6,11 +6,13 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 use unveil_config::schema::Overlap;
-use unveil_core::BBox;
+use unveil_core::{BBox, BoxForm};
+use unveil_data::codec::Sizes;
 use unveil_reward::assignment::max_assignment;
 use unveil_reward::embed::{Embedder, similarity};
-use unveil_reward::localization::{Claim, Rule, Truth, localization, localize};
+use unveil_reward::localization::{Claim, Rule, Truth, any, localization, localize};
 use unveil_reward::text::{bleu::bleu, difflib, overlap};
+use unveil_reward::{GroupInput, ResponseInput, Scoring, score_group};
 
 /// A small linear congruential generator: repeatable numbers in [0, 1).
 struct Numbers(u64);
@@ -143,8 +145,8 @@ fn overlaps_soft_f1_and_assignment() {
         }
         for (at, overlap) in [Overlap::Iou, Overlap::Giou, Overlap::Ciou].into_iter().enumerate() {
             let claim = Claim { boxes: &p, says_none: false };
-            let truth = Truth { boxes: &t, image: [200, 120], named: &[] };
-            let ours = localize(claim, truth, Rule { overlap, threshold: 0.0 });
+            let truth = Truth { boxes: &t, image: [200, 120] };
+            let ours = localize(claim, truth, Rule { overlap, threshold: 0.0 }, any);
             let expected = number(&golden["soft_f1"][i][at]);
             assert!((ours.value.unwrap() - expected).abs() < 1e-9, "case {i}: {ours:?} {expected}");
         }
@@ -158,6 +160,52 @@ fn overlaps_soft_f1_and_assignment() {
         let expected = number(&golden["optimum"][i]);
         assert!((ours - expected).abs() < 1e-9, "matrix {i}: {ours} {expected}");
     }
+}
+
+/// Answers in JSON with a label per box, scored whole, against scipy's assignment with the costs of labels that differ masked.
+#[test]
+fn boxes_are_matched_under_their_labels() {
+    const LABELS: [&str; 4] = ["cyst", "Mass", "stone", ""];
+    let mut rng = Numbers::new(4);
+    let (mut sent, mut groups) = (Vec::new(), Vec::new());
+    for _ in 0..600 {
+        let (n, m) = (1 + rng.below(9), 1 + rng.below(7));
+        let truth = rng.boxes(m);
+        let mut predicted = rng.boxes(n);
+        // Most answers lie on lesions, some on the same one under several labels.
+        for p in &mut predicted {
+            if rng.below(3) > 0 {
+                *p = truth[rng.below(m)].map(|v| f64::from((v + rng.next()) as f32));
+            }
+        }
+        let mut some = |n: usize, of: usize| -> Vec<&str> { (0..n).map(|_| LABELS[rng.below(of)]).collect() };
+        let (said, real) = (some(n, 4), some(m, 3));
+        let real = if rng.below(5) == 0 { Vec::new() } else { real };
+        let items: Vec<Value> = predicted.iter().zip(&said).map(|(b, l)| json!({"bbox_2d": b, "label": l})).collect();
+        let record = json!({"id": "a", "image_size": [400, 400], "category": "cyst", "boxes": truth, "labels": real});
+        sent.push(json!({"predicted": predicted, "true": truth, "said": said, "labels": real, "category": "cyst"}));
+        groups.push(GroupInput {
+            record: serde_json::from_value(record).unwrap(),
+            sizes: Sizes { original: (400, 400), resized: (400, 400) },
+            boxes: BoxForm::Absolute,
+            responses: vec![ResponseInput { text: Value::Array(items).to_string(), ..Default::default() }],
+        });
+    }
+    let golden = golden(&json!({"what": "labels", "cases": sent}));
+    let (mut s, mut differs) = (Scoring::default(), 0);
+    for (at, overlap) in [Overlap::Iou, Overlap::Giou, Overlap::Ciou].into_iter().enumerate() {
+        s.reward.localization.overlap = overlap;
+        for (i, group) in groups.iter().enumerate() {
+            let mut score = |aware| {
+                s.reward.localization.label_aware = aware;
+                score_group(&s, group)[0].components["localization"].value.unwrap()
+            };
+            let (ours, without, expected) = (score(true), score(false), number(&golden["soft_f1"][i][at]));
+            assert!((ours - expected).abs() < 1e-6, "case {i} {overlap:?}: {ours} {expected}\n{}", sent[i]);
+            differs += usize::from((ours - without).abs() > 0.01);
+        }
+    }
+    assert!(differs > 600, "labels made a difference {differs} times");
 }
 
 #[test]

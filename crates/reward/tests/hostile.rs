@@ -107,6 +107,12 @@ fn text(rng: &mut ChaCha8Rng) -> String {
             out = String::from_utf8_lossy(&bytes).into_owned();
         }
         3 => out = format!("{}1{}", "[".repeat(500), "]".repeat(500)),
+        4 => {
+            let label =
+                ["nodule", "x", "", "nodule,", "Nodule, x"][rng.random_range(0..5)].repeat(rng.random_range(0..2000));
+            let item = format!(r#"{{"bbox_2d":[10,10,40,40],"label":"{label}"}}"#);
+            out = format!("[{}]", vec![item; rng.random_range(1..40)].join(","));
+        }
         _ => {
             for _ in 0..rng.random_range(0..10) {
                 match rng.random_range(0..4) {

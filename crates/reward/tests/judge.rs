@@ -11,7 +11,7 @@ use unveil_config::schema::Custom;
 use unveil_core::{BoxForm, MaskReason};
 use unveil_data::codec::Sizes;
 use unveil_reward::{GroupInput, ResponseInput, RewardError, Scorers};
-use unveil_testkit::{WebReply, WebRequest, WebServer};
+use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 
 /// More than a deadline: what the machine may be late by.
 const SLACK: Duration = Duration::from_millis(1500);
@@ -146,6 +146,30 @@ async fn nobody_listens() {
     c.reward.judge.base_url = "http://127.0.0.1:9/v1".into();
     let out = load(&c).score(group(&["x"])).await;
     assert!(out[0].components["relevance"].masked);
+}
+
+#[tokio::test]
+async fn a_judge_behind_a_private_authority() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = (Authority::new(dir.path(), "ours"), Authority::new(dir.path(), "theirs"));
+    let server = WebServer::start_tls(&ours.sign("judge"), |_| score(5.0));
+    assert!(server.url().starts_with("https://"));
+    let ask = async |ca: String| {
+        let mut c = config(&server);
+        c.reward.judge.ca = ca;
+        load(&c).score(group(&["[16,16,32,32] nodule"])).await[0].components["relevance"].clone()
+    };
+    assert_eq!(ask(ours.ca()).await.value, Some(0.5));
+    let asked = server.seen().len();
+    for stranger in [String::new(), theirs.ca()] {
+        let c = ask(stranger).await;
+        let why = why(c.reason.as_ref());
+        assert!(c.masked && c.value.is_none() && why.contains("certificate") && why.contains("UnknownIssuer"), "{why}");
+    }
+    assert_eq!(server.seen().len(), asked, "nothing is sent to a server that is not trusted");
+    let mut c = config(&server);
+    c.reward.judge.ca = "/no/such/ca.pem".into();
+    assert!(Scorers::load(&c).unwrap_err().to_string().contains("/no/such/ca.pem"));
 }
 
 /// Three of ten calls fail or stall; many groups at once.

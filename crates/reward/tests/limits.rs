@@ -1,23 +1,23 @@
 //! The service against clients that send too much, too large, too slowly, or without leave; streams; TLS; the metrics page.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tonic::{Code, Request, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
-use unveil_config::Config;
+use unveil_config::{Config, Role};
 use unveil_core::{MaskReason, Record};
 use unveil_data::codec::Sizes;
 use unveil_proto::v1;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::v1::reward_stream_client::RewardStreamClient;
-use unveil_reward::{RewardClient, RewardError, client_options, score_request, serve_with};
-use unveil_service::{CancellationToken, connect};
-use unveil_testkit::{WebReply, WebServer};
+use unveil_reward::{RewardClient, RewardError, score_request, serve_with};
+use unveil_service::issue::{Existing, IssueOptions, issue};
+use unveil_service::{CancellationToken, client_options, connect};
+use unveil_testkit::{MetricsPage, WebReply, WebServer};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -255,21 +255,21 @@ async fn running_calls_finish_when_it_is_told_to_stop() {
 async fn a_token_is_needed_where_one_is_set() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("token");
-    std::fs::write(&file, "s3cret\n").unwrap();
+    std::fs::write(&file, "s3cret-of-this-run\n").unwrap();
     let mut c = Config::default();
-    c.reward.service.token_file = file.display().to_string();
+    c.auth.token_file = file.display().to_string();
     let served = serve(&c).await;
     let address = served.address.to_string();
     let channel = connect(&address, WAIT).await.unwrap();
     let mut bare = Generated::new(channel.clone());
     assert_eq!(bare.score(request("a")).await.unwrap_err().code(), Code::Unauthenticated);
     let mut wrong = Request::new(request("a"));
-    wrong.metadata_mut().insert("authorization", "Bearer s3cres".parse().unwrap());
+    wrong.metadata_mut().insert("authorization", "Bearer s3cret-of-this-ruN".parse().unwrap());
     assert_eq!(bare.score(wrong).await.unwrap_err().code(), Code::Unauthenticated);
     let stream = RewardStreamClient::new(channel.clone()).score_groups(futures::stream::iter([request("a")])).await;
     assert_eq!(stream.unwrap_err().code(), Code::Unauthenticated);
     assert!(HealthClient::new(channel).check(HealthCheckRequest::default()).await.is_ok());
-    let options = client_options(&c).unwrap();
+    let options = client_options(&c, Role::Rollout).unwrap();
     let client = RewardClient::connect_with(&address, &options, WAIT).await.unwrap();
     assert!(client.score(request("a"), WAIT).await[0].total.is_some());
     let without = RewardClient::connect(&address, WAIT).await.unwrap().score(request("a"), WAIT).await;
@@ -277,80 +277,63 @@ async fn a_token_is_needed_where_one_is_set() {
     served.stop.cancel();
 }
 
-/// A certificate authority and what it signed, as PEM files.
-struct Authority {
-    dir: PathBuf,
-    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
-}
-
-impl Authority {
-    fn new(dir: &Path, name: &str) -> Self {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        let dir = dir.join(name);
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("ca.pem"), params.self_signed(&key).unwrap().pem()).unwrap();
-        Self { dir, issuer: rcgen::Issuer::new(params, key) }
-    }
-
-    fn sign(&self, name: &str) -> [String; 2] {
-        let key = rcgen::KeyPair::generate().unwrap();
-        let params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let paths = [format!("{name}.pem"), format!("{name}.key")].map(|f| self.dir.join(f).display().to_string());
-        std::fs::write(&paths[0], certificate.pem()).unwrap();
-        std::fs::write(&paths[1], key.serialize_pem()).unwrap();
-        paths
-    }
-
-    fn ca(&self) -> String {
-        self.dir.join("ca.pem").display().to_string()
-    }
-}
-
 #[tokio::test]
-async fn tls_and_mutual_tls() {
+async fn tls_with_and_without_certificates_of_callers() {
     let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (Authority::new(dir.path(), "ours"), Authority::new(dir.path(), "theirs"));
+    let make = |name: &str| {
+        let options = IssueOptions { hosts: vec![], days: 1, existing: Existing::Refuse };
+        let dir = dir.path().join(name);
+        issue(&dir, &options).unwrap();
+        dir.display().to_string()
+    };
+    let (ours, theirs) = (make("ours"), make("theirs"));
     let mut c = Config::default();
-    let s = &mut c.reward.service;
-    [s.tls_cert, s.tls_key] = ours.sign("server");
-    s.ca = ours.ca();
-    let served = serve(&c).await;
-    let https = format!("https://localhost:{}", served.address.port());
+    c.tls.dir = ours.clone();
+    let with = |change: &dyn Fn(&mut Config)| {
+        let mut c = c.clone();
+        change(&mut c);
+        c
+    };
     let score = async |address: &str, c: &Config| {
-        let options = client_options(c).unwrap();
+        let options = client_options(c, Role::Rollout).unwrap();
         let client = RewardClient::connect_with(address, &options, Duration::from_millis(800))
             .await
             .map_err(|e| e.to_string())?;
         let scored = client.score(request("a"), Duration::from_millis(800)).await;
         scored[0].total.ok_or_else(|| format!("{:?}", scored[0].components["format"].reason))
     };
+    let served = serve(&c).await;
+    let https = format!("https://localhost:{}", served.address.port());
     score(&https, &c).await.unwrap();
-    let mut stranger = c.clone();
-    stranger.reward.service.ca = theirs.ca();
-    score(&https, &stranger).await.unwrap_err();
+    score(&served.address.to_string(), &c).await.unwrap();
+    score(&https, &with(&|c| c.tls.dir = theirs.clone())).await.unwrap_err();
+    score(&https, &with(&|c| c.tls.mutual = false)).await.unwrap_err();
     score(&format!("http://{}", served.address), &c).await.unwrap_err();
     served.stop.cancel();
 
-    c.reward.service.client_ca = ours.ca();
-    let served = serve(&c).await;
+    let open = with(&|c| c.tls.mutual = false);
+    let served = serve(&open).await;
     let https = format!("https://localhost:{}", served.address.port());
-    score(&https, &c).await.unwrap_err();
-    let with = |pair: [String; 2]| {
-        let mut c = c.clone();
-        [c.reward.service.client_cert, c.reward.service.client_key] = pair;
-        c
-    };
-    score(&https, &with(theirs.sign("worker"))).await.unwrap_err();
-    score(&https, &with(ours.sign("worker"))).await.unwrap();
+    score(&https, &open).await.unwrap();
+    score(&https, &with(&|c| (c.tls.mutual, c.tls.dir) = (false, theirs.clone()))).await.unwrap_err();
+    // The same service as a user's scorer: it is known by an authority of its own key.
+    for (ca, known) in [(format!("{ours}/client/ca.crt"), true), (String::new(), false)] {
+        let mut c = Config::default();
+        let address = https.replacen("https", "grpcs", 1);
+        let custom =
+            serde_json::json!({"name": "there", "address": address, "deadline_s": 2.0, "range": [0.0, 2.0], "ca": ca});
+        c.reward.custom.push(serde_json::from_value(custom).unwrap());
+        let here = serve(&c).await;
+        let client = RewardClient::connect(&here.address.to_string(), WAIT).await.unwrap();
+        let b = client.score(request("a"), WAIT).await;
+        assert_eq!(b[0].components["there"].value.is_some(), known, "{b:?}");
+        here.stop.cancel();
+    }
     served.stop.cancel();
 
-    c.reward.service.tls_key = "/no/such/key.pem".into();
+    std::fs::remove_file(dir.path().join("ours/reward/tls.key")).unwrap();
     let e = serve_with(&c, CancellationToken::new(), |_| ()).await.unwrap_err().to_string();
-    assert!(e.contains("/no/such/key.pem"), "{e}");
+    assert!(e.contains("ours/reward/tls.key") && e.contains("unveil tls init"), "{e}");
 }
 
 #[tokio::test]
@@ -386,17 +369,15 @@ async fn the_metrics_page_tells_what_happened() {
     }
     let bad: Status = client.score(v1::ScoreRequest::default()).await.unwrap_err();
     assert_eq!(bad.code(), Code::InvalidArgument);
-    let mut stream = tokio::net::TcpStream::connect(free).await.unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
-    let mut page = String::new();
-    stream.read_to_string(&mut page).await.unwrap();
-    for line in [
-        "unveil_reward_component_value_sum{component=\"localization\"} 5.0",
-        "unveil_reward_masked_total{component=\"vision_relevance\",reason=\"no_attention\"} 5",
-        "unveil_reward_group_seconds_count 5",
-        "unveil_reward_calls{state=\"refused\"} 0",
+    let page = tokio::task::spawn_blocking(move || MetricsPage::get(free)).await.unwrap();
+    for (series, value) in [
+        ("unveil_reward_component_value_sum{component=\"localization\"}", 5.0),
+        ("unveil_reward_masked_total{component=\"vision_relevance\",reason=\"no_attention\"}", 5.0),
+        ("unveil_reward_group_seconds_count", 5.0),
+        ("unveil_reward_calls{state=\"refused\"}", 0.0),
     ] {
-        assert!(page.contains(line), "{line} is not in\n{page}");
+        assert_eq!(page.of(series), value, "{series}");
     }
+    page.is_listed("reward");
     served.stop.cancel();
 }

@@ -51,6 +51,31 @@ fn one_line_per_response_in_the_order_of_the_file() {
 }
 
 #[test]
+fn an_image_outside_the_folder_is_read_only_where_the_configuration_allows_it() {
+    let s = Sandbox::new();
+    let set = s.dir.path().join("set");
+    std::fs::create_dir(&set).unwrap();
+    let png = s.dir.path().join("out.png");
+    std::fs::write(&png, unveil_data::store::Image::new(96, 96).to_png().unwrap()).unwrap();
+    std::os::unix::fs::symlink(&png, set.join("link.png")).unwrap();
+    let file = set.join("r.jsonl");
+    for (image, why) in [("../out.png", "\"..\""), (png.to_str().unwrap(), "absolute"), ("link.png", "link")] {
+        let mut l = line("a", 0, "[16,16,32,32] nodule");
+        l.as_object_mut().unwrap().remove("image_size");
+        l["image"] = image.into();
+        std::fs::write(&file, l.to_string()).unwrap();
+        let score = |outside: bool| {
+            let mut c = Config::default();
+            c.data.outside = outside;
+            run_score(&c, &file, &mut Vec::new())
+        };
+        let e = score(false).unwrap_err().to_string();
+        assert!(e.contains("r.jsonl:1") && e.contains(why) && e.contains("data.outside"), "{e}");
+        assert_eq!(score(true).unwrap(), 1, "{image}");
+    }
+}
+
+#[test]
 fn attention_with_spans() {
     let s = Sandbox::new();
     let mut l = line("a", 0, "[16,16,32,32] nodule");

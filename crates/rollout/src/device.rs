@@ -7,9 +7,11 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use tch::Device as Place;
 use tokio::sync::oneshot;
 use unveil_config::Config;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
+use unveil_model::{GpuMemory, gpu_memory};
 
 use crate::weights::Update;
 use crate::{Result, RolloutError, open_engine};
@@ -26,6 +28,8 @@ pub(crate) struct Generated {
     pub outputs: Vec<GroupOutput>,
     /// Milliseconds for all of them.
     pub ms: f64,
+    /// Memory of the GPU when they were done.
+    pub gpu: Option<GpuMemory>,
 }
 
 enum Command {
@@ -50,10 +54,11 @@ impl DeviceThread {
         let thread = std::thread::Builder::new()
             .name("unveil-device".to_owned())
             .spawn(move || {
-                match open_engine(&spec.config, &spec.model_dir, spec.config.rollout.threads, &spec.banned) {
-                    Ok(engine) => {
+                let engine = open_engine(&spec.config, &spec.model_dir, spec.config.rollout.threads, &spec.banned);
+                match engine.and_then(|engine| Ok((engine, unveil_model::device(&spec.config.run.device)?))) {
+                    Ok((engine, place)) => {
                         if ready.send(Ok(())).is_ok() {
-                            Device { engine, jobs: Vec::new(), warned: false }.serve(&inbox, &cancel);
+                            Device { engine, place, jobs: Vec::new(), warned: false }.serve(&inbox, &cancel);
                         }
                     }
                     Err(e) => drop(ready.send(Err(e))),
@@ -102,12 +107,13 @@ struct Job {
 
 impl Job {
     /// Answers when every group is there; otherwise it goes on.
-    fn settle(self) -> Option<Self> {
+    fn settle(self, place: Place) -> Option<Self> {
         if self.outputs.iter().any(Option::is_none) {
             return Some(self);
         }
         let ms = self.start.elapsed().as_secs_f64() * 1e3;
-        drop(self.reply.send(Ok(Generated { outputs: self.outputs.into_iter().flatten().collect(), ms })));
+        let outputs = self.outputs.into_iter().flatten().collect();
+        drop(self.reply.send(Ok(Generated { outputs, ms, gpu: gpu_memory(place) })));
         None
     }
 
@@ -125,6 +131,7 @@ impl Job {
 /// The engine, and who waits for what it makes.
 struct Device {
     engine: Engine,
+    place: Place,
     jobs: Vec<Job>,
     /// It was said that steps are not recorded.
     warned: bool,
@@ -164,7 +171,7 @@ impl Device {
                 }
             }
         }
-        self.jobs.extend(Job { tickets, outputs, start: Instant::now(), reply }.settle());
+        self.jobs.extend(Job { tickets, outputs, start: Instant::now(), reply }.settle(self.place));
     }
 
     fn load(&mut self, update: Update) -> Result<Update, String> {
@@ -193,7 +200,8 @@ impl Device {
                         left = left.and_then(|output| job.put(ticket, output));
                     }
                 }
-                self.jobs = std::mem::take(&mut self.jobs).into_iter().filter_map(Job::settle).collect();
+                self.jobs =
+                    std::mem::take(&mut self.jobs).into_iter().filter_map(|job| job.settle(self.place)).collect();
             }
             Err(e) => {
                 // The engine has dropped everything; each job is told why.

@@ -7,7 +7,6 @@ use unveil_data::records::RecordsError;
 use unveil_data::store::ImageError;
 use unveil_engine::EngineError;
 use unveil_model::ModelError;
-use unveil_reward::RewardError;
 use unveil_service::ServiceError;
 
 /// Why a rollout worker, `generate` or `score` stopped.
@@ -74,9 +73,9 @@ pub enum RolloutError {
         /// Why.
         source: std::io::Error,
     },
-    /// The token for the reward service is not there.
+    /// The token or a certificate that the configuration names is not there, or the page of metrics cannot be served.
     #[error(transparent)]
-    Reward(#[from] RewardError),
+    Access(#[from] ServiceError),
     /// The engine refused or failed.
     #[error(transparent)]
     Engine(#[from] EngineError),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::OnceCell;
+use tracing::{Instrument, Span};
 use unveil_config::Config;
 use unveil_core::{Breakdown, Finish, GroupId, Logprobs, Record, Sampling};
 use unveil_data::prepare::Preparer;
@@ -11,8 +12,8 @@ use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
 use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
-use unveil_reward::{RewardClient, RewardError, Scoring, client_options, masked_group, score_request};
-use unveil_service::{ClientOptions, connect_with};
+use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_request};
+use unveil_service::{ClientOptions, connect_with, continues, span};
 
 use crate::engine::stop_rule;
 use crate::experience::Experience;
@@ -27,6 +28,29 @@ pub(crate) struct Leased {
     frame: Frame,
     /// What the class may be called.
     names: Vec<String>,
+    /// Where the group's trace goes on; empty = there is none.
+    traceparent: String,
+}
+
+impl Leased {
+    /// A span in the trace of the group.
+    pub fn span(&self, of: Step) -> Span {
+        let span = match of {
+            Step::Generate => span!(parent: None, "generate", record = self.record.id),
+            Step::Score => span!(parent: None, "score", record = self.record.id),
+            Step::Submit => span!(parent: None, "submit", record = self.record.id),
+        };
+        continues(&span, &self.traceparent);
+        span
+    }
+}
+
+/// What a worker does with a group.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Step {
+    Generate,
+    Score,
+    Submit,
 }
 
 /// Turns a lease into a request to the engine. `question` stands in where the record has none; `scoring` knows synonyms.
@@ -62,7 +86,7 @@ pub(crate) fn prepare(
     };
     let stop = stop_rule(preparer, &lease.stop);
     let names = scoring.names(&record.category);
-    let leased = Leased { lease: lease.lease, group, record, frame, names };
+    let leased = Leased { lease: lease.lease, group, record, frame, names, traceparent: lease.traceparent };
     Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
@@ -75,10 +99,10 @@ pub(crate) struct Rewards {
 }
 
 impl Rewards {
-    /// Errors when the address can never be one, or what `reward.service` names for workers is not there.
-    pub async fn new(address: &str, config: &Config) -> Result<Self> {
-        let (options, deadline) = (client_options(config)?, Duration::from_secs_f64(config.reward.deadline_s));
-        if let Err(e) = connect_with(address, &options.tls, Duration::ZERO).await
+    /// Errors when the address can never be one, or a certificate is not there.
+    pub async fn new(address: &str, options: ClientOptions, config: &Config) -> Result<Self> {
+        let deadline = Duration::from_secs_f64(config.reward.deadline_s);
+        if let Err(e) = connect_with(address, &options, Duration::ZERO).await
             && e.is_permanent()
         {
             return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });
@@ -125,7 +149,7 @@ pub(crate) enum Delivery {
     /// It was cancelled, and is not submitted.
     Cancelled,
     /// The answer to the submission.
-    Answered { verdict: v1::submit_response::Verdict, tokens: u64 },
+    Answered { verdict: v1::submit_response::Verdict, tokens: u64, reward_ms: f64 },
     /// The service does not trust the weights that made it, and has the group back.
     Distrusted(String),
 }
@@ -156,7 +180,8 @@ pub(crate) async fn deliver(
     }
     let start = Instant::now();
     let request = score_request(&leased.record, &leased.frame.sizes, preparer.box_form(), scored);
-    let breakdowns = rewards.score(&leased.record.id, request, &indices).await;
+    let scoring = rewards.score(&leased.record.id, request, &indices);
+    let breakdowns = scoring.instrument(leased.span(Step::Score)).await;
     let reward_ms = start.elapsed().as_secs_f64() * 1e3;
     let request = v1::SubmitRequest {
         worker: String::new(),
@@ -168,8 +193,9 @@ pub(crate) async fn deliver(
         reward_ms,
         weights,
     };
-    Ok(match experience.submit(request).await? {
-        Ok(verdict) => Delivery::Answered { verdict, tokens },
+    let submitted = experience.submit(request).instrument(leased.span(Step::Submit)).await?;
+    Ok(match submitted {
+        Ok(verdict) => Delivery::Answered { verdict, tokens, reward_ms },
         Err(what) => Delivery::Distrusted(what),
     })
 }

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, watch};
 use unveil_proto::v1::HeldWeights;
 
 use crate::device::DeviceThread;
+use crate::meter::Meter;
 use crate::sync::WeightReceiver;
 use crate::worker::IDLE;
 use crate::{Result, RolloutError};
@@ -29,12 +30,12 @@ pub(crate) struct Weights {
     /// Times that the service did not trust what is held. What was made before belongs to another epoch.
     epoch: AtomicU64,
     refused_in_a_row: AtomicU64,
-    loads: AtomicU64,
+    meter: Meter,
 }
 
 impl Weights {
     /// None yet; `address` is the experience service, for messages.
-    pub fn new(address: &str) -> Self {
+    pub fn new(address: &str, meter: Meter) -> Self {
         Self {
             address: address.to_owned(),
             present: watch::Sender::new(None),
@@ -43,18 +44,13 @@ impl Weights {
             forget: Notify::new(),
             epoch: AtomicU64::new(0),
             refused_in_a_row: AtomicU64::new(0),
-            loads: AtomicU64::new(0),
+            meter,
         }
     }
 
     /// What the device generates with; none before the first weights and after a distrust.
     pub fn present(&self) -> Option<HeldWeights> {
         *self.present.borrow()
-    }
-
-    /// Times that weights were taken over.
-    pub fn loads(&self) -> u64 {
-        self.loads.load(Ordering::Relaxed)
     }
 
     /// Number of distrusts so far.
@@ -98,13 +94,14 @@ impl Weights {
         self.lock().clear();
         self.needed.store(0, Ordering::SeqCst);
         self.present.send_replace(None);
+        self.meter.holds(None, Duration::ZERO);
         self.forget.notify_one();
         Ok(())
     }
 
-    fn take(&self, held: HeldWeights) {
+    fn take(&self, held: HeldWeights, took: Duration) {
         self.lock().insert(held.version, held.checksum);
-        self.loads.fetch_add(1, Ordering::Relaxed);
+        self.meter.holds(Some(held.version), took);
         self.present.send_replace(Some(held));
     }
 
@@ -138,11 +135,12 @@ pub(crate) async fn keep(
             continue;
         };
         let (version, fetch_ms, whole) = (update.version, started.elapsed().as_millis(), update.whole);
+        let arrived = Instant::now();
         match device.load(update).await? {
             Ok(update) => {
                 let held = HeldWeights { version, checksum: update.checksum };
                 receiver.taken(update);
-                weights.take(held);
+                weights.take(held, arrived.elapsed());
                 tracing::debug!(version, whole, fetch_ms, "new weights");
             }
             Err(what) => return Err(RolloutError::Weights { address: weights.address.clone(), what }),
@@ -160,16 +158,16 @@ mod tests {
 
     #[test]
     fn what_is_refused_is_forgotten_once_and_not_for_ever() {
-        let w = Weights::new("there");
-        w.take(held(3, 7));
-        w.take(held(4, 8));
+        let w = Weights::new("there", Meter::new());
+        w.take(held(3, 7), Duration::ZERO);
+        w.take(held(4, 8), Duration::ZERO);
         assert_eq!(w.told([4, 3, 4].into_iter()), [held(3, 7), held(4, 8)]);
         w.distrust(0, "bad".into()).unwrap();
         assert_eq!((w.present(), w.epoch(), w.told([3].into_iter()).len()), (None, 1, 0));
         // A second call that was made with the same weights says nothing new.
         w.distrust(0, "bad".into()).unwrap();
         assert_eq!(w.epoch(), 1);
-        w.take(held(4, 9));
+        w.take(held(4, 9), Duration::ZERO);
         w.trusted();
         w.distrust(1, "bad".into()).unwrap();
         w.distrust(2, "bad".into()).unwrap();
@@ -179,8 +177,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_batch_waits_for_its_version() {
-        let w = Arc::new(Weights::new("there"));
-        w.take(held(1, 1));
+        let w = Arc::new(Weights::new("there", Meter::new()));
+        w.take(held(1, 1), Duration::ZERO);
         w.at_least(1).await.unwrap();
         let later = tokio::spawn({
             let w = w.clone();
@@ -188,10 +186,10 @@ mod tests {
         });
         tokio::task::yield_now().await;
         assert_eq!(w.needed.load(Ordering::SeqCst), 3);
-        w.take(held(2, 1));
+        w.take(held(2, 1), Duration::ZERO);
         tokio::task::yield_now().await;
         assert!(!later.is_finished());
-        w.take(held(4, 5));
+        w.take(held(4, 5), Duration::ZERO);
         assert_eq!(later.await.unwrap().unwrap(), Some(held(4, 5)));
     }
 }

@@ -4,18 +4,24 @@
 //! Owns the thread that owns the model; asynchronous code talks to it by messages and never waits for it on a runtime
 //! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
 
+mod broadcast;
+mod crc;
 mod device;
 mod engine;
 mod error;
 mod experience;
 mod groups;
+mod heads;
 mod keeper;
+mod meter;
 mod offline;
 pub mod sync;
 mod text;
 mod weights;
 mod worker;
 
+#[cfg(test)]
+mod broadcast_tests;
 #[cfg(test)]
 mod fixture;
 #[cfg(test)]

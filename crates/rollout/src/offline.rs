@@ -7,17 +7,19 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use unveil_config::Config;
-use unveil_config::schema::VisionMode;
 use unveil_core::{Attention, BBox, Finish, Record, Sampling};
 use unveil_data::prepare::Preparer;
-use unveil_data::records::{RecordFile, folder_of, open_image, path_fault};
+use unveil_data::records::{RecordFile, path_fault};
+use unveil_data::root::{Reach, Root};
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
 use unveil_reward::Scoring;
-use unveil_reward::vision::{Region, vision_relevance};
+use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::vision::{Region, Seen, VisionRule, look};
 
 use crate::engine::stop_rule;
+use crate::heads::HeadFile;
 use crate::text::{self, Frame};
 use crate::{Result, RolloutError, open_engine};
 
@@ -29,7 +31,7 @@ const CHUNK: usize = 32;
 pub struct OfflineModel {
     /// Model directory.
     pub dir: PathBuf,
-    /// Device, threads, kind of numbers, attention that is read, question where a record has none, synonyms.
+    /// Device, threads, kind of numbers, attention that is read and how it is judged, question where a record has none, synonyms.
     pub config: Config,
 }
 
@@ -53,6 +55,10 @@ pub struct ScoreOptions {
     pub model: OfflineModel,
     /// Response file: records with `response` (text) or `tokens` (ids, verbatim), and `index`.
     pub data: PathBuf,
+    /// Scores the training answers of records that have neither, in place of refusing them.
+    pub answers: bool,
+    /// Writes calibration data: rows of every head where a response names its class, a line per response.
+    pub heads: Option<PathBuf>,
     /// Temperature of the distribution that is scored; 1 = the model's own.
     pub temperature: f64,
 }
@@ -92,12 +98,11 @@ impl<'a> Loaded<'a> {
         let (config, dir) = (&options.config, &options.dir);
         let preparer = Arc::new(Preparer::load_with(dir, config.model.boxes)?);
         let engine = open_engine(config, dir, config.run.threads, &preparer.tokenizer().special().banned)?;
-        let scoring = Scoring { synonyms: config.data.synonyms.clone(), ..Default::default() };
-        Ok(Self { engine, preparer, scoring, options })
+        Ok(Self { engine, preparer, scoring: Scoring::new(config), options })
     }
 
-    fn input(&self, folder: &Path, record: &Record) -> Result<(GroupInput, Frame)> {
-        let image = open_image(folder, record)?;
+    fn input(&self, root: &Root, record: &Record) -> Result<(GroupInput, Frame)> {
+        let image = root.open(record)?;
         let question = if record.question.is_empty() { &self.options.config.data.question } else { &record.question };
         let prepared = self
             .preparer
@@ -106,7 +111,7 @@ impl<'a> Loaded<'a> {
         Ok(text::group_input(&record.id, Some(ContentHash::of(&image.rgb)), prepared))
     }
 
-    /// The vision relevance by the project's definition; none where it is not defined (no true box, the whole image).
+    /// The vision relevance as `[reward.vision_relevance]` has it; none where it is not defined (no true box, the whole image).
     fn relevance(
         &self,
         record: &Record,
@@ -117,7 +122,22 @@ impl<'a> Loaded<'a> {
     ) -> Option<f64> {
         let mut region = Region::new(&record.boxes, frame.original());
         let names = self.scoring.names(&record.category);
-        vision_relevance(text, &names, spans, attention, &mut region, VisionMode::AllTokens).value
+        let rule = VisionRule::new(&self.scoring.reward.vision_relevance);
+        look(Seen { text, spans, attention }, &names, &mut region, rule).value
+    }
+
+    /// The tokens that name the class; empty where there is nothing to look at either.
+    fn named(&self, record: &Record, frame: &Frame, text: &str, spans: &[(usize, usize)]) -> Vec<usize> {
+        let applicable = Region::new(&record.boxes, frame.original()).is_applicable();
+        let mention = first_mention(text, &self.scoring.names(&record.category)).filter(|_| applicable);
+        mention.map_or_else(Vec::new, |m| tokens_of(&m, spans))
+    }
+
+    /// The tokens of a given response, else those of the record's training answer.
+    fn tokens(&self, given: &Given, frame: &Frame) -> Result<Vec<u32>> {
+        let failed = |e| RolloutError::Prepare { record: given.record.id.clone(), source: Box::new(e) };
+        let answer = || self.preparer.target_ids(&given.record, &frame.sizes).map_err(failed);
+        given.tokens.clone().map_or_else(answer, Ok)
     }
 }
 
@@ -127,14 +147,15 @@ impl<'a> Loaded<'a> {
 /// # Errors
 /// The model, the file or an image cannot be used; the output cannot be written.
 pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()> {
-    let data = RecordFile::load(&options.data)?;
+    let data = RecordFile::load_with(&options.data, reach(&options.model))?;
+    let root = data.root();
     let mut model = Loaded::open(&options.model)?;
     let stop = stop_rule(&model.preparer, &options.stop);
     for records in data.records.chunks(CHUNK) {
         let mut frames = Vec::with_capacity(records.len());
         let mut requests = Vec::with_capacity(records.len());
         for record in records {
-            let (input, frame) = model.input(data.folder(), record)?;
+            let (input, frame) = model.input(&root, record)?;
             let key = group_key(&[record.id.as_bytes()]);
             requests.push(GroupRequest { input, key, sampling: options.sampling, stop: stop.clone() });
             frames.push(frame);
@@ -166,20 +187,23 @@ pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()
 struct Given {
     record: Record,
     index: usize,
-    tokens: Vec<u32>,
+    /// None = the record's training answer.
+    tokens: Option<Vec<u32>>,
 }
 
 /// Scores given responses under a model and writes a line for each, in the file's order.
 ///
 /// A `response` text is encoded and closed with the end token; `tokens` are taken as they are. The log-probability of a
-/// token that is never sampled (an image placeholder apart, which is refused) is null.
+/// token that is never sampled (an image placeholder apart, which is refused) is null. `heads` costs a second pass over the responses
+/// that name their class.
 ///
 /// # Errors
 /// The model, a line or an image cannot be used; the output cannot be written.
 pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     let mut model = Loaded::open(&options.model)?;
-    let given = read_responses(&options.data, &model.preparer)?;
-    let folder = folder_of(&options.data);
+    let given = read_responses(&options.data, reach(&options.model), &model.preparer, options.answers)?;
+    let mut heads = options.heads.as_deref().map(HeadFile::create).transpose()?;
+    let root = Root::of(&options.data, reach(&options.model));
     // Neighbouring lines of one record are one group: its image is encoded once.
     let same = |a: &Given, b: &Given| {
         a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question
@@ -189,23 +213,29 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
         let mut frames = Vec::with_capacity(chunk.len());
         let mut requests = Vec::with_capacity(chunk.len());
         for group in chunk {
-            let (input, frame) = model.input(folder, &group[0].record)?;
-            requests.push(ScoreRequest { input, responses: group.iter().map(|g| g.tokens.clone()).collect() });
+            let (input, frame) = model.input(&root, &group[0].record)?;
+            let responses = group.iter().map(|g| model.tokens(g, &frame)).collect::<Result<Vec<_>>>()?;
+            requests.push(ScoreRequest { input, responses });
             frames.push(frame);
         }
         let scored = model.engine.score(&requests, options.temperature)?;
-        for ((group, frame), scored) in chunk.iter().zip(&frames).zip(scored) {
-            for (g, s) in group.iter().zip(scored) {
-                let (text, spans) = text::decode(model.preparer.tokenizer(), &g.tokens);
+        for (((group, frame), request), scored) in chunk.iter().zip(&frames).zip(&requests).zip(scored) {
+            let mut named = Vec::with_capacity(group.len());
+            for ((g, tokens), s) in group.iter().zip(&request.responses).zip(scored) {
+                let (text, spans) = text::decode(model.preparer.tokenizer(), tokens);
                 let attention = frame.attention(s.attention.as_ref());
                 let line = ScoredLine {
                     id: &g.record.id,
                     index: g.index,
-                    tokens: &g.tokens,
+                    tokens,
                     logprobs: &s.logprobs,
                     vision_relevance: model.relevance(&g.record, frame, &text, &spans, attention.as_ref()),
                 };
                 write_line(out, &line)?;
+                named.push((&g.record, model.named(&g.record, frame, &text, &spans)));
+            }
+            if let Some(heads) = &mut heads {
+                heads.write(&mut model.engine, frame, request, &named)?;
             }
         }
         out.flush().map_err(RolloutError::io("the output"))?;
@@ -213,8 +243,9 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     Ok(())
 }
 
-/// Reads a response file; the same id may come often. A line without `index` counts on from the id's last one.
-fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
+/// Reads a response file; the same id may come often. A line without `index` counts on from the id's last one. With `answers`, one
+/// without a response stands for the record's training answer.
+fn read_responses(path: &Path, reach: Reach, preparer: &Preparer, answers: bool) -> Result<Vec<Given>> {
     let io = || RolloutError::io(path.display().to_string());
     let reader = BufReader::new(std::fs::File::open(path).map_err(io())?);
     let mut next: HashMap<String, usize> = HashMap::new();
@@ -229,20 +260,21 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
         if record.id.trim().is_empty() {
             return Err(bad("the record's `id` is empty".to_owned()));
         }
-        if let Some(fault) = path_fault(&record.image) {
+        if let Some(fault) = path_fault(&record.image, reach) {
             return Err(bad(format!("image \"{}\" {fault}", record.image)));
         }
         let id = &record.id;
         let mut key = |name: &str| record.extra.remove(name).filter(|v| !v.is_null());
         let tokens = match (key("tokens"), key("response")) {
             (Some(ids), _) => {
-                serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?
+                Some(serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?)
             }
             (None, Some(serde_json::Value::String(text))) => {
                 let mut ids = preparer.tokenizer().encode(&text)?;
                 ids.push(preparer.tokenizer().special().im_end);
-                ids
+                Some(ids)
             }
+            (None, None) if answers => None,
             _ => return Err(bad(format!("record \"{id}\" has neither `response` (a text) nor `tokens` (ids)"))),
         };
         let index = match key("index") {
@@ -256,6 +288,11 @@ fn read_responses(path: &Path, preparer: &Preparer) -> Result<Vec<Given>> {
         out.push(Given { record, index, tokens });
     }
     Ok(out)
+}
+
+/// How far paths of records may reach.
+fn reach(model: &OfflineModel) -> Reach {
+    Reach::new(model.config.data.outside)
 }
 
 fn write_line(out: &mut dyn Write, line: &impl Serialize) -> Result<()> {

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
-use unveil_core::Sampling;
+use unveil_core::{BBox, Grid, Sampling};
+use unveil_model::VlmConfig;
+use unveil_reward::calibrate::{HeadSample, calibrate};
 
-use crate::{GenerateOptions, OfflineModel, Result, ScoreOptions, fixture, generate_cli, score_cli};
+use crate::{GenerateOptions, OfflineModel, Result, ScoreOptions, fixture, generate_cli, open_engine, score_cli};
 
 struct Place {
     dir: tempfile::TempDir,
@@ -45,11 +47,17 @@ impl Place {
     }
 
     fn score(&self, given: &[Value], temperature: f64) -> Result<Vec<Value>> {
+        self.score_with(given, |o| o.temperature = temperature)
+    }
+
+    fn score_with(&self, given: &[Value], change: impl FnOnce(&mut ScoreOptions)) -> Result<Vec<Value>> {
         let data = self.path().join("responses.jsonl");
         let text: String = given.iter().map(|l| format!("{l}\n")).collect();
         std::fs::write(&data, text).unwrap();
+        let mut options = ScoreOptions { model: self.model(), data, temperature: 1.0, answers: false, heads: None };
+        change(&mut options);
         let mut out = Vec::new();
-        score_cli(&ScoreOptions { model: self.model(), data, temperature }, &mut out)?;
+        score_cli(&options, &mut out)?;
         Ok(lines(&out))
     }
 }
@@ -141,4 +149,131 @@ fn bad_lines_are_named() {
     assert!(text.contains("gone.png") && text.contains("r0"), "{text}");
     let text = place.score(&[with(0, json!({"tokens": [999_999]}))], 1.0).unwrap_err().to_string();
     assert!(text.contains("999999") && text.contains("r0"), "{text}");
+}
+
+/// Vision relevance of a row, by hand.
+fn relevance(row: &[f64], grid: Grid, b: &BBox) -> f64 {
+    let m = grid.coverage(std::slice::from_ref(b), 96.0, 96.0);
+    let a = m.iter().map(|m| f64::from(*m)).sum::<f64>() / m.len() as f64;
+    let s: f64 = row.iter().zip(&m).map(|(p, m)| p * f64::from(*m)).sum();
+    ((s - a) / (1.0 - a)).clamp(0.0, 1.0)
+}
+
+/// Mean over some heads of a sample's rows.
+fn mean(sample: &HeadSample, chosen: impl Fn(&[usize; 2]) -> bool) -> Vec<f64> {
+    let rows: Vec<&Vec<f32>> = sample.heads.iter().filter(|h| chosen(&[h.layer, h.head])).map(|h| &h.row).collect();
+    (0..rows[0].len()).map(|j| rows.iter().map(|r| f64::from(r[j])).sum::<f64>() / rows.len() as f64).collect()
+}
+
+/// Rows of single heads are written, chosen from, and read again by `score` and by generation.
+#[test]
+fn heads_are_written_chosen_and_used() {
+    let place = Place::new();
+    let given = [
+        with(0, json!({"response": "[20,30,50,60] Nodule, nodule"})),
+        with(0, json!({"response": "no finding"})),
+        with(0, json!({"response": "a nodule"})),
+        with(1, json!({"response": "nodule", "boxes": []})),
+        with(1, json!({})),
+    ];
+    let file = place.path().join("heads.jsonl");
+    let write = |o: &mut ScoreOptions| (o.answers, o.heads) = (true, Some(file.clone()));
+    let scored = place.score_with(&given, write).unwrap();
+    let samples: Vec<HeadSample> =
+        std::fs::read_to_string(&file).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    // The first, the third, and the training answer of the last: the others name nothing, or have nothing to look at.
+    assert_eq!(samples.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(), ["r0", "r0", "r1"]);
+    let config = VlmConfig::load(&place.model().dir).unwrap();
+    let (layers, heads) = (config.text.num_hidden_layers, config.text.num_attention_heads as usize);
+    let grid = Grid { rows: samples[0].grid[0], cols: samples[0].grid[1] };
+    let agree = |scored: &[Value], chosen: &dyn Fn(&[usize; 2]) -> bool| {
+        for (line, sample) in [0, 2, 4].into_iter().zip(&samples) {
+            let expected = relevance(&mean(sample, chosen), grid, &sample.boxes[0]);
+            let found = scored[line]["vision_relevance"].as_f64().unwrap();
+            assert!((found - expected).abs() < 1e-5, "{line}: {found} {expected}");
+        }
+    };
+    for s in &samples {
+        let order: Vec<[usize; 2]> = s.heads.iter().map(|h| [h.layer, h.head]).collect();
+        assert_eq!(order, (0..layers * heads).map(|i| [i / heads, i % heads]).collect::<Vec<_>>());
+        assert!(s.heads.iter().all(|h| (h.row.iter().sum::<f32>() - 1.0).abs() < 1e-4));
+    }
+    agree(&scored, &|[layer, _]| *layer == config.default_capture_layer());
+
+    let (choice, out) = (calibrate(&file, 3).unwrap(), place.path().join("heads.toml"));
+    choice.save(&out).unwrap();
+    assert_eq!((choice.samples, choice.measured.len()), (3, layers * heads));
+    let set = format!("reward.vision_relevance.heads_file={}", out.display());
+    let loaded = unveil_config::load_from(None, std::iter::empty(), &[set]).unwrap();
+    let mut chosen = place.model().config;
+    chosen.reward = loaded.reward;
+    let again = place.score_with(&given, |o| (o.answers, o.model.config) = (true, chosen.clone())).unwrap();
+    agree(&again, &|head| choice.heads.contains(head));
+    assert!([0, 2, 4].iter().any(|i| again[*i]["vision_relevance"] != scored[*i]["vision_relevance"]));
+
+    // The worker opens its engine in the same way: it captures these heads.
+    let engine = open_engine(&chosen, &place.model().dir, 1, &[]).unwrap();
+    let mut named: Vec<[usize; 2]> = Vec::new();
+    for (layer, list) in engine.capture().unwrap().named() {
+        named.extend(list.iter().flatten().map(|head| [*layer, *head as usize]));
+    }
+    let mut expected = choice.heads.clone();
+    expected.sort_unstable();
+    assert_eq!(named, expected);
+    let gone = place.score_with(&given, |o| (o.answers, o.heads) = (true, Some("/no/such/dir/h.jsonl".into())));
+    assert!(gone.unwrap_err().to_string().contains("/no/such/dir/h.jsonl"));
+}
+
+/// A sink filter changes what `score` prints, as its definition says of the rows that the engine gives.
+#[test]
+fn sinks_are_left_out_where_they_are_configured() {
+    const ANSWER: &str = "[20] nodule";
+    let place = Place::new();
+    let mut config = place.model().config;
+    config.reward.vision_relevance.layers = vec![2];
+    // Rows of every token, as the worker sends them.
+    let preparer = unveil_data::prepare::Preparer::load(&place.model().dir).unwrap();
+    let mut engine = open_engine(&config, &place.model().dir, 1, &[]).unwrap();
+    let prepared = preparer.prepare(&fixture::picture(0), &fixture::record(0).question).unwrap();
+    let (input, frame) = crate::text::group_input("r0", None, prepared);
+    let tokens = preparer.tokenizer().encode(ANSWER).unwrap();
+    let (text, spans) = crate::text::decode(preparer.tokenizer(), &tokens);
+    let scored = engine.score(&[unveil_engine::ScoreRequest { input, responses: vec![tokens] }], 1.0).unwrap();
+    let rows = frame.attention(scored[0][0].attention.as_ref()).unwrap().rows;
+    let word = |i: usize| text[spans[i].0..spans[i].1].chars().any(char::is_alphanumeric);
+    let (class, rest): (Vec<usize>, Vec<usize>) =
+        (0..spans.len()).partition(|i| spans[*i].1 > text.find("nodule").unwrap());
+    let mute: Vec<usize> = rest.into_iter().filter(|i| !word(*i)).collect();
+    assert!(mute.len() >= 2, "brackets: {text} {spans:?}");
+    // The lesion is the cell that the class looks at most.
+    let cells = frame.grid.tokens();
+    let seen = |j: usize| class.iter().map(|i| rows[*i][j]).sum::<f32>();
+    let lesion = (0..cells).max_by(|a, b| seen(*a).total_cmp(&seen(*b))).unwrap();
+    let (x, y) = (lesion % frame.grid.cols * 16, lesion / frame.grid.cols * 16);
+    let given = [with(0, json!({"response": ANSWER, "boxes": [[x, y, x + 16, y + 16]]}))];
+    let by_hand = |sink: f64| {
+        let is_sink =
+            |j: usize| sink > 0.0 && j != lesion && mute.iter().all(|i| f64::from(rows[*i][j]) >= sink / cells as f64);
+        let kept: Vec<usize> = (0..cells).filter(|j| !is_sink(*j)).collect();
+        let share = |i: &usize| f64::from(rows[*i][lesion]) / kept.iter().map(|j| f64::from(rows[*i][*j])).sum::<f64>();
+        let (a, s) = (1.0 / kept.len() as f64, class.iter().map(share).sum::<f64>() / class.len() as f64);
+        (cells - kept.len(), ((s - a) / (1.0 - a)).clamp(0.0, 1.0))
+    };
+    let score = |sink: f64| {
+        let change = |o: &mut ScoreOptions| {
+            o.model.config = config.clone();
+            o.model.config.reward.vision_relevance.sink = sink;
+        };
+        place.score_with(&given, change).unwrap()[0]["vision_relevance"].as_f64().unwrap()
+    };
+    for sink in [0.0, 1.001, 1.01, 50.0] {
+        let (found, expected) = (score(sink), by_hand(sink).1);
+        assert!((found - expected).abs() < 1e-5, "{sink}: {found} {expected}");
+    }
+    let (none, some) = (by_hand(0.0), by_hand(1.001));
+    assert!(
+        some.0 > 0 && (none.1 - some.1).abs() > 1e-4,
+        "cells that all tokens look at a little more: {none:?} {some:?}"
+    );
+    assert_eq!(by_hand(50.0), none);
 }

@@ -1,15 +1,21 @@
 //! The receiving end of weight sync: asks for what is newer than the weights it holds, checks it, asks again when it was damaged.
+//! Where the service offers a broadcast, it takes part; when that fails, it asks for the stream. A call that stays open tells the
+//! service that it can be counted on.
 //! Must not know: the engine.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use tch::Device;
 use tonic::{Status, Streaming};
-use unveil_proto::v1::{HeldWeights, WeightsChunk};
+use unveil_proto::v1::{FollowResponse, HeldWeights, WeightsChunk};
+use unveil_service::ClientOptions;
 
 use crate::experience::Experience;
 use crate::weights::{Assembly, Known, Pool};
 use crate::{Result, RolloutError};
 
+pub use crate::broadcast::Member;
 pub use crate::weights::Update;
 
 /// How often weights that arrived damaged are asked for again.
@@ -21,16 +27,52 @@ pub struct WeightReceiver {
     known: Option<Known>,
     pool: Pool,
     patience: Duration,
+    place: Option<Place>,
+}
+
+/// Its place in broadcasts.
+struct Place {
+    member: Arc<Member>,
+    /// The round whose world it is in; 0 = none.
+    round: u64,
+    /// The call that tells that it takes part.
+    following: Option<Streaming<FollowResponse>>,
+}
+
+/// Why nothing arrived.
+enum Fault {
+    /// By broadcast; the stream may do better.
+    Broadcast(String),
+    Stream(String),
 }
 
 impl WeightReceiver {
+    /// [`WeightReceiver::connect_with`] to a service without TLS and token.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
+        Self::connect_with(address, worker, &ClientOptions::default(), patience).await
+    }
+
     /// Connects to the experience service, trying until `patience` is over. No message of a stream may take longer either.
     ///
     /// # Errors
-    /// Nobody answers at the address.
-    pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
-        let experience = Experience::connect(address, worker, patience).await?;
-        Ok(Self { experience, known: None, pool: Pool::new(), patience })
+    /// Nobody answers at the address, or a certificate cannot be used.
+    pub async fn connect_with(
+        address: &str,
+        worker: &str,
+        options: &ClientOptions,
+        patience: Duration,
+    ) -> Result<Self> {
+        let experience = Experience::connect(address, worker, options, patience).await?;
+        Ok(Self { experience, known: None, pool: Pool::new(), patience, place: None })
+    }
+
+    /// Takes part in broadcasts through `member`, or not any more.
+    #[must_use]
+    pub fn with_broadcast(self, member: Option<Arc<Member>>) -> Self {
+        Self { place: member.map(|member| Place { member, round: 0, following: None }), ..self }
     }
 
     /// What is held.
@@ -49,11 +91,20 @@ impl WeightReceiver {
     /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums.
     pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
         let mut left = TRIES;
+        self.follow().await?;
+        let mut by_broadcast = true;
         loop {
-            let stream = self.experience.weights(self.held(), wait).await?;
+            let place = self.place.as_ref().filter(|_| by_broadcast);
+            let joins = place.map(|p| p.member.joins(p.round));
+            let stream = self.experience.weights(self.held(), wait, joins).await?;
             let what = match self.receive(stream).await {
                 Ok(found) => return Ok(found),
-                Err(what) => what,
+                Err(Fault::Broadcast(what)) => {
+                    tracing::warn!("{what}; the weights are fetched from {} instead", self.experience.address);
+                    by_broadcast = false;
+                    continue;
+                }
+                Err(Fault::Stream(what)) => what,
             };
             left -= 1;
             if left == 0 {
@@ -63,13 +114,37 @@ impl WeightReceiver {
         }
     }
 
-    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, String> {
-        let Some(first) = next(&mut stream, self.patience).await? else { return Ok(None) };
-        let mut assembly = Assembly::begin(&first, self.known.as_ref(), &mut self.pool)?;
-        while let Some(chunk) = next(&mut stream, self.patience).await? {
-            assembly.push(&chunk)?;
+    /// Has the call open by which the service counts on this worker; it ends with the connection.
+    async fn follow(&mut self) -> Result<()> {
+        let Some(place) = &mut self.place else { return Ok(()) };
+        if let Some(following) = &mut place.following {
+            // Nothing ever comes by it: it stands, or it has ended.
+            if tokio::time::timeout(Duration::ZERO, following.message()).await.is_err() {
+                return Ok(());
+            }
         }
-        assembly.finish().map(Some)
+        place.following = Some(self.experience.follow().await?);
+        Ok(())
+    }
+
+    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, Fault> {
+        let Some(first) = next(&mut stream, self.patience).await.map_err(Fault::Stream)? else { return Ok(None) };
+        let device = self.place.as_ref().map_or(Device::Cpu, |p| p.member.device());
+        let begun = Assembly::begin(&first, self.known.as_ref(), &mut self.pool, device);
+        let mut assembly = begun.map_err(Fault::Stream)?;
+        let Some(ticket) = assembly.broadcast() else {
+            return all(stream, assembly, self.patience).await.map(Some).map_err(Fault::Stream);
+        };
+        let Some(place) = &mut self.place else {
+            let version = assembly.version();
+            return Err(Fault::Stream(format!("version {version} came by a broadcast that was not asked for")));
+        };
+        let round = ticket.round;
+        // In no world, if nothing comes of it.
+        place.round = 0;
+        let update = place.member.receive(ticket, assembly).await.map_err(Fault::Broadcast)?;
+        place.round = round;
+        Ok(Some(update))
     }
 
     /// The update is what is held from here on; its memory is used for the next one.
@@ -77,6 +152,18 @@ impl WeightReceiver {
         self.known = Some(Known { version: update.version, sums: update.sums });
         self.pool.extend(update.tensors);
     }
+}
+
+/// The rest of a stream whose head has come.
+async fn all(
+    mut stream: Streaming<WeightsChunk>,
+    mut assembly: Assembly,
+    patience: Duration,
+) -> Result<Update, String> {
+    while let Some(chunk) = next(&mut stream, patience).await? {
+        assembly.push(&chunk)?;
+    }
+    assembly.finish()
 }
 
 async fn next(stream: &mut Streaming<WeightsChunk>, patience: Duration) -> Result<Option<WeightsChunk>, String> {

@@ -16,8 +16,11 @@ use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_proto::{attention_from_wire, breakdown_to_wire, v1};
 use unveil_service::{CancellationToken, Routes, RoutesBuilder, Running, ServeOptions, start};
+use unveil_testkit::MetricsPage;
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
+
+mod order;
 
 /// How the stream of weights goes wrong.
 #[derive(Clone, Copy, PartialEq)]
@@ -33,7 +36,7 @@ struct State {
     /// What the next lease calls answer; afterwards `finished`, or nothing when `endless`.
     leases: VecDeque<v1::LeaseResponse>,
     endless: bool,
-    /// Served weights: version and safetensors file.
+    /// Served weights: version and safetensors file; none are published yet where that is empty.
     weights: (u64, Vec<u8>),
     /// What happens to the next streams; one that is `None` goes well, and so do those that follow.
     damage: VecDeque<Option<Damage>>,
@@ -41,6 +44,10 @@ struct State {
     distrust: (usize, usize),
     /// A lease call with groups was answered, and so often.
     leased: usize,
+    /// Signs of life.
+    lives: usize,
+    /// Calls for weights, and those that were answered with some.
+    asked: usize,
     weights_calls: Vec<Option<u64>>,
     told: Vec<Option<v1::HeldWeights>>,
     submitted: Vec<v1::SubmitRequest>,
@@ -70,7 +77,7 @@ fn stream(version: u64, file: &[u8]) -> (Vec<v1::WeightsChunk>, u32) {
         shape: view.shape().iter().map(|n| *n as u64).collect(),
     });
     let checksum = crc32c::crc32c(&whole);
-    let head = v1::WeightsHead { version, checksum, base: None, tensors: tensors.collect(), adapter_scale: None };
+    let head = v1::WeightsHead { version, checksum, tensors: tensors.collect(), ..Default::default() };
     let chunk = |data: Vec<u8>| v1::WeightsChunk { crc32c: crc32c::crc32c(&data), data: data.into() };
     let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head))];
     chunks.extend(named.iter().flat_map(|(_, view)| view.data().chunks(1 << 16)).map(|part| chunk(part.to_vec())));
@@ -82,8 +89,12 @@ impl Experience for Fake {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
     async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
-        let held = r.into_inner().weights;
+        let v1::LeaseRequest { max_groups, weights: held, .. } = r.into_inner();
         self.with(|s| {
+            if max_groups == 0 {
+                s.lives += 1;
+                return Ok(Response::new(v1::LeaseResponse::default()));
+            }
             s.told.push(held);
             if s.distrust.0 > 0 {
                 s.distrust.0 -= 1;
@@ -107,6 +118,12 @@ impl Experience for Fake {
         })
     }
 
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
+
+    async fn follow(&self, _: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
+        Err(Status::unimplemented("nothing is broadcast"))
+    }
+
     async fn release(&self, r: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         self.with(|s| s.released.extend(r.into_inner().leases));
         Ok(Response::new(v1::ReleaseResponse {}))
@@ -115,6 +132,13 @@ impl Experience for Fake {
     async fn weights(&self, r: Request<v1::WeightsRequest>) -> Result<Response<Self::WeightsStream>, Status> {
         let r = r.into_inner();
         let have = r.holds.map(|h| h.version);
+        let none = self.with(|s| {
+            s.asked += 1;
+            s.weights.1.is_empty()
+        });
+        if none {
+            return Err(Status::unavailable("no weights are published yet"));
+        }
         let until = Instant::now() + Duration::from_millis(r.wait_ms.into());
         while Instant::now() < until && self.with(|s| have == Some(s.weights.0)) {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -209,6 +233,11 @@ impl Stage {
     }
 }
 
+/// A port that nobody has.
+fn free() -> std::net::SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
     v1::LeasedGroup {
         lease: format!("lease-{k}"),
@@ -255,10 +284,21 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
             s.endless = false;
         });
     });
-    let report = stage.run().await.unwrap();
+    let (mut options, page) = (stage.options(), free());
+    options.config.rollout.metrics_listen = page.to_string();
+    let report = tokio::time::timeout(Duration::from_secs(120), run(options, CancellationToken::new())).await.unwrap();
+    let report = report.unwrap();
     assert_eq!((report.accepted, report.refused, report.weights, report.finished), (3, 0, 2, true));
+    let page = tokio::task::spawn_blocking(move || MetricsPage::get(page)).await.unwrap();
+    page.is_listed("rollout");
+    assert_eq!(page.of("unveil_rollout_groups_total{verdict=\"accepted\"}"), 3.0);
+    assert_eq!(page.of("unveil_rollout_tokens_total"), report.tokens as f64);
+    assert_eq!((page.of("unveil_rollout_weight_version"), page.of("unveil_rollout_weight_lag_versions")), (4.0, 0.0));
+    let told: f64 = stage.fake.with(|s| s.submitted.iter().map(|g| g.generate_ms / 1e3).sum());
+    assert!((page.of("unveil_rollout_generate_seconds_sum") - told).abs() < 1e-9, "the very numbers that it submits");
     stage.fake.with(|s| {
         assert_eq!(s.weights_calls, [None, Some(0)]);
+        assert!(s.lives > 0, "it says that it lives");
         assert!(s.released.is_empty());
         s.submitted.sort_by_key(|g| g.lease.clone());
         for (k, g) in s.submitted.iter().enumerate() {
@@ -457,16 +497,6 @@ async fn a_stop_hands_leases_back_and_is_no_error() {
         s.released.sort();
         assert_eq!(s.released, ["lease-0", "lease-1"]);
     });
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unreachable_experience_service_is_named() {
-    let stage = stage().await;
-    let mut options = stage.options();
-    options.experience = "http://127.0.0.1:9".into();
-    options.patience = Duration::from_millis(400);
-    let text = run(options, CancellationToken::new()).await.unwrap_err().to_string();
-    assert!(text.contains("experience") && text.contains("127.0.0.1:9"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,17 +1,19 @@
 //! Weights as they arrive: each chunk is checked and written to its place in tensors on the host, which are used again for the
-//! next version; then an engine takes them. Must not know: sockets.
+//! next version; then an engine takes them. What is broadcast among devices stays on them. Must not know: sockets.
 
 use std::borrow::BorrowMut;
 use std::collections::HashMap;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use unveil_core::WeightVersion;
 use unveil_engine::Engine;
 use unveil_model::{Vlm, is_adapter};
-use unveil_proto::v1::{HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
+use unveil_proto::v1::{Broadcast, HeldWeights, WeightsChunk, WeightsHead, WeightsTensor};
 use unveil_proto::weights::{Sum, Sums, checksum, verify};
 
-/// Tensors on the host by name, free to be written to.
+use crate::crc::Checks;
+
+/// Tensors by name, free to be written to.
 pub(crate) type Pool = HashMap<String, Tensor>;
 
 /// Weights that a worker holds, with the sum of each tensor, so that the whole can be checked when a part changes.
@@ -38,7 +40,7 @@ pub struct Update {
     pub whole: bool,
     /// The factor of what adapters add, where some of the tensors are adapters.
     pub scale: Option<f64>,
-    /// Tensors on the host.
+    /// Tensors, on the host or on the device that they were broadcast to.
     pub tensors: Vec<(String, Tensor)>,
     pub(crate) sums: Sums,
 }
@@ -74,8 +76,9 @@ pub(crate) struct Assembly {
 }
 
 impl Assembly {
-    /// From the first chunk. Tensors of the same shape and kind are taken from `pool`, others are made.
-    pub fn begin(first: &WeightsChunk, known: Option<&Known>, pool: &mut Pool) -> Result<Self, String> {
+    /// From the first chunk. Tensors of the same shape and kind are taken from `pool`, others are made: where they are broadcast on
+    /// `device`, as far as it has room, else on the host.
+    pub fn begin(first: &WeightsChunk, known: Option<&Known>, pool: &mut Pool, device: Device) -> Result<Self, String> {
         verify(first).map_err(|sums| damaged("the head", sums))?;
         let head: WeightsHead =
             prost::Message::decode(first.data.clone()).map_err(|e| format!("the head cannot be read: {e}"))?;
@@ -88,9 +91,11 @@ impl Assembly {
                 return Err(format!("version {version} builds on version {}, this worker holds {have}", base.version));
             }
         };
+        let device = if head.broadcast.is_some() { device } else { Device::Cpu };
         let mut tensors = Vec::with_capacity(head.tensors.len());
         for t in &head.tensors {
-            let tensor = place(t, pool).map_err(|e| format!("tensor `{}` of version {version}: {e}", t.name))?;
+            let tensor =
+                place(t, pool, device).map_err(|e| format!("tensor `{}` of version {version}: {e}", t.name))?;
             base.remove(&t.name);
             tensors.push((t.name.clone(), tensor));
         }
@@ -100,25 +105,69 @@ impl Assembly {
         Ok(Self { head, base, tensors, sums, at: 0 })
     }
 
+    /// The broadcast by which the tensors come, where they do not follow the head.
+    pub fn broadcast(&mut self) -> Option<Broadcast> {
+        self.head.broadcast.take()
+    }
+
+    /// The version that arrives.
+    pub fn version(&self) -> u64 {
+        self.head.version
+    }
+
+    /// Bytes of all tensors that are sent.
+    pub fn size(&self) -> usize {
+        self.tensors.iter().map(|(_, t)| bytes(t)).sum()
+    }
+
+    /// Takes the next bytes, of any number of tensors: flat, on any device. Nothing vouches for them but the checksum of the whole.
+    pub fn fill(&mut self, data: &Tensor, checks: &mut Checks) -> Result<(), String> {
+        let (mut at, count) = (0, data.numel());
+        while at < count {
+            self.skip_whole();
+            let Some((name, tensor)) = self.tensors.get(self.at) else { return Err(self.too_many()) };
+            let begin = self.sums[self.at].bytes as usize;
+            let part = (bytes(tensor) - begin).min(count - at);
+            let taken = (|| {
+                let mut place = flat(tensor)?.f_narrow(0, begin as i64, part as i64)?;
+                place.f_copy_(&data.f_narrow(0, at as i64, part as i64)?)?;
+                checks.of(&place)
+            })();
+            let found = taken.map_err(|e| format!("`{name}` of version {}: {e}", self.head.version))?;
+            self.sums[self.at] = self.sums[self.at].then(found);
+            at += part;
+        }
+        Ok(())
+    }
+
     /// Takes the next chunk; the error says what is wrong with it.
     pub fn push(&mut self, chunk: &WeightsChunk) -> Result<(), String> {
-        let version = self.head.version;
+        let found = verify(chunk).map_err(|sums| {
+            self.skip_whole();
+            let (name, at) = self.tensors.get(self.at).map_or(("", 0), |(n, _)| (n, self.sums[self.at].bytes));
+            damaged(&format!("the chunk at byte {at} of `{name}` of version {}", self.head.version), sums)
+        })?;
+        let data = &chunk.data;
         self.skip_whole();
-        let Some((name, tensor)) = self.tensors.get_mut(self.at) else {
-            return Err(format!("more than the announced tensors of version {version} arrived"));
-        };
+        if self.at == self.tensors.len() {
+            return Err(self.too_many());
+        }
+        let (name, tensor) = &mut self.tensors[self.at];
         let at = self.sums[self.at].bytes;
-        let found = verify(chunk)
-            .map_err(|sums| damaged(&format!("the chunk at byte {at} of `{name}` of version {version}"), sums))?;
-        let (size, count) = (bytes(tensor), chunk.data.len());
+        let (size, count) = (bytes(tensor), data.len());
         if at as usize + count > size || count == 0 {
             return Err(format!(
-                "{count} bytes arrived at byte {at} of `{name}` of version {version}, which has {size}"
+                "{count} bytes arrived at byte {at} of `{name}` of version {}, which has {size}",
+                self.head.version
             ));
         }
-        write(tensor, at as usize, &chunk.data);
+        write(tensor, at as usize, data);
         self.sums[self.at] = self.sums[self.at].then(found);
         Ok(())
+    }
+
+    fn too_many(&self) -> String {
+        format!("more than the announced tensors of version {} arrived", self.head.version)
     }
 
     fn skip_whole(&mut self) {
@@ -157,8 +206,13 @@ fn bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
+/// A tensor's bytes.
+fn flat(tensor: &Tensor) -> Result<Tensor, TchError> {
+    tensor.f_view([-1])?.f_view_dtype(Kind::Uint8)
+}
+
 /// A tensor for what is announced.
-fn place(t: &WeightsTensor, pool: &mut Pool) -> Result<Tensor, String> {
+fn place(t: &WeightsTensor, pool: &mut Pool, device: Device) -> Result<Tensor, String> {
     let kind = match t.dtype.as_str() {
         "F32" => Kind::Float,
         "BF16" => Kind::BFloat16,
@@ -169,10 +223,14 @@ fn place(t: &WeightsTensor, pool: &mut Pool) -> Result<Tensor, String> {
     let shape = sides.map_err(|_| format!("its shape {:?} is too large", t.shape))?;
     let size = shape.iter().try_fold(kind.elt_size_in_bytes() as i64, |size, n| size.checked_mul(*n));
     size.ok_or_else(|| format!("its shape {shape:?} is too large"))?;
-    match pool.remove(&t.name) {
-        Some(old) if old.kind() == kind && old.size() == shape => Ok(old),
-        _ => Tensor::f_empty(&shape, (kind, Device::Cpu)).map_err(|e| e.to_string()),
+    let fits = |old: &Tensor| old.kind() == kind && old.size() == shape && old.device() == device;
+    if let Some(old) = pool.remove(&t.name).filter(fits) {
+        return Ok(old);
     }
+    let made = Tensor::f_empty(&shape, (kind, device));
+    let made =
+        if device == Device::Cpu { made } else { made.or_else(|_| Tensor::f_empty(&shape, (kind, Device::Cpu))) };
+    made.map_err(|e| e.to_string())
 }
 
 /// Writes bytes of a tensor from byte `at` on.
@@ -201,14 +259,21 @@ mod tests {
         let (b, a) = data.split_at(12);
         let sums: Sums = [("a".to_owned(), Sum::of(a)), ("b".to_owned(), Sum::of(b))].into();
         let tensors = vec![tensor("b", &[3]), tensor("a", &[2, 2])];
-        let head = WeightsHead { version, checksum: checksum(&sums), base: None, tensors, adapter_scale: None };
+        let head = WeightsHead {
+            version,
+            checksum: checksum(&sums),
+            base: None,
+            tensors,
+            adapter_scale: None,
+            broadcast: None,
+        };
         let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head).into())];
         chunks.extend([b, a].iter().flat_map(|t| t.chunks(8)).map(|part| chunk(part.to_vec().into())));
         (chunks, sums)
     }
 
     fn assemble(chunks: &[WeightsChunk], known: Option<&Known>, pool: &mut Pool) -> Result<Update, String> {
-        let mut a = Assembly::begin(&chunks[0], known, pool)?;
+        let mut a = Assembly::begin(&chunks[0], known, pool, Device::Cpu)?;
         chunks[1..].iter().try_for_each(|c| a.push(c))?;
         a.finish()
     }
@@ -269,6 +334,28 @@ mod tests {
     }
 
     #[test]
+    fn bytes_fill_tensors_however_they_are_cut() {
+        let (chunks, sums) = stream(3);
+        let data: Vec<u8> = chunks[1..].iter().flat_map(|c| c.data.to_vec()).collect();
+        let (begin, mut checks) =
+            (|| Assembly::begin(&chunks[0], None, &mut Pool::new(), Device::Cpu).unwrap(), Checks::new(Device::Cpu));
+        for cut in [1, 3, 8, 16, 28] {
+            let mut a = begin();
+            assert_eq!((a.size(), a.version(), a.broadcast()), (28, 3, None));
+            data.chunks(cut).try_for_each(|part| a.fill(&Tensor::from_slice(part), &mut checks)).unwrap();
+            assert!(a.fill(&Tensor::from_slice(&[0u8]), &mut checks).unwrap_err().contains("more than the announced"));
+            let update = a.finish().unwrap();
+            assert_eq!(update.sums, sums, "{cut}");
+            assert_eq!(values(&update.tensors[1].1), [3.375, 3.5, 3.625, 3.75]);
+        }
+        let mut a = begin();
+        let damaged: Vec<u8> = data.iter().map(|b| b ^ 2).collect();
+        a.fill(&Tensor::from_slice(&damaged), &mut checks).unwrap();
+        let text = a.finish().unwrap_err();
+        assert!(text.contains("the whole of version 3"), "{text}");
+    }
+
+    #[test]
     fn a_part_builds_on_the_version_that_is_held() {
         let (chunks, mut sums) = stream(3);
         let first = assemble(&chunks, None, &mut Pool::new()).unwrap();
@@ -277,7 +364,14 @@ mod tests {
         sums.insert("a".into(), Sum::of(&data));
         let part = |base| {
             let tensors = vec![tensor("a", &[2, 2])];
-            let head = WeightsHead { version: 4, checksum: checksum(&sums), base, tensors, adapter_scale: None };
+            let head = WeightsHead {
+                version: 4,
+                checksum: checksum(&sums),
+                base,
+                tensors,
+                adapter_scale: None,
+                broadcast: None,
+            };
             vec![chunk(prost::Message::encode_to_vec(&head).into()), chunk(data.clone().into())]
         };
         let update = assemble(&part(Some(known.held())), Some(&known), &mut Pool::new()).unwrap();
@@ -349,7 +443,7 @@ mod tests {
         let begin = |t: WeightsTensor| {
             let head = WeightsHead { version: 1, tensors: vec![t], ..Default::default() };
             let first = chunk(prost::Message::encode_to_vec(&head).into());
-            Assembly::begin(&first, None, &mut Pool::new()).err().unwrap_or_default()
+            Assembly::begin(&first, None, &mut Pool::new(), Device::Cpu).err().unwrap_or_default()
         };
         let text = begin(WeightsTensor { dtype: "I8".into(), ..tensor("x", &[1]) });
         assert!(text.contains("`x`") && text.contains("I8"), "{text}");

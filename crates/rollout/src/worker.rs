@@ -3,24 +3,26 @@
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use unveil_config::Config;
+use unveil_config::schema::WeightSync;
+use unveil_config::{Config, Role};
 use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
-use unveil_service::CancellationToken;
+use unveil_service::{Access, CancellationToken, Health, client_options};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
-use crate::groups::{Delivery, Leased, Rewards, deliver, prepare};
+use crate::groups::{Delivery, Leased, Rewards, Step, deliver, prepare};
 use crate::keeper::{Weights, keep};
-use crate::sync::WeightReceiver;
+use crate::meter::Meter;
+use crate::sync::{Member, WeightReceiver};
 use crate::{Result, RolloutError};
 
 /// Batches that are generated or ready to be.
@@ -30,6 +32,9 @@ const IN_HAND: u32 = AHEAD as u32 + 1;
 
 /// Shortest time between two calls that brought nothing.
 pub(crate) const IDLE: Duration = Duration::from_millis(20);
+
+/// How often the experience service hears that the worker lives, whatever else it does.
+const PULSE: Duration = Duration::from_secs(2);
 
 /// What a worker needs.
 #[derive(Debug, Clone)]
@@ -48,13 +53,15 @@ pub struct WorkerOptions {
     pub patience: Duration,
     /// How long the experience service may hold a lease call when there is no work.
     pub wait: Duration,
+    /// Hears that the worker has weights and is answered by the experience service, and when it is not answered any more.
+    pub health: Health,
 }
 
 impl WorkerOptions {
     /// Options with the usual patience (60 s) and wait (2 s).
     pub fn new(config: Config, model_dir: PathBuf, experience: String, reward: String, worker: String) -> Self {
         let (patience, wait) = (Duration::from_secs(60), Duration::from_secs(2));
-        Self { config, model_dir, experience, reward, worker, patience, wait }
+        Self { config, model_dir, experience, reward, worker, patience, wait, health: Health::default() }
     }
 }
 
@@ -71,13 +78,6 @@ pub struct WorkerReport {
     pub weights: u64,
     /// The run is over (false: the worker was asked to stop).
     pub finished: bool,
-}
-
-#[derive(Default)]
-struct Counters {
-    accepted: AtomicU64,
-    refused: AtomicU64,
-    tokens: AtomicU64,
 }
 
 /// Leases that are neither submitted nor handed back.
@@ -105,7 +105,8 @@ struct Shared {
     preparer: Arc<Preparer>,
     weights: Arc<Weights>,
     held: Held,
-    counters: Counters,
+    meter: Meter,
+    health: Health,
     question: String,
     scoring: Scoring,
     /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
@@ -117,11 +118,15 @@ struct Shared {
 ///
 /// # Errors
 /// The model directory cannot be used; the experience service stayed unreachable (the message names its address) or sent
-/// something that does not hold together; weights arrived damaged; a leased record cannot be prepared.
+/// something that does not hold together; weights arrived damaged; a leased record cannot be prepared; the page of metrics
+/// cannot be served.
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
-    let starting = start(&options, &cancel);
-    let (shared, device, receiver) = tokio::select! {
+    let meter = Meter::new();
+    let access = Access::of(&options.config, Role::Rollout)?;
+    meter.serve(&options.config.rollout.metrics_listen, &access, shutdown.clone()).await?;
+    let starting = start(&options, &meter, &cancel);
+    let (shared, device, receiver, member) = tokio::select! {
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
     };
@@ -141,21 +146,19 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
         tracing::info!("handing {} lease(s) back", held.len());
         worker.shared.experience.release(held).await;
     }
+    if let Some(member) = member.and_then(Arc::into_inner) {
+        member.close().await;
+    }
     if let Some(device) = Arc::into_inner(worker.device) {
         device.close().await;
     }
-    let c = &worker.shared.counters;
-    let get = |a: &AtomicU64| a.load(Ordering::Relaxed);
-    outcome.map(|finished| WorkerReport {
-        accepted: get(&c.accepted),
-        refused: get(&c.refused),
-        tokens: get(&c.tokens),
-        weights: worker.shared.weights.loads(),
-        finished,
-    })
+    let (accepted, refused, tokens, weights) = meter.totals();
+    outcome.map(|finished| WorkerReport { accepted, refused, tokens, weights, finished })
 }
 
-async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Shared, DeviceThread, WeightReceiver)> {
+type Started = (Shared, DeviceThread, WeightReceiver, Option<Arc<Member>>);
+
+async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>) -> Result<Started> {
     let config = &options.config;
     let dir = options.model_dir.clone();
     let boxes = config.model.boxes;
@@ -168,22 +171,32 @@ async fn start(options: &WorkerOptions, cancel: &Arc<AtomicBool>) -> Result<(Sha
         banned: preparer.tokenizer().special().banned.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
-    let rewards = Rewards::new(&options.reward, config).await?;
-    let experience = Experience::connect(&options.experience, &options.worker, options.patience).await?;
-    let receiver = WeightReceiver::connect(&options.experience, &options.worker, options.patience).await?;
+    let access = client_options(config, Role::Rollout)?;
+    let member = match config.rollout.weight_sync {
+        WeightSync::Grpc => None,
+        WeightSync::Broadcast => {
+            let device = unveil_model::device(&config.run.device)?;
+            Some(Member::start(device, Duration::from_secs_f64(config.rollout.broadcast_s), access.token.clone())?)
+        }
+    };
+    let rewards = Rewards::new(&options.reward, access.clone(), config).await?;
+    let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
+    let experience = Experience::connect(at, worker, &access, patience).await?;
+    let receiver = WeightReceiver::connect_with(at, worker, &access, patience).await?;
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,
         rewards,
         preparer: Arc::new(preparer),
-        weights: Arc::new(Weights::new(&options.experience)),
+        weights: Arc::new(Weights::new(&options.experience, meter.clone())),
         held: Held::default(),
-        counters: Counters::default(),
+        meter: meter.clone(),
+        health: options.health.clone(),
         question: config.data.question.clone(),
         scoring: Scoring::new(config),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
-    Ok((shared, device, receiver))
+    Ok((shared, device, receiver.with_broadcast(member.clone()), member))
 }
 
 struct Worker {
@@ -198,15 +211,17 @@ struct Worker {
 impl Worker {
     async fn work(&mut self, receiver: WeightReceiver) -> Result<()> {
         let (shared, wait) = (self.shared.clone(), self.options.wait);
+        let living = shared.experience.clone();
         let keeper = keep(shared.weights.clone(), receiver, self.device.clone(), wait);
         self.tasks.spawn(async { (keeper.await, None) });
+        self.tasks.spawn(async { (pulse(living).await, None) });
         let (ahead, in_hand) = (Arc::new(Semaphore::new(AHEAD)), Arc::new(Semaphore::new(IN_HAND as usize)));
         let most = self.options.config.rollout.groups_per_lease;
         loop {
             let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
             self.unless_failed(shared.weights.at_least(0)).await?;
             let (start, epoch) = (Instant::now(), shared.weights.epoch());
-            let leasing = shared.experience.lease(most, wait, shared.weights.present());
+            let leasing = shared.experience.lease(most, wait, shared.weights.present(), &shared.health);
             // The call goes on while batches end: dropped, its leases would be lost.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,
@@ -216,6 +231,7 @@ impl Worker {
                 }
             };
             shared.weights.trusted();
+            shared.meter.newest(lease.version);
             shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
             if lease.groups.is_empty() {
                 if lease.finished {
@@ -242,6 +258,14 @@ impl Worker {
                 Some(done) = self.tasks.join_next() => done.map_err(|_| RolloutError::Died("task"))?.0?,
             }
         }
+    }
+}
+
+/// Tells the experience service that the worker lives, until it is dropped.
+async fn pulse(experience: Experience) -> Result<()> {
+    loop {
+        experience.live(PULSE).await;
+        tokio::time::sleep(PULSE).await;
     }
 }
 
@@ -275,8 +299,10 @@ async fn one_batch(
     shared.weights.at_least(need).await?;
     let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
     let epoch = shared.weights.epoch();
+    let spans = leased.iter().map(|l| l.span(Step::Generate)).collect::<Vec<_>>();
     let made = device.generate(requests).await?;
-    drop(turn);
+    drop((turn, spans));
+    shared.meter.gpu(made.gpu);
     drop(ahead);
     // A batch is generated as one; each group bears its share.
     let each_ms = made.ms / leased.len().max(1) as f64;
@@ -300,27 +326,24 @@ async fn one_delivery(
 ) -> Result<()> {
     if shared.weights.epoch() != epoch {
         shared.held.remove(&leased.lease);
-        shared.counters.refused.fetch_add(1, Ordering::Relaxed);
+        shared.meter.distrusted();
         shared.experience.release(vec![leased.lease]).await;
         return Ok(());
     }
     let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
     let told = shared.weights.told(versions);
     let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
-    let c = &shared.counters;
     match done {
         Delivery::Cancelled => return Ok(()),
-        Delivery::Answered { verdict, tokens } => {
-            c.tokens.fetch_add(tokens, Ordering::Relaxed);
-            if verdict == Verdict::Accepted {
-                c.accepted.fetch_add(1, Ordering::Relaxed);
-            } else {
-                c.refused.fetch_add(1, Ordering::Relaxed);
+        Delivery::Answered { verdict, tokens, reward_ms } => {
+            shared.meter.made(ms, reward_ms);
+            shared.meter.answered(verdict, tokens);
+            if verdict != Verdict::Accepted {
                 tracing::warn!(lease = leased.lease, "a group was not counted: {}", verdict.as_str_name());
             }
         }
         Delivery::Distrusted(what) => {
-            c.refused.fetch_add(1, Ordering::Relaxed);
+            shared.meter.distrusted();
             shared.weights.distrust(epoch, what)?;
         }
     }

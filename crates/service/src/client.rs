@@ -1,6 +1,7 @@
 //! Channels to other roles: connecting with retry and back-off, calls with a deadline.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -31,10 +32,13 @@ impl Default for Backoff {
 /// How to reach a service besides its address.
 #[derive(Debug, Clone, Default)]
 pub struct ClientOptions {
-    /// For `https://` addresses.
-    pub tls: ClientTls,
+    /// How TLS is spoken; none = `https://` addresses are checked with the system's authorities. An address without a scheme is an
+    /// `https://` one where this is given.
+    pub tls: Option<ClientTls>,
     /// Bearer token; see [`authorised`].
     pub token: Option<Secret>,
+    /// The token may leave this machine without TLS.
+    pub insecure: bool,
 }
 
 /// Connects to `http://host:port` (or `host:port`), trying again with back-off until `deadline` has passed. The channel reconnects by itself afterwards.
@@ -42,15 +46,17 @@ pub struct ClientOptions {
 /// # Errors
 /// [`ServiceError::Address`] at once when the address cannot be read, [`ServiceError::Deadline`] when nobody answered.
 pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, ServiceError> {
-    connect_with(address, &ClientTls::default(), deadline).await
+    connect_with(address, &ClientOptions::default(), deadline).await
 }
 
-/// [`connect`], to `https://` addresses as `tls` says.
+/// [`connect`], as `options` say. The name in the address is looked up again for every connection, so a service may come back
+/// elsewhere.
 ///
 /// # Errors
-/// As [`connect`]; [`ServiceError::Setup`] when a file of `tls` cannot be used.
-pub async fn connect_with(address: &str, tls: &ClientTls, deadline: Duration) -> Result<Channel, ServiceError> {
-    let endpoint = endpoint(address, tls)?;
+/// As [`connect`]; [`ServiceError::Setup`] when a file of the options cannot be used; [`ServiceError::Plain`] when a token would
+/// leave the machine without TLS.
+pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Duration) -> Result<Channel, ServiceError> {
+    let endpoint = endpoint(address, options)?;
     let start = Instant::now();
     let mut wait = Backoff::default().first;
     loop {
@@ -78,7 +84,8 @@ pub async fn connect_with(address: &str, tls: &ClientTls, deadline: Duration) ->
 /// # Errors
 /// The address or the file cannot be used.
 pub fn lazy_channel(address: &str, ca: Option<&Path>) -> Result<Channel, ServiceError> {
-    Ok(endpoint(address, &ClientTls { ca: ca.map(Into::into), identity: None })?.connect_lazy())
+    let tls = ca.map(|ca| ClientTls { ca: Some(ca.into()), identity: None });
+    Ok(endpoint(address, &ClientOptions { tls, ..ClientOptions::default() })?.connect_lazy())
 }
 
 /// Puts a bearer token into a request.
@@ -94,16 +101,20 @@ pub fn authorised<T>(mut request: Request<T>, token: Option<&Secret>) -> Result<
     Ok(request)
 }
 
-fn endpoint(address: &str, tls: &ClientTls) -> Result<Endpoint, ServiceError> {
+fn endpoint(address: &str, options: &ClientOptions) -> Result<Endpoint, ServiceError> {
     let bad = |reason: String| ServiceError::Address { address: address.to_owned(), reason, form: "http://host:port" };
-    let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+    let scheme = if options.tls.is_some() { "https" } else { "http" };
+    let url = if address.contains("://") { address.to_owned() } else { format!("{scheme}://{address}") };
     let mut endpoint = Endpoint::from_shared(url).map_err(|e| bad(chain(&e)))?;
     if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
         return Err(bad("host or port is missing".to_owned()));
     }
     if endpoint.uri().scheme_str() == Some("https") {
         let setup = |e| ServiceError::Setup(format!("TLS to {address}: {}", chain(&e)));
+        let tls = options.tls.clone().unwrap_or_default();
         endpoint = endpoint.tls_config(tls.load()?).map_err(setup)?;
+    } else if options.token.is_some() && !options.insecure && !endpoint.uri().host().is_some_and(stays_here) {
+        return Err(ServiceError::Plain { address: address.to_owned() });
     }
     Ok(endpoint
         .connect_timeout(Duration::from_secs(5))
@@ -114,6 +125,12 @@ fn endpoint(address: &str, tls: &ClientTls) -> Result<Endpoint, ServiceError> {
         .http2_keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(10))
         .keep_alive_while_idle(true))
+}
+
+/// Whether a host of an address is this machine whatever a name service says.
+fn stays_here(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || bare.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// The request with a deadline that the server learns of, too.
@@ -175,10 +192,25 @@ mod tests {
 
     #[test]
     fn addresses() {
-        assert!(endpoint("127.0.0.1:80", &ClientTls::default()).is_ok());
+        assert!(endpoint("127.0.0.1:80", &ClientOptions::default()).is_ok());
         for bad in ["", "http://", "nowhere", "http://a b:1"] {
-            let e = endpoint(bad, &ClientTls::default()).unwrap_err();
+            let e = endpoint(bad, &ClientOptions::default()).unwrap_err();
             assert!(e.is_permanent() && e.to_string().contains("http://host:port"), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_token_does_not_leave_the_machine_in_the_clear() {
+        let token = Some(Secret::new("0123456789abcdef"));
+        let options = ClientOptions { token: token.clone(), ..ClientOptions::default() };
+        for here in ["127.0.0.1:80", "http://[::1]:80", "localhost:80", "https://learner:80"] {
+            endpoint(here, &options).unwrap();
+        }
+        for there in ["learner:80", "http://10.0.0.1:80", "http://[fe80::1]:80", "http://localhost.example:80"] {
+            let e = endpoint(there, &options).unwrap_err();
+            assert!(e.is_permanent() && e.to_string().contains(there) && e.to_string().contains("tls.dir"), "{e}");
+            endpoint(there, &ClientOptions { insecure: true, ..options.clone() }).unwrap();
+            endpoint(there, &ClientOptions { token: None, ..options.clone() }).unwrap();
         }
     }
 

@@ -34,6 +34,22 @@ pub enum ServiceError {
         /// The form that is needed.
         form: &'static str,
     },
+    /// Others could listen in, or anybody could call.
+    #[error("refuses to listen on {address}: {why}")]
+    Exposed {
+        /// The listen address.
+        address: String,
+        /// What is missing, and how to get it.
+        why: &'static str,
+    },
+    /// A token would travel in the clear.
+    #[error(
+        "refuses to send the token to {address} without TLS: set tls.dir and write https://, or, where the network itself encrypts, tls.insecure = true"
+    )]
+    Plain {
+        /// The address.
+        address: String,
+    },
     /// The server ended with an error.
     #[error("the server at {address} failed: {source}")]
     Server {
@@ -45,6 +61,9 @@ pub enum ServiceError {
     /// The server could not be set up.
     #[error("cannot set up the server: {0}")]
     Setup(String),
+    /// A secret that the configuration names is not there.
+    #[error(transparent)]
+    Config(#[from] unveil_config::ConfigError),
     /// Nobody answered in time.
     #[error("{what}: no success within {:.1} s; last: {last}", .waited.as_secs_f64())]
     Deadline {
@@ -72,6 +91,7 @@ impl ServiceError {
             Self::Deadline { .. } | Self::Server { .. } => true,
             Self::Call { status, .. } => retryable(status),
             Self::AddressInUse { .. } | Self::Listen { .. } | Self::Address { .. } | Self::Setup(_) => false,
+            Self::Exposed { .. } | Self::Plain { .. } | Self::Config(_) => false,
         }
     }
 

@@ -85,6 +85,11 @@ impl Guard {
         }
     }
 
+    /// Whether calls need a token.
+    pub fn wants_token(&self) -> bool {
+        self.shared.token.is_some()
+    }
+
     /// What was counted so far.
     pub fn counts(&self) -> GuardCounts {
         let s = &self.shared;

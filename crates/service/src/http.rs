@@ -1,11 +1,12 @@
 //! JSON over HTTP(S), as far as clients here need it: bounded bodies, no redirects, no proxies from the environment, TLS by
 //! rustls with the system's roots.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::Duration;
 
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
-use unveil_core::Secret;
+use unveil_core::{Secret, redact};
 
 /// Largest answer that is read, in bytes.
 pub const ANSWER_LIMIT: usize = 4 << 20;
@@ -68,7 +69,7 @@ impl HttpClient {
     /// # Errors
     /// The connection failed or broke, or the answer is larger than [`ANSWER_LIMIT`]; in words, without the key.
     pub async fn post(&self, body: String) -> Result<HttpAnswer, String> {
-        let failed = |e: reqwest::Error| self.scrub(&crate::client::chain(&e.without_url()));
+        let failed = |e: reqwest::Error| self.scrub(&crate::client::chain(&e.without_url())).into_owned();
         let mut response = self.client.post(self.url.clone()).body(body).send().await.map_err(failed)?;
         let seconds = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()?.trim().parse::<f64>().ok());
         let retry_after = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
@@ -80,17 +81,32 @@ impl HttpClient {
             }
             body.extend_from_slice(&chunk);
         }
+        // A peer that says a secret back gets it into no answer that is kept.
+        let clean = match self.scrub(&String::from_utf8_lossy(&body)) {
+            Cow::Owned(clean) => Some(clean),
+            Cow::Borrowed(_) => None,
+        };
+        if let Some(clean) = clean {
+            body = clean.into_bytes();
+        }
         Ok(HttpAnswer { code, body, retry_after })
     }
 
     /// The beginning of a body, for messages: at most 200 characters on one line, without the key.
     pub fn excerpt(&self, body: &[u8]) -> String {
         let text = String::from_utf8_lossy(&body[..body.len().min(4096)]);
-        let text = self.scrub(&text.split_whitespace().collect::<Vec<_>>().join(" "));
-        text.chars().filter(|c| !c.is_control()).take(200).collect()
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        self.scrub(&text).chars().filter(|c| !c.is_control()).take(200).collect()
     }
 
-    fn scrub(&self, text: &str) -> String {
-        self.key.as_ref().map_or_else(|| text.to_owned(), |k| k.scrub(text))
+    /// Without the key, however short it is, and without all other secrets that are known here.
+    fn scrub<'a>(&self, text: &'a str) -> Cow<'a, str> {
+        let key = self.key.as_ref().filter(|k| !k.reveal().is_empty() && text.contains(k.reveal()));
+        let own = key.map_or(Cow::Borrowed(text), |k| Cow::Owned(k.scrub(text)));
+        let other = match redact(&own) {
+            Cow::Owned(clean) => Some(clean),
+            Cow::Borrowed(_) => None,
+        };
+        other.map_or(own, Cow::Owned)
     }
 }

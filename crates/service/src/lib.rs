@@ -1,5 +1,5 @@
 //! Building blocks of every gRPC role: serving with TLS, tokens, limits, health, reflection and a graceful end; a metrics page; channels with retry, deadlines and
-//! keep-alive; the ready line; tracing. And a client of chat endpoints over HTTP.
+//! keep-alive; the ready line; logs and traces. And a client of chat endpoints over HTTP.
 //!
 //! Must not know: tch, and what any service is about.
 
@@ -7,27 +7,39 @@ pub mod chat;
 mod client;
 mod error;
 mod guard;
+mod health;
 mod http;
+pub mod issue;
+mod otlp;
 mod page;
 mod ready;
+mod roles;
+mod series;
 mod serve;
+mod spans;
 mod tls;
 mod trace;
 
 pub use client::{Backoff, ClientOptions, authorised, connect, connect_with, lazy_channel, retry, with_deadline};
 pub use error::ServiceError;
 pub use guard::{Guard, GuardCounts, Guarded, Place};
+pub use health::{Health, READY, check_health};
 pub use http::{ANSWER_LIMIT, HttpAnswer, HttpClient};
 pub use page::metrics_page;
 pub use ready::{Ready, announce, parse_ready};
+pub use roles::{Access, client_options};
+pub use series::{Series, role_registry};
 pub use serve::{Running, ServeOptions, bind, cancel_on_signal, serve, start};
+pub use spans::{SPANS, carried, carry, context, continues};
 pub use tls::{ClientTls, PemPair, ServerTls};
-pub use trace::init_tracing;
+pub use trace::{TraceOptions, Tracing, init_tracing};
 
 // Callers build routes and tokens with these.
 pub use prometheus_client;
 pub use tokio_util::sync::CancellationToken;
 pub use tonic::service::{Routes, RoutesBuilder};
+#[doc(hidden)] // for `span!`
+pub use tracing;
 
 /// Largest message that is sent or taken by default, in bytes (64 MiB).
 pub const MESSAGE_LIMIT: usize = 64 << 20;

@@ -11,11 +11,19 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::pb::FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS;
+use tonic_health::server::HealthReporter;
 
 use crate::{Guard, ServerTls, ServiceError};
 
 /// Largest HTTP/2 frame that is taken, in bytes.
 const FRAME: u32 = 1 << 20;
+
+/// Why a plain listener stays on this machine.
+const NO_TLS: &str = "without TLS it may listen on loopback (127.0.0.1) only. Set tls.dir (`unveil tls init --out DIR` makes the \
+                      certificates), or, where the network itself encrypts, tls.insecure = true and a token";
+/// Why a listener that knows no caller stays on this machine.
+const NO_CALLER: &str = "whoever reaches it could call. Set auth.token_env or auth.token_file, or want client certificates (tls.dir \
+                         with tls.mutual = true)";
 
 /// How to serve.
 #[derive(Debug, Clone)]
@@ -30,13 +38,45 @@ pub struct ServeOptions {
     pub guard: Guard,
     /// Calls at once per connection; more wait at the sender.
     pub per_connection: Option<u32>,
+    /// Health says so of `names` from the start; false = only once [`Running::serving`] was called.
+    pub serving: bool,
+    /// Beyond loopback, too, it may listen without TLS: the network encrypts.
+    pub insecure: bool,
 }
 
 impl Default for ServeOptions {
     fn default() -> Self {
         let (tls, guard, per_connection) = (None, Guard::default(), None);
-        Self { names: Vec::new(), drain: Duration::from_secs(5), tls, guard, per_connection }
+        let (names, drain, serving, insecure) = (Vec::new(), Duration::from_secs(5), true, false);
+        Self { names, drain, tls, guard, per_connection, serving, insecure }
     }
+}
+
+impl ServeOptions {
+    /// What others could do to a service at `address`: beyond loopback it must be TLS, and callers must say who they are.
+    fn check(&self, address: SocketAddr) -> Result<(), ServiceError> {
+        exposed(address, self.tls.is_some(), self.insecure)?;
+        let known = self.guard.wants_token() || self.tls.as_ref().is_some_and(|t| t.client_ca.is_some());
+        match known || address.ip().is_loopback() {
+            true => Ok(()),
+            false => Err(ServiceError::Exposed { address: address.to_string(), why: NO_CALLER }),
+        }
+    }
+}
+
+/// Whether a listener may be where it is: beyond loopback it must be TLS, or the network must encrypt.
+pub(crate) fn exposed(address: SocketAddr, tls: bool, insecure: bool) -> Result<(), ServiceError> {
+    if tls || address.ip().is_loopback() {
+        return Ok(());
+    }
+    if !insecure {
+        return Err(ServiceError::Exposed { address: address.to_string(), why: NO_TLS });
+    }
+    tracing::warn!(
+        %address,
+        "INSECURE: listening without TLS (tls.insecure = true). Whoever sees the network sees the token, the data and the weights"
+    );
+    Ok(())
 }
 
 /// A server that runs in the background. Dropping it does not stop it: cancel its token, then [`Running::wait`].
@@ -44,10 +84,21 @@ impl Default for ServeOptions {
 pub struct Running {
     /// The bound address, with the real port.
     pub address: SocketAddr,
+    reporter: HealthReporter,
+    names: Vec<&'static str>,
+    shutdown: CancellationToken,
     task: JoinHandle<Result<(), ServiceError>>,
 }
 
 impl Running {
+    /// From here on health says that the services of this server do their work, unless it is told to stop.
+    pub async fn serving(&self) {
+        tell(&self.reporter, &self.names, ServingStatus::Serving).await;
+        if self.shutdown.is_cancelled() {
+            tell(&self.reporter, &self.names, ServingStatus::NotServing).await;
+        }
+    }
+
     /// Waits for the server's end.
     ///
     /// # Errors
@@ -87,10 +138,10 @@ pub async fn start(
     shutdown: CancellationToken,
 ) -> Result<Running, ServiceError> {
     let (listener, address) = bind(listen).await?;
+    options.check(address)?;
     let (reporter, health) = tonic_health::server::health_reporter();
-    for name in &options.names {
-        reporter.set_service_status(*name, ServingStatus::Serving).await;
-    }
+    let begin = if options.serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    tell(&reporter, &options.names, begin).await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(unveil_proto::DESCRIPTORS)
@@ -102,20 +153,13 @@ pub async fn start(
         .add_service(reflection().build_v1().map_err(setup)?)
         .add_service(reflection().build_v1alpha().map_err(setup)?);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true)).with_keepalive(Some(Duration::from_secs(30)));
-    let token = shutdown.clone();
-    let names = options.names.clone();
+    let (token, names, ending) = (shutdown.clone(), options.names.clone(), reporter.clone());
     let stop = async move {
         token.cancelled().await;
-        for name in names.into_iter().chain([""]) {
-            reporter.set_service_status(name, ServingStatus::NotServing).await;
-        }
+        tell(&ending, &names, ServingStatus::NotServing).await;
+        tell(&ending, &[""], ServingStatus::NotServing).await;
     };
-    let mut server = Server::builder();
-    if let Some(tls) = &options.tls {
-        let setup = |e| ServiceError::Setup(format!("TLS: {}", crate::client::chain(&e)));
-        server = server.tls_config(tls.load()?).map_err(setup)?;
-    }
-    let server = server
+    let server = with_tls(Server::builder(), options.tls.as_ref())?
         .initial_stream_window_size(crate::STREAM_WINDOW)
         .initial_connection_window_size(crate::CONNECTION_WINDOW)
         .max_frame_size(FRAME)
@@ -125,6 +169,7 @@ pub async fn start(
         .layer(options.guard.clone())
         .add_routes(routes)
         .serve_with_incoming_shutdown(incoming, stop);
+    let (names, token) = (options.names, shutdown.clone());
     let task = tokio::spawn(async move {
         tokio::select! {
             ended = server => ended.map_err(|source| ServiceError::Server { address: address.to_string(), source }),
@@ -134,7 +179,20 @@ pub async fn start(
             }
         }
     });
-    Ok(Running { address, task })
+    Ok(Running { address, reporter, names, shutdown: token, task })
+}
+
+async fn tell(reporter: &HealthReporter, names: &[&'static str], status: ServingStatus) {
+    for name in names {
+        reporter.set_service_status(*name, status).await;
+    }
+}
+
+/// A server that speaks TLS where that is wanted.
+pub(crate) fn with_tls(server: Server, tls: Option<&ServerTls>) -> Result<Server, ServiceError> {
+    let Some(tls) = tls else { return Ok(server) };
+    let setup = |e| ServiceError::Setup(format!("TLS: {}", crate::client::chain(&e)));
+    server.tls_config(tls.load()?).map_err(setup)
 }
 
 /// [`start`], then `ready` with the bound address, then waits for the end.
@@ -153,19 +211,21 @@ pub async fn serve(
     running.wait().await
 }
 
-/// A token that the first interrupt (Ctrl-C) or termination signal cancels.
+/// A token that the first interrupt (Ctrl-C), SIGTERM or SIGUSR1 cancels; by the last a batch system says that time is short.
 ///
 /// # Errors
 /// The signals cannot be listened for.
 pub fn cancel_on_signal() -> std::io::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut preempt = signal(SignalKind::user_defined1())?;
     let token = CancellationToken::new();
     let cancel = token.clone();
     tokio::spawn(async move {
         tokio::select! {
             _ = interrupt.recv() => tracing::info!("interrupted: stopping"),
             _ = terminate.recv() => tracing::info!("told to stop: stopping"),
+            _ = preempt.recv() => tracing::info!("told that time is short: stopping"),
         }
         cancel.cancel();
     });
@@ -175,6 +235,7 @@ pub fn cancel_on_signal() -> std::io::Result<CancellationToken> {
 #[cfg(test)]
 mod tests {
     use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus as Answered;
     use tonic_health::pb::health_client::HealthClient;
 
     use super::*;
@@ -189,10 +250,30 @@ mod tests {
         let mut health = HealthClient::new(channel);
         for service in ["", "unveil.v1.Reward"] {
             let r = health.check(HealthCheckRequest { service: service.into() }).await.unwrap().into_inner();
-            assert_eq!(r.status(), tonic_health::pb::health_check_response::ServingStatus::Serving);
+            assert_eq!(r.status(), Answered::Serving);
         }
         stop.cancel();
         tokio::time::timeout(Duration::from_secs(6), running.wait()).await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_service_that_is_not_ready_yet_says_so_and_the_process_lives() {
+        let stop = CancellationToken::new();
+        let options = ServeOptions { names: vec!["unveil.v1.Reward"], serving: false, ..Default::default() };
+        let running = start("127.0.0.1:0", Routes::default(), options, stop.clone()).await.unwrap();
+        let address = running.address.to_string();
+        let asked = async |name: &str| crate::check_health(&address, name, Duration::from_secs(5)).await.unwrap();
+        assert!(asked("").await && !asked("unveil.v1.Reward").await);
+        running.serving().await;
+        assert!(asked("").await && asked("unveil.v1.Reward").await);
+        // Kept open, the connection outlives the token: what health says on it is what it was told.
+        let channel = crate::connect(&address, Duration::from_secs(5)).await.unwrap();
+        let watch = HealthCheckRequest { service: "unveil.v1.Reward".into() };
+        let mut told = HealthClient::new(channel).watch(watch).await.unwrap().into_inner();
+        assert_eq!(told.message().await.unwrap().unwrap().status(), Answered::Serving);
+        stop.cancel();
+        running.serving().await;
+        assert_eq!(told.message().await.unwrap().unwrap().status(), Answered::NotServing, "it does not come back");
     }
 
     #[tokio::test]

@@ -72,7 +72,10 @@ fn certificate(path: &Path) -> Result<Certificate, ServiceError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ServiceError> {
-    let bytes = std::fs::read(path).map_err(|e| ServiceError::Setup(format!("TLS: {}: {e}", path.display())))?;
+    let hint =
+        "tls.dir names a folder with tls.crt, tls.key and ca.crt, or one of these per role, as `unveil tls init` makes";
+    let missing = |e| ServiceError::Setup(format!("TLS: {}: {e}; {hint}", path.display()));
+    let bytes = std::fs::read(path).map_err(missing)?;
     let is_pem = bytes.windows(11).any(|w| w == b"-----BEGIN ");
     if is_pem { Ok(bytes) } else { Err(ServiceError::Setup(format!("TLS: {} is no PEM file", path.display()))) }
 }

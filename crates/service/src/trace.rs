@@ -1,19 +1,53 @@
-//! Logs of a role, on stderr. The level comes from the caller: environment variables are the config room's.
+//! Logs of a role, on stderr, for people or as JSON; and the spans that go to a collector beside them. The level comes from the
+//! caller: environment variables are the config room's.
 
 use std::fmt;
 
-use tracing::{Event, Subscriber};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::format::{Format, Writer};
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing::{Dispatch, Event, Level, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::{Format, JsonFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry};
 
-use crate::ServiceError;
+use crate::otlp::Exporter;
+use crate::{SPANS, ServiceError};
 
-/// Puts the role's name before each line, so that the merged logs of several processes stay readable.
+/// What a process tells, and whom.
+#[derive(Debug, Clone, Copy)]
+pub struct TraceOptions<'a> {
+    /// The role's name, in every line.
+    pub role: &'a str,
+    /// A tracing filter for log lines (`info`, `warn,unveil_reward=debug`).
+    pub level: &'a str,
+    /// Lines are JSON objects.
+    pub json: bool,
+    /// The run's directory, in every JSON line and with every span.
+    pub run: &'a str,
+    /// `http://host:port` of an OTLP collector that gets spans; empty = none are made.
+    pub collector: &'a str,
+}
+
+/// Keeps spans flowing. Drop it when the role has ended: what is left is sent then.
+#[must_use = "spans are lost where this is dropped early"]
+#[derive(Debug)]
+pub struct Tracing {
+    _exporter: Option<Exporter>,
+}
+
+/// Puts the role (and, in JSON, the run) into each line, so that the merged logs of several processes stay readable; takes
+/// secrets out of it.
 struct WithRole<F> {
-    role: String,
+    lead: Lead,
     inner: F,
+}
+
+enum Lead {
+    Role(String),
+    /// First members of the object.
+    Members(String),
 }
 
 impl<S, N, F> FormatEvent<S, N> for WithRole<F>
@@ -23,33 +57,132 @@ where
     F: FormatEvent<S, N>,
 {
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
-        write!(writer, "{:<8} ", self.role)?;
-        self.inner.format_event(ctx, writer, event)
+        let mut line = String::new();
+        self.inner.format_event(ctx, Writer::new(&mut line), event)?;
+        let line = unveil_core::redact(&line);
+        match (&self.lead, line.strip_prefix('{')) {
+            (Lead::Role(role), _) => write!(writer, "{role:<8} {line}"),
+            (Lead::Members(first), Some(rest)) => write!(writer, "{{{first},{rest}"),
+            (Lead::Members(_), None) => writer.write_str(&line),
+        }
     }
 }
 
-/// Sends this process's logs to stderr, each line led by `role`. `level` is a tracing filter (`info`, `warn,unveil_reward=debug`).
+/// Sends this process's logs to stderr, and its spans to the collector where there is one.
 ///
 /// # Errors
-/// The level cannot be read, or logging is already set up.
-pub fn init_tracing(role: &str, level: &str) -> Result<(), ServiceError> {
+/// The level or the collector's address cannot be read, or logging is already set up.
+pub fn init_tracing(options: &TraceOptions<'_>) -> Result<Tracing, ServiceError> {
+    let (dispatch, tracing) = dispatch(options, std::io::stderr)?;
+    dispatch.try_init().map_err(|e| ServiceError::Setup(format!("logging: {e}")))?;
+    Ok(tracing)
+}
+
+/// What [`init_tracing`] installs, with lines going to `writer`.
+pub(crate) fn dispatch<W>(options: &TraceOptions<'_>, writer: W) -> Result<(Dispatch, Tracing), ServiceError>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let TraceOptions { role, level, json, run, collector } = *options;
     let filter = EnvFilter::builder().parse(level).map_err(|e| {
         ServiceError::Setup(format!("log level `{level}`: {e}; write error, warn, info, debug or trace"))
     })?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .event_format(WithRole { role: role.to_owned(), inner: Format::default().with_target(false).with_ansi(false) })
-        .try_init()
-        .map_err(|e| ServiceError::Setup(format!("logging: {e}")))
+    let format = Format::default().with_target(false).with_ansi(false);
+    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
+        let members = format!("\"role\":{},\"run\":{}", serde_json::json!(role), serde_json::json!(run));
+        let inner = format.json().flatten_event(true).with_current_span(false).with_span_list(false);
+        let event = WithRole { lead: Lead::Members(members), inner };
+        lines.fmt_fields(JsonFields::new()).event_format(event).with_filter(filter).boxed()
+    } else {
+        let event = WithRole { lead: Lead::Role(role.to_owned()), inner: format };
+        lines.event_format(event).with_filter(filter).boxed()
+    };
+    let lines = tracing_subscriber::registry().with(lines);
+    if collector.is_empty() {
+        return Ok((lines.into(), Tracing { _exporter: None }));
+    }
+    let exporter = Exporter::open(collector, role, run)?;
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(exporter.tracer())
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false)
+        .with_filter(Targets::new().with_target(SPANS, Level::TRACE));
+    Ok((lines.with(spans).into(), Tracing { _exporter: Some(exporter) }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn said(json: bool, level: &str, say: impl FnOnce()) -> Vec<String> {
+        let buffer = Buffer::default();
+        let options = TraceOptions { role: "rollout", level, json, run: "runs/\"odd\"", collector: "" };
+        let writer = buffer.clone();
+        let (logs, _) = dispatch(&options, move || writer.clone()).unwrap();
+        tracing::dispatcher::with_default(&logs, say);
+        let bytes = buffer.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn lines_for_people_begin_with_the_role() {
+        let lines = said(false, "info", || {
+            tracing::info!(group = "a", "scored");
+            tracing::debug!("too fine");
+        });
+        assert!(
+            matches!(&lines[..], [l] if l.starts_with("rollout  ") && l.contains("INFO scored group=\"a\"")),
+            "{lines:?}"
+        );
+        assert!(serde_json::from_str::<serde_json::Value>(&lines[0]).is_err());
+    }
+
+    #[test]
+    fn json_lines_hold_role_and_run() {
+        let lines = said(true, "warn", || {
+            let _inside = tracing::warn_span!("around", k = 1).entered();
+            tracing::warn!(group = "a \"b\"", tokens = 3, "no reward,\nmasked");
+            tracing::info!("too fine");
+        });
+        assert_eq!(lines.len(), 1, "a line break in a message is escaped: {lines:?}");
+        let line: serde_json::Value = serde_json::from_str(&lines[0]).unwrap();
+        let of = |key: &str| line[key].as_str().unwrap_or_default();
+        assert_eq!((of("role"), of("run"), of("level")), ("rollout", "runs/\"odd\"", "WARN"));
+        assert_eq!((of("message"), of("group"), &line["tokens"]), ("no reward,\nmasked", "a \"b\"", &3.into()));
+        assert!(of("timestamp").ends_with('Z'), "{line}");
+    }
+
+    #[test]
+    fn secrets_stay_out_of_log_lines() {
+        let secret = "a-secret-in-a-log";
+        unveil_core::Secret::new(secret);
+        for json in [false, true] {
+            let lines = said(json, "info", || tracing::info!(echoed = secret, "the peer said {secret}"));
+            assert!(matches!(&lines[..], [l] if l.contains("the peer said ***") && !l.contains(secret)), "{lines:?}");
+        }
+    }
+
     #[test]
     fn bad_level_is_named() {
-        let e = super::init_tracing("x", "loud=very").unwrap_err().to_string();
+        let options = TraceOptions { role: "x", level: "loud=very", json: false, run: "", collector: "" };
+        let e = init_tracing(&options).unwrap_err().to_string();
         assert!(e.contains("loud=very"), "{e}");
     }
 }

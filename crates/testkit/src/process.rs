@@ -59,6 +59,11 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// The file that holds its standard output.
+    pub(crate) fn stdout_path(&self) -> &Path {
+        &self.stdout
+    }
+
     /// What it wrote on standard output so far.
     pub fn stdout(&self) -> String {
         text(&self.stdout)
@@ -245,5 +250,14 @@ pub(crate) fn with_variable(name: &str, value: &str) -> Vec<Found> {
                 .collect();
             Some(Found { pid, args })
         })
+        .collect()
+}
+
+/// Every living process whose working directory is `dir` or below it.
+pub(crate) fn in_directory(dir: &Path) -> Vec<Found> {
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(dir)))
+        .map(|pid| Found { pid, args: Vec::new() })
         .collect()
 }

@@ -91,6 +91,12 @@ impl Sandbox {
         with_variable(MARK, &self.mark())
     }
 
+    /// Those of them with `NAME=VALUE` in the environment that they were started with.
+    pub fn processes_with(&self, name: &str, value: &str) -> Vec<Found> {
+        let own = self.processes();
+        with_variable(name, value).into_iter().filter(|p| own.contains(p)).collect()
+    }
+
     /// The living process of a command such as `learner` or `rollout`.
     pub fn role(&self, command: &str) -> Option<Found> {
         self.processes().into_iter().find(|p| p.command() == command)

@@ -1,10 +1,14 @@
 //! A small HTTP/1.1 server that does what a test tells it, also what no server should: stall, drop, talk nonsense.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 /// What came in.
 #[derive(Debug, Clone)]
@@ -62,6 +66,7 @@ impl WebReply {
 
 /// The running server; it ends when dropped.
 pub struct WebServer {
+    scheme: &'static str,
     address: SocketAddr,
     stop: Arc<AtomicBool>,
     seen: Arc<Mutex<Vec<WebRequest>>>,
@@ -70,6 +75,24 @@ pub struct WebServer {
 impl WebServer {
     /// Serves on a free port of the loopback; `act` decides about each request, from any thread.
     pub fn start(act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static) -> Self {
+        Self::open(None, act)
+    }
+
+    /// The same over TLS, with a certificate and its key (PEM files).
+    pub fn start_tls(
+        [certificate, key]: &[String; 2],
+        act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static,
+    ) -> Self {
+        let certificate = CertificateDer::from_pem_file(certificate).expect("a certificate file");
+        let key = PrivateKeyDer::from_pem_file(key).expect("a key file");
+        let builder = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions().expect("TLS versions").with_no_client_auth();
+        let config = builder.with_single_cert(vec![certificate], key).expect("a certificate and its key");
+        Self::open(Some(Arc::new(config)), act)
+    }
+
+    fn open(tls: Option<Arc<ServerConfig>>, act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static) -> Self {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
         let address = listener.local_addr().expect("a bound listener has an address");
         let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
@@ -82,15 +105,23 @@ impl WebServer {
                 }
                 let (act, count, log, stop) =
                     (Arc::clone(&act), Arc::clone(&count), Arc::clone(&log), Arc::clone(&stopped));
-                std::thread::spawn(move || serve(&stream, &*act, &count, &log, &stop));
+                let tls = tls.clone();
+                std::thread::spawn(move || match tls {
+                    None => serve(stream, &*act, &count, &log, &stop),
+                    // A client that does not trust the certificate ends the connection: there is nothing to read then.
+                    Some(tls) => {
+                        let connection = ServerConnection::new(tls).expect("a TLS connection");
+                        serve(StreamOwned::new(connection, stream), &*act, &count, &log, &stop);
+                    }
+                });
             }
         });
-        Self { address, stop, seen }
+        Self { scheme, address, stop, seen }
     }
 
-    /// `http://127.0.0.1:port`.
+    /// `http://127.0.0.1:port`, or `https://` of that.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 
     /// The requests so far.
@@ -108,7 +139,7 @@ impl Drop for WebServer {
 }
 
 fn serve(
-    stream: &TcpStream,
+    stream: impl Read + Write,
     act: &(dyn Fn(&WebRequest) -> WebReply + Send + Sync),
     count: &AtomicUsize,
     log: &Mutex<Vec<WebRequest>>,
@@ -123,12 +154,14 @@ fn serve(
                 std::thread::sleep(delay);
                 let head: String = headers.iter().map(|h| format!("{h}\r\n")).collect();
                 let head = format!("HTTP/1.1 {code} x\r\ncontent-length: {}\r\n{head}\r\n", body.len());
-                (&*stream).write_all(&[head.as_bytes(), &body].concat()).is_ok()
+                let out = reader.get_mut();
+                out.write_all(&[head.as_bytes(), &body].concat()).and_then(|()| out.flush()).is_ok()
             }
             WebReply::Break(body) => {
                 let head = format!("HTTP/1.1 200 x\r\ncontent-length: {}\r\n\r\n", body.len());
                 let half = &body[..body.len() / 2];
-                drop((&*stream).write_all(&[head.as_bytes(), half].concat()));
+                let out = reader.get_mut();
+                drop(out.write_all(&[head.as_bytes(), half].concat()).and_then(|()| out.flush()));
                 false
             }
             WebReply::Drop => false,

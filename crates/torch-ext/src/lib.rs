@@ -5,6 +5,7 @@
 //! Must not know: models, runtimes, what communication is for. Unsafe code of the project that is not a file map or a driver call
 //! lives here.
 
+mod buffer;
 mod context;
 mod cuda;
 mod gloo;
@@ -15,6 +16,7 @@ mod memory;
 mod store;
 mod stream;
 
+pub use buffer::HostBuffer;
 pub use context::set_deterministic;
 pub use cuda::load_cuda;
 pub use gloo::{GlooGroup, GlooWork};

@@ -1,5 +1,7 @@
 //! Tests of the whole crate through its public interface.
 
 mod faults;
+mod killed;
 mod local;
+mod uploads;
 mod world;

@@ -2,9 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::bail;
 use clap::{Parser, Subcommand};
-use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role};
+use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role, telemetry};
+use unveil_service::{READY, check_health};
+
+/// How long `health` waits for an answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
 /// Scores responses: localization, vision relevance, format, relevance, and what users add.
 #[derive(Parser)]
@@ -26,9 +32,20 @@ enum Command {
         #[arg(long)]
         data: PathBuf,
     },
+    /// Asks a role's health listener; exit code 1 when the answer is no or nobody answers.
+    Health {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Its address, host:port; `health.listen` of the configuration without it.
+        #[arg(long)]
+        address: Option<String>,
+        /// Alive is not enough: it must be ready.
+        #[arg(long)]
+        ready: bool,
+    },
     /// Chooses the attention heads that look at lesions; writes the file that reward.vision_relevance.heads_file names.
     Calibrate {
-        /// JSON lines: {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
+        /// What `unveil score --heads` writes: JSON lines {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
         #[arg(long)]
         data: PathBuf,
         /// Heads to choose at most.
@@ -44,15 +61,32 @@ fn main() -> ExitCode {
     exit(match Cli::parse().command {
         Command::Serve(args) => serve(&args),
         Command::Score { config, data } => score(&config, &data),
+        Command::Health { config, address, ready } => health(&config, address, ready),
         Command::Calibrate { data, top, out } => calibrate(&data, top, &out),
     })
 }
 
 fn serve(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    unveil_service::init_tracing("reward", "info")?;
+    let _tracing = telemetry(&config, "reward", "info")?;
     let threads = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     run_role(args.supervised, threads, |token| async move { Ok(unveil_reward::run_serve(&config, token).await?) })
+}
+
+fn health(config: &ConfigArgs, address: Option<String>, ready: bool) -> anyhow::Result<()> {
+    let address = match address {
+        Some(address) => address,
+        None => config.load()?.health.listen,
+    };
+    if address.is_empty() {
+        bail!("there is no listener to ask: give --address, or set health.listen");
+    }
+    let service = if ready { READY } else { "" };
+    let asked = run_role(false, 1, |_| async { Ok(check_health(&address, service, ANSWER_WITHIN).await?) });
+    if !asked? {
+        bail!("{address} is not {}", if ready { "ready" } else { "alive" });
+    }
+    Ok(())
 }
 
 fn calibrate(data: &std::path::Path, top: usize, out: &std::path::Path) -> anyhow::Result<()> {

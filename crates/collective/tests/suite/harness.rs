@@ -36,7 +36,7 @@ pub struct Rank {
 impl Spec {
     pub fn new(rank: usize, world: usize, backend: Kind, task: &Task) -> Self {
         let (address, fingerprint) = ("127.0.0.1:0".into(), "v1".into());
-        Self { rank, world, address, backend, fingerprint, join_ms: 60_000, task: task.clone() }
+        Self { rank, world, address, backend, fingerprint, token: None, join_ms: 60_000, task: task.clone() }
     }
 
     pub fn start(&self) -> Rank {
@@ -181,6 +181,7 @@ fn open(spec: &Spec) -> Result<World, CollectiveError> {
         local: None,
         backend,
         fingerprint: spec.fingerprint.clone(),
+        token: spec.token.as_deref().map(unveil_core::Secret::new),
         timing,
     };
     open_with(&setup, |address| println!("\nADDRESS {address}"))

@@ -14,6 +14,7 @@ pub struct Spec {
     pub address: String,
     pub backend: Kind,
     pub fingerprint: String,
+    pub token: Option<String>,
     pub join_ms: u64,
     pub task: Task,
 }

@@ -235,6 +235,8 @@ pub struct Learner {
     pub listen: String,
     /// Where rollout workers find it (`http://host:port`); empty = the one that `train` starts.
     pub address: String,
+    /// Rank 0: listen address of the Prometheus page (`/metrics`); empty = none.
+    pub metrics_listen: String,
     /// The learner's ranks.
     pub parallel: Parallel,
     /// Padded positions of one forward and backward pass; a larger batch takes several. Lower it where memory is short.
@@ -285,6 +287,7 @@ impl Default for Learner {
             checkpoint_every: 50,
             listen: "127.0.0.1:0".into(),
             address: String::new(),
+            metrics_listen: String::new(),
             parallel: Parallel::default(),
             token_budget: 65_536,
             threads: 0,

@@ -56,7 +56,7 @@ pub struct Localization {
     pub normalise: Normalise,
     /// How a box of the answer is compared with a true one.
     pub overlap: Overlap,
-    /// A true box counts only where the answer names its label (the record's category where it has no labels) or a synonym.
+    /// Two boxes are matched only where they bear the same label or a synonym. The label of a box is its own, else its side's category.
     pub label_aware: bool,
     /// `[version, IoU]`: from that weight version on, a match below that IoU counts 0. Versions rise from 0; before the first, no threshold.
     pub curriculum: Vec<(u64, f64)>,
@@ -100,7 +100,8 @@ pub struct VisionRelevance {
     pub heads: Vec<[usize; 2]>,
     /// File that `unveil-reward calibrate` wrote: its heads become `heads` when the configuration is loaded; empty = none.
     pub heads_file: String,
-    /// A cell that every token without a letter or digit gives at least so many times its fair share is a sink, and left out; 0 = none is.
+    /// A cell outside the boxes that every token without a letter or digit (two at least) gives so many times its fair share is a sink, and
+    /// left out of the reward and of what `generate` and `score` print; 0 = none is. `gradient` and `eval` look at all cells.
     pub sink: f64,
     /// Scale of the differentiable attention term in the learner's loss, times `weight`; 0 = reward only.
     pub gradient: f64,
@@ -258,6 +259,9 @@ pub struct Custom {
     /// `[lowest, highest]` value; one outside is masked.
     #[serde(default = "unit")]
     pub range: [f64; 2],
+    /// PEM file of certificate authorities trusted beside the system's; empty = none.
+    #[serde(default)]
+    pub ca: String,
 }
 
 fn one() -> f64 {
@@ -321,7 +325,7 @@ pub struct Reward {
     pub address: String,
     /// Seconds a rollout worker waits for a group's scores before masking them.
     pub deadline_s: f64,
-    /// Limits, TLS and tokens of the service.
+    /// Limits of the service.
     pub service: RewardService,
 }
 

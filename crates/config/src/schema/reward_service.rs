@@ -1,4 +1,4 @@
-//! `[reward.judge]` and `[reward.service]`: the external judge, and the limits and secrets of the service.
+//! `[reward.judge]` and `[reward.service]`: the external judge, and the limits of the service.
 
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +66,7 @@ impl Default for Judge {
     }
 }
 
-/// Limits, TLS and tokens of the reward service; the files named `client_*` and `ca` are the rollout workers' side.
+/// Limits of the reward service.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardService {
@@ -80,40 +80,10 @@ pub struct RewardService {
     pub drain_s: f64,
     /// Listen address of the Prometheus page (`/metrics`); empty = none.
     pub metrics_listen: String,
-    /// PEM file of the service's certificate chain; empty = no TLS.
-    pub tls_cert: String,
-    /// PEM file of its key.
-    pub tls_key: String,
-    /// PEM file of the authority whose client certificates are required; empty = none is.
-    pub client_ca: String,
-    /// Environment variable that holds the bearer token; empty = none.
-    pub token_env: String,
-    /// File that holds the bearer token; empty = none.
-    pub token_file: String,
-    /// Workers, and calls to scorers of the user's own: PEM file of the authority that signed the peer's certificate; empty = the system's.
-    pub ca: String,
-    /// Worker: PEM file of its certificate chain for `client_ca`; empty = none.
-    pub client_cert: String,
-    /// Worker: PEM file of its key.
-    pub client_key: String,
 }
 
 impl Default for RewardService {
     fn default() -> Self {
-        Self {
-            max_in_flight: 64,
-            max_message_mib: 32,
-            call_s: 60.0,
-            drain_s: 5.0,
-            metrics_listen: String::new(),
-            tls_cert: String::new(),
-            tls_key: String::new(),
-            client_ca: String::new(),
-            token_env: String::new(),
-            token_file: String::new(),
-            ca: String::new(),
-            client_cert: String::new(),
-            client_key: String::new(),
-        }
+        Self { max_in_flight: 64, max_message_mib: 32, call_s: 60.0, drain_s: 5.0, metrics_listen: String::new() }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::seconds;
 use crate::schema::{Config, RelevanceKind};
 
 /// Names that a user's scorer cannot have.
@@ -99,17 +100,7 @@ fn relevance(c: &Config, need: &mut impl FnMut(bool, String)) {
         low < high && low.is_finite() && high.is_finite(),
         format!("reward.judge.scale is {:?}: give the lowest and the highest score", j.scale),
     );
-    need(j.max_tokens > 0, "reward.judge.max_tokens is 0".into());
-    need((0.0..=2.0).contains(&j.temperature), format!("reward.judge.temperature is {}: use 0 to 2", j.temperature));
-    for (name, s) in [("deadline_s", j.deadline_s), ("attempt_s", j.attempt_s)] {
-        need(seconds(s), format!("reward.judge.{name} is {s}: use seconds above 0"));
-    }
-    need(j.tries > 0, "reward.judge.tries is 0".into());
-    need(j.concurrency > 0, "reward.judge.concurrency is 0".into());
-    need(
-        j.per_minute >= 0.0 && j.per_minute.is_finite(),
-        format!("reward.judge.per_minute is {}: use 0 (no limit) or more", j.per_minute),
-    );
+    super::endpoint::faults(j.endpoint(), need);
     need((0.0..1.0).contains(&j.hedge), format!("reward.judge.hedge is {}: use 0 (never) up to below 1", j.hedge));
 }
 
@@ -161,22 +152,4 @@ fn service(c: &Config, need: &mut impl FnMut(bool, String)) {
         s.drain_s >= 0.0 && s.drain_s < 1e6,
         format!("reward.service.drain_s is {}: use 0 or more seconds", s.drain_s),
     );
-    for (a, b, cert, key) in
-        [("tls_cert", "tls_key", &s.tls_cert, &s.tls_key), ("client_cert", "client_key", &s.client_cert, &s.client_key)]
-    {
-        need(cert.is_empty() == key.is_empty(), format!("reward.service.{a} and {b} go together: set both or none"));
-    }
-    need(
-        s.client_ca.is_empty() || !s.tls_cert.is_empty(),
-        "reward.service.client_ca needs tls_cert and tls_key: client certificates travel inside TLS only".into(),
-    );
-    need(
-        s.token_env.is_empty() || s.token_file.is_empty(),
-        "reward.service.token_env and token_file exclude each other".into(),
-    );
-}
-
-/// Durations that the clock can count.
-fn seconds(s: f64) -> bool {
-    s > 0.0 && s < 1e6
 }

@@ -33,7 +33,10 @@ pub(super) fn read(text: &str) -> Option<Answer> {
     let mut out = Answer { fault: Some(ParseFault::OtherForm), ..Answer::default() };
     for item in &items {
         match item.bbox_2d[..] {
-            [x1, y1, x2, y2] => out.boxes.push([x1, y1, x2, y2]),
+            [x1, y1, x2, y2] => {
+                out.boxes.push([x1, y1, x2, y2]);
+                out.labels.push(item.label.as_deref().unwrap_or("").trim().to_owned());
+            }
             _ => out.fault = Some(ParseFault::Bracket),
         }
     }
@@ -72,6 +75,11 @@ mod tests {
         let two = r#"[{"bbox_2d":[1,2,3,4],"label":"a"},{"bbox_2d":[9,9,1,1],"label":" b "},{"bbox_2d":[0,0,1,1],"label":"a"}]"#;
         let a = read(two).unwrap();
         assert_eq!((a.boxes.len(), a.boxes[1], a.category.as_str()), (3, [9.0, 9.0, 1.0, 1.0], "a, b"));
+        assert_eq!(a.labels, ["a", "b", "a"]);
+        // What is no box takes no label with it.
+        let odd = r#"[{"bbox_2d":[1,2,3],"label":"a"},{"bbox_2d":[1,2,3,4]},{"bbox_2d":[1,2,3,5],"label":"c"}]"#;
+        let a = read(odd).unwrap();
+        assert_eq!((a.boxes.len(), a.labels.as_slice()), (2, &[String::new(), "c".to_owned()][..]));
         assert_eq!(read(r#"[{"bbox_2d":[1,2,3]}]"#).unwrap().fault, Some(ParseFault::Bracket));
     }
 

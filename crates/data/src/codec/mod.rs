@@ -119,6 +119,8 @@ pub struct GroundedAnswer {
     pub boxes: Vec<BBox>,
     /// What the boxes are said to hold; several labels are joined by commas.
     pub category: String,
+    /// What each box is said to hold ([`Answer::labels`]); empty where the form does not say it box by box.
+    pub labels: Vec<String>,
     /// The text says "no finding".
     pub no_finding: bool,
     /// First deviation from the answer's form, if any.
@@ -173,6 +175,7 @@ pub fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedA
     GroundedAnswer {
         boxes: a.boxes.iter().map(|b| codec.decode(b, sizes)).collect(),
         category: a.category,
+        labels: a.labels,
         no_finding: a.no_finding,
         fault: a.fault,
     }

@@ -64,6 +64,8 @@ fn without_tokens(text: &str) -> String {
 fn read(text: &str) -> Answer {
     let mut out = Answer::default();
     let mut words: Vec<&str> = Vec::new();
+    // A label holds for the boxes behind it, up to the next one.
+    let mut label = "";
     // First corner of a box, and where the words since the last point begin.
     let (mut corner, mut from, mut at) = (None::<[f64; 2]>, 0, 0);
     let mut faulty = false;
@@ -80,10 +82,14 @@ fn read(text: &str) -> Answer {
         let between = text[from..open].trim();
         from = after;
         match corner.take() {
-            Some([x1, y1]) if between == "," => out.boxes.push([x1, y1, point[0], point[1]]),
+            Some([x1, y1]) if between == "," => {
+                out.boxes.push([x1, y1, point[0], point[1]]);
+                out.labels.push(label.to_owned());
+            }
             lone => {
                 faulty |= lone.is_some();
                 words.push(between);
+                label = Some(bare(between)).filter(|w| !w.is_empty()).unwrap_or(label);
                 corner = Some(point);
             }
         }
@@ -91,11 +97,7 @@ fn read(text: &str) -> Answer {
     faulty |= corner.is_some();
     words.push(&text[from..]);
     let first_is_label = !words[0].trim().is_empty();
-    let labels: Vec<&str> = words
-        .iter()
-        .map(|w| w.trim_matches(|c: char| c.is_whitespace() || c == ','))
-        .filter(|w| !w.is_empty())
-        .collect();
+    let labels: Vec<&str> = words.iter().map(|w| bare(w)).filter(|w| !w.is_empty()).collect();
     out.no_finding = out.boxes.is_empty() && !faulty && text.trim().eq_ignore_ascii_case(NO_FINDING);
     if out.no_finding {
         return out;
@@ -110,6 +112,11 @@ fn read(text: &str) -> Answer {
     };
     out.category = joined(labels.into_iter());
     out
+}
+
+/// Words without what separates them from boxes.
+fn bare(words: &str) -> &str {
+    words.trim_matches(|c: char| c.is_whitespace() || c == ',')
 }
 
 fn point(inner: &str) -> Option<[f64; 2]> {
@@ -133,6 +140,10 @@ mod tests {
         assert_eq!(a.boxes, [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 700.0, 1000.0]]);
         assert_eq!((a.category.as_str(), a.fault), ("polyp (flat)", None));
         assert_eq!(BoxTokens.read("polyp (flat)(1,2),(3,4)(5,6),(700,1000)"), a);
+        assert_eq!(a.labels, ["polyp (flat)", "polyp (flat)"]);
+        let two = BoxTokens.read("cyst(1,2),(3,4)(5,6),(7,8), mass(9,9),(20,20)");
+        assert_eq!((two.labels.join("|"), two.category.as_str()), ("cyst|cyst|mass".to_owned(), "cyst, mass"));
+        assert_eq!(BoxTokens.read("(1,2),(3,4) late").labels, [""]);
         assert!(BoxTokens.read("No finding").no_finding);
         assert_eq!(BoxTokens.write(&[], "x"), "no finding");
     }

@@ -3,7 +3,11 @@
 //! `imgs/xmlabN/{source.jpg,detection.json}`.
 //!
 //! Questions in English and Chinese become records with the key `language`; and each image with boxes becomes one record more, of the
-//! objects in `detection.json`: a list of `{"Liver": [x, y, width, height]}`. Left out: boxes that are not four numbers.
+//! objects in `detection.json`: a list of `{"Liver": [x, y, width, height]}` in pixels. Left out: boxes that are not four numbers.
+//!
+//! Source of that layout: a published file, `[{"Atelectasis": [212.0, 587.0, 247.0, 201.0]}]`, whose last number cannot be a bottom edge
+//! (<https://huggingface.co/datasets/MiniMedMind/SLAKE_en/blob/main/images/xmlab169/detection.json>), and FiftyOne's card of the set:
+//! "organ bounding boxes (absolute coordinates)" (<https://docs.voxel51.com/dataset_zoo/datasets_hf/slake.html>).
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -9,14 +9,20 @@ use tonic::{Request, Response as Answer, Status};
 use unveil_core::{GroupId, Logprobs, WeightVersion};
 use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
+use unveil_proto::weights::chunk;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
+use unveil_service::{carried, context, continues, span};
 
-use super::{Leased, Shared, State};
+use super::following::Following;
+use super::rounds::Ticket;
+use super::{Leased, Shared, State, limits};
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
 
 /// Longest time that one call waits for work or weights.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// How much longer a worker waits for the learner to come to the place of a broadcast that it has a part in. Callers allow for more.
+const MEETING: Duration = Duration::from_secs(5);
 /// How often a waiting lease call looks for leases that ran out.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -84,6 +90,13 @@ impl Handler {
         }
     }
 
+    /// A span for each lease, in the trace of its group.
+    fn lease_spans(&self, worker: &str, leases: &[(Lease, usize)]) -> Vec<tracing::Span> {
+        let traces = &mut self.shared.lock().traces;
+        let span = |(l, _): &(Lease, usize)| span!(parent: &traces.group(&l.group), "lease", worker, lease = l.id);
+        leases.iter().map(span).collect()
+    }
+
     fn group(&self, request: v1::SubmitRequest, id: GroupId, input: Arc<GroupInput>) -> Result<TrainGroup, Status> {
         let bad = |what: String| Status::invalid_argument(format!("group {} of pass {}: {what}", id.record, id.pass));
         let n = self.shared.sampling.n;
@@ -147,18 +160,24 @@ impl Handler {
 impl Service for Handler {
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Answer<v1::LeaseResponse>, Status> {
         let r = request.into_inner();
-        if r.worker.is_empty() {
-            return Err(Status::invalid_argument("`worker` is empty: give each worker a name of its own"));
-        }
+        limits::lease(&r)?;
         if let Some(held) = &r.weights {
             self.shared.lock().trust(&r.worker, held)?;
         }
+        if r.max_groups == 0 {
+            // A sign of life alone.
+            let mut state = self.shared.lock();
+            state.welcome(&r.worker, self.shared.now());
+            let version = state.machine.version();
+            return Ok(Answer::new(v1::LeaseResponse { groups: Vec::new(), version, finished: false }));
+        }
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let (leases, version, finished) = self.take(&r.worker, r.max_groups as usize, Instant::now() + wait).await;
+        let spans = self.lease_spans(&r.worker, &leases);
         let ready = self.prepare(leases).await?;
         let mut groups = Vec::with_capacity(ready.len());
         let mut state = self.shared.lock();
-        for (lease, made) in ready {
+        for ((lease, made), span) in ready.into_iter().zip(spans) {
             let record_json = serde_json::to_string(&made.input.record).map_err(|e| Status::internal(e.to_string()))?;
             let s = &self.shared.sampling;
             groups.push(v1::LeasedGroup {
@@ -177,6 +196,7 @@ impl Service for Handler {
                 min_p: s.min_p,
                 untempered: s.logprobs == Logprobs::Untempered,
                 stop: self.shared.stop.clone(),
+                traceparent: context(&span),
             });
             state.inputs.insert(lease.group, made.input);
         }
@@ -184,7 +204,10 @@ impl Service for Handler {
     }
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Result<Answer<v1::SubmitResponse>, Status> {
+        let span = span!(parent: None, "take", verdict = tracing::field::Empty);
+        continues(&span, &carried(&request));
         let mut r = request.into_inner();
+        limits::submit(&r)?;
         let id = group_from_wire(r.group.take()).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let (worker, lease) = (std::mem::take(&mut r.worker), std::mem::take(&mut r.lease));
         let told = std::mem::take(&mut r.weights);
@@ -232,11 +255,13 @@ impl Service for Handler {
             Verdict::Stale => v1::submit_response::Verdict::Stale,
             Verdict::Expired => v1::submit_response::Verdict::Expired,
         };
+        span.record("verdict", verdict.as_str_name());
         Ok(Answer::new(v1::SubmitResponse { verdict: verdict.into() }))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Answer<v1::ReleaseResponse>, Status> {
         let r = request.into_inner();
+        limits::release(&r)?;
         let now = self.shared.now();
         let released = self.shared.lock().machine.release(&r.worker, &r.leases, now);
         if released > 0 {
@@ -248,18 +273,39 @@ impl Service for Handler {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
     async fn weights(&self, request: Request<v1::WeightsRequest>) -> Result<Answer<Self::WeightsStream>, Status> {
+        let local = request.local_addr().map(|a| a.ip().to_canonical());
         let r = request.into_inner();
-        let until = Instant::now() + Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        limits::weights(&r)?;
+        let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
+        let mut until = Instant::now() + wait;
+        let until_met = until + MEETING;
         let shared = &self.shared;
+        let mut noted = false;
         loop {
             let told = shared.work.notified();
             tokio::pin!(told);
             told.as_mut().enable();
             {
-                let state = shared.lock();
+                let mut state = shared.lock();
                 // Weights of a learner that is gone, or damaged ones, are no base to build on.
                 let base = r.holds.filter(|h| state.checksums.get(&h.version) == Some(&h.checksum));
                 let newest = base.is_some_and(|b| b.version == state.machine.version());
+                let mut ticket = Ticket::None;
+                if let Some(rounds) = &mut state.rounds {
+                    if !noted {
+                        rounds.note(&r.worker, r.joins.as_ref(), base, local, shared.now() + wait);
+                        noted = true;
+                    }
+                    ticket = rounds.ticket(&r.worker, base);
+                }
+                if let Ticket::Head(head) = ticket {
+                    let head = chunk(prost::Message::encode_to_vec(&*head).into());
+                    return Ok(Answer::new(Box::pin(tokio_stream::once(Ok(head)))));
+                }
+                if matches!(ticket, Ticket::Soon) {
+                    until = until.max(until_met);
+                }
+                let newest = newest || (matches!(ticket, Ticket::Soon) && Instant::now() < until);
                 if let Some(weights) = state.weights.as_ref().filter(|_| !newest) {
                     return Ok(Answer::new(Box::pin(tokio_stream::iter(weights.stream(base)))));
                 }
@@ -272,5 +318,13 @@ impl Service for Handler {
             }
             let _ = tokio::time::timeout(until.saturating_duration_since(Instant::now()), told).await;
         }
+    }
+
+    type FollowStream = Following;
+
+    async fn follow(&self, request: Request<v1::FollowRequest>) -> Result<Answer<Following>, Status> {
+        let r = request.into_inner();
+        limits::follow(&r)?;
+        Ok(Answer::new(Following::open(&self.shared, r.worker)))
     }
 }

@@ -12,23 +12,45 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tonic::Status;
+use unveil_collective::Backend;
 use unveil_core::{GroupId, Sampling, WeightVersion};
 use unveil_experience::{Event, Experience, ExperienceError, Snapshot, Stats};
 use unveil_proto::v1::experience_server::ExperienceServer;
-use unveil_service::{CancellationToken, Routes, Running, ServeOptions, limited};
+use unveil_service::{Access, CancellationToken, Guard, Routes, Running, ServeOptions, limited};
 
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
+use broadcast::Broadcaster;
 use handler::Handler;
+use rounds::Rounds;
+use traces::Traces;
 use weights::Published;
 
+mod broadcast;
+mod buckets;
+mod following;
 mod handler;
+mod limits;
+mod meter;
+mod rounds;
+mod traces;
 mod weights;
 
+pub use broadcast::Broadcasting;
+pub use rounds::Sent;
 pub use weights::NewWeights;
 
 /// A worker that was not heard of for so long is not counted on.
 const SILENT: Duration = Duration::from_secs(5);
+/// A worker that was not heard of for so long is taken for dead: others make its groups. Workers give a sign of life every two seconds.
+pub(crate) const DEAD: Duration = Duration::from_secs(8);
+/// How long the service and the thread of broadcasts may take to end.
+const CLOSING: Duration = Duration::from_secs(2);
+
+/// Calls at once; more are refused before their messages are read.
+const MOST_CALLS: usize = 1024;
+/// Longest time for a call, or until its stream begins.
+const CALL: Duration = Duration::from_secs(120);
 
 /// What goes to a worker with a lease.
 #[derive(Debug, Clone)]
@@ -60,6 +82,9 @@ struct State {
     /// Workers that ever leased, and when they were last heard of.
     workers: BTreeMap<String, Duration>,
     told: BTreeSet<String>,
+    /// None where weights are not broadcast.
+    rounds: Option<Rounds>,
+    traces: Traces,
     finished: bool,
     fault: Option<LearnerError>,
 }
@@ -68,6 +93,7 @@ impl State {
     /// Notes a worker. A name `base#k` stands for a process that was started again: what other incarnations of `base` hold
     /// is free at once.
     fn welcome(&mut self, worker: &str, now: Duration) {
+        self.machine.hear(worker, now);
         if self.workers.insert(worker.to_owned(), now).is_some() {
             return;
         }
@@ -82,6 +108,9 @@ impl State {
             let held = self.machine.worker_lost(&name, now);
             tracing::warn!(worker = name, held, "the worker was started again: its groups return to the queue");
             self.workers.remove(&name);
+            if let Some(rounds) = &mut self.rounds {
+                rounds.lost(&name);
+            }
         }
     }
 
@@ -109,6 +138,8 @@ struct Shared {
     ready: Condvar,
     /// There may be something to lease: for waiting workers.
     work: Notify,
+    /// The service is to end.
+    ending: CancellationToken,
     started: Instant,
     source: Arc<dyn LeaseSource>,
     sampling: Sampling,
@@ -148,6 +179,8 @@ pub struct HostOptions {
     pub vocab: u32,
     /// Groups that every lease has, whoever asks for how many; none = as many as are asked for and there are.
     pub fixed: Option<usize>,
+    /// How weights are broadcast to the workers that can take part; none = each fetches them as a stream.
+    pub broadcast: Option<Broadcasting>,
 }
 
 /// A running host; the training thread's end of it.
@@ -156,17 +189,32 @@ pub struct Host {
     handle: Handle,
     stop: CancellationToken,
     running: Option<Running>,
+    broadcaster: Option<Broadcaster>,
     address: SocketAddr,
 }
 
 impl Host {
-    /// Starts serving. Nothing is leased before the first [`Host::publish`].
+    /// Starts serving. Nothing is leased before the first [`Host::publish`], and health says that the service is not ready.
     ///
     /// # Errors
     /// The address cannot be listened on.
     pub fn start(
         handle: &Handle,
         options: HostOptions,
+        machine: Experience<TrainGroup>,
+        source: Arc<dyn LeaseSource>,
+    ) -> Result<Self> {
+        Self::start_with(handle, options, Access::default(), machine, source)
+    }
+
+    /// [`Host::start`] with TLS and a token.
+    ///
+    /// # Errors
+    /// As there; also where the address is reached from elsewhere, and others could listen in or anybody could call.
+    pub fn start_with(
+        handle: &Handle,
+        options: HostOptions,
+        access: Access,
         machine: Experience<TrainGroup>,
         source: Arc<dyn LeaseSource>,
     ) -> Result<Self> {
@@ -177,13 +225,17 @@ impl Host {
             checksums: BTreeMap::new(),
             workers: BTreeMap::new(),
             told: BTreeSet::new(),
+            rounds: options.broadcast.map(|how| Rounds::new(Backend::of(how.device).name())),
+            traces: Traces::default(),
             finished: false,
             fault: None,
         };
+        let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             ready: Condvar::new(),
             work: Notify::new(),
+            ending: stop.clone(),
             started: Instant::now(),
             source,
             sampling: options.sampling,
@@ -191,13 +243,22 @@ impl Host {
             vocab: options.vocab,
             fixed: options.fixed,
         });
-        let stop = CancellationToken::new();
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
-        let serve =
-            ServeOptions { names: vec!["unveil.v1.Experience"], drain: Duration::from_secs(1), ..Default::default() };
+        let serve = ServeOptions {
+            names: vec!["unveil.v1.Experience"],
+            drain: Duration::from_secs(1),
+            serving: false,
+            guard: Guard::new(access.token.as_ref(), MOST_CALLS, Some(CALL), &[]),
+            tls: access.tls,
+            insecure: access.insecure,
+            ..Default::default()
+        };
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
-        Ok(Self { shared, handle: handle.clone(), stop, address: running.address, running: Some(running) })
+        let broadcaster =
+            options.broadcast.map(|how| Broadcaster::start(shared.clone(), how, access.token)).transpose()?;
+        let address = running.address;
+        Ok(Self { shared, handle: handle.clone(), stop, address, running: Some(running), broadcaster })
     }
 
     /// Where it listens, with the real port.
@@ -225,9 +286,20 @@ impl Host {
         let made = Published::make(new, before)?;
         let mut state = self.shared.lock();
         state.machine.published(version)?;
-        state.checksums.insert(version, made.checksum);
+        let first = state.checksums.insert(version, made.checksum).is_none() && state.checksums.len() == 1;
+        let now = self.shared.now();
+        let job = state.rounds.as_mut().and_then(|rounds| rounds.begin(&made, now));
         state.weights = Some(made);
         drop(state);
+        if let Some((job, thread)) = job.zip(self.broadcaster.as_ref())
+            && let Err(job) = thread.send(job, new)
+            && let Some(rounds) = &mut self.shared.lock().rounds
+        {
+            rounds.ended(&job, &Err(LearnerError::Lost("the thread of broadcasts")));
+        }
+        if let Some(running) = self.running.as_ref().filter(|_| first) {
+            self.handle.block_on(running.serving());
+        }
         self.shared.work.notify_waiters();
         Ok(())
     }
@@ -269,13 +341,21 @@ impl Host {
         }
     }
 
+    /// Spans of update `step` in the traces of its groups; it lasts until they are dropped.
+    pub(crate) fn training(&self, step: u64, batch: &[TrainGroup]) -> Vec<tracing::Span> {
+        self.shared.lock().traces.train(step, batch.iter().map(|g| &g.id))
+    }
+
     /// Counts a batch as trained by update `step`.
     ///
     /// # Errors
     /// It is not the batch that was taken.
     pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
         let now = self.shared.now();
-        Ok(self.shared.lock().machine.trained(step, groups, now)?)
+        let mut state = self.shared.lock();
+        state.machine.trained(step, groups, now)?;
+        state.traces.end(groups);
+        Ok(())
     }
 
     /// Where the run stands in its data.
@@ -291,6 +371,11 @@ impl Host {
     /// What happened to groups since the last call.
     pub fn drain_events(&self) -> Vec<Event> {
         self.shared.lock().machine.drain_events()
+    }
+
+    /// Broadcasts that reached their workers since the last call.
+    pub fn drain_broadcasts(&self) -> Vec<Sent> {
+        self.shared.lock().rounds.as_mut().map_or_else(Vec::new, Rounds::drain)
     }
 
     /// Tells workers that the run is over, waits up to `most` until each that ever leased has heard it, and stops serving.
@@ -312,9 +397,11 @@ impl Host {
     fn close(&mut self) {
         self.stop.cancel();
         self.shared.work.notify_waiters();
+        if let Some(broadcaster) = self.broadcaster.take() {
+            broadcaster.close(CLOSING);
+        }
         if let Some(running) = self.running.take() {
-            let ended =
-                self.handle.block_on(async { tokio::time::timeout(Duration::from_secs(2), running.wait()).await });
+            let ended = self.handle.block_on(async { tokio::time::timeout(CLOSING, running.wait()).await });
             if let Ok(Err(e)) = ended {
                 tracing::warn!(error = %e, "the experience service ended with an error");
             }

@@ -33,7 +33,7 @@ pub struct NewWeights<'a> {
 }
 
 /// One tensor's bytes.
-struct Packed {
+pub(super) struct Packed {
     name: String,
     dtype: &'static str,
     shape: Vec<u64>,
@@ -41,6 +41,23 @@ struct Packed {
     since: WeightVersion,
     sum: Sum,
     chunks: Vec<v1::WeightsChunk>,
+}
+
+impl Packed {
+    /// The tensor's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How many they are.
+    pub fn bytes(&self) -> u64 {
+        self.sum.bytes
+    }
+
+    /// The bytes in parts.
+    pub fn data(&self) -> impl Iterator<Item = &[u8]> {
+        self.chunks.iter().map(|c| &c.data[..])
+    }
 }
 
 /// Weights that workers can fetch. Beyond the model this is the one copy in host memory: a version is written over the buffers of
@@ -89,20 +106,31 @@ impl Published {
         let held = base.as_ref().map(|b| b.version);
         let sent: Vec<Arc<Packed>> =
             self.tensors.iter().filter(|t| held.is_none_or(|held| t.since > held)).cloned().collect();
-        let head = v1::WeightsHead {
-            version: self.version,
-            checksum: self.checksum,
-            base,
-            adapter_scale: self.adapter_scale,
-            tensors: sent
-                .iter()
-                .map(|t| v1::WeightsTensor { name: t.name.clone(), dtype: t.dtype.into(), shape: t.shape.clone() })
-                .collect(),
-        };
+        let head = self.head(base, &sent);
         let head = chunk(prost::Message::encode_to_vec(&head).into());
         // A tensor is let go of once it is sent.
         let chunks = sent.into_iter().flat_map(|t| (0..t.chunks.len()).map(move |i| t.chunks[i].clone()));
         std::iter::once(head).chain(chunks).map(Ok)
+    }
+
+    /// What changed after version `since`, ascending by name, and the head of it without a base.
+    pub fn changed(&self, since: WeightVersion) -> (v1::WeightsHead, Vec<Arc<Packed>>) {
+        let mut sent: Vec<Arc<Packed>> = self.tensors.iter().filter(|t| t.since > since).cloned().collect();
+        sent.sort_by(|a, b| a.name.cmp(&b.name));
+        (self.head(None, &sent), sent)
+    }
+
+    fn head(&self, base: Option<v1::HeldWeights>, sent: &[Arc<Packed>]) -> v1::WeightsHead {
+        let tensor =
+            |t: &Arc<Packed>| v1::WeightsTensor { name: t.name.clone(), dtype: t.dtype.into(), shape: t.shape.clone() };
+        v1::WeightsHead {
+            version: self.version,
+            checksum: self.checksum,
+            base,
+            tensors: sent.iter().map(tensor).collect(),
+            adapter_scale: self.adapter_scale,
+            broadcast: None,
+        }
     }
 }
 
@@ -211,6 +239,18 @@ mod tests {
         assert_eq!(head(&chunks).base, Some(base));
         assert_eq!(chunks[1..].iter().map(|c| c.data.len()).sum::<usize>(), 700_003 * 4);
         assert_eq!(head(&sent(&second, None)).tensors.len(), 3);
+        // What is broadcast to those that hold version 3 or less, ascending by name.
+        for (since, names) in [(3, &["model.b", "model.c"][..]), (2, &["model.b", "model.c", "visual.a"])] {
+            let (head, tensors) = second.changed(since);
+            let all: Vec<u8> = tensors.iter().flat_map(|t| t.data()).flatten().copied().collect();
+            assert_eq!(head.tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), names);
+            assert_eq!((head.version, head.checksum, head.base), (4, second.checksum, None));
+            let of: Vec<_> = later.iter().filter(|(n, _)| names.contains(&n.as_str())).collect();
+            let of: Vec<_> = of.into_iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+            assert!(
+                all == bytes(&of, Kind::Float) && tensors.iter().map(|t| t.bytes()).sum::<u64>() == all.len() as u64
+            );
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tch::{Tensor, no_grad};
 use unveil_collective::{Collective, Group, Work};
 use unveil_torch_ext::{memory_size, resize_memory};
 
-use super::plan::Plan;
+use super::plan::{Plan, Stretch};
 use super::ranks::{Ranks, end};
 use crate::error::{LearnerError, Result};
 
@@ -50,6 +50,14 @@ impl Gathered {
         let whole = std::iter::once(None).chain((0..layers).map(Some)).collect();
         let state = RefCell::new(State { whole, coming: HashMap::new() });
         Ok(Self { ranks, sources, bytes, layers, state })
+    }
+
+    /// Part `part` of what this rank owns of the parameters that are not trained.
+    pub fn untrained(&self, part: (usize, usize)) -> Result<Vec<Stretch>> {
+        // The first source is the trained ones.
+        let other = self.sources.iter().skip(1);
+        let all = other.map(|(plan, own)| plan.stretches(Some(own), part)).collect::<Result<Vec<_>>>()?;
+        Ok(all.into_iter().flatten().collect())
     }
 
     fn group(&self) -> Result<&Group> {

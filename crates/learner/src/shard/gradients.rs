@@ -12,6 +12,15 @@ use super::plan::{Block, Plan};
 use super::ranks::{Ranks, Zero, end};
 use crate::error::Result;
 
+/// Time of sums over ranks.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct SumsTime {
+    /// From the beginning of the first of some to the end of the last.
+    pub under_way: Duration,
+    /// Of this, the time in which nothing else was done.
+    pub waited: Duration,
+}
+
 /// What was taken so far.
 pub(crate) struct Gradients {
     plan: Rc<Plan>,
@@ -24,15 +33,17 @@ pub(crate) struct Gradients {
     owned: Vec<Option<Tensor>>,
     /// Sums over shards (over replicas where there are no shards) that have begun, in order.
     begun: Vec<(usize, Work)>,
-    /// Time spent waiting for them.
-    waited: Duration,
+    /// When the first of these began.
+    since: Option<Instant>,
+    /// Time that they were under way, and time spent waiting for them.
+    sums: SumsTime,
 }
 
 impl Gradients {
     pub fn new(plan: Rc<Plan>, ranks: Rc<Ranks>, kind: Kind) -> Self {
         let none = || plan.blocks.iter().map(|_| None).collect();
         let (local, owned) = (none(), none());
-        Self { plan, ranks, kind, local, owned, begun: Vec::new(), waited: Duration::ZERO }
+        Self { plan, ranks, kind, local, owned, begun: Vec::new(), since: None, sums: SumsTime::default() }
     }
 
     /// Layers of the decoder, up to the last that has gradients.
@@ -71,6 +82,7 @@ impl Gradients {
                 return Ok(());
             }
         };
+        self.since.get_or_insert_with(Instant::now);
         self.begun.push((index, work));
         Ok(())
     }
@@ -79,13 +91,14 @@ impl Gradients {
     fn settle(&mut self) -> Result<()> {
         let start = Instant::now();
         let done = self.end_all();
-        self.waited += start.elapsed();
+        self.sums.waited += start.elapsed();
+        self.sums.under_way += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
         done
     }
 
-    /// The time spent waiting for sums since it was asked for last.
-    pub fn take_waited(&mut self) -> Duration {
-        std::mem::take(&mut self.waited)
+    /// The time of sums since it was asked for last.
+    pub fn take_time(&mut self) -> SumsTime {
+        std::mem::take(&mut self.sums)
     }
 
     fn end_all(&mut self) -> Result<()> {

@@ -8,8 +8,8 @@ mod plan;
 mod ranks;
 
 pub(crate) use gathered::Gathered;
-pub(crate) use gradients::Gradients;
+pub(crate) use gradients::{Gradients, SumsTime};
 pub(crate) use pass::{Course, Pass};
-pub(crate) use plan::{Piece, Plan, Slot};
+pub(crate) use plan::{Piece, Plan, Slot, Stretch};
 pub(crate) use ranks::end;
 pub use ranks::{Ranks, Zero};

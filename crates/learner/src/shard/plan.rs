@@ -41,6 +41,17 @@ pub(crate) struct Piece {
     pub matrix: bool,
 }
 
+/// Numbers of a parameter on this rank.
+pub(crate) struct Stretch {
+    pub name: String,
+    /// Shape of the parameter.
+    pub shape: Vec<i64>,
+    /// The first number, counted over the parameter row by row.
+    pub begin: i64,
+    /// The numbers, flat, where they are.
+    pub numbers: Tensor,
+}
+
 /// All blocks.
 pub(crate) struct Plan {
     pub blocks: Vec<Block>,
@@ -112,6 +123,32 @@ impl Plan {
             };
             Ok(Tensor::f_cat(&self.blocks.iter().map(part).collect::<Result<Vec<_>>>()?, 0)?)
         })
+    }
+
+    /// Part `part` of `parts` of what this rank owns, by parameter: of `flat`, or of the parameters themselves where they are undivided.
+    ///
+    /// # Errors
+    /// A parameter is not contiguous.
+    pub fn stretches(&self, flat: Option<&Tensor>, (part, parts): (usize, usize)) -> Result<Vec<Stretch>> {
+        let (part, parts) = (part as i64, parts.max(1) as i64);
+        let mut out = Vec::new();
+        for block in &self.blocks {
+            let of = |i: i64| block.own.start + block.size() * i / parts;
+            let (low, high) = (of(part), of(part + 1));
+            for s in &block.slots {
+                let (begin, end) = (s.begin.max(low), (s.begin + s.count).min(high));
+                if begin >= end {
+                    continue;
+                }
+                let numbers = match flat {
+                    Some(flat) => flat.f_narrow(0, block.at + begin - block.own.start, end - begin)?,
+                    None => s.tensor.f_detach()?.f_view([-1])?.f_narrow(0, begin - s.begin, end - begin)?,
+                };
+                let (name, shape) = (s.name.clone(), s.shape.clone());
+                out.push(Stretch { name, shape, begin: begin - s.begin, numbers });
+            }
+        }
+        Ok(out)
     }
 
     /// Layers of the decoder, up to the last that has parameters here.
@@ -201,6 +238,34 @@ mod tests {
         let whole = Plan::new(&named, false, (0, 1)).unwrap();
         assert_eq!((whole.blocks.len(), whole.numel), (1, 20));
         assert!(whole.slots().map(|s| &s.name).eq(named.iter().map(|(n, _)| n)));
+    }
+
+    #[test]
+    fn stretches_cover_every_number_once() {
+        let named = parameters();
+        for (shards, parts) in [(1, 1), (1, 3), (2, 1), (3, 2), (7, 2)] {
+            let mut found: std::collections::BTreeMap<String, Vec<(i64, Vec<f32>)>> = Default::default();
+            for (shard, part) in (0..shards).flat_map(|s| (0..parts).map(move |p| (s, p))) {
+                let plan = Plan::new(&named, true, (shard, shards)).unwrap();
+                let flat = plan.owned(Kind::Float, |s| Ok(s.tensor.shallow_clone())).unwrap();
+                let flat = (shards > 1).then_some(&flat);
+                for s in plan.stretches(flat, (part, parts)).unwrap() {
+                    let own = found.entry(s.name).or_default();
+                    own.push((s.begin, Vec::try_from(s.numbers).unwrap()));
+                }
+            }
+            for (name, t) in &named {
+                let own = found.get_mut(name).unwrap();
+                own.sort_by_key(|(begin, _)| *begin);
+                let joined: Vec<f32> = own.iter().flat_map(|(_, n)| n.clone()).collect();
+                assert_eq!(joined, Vec::<f32>::try_from(t.view([-1])).unwrap(), "{name}, {shards} shards, {parts}");
+                let mut end = 0;
+                for (begin, n) in own {
+                    assert_eq!(*begin, end);
+                    end += n.len() as i64;
+                }
+            }
+        }
     }
 
     #[test]

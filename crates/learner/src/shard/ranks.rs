@@ -94,6 +94,11 @@ impl Ranks {
         self.shards().map_or((0, 1), |g| (g.rank(), g.world_size()))
     }
 
+    /// This rank's replica, and how many there are.
+    pub(crate) fn replica(&self) -> (usize, usize) {
+        self.replicas().map_or((0, 1), |g| (g.rank(), g.world_size()))
+    }
+
     /// The ranks over which state is divided, where it is.
     pub(crate) fn shards(&self) -> Option<&Group> {
         self.world.as_ref().map(|(_, m)| &m.shards).filter(|g| g.world_size() > 1)

@@ -44,11 +44,12 @@ struct Scores {
 type Said = (Vec<Option<f64>>, String);
 
 impl CustomScorer {
-    /// A scorer as configured; `ca` = PEM file of authorities trusted beside the system's. Nothing is sent yet; needs a runtime.
+    /// A scorer as configured. Nothing is sent yet; needs a runtime.
     ///
     /// # Errors
-    /// The address cannot be used.
-    pub fn new(config: &schema::Custom, ca: Option<&Path>) -> Result<Self, RewardError> {
+    /// The address or the file of authorities cannot be used.
+    pub fn new(config: &schema::Custom) -> Result<Self, RewardError> {
+        let ca = Some(Path::new(&config.ca)).filter(|p| !p.as_os_str().is_empty());
         let fail = |why: String| RewardError::Named { what: format!("reward.custom `{}`", config.name), why };
         let peer = if let Some(rest) = config.address.strip_prefix("grpc") {
             // grpc:// and grpcs:// are http:// and https:// underneath.

@@ -255,13 +255,18 @@ fn slake(set: &Set) {
         question(12, 7, "Gone?", "Yes", "en"),
     ];
     set.write("train.json", format!("[{}]", train.join(",")));
-    set.write("validate.json", format!("[{}]", question(13, 1, "Is it normal?", "No", "en")));
+    let validate =
+        [question(13, 1, "Is it normal?", "No", "en"), question(14, 169, "Is there atelectasis?", "Yes", "en")];
+    set.write("validate.json", format!("[{}]", validate.join(",")));
     set.write("test.json", "[]");
     set.write(
         "imgs/xmlab0/detection.json",
         r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Spleen": [1, 2, "x", 4]}, {"Cyst": [90, 70, 12, 12]}]"#,
     );
     set.write("imgs/xmlab1/detection.json", "[]");
+    // As published; the image is larger than what is in it.
+    set.image("imgs/xmlab169/source.jpg", (640, 800), 3);
+    set.write("imgs/xmlab169/detection.json", r#"[{"Atelectasis": [212.0, 587.0, 247.0, 201.0]}]"#);
 }
 
 fn vqa_rad(set: &Set) {

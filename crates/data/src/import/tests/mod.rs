@@ -9,7 +9,7 @@ mod rules;
 mod words;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use unveil_core::Record;
 
@@ -79,5 +79,5 @@ pub(super) fn boxes(record: &Record) -> Vec<[f32; 4]> {
 
 /// Pixels of a record's image.
 pub(super) fn pixels(set: &Set, record: &Record) -> Image {
-    crate::records::open_image(Path::new(set.out().parent().unwrap()), record).unwrap()
+    crate::root::Root::of(&set.out(), Default::default()).open(record).unwrap()
 }

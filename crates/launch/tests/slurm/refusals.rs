@@ -1,0 +1,95 @@
+//! What is refused, with what words.
+
+use std::os::unix::fs::PermissionsExt;
+
+use crate::job;
+
+/// The message of choices that cannot work.
+#[track_caller]
+fn refused(flags: &[&str], sets: &[&str], words: &[&str]) {
+    let e = job("/work/me", flags, sets).expect_err("it cannot work").to_string();
+    for word in words {
+        assert!(e.contains(word), "{flags:?} {sets:?}: \"{word}\" is not in: {e}");
+    }
+}
+
+#[test]
+fn choices_that_cannot_work_are_named() {
+    let ranks = ["learner.parallel.ranks=3"];
+    refused(&["--learner-nodes", "2"], &ranks, &["learner.parallel.ranks is 3", "--learner-nodes 2"]);
+    refused(&["--learner-nodes", "0"], &[], &["--learner-nodes is 0"]);
+    refused(&["--rollout-nodes", "2"], &[], &["rollout.workers is 1", "2 nodes"]);
+    refused(
+        &["--rollout-nodes", "0", "--learner-nodes", "2"],
+        &["learner.parallel.ranks=2"],
+        &["rollout.workers is 1"],
+    );
+    refused(&["--cpus", "0"], &[], &["--cpus"]);
+    refused(&["--reward-tasks", "0"], &[], &["--reward-tasks is 0", "reward.address"]);
+    refused(&["--reward-tasks", "15"], &[], &["--reward-tasks is 15", "14"]);
+    refused(&["--reward-tasks", "1"], &["reward.address=http://h:1"], &["reward.address is http://h:1"]);
+    refused(&[], &["learner.steps=0", "rollout.max_staleness=0"], &["learner.steps is 0", "unveil train"]);
+    refused(&[], &["run.resume=never"], &["run.resume is `never`", "auto"]);
+    refused(&[], &["run.resume=7"], &["run.resume is `7`"]);
+    refused(&[], &["run.device=cuda:1"], &["run.device is cuda:1", "use cuda"]);
+    let both = ["--seeds", "0-3", "--heterogeneous"];
+    refused(&both, &[], &["--seeds and --heterogeneous", "a job per seed"]);
+    refused(&["--heterogeneous", "--rollout-nodes", "0"], &[], &["--heterogeneous needs --rollout-nodes"]);
+    refused(&["--rollout-sbatch", "partition=b"], &[], &["--rollout-sbatch needs --heterogeneous"]);
+    // All faults at once.
+    refused(&both, &["learner.steps=0", "run.resume=never"], &["--seeds", "learner.steps", "run.resume"]);
+}
+
+#[test]
+fn seeds_are_numbers_and_ranges() {
+    for seeds in ["", "a", "1-", "-3", "0-3%", "1;2", "0 1", "0:2", "1,,2", "0-3%x", "0-9:"] {
+        refused(&[&format!("--seeds={seeds}")], &[], &["--seeds is", seeds]);
+    }
+    for seeds in ["0", "0-3", "1,5,9", "0-3,8", "0-8:2", "0-31%4"] {
+        job("/work/me", &["--seeds", seeds], &[]).unwrap_or_else(|e| panic!("{seeds}: {e}"));
+    }
+}
+
+#[test]
+fn options_of_sbatch_that_would_break_the_script() {
+    for own in
+        ["nodes=3", "array=1-2", "output=/tmp/x", "signal=USR1@1", "wrap=ls", "no-requeue", "hetjob", "export=NONE"]
+    {
+        refused(&["--sbatch", own], &[], &["--sbatch", own, "the script sets"]);
+    }
+    for bad in
+        ["--partition=a", "-p=a", "P=a", "=a", "a b=c", "partition=a\nrm -rf x", "comment=\"it's\"", "comment=a\\b"]
+    {
+        refused(&[&format!("--sbatch={bad}")], &[], &["--sbatch"]);
+    }
+    refused(&["--heterogeneous", "--rollout-sbatch", "nodes=3"], &[], &["nodes"]);
+}
+
+#[test]
+fn paths_that_a_job_cannot_be_told() {
+    for dir in ["/a\\b", "/a\nb", "/both ' and \"", "/bell\u{7}"] {
+        refused(&[], &[&format!("run.dir={dir}")], &["run directory"]);
+    }
+    let container = ["--container", "image"];
+    refused(&[&container[..], &["--mount", "/a,b"]].concat(), &[], &["/a,b", "comma"]);
+    refused(&[&container[..], &["--mount", "/a:b"]].concat(), &[], &["/a:b", "colon"]);
+}
+
+#[test]
+fn secrets_that_others_can_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("secrets");
+    let shown = file.to_string_lossy().into_owned();
+    refused(&["--secrets", &shown], &[], &["--secrets", &shown]);
+    std::fs::write(&file, "AWS_SECRET_ACCESS_KEY=very-secret\n").unwrap();
+    for (mode, fine) in [(0o644, false), (0o640, false), (0o604, false), (0o600, true), (0o400, true)] {
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        match job("/work/me", &["--secrets", &shown], &[]) {
+            Ok(made) => {
+                assert!(fine, "{mode:o}");
+                assert!(made.script.contains(&format!("SECRETS={shown}\n")) && !made.script.contains("very-secret"));
+            }
+            Err(e) => assert!(!fine && e.to_string().contains("chmod 600"), "{mode:o}: {e}"),
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! What stage 2 tells Prometheus of its updates: the numbers of the `train` events, as they are, and the time that each part of a
+//! step takes. What lies in the queue is told by the host of experience. Must not know: tensors.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use unveil_model::GpuMemory;
+use unveil_service::prometheus_client::collector::Collector;
+use unveil_service::prometheus_client::encoding::DescriptorEncoder;
+use unveil_service::prometheus_client::metrics::family::Family;
+use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use unveil_service::prometheus_client::registry::{Registry, Unit};
+use unveil_service::{Series, role_registry};
+
+use crate::batch::TrainGroup;
+use crate::measure::{UpdateReport, staleness};
+
+/// Upper bounds of versions behind.
+const BEHIND: [f64; 10] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0];
+
+type Seconds = Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>;
+
+/// Metrics of rank 0. Clones share them.
+#[derive(Debug, Clone)]
+pub(crate) struct Meter {
+    numbers: Arc<Mutex<Numbers>>,
+    parts: Seconds,
+    staleness: Histogram,
+    saves: Saves,
+}
+
+/// What is read when a page is asked for.
+#[derive(Debug)]
+struct Numbers {
+    last: UpdateReport,
+    updates: u64,
+    skipped: u64,
+    responses: u64,
+    tokens: u64,
+    masked: BTreeMap<String, u64>,
+    /// Seconds that sums over ranks were under way, and waited for.
+    sums: (f64, f64),
+    limit: f64,
+    gpu: Option<GpuMemory>,
+}
+
+/// Hears of checkpoints.
+#[derive(Debug, Clone)]
+pub(crate) struct Saves {
+    seconds: Histogram,
+    /// When the last was committed, or this was made.
+    last: Arc<Mutex<Instant>>,
+}
+
+impl Saves {
+    /// A checkpoint exists from now on; writing it took so long.
+    pub fn committed(&self, took: Duration) {
+        self.seconds.observe(took.as_secs_f64());
+        *lock(&self.last) = Instant::now();
+    }
+}
+
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 21))
+}
+
+impl Meter {
+    /// `limit` is that of the agreement of rollout and learner.
+    pub fn new(limit: f64) -> Self {
+        let numbers = Numbers {
+            last: UpdateReport::default(),
+            updates: 0,
+            skipped: 0,
+            responses: 0,
+            tokens: 0,
+            masked: BTreeMap::new(),
+            sums: (0.0, 0.0),
+            limit,
+            gpu: None,
+        };
+        Self {
+            numbers: Arc::new(Mutex::new(numbers)),
+            parts: Seconds::new_with_constructor(seconds),
+            staleness: Histogram::new(BEHIND),
+            saves: Saves { seconds: seconds(), last: Arc::new(Mutex::new(Instant::now())) },
+        }
+    }
+
+    /// A registry with all of them.
+    pub fn registry(&self) -> Registry {
+        let mut registry = role_registry("learner");
+        let help = "Time by part of a step: wait for the batch, update, publish, evaluate, save";
+        registry.register_with_unit("part", help, Unit::Seconds, self.parts.clone());
+        let help = "Versions that the oldest token of a trained group is behind";
+        registry.register("staleness_versions", help, self.staleness.clone());
+        let help = "Time from a checkpoint's first byte to its commit";
+        registry.register_with_unit("checkpoint_save", help, Unit::Seconds, self.saves.seconds.clone());
+        registry.register_collector(Box::new(self.clone()));
+        registry
+    }
+
+    /// For whoever writes checkpoints.
+    pub fn saves(&self) -> Saves {
+        self.saves.clone()
+    }
+
+    /// Does a part of a step.
+    pub fn part<T>(&self, name: &'static str, work: impl FnOnce() -> T) -> T {
+        let begun = Instant::now();
+        let done = work();
+        self.took(name, begun.elapsed().as_secs_f64());
+        done
+    }
+
+    fn took(&self, name: &'static str, seconds: f64) {
+        self.parts.get_or_create(&[("part", name)]).observe(seconds);
+    }
+
+    /// Takes an update in, with its batch.
+    pub fn updated(&self, report: &UpdateReport, batch: &[TrainGroup], gpu: Option<GpuMemory>) {
+        self.took("wait", report.wait_ms / 1e3);
+        self.took("update", report.step_ms / 1e3);
+        // An update makes one version of the one that it starts from.
+        let before = report.version.saturating_sub(1);
+        batch.iter().for_each(|g| self.staleness.observe(staleness(g, before) as f64));
+        let mut n = lock(&self.numbers);
+        n.updates += 1;
+        n.skipped += u64::from(report.skipped.is_some());
+        n.responses += report.responses as u64;
+        n.tokens += report.tokens as u64;
+        for (name, masked) in &report.masked {
+            *n.masked.entry(name.clone()).or_default() += masked;
+        }
+        n.sums = (n.sums.0 + report.reduce_ms / 1e3, n.sums.1 + report.reduce_wait_ms / 1e3);
+        n.last = report.clone();
+        n.gpu = gpu;
+    }
+}
+
+impl Collector for Meter {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut s = Series(encoder);
+        let age = lock(&self.saves.last).elapsed().as_secs_f64();
+        let help = "Time since this process committed a checkpoint, or since it was started";
+        s.gauge("checkpoint_age", help, Some(&Unit::Seconds), age)?;
+        let n = lock(&self.numbers);
+        s.counter("updates", "Updates, skipped ones too", None, n.updates as f64)?;
+        s.counter("skipped_updates", "Updates that left the weights as they were", None, n.skipped as f64)?;
+        s.counter("responses", "Responses in the batches of updates", None, n.responses as f64)?;
+        s.counter("tokens", "Response tokens trained on", None, n.tokens as f64)?;
+        let masked = n.masked.iter().map(|(k, v)| (k.as_str(), *v));
+        s.counters("masked", "Responses for which a reward component, or the total, is masked", "component", masked)?;
+        let help = "Time in which sums of gradients over ranks were under way";
+        s.counter("collective", help, Some(&Unit::Seconds), n.sums.0)?;
+        let help = "Of this, time that was spent waiting: the rest is hidden behind computing";
+        s.counter("collective_wait", help, Some(&Unit::Seconds), n.sums.1)?;
+        s.gauge("agreement_limit_nats", "Agreement above which the run stops", None, n.limit)?;
+        if let Some(gpu) = n.gpu {
+            let values = [("free", gpu.free as f64), ("total", gpu.total as f64)];
+            s.gauges("gpu_memory", "Memory of the GPU", Some(&Unit::Bytes), "state", values)?;
+        }
+        if n.updates > 0 { last(&mut s, &n.last) } else { Ok(()) }
+    }
+}
+
+/// Numbers of the last update.
+fn last(s: &mut Series<'_>, r: &UpdateReport) -> fmt::Result {
+    s.gauges("loss", "The loss and its parts, weights not applied to the parts", None, "part", named(&r.loss))?;
+    s.gauges("reward", "Mean reward by component, and in total", None, "component", named(&r.reward))?;
+    s.gauge("gradient_norm", "Norm of the gradient before clipping", None, r.grad_norm)?;
+    s.gauge("learning_rate", "Learning rate", None, r.lr)?;
+    s.gauge("entropy_nats", "Mean entropy per token", None, r.entropy)?;
+    s.gauge("clipped_ratio", "Share of tokens whose ratio was clipped", None, r.clip_fraction)?;
+    s.gauge("kl_nats", "KL of the policy before the update to the policy at the loss", None, r.kl)?;
+    s.gauge("kl_reference_nats", "KL to the reference model per token", None, r.kl_reference)?;
+    let optional = [
+        ("kl_coefficient", "Weight of KL to the reference model", r.kl_coef),
+        (
+            "agreement_nats",
+            "Mean difference of log-probabilities between rollout and learner for the same weights",
+            r.agreement,
+        ),
+        ("drift_nats", "The same for tokens of older weights", r.drift),
+        ("vision_lift_ratio", "Mean attention on the lesion over chance", r.vision_lift),
+    ];
+    for (name, help, value) in optional {
+        if let Some(value) = value {
+            s.gauge(name, help, None, value)?;
+        }
+    }
+    Ok(())
+}
+
+fn named(values: &BTreeMap<String, f64>) -> impl Iterator<Item = (&str, f64)> {
+    values.iter().map(|(k, v)| (k.as_str(), *v))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use unveil_service::prometheus_client::encoding::text::encode;
+
+    use super::*;
+
+    fn page(meter: &Meter) -> String {
+        let mut page = String::new();
+        encode(&mut page, &meter.registry()).unwrap();
+        page
+    }
+
+    /// The value of a series.
+    fn of(page: &str, series: &str) -> f64 {
+        let value = |l: &str| l.strip_prefix("unveil_learner_")?.strip_prefix(series)?.strip_prefix(' ')?.parse().ok();
+        page.lines().find_map(value).unwrap_or_else(|| panic!("{series} is not in\n{page}"))
+    }
+
+    #[test]
+    fn what_is_not_there_has_no_series() {
+        let meter = Meter::new(1e-5);
+        let before = page(&meter);
+        assert_eq!((of(&before, "updates_total"), of(&before, "agreement_limit_nats")), (0.0, 1e-5));
+        for absent in ["gradient_norm", "gpu_memory", "agreement_nats", "masked", "loss"] {
+            assert!(!before.contains(&format!("unveil_learner_{absent}")), "{absent} is in\n{before}");
+        }
+        let report = UpdateReport { version: 3, grad_norm: 0.5, skipped: Some("why".into()), ..Default::default() };
+        meter.updated(&report, &[], Some(GpuMemory { free: 5, total: 7 }));
+        let after = page(&meter);
+        assert_eq!((of(&after, "gradient_norm"), of(&after, "skipped_updates_total")), (0.5, 1.0));
+        assert_eq!(of(&after, "gpu_memory_bytes{state=\"free\"}"), 5.0);
+        assert!(!after.contains("unveil_learner_agreement_nats") && !after.contains("kl_coefficient"), "{after}");
+    }
+
+    #[test]
+    fn counts_add_up_and_the_age_starts_again_with_a_checkpoint() {
+        let meter = Meter::new(1e-5);
+        let mut report = UpdateReport { responses: 8, tokens: 100, reduce_ms: 500.0, ..Default::default() };
+        report.reduce_wait_ms = 125.0;
+        report.masked.insert("relevance".into(), 3);
+        for agreement in [None, Some(2e-6)] {
+            report.agreement = agreement;
+            meter.updated(&report, &[], None);
+        }
+        let told = page(&meter);
+        for (series, value) in [
+            ("updates_total", 2.0),
+            ("responses_total", 16.0),
+            ("tokens_total", 200.0),
+            ("masked_total{component=\"relevance\"}", 6.0),
+            ("collective_seconds_total", 1.0),
+            ("collective_wait_seconds_total", 0.25),
+            ("part_seconds_count{part=\"update\"}", 2.0),
+            ("agreement_nats", 2e-6),
+        ] {
+            assert_eq!(of(&told, series), value, "{series}");
+        }
+        let age = |page: &str| of(page, "checkpoint_age_seconds");
+        std::thread::sleep(Duration::from_millis(120));
+        let old = page(&meter);
+        assert!(age(&old) >= 0.12);
+        meter.saves().committed(Duration::from_secs(2));
+        let new = page(&meter);
+        assert!(age(&new) < 0.12, "{new}");
+        let saves = |page: &str| of(page, "checkpoint_save_seconds_count");
+        assert_eq!((saves(&old), saves(&new), of(&new, "checkpoint_save_seconds_sum")), (0.0, 1.0, 2.0));
+        assert_eq!(meter.part("publish", || 7), 7);
+        assert_eq!(of(&page(&meter), "part_seconds_count{part=\"publish\"}"), 1.0);
+    }
+}

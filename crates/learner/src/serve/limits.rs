@@ -1,0 +1,219 @@
+//! Bounds of what rollout workers may send, by field. A message that passes here costs no more memory or log than a worker's work
+//! does. Must not know: the state of the run.
+
+use tonic::Status;
+use unveil_proto::v1;
+
+/// Bytes of a worker's name.
+const NAME: usize = 128;
+/// Bytes of a lease's id.
+const LEASE: usize = 64;
+/// Bytes of a record's id.
+const RECORD: usize = 1 << 16;
+/// Groups that one call may ask for, leases that it may hand back, and versions that it may speak of.
+const GROUPS: usize = 4096;
+/// Bytes of text per token that a response may have, beyond as many for itself.
+const TOKEN_TEXT: usize = 1024;
+/// Components of a breakdown, and details of a component.
+const PARTS: usize = 256;
+/// Lesions of a component.
+const LESIONS: usize = 1024;
+/// Bytes of the name of a component or detail, and of a scorer's version.
+const WORD: usize = 4096;
+/// Bytes of a mask's reason.
+const REASON: usize = 1 << 16;
+
+type Checked = Result<(), Status>;
+
+fn refuse(field: &str, what: impl std::fmt::Display) -> Checked {
+    Err(Status::invalid_argument(format!("`{field}` {what}")))
+}
+
+fn at_most(field: &str, found: usize, most: usize, unit: &str) -> Checked {
+    if found > most { refuse(field, format_args!("has {found} {unit}, {most} are allowed")) } else { Ok(()) }
+}
+
+/// A name that goes into log lines and events.
+fn worker(name: &str) -> Checked {
+    if name.is_empty() {
+        return refuse("worker", "is empty: give each worker a name of its own");
+    }
+    at_most("worker", name.len(), NAME, "bytes")?;
+    if name.chars().any(char::is_control) { refuse("worker", "holds control characters") } else { Ok(()) }
+}
+
+/// A number that goes into metrics and reports.
+fn finite(field: &str, value: f64) -> Checked {
+    if value.is_finite() { Ok(()) } else { refuse(field, format_args!("is {value}, which is no number")) }
+}
+
+pub(super) fn lease(r: &v1::LeaseRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("max_groups", r.max_groups as usize, GROUPS, "groups")
+}
+
+pub(super) fn weights(r: &v1::WeightsRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("joins.backend", r.joins.as_ref().map_or(0, |j| j.backend.len()), WORD, "bytes")
+}
+
+pub(super) fn follow(r: &v1::FollowRequest) -> Checked {
+    worker(&r.worker)
+}
+
+pub(super) fn release(r: &v1::ReleaseRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("leases", r.leases.len(), GROUPS, "entries")?;
+    r.leases.iter().try_for_each(|l| at_most("leases", l.len(), LEASE, "bytes in an entry"))
+}
+
+/// Responses and breakdowns are counted, and tokens compared with the vocabulary, where the group is known.
+pub(super) fn submit(r: &v1::SubmitRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("lease", r.lease.len(), LEASE, "bytes")?;
+    at_most("group.record", r.group.as_ref().map_or(0, |g| g.record.len()), RECORD, "bytes")?;
+    at_most("weights", r.weights.len(), GROUPS, "entries")?;
+    for (field, ms) in [("generate_ms", r.generate_ms), ("reward_ms", r.reward_ms)] {
+        if !(ms.is_finite() && ms >= 0.0) {
+            return refuse(field, format_args!("is {ms}: a duration is 0 or more"));
+        }
+    }
+    r.responses.iter().enumerate().try_for_each(|(at, one)| response(&format!("responses[{at}]"), one))?;
+    r.breakdowns.iter().enumerate().try_for_each(|(at, one)| breakdown(&format!("breakdowns[{at}]"), one))
+}
+
+fn response(field: &str, r: &v1::Response) -> Checked {
+    at_most(&format!("{field}.text"), r.text.len(), TOKEN_TEXT * (r.tokens.len() + 1), "bytes")?;
+    at_most(&format!("{field}.finish"), r.finish.len(), WORD, "bytes")?;
+    let inside = |s: &v1::TokenSpan| s.begin <= s.end && s.end as usize <= r.text.len();
+    if let Some(at) = r.spans.iter().position(|s| !inside(s)) {
+        return refuse(
+            &format!("{field}.spans[{at}]"),
+            format_args!("is no range of the text's {} bytes", r.text.len()),
+        );
+    }
+    let Some(a) = &r.attention else { return Ok(()) };
+    at_most(&format!("{field}.attention.tokens"), a.tokens.len(), r.tokens.len(), "rows")?;
+    match a.tokens.iter().position(|t| *t as usize >= r.tokens.len()) {
+        Some(at) => refuse(&format!("{field}.attention.tokens[{at}]"), "names a token that the response does not have"),
+        None => Ok(()),
+    }
+}
+
+fn breakdown(field: &str, b: &v1::Breakdown) -> Checked {
+    finite(&format!("{field}.total"), b.total.unwrap_or(0.0))?;
+    at_most(&format!("{field}.components"), b.components.len(), PARTS, "entries")?;
+    for (name, c) in &b.components {
+        at_most(&format!("{field}.components"), name.len(), WORD, "bytes in a name")?;
+        let field = format!("{field}.components[{name}]");
+        finite(&format!("{field}.value"), c.value.unwrap_or(0.0))?;
+        at_most(&format!("{field}.reason"), c.reason.len(), REASON, "bytes")?;
+        at_most(&format!("{field}.version"), c.version.len(), WORD, "bytes")?;
+        at_most(&format!("{field}.detail"), c.detail.len(), PARTS, "entries")?;
+        at_most(&format!("{field}.lesions"), c.lesions.len(), LESIONS, "entries")?;
+        for detail in c.detail.keys() {
+            at_most(&format!("{field}.detail"), detail.len(), WORD, "bytes in a name")?;
+        }
+        c.lesions.iter().try_for_each(|l| {
+            finite(&format!("{field}.lesions"), l.iou)?;
+            finite(&format!("{field}.lesions"), l.counted)
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> v1::SubmitRequest {
+        let component = v1::Component {
+            value: Some(0.5),
+            detail: [("lift".to_owned(), 2.0)].into(),
+            lesions: vec![v1::LesionScore::default()],
+            ..Default::default()
+        };
+        let response = v1::Response {
+            tokens: vec![3, 4],
+            text: "ab".into(),
+            spans: vec![v1::TokenSpan { begin: 0, end: 1 }, v1::TokenSpan { begin: 1, end: 2 }],
+            attention: Some(v1::Attention { grid_rows: 1, grid_cols: 1, tokens: vec![1], rows: vec![0; 4].into() }),
+            ..Default::default()
+        };
+        v1::SubmitRequest {
+            worker: "w#1".into(),
+            lease: "1-1".into(),
+            group: Some(v1::GroupKey { record: "r".into(), ..Default::default() }),
+            responses: vec![response],
+            breakdowns: vec![v1::Breakdown {
+                total: Some(0.5),
+                components: [("iou".to_owned(), component)].into(),
+                index: 0,
+            }],
+            weights: vec![v1::HeldWeights::default()],
+            ..Default::default()
+        }
+    }
+
+    fn first(r: &mut v1::SubmitRequest) -> &mut v1::Component {
+        r.breakdowns[0].components.get_mut("iou").unwrap()
+    }
+
+    #[test]
+    fn each_field_has_a_bound() {
+        submit(&good()).unwrap();
+        type Change = fn(&mut v1::SubmitRequest);
+        let long = || "x".repeat(5000);
+        let cases: [(&str, Change); 22] = [
+            ("worker", |r| r.worker.clear()),
+            ("worker", |r| r.worker = "x".repeat(NAME + 1)),
+            ("worker", |r| r.worker = "a\nb".into()),
+            ("lease", |r| r.lease = "x".repeat(LEASE + 1)),
+            ("group.record", |r| r.group.as_mut().unwrap().record = "x".repeat(RECORD + 1)),
+            ("weights", |r| r.weights = vec![v1::HeldWeights::default(); GROUPS + 1]),
+            ("generate_ms", |r| r.generate_ms = f64::NAN),
+            ("reward_ms", |r| r.reward_ms = -1.0),
+            ("responses[0].text", |r| r.responses[0].text = "x".repeat(3 * TOKEN_TEXT + 1)),
+            ("responses[0].finish", |r| r.responses[0].finish = "x".repeat(WORD + 1)),
+            ("responses[0].spans[1]", |r| r.responses[0].spans[1].end = 3),
+            ("responses[0].attention.tokens", |r| r.responses[0].attention.as_mut().unwrap().tokens = vec![0; 3]),
+            ("responses[0].attention.tokens[0]", |r| r.responses[0].attention.as_mut().unwrap().tokens = vec![2]),
+            ("breakdowns[0].total", |r| r.breakdowns[0].total = Some(f64::INFINITY)),
+            ("breakdowns[0].components", |r| {
+                let many = (0..=PARTS).map(|i| (i.to_string(), v1::Component::default()));
+                r.breakdowns[0].components = many.collect();
+            }),
+            ("breakdowns[0].components[iou].value", |r| first(r).value = Some(f64::NAN)),
+            ("breakdowns[0].components[iou].reason", |r| first(r).reason = "x".repeat(REASON + 1)),
+            ("breakdowns[0].components[iou].version", |r| first(r).version = "x".repeat(WORD + 1)),
+            ("breakdowns[0].components[iou].detail", |r| {
+                first(r).detail = (0..=PARTS).map(|i| (i.to_string(), 0.0)).collect();
+            }),
+            ("breakdowns[0].components[iou].detail", |r| {
+                first(r).detail.insert("x".repeat(WORD + 1), 0.0);
+            }),
+            ("breakdowns[0].components[iou].lesions", |r| {
+                first(r).lesions = vec![v1::LesionScore::default(); LESIONS + 1];
+            }),
+            ("breakdowns[0].components[iou].lesions", |r| first(r).lesions[0].iou = f64::NAN),
+        ];
+        for (field, change) in cases {
+            let mut r = good();
+            change(&mut r);
+            let e = submit(&r).unwrap_err();
+            assert!(e.message().starts_with(&format!("`{field}` ")) && e.message().len() < 400, "{field}: {e}");
+        }
+        let mut r = v1::LeaseRequest { worker: "w".into(), max_groups: GROUPS as u32, ..Default::default() };
+        lease(&r).unwrap();
+        r.max_groups += 1;
+        assert!(lease(&r).unwrap_err().message().contains("max_groups"));
+        weights(&v1::WeightsRequest { worker: "w".into(), ..Default::default() }).unwrap();
+        assert!(weights(&v1::WeightsRequest { worker: long(), ..Default::default() }).is_err());
+        let mut r = v1::ReleaseRequest { worker: "w".into(), leases: vec!["1-1".into()] };
+        release(&r).unwrap();
+        r.leases.push(long());
+        assert!(release(&r).unwrap_err().message().contains("leases"));
+        r.leases = vec![String::new(); GROUPS + 1];
+        assert!(release(&r).unwrap_err().message().contains("leases"));
+    }
+}

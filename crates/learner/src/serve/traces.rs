@@ -1,0 +1,36 @@
+//! The trace of each group that is under way: one span from its first lease to its update, with what happens to it below. Nothing is
+//! kept where no traces are made. Must not know: who collects them.
+
+use std::collections::HashMap;
+
+use tracing::Span;
+use unveil_core::GroupId;
+use unveil_service::span;
+
+/// Spans of groups between lease and update.
+#[derive(Default)]
+pub(super) struct Traces(HashMap<GroupId, Span>);
+
+impl Traces {
+    /// The span of a group; a group that is leased again stays in its trace.
+    pub fn group(&mut self, id: &GroupId) -> Span {
+        if let Some(span) = self.0.get(id) {
+            return span.clone();
+        }
+        let span = span!(parent: None, "group", record = id.record, pass = id.pass, position = id.position);
+        if !span.is_disabled() {
+            self.0.insert(id.clone(), span.clone());
+        }
+        span
+    }
+
+    /// A span of update `step` below each of its groups.
+    pub fn train<'a>(&self, step: u64, ids: impl Iterator<Item = &'a GroupId>) -> Vec<Span> {
+        ids.filter_map(|id| self.0.get(id)).map(|group| span!(parent: group, "train", step)).collect()
+    }
+
+    /// These groups are trained: their traces are whole.
+    pub fn end(&mut self, ids: &[GroupId]) {
+        ids.iter().for_each(|id| drop(self.0.remove(id)));
+    }
+}

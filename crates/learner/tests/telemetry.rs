@@ -1,0 +1,225 @@
+//! What a run tells the outside: pages of metrics with the numbers of its events, one trace per group through all roles, health; and a
+//! worker that is told to stop while others go on.
+
+mod common;
+#[path = "common/stage.rs"]
+mod stage;
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use stage::Small;
+use unveil_config::Config;
+use unveil_learner::{EventSink, Ready, Silent, run_rl};
+use unveil_rollout::{WorkerOptions, WorkerReport};
+use unveil_service::{CancellationToken, TraceOptions, check_health, init_tracing};
+use unveil_testkit::{MetricsPage, Span, SpanCollector};
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Keeps events, and the pages of metrics as they are after the last update.
+struct Watched {
+    seen: Vec<Value>,
+    last: u64,
+    at: [SocketAddr; 3],
+    pages: Vec<MetricsPage>,
+}
+
+impl EventSink for Watched {
+    fn append(&mut self, event: &Value) -> std::io::Result<()> {
+        if event["kind"] == "checkpoint" && event["step"] == self.last {
+            self.pages = self.at.iter().map(|at| MetricsPage::get(*at)).collect();
+        }
+        self.seen.push(event.clone());
+        Ok(())
+    }
+}
+
+/// A worker on a thread, until the run is over or it is told to stop.
+fn work(
+    config: &Config,
+    small: &Small,
+    at: SocketAddr,
+    reward: SocketAddr,
+    name: &str,
+    stop: CancellationToken,
+) -> Working {
+    let (model, name) = (small.model(), name.to_owned());
+    let options = WorkerOptions::new(config.clone(), model, format!("http://{at}"), format!("http://{reward}"), name);
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(unveil_rollout::run(options, stop)).unwrap()
+    })
+}
+
+type Working = std::thread::JoinHandle<WorkerReport>;
+
+/// The reward service on a thread.
+fn rewards(config: &Config, stop: &CancellationToken) -> SocketAddr {
+    let (config, stop) = (config.clone(), stop.clone());
+    let (send, receive) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(unveil_reward::serve_with(&config, stop, |at| send.send(at).unwrap())).unwrap();
+    });
+    receive.recv_timeout(SOON).unwrap()
+}
+
+/// Waits until a series has this value.
+fn becomes(page: SocketAddr, series: &str, value: f64) {
+    let start = Instant::now();
+    while MetricsPage::get(page).value(series) != Some(value) {
+        assert!(start.elapsed() < 2 * SOON, "{series} should be {value}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn ask(address: SocketAddr, service: &str) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(check_health(&address.to_string(), service, SOON)).unwrap()
+}
+
+#[test]
+fn metrics_are_the_events_and_a_group_is_one_trace() {
+    let (mut small, collector) = (Small::new(5), SpanCollector::start());
+    let pages = [free(), free(), free()];
+    let c = &mut small.config;
+    (c.learner.steps, c.learner.checkpoint_every, c.learner.kl_coef) = (3, 2, 0.01);
+    (c.rollout.threads, c.rollout.groups_per_lease) = (1, 2);
+    c.learner.metrics_listen = pages[0].to_string();
+    c.rollout.metrics_listen = pages[1].to_string();
+    c.reward.service.metrics_listen = pages[2].to_string();
+    let options =
+        TraceOptions { role: "all", level: "warn", json: false, run: "runs/x", collector: collector.endpoint() };
+    let tracing = init_tracing(&options).unwrap();
+    let (stop, mut worker) = (CancellationToken::new(), None);
+    let reward = rewards(&small.config, &stop);
+    let mut events = Watched { seen: vec![], last: 2, at: pages, pages: vec![] };
+    let (model, out, mut silent) = (small.model(), small.dir.path().join("rl-out"), Silent);
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let outcome = run_rl(stage, |ready| {
+        let Ready::Experience(at) = ready else { return };
+        assert!(ask(at, "") && ask(at, "unveil.v1.Experience"), "others hear of it when it is ready");
+        worker = Some(work(&small.config, &small, at, reward, "w0", stop.clone()));
+    });
+    assert_eq!(outcome.unwrap().step, 3);
+    let report = worker.unwrap().join().unwrap();
+    assert_eq!((report.accepted, report.finished), (6, true));
+    stop.cancel();
+    drop(tracing);
+    the_numbers_are_the_events(&events);
+    each_group_is_one_trace(&collector.spans(), &events.seen);
+}
+
+/// The checkpoint of update 2 is told of with update 3: all three are in the pages.
+fn the_numbers_are_the_events(events: &Watched) {
+    let [learner, rollout, reward] = &events.pages[..] else { panic!("{:?}", events.seen) };
+    learner.is_listed("learner");
+    rollout.is_listed("rollout");
+    reward.is_listed("reward");
+    let trained: Vec<&Value> = events.seen.iter().filter(|e| e["kind"] == "train").collect();
+    let sum = |key: &str| trained.iter().map(|e| e[key].as_f64().unwrap()).sum::<f64>();
+    let last = trained.last().unwrap();
+    let close = |series: &str, wanted: f64| {
+        let found = learner.of(series);
+        assert!((found - wanted).abs() <= 1e-9 * wanted.abs().max(1.0), "{series}: {found}, events {wanted}");
+    };
+    close("unveil_learner_updates_total", 3.0);
+    close("unveil_learner_trained_groups_total", 6.0);
+    close("unveil_learner_responses_total", sum("responses"));
+    close("unveil_learner_tokens_total", sum("tokens"));
+    close("unveil_learner_part_seconds_sum{part=\"update\"}", sum("step_ms") / 1e3);
+    close("unveil_learner_part_seconds_sum{part=\"wait\"}", sum("wait_ms") / 1e3);
+    close("unveil_learner_gradient_norm", last["grad_norm"].as_f64().unwrap());
+    close("unveil_learner_kl_reference_nats", last["kl_reference"].as_f64().unwrap());
+    close("unveil_learner_loss{part=\"loss\"}", last["loss"]["loss"].as_f64().unwrap());
+    close("unveil_learner_reward{component=\"total\"}", last["reward"]["total"].as_f64().unwrap());
+    close("unveil_learner_agreement_nats", last["agreement"].as_f64().unwrap());
+    close("unveil_learner_staleness_versions_count", 6.0);
+    close("unveil_learner_staleness_versions_bucket{le=\"0.0\"}", 6.0);
+    close("unveil_learner_groups{state=\"leasable\"}", 0.0);
+    close("unveil_learner_workers", 1.0);
+    assert!(learner.of("unveil_learner_checkpoint_save_seconds_count") >= 1.0);
+    assert!(learner.of("unveil_learner_checkpoint_age_seconds") < 30.0);
+    let scored = reward.of("unveil_reward_responses_total");
+    assert_eq!((scored, rollout.of("unveil_rollout_groups_total{verdict=\"accepted\"}")), (sum("responses"), 6.0));
+    assert_eq!(rollout.of("unveil_rollout_tokens_total"), sum("tokens"));
+}
+
+/// Lease, generation, score, submission and update of each group are below one another in one trace, whichever role they are of.
+fn each_group_is_one_trace(spans: &[Span], events: &[Value]) {
+    let groups: Vec<&Span> = spans.iter().filter(|s| s.name == "group").collect();
+    let mut traces: Vec<&str> = groups.iter().map(|g| g.trace.as_str()).collect();
+    traces.sort_unstable();
+    traces.dedup();
+    assert_eq!((groups.len(), traces.len()), (6, 6), "{spans:#?}");
+    for group in groups {
+        let of: Vec<&Span> = spans.iter().filter(|s| s.trace == group.trace).collect();
+        let the = |name: &str| {
+            let mut found = of.iter().filter(|s| s.name == name);
+            let one = *found.next().unwrap_or_else(|| panic!("no {name} in {of:#?}"));
+            assert!(found.next().is_none(), "{name} twice in {of:#?}");
+            one
+        };
+        let below = |upper: &str, name: &str| {
+            assert_eq!(the(name).parent, the(upper).id, "{name} is below {upper}: {of:#?}");
+            assert!(the(name).time.0 >= the(upper).time.0 && the(name).time.1 >= the(name).time.0);
+        };
+        below("group", "lease");
+        below("lease", "generate");
+        below("lease", "score");
+        below("score", "rewards");
+        below("lease", "submit");
+        below("submit", "take");
+        below("group", "train");
+        assert_eq!((group.parent.as_str(), of.len()), ("", 8), "{of:#?}");
+        assert_eq!(the("take").attribute("verdict"), Some("ACCEPTED"));
+        let step: u64 = the("train").attribute("step").unwrap().parse().unwrap();
+        let update = events.iter().find(|e| e["kind"] == "train" && e["step"] == step).unwrap();
+        let record = group.attribute("record").unwrap();
+        assert!(update["groups"].as_array().unwrap().iter().any(|g| g == record), "{record} in {update}");
+        assert!(the("take").time.0 <= the("train").time.0, "trained after it came in");
+    }
+}
+
+#[test]
+fn a_worker_that_is_told_to_stop_leaves_its_groups_to_others_at_once() {
+    let mut small = Small::new(5);
+    let c = &mut small.config;
+    (c.learner.steps, c.rollout.threads, c.rollout.groups_per_lease) = (1, 1, 2);
+    // A lease outlasts the test: only who hands it back makes it free.
+    c.rollout.lease_s = 3600.0;
+    let page = free();
+    c.learner.metrics_listen = page.to_string();
+    let mut slow = c.clone();
+    slow.reward.deadline_s = 3600.0;
+    let (told, over, mut workers) = (CancellationToken::new(), CancellationToken::new(), Vec::new());
+    let reward = rewards(&small.config, &over);
+    let nobody = free();
+    let (model, out, mut silent) = (small.model(), small.dir.path().join("rl-out"), Silent);
+    let mut events: Vec<Value> = vec![];
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let outcome = run_rl(stage, |ready| {
+        let Ready::Experience(at) = ready else { return };
+        // The first worker holds both groups, for its reward service does not come.
+        workers.push(work(&slow, &small, at, nobody, "slow", told.clone()));
+        becomes(page, "unveil_learner_groups{state=\"leased\"}", 2.0);
+        workers.push(work(&small.config, &small, at, reward, "quick", over.clone()));
+        becomes(page, "unveil_learner_workers", 2.0);
+        std::thread::sleep(Duration::from_millis(500));
+        let now = MetricsPage::get(page);
+        let state = |s: &str| now.of(&format!("unveil_learner_groups{{state=\"{s}\"}}"));
+        assert_eq!((state("leased"), state("leasable"), state("ready")), (2.0, 0.0, 0.0), "nothing is left for it");
+        told.cancel();
+    });
+    assert_eq!(outcome.unwrap().step, 1);
+    let reports: Vec<WorkerReport> = workers.into_iter().map(|w| w.join().unwrap()).collect();
+    let found: Vec<_> = reports.iter().map(|r| (r.accepted, r.finished)).collect();
+    assert_eq!(found, [(0, false), (2, true)]);
+    over.cancel();
+}

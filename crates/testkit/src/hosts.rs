@@ -1,0 +1,106 @@
+//! Machines with addresses of their own on one network: network namespaces on a bridge, each with a hosts file that a test rewrites.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::Sandbox;
+
+/// Makes the bridge and the hosts, writes their process ids, and stays. Arguments: folder, number of hosts.
+const SCRIPT: &str = r#"
+set -e
+PATH=$PATH:/usr/sbin:/sbin
+dir=$1; n=$2
+ip link set lo up
+ip link add br0 type bridge
+ip link set br0 up
+i=1
+while [ "$i" -le "$n" ]; do
+  unshare --net --mount sh -c 'mount --bind "$0" /etc/hosts && touch "$1" && exec sleep 900' "$dir/hosts" "$dir/up-$i" &
+  pid=$!
+  while [ ! -e "$dir/up-$i" ]; do kill -0 "$pid"; sleep 0.01; done
+  ip link add "p$i" type veth peer name eth0 netns "$pid"
+  ip link set "p$i" master br0 up
+  nsenter --target "$pid" --net sh -c "ip link set lo up; ip addr add 10.77.0.$i/24 dev eth0; ip link set eth0 up"
+  echo "$pid" > "$dir/pid-$i"
+  i=$((i + 1))
+done
+touch "$dir/ready"
+exec sleep 900
+"#;
+
+/// Some hosts. They live in a user namespace of their own, so no right on the machine is needed beyond user namespaces, and nothing
+/// of its network is touched. They end with the sandbox.
+pub struct Hosts {
+    holder: Child,
+    dir: PathBuf,
+    pids: Vec<String>,
+}
+
+impl Hosts {
+    /// `count` hosts, numbered from 1, that know no names yet.
+    ///
+    /// # Panics
+    /// The machine allows no user namespaces, or has no `ip`.
+    #[track_caller]
+    pub fn start(sandbox: &Sandbox, count: u8) -> Self {
+        let dir = sandbox.path("hosts");
+        std::fs::create_dir(&dir).expect("a folder for the hosts");
+        std::fs::write(dir.join("hosts"), "127.0.0.1 localhost\n").expect("a hosts file");
+        let shown = dir.to_string_lossy();
+        let args =
+            ["--user", "--map-root-user", "--net", "--mount", "sh", "-c", SCRIPT, "sh", &shown, &count.to_string()];
+        let mut holder = sandbox
+            .command(Path::new("unshare"), &args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("unshare (util-linux) starts");
+        let start = Instant::now();
+        while !dir.join("ready").exists() {
+            if let Ok(Some(status)) = holder.try_wait() {
+                panic!(
+                    "hosts cannot be made ({status}): user namespaces (sysctl kernel.unprivileged_userns_clone) and iproute2 are needed"
+                );
+            }
+            assert!(start.elapsed() < Duration::from_secs(20), "hosts were not made within 20 s");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let pid = |i: u8| std::fs::read_to_string(dir.join(format!("pid-{i}"))).expect("the host's process id");
+        let pids = (1..=count).map(|i| pid(i).trim().to_owned()).collect();
+        Self { holder, dir, pids }
+    }
+
+    /// The address of a host.
+    pub fn address(host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, host)
+    }
+
+    /// Prepares a program to run on a host. It starts in `/`: give whole paths.
+    pub fn on(&self, sandbox: &Sandbox, host: u8, program: &Path, args: &[&str]) -> Command {
+        let target = &self.pids[usize::from(host) - 1];
+        let enter = ["--preserve-credentials", "--user", "--net", "--mount", "--target", target];
+        let mut command = sandbox.command(Path::new("nsenter"), &enter);
+        command.arg(program).args(args);
+        command
+    }
+
+    /// Says which host each name stands for, on all hosts and from now on.
+    #[track_caller]
+    pub fn name(&self, names: &[(&str, u8)]) {
+        let mut text = "127.0.0.1 localhost\n".to_owned();
+        for (name, host) in names {
+            text.push_str(&format!("{} {name}\n", Self::address(*host)));
+        }
+        // In place: the file is mounted.
+        std::fs::write(self.dir.join("hosts"), text).expect("the hosts file");
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        let _gone = self.holder.kill();
+        let _reaped = self.holder.wait();
+    }
+}
