@@ -220,15 +220,15 @@ fn a_full_disk_stops_the_run_and_spares_the_checkpoints() {
     std::fs::create_dir(&run).expect("a folder");
     let disk = SmallDisk::mount(&s, &run, 600);
     let (config, unveil) = (config.to_string_lossy(), binary("unveil"));
-    let args = ["train", "--config", &config];
+    let args = ["train", "--config", &config, "--set", "learner.steps=20"];
     let mut train = s.start(&mut disk.inside(&s, &unveil, &args));
     train.until("a checkpoint", SOON, || (!committed(&disk.seen("")).is_empty()).then_some(()));
     disk.fill();
     let done = train.wait(SOON).exits(1);
     let found = done.stderr.lines().find(|l| l.contains("error") && l.contains("No space left on device"));
     let line = found.unwrap_or_else(|| panic!("the full disk is named:\n{}", done.stderr));
-    let names_file = ["checkpoints/", "log/", "events.jsonl", "rollouts/", "metrics/"].iter().any(|f| line.contains(f));
-    assert!(names_file, "the file is named: {line}");
+    let written = ["checkpoints/", "log/", "events.jsonl", "rollouts/", "metrics/"];
+    assert!(written.iter().any(|f| line.contains(f)), "the file is named: {line}");
     assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
     let roles: Vec<_> = s.processes().into_iter().filter(|p| p.args[0].contains("unveil")).collect();
     assert_eq!(roles, [], "nothing is left behind");
@@ -242,4 +242,28 @@ fn a_full_disk_stops_the_run_and_spares_the_checkpoints() {
     disk.relieve();
     s.start(&mut disk.inside(&s, &unveil, &args)).wait(SOON).ok();
     assert!(verify(&s).iter().all(|c| c["ok"] == true));
+}
+
+/// A role whose log lies on the full disk says on stdout what went wrong.
+#[test]
+fn a_disk_too_full_for_the_log_is_named() {
+    let s = Sandbox::new();
+    let (model, data) = (s.tiny_model("model", 1), s.synth("data", 4, 1));
+    let place = s.path("disk");
+    std::fs::create_dir(&place).expect("a folder");
+    let disk = SmallDisk::mount(&s, &place, 4);
+    disk.fill();
+    let (program, out) = (binary("unveil"), place.join("answers.jsonl"));
+    let eval = format!(
+        "exec '{}' eval --model '{}' --data '{}' --split train --table --predictions '{}' 2>>'{}'",
+        program.display(),
+        model.display(),
+        data.display(),
+        out.display(),
+        place.join("log").display(),
+    );
+    let done = s.start(&mut disk.inside(&s, Path::new("sh"), &["-c", &eval])).wait(SOON).exits(1);
+    let said = done.json().remove(0);
+    let error = said["error"].as_str().expect("an error");
+    assert!(error.contains("answers.jsonl") && error.contains("No space left on device"), "{error}");
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::Config;
 use unveil_config::schema::Suite;
-use unveil_core::BoxForm;
+use unveil_core::{BoxForm, tell};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::root::Reach;
@@ -131,7 +131,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         }
     };
     if args.table {
-        eprint!("{table}");
+        tell(table.trim_end());
     }
     println!("{found}");
     Ok(())

@@ -1,12 +1,13 @@
 //! What both binaries share: configuration arguments, exit codes, the runtime of a role. Must not hold any logic of a room.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 use unveil_config::schema::LogForm;
 use unveil_config::{Config, ConfigError};
-use unveil_core::redact;
+use unveil_core::{redact, tell};
 use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
 /// Configuration file and overrides.
@@ -75,10 +76,16 @@ impl std::error::Error for Stop {}
 /// Prints an error as one line and gives the exit code: 0 done, 1 failed, 2 wrong configuration, 130 interrupted.
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    match error.downcast_ref::<Stop>() {
-        Some(Stop::Supervised) => {}
-        Some(Stop::Interrupted) => eprintln!("error: {error}"),
-        None => eprintln!("error: {}", redact(&one_line(&error))),
+    let said = match error.downcast_ref::<Stop>() {
+        Some(Stop::Supervised) => None,
+        Some(Stop::Interrupted) => Some(error.to_string()),
+        None => Some(redact(&one_line(&error)).to_string()),
+    };
+    if let Some(said) = said
+        && !tell(&format!("error: {said}"))
+    {
+        // Where the log cannot be written, the disk being full, a supervisor hears of it all the same.
+        let _nobody_listens = writeln!(std::io::stdout(), "{}", serde_json::json!({ "error": said }));
     }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)

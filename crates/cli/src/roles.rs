@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role, telemetry};
 use unveil_config::schema::Suite;
 use unveil_config::{Config, ConfigError};
+use unveil_core::tell;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::root::Reach;
@@ -47,7 +48,7 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
     let _tracing = telemetry(&config, "train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
     let summary = run_role(false, 1, |token| async move {
-        let note = |line: &str| eprintln!("{line}");
+        let note = |line: &str| _ = tell(line);
         let stop = || token.is_cancelled();
         let options = Options { unveil, unveil_reward, stop: &stop, note: &note, prepare };
         let summary = tokio::task::block_in_place(|| unveil_launch::train(&config, &options)).map_err(|e| match e {
@@ -56,7 +57,7 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
         })?;
         if summary.is_some() {
             let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
-            eprintln!("report: {}", page.display());
+            tell(&format!("report: {}", page.display()));
         }
         Ok(summary)
     })?;
@@ -118,7 +119,7 @@ pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
                 Ready::Joined => return health.ready(),
             };
             if let Err(e) = announce(role, address) {
-                eprintln!("the ready line could not be written: {e}");
+                tell(&format!("the ready line could not be written: {e}"));
             }
         })
     })

@@ -9,6 +9,7 @@ pub mod group;
 pub mod record;
 pub mod reward;
 pub mod secret;
+mod tell;
 
 pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
 pub use boxes::{BoxForm, UnknownBoxForm};
@@ -17,3 +18,4 @@ pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::{Secret, redact};
+pub use tell::tell;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use unveil_core::tell;
 
 use crate::{LaunchError, io};
 
@@ -91,14 +92,19 @@ impl Role {
         self.child.try_wait().ok().flatten()
     }
 
-    /// The error of a role that ended by itself; shows the end of its log.
+    /// The error of a role that ended by itself; shows the end of its log, and holds what the role could not write there.
     pub fn failed(&self, status: ExitStatus) -> LaunchError {
         let text = self.log.as_ref().and_then(|l| std::fs::read_to_string(l).ok()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         for line in &lines[lines.len().saturating_sub(8)..] {
-            eprintln!("  {}: {line}", self.name);
+            tell(&format!("  {}: {line}", self.name));
         }
-        LaunchError::Role { role: self.name.clone(), status: status.to_string(), place: self.place() }
+        let unwritten = self.output().iter().find_map(|line| {
+            let value: serde_json::Value = serde_json::from_str(line).ok()?;
+            Some(format!("{status} ({})", value["error"].as_str()?))
+        });
+        let status = unwritten.unwrap_or_else(|| status.to_string());
+        LaunchError::Role { role: self.name.clone(), status, place: self.place() }
     }
 
     /// Where to read what the role said.
@@ -130,5 +136,20 @@ impl Drop for Role {
     fn drop(&mut self) {
         self.terminate();
         self.reap(Instant::now() + Duration::from_secs(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_of_a_role_whose_log_cannot_be_written_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = ["-c", r#"echo '{"error":"cannot write x: No space left on device"}'; exit 1"#].map(str::to_owned);
+        let mut role = Role::start("eval", Path::new("sh"), &args, &dir.path().join("eval.log"), false).unwrap();
+        let status = role.reap(Instant::now() + Duration::from_secs(60)).unwrap();
+        let said = role.failed(status).to_string();
+        assert!(said.contains("eval ended with exit status: 1 (cannot write x: No space left on device)"), "{said}");
     }
 }

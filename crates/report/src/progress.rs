@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use unveil_core::tell;
 
 /// Progress of one stage, on stderr.
 pub struct StageProgress {
@@ -43,7 +44,7 @@ impl StageProgress {
             bar.set_position(step);
             bar.set_message(message);
         } else if step >= self.total || self.printed.is_none_or(|t| t.elapsed() > Duration::from_secs(5)) {
-            eprintln!("{:>9} {step}/{}  {message}", self.name, self.total);
+            tell(&format!("{:>9} {step}/{}  {message}", self.name, self.total));
             self.printed = Some(Instant::now());
         }
     }
@@ -52,7 +53,7 @@ impl StageProgress {
     pub fn note(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            None => _ = tell(text),
         }
     }
 

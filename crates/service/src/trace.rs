@@ -88,7 +88,7 @@ where
         ServiceError::Setup(format!("log level `{level}`: {e}; write error, warn, info, debug or trace"))
     })?;
     let format = Format::default().with_target(false).with_ansi(false);
-    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer);
+    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(writer).log_internal_errors(false);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
         let members = format!("\"role\":{},\"run\":{}", serde_json::json!(role), serde_json::json!(run));
         let inner = format.json().flatten_event(true).with_current_span(false).with_span_list(false);
