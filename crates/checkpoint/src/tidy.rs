@@ -112,26 +112,28 @@ pub(crate) async fn sweep(store: &Store, log: &RunLog) -> Result<usize> {
         for name in folders(root) {
             // What a killed writer had staged is in no list.
             if left(&name) {
-                let term = root.join(&name);
-                let _ = std::fs::remove_dir_all(&term);
-                // The step's own folder, unless another term has something there.
-                let _ = term.parent().map(std::fs::remove_dir);
+                let _ = std::fs::remove_dir_all(root.join(&name));
             }
+        }
+        // Steps' own folders, unless another term has something there; a writer may have been killed before it made more.
+        for step in inside(&root.join("checkpoints")) {
+            let _ = std::fs::remove_dir(root.join("checkpoints").join(step));
         }
     }
     Ok(names.len())
 }
 
+fn inside(dir: &Path) -> Vec<String> {
+    let found = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    found.filter_map(|e| e.file_name().into_string().ok()).collect()
+}
+
 /// Folders of checkpoints in a directory.
 fn folders(root: &Path) -> Vec<String> {
-    let names = |dir: &Path| -> Vec<String> {
-        let found = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        found.filter_map(|e| e.file_name().into_string().ok()).collect()
-    };
     let all = root.join("checkpoints");
     let of = |step: String| {
-        let terms = names(&all.join(&step)).into_iter();
+        let terms = inside(&all.join(&step)).into_iter();
         terms.map(move |term| format!("checkpoints/{step}/{term}"))
     };
-    names(&all).into_iter().flat_map(of).collect()
+    inside(&all).into_iter().flat_map(of).collect()
 }

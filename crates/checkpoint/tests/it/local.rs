@@ -55,11 +55,13 @@ async fn what_was_staged_goes() {
     let left = dir.path().join("checkpoints/step-4/term-1/shards");
     std::fs::create_dir_all(&left).unwrap();
     std::fs::write(left.join("0-0.safetensors#1"), "half").unwrap();
+    std::fs::create_dir_all(dir.path().join("checkpoints/step-5")).unwrap();
     let later = dir.path().join("checkpoints/step-9/term-7");
     std::fs::create_dir_all(&later).unwrap();
     let mut c = Checkpoints::claim(store.clone(), retention(1)).await.unwrap();
     save(&mut c, 1).await.unwrap();
     assert!(!dir.path().join("checkpoints/step-4").exists(), "what was staged stays");
+    assert!(!dir.path().join("checkpoints/step-5").exists(), "a folder without anything stays");
     assert!(later.exists(), "a later learner's is not touched");
     assert!(dir.path().join("checkpoints/step-1/term-1/manifest.json").exists());
 }
