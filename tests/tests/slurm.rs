@@ -1,27 +1,17 @@
 //! Runs submitted to a real Slurm of four nodes on this machine, as a user submits them. Needs root and Debian's Slurm, which
 //! `.ci/setup --tests` installs; `make test-slurm` runs this file alone.
 
+use std::ffi::OsStr;
 use std::fs::{Permissions, read_to_string, set_permissions};
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use unveil_testkit::{Lineage, MiniSlurm, Sandbox, binary, events_of, python, read_json};
+use unveil_testkit::{Lineage, MiniSlurm, Sandbox, StoreServer, binary, events_of, read_json};
 
 const SOON: Duration = Duration::from_secs(120);
 const STEPS: u64 = 60;
-
-/// An S3 server that prints its address once the bucket is there.
-const SERVER: &str = "
-import time, urllib.request
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
-server.start()
-address = 'http://%s:%d' % server.get_host_and_port()
-urllib.request.urlopen(urllib.request.Request(address + '/bucket', method='PUT')).read()
-print(address, flush=True)
-time.sleep(1200)
-";
 
 /// Submits a run and returns the job's number.
 fn submit(slurm: &MiniSlurm<'_>, s: &Sandbox, args: &[&str]) -> String {
@@ -39,39 +29,36 @@ fn last(events: &[Value]) -> u64 {
 #[test]
 fn slurm_run_outlives_a_hung_node_and_a_preemption() {
     let s = Sandbox::new();
-    let mut server = s.start(&mut s.command(&python(), &["-c", SERVER]));
-    let endpoint = server.first_line(SOON).trim().to_owned();
+    let s3 = StoreServer::start(&s);
+    let place = s3.url("runs/a");
     let mut slurm = MiniSlurm::start(&s, 4);
-    let secrets = s.write(
-        "secrets",
-        format!(
-            "AWS_ENDPOINT_URL={endpoint}\nAWS_ALLOW_HTTP=true\nAWS_REGION=us-east-1\nAWS_ACCESS_KEY_ID=key\nAWS_SECRET_ACCESS_KEY=very-secret\n"
-        ),
-    );
+    let mut known = Command::new("true");
+    let known = s3.tell(&mut known, s3.endpoint()).get_envs();
+    let line = |(name, value): (&OsStr, Option<&OsStr>)| {
+        format!("{}={}\n", name.display(), value.unwrap_or_default().display())
+    };
+    let secrets = s.write("secrets", known.map(line).collect::<String>());
     set_permissions(&secrets, Permissions::from_mode(0o600)).expect("private secrets");
     let (config, run) = (s.micro_config(), s.path("run"));
     let (config, secrets, steps) =
         (config.to_string_lossy(), secrets.to_string_lossy(), format!("learner.steps={STEPS}"));
     let flags = ["--config", &config, "--learner-nodes", "2", "--cpus", "1", "--secrets", &secrets];
-    let sets = [
-        "learner.parallel.ranks=2",
-        "learner.parallel.lost_s=5",
-        "learner.checkpoint_every=4",
-        "checkpoint.url=s3://bucket/runs/a",
-        &steps,
-    ];
+    let to = format!("checkpoint.url={place}");
+    let sets = ["learner.parallel.ranks=2", "learner.parallel.lost_s=5", "learner.checkpoint_every=4", &to, &steps];
     let sets: Vec<&str> = sets.into_iter().flat_map(|set| ["--set", set]).collect();
     let submitted = Instant::now();
     let job = submit(&slurm, &s, &[&flags[..], &sets].concat());
     slurm.until_step(&run, 1, SOON);
     println!("from submission to the first update: {:.1} s", submitted.elapsed().as_secs_f64());
     assert!(!run.join("summary.json").exists(), "what prepares a run does not end it");
-    let shown = s.processes().into_iter().flat_map(|p| p.args).any(|a| a.contains("very-secret"));
-    assert!(!shown, "a secret is an argument");
+    let mut args = s.processes_with("SLURM_JOB_ID", &job).into_iter().flat_map(|p| p.args).peekable();
+    assert!(args.peek().is_some() && args.all(|a| !a.contains(s3.secret())), "a secret is an argument");
 
     // The node of rank 0 and of the batch script hangs: its learner stands still, and Slurm does not hear from it. Right after an
     // update it waits for answers: no event of its own is under way that it could add later.
     slurm.until_step(&run, 5, SOON);
+    let of_stage_2 = |kind: &str| events_of(&run, kind).into_iter().filter(|e| e["stage"] == "rl").count();
+    slurm.until("a checkpoint", SOON, || (of_stage_2("checkpoint") > 0).then_some(()));
     let rank_0 = || slurm.on_node(1).into_iter().find(|p| p.args.iter().any(|a| a == "learner.parallel.rank=0"));
     let old = rank_0().expect("rank 0 runs on n1");
     let (begun, seen) = (Instant::now(), last(&events_of(&run, "train")));
@@ -81,8 +68,7 @@ fn slurm_run_outlives_a_hung_node_and_a_preemption() {
     }
     old.pause();
     slurm.cut_off(1);
-    let resumed = || events_of(&run, "resumed").into_iter().filter(|e| e["stage"] == "rl").count();
-    slurm.until("another start on other nodes", SOON, || (resumed() >= 1).then_some(()));
+    slurm.until("another start on other nodes", SOON, || (of_stage_2("resumed") > 0).then_some(()));
     assert_eq!(slurm.job(&job, "Restarts"), "1");
     assert_eq!(slurm.job(&job, "NodeList"), "n[2-4]");
     // It wakes up while the other start is at work, finds its ranks gone, and can change nothing.
@@ -124,24 +110,23 @@ fn slurm_run_outlives_a_hung_node_and_a_preemption() {
     let text = |name: &str| read_to_string(run.join("logs").join(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
     assert!(text("rollout-0-0.log").contains("asked to stop"), "{}", text("rollout-0-0.log"));
     for name in ["prepare.log", "learner-0.log", "learner-1.log", "reward-0.log", "finish.log"] {
-        assert!(!text(name).contains("very-secret"), "{name}");
+        assert!(!text(name).contains(s3.secret()), "{name}");
     }
     let script = text(&format!("slurm-{job}.out"));
-    assert!(script.contains("told to stop by USR1") && !script.contains("very-secret"), "{script}");
-    let aws = [("AWS_ENDPOINT_URL", endpoint.as_str()), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")];
-    let mut verify = s.command(&binary("unveil"), &["checkpoint", "verify", "s3://bucket/runs/a"]);
-    verify.envs(aws).env("AWS_ACCESS_KEY_ID", "key").env("AWS_SECRET_ACCESS_KEY", "very-secret");
-    let checks = s.start(&mut verify).wait(SOON).ok().json();
+    assert!(script.contains("told to stop by USR1") && !script.contains(s3.secret()), "{script}");
+    let mut verify = s.command(&binary("unveil"), &["checkpoint", "verify", &place]);
+    let checks = s.start(s3.tell(&mut verify, s3.endpoint())).wait(SOON).ok().json();
     assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
 }
 
-/// Stands for the roles: each writes down where it runs; the run is over when its learner is.
+/// Stands for the roles: each writes down where it runs; the run is over when its learner is, which a first start in `…/long` does not see.
 const ROLES: &str = r#"#!/bin/bash
 run=$(printf '%s\n' "$@" | sed -n 's/^run.dir=//p' | tail -n 1)
 echo "$1 on $SLURMD_NODENAME task $SLURM_PROCID: $*" >>"$run/calls"
 case "$1 $*" in
   train*--prepare*) echo 1.0 >"$run/wall_s" ;;
-  learner*) sleep 1; mkdir -p "$run/model"; echo >"$run/model/config.json" ;;
+  learner*) case "$run/${SLURM_RESTART_COUNT:-0}" in */long/0) sleep 300 ;; esac
+    sleep 1; mkdir -p "$run/model"; echo >"$run/model/config.json" ;;
   train*) ;;
   *) while [ ! -e "$run/model/config.json" ]; do sleep 0.1; done ;;
 esac
@@ -189,4 +174,31 @@ fn slurm_takes_arrays_heterogeneous_jobs_and_odd_paths() {
     for job in [format!("{array}_5"), format!("{array}_6"), het] {
         slurm.until("the end of the jobs", SOON, || (slurm.job(&job, "JobState") == "COMPLETED").then_some(()));
     }
+}
+
+#[test]
+fn slurm_starts_a_run_again_when_a_node_dies() {
+    let s = Sandbox::new();
+    let mut slurm = MiniSlurm::start(&s, 4);
+    let roles = s.write("roles", ROLES);
+    set_permissions(&roles, Permissions::from_mode(0o755)).expect("a program");
+    let (config, roles, run) = (s.micro_config(), roles.to_string_lossy(), s.path("long"));
+    let (config, dir) = (config.to_string_lossy(), format!("run.dir={}", run.display()));
+    let flags =
+        ["--config", &config, "--program", &roles, "--cpus", "1", "--learner-nodes", "2", "--rollout-nodes", "1"];
+    let sets = ["--set", "tls.insecure=true", "--set", "learner.parallel.ranks=2", "--set", &dir];
+    let job = submit(&slurm, &s, &[&flags[..], &sets].concat());
+    let learners = || -> Vec<String> {
+        let calls = read_to_string(run.join("calls")).unwrap_or_default();
+        let nodes = calls.lines().filter_map(|l| l.strip_prefix("learner on ")?.split(' ').next().map(str::to_owned));
+        nodes.collect()
+    };
+    slurm.until("learners", SOON, || (learners().len() == 2).then_some(()));
+    let dead = learners().into_iter().max().expect("two nodes");
+    assert_ne!(dead, "n1", "the batch script's node lives");
+    slurm.kill_node(dead[1..].parse().expect("its number"));
+    slurm.until("the end of the job", SOON, || (slurm.job(&job, "JobState") == "COMPLETED").then_some(()));
+    assert_eq!(slurm.job(&job, "Restarts"), "1");
+    let again = learners().split_off(2);
+    assert!(again.len() == 2 && !again.contains(&dead), "{dead} is dead: {again:?}");
 }
