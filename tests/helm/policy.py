@@ -11,7 +11,7 @@ READ_ONLY = {"configMap", "secret", "projected", "downwardAPI", "image"}
 
 def faults(documents):
     """All rules over all objects."""
-    return [line for rule in (security, images, resources, probes, volumes, secrets, references, networks) for line in rule(documents)]
+    return [line for rule in (security, images, resources, probes, volumes, secrets, references, networks, monitors) for line in rule(documents)]
 
 
 def security(documents):
@@ -167,3 +167,13 @@ def networks(documents):
         for p in mine:
             if p["policyTypes"] != ["Ingress", "Egress"]:
                 yield f"{name}: its network policy leaves a direction open"
+
+
+def monitors(documents):
+    """Once pods are asked for metrics, all that have a page are, and by the network policies somebody may."""
+    asked = {r["regex"] for d in documents if d["kind"] == "PodMonitor" for e in d["spec"]["podMetricsEndpoints"]
+             for r in e["relabelings"] if r["action"] == "keep"}
+    for name, labels, spec in pods(documents) if asked else ():
+        has = any(p["name"] == "metrics" for c in spec["containers"] for p in c.get("ports", []))
+        if has and labels["app.kubernetes.io/component"] not in asked:
+            yield f"{name}: nobody asks for its metrics"

@@ -52,6 +52,13 @@ class Policies(unittest.TestCase):
         found = policy.faults(documents)
         self.assertTrue(any("nobody makes the secret demo-unveil-reward-tls" in line for line in found), found)
 
+    def test_metrics_that_nobody_asks_for_are_found(self):
+        documents = render(values_of("four-nodes"))
+        monitor = named(documents, "PodMonitor", "")["spec"]
+        monitor["podMetricsEndpoints"] = [e for e in monitor["podMetricsEndpoints"] if "rollout" not in str(e["relabelings"])]
+        found = policy.faults(documents)
+        self.assertTrue(any("rollout: nobody asks for its metrics" in line for line in found), found)
+
     def test_only_who_needs_the_object_store_gets_its_keys(self):
         for name, _, spec in pods(render(values_of("cpu-demo"))):
             for c, init in containers(spec):

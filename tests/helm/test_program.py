@@ -108,7 +108,7 @@ class Program(unittest.TestCase):
         inside = tomllib.loads(self.check(toml, environment(documents, container)).stdout)
         before = tomllib.loads(self.check(config.read_text(), {}, *sets).stdout)
         changed = {k for k, v in flat(inside).items() if flat(before)[k] != v}
-        own = {"run.dir", "run.device", "health.listen", "learner.listen", "learner.address", "learner.metrics_listen", "reward.listen",
+        own = {"run.dir", "run.device", "health.listen", "learner.listen", "learner.address", "learner.metrics_listen", "rollout.metrics_listen", "reward.listen",
                "reward.address", "reward.service.metrics_listen", "tls.insecure", "auth.token_env"}
         self.assertEqual(changed, own, "the chart changes its own keys and no other")
 

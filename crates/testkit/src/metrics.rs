@@ -57,6 +57,21 @@ impl MetricsPage {
         assert!(missing.is_empty(), "{missing:?} are listed for {role} and not in\n{}", self.text);
     }
 
+    /// Panics unless the pages have each of these names of series, but for those that the list ties to a condition.
+    pub fn have(pages: &[Self], series: &BTreeSet<String>) {
+        let lists = ["learner", "rollout", "reward"].map(listed);
+        for name in series {
+            let metric = ["_bucket", "_sum", "_count"].iter().find_map(|s| name.strip_suffix(s)).unwrap_or(name);
+            let (_, conditional) = lists
+                .iter()
+                .find(|(all, _)| all.contains_key(metric))
+                .unwrap_or_else(|| panic!("{name} is not listed"));
+            let mut lines = pages.iter().flat_map(|p| p.text.lines());
+            let there = lines.any(|l| l.split(['{', ' ']).next() == Some(name));
+            assert!(there || conditional.contains(metric), "{name} is not in\n{pages:#?}");
+        }
+    }
+
     fn metrics(&self) -> BTreeMap<String, Metric> {
         let (mut help, mut out) = (BTreeMap::new(), BTreeMap::new());
         for line in self.text.lines() {

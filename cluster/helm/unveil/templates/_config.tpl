@@ -20,6 +20,7 @@ UNVEIL__LEARNER__LISTEN: 0.0.0.0:7070
 UNVEIL__LEARNER__ADDRESS: {{ $scheme }}://{{ $full }}-learner.{{ .Release.Namespace }}.svc:7070
 UNVEIL__LEARNER__METRICS_LISTEN: 0.0.0.0:9464
 UNVEIL__LEARNER__PARALLEL__RANKS: {{ .Values.learner.ranks | quote }}
+UNVEIL__ROLLOUT__METRICS_LISTEN: 0.0.0.0:9464
 UNVEIL__REWARD__LISTEN: 0.0.0.0:7071
 UNVEIL__REWARD__SERVICE__METRICS_LISTEN: 0.0.0.0:9464
 {{- if .Values.reward.enabled }}
