@@ -18,6 +18,7 @@ use unveil_service::{Access, CancellationToken, Series, ServiceError, metrics_pa
 /// Metrics of one worker. Clones share them.
 #[derive(Debug, Clone)]
 pub(crate) struct Meter {
+    leases: Counter,
     groups: Family<[(&'static str, &'static str); 1], Counter>,
     tokens: Counter,
     generate: Histogram,
@@ -46,6 +47,7 @@ fn seconds() -> Histogram {
 impl Meter {
     pub fn new() -> Self {
         Self {
+            leases: Counter::default(),
             groups: Family::default(),
             tokens: Counter::default(),
             generate: seconds(),
@@ -76,6 +78,7 @@ impl Meter {
 
     fn registry(&self) -> Registry {
         let mut registry = role_registry("rollout");
+        registry.register("leases", "Groups that were leased", self.leases.clone());
         registry.register("groups", "Groups that were handed in, by verdict", self.groups.clone());
         registry.register("weight_swaps", "Times that weights were taken over", self.swaps.clone());
         registry.register("tokens", "Tokens of groups that the learner answered", self.tokens.clone());
@@ -87,6 +90,11 @@ impl Meter {
         registry.register_with_unit("weight_swap", help, Unit::Seconds, self.swap.clone());
         registry.register_collector(Box::new(self.clone()));
         registry
+    }
+
+    /// So many groups were leased.
+    pub fn leased(&self, groups: usize) {
+        self.leases.inc_by(groups as u64);
     }
 
     /// A group was generated and scored.

@@ -232,6 +232,7 @@ impl Worker {
             };
             shared.weights.trusted();
             shared.meter.newest(lease.version);
+            shared.meter.leased(lease.groups.len());
             shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
             if lease.groups.is_empty() {
                 if lease.finished {
