@@ -13,7 +13,7 @@ PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 SEED ?= $(shell date +%s)
 FAULTS ?= 200
 
-.PHONY: help setup build train test check chaos test-ceph test-gpu test-helm test-slurm bench-rollout bench-load bench-learner bench-checkpoint bench-reward bench-gpu fuzz fmt lint doc clean
+.PHONY: help setup build train test check chaos test-azure test-ceph test-gpu test-helm test-slurm bench-rollout bench-load bench-learner bench-checkpoint bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,10 @@ check: setup ## format, clippy, docs, licences, unused dependencies, room bounda
 chaos: build ## kills, stops, networks and stores that fail, one after another, and a verdict (SEED=… FAULTS=200)
 	@.ci/setup --tests
 	cargo run --locked -p unveil-tests --example chaos -- $(SEED) $(FAULTS)
+
+test-azure: build ## the tests on object storage against Azurite, which speaks as Azure does (needs npm)
+	@.ci/setup --tests
+	tests/azure/run
 
 test-ceph: build ## the tests on object storage against Ceph's S3 gateway (installs Debian packages when root)
 	@.ci/setup --tests

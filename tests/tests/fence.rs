@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use serde_json::json;
-use unveil_testkit::{Lineage, Process, S3, Sandbox, StoreFault, StoreProxy, binary};
+use unveil_testkit::{Lineage, Process, Sandbox, StoreFault, StoreProxy, StoreServer, binary};
 
 const SOON: Duration = Duration::from_secs(180);
 
 #[test]
 fn a_paused_learner_that_wakes_after_its_successor_commits_nothing() {
     let (old, new) = (Sandbox::new(), Sandbox::new());
-    let s3 = S3::start(&new);
+    let s3 = StoreServer::start(&new);
     let run = |args: &[&str]| {
         let mut command = new.command(&binary("unveil"), args);
         new.start(s3.tell(&mut command, s3.endpoint())).wait(SOON).ok().json()

@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use unveil_testkit::{Finished, Lineage, Process, S3, Sandbox, binary, committed, events_of, read_json};
+use unveil_testkit::{Finished, Lineage, Process, Sandbox, StoreServer, binary, committed, events_of, read_json};
 
 const SOON: Duration = Duration::from_secs(180);
 
 /// One machine: a sandbox with its own run directory, and the way to the store.
 struct Machine<'a> {
     s: Sandbox,
-    s3: &'a S3,
+    s3: &'a StoreServer,
 }
 
 impl<'a> Machine<'a> {
-    fn new(s3: &'a S3) -> Self {
+    fn new(s3: &'a StoreServer) -> Self {
         Self { s: Sandbox::new(), s3 }
     }
 
@@ -71,7 +71,7 @@ fn step(event: &Value) -> u64 {
 #[test]
 fn seven_updates_a_kill_and_the_rest_are_twenty_updates() {
     let server = Sandbox::new();
-    let s3 = S3::start(&server);
+    let s3 = StoreServer::start(&server);
     let (straight, first, second) = (Machine::new(&s3), Machine::new(&s3), Machine::new(&s3));
     let (whole, broken) = (s3.url("whole"), s3.url("broken"));
     // PPO with a value head, mini-batches and a steered KL has all the state that there is.

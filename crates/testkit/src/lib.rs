@@ -1,5 +1,5 @@
 //! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run,
-//! small disks, hosts with addresses of their own, an S3 server, a Slurm cluster, a certificate authority, a collector of spans, a reader
+//! small disks, hosts with addresses of their own, an object store, a Slurm cluster, a certificate authority, a collector of spans, a reader
 //! of pages of metrics, and what goes wrong: an HTTP server that misbehaves when told to, the network between two roles, a store on a bad day.
 //!
 //! Everything a sandbox starts is ended when it is dropped, and nothing outside it is touched. Helpers panic with a message
@@ -13,11 +13,11 @@ mod metrics;
 mod paths;
 mod process;
 mod run;
-mod s3;
 mod sandbox;
 mod slurm;
 mod spans;
 mod store;
+mod store_server;
 mod web;
 
 pub use authority::Authority;
@@ -28,9 +28,9 @@ pub use metrics::MetricsPage;
 pub use paths::{bccd, binary, python, workspace};
 pub use process::{Finished, Found, Process};
 pub use run::{Lineage, TrainStep, committed, events, events_of, json_lines, read_json};
-pub use s3::S3;
 pub use sandbox::Sandbox;
 pub use slurm::MiniSlurm;
 pub use spans::{Span, SpanCollector};
 pub use store::{StoreCall, StoreFault, StoreProxy};
+pub use store_server::StoreServer;
 pub use web::{WebReply, WebRequest, WebServer};

@@ -1,4 +1,4 @@
-//! A real S3 server for tests: s3s-fs on a folder of the sandbox, or one that runs already.
+//! A real object store for tests: s3s-fs on a folder of the sandbox, or one that runs already.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,70 +7,82 @@ use std::time::Duration;
 use crate::{Process, Sandbox, python};
 
 const SOON: Duration = Duration::from_secs(60);
-const BUCKET: &str = "bucket";
+/// By which variable programs find a server, and which holds the secret that no output may hold.
+const AWS: [&str; 2] = ["AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY"];
+const AZURE: [&str; 2] = ["AZURITE_BLOB_STORAGE_URL", "AZURE_STORAGE_ACCOUNT_KEY"];
 
-/// An S3 endpoint with a bucket of its own. The server ends with it.
-pub struct S3 {
-    endpoint: String,
-    key: String,
-    secret: String,
+/// A bucket on a server. The server ends with it.
+pub struct StoreServer {
+    /// `scheme://bucket`.
+    bucket: String,
+    /// What programs must find in their environment; the endpoint and the secret are in it.
+    known: Vec<(&'static str, String)>,
+    names: [&'static str; 2],
     /// Leads the names of all objects, so that tests on one server do not meet.
     prefix: String,
-    /// The server that was started here, and the folder that holds its buckets.
+    /// The server that was started here, and the folder of its bucket.
     own: Option<(Process, PathBuf)>,
 }
 
-impl S3 {
-    /// Starts s3s-fs, or takes the server that `UNVEIL_TEST_S3` names (`http://host:port`, with the bucket `bucket` and the credentials
-    /// `UNVEIL_TEST_S3_KEY` and `UNVEIL_TEST_S3_SECRET`).
+impl StoreServer {
+    /// Starts s3s-fs, or takes what `UNVEIL_TEST_STORE` names (`s3://bucket` or `az://container`), with endpoint and credentials from the
+    /// environment as the programs read them.
     ///
     /// # Panics
     /// There is no s3s-fs: `UNVEIL_S3S_FS`, else beside the Python of the tests.
     #[track_caller]
     pub fn start(sandbox: &Sandbox) -> Self {
         let prefix = sandbox.path("").file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let set = |name: &str| std::env::var(name).ok();
-        if let Some(endpoint) = set("UNVEIL_TEST_S3") {
-            let get = |name: &str| set(name).unwrap_or_else(|| panic!("{name} is not set, but UNVEIL_TEST_S3 is"));
-            let (key, secret) = (get("UNVEIL_TEST_S3_KEY"), get("UNVEIL_TEST_S3_SECRET"));
-            return Self { endpoint, key, secret, prefix, own: None };
+        if let Ok(bucket) = std::env::var("UNVEIL_TEST_STORE") {
+            let names = if bucket.starts_with("az://") { AZURE } else { AWS };
+            let get =
+                |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set, but UNVEIL_TEST_STORE is"));
+            return Self { bucket, known: names.map(|n| (n, get(n))).into(), names, prefix, own: None };
         }
         let root = sandbox.path(".s3");
-        std::fs::create_dir_all(root.join(BUCKET)).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
-        let (key, secret) = ("key".to_owned(), "very-secret".to_owned());
-        let args = ["--host", "127.0.0.1", "--port", "0", "--access-key", &key, "--secret-key", &secret];
+        let folder = root.join("bucket");
+        std::fs::create_dir_all(&folder).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
+        let (key, secret) = ("key", "very-secret");
+        let args = ["--host", "127.0.0.1", "--port", "0", "--access-key", key, "--secret-key", secret];
         let mut command = sandbox.command(&program(), &args);
         let mut server = sandbox.start(command.arg(&root).env("RUST_LOG", "s3s_fs=info"));
         let log = server.stdout_path().to_owned();
         let said = || std::fs::read_to_string(&log).ok().and_then(|t| address(&t));
         let endpoint = server.until("its address", SOON, said);
-        Self { endpoint, key, secret, prefix, own: Some((server, root)) }
+        let known =
+            [("AWS_ENDPOINT_URL", endpoint.as_str()), ("AWS_SECRET_ACCESS_KEY", secret), ("AWS_ACCESS_KEY_ID", key)];
+        let known = known.into_iter().chain([("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")]);
+        let known = known.map(|(name, value)| (name, value.to_owned())).collect();
+        Self { bucket: "s3://bucket".to_owned(), known, names: AWS, prefix, own: Some((server, folder)) }
     }
 
-    /// Where it listens, `http://host:port`.
+    fn value(&self, name: &str) -> &str {
+        self.known.iter().find(|(n, _)| *n == name).map_or("", |(_, value)| value)
+    }
+
+    /// Where it listens, `http://host:port` and perhaps a path.
     pub fn endpoint(&self) -> &str {
-        &self.endpoint
+        self.value(self.names[0])
     }
 
     /// The URL of a prefix of this test.
     pub fn url(&self, name: &str) -> String {
-        format!("s3://{BUCKET}/{}/{name}", self.prefix)
+        format!("{}/{}/{name}", self.bucket, self.prefix)
     }
 
     /// Lets a program find the server at `endpoint`, which is its own or that of a proxy.
     pub fn tell<'a>(&self, command: &'a mut Command, endpoint: &str) -> &'a mut Command {
-        let known = [("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true"), ("AWS_REGION", "us-east-1")];
-        command.envs(known).env("AWS_ACCESS_KEY_ID", &self.key).env("AWS_SECRET_ACCESS_KEY", &self.secret)
+        command.envs(self.known.iter().map(|(name, value)| (name, value))).env(self.names[0], endpoint)
     }
 
     /// The secret that no output may hold.
     pub fn secret(&self) -> &str {
-        &self.secret
+        self.value(self.names[1])
     }
 
-    /// The folder with the objects of [`S3::url`], one file each; none where the server was not started here.
+    /// The folder with the objects of [`Self::url`], one file each; none where the server was not started here.
     pub fn folder(&self, name: &str) -> Option<PathBuf> {
-        self.own.as_ref().map(|(_, root)| root.join(BUCKET).join(&self.prefix).join(name))
+        self.own.as_ref().map(|(_, folder)| folder.join(&self.prefix).join(name))
     }
 
     /// The server's process, where it was started here.

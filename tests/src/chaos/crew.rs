@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use unveil_testkit::{Link, Process, S3, Sandbox, StoreProxy, binary};
+use unveil_testkit::{Link, Process, Sandbox, StoreProxy, StoreServer, binary};
 
 /// Wait between the end of a process and its next start.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -49,7 +49,7 @@ pub struct Ends {
 /// All roles of a run.
 pub struct Crew<'a> {
     sandbox: &'a Sandbox,
-    s3: &'a S3,
+    s3: &'a StoreServer,
     store: &'a StoreProxy,
     config: PathBuf,
     sets: Vec<String>,
@@ -63,7 +63,7 @@ impl<'a> Crew<'a> {
     /// Starts everything: a learner that saves through `store`, the reward service, and `workers` rollout workers.
     pub fn start(
         sandbox: &'a Sandbox,
-        s3: &'a S3,
+        s3: &'a StoreServer,
         store: &'a StoreProxy,
         config: PathBuf,
         sets: Vec<String>,

@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::Value;
-use unveil_testkit::{Finished, Lineage, S3, Sandbox, StoreProxy, binary};
+use unveil_testkit::{Finished, Lineage, Sandbox, StoreProxy, StoreServer, binary};
 
 use crew::{Crew, Role, Tail};
 use fault::{Deck, Fault, heal, inflict};
@@ -78,8 +78,8 @@ pub fn soak(plan: Plan, tell: &mut dyn FnMut(&str)) -> Verdict {
     let begun = Instant::now();
     tell(&format!("seed {}", plan.seed));
     let sandbox = Sandbox::new();
-    let s3 = S3::start(&sandbox);
-    let place = s3.folder("run").expect("the soak damages objects in a server of its own: unset UNVEIL_TEST_S3");
+    let s3 = StoreServer::start(&sandbox);
+    let place = s3.folder("run").expect("the soak damages objects in a server of its own: unset UNVEIL_TEST_STORE");
     let store = StoreProxy::start(s3.endpoint());
     let ground = Ground { sandbox: &sandbox, s3: &s3, run: sandbox.path("run"), config: sandbox.micro_config() };
     ground.prepare();
@@ -201,7 +201,7 @@ impl Watch {
 /// Where the soak takes place.
 struct Ground<'a> {
     sandbox: &'a Sandbox,
-    s3: &'a S3,
+    s3: &'a StoreServer,
     run: PathBuf,
     config: PathBuf,
 }
