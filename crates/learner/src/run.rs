@@ -95,6 +95,8 @@ struct Run {
     base: Option<Base>,
     best: Option<Best>,
     responses: u64,
+    /// Of these, the ones that an earlier process saw.
+    before: u64,
     meter: Meter,
 }
 
@@ -145,7 +147,7 @@ impl Run {
         host.serve_metrics(&config.learner.metrics_listen, meter.registry(), &access)?;
         saver.tell(meter.saves());
         let (best, responses) = from.map_or((None, 0), |(_, meta)| (meta.best, meta.seen));
-        Ok(Self { learner, crew, host, saver, files, base, best, responses, meter })
+        Ok(Self { learner, crew, host, saver, files, base, best, responses, before: responses, meter })
     }
 
     /// Has all weights whole on this rank, for what needs them all.
@@ -295,7 +297,7 @@ impl Run {
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();
         parts.sort_by_key(|(k, _)| *k != "total");
-        stage.progress.update(report.step, self.responses, &parts);
+        stage.progress.update(report.step, self.responses - self.before, &parts);
         if let Some(why) = &report.skipped {
             stage.progress.note(&format!("step {} skipped: {why}", report.step));
         }

@@ -279,7 +279,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
             event["skipped"] = json!(why);
         }
         stage.event(&event)?;
-        stage.progress.update(step, images, &[("loss", report.loss)]);
+        stage.progress.update(step, images - before, &[("loss", report.loss)]);
         if step < total && due(config.sft.eval_every, step) {
             outcome.last = stage.evaluate("sft", &mut trainer.vlm, step)?;
         }

@@ -38,7 +38,7 @@ impl EventSink for Vec<Value> {
 
 /// Shows a person how a stage goes.
 pub trait Progress {
-    /// Step `step` is done, `done` units (images, responses) were processed so far, `parts` are numbers to show.
+    /// Step `step` is done, `done` units (images, responses) were processed by this process so far, `parts` are numbers to show.
     fn update(&mut self, step: u64, done: u64, parts: &[(&str, f64)]);
     /// A line worth reading.
     fn note(&mut self, text: &str);

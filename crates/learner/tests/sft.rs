@@ -7,7 +7,7 @@ mod stage;
 use stage::{Small, StopAt};
 use unveil_checkpoint::{Access, Store, list};
 use unveil_config::schema::Optimizer;
-use unveil_learner::{Evaluation, LearnerError, SftBatch, SftTrainer, Silent, run_sft};
+use unveil_learner::{Evaluation, LearnerError, Progress, SftBatch, SftTrainer, Silent, run_sft};
 use unveil_service::CancellationToken;
 
 fn batch(small: &Small) -> SftBatch {
@@ -65,6 +65,17 @@ fn small_sft() -> Small {
     small
 }
 
+/// How many images the progress line was told of, last of all.
+struct Shown(u64);
+
+impl Progress for Shown {
+    fn update(&mut self, _: u64, done: u64, _: &[(&str, f64)]) {
+        self.0 = done;
+    }
+
+    fn note(&mut self, _: &str) {}
+}
+
 fn run(small: &Small, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json::Value>) {
     let (model, out) = (small.model(), small.dir.path().join("sft-out"));
     let cancel = CancellationToken::new();
@@ -73,10 +84,12 @@ fn run(small: &Small, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json::Va
         let metrics = serde_json::from_value(serde_json::json!({"mean_iou": 0.5})).unwrap();
         Ok(Evaluation { metrics, score: step as f64 })
     };
-    let mut silent = Silent;
-    let mut stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
+    let mut shown = Shown(0);
+    let mut stage = small.stage(&model, &out, &mut events, &mut shown, cancel);
     stage.evaluator = Some(&mut evaluator);
     let outcome = run_sft(stage).unwrap();
+    let updates = events.seen.iter().filter(|e| e["kind"] == "sft").count() as u64;
+    assert_eq!(shown.0, 3 * updates, "images of this process, from which the rate is shown");
     (outcome, events.seen)
 }
 

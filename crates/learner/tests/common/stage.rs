@@ -14,7 +14,7 @@ use unveil_data::records::RecordFile;
 use unveil_data::synth::{RECORDS_FILE, SynthSpec, generate};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_engine::{Engine, EngineOptions, GroupInput, GroupRequest, random::group_key};
-use unveil_learner::{Dataset, EventSink, Silent, Stage};
+use unveil_learner::{Dataset, EventSink, Progress, Stage};
 use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::{breakdown_to_wire, response_to_wire, v1};
@@ -81,21 +81,11 @@ impl Small {
         model: &'a Path,
         out: &'a Path,
         events: &'a mut dyn EventSink,
-        silent: &'a mut Silent,
+        progress: &'a mut dyn Progress,
         cancel: CancellationToken,
     ) -> Stage<'a> {
         let (config, data) = (&self.config, self.data());
-        Stage {
-            config,
-            model_dir: model,
-            out,
-            data,
-            environment: vec![],
-            cancel,
-            events,
-            progress: silent,
-            evaluator: None,
-        }
+        Stage { config, model_dir: model, out, data, environment: vec![], cancel, events, progress, evaluator: None }
     }
 }
 
