@@ -46,7 +46,7 @@ fn a_worker_that_is_added_takes_leases_and_its_death_costs_nothing_else() {
     let s = Sandbox::new();
     let (config, run) = (s.micro_config(), s.path("run"));
     let config = config.to_string_lossy();
-    let sets = ["learner.steps=40", "learner.groups=4", "rollout.groups_per_lease=1", "rollout.lease_s=3"];
+    let sets = ["learner.steps=24", "learner.groups=4", "rollout.groups_per_lease=1", "rollout.lease_s=3"];
     let mut args = vec!["train", "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     let mut train = s.spawn(&args);
@@ -74,7 +74,7 @@ fn a_worker_that_is_added_takes_leases_and_its_death_costs_nothing_else() {
     let before = events_of(&run, "train").len();
     added.kill();
     train.wait(SOON).ok();
-    assert!(before < 40, "the run went on while the worker was there");
-    Lineage::read(&run).is_exactly_once(40, 4, 8);
+    assert!(before < 24, "the run went on while the worker was there");
+    Lineage::read(&run).is_exactly_once(24, 4, 8);
     assert_eq!(s.processes(), [], "every role ends with the run");
 }
