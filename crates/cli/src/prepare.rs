@@ -9,6 +9,7 @@ use serde_json::json;
 use unveil_checkpoint::{self as checkpoint, Access, Store};
 use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_config::Config;
+use unveil_core::tell;
 
 use crate::models::{ModelCommand, model};
 
@@ -40,7 +41,7 @@ pub struct PrepareArgs {
 pub fn run(args: &PrepareArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     if args.role != For::Rollout {
-        unveil_launch::prepare_data(&config, &|line| eprintln!("{line}"))?;
+        unveil_launch::prepare_data(&config, &|line| _ = tell(line))?;
     }
     let fetched = args.role != For::Sft && config.sft.steps > 0;
     let dir = if fetched { config.stage1_model() } else { config.initial_model() };
@@ -80,7 +81,7 @@ fn fetch(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
             }
             let why = e.to_string();
             if why != said {
-                eprintln!("waiting for stage 1: {why}");
+                tell(&format!("waiting for stage 1: {why}"));
                 said = why;
             }
             tokio::select! {
