@@ -170,7 +170,7 @@ def networks(documents):
 
 
 def monitors(documents):
-    """Once pods are asked for metrics, all that have a page are, and by the network policies somebody may."""
+    """Once pods are asked for metrics, all that have a page are."""
     asked = {r["regex"] for d in documents if d["kind"] == "PodMonitor" for e in d["spec"]["podMetricsEndpoints"]
              for r in e["relabelings"] if r["action"] == "keep"}
     for name, labels, spec in pods(documents) if asked else ():

@@ -1,4 +1,4 @@
-//! Rollout beside training in real processes: two workers, one of them stopped for a while.
+//! Rollout beside training in real processes: two workers, one of them stopped for a while; one that comes later.
 
 use std::time::{Duration, Instant};
 

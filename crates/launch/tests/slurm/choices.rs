@@ -21,7 +21,7 @@ fn complaint(program: &str, args: &[&str], script: &str) -> Option<String> {
 }
 
 fn written(flags: &[&str], sets: &[&str]) -> String {
-    let script = job("/work/me", flags, sets).unwrap_or_else(|e| panic!("{flags:?}: {e}")).script;
+    let script = job("/home/me", flags, sets).unwrap_or_else(|e| panic!("{flags:?}: {e}")).script;
     assert_eq!(complaint("bash", &["-n"], &script), None);
     if Command::new("shellcheck").arg("--version").output().is_ok() {
         assert_eq!(complaint("shellcheck", &["-"], &script), None);
@@ -30,8 +30,8 @@ fn written(flags: &[&str], sets: &[&str]) -> String {
 }
 
 const FIRST: &str = "#SBATCH --job-name=unveil
-#SBATCH --chdir=/work/me
-#SBATCH --output=/work/me/runs/run/logs/slurm-%j.out
+#SBATCH --chdir=/home/me
+#SBATCH --output=/home/me/runs/run/logs/slurm-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
 ";
@@ -50,9 +50,9 @@ fn learner_and_rollout_nodes_of_one_allocation() {
 #SBATCH --time=04:00:00
 #SBATCH --exclusive
 UNVEIL=/opt/unveil/bin/unveil
-CONFIG=/work/me/run.toml
+CONFIG=/home/me/run.toml
 SETS=(learner.parallel.ranks=8 rollout.workers=6 checkpoint.url=s3://bucket/runs/a run.seed=5)
-RUN_DIR=/work/me/runs/run
+RUN_DIR=/home/me/runs/run
 CHECKPOINTS=s3://bucket/runs/a
 RANKS=8
 LEARNER_NODES=2
@@ -115,18 +115,18 @@ UNVEIL=";
 fn an_array_of_seeds() {
     let text = written(&["--seeds", "0,5,7-9%2"], &["checkpoint.url=saved"]);
     assert!(text.contains("#SBATCH --array=0,5,7-9%2\n"), "{text}");
-    assert!(text.contains("/logs/slurm-%A_%a.out\n") && text.contains("\nCHECKPOINTS=/work/me/saved\n"), "{text}");
+    assert!(text.contains("/logs/slurm-%A_%a.out\n") && text.contains("\nCHECKPOINTS=/home/me/saved\n"), "{text}");
 }
 
 #[test]
 fn containers_see_what_the_run_needs() {
-    let flags = ["--container", "registry#unveil:1", "--mount", "/scratch/data", "--mount", "/work/me/models"];
+    let flags = ["--container", "registry#unveil:1", "--mount", "/scratch/data", "--mount", "/home/me/models"];
     let text = written(&flags, &["run.dir=/scratch/runs/a"]);
     // What lies below a directory that it sees is not named again.
-    let wanted = "RUNTIME=pyxis\nIMAGE='registry#unveil:1'\nMOUNTS=(/work/me /scratch/runs/a /scratch/data)\n";
+    let wanted = "RUNTIME=pyxis\nIMAGE='registry#unveil:1'\nMOUNTS=(/home/me /scratch/runs/a /scratch/data)\n";
     assert!(text.contains(wanted) && text.contains("\nUNVEIL=unveil\n"), "{text}");
     let text = written(&[&flags[..2], &["--runtime", "apptainer", "--program", "bin/unveil"]].concat(), &[]);
-    assert!(text.contains("\nRUNTIME=apptainer\n") && text.contains("UNVEIL=/work/me/bin/unveil\n"), "{text}");
+    assert!(text.contains("\nRUNTIME=apptainer\n") && text.contains("UNVEIL=/home/me/bin/unveil\n"), "{text}");
 }
 
 #[test]
@@ -138,7 +138,7 @@ fn the_template_has_the_same_settings() {
     let template = include_str!("../../../../cluster/slurm/unveil.sbatch");
     assert_eq!(names(settings(template)), names(&written(&[], &[])));
     assert_eq!(complaint("bash", &["-n"], template), None);
-    let script = job("/work/me", &[], &[]).unwrap().script;
+    let script = job("/home/me", &[], &[]).unwrap().script;
     let end = |text: &str| text.split_once("# --- end of settings ---").expect("an end").1.to_owned();
     assert_eq!(end(template), end(&script), "what follows the settings is the same");
 }
@@ -149,13 +149,13 @@ fn odd_paths_reach_the_shell_as_they_are() {
     for (i, dir) in odd.into_iter().enumerate() {
         let sets = ["data.question=Who's there? $HOME \"you\" `id`", &format!("run.dir={dir}")].map(str::to_owned);
         let sets = sets.iter().map(String::as_str).collect::<Vec<_>>();
-        let made = job("/work/me", &[], &sets).unwrap_or_else(|e| panic!("{dir}: {e}"));
+        let made = job("/home/me", &[], &sets).unwrap_or_else(|e| panic!("{dir}: {e}"));
         let print = "printf '%s\\0' \"$RUN_DIR\" \"$CONFIG\" \"${SETS[@]}\"";
         let shell =
             Command::new("bash").args(["-c", &format!("{}\n{print}", settings(&made.script))]).output().unwrap();
         assert!(shell.status.success(), "{dir}: {}", String::from_utf8_lossy(&shell.stderr));
         let values: Vec<&[u8]> = shell.stdout.split(|b| *b == 0).collect();
-        let wanted = [dir, "/work/me/run.toml", sets[0], sets[1], ""];
+        let wanted = [dir, "/home/me/run.toml", sets[0], sets[1], ""];
         assert_eq!(values, wanted.map(str::as_bytes), "number {i}");
         assert_eq!(made.logs, std::path::Path::new(dir).join("logs"));
     }

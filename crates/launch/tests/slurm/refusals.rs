@@ -7,7 +7,7 @@ use crate::job;
 /// The message of choices that cannot work.
 #[track_caller]
 fn refused(flags: &[&str], sets: &[&str], words: &[&str]) {
-    let e = job("/work/me", flags, sets).expect_err("it cannot work").to_string();
+    let e = job("/home/me", flags, sets).expect_err("it cannot work").to_string();
     for word in words {
         assert!(e.contains(word), "{flags:?} {sets:?}: \"{word}\" is not in: {e}");
     }
@@ -46,7 +46,7 @@ fn seeds_are_numbers_and_ranges() {
         refused(&[&format!("--seeds={seeds}")], &[], &["--seeds is", seeds]);
     }
     for seeds in ["0", "0-3", "1,5,9", "0-3,8", "0-8:2", "0-31%4"] {
-        job("/work/me", &["--seeds", seeds], &[]).unwrap_or_else(|e| panic!("{seeds}: {e}"));
+        job("/home/me", &["--seeds", seeds], &[]).unwrap_or_else(|e| panic!("{seeds}: {e}"));
     }
 }
 
@@ -84,7 +84,7 @@ fn secrets_that_others_can_read() {
     std::fs::write(&file, "AWS_SECRET_ACCESS_KEY=very-secret\n").unwrap();
     for (mode, fine) in [(0o644, false), (0o640, false), (0o604, false), (0o600, true), (0o400, true)] {
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
-        match job("/work/me", &["--secrets", &shown], &[]) {
+        match job("/home/me", &["--secrets", &shown], &[]) {
             Ok(made) => {
                 assert!(fine, "{mode:o}");
                 assert!(made.script.contains(&format!("SECRETS={shown}\n")) && !made.script.contains("very-secret"));
