@@ -45,6 +45,7 @@ WRONG = [
     ({"tls": {"mode": "secret", "existingSecrets": {"learner": "a", "rollout": "b"}}}, ["/tls/existingSecrets/reward"]),
     ({"auth": {"token": "abc"}}, ["/auth", "token"]),
     ({"auth": {"existingSecret": ""}}, ["auth.existingSecret is empty", "unveil-token"]),
+    ({"auth": {"existingSecret": ""}, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}, ["auth.existingSecret is empty"]),
     ({"set": {"learner.steps": 500}}, ["/set/learner.steps", "number", "string"]),
     ({"set": {"steps": "500"}}, ["steps", "does not match pattern"]),
     ({"set": {"run.dir": "/data"}}, ["set names run.dir", "the chart itself"]),

@@ -6,6 +6,7 @@
 mod child;
 mod memory;
 mod prepare;
+mod restarts;
 mod stage2;
 pub mod submit;
 mod train;

@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::LaunchError;
 use crate::child::Role;
+use crate::restarts::{Restarts, too_often};
 
 const READY: Duration = Duration::from_secs(60);
-/// A role that dies more often than this within the run is not started again.
-const RESTARTS: u32 = 10;
 
 /// What stage 2 starts.
 pub(crate) struct Stage2<'a> {
@@ -30,6 +29,9 @@ struct Worker {
     number: usize,
     incarnation: u32,
     role: Option<Role>,
+    restarts: Restarts,
+    /// It has ended for good, or its restart is not due yet.
+    ended: bool,
 }
 
 impl Stage2<'_> {
@@ -42,7 +44,7 @@ impl Stage2<'_> {
             let mut role = self.reward(None)?;
             let bound = role.address(READY, &mut || going())?;
             reward_address = format!("{}://{bound}", self.scheme);
-            reward = Some((role, bound, 0));
+            reward = Some((role, bound, Restarts::default(), false));
         }
         let mut learner = self.role("learner", self.unveil, &["learner"], &[], true)?;
         let mut ranks: Vec<Role> = Vec::new();
@@ -60,7 +62,7 @@ impl Stage2<'_> {
         };
         let learner_address = format!("{}://{}", self.scheme, learner.address(READY * 5, &mut together)?);
         let mut workers: Vec<Worker> =
-            (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None }).collect();
+            (0..self.workers).map(|number| Worker { number, incarnation: 0, role: None, restarts: Restarts::default(), ended: false }).collect();
         let mut told = BTreeSet::new();
         let outcome = loop {
             if stop() {
@@ -76,15 +78,22 @@ impl Stage2<'_> {
                     note(&role.failed(status).to_string());
                 }
             }
-            if let Some((role, bound, restarts)) = &mut reward
+            if let Some((role, bound, restarts, ended)) = &mut reward
                 && let Some(status) = role.exited()
             {
-                *restarts += 1;
-                if *restarts > RESTARTS {
-                    break Err(role.failed(status));
+                let now = Instant::now();
+                if !std::mem::replace(ended, true) {
+                    let Some(wait) = restarts.died(now) else {
+                        note(&format!("reward service ended with {status}; {}", too_often()));
+                        break Err(role.failed(status));
+                    };
+                    let wait = wait.as_secs_f64();
+                    note(&format!("reward service ended with {status}; starting it again on {bound} in {wait:.1} s"));
                 }
-                note(&format!("reward service ended with {status}; starting it again on {bound}"));
-                *role = self.reward(Some(bound))?;
+                if restarts.due(now) {
+                    *role = self.reward(Some(bound))?;
+                    *ended = false;
+                }
             }
             if let Err(e) = self.keep_workers(&mut workers, &learner_address, &reward_address, note) {
                 // The learner tells its workers to leave before it exits itself.
@@ -127,15 +136,24 @@ impl Stage2<'_> {
         note: &dyn Fn(&str),
     ) -> Result<(), LaunchError> {
         for w in workers {
+            let now = Instant::now();
             match w.role.as_mut().map(|r| (r.exited(), r)) {
                 Some((None, _)) => continue,
                 Some((Some(status), _)) if status.success() => continue,
-                Some((Some(status), role)) if w.incarnation > RESTARTS => return Err(role.failed(status)),
-                Some((Some(status), _)) => {
-                    note(&format!("rollout worker {} ended with {status}; starting it again", w.number));
+                Some((Some(status), role)) if !w.ended => {
+                    let Some(wait) = w.restarts.died(now) else {
+                        note(&format!("rollout worker {} ended with {status}; {}", w.number, too_often()));
+                        return Err(role.failed(status));
+                    };
+                    let wait = wait.as_secs_f64();
+                    note(&format!("rollout worker {} ended with {status}; starting it again in {wait:.1} s", w.number));
+                    w.ended = true;
+                    continue;
                 }
-                None => {}
+                Some(_) if !w.restarts.due(now) => continue,
+                Some(_) | None => {}
             }
+            w.ended = false;
             w.incarnation += 1;
             let name = format!("rollout-{}", w.number);
             let sets = [format!("learner.address={learner}"), format!("reward.address={reward}")];

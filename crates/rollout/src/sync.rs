@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tch::Device;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 use unveil_proto::v1::{FollowResponse, HeldWeights, WeightsChunk};
 use unveil_service::ClientOptions;
 
@@ -44,6 +44,8 @@ enum Fault {
     /// By broadcast; the stream may do better.
     Broadcast(String),
     Stream(String),
+    /// The service dropped the stream: there is a newer version, or it was read too slowly.
+    Dropped(String),
 }
 
 impl WeightReceiver {
@@ -88,7 +90,8 @@ impl WeightReceiver {
     /// Waits up to `wait` for weights newer than those held, and receives them. None when there are none.
     ///
     /// # Errors
-    /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums.
+    /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums. A stream that
+    /// the service drops, for a newer version or a slow reader, is asked for again.
     pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
         let mut left = TRIES;
         self.follow().await?;
@@ -102,6 +105,10 @@ impl WeightReceiver {
                 Err(Fault::Broadcast(what)) => {
                     tracing::warn!("{what}; the weights are fetched from {} instead", self.experience.address);
                     by_broadcast = false;
+                    continue;
+                }
+                Err(Fault::Dropped(what)) => {
+                    tracing::warn!("{what}");
                     continue;
                 }
                 Err(Fault::Stream(what)) => what,
@@ -128,12 +135,12 @@ impl WeightReceiver {
     }
 
     async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, Fault> {
-        let Some(first) = next(&mut stream, self.patience).await.map_err(Fault::Stream)? else { return Ok(None) };
+        let Some(first) = next(&mut stream, self.patience).await? else { return Ok(None) };
         let device = self.place.as_ref().map_or(Device::Cpu, |p| p.member.device());
         let begun = Assembly::begin(&first, self.known.as_ref(), &mut self.pool, device);
         let mut assembly = begun.map_err(Fault::Stream)?;
         let Some(ticket) = assembly.broadcast() else {
-            return all(stream, assembly, self.patience).await.map(Some).map_err(Fault::Stream);
+            return all(stream, assembly, self.patience).await.map(Some);
         };
         let Some(place) = &mut self.place else {
             let version = assembly.version();
@@ -159,17 +166,20 @@ async fn all(
     mut stream: Streaming<WeightsChunk>,
     mut assembly: Assembly,
     patience: Duration,
-) -> Result<Update, String> {
+) -> Result<Update, Fault> {
     while let Some(chunk) = next(&mut stream, patience).await? {
-        assembly.push(&chunk)?;
+        assembly.push(&chunk).map_err(Fault::Stream)?;
     }
-    assembly.finish()
+    assembly.finish().map_err(Fault::Stream)
 }
 
-async fn next(stream: &mut Streaming<WeightsChunk>, patience: Duration) -> Result<Option<WeightsChunk>, String> {
-    let broken = |e: Status| format!("the stream broke off: {:?}: {}", e.code(), e.message());
+async fn next(stream: &mut Streaming<WeightsChunk>, patience: Duration) -> Result<Option<WeightsChunk>, Fault> {
+    let broken = |e: Status| match e.code() {
+        Code::Aborted => Fault::Dropped(format!("the stream of weights was dropped: {}", e.message())),
+        code => Fault::Stream(format!("the stream broke off: {code:?}: {}", e.message())),
+    };
     match tokio::time::timeout(patience, stream.message()).await {
         Ok(message) => message.map_err(broken),
-        Err(_) => Err(format!("the stream stood still for {:.0} s", patience.as_secs_f64())),
+        Err(_) => Err(Fault::Stream(format!("the stream stood still for {:.0} s", patience.as_secs_f64()))),
     }
 }

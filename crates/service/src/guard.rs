@@ -1,4 +1,4 @@
-//! What stands before every service: the bearer token, the number of calls at once, and the time that one may take.
+//! What stands before every service: the bearer token, the caller's certificate, the number of calls at once, and the time that one may take.
 //!
 //! A call is admitted before its message is read, so that calls that are too many cost no memory.
 
@@ -16,6 +16,8 @@ use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 use unveil_core::Secret;
 
+use crate::Callers;
+
 /// Paths that need no token and no place: whoever watches a service has neither.
 const HEALTH: &str = "/grpc.health.v1.Health/";
 /// Reflection needs the token, but no place among the calls.
@@ -25,6 +27,7 @@ const REFLECTION: &str = "/grpc.reflection.";
 #[derive(Debug, Clone)]
 pub struct Guard {
     shared: Arc<Shared>,
+    callers: Option<Arc<Callers>>,
 }
 
 #[derive(Debug)]
@@ -53,7 +56,7 @@ pub struct GuardCounts {
     pub in_flight: usize,
     /// Calls that were refused because too many were under way.
     pub refused: u64,
-    /// Calls without the right token.
+    /// Calls without the right token, or with a certificate of another role.
     pub unauthenticated: u64,
     /// Calls that took too long.
     pub late: u64,
@@ -72,6 +75,7 @@ impl Guard {
     pub fn new(token: Option<&Secret>, most: usize, call: Option<Duration>, streams: &[&'static str]) -> Self {
         let most = most.min(Semaphore::MAX_PERMITS);
         Self {
+            callers: None,
             shared: Arc::new(Shared {
                 token: token.map(|t| blake3::hash(format!("Bearer {}", t.reveal()).as_bytes())),
                 slots: Arc::new(Semaphore::new(most)),
@@ -83,6 +87,12 @@ impl Guard {
                 late: AtomicU64::new(0),
             }),
         }
+    }
+
+    /// Lets in only the roles that `callers` names, where there are any.
+    pub fn admitting(mut self, callers: Option<Callers>) -> Self {
+        self.callers = callers.map(Arc::new);
+        self
     }
 
     /// Whether calls need a token.
@@ -127,7 +137,7 @@ impl<S> Layer<S> for Guard {
     type Service = Guarded<S>;
 
     fn layer(&self, inner: S) -> Guarded<S> {
-        Guarded { inner, shared: Arc::clone(&self.shared) }
+        Guarded { inner, shared: Arc::clone(&self.shared), callers: self.callers.clone() }
     }
 }
 
@@ -136,6 +146,7 @@ impl<S> Layer<S> for Guard {
 pub struct Guarded<S> {
     inner: S,
     shared: Arc<Shared>,
+    callers: Option<Arc<Callers>>,
 }
 
 impl<S, B, R> Service<Request<B>> for Guarded<S>
@@ -163,6 +174,10 @@ where
         }
         if path.starts_with(REFLECTION) {
             return Box::pin(self.inner.call(request));
+        }
+        if let Some(Err(why)) = self.callers.as_ref().map(|c| c.admit(&request)) {
+            self.shared.unauthenticated.fetch_add(1, Ordering::Relaxed);
+            return refuse(Status::permission_denied(why));
         }
         let is_stream = self.shared.streams.contains(path);
         let Some(place) = self.shared.place() else {

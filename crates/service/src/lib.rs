@@ -3,6 +3,7 @@
 //!
 //! Must not know: tch, and what any service is about.
 
+mod callers;
 pub mod chat;
 mod client;
 mod error;
@@ -20,6 +21,7 @@ mod spans;
 mod tls;
 mod trace;
 
+pub use callers::Callers;
 pub use client::{Backoff, ClientOptions, authorised, connect, connect_with, lazy_channel, retry, with_deadline};
 pub use error::ServiceError;
 pub use guard::{Guard, GuardCounts, Guarded, Place};

@@ -5,7 +5,7 @@
 use unveil_config::{Config, Role, TlsFiles};
 use unveil_core::Secret;
 
-use crate::{ClientOptions, ClientTls, PemPair, ServerTls, ServiceError};
+use crate::{Callers, ClientOptions, ClientTls, PemPair, ServerTls, ServiceError};
 
 /// How a service of a role is reached.
 #[derive(Debug, Clone, Default)]
@@ -14,6 +14,8 @@ pub struct Access {
     pub tls: Option<ServerTls>,
     /// Token that callers must send; none = they need none.
     pub token: Option<Secret>,
+    /// The roles that may call it; none = whoever has a certificate, or the token.
+    pub callers: Option<Callers>,
     /// Beyond loopback, too, it may listen without TLS.
     pub insecure: bool,
 }
@@ -29,7 +31,12 @@ impl Access {
             client_ca: config.tls.mutual.then_some(files.ca),
         };
         let tls = config.tls_files(role).map(server);
-        Ok(Self { tls, token: config.token()?, insecure: config.tls.insecure })
+        Ok(Self {
+            tls,
+            token: config.token()?,
+            callers: Callers::of(config, role),
+            insecure: config.tls.insecure,
+        })
     }
 }
 

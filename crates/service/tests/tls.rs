@@ -30,7 +30,7 @@ fn config(dir: &Path) -> Config {
 async fn serve_at(listen: &str, c: &Config, role: Role) -> Result<(Running, CancellationToken), ServiceError> {
     let access = Access::of(c, role)?;
     let stop = CancellationToken::new();
-    let guard = Guard::new(access.token.as_ref(), 4, None, &[]);
+    let guard = Guard::new(access.token.as_ref(), 4, None, &[]).admitting(access.callers);
     let options = ServeOptions { tls: access.tls, guard, insecure: access.insecure, ..ServeOptions::default() };
     Ok((start(listen, Routes::default(), options, stop.clone()).await?, stop))
 }
@@ -141,12 +141,16 @@ async fn roles_know_each_other_by_their_certificates() {
     let port = running.address.port();
     let (plain, named) = (format!("127.0.0.1:{port}"), format!("https://localhost:{port}"));
     for address in [&plain, &named] {
-        for role in [Role::Rollout, Role::Client, Role::Reward] {
-            call(address, &c, role).await.unwrap();
+        call(address, &c, Role::Rollout).await.unwrap();
+        for role in [Role::Client, Role::Reward, Role::Learner] {
+            let e = call(address, &c, role).await.unwrap_err();
+            let words = ["PermissionDenied", role.name(), "only rollout may call the learner", "tls.names"];
+            assert!(words.iter().all(|w| e.contains(w)), "{e}");
         }
     }
     // A role's own folder, as a mounted secret is.
-    call(&named, &config(&ours.join("client")), Role::Rollout).await.unwrap();
+    call(&named, &config(&ours.join("rollout")), Role::Rollout).await.unwrap();
+    call(&named, &config(&ours.join("client")), Role::Rollout).await.unwrap_err();
     let mut bare = c.clone();
     bare.tls.mutual = false;
     for (refused, why) in [(&bare, ""), (&config(&theirs), "UnknownIssuer"), (&Config::default(), "")] {
@@ -169,6 +173,28 @@ async fn roles_know_each_other_by_their_certificates() {
     let e = call(&format!("https://127.0.0.1:{}", running.address.port()), &c, Role::Rollout).await.unwrap_err();
     assert!(e.contains("invalid peer certificate") || e.contains("certificate"), "{e}");
     stop.cancel();
+}
+
+/// Which role may call which service, and what a configuration may add.
+#[tokio::test]
+async fn the_matrix_of_roles_and_services() {
+    let dir = tempfile::tempdir().unwrap();
+    issue(dir.path(), &options(Existing::Refuse, &[])).unwrap();
+    let c = config(dir.path());
+    let mut named = c.clone();
+    named.tls.names.insert("rollout".into(), vec!["cl*".into()]);
+    let learner = [(Role::Rollout, true), (Role::Learner, false), (Role::Reward, false), (Role::Client, false)];
+    let reward = [(Role::Rollout, true), (Role::Learner, true), (Role::Reward, false), (Role::Client, true)];
+    let renamed = [(Role::Rollout, false), (Role::Learner, false), (Role::Reward, false), (Role::Client, true)];
+    for (serving, c, callers) in [(Role::Learner, &c, learner), (Role::Reward, &c, reward), (Role::Learner, &named, renamed)] {
+        let (running, stop) = serve_at("127.0.0.1:0", c, serving).await.unwrap();
+        let address = format!("https://localhost:{}", running.address.port());
+        for (role, may) in callers {
+            let called = call(&address, c, role).await;
+            assert_eq!(called.is_ok(), may, "{} calls {}: {called:?}", role.name(), serving.name());
+        }
+        stop.cancel();
+    }
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@
 {{- fail (printf "set names %s, which the chart itself sets: leave it out" $key) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (not .Values.auth.existingSecret) (or (eq .Values.tls.mode "none") (gt (int $learner.ranks) 1)) -}}
-{{- fail "auth.existingSecret is empty: without TLS, and among the ranks of a learner, a token says who may come. Make one (kubectl create secret generic unveil-token --from-literal=token=$(openssl rand -hex 32)) and name it" -}}
+{{- if not .Values.auth.existingSecret -}}
+{{- fail "auth.existingSecret is empty: a token says which run a caller belongs to, also where certificates say which role it is (an issuer may sign for others too). Make one (kubectl create secret generic unveil-token --from-literal=token=$(openssl rand -hex 32)) and name it" -}}
 {{- end -}}
 {{- $paths := list "/run/unveil" "/tmp" "/dev/shm" "/etc/unveil" -}}
 {{- $names := list "run" "tmp" "shm" "config" "tls" -}}

@@ -1,5 +1,7 @@
 //! The sections `[tls]` and `[auth]`: how roles prove who they are to each other, and what they say is kept from others.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// TLS between the roles: one place for all of them.
@@ -13,11 +15,14 @@ pub struct Tls {
     pub mutual: bool,
     /// Services listen beyond loopback without TLS, and tokens travel so: only for networks that encrypt by themselves.
     pub insecure: bool,
+    /// Names of certificates by which a role is known, where they are others than the role's own name or ones that end with `-ROLE`:
+    /// by role (`learner`, `rollout`, `reward`, `client`), common names or DNS names, with one `*` for anything.
+    pub names: BTreeMap<String, Vec<String>>,
 }
 
 impl Default for Tls {
     fn default() -> Self {
-        Self { dir: String::new(), mutual: true, insecure: false }
+        Self { dir: String::new(), mutual: true, insecure: false, names: BTreeMap::new() }
     }
 }
 

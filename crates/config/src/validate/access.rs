@@ -1,6 +1,7 @@
 //! Faults of the sections `[tls]` and `[auth]`, and of any key that would hold a credential itself.
 
 use crate::change::entries;
+use crate::identity::Role;
 use crate::schema::Config;
 
 /// Adds every fault to `out`.
@@ -10,6 +11,14 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
     }
     if !c.tls.mutual && c.tls.dir.is_empty() {
         out.push("tls.mutual = false says who needs a certificate, but without tls.dir there is none".into());
+    }
+    for (role, names) in &c.tls.names {
+        if !Role::ALL.iter().any(|r| r.name() == role) {
+            out.push(format!("tls.names.{role} names no role: use learner, rollout, reward or client"));
+        }
+        if names.is_empty() || names.iter().any(|n| n.is_empty() || n.matches('*').count() > 1) {
+            out.push(format!("tls.names.{role} must list names of certificates, each with one `*` at most"));
+        }
     }
     for (key, value) in entries(c) {
         let text: toml::Value = match format!("v = {value}").parse::<toml::Table>() {

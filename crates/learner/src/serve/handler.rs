@@ -281,11 +281,12 @@ impl Service for Handler {
         let until_met = until + MEETING;
         let shared = &self.shared;
         let mut noted = false;
+        let mut place = None;
         loop {
             let told = shared.work.notified();
             tokio::pin!(told);
             told.as_mut().enable();
-            {
+            let full = {
                 let mut state = shared.lock();
                 // Weights of a learner that is gone, or damaged ones, are no base to build on.
                 let base = r.holds.filter(|h| state.checksums.get(&h.version) == Some(&h.checksum));
@@ -306,17 +307,31 @@ impl Service for Handler {
                     until = until.max(until_met);
                 }
                 let newest = newest || (matches!(ticket, Ticket::Soon) && Instant::now() < until);
-                if let Some(weights) = state.weights.as_ref().filter(|_| !newest) {
-                    return Ok(Answer::new(Box::pin(tokio_stream::iter(weights.stream(base)))));
+                let sent = state.weights.as_ref().filter(|_| !newest);
+                if let Some(weights) = sent
+                    && let Some(place) = place.take().or_else(|| shared.streams.try_place())
+                {
+                    let (bytes, chunks) = weights.stream(base);
+                    return Ok(Answer::new(Box::pin(shared.streams.begin(weights.version, bytes, place, chunks))));
                 }
+                let full = sent.is_some();
                 if state.finished || Instant::now() >= until {
+                    if full {
+                        return Err(Status::resource_exhausted("too many workers fetch weights already: try again later"));
+                    }
                     if newest || base.is_some() {
                         return Ok(Answer::new(Box::pin(tokio_stream::empty())));
                     }
                     return Err(Status::unavailable("no weights are published yet"));
                 }
+                full
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if full {
+                place = tokio::time::timeout(left, shared.streams.place()).await.ok().flatten();
+            } else {
+                let _ = tokio::time::timeout(left, told).await;
             }
-            let _ = tokio::time::timeout(until.saturating_duration_since(Instant::now()), told).await;
         }
     }
 

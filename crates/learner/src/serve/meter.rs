@@ -42,6 +42,7 @@ impl Collector for Queue {
         let (now, leasable, n) = (shared.now(), state.machine.leasable(), state.machine.stats());
         let heard = state.workers.values().filter(|heard| now.saturating_sub(**heard) < SILENT).count();
         drop(state);
+        let (streams, dropped) = shared.streams.counts();
         let mut s = Series(encoder);
         let groups = [("leasable", leasable), ("leased", n.leased), ("ready", n.ready), ("training", n.training)];
         let groups = groups.map(|(state, n)| (state, n as f64));
@@ -50,6 +51,9 @@ impl Collector for Queue {
         let lost = [("stale", n.stale), ("expired", n.expired), ("duplicate", n.duplicates), ("refused", n.refused)];
         s.counters("lost_groups", "Groups whose work did not count, by reason", "reason", lost)?;
         s.counter("trained_groups", "Groups trained since the start of the run", None, n.trained as f64)?;
+        s.gauge("weight_streams", "Streams of weights under way", None, streams as f64)?;
+        let help = "Streams of weights that were dropped: superseded, or read too slowly";
+        s.counter("dropped_weight_streams", help, None, dropped as f64)?;
         s.gauge("weight_version", "Published weight version, the update's number", None, n.version as f64)?;
         s.gauge("workers", "Rollout workers heard of in the last 5 s", None, heard as f64)
     }

@@ -23,6 +23,7 @@ use crate::error::{LearnerError, Result};
 use broadcast::Broadcaster;
 use handler::Handler;
 use rounds::Rounds;
+use streams::Streams;
 use traces::Traces;
 use weights::Published;
 
@@ -33,6 +34,7 @@ mod handler;
 mod limits;
 mod meter;
 mod rounds;
+mod streams;
 mod traces;
 mod weights;
 
@@ -138,6 +140,8 @@ struct Shared {
     ready: Condvar,
     /// There may be something to lease: for waiting workers.
     work: Notify,
+    /// Weights on their way.
+    streams: Streams,
     /// The service is to end.
     ending: CancellationToken,
     started: Instant,
@@ -235,6 +239,7 @@ impl Host {
             state: Mutex::new(state),
             ready: Condvar::new(),
             work: Notify::new(),
+            streams: Streams::default(),
             ending: stop.clone(),
             started: Instant::now(),
             source,
@@ -248,7 +253,7 @@ impl Host {
             names: vec!["unveil.v1.Experience"],
             drain: Duration::from_secs(1),
             serving: false,
-            guard: Guard::new(access.token.as_ref(), MOST_CALLS, Some(CALL), &[]),
+            guard: Guard::new(access.token.as_ref(), MOST_CALLS, Some(CALL), &[]).admitting(access.callers),
             tls: access.tls,
             insecure: access.insecure,
             ..Default::default()
@@ -283,6 +288,7 @@ impl Host {
             // Nobody is sent the version before from here on: those who ask wait for this one.
             state.weights.take()
         };
+        self.shared.streams.sweep(version);
         let made = Published::make(new, before)?;
         let mut state = self.shared.lock();
         state.machine.published(version)?;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use tch::{Kind, Tensor};
-use tonic::Status;
 use unveil_core::WeightVersion;
 use unveil_model::Adapters;
 use unveil_proto::v1;
@@ -60,8 +59,8 @@ impl Packed {
     }
 }
 
-/// Weights that workers can fetch. Beyond the model this is the one copy in host memory: a version is written over the buffers of
-/// the one before, where no stream still sends them.
+/// Weights that workers can fetch. A version is written over the buffers of the one before, where no stream still sends them; streams
+/// of older ones are dropped, so beyond the model host memory holds one copy, and two while a stream is under way.
 pub(super) struct Published {
     pub version: WeightVersion,
     pub checksum: u32,
@@ -98,19 +97,17 @@ impl Published {
         Ok(Self { version: new.version, checksum: checksum(&sums), adapter_scale, tensors })
     }
 
-    /// What a worker needs that holds `base` (whole, and of this run), or nothing.
-    pub fn stream(
-        &self,
-        base: Option<v1::HeldWeights>,
-    ) -> impl Iterator<Item = Result<v1::WeightsChunk, Status>> + use<> {
+    /// What a worker needs that holds `base` (whole, and of this run), or nothing; and how many bytes of tensors that is.
+    pub fn stream(&self, base: Option<v1::HeldWeights>) -> (u64, impl Iterator<Item = v1::WeightsChunk> + Send + use<>) {
         let held = base.as_ref().map(|b| b.version);
         let sent: Vec<Arc<Packed>> =
             self.tensors.iter().filter(|t| held.is_none_or(|held| t.since > held)).cloned().collect();
+        let bytes = sent.iter().map(|t| t.bytes()).sum();
         let head = self.head(base, &sent);
         let head = chunk(prost::Message::encode_to_vec(&head).into());
         // A tensor is let go of once it is sent.
         let chunks = sent.into_iter().flat_map(|t| (0..t.chunks.len()).map(move |i| t.chunks[i].clone()));
-        std::iter::once(head).chain(chunks).map(Ok)
+        (bytes, std::iter::once(head).chain(chunks))
     }
 
     /// What changed after version `since`, ascending by name, and the head of it without a base.
@@ -190,7 +187,7 @@ mod tests {
     }
 
     fn sent(p: &Published, base: Option<v1::HeldWeights>) -> Vec<v1::WeightsChunk> {
-        p.stream(base).map(Result::unwrap).collect()
+        p.stream(base).1.collect()
     }
 
     /// The bytes of all tensors by another way: whole, by name.
@@ -258,10 +255,10 @@ mod tests {
         let first = make(0, &named(1.0), Kind::Float, None);
         let place = |p: &Published| p.tensors[1].chunks[0].data.as_ptr();
         let at = place(&first);
-        let stream = first.stream(None);
+        let (_, stream) = first.stream(None);
         let second = make(1, &named(2.0), Kind::Float, Some(first));
         assert_ne!(place(&second), at, "a stream still sends version 0");
-        let sent: Vec<u8> = stream.skip(1).flat_map(|c| c.unwrap().data.to_vec()).collect();
+        let sent: Vec<u8> = stream.skip(1).flat_map(|c| c.data.to_vec()).collect();
         let whole: Vec<u8> = named(1.0).iter().flat_map(|one| bytes(std::slice::from_ref(one), Kind::Float)).collect();
         assert!(sent == whole, "the stream has version 0 to its end");
         let at = place(&second);

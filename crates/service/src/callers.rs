@@ -1,0 +1,113 @@
+//! Which roles may call a service, told by the names in the certificates that they show. Must not know: what the services do.
+
+use tonic::codegen::http::Request;
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
+use unveil_config::{Config, Role};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// The roles that may call a service, and the names by which their certificates are known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Callers {
+    /// What is called, for messages.
+    service: &'static str,
+    roles: Vec<(Role, Vec<String>)>,
+}
+
+impl Callers {
+    /// Returns who may call the service of `role`: rollout workers the learner's; rollout workers, learners and clients the reward
+    /// service. None where callers show no certificate.
+    pub fn of(config: &Config, role: Role) -> Option<Self> {
+        if config.tls.dir.is_empty() || !config.tls.mutual {
+            return None;
+        }
+        let roles: &[Role] = match role {
+            Role::Learner => &[Role::Rollout],
+            _ => &[Role::Rollout, Role::Learner, Role::Client],
+        };
+        let names = |r: &Role| {
+            let own = config.tls.names.get(r.name()).cloned();
+            (*r, own.unwrap_or_else(|| vec![r.name().to_owned(), format!("*-{}", r.name())]))
+        };
+        Some(Self { service: role.name(), roles: roles.iter().map(names).collect() })
+    }
+
+    /// Checks the certificate that came with a call.
+    ///
+    /// # Errors
+    /// What was shown instead, who may call, and where that is configured.
+    pub(crate) fn admit<B>(&self, request: &Request<B>) -> Result<(), String> {
+        let shown = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
+        let names = shown.as_ref().and_then(|chain| chain.first()).map(|leaf| names(leaf.as_ref())).unwrap_or_default();
+        let known = |pattern: &String| names.iter().any(|name| matches(pattern, name));
+        if self.roles.iter().any(|(_, patterns)| patterns.iter().any(known)) {
+            return Ok(());
+        }
+        let roles: Vec<&str> = self.roles.iter().map(|(r, _)| r.name()).collect();
+        let shown = if names.is_empty() { "no name".to_owned() } else { format!("`{}`", names.join("`, `")) };
+        Err(format!(
+            "the certificate of the caller has {shown}, but only {} may call the {} service; tls.names says by which names of \
+             certificates a role is known",
+            roles.join(", "),
+            self.service
+        ))
+    }
+}
+
+/// The names of a certificate: its common names, and its DNS names whole and by their first label.
+fn names(der: &[u8]) -> Vec<String> {
+    let Ok((_, certificate)) = X509Certificate::from_der(der) else { return Vec::new() };
+    let mut out: Vec<String> =
+        certificate.subject().iter_common_name().filter_map(|n| n.as_str().ok()).map(str::to_owned).collect();
+    let other = certificate.subject_alternative_name().ok().flatten();
+    for name in other.iter().flat_map(|extension| &extension.value.general_names) {
+        if let GeneralName::DNSName(name) = name {
+            out.push((*name).to_owned());
+            out.extend(name.split_once('.').map(|(first, _)| first.to_owned()));
+        }
+    }
+    out.sort();
+    out.dedup();
+    out
+}
+
+/// Whether `name` is `pattern`, in which one `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern.eq_ignore_ascii_case(name),
+        Some((begin, end)) => {
+            let (name, begin, end) = (name.to_ascii_lowercase(), begin.to_ascii_lowercase(), end.to_ascii_lowercase());
+            name.len() >= begin.len() + end.len() && name.starts_with(&begin) && name.ends_with(&end)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, same) in [
+            ("rollout", "rollout", true),
+            ("rollout", "Rollout", true),
+            ("rollout", "rollout2", false),
+            ("*-rollout", "run-unveil-rollout", true),
+            ("*-rollout", "rollout", false),
+            ("gpu-*.lab", "gpu-7.lab", true),
+            ("gpu-*.lab", "gpu-.la", false),
+        ] {
+            assert_eq!(matches(pattern, name), same, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn nobody_is_asked_for_a_name_where_none_is_shown() {
+        let mut c = Config::default();
+        assert_eq!(Callers::of(&c, Role::Learner), None);
+        c.tls.dir = "tls".into();
+        assert!(Callers::of(&c, Role::Learner).is_some());
+        c.tls.mutual = false;
+        assert_eq!(Callers::of(&c, Role::Learner), None);
+    }
+}
