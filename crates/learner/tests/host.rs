@@ -429,3 +429,41 @@ fn the_service_is_ready_when_weights_are_published_and_not_before() {
     publish(&s.host, 1).unwrap();
     assert!(asked("unveil.v1.Experience"), "new weights do not take it away");
 }
+
+/// Reads on to the end of a stream and returns how it ends.
+fn ending(s: &Served, mut stream: tonic::Streaming<v1::WeightsChunk>) -> Result<(), tonic::Status> {
+    s.runtime.block_on(async {
+        while stream.message().await?.is_some() {}
+        Ok(())
+    })
+}
+
+#[test]
+fn readers_of_weights_that_are_too_slow_are_dropped_and_may_ask_again() {
+    let mut s = serve(&["a", "b"], 60.0);
+    // More than what may be under way unread.
+    let named = |v: u64| vec![("w".to_owned(), Tensor::full([24 << 20], v as f64, (Kind::Float, Device::Cpu)))];
+    let publish = |s: &Served, version: u64| {
+        let named = named(version);
+        let new = NewWeights { version, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true };
+        s.host.publish(&new).unwrap();
+    };
+    let mut readers = Vec::new();
+    for version in 0..3 {
+        publish(&s, version);
+        let ask = v1::WeightsRequest { worker: format!("w{version}"), holds: None, wait_ms: 0, joins: None };
+        let mut client = s.client.clone();
+        readers.push(s.runtime.block_on(async {
+            let mut stream = client.weights(ask).await.unwrap().into_inner();
+            stream.message().await.unwrap().unwrap();
+            stream
+        }));
+    }
+    let ends: Vec<_> = readers.into_iter().map(|r| ending(&s, r)).collect();
+    let dropped = ends[0].as_ref().unwrap_err();
+    assert_eq!(dropped.code(), tonic::Code::Aborted);
+    assert!(dropped.message().contains("version 0 is superseded"), "{dropped:?}");
+    assert!(ends[1].is_ok() && ends[2].is_ok(), "one version behind is still whole: {ends:?}");
+    let (head, data) = s.weights(None, 0).unwrap();
+    assert_eq!((head.version, data.len()), (2, 24 << 22));
+}
