@@ -9,6 +9,7 @@ pub mod group;
 pub mod record;
 pub mod reward;
 pub mod secret;
+pub mod task;
 mod tell;
 
 pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
@@ -18,4 +19,5 @@ pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
 pub use record::{Record, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::{Secret, redact};
+pub use task::{Task, UnknownTask};
 pub use tell::tell;

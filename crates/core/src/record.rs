@@ -4,12 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::geometry::{BBox, BoxFault};
-
-/// Key of a record that says what kind of question it asks. Absent: where something is.
-pub const TASK: &str = "task";
-
-/// Value of [`TASK`] for a question that is answered in text; such a record without boxes is no "no finding".
-pub const TEXT_TASK: &str = "vqa";
+use crate::task::Task;
 
 /// Stands in [`Record::answer`] for boxes and category, which each model family writes in its own way.
 pub const REGION: &str = "<region>";
@@ -31,7 +26,7 @@ pub struct Record {
     #[serde(default)]
     pub question: String,
     /// Reference answer in free text; may be empty, then the training answer is made from boxes and category. It is the training answer
-    /// itself where it holds [`REGION`] (boxes and category go there), and in records of [`TEXT_TASK`].
+    /// itself where it holds [`REGION`] (boxes and category go there), and where [`Record::is_text`].
     #[serde(default)]
     pub answer: String,
     /// The abnormal class, in words.
@@ -52,6 +47,9 @@ pub struct Record {
     /// `train`, `val` or `test`.
     #[serde(default)]
     pub split: String,
+    /// What kind of answer is asked for. Absent: where something is.
+    #[serde(default, skip_serializing_if = "Task::is_default")]
+    pub task: Task,
     /// Keys that Unveil does not interpret.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
@@ -89,7 +87,7 @@ pub enum RecordFault {
 impl Record {
     /// Whether the question is answered in text rather than by a region.
     pub fn is_text(&self) -> bool {
-        self.extra.get(TASK).and_then(Value::as_str) == Some(TEXT_TASK)
+        self.task.is_text()
     }
 
     /// Checks what can be checked without the image; `size` is `(width, height)` when known, else borders are not checked.
@@ -129,5 +127,17 @@ mod tests {
         assert_eq!(back["patient"], "p7");
         assert!(r.faults(Some((10, 10))).is_empty());
         assert_eq!(r.faults(Some((1, 1))).len(), 1);
+    }
+
+    #[test]
+    fn a_task_is_one_that_is_known() {
+        let read = |task: &str| serde_json::from_str::<Record>(&format!(r#"{{"id":"a"{task}}}"#));
+        assert_eq!(read("").unwrap().task, Task::Grounding);
+        assert!(!serde_json::to_string(&read("").unwrap()).unwrap().contains("task"));
+        let choice = read(r#","task":"choice""#).unwrap();
+        assert!(choice.is_text() && choice.extra.is_empty());
+        assert!(serde_json::to_string(&choice).unwrap().contains(r#""task":"choice""#));
+        let e = read(r#","task":"vga""#).unwrap_err().to_string();
+        assert!(e.contains("`vga`") && e.contains("grounding, vqa, choice, caption, report or dialogue"), "{e}");
     }
 }
