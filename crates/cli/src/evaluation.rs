@@ -120,7 +120,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.predictions {
         let lines = evaluation.judged.iter().map(|j| serde_json::to_string(&j.prediction));
         let lines = lines.collect::<Result<Vec<String>, _>>()?;
-        std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        unveil_core::write_atomic(path, (lines.join("\n") + "\n").as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let (table, found) = match args.suite {
         Chosen::Summary => (evaluation.metrics.table(), serde_json::to_string(&evaluation.metrics)?),

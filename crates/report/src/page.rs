@@ -75,7 +75,7 @@ pub fn write_report(run: &Path, images: usize, samples: usize) -> Result<PathBuf
         escape(&name)
     );
     let path = run.join("report.html");
-    std::fs::write(&path, page).map_err(io(&path))?;
+    unveil_core::write_atomic(&path, page.as_bytes()).map_err(io(&path))?;
     Ok(path)
 }
 

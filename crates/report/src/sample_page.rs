@@ -60,7 +60,7 @@ pub fn write_samples(title: &str, samples: &[Shown], base: &Path, out: &Path) ->
          <script type=\"application/json\" id=\"data\">{data}</script><script>{SCRIPT}</script></body></html>",
         escape(title)
     );
-    std::fs::write(out, page).map_err(|source| ReportError::Io { path: out.to_owned(), source })
+    unveil_core::write_atomic(out, page.as_bytes()).map_err(|source| ReportError::Io { path: out.to_owned(), source })
 }
 
 /// `component: reason` of a masked component.
