@@ -16,7 +16,7 @@ pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
 pub use boxes::{BoxForm, UnknownBoxForm};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
-pub use record::{Record, RecordFault};
+pub use record::{Record, RecordError, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::{Secret, redact};
 pub use task::{Task, UnknownTask};
