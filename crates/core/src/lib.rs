@@ -19,7 +19,7 @@ pub use boxes::{BoxForm, UnknownBoxForm};
 pub use files::{FILE_MODE, replace_file, write_atomic};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};
-pub use record::{Record, RecordFault};
+pub use record::{Record, RecordError, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::{Secret, redact};
 pub use task::{Task, UnknownTask};
