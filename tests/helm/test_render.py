@@ -68,6 +68,20 @@ Lines.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yam
 
 
 class Rendering(unittest.TestCase):
+    def test_openshift_chooses_users_itself(self):
+        for name, values in cases():
+            with self.subTest(name):
+                plain, there = render(values), render(merged(values, {"openshift": True, "networkPolicy": {"enabled": True}}))
+                for documents, user in ((plain, 10001), (there, None)):
+                    security = job(documents, "learner")["spec"]["template"]["spec"]["securityContext"]
+                    self.assertEqual([security.get(k) for k in ("runAsUser", "runAsGroup", "fsGroup")], [user] * 3)
+                    self.assertTrue(security["runAsNonRoot"])
+                for role in ("stage1", "learner", "rollout", "reward"):
+                    policies = [d for d in there if d["kind"] == "NetworkPolicy" and d["metadata"]["name"].endswith("-" + role)]
+                    for policy in policies:
+                        ports = [p["port"] for e in policy["spec"]["egress"] if "to" not in e for p in e["ports"]]
+                        self.assertEqual([p for p in ports if p in (53, 5353)], [53, 53, 5353, 5353])
+
     def test_lint_finds_nothing(self):
         for name, values in cases():
             with self.subTest(name):

@@ -24,6 +24,12 @@ pub enum Error {
     /// A log entry could be neither written nor found after several tries; whether it will appear is unknown.
     #[error("cannot append to the run log of {place} (entry {seq}): {cause}")]
     Log { place: String, seq: u64, cause: String },
+    /// The store does not do what the run log stands on.
+    #[error(
+        "{place} cannot hold a run: asked to write an object only where there is none (If-None-Match: *), the store {how}, so two learners \
+         could overwrite each other. Use a store that does (AWS S3, Ceph 19, MinIO, Azure, GCS), or a local path"
+    )]
+    NoCondition { place: String, how: &'static str },
     /// Another learner has taken over this prefix: this one must stop.
     #[error("another learner holds {place} (term {theirs}, ours is {ours}): this one stops and commits nothing more")]
     Fenced { place: String, ours: u64, theirs: u64 },

@@ -21,6 +21,7 @@ mod load;
 mod log;
 mod manifest;
 mod open;
+mod profile;
 mod read;
 mod save;
 mod steady;

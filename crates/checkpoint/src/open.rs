@@ -14,6 +14,7 @@ use object_store::{ObjectStore, ObjectStoreScheme};
 use url::Url;
 
 use crate::error::{Error, Result, cause};
+use crate::profile;
 use crate::steady::Steady;
 use crate::store::{Access, Store, nonce};
 
@@ -46,7 +47,8 @@ impl Store {
     ///
     /// `options` are environment-like pairs, which the caller reads; only names that begin with `AWS_`, `GOOGLE_` or `AZURE_` (in any
     /// case) are used, by `object_store`'s names: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`,
-    /// `AZURE_STORAGE_ACCOUNT_NAME`… Without credentials there, those of the instance are used.
+    /// `AZURE_STORAGE_ACCOUNT_NAME`… Without credentials there, S3 takes those of a profile in AWS's files, which `HOME`, `AWS_PROFILE` and the
+    /// like name, else those of the instance.
     ///
     /// # Errors
     /// [`Error::Open`] with the place and the cause.
@@ -78,12 +80,13 @@ impl Store {
             let place = format!("{}://…", url.scheme());
             return Err(Error::Open { place, cause: "credentials do not belong into the URL".into() });
         }
-        let options: Vec<(String, String)> = options
-            .into_iter()
-            .map(|(k, v)| (k.as_ref().to_ascii_lowercase(), v.into()))
-            .filter(|(k, _)| NAMES.iter().any(|n| k.starts_with(n)))
-            .collect();
+        let mut options: Vec<(String, String)> =
+            options.into_iter().map(|(k, v)| (k.as_ref().to_ascii_lowercase(), v.into())).collect();
         let (scheme, prefix) = ObjectStoreScheme::parse(&url).map_err(|e| fault(cause(&e)))?;
+        if scheme == ObjectStoreScheme::AmazonS3 {
+            profile::complete(&mut options).await.map_err(fault)?;
+        }
+        options.retain(|(k, _)| NAMES.iter().any(|n| k.starts_with(n)));
         let made = match scheme {
             ObjectStoreScheme::AmazonS3 => built!(AmazonS3Builder, url, options),
             ObjectStoreScheme::GoogleCloudStorage => built!(GoogleCloudStorageBuilder, url, options),

@@ -86,6 +86,10 @@ impl Checkpoints {
     /// When the log cannot be read or written, or another learner claims at the same moment.
     pub async fn claim(store: Store, retention: Retention) -> Result<Self> {
         let mut log = RunLog::read(&store).await?;
+        // A directory is known to: a link takes no name that is there.
+        if store.root().is_none() {
+            store.require_put_if_absent().await?;
+        }
         let term = log.claim().await?;
         tracing::info!(place = store.place(), term, "the run is claimed");
         if let Err(e) = upload::abort_left(&store, term).await {

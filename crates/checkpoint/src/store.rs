@@ -121,6 +121,37 @@ impl Store {
         self.inner.put_opts(&self.path(name), PutPayload::from_bytes(bytes), options).await.map(drop)
     }
 
+    /// Checks that the store keeps an object that is there from being written again where that is asked of it: the run log stands on
+    /// that, and a store that knows no such condition writes all the same.
+    ///
+    /// # Errors
+    /// [`Error::NoCondition`] where it does not; [`Error::Write`] where it cannot be written to.
+    pub(crate) async fn require_put_if_absent(&self) -> Result<()> {
+        let name = format!("probe/{}", nonce());
+        let write = || self.write_new(&name, Bytes::from_static(b"probe"));
+        let mut verdict = Ok(());
+        for first in [true, false] {
+            verdict = match write().await {
+                Ok(()) if first => continue,
+                Ok(()) => Err(Error::NoCondition { place: self.place.clone(), how: "writes over it" }),
+                // The first write can come to be known by its repetition alone.
+                Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => Ok(()),
+                Err(object_store::Error::NotImplemented { .. }) => {
+                    Err(Error::NoCondition { place: self.place.clone(), how: "does not know the condition" })
+                }
+                Err(e) if ["501", "NotImplemented"].iter().any(|text| e.to_string().contains(text)) => {
+                    Err(Error::NoCondition { place: self.place.clone(), how: "does not know the condition" })
+                }
+                Err(e) => Err(self.write_fault(&name, cause(&e))),
+            };
+            break;
+        }
+        if let Err(error) = self.delete(std::slice::from_ref(&name)).await {
+            tracing::warn!(%error, "the object that the store was tried with stays");
+        }
+        verdict
+    }
+
     /// Names (relative to the prefix) of all objects below `folder`.
     pub(crate) async fn list(&self, folder: &str) -> Result<Vec<String>> {
         Ok(self.sizes(folder).await?.into_iter().map(|(name, _)| name).collect())

@@ -224,7 +224,7 @@ fn collected(args: &CollectArgs) -> anyhow::Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         let files = ["diagnosis.txt", "reflection.txt"].map(|n| dir.join(n));
         for (file, text) in files.iter().zip(Prompts::BUILT_IN) {
-            std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
+            unveil_core::write_atomic(file, text.as_bytes()).with_context(|| format!("writing {}", file.display()))?;
         }
         println!("{}", serde_json::json!({ "prompts": files }));
         return Ok(());

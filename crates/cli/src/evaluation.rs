@@ -16,6 +16,7 @@ use unveil_eval::{
     Bootstrap, Evaluation, Judged, Settings, check, evaluate, evaluate_withheld, judge_responses, load_samples,
     measure, shown_responses,
 };
+use unveil_report::ImageFolders;
 use unveil_reward::Scoring;
 use unveil_rollout::open_engine;
 
@@ -120,7 +121,7 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.predictions {
         let lines = evaluation.judged.iter().map(|j| serde_json::to_string(&j.prediction));
         let lines = lines.collect::<Result<Vec<String>, _>>()?;
-        std::fs::write(path, lines.join("\n") + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        unveil_core::write_atomic(path, (lines.join("\n") + "\n").as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
     }
     let (table, found) = match args.suite {
         Chosen::Summary => (evaluation.metrics.table(), serde_json::to_string(&evaluation.metrics)?),
@@ -166,14 +167,30 @@ fn answers(
     Ok((evaluation, withheld))
 }
 
+/// Where a run's images lie, by the configuration that it has kept.
+fn image_folders(run: &Path) -> ImageFolders {
+    let kept = std::fs::read_to_string(run.join("config.toml")).ok();
+    kept.and_then(|text| toml::from_str::<Config>(&text).ok()).map_or_else(ImageFolders::default, |c| run_images(&c))
+}
+
+/// Where the images of a configuration's records lie.
+pub fn run_images(config: &Config) -> ImageFolders {
+    let records = config.records();
+    let folder = records.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
+    ImageFolders::new(folder).anywhere(config.data.outside)
+}
+
 /// `unveil report`
 pub fn report(args: &ReportArgs) -> anyhow::Result<()> {
     let path = match (&args.run, &args.responses, &args.scores, &args.out) {
-        (Some(run), ..) => unveil_report::write_report(run, args.images, args.samples)?,
+        (Some(run), ..) => unveil_report::write_report(run, args.images, args.samples, &image_folders(run))?,
         (None, Some(responses), Some(scores), Some(out)) => {
-            let shown = shown_responses(&load(&args.config, args.boxes)?, responses, scores)?;
+            let config = load(&args.config, args.boxes)?;
+            let shown = shown_responses(&config, responses, scores)?;
             let title = responses.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            unveil_report::write_samples(&title, &shown, Path::new(""), out)?;
+            let folder = responses.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let images = ImageFolders::new([folder]).anywhere(config.data.outside);
+            unveil_report::write_samples(&title, &shown, Path::new(""), &images, out)?;
             out.clone()
         }
         _ => anyhow::bail!("give a run directory, or --responses with --scores and --out"),

@@ -23,7 +23,7 @@ use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::{Health, announce};
 
-use crate::evaluation::SAMPLES;
+use crate::evaluation::{SAMPLES, run_images};
 
 fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     let me = std::env::current_exe().context("cannot find this program's own path")?;
@@ -56,7 +56,12 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
             e => e.into(),
         })?;
         if summary.is_some() {
-            let page = unveil_report::write_report(&config.run_dir(), config.eval.report_images, SAMPLES)?;
+            let page = unveil_report::write_report(
+                &config.run_dir(),
+                config.eval.report_images,
+                SAMPLES,
+                &run_images(&config),
+            )?;
             tell(&format!("report: {}", page.display()));
         }
         Ok(summary)

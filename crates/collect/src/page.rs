@@ -41,7 +41,7 @@ pub fn write_pages(dir: &Path, per_page: usize) -> Result<Vec<PathBuf>, CollectE
     for (k, records) in chunks.enumerate() {
         let items: Vec<Value> = records.iter().map(|r| item(&file, r)).collect();
         let path = dir.join(format!("review-{:03}.html", k + 1));
-        std::fs::write(&path, page(&items, k + 1, count)).map_err(CollectError::io(&path))?;
+        unveil_core::write_atomic(&path, page(&items, k + 1, count).as_bytes()).map_err(CollectError::io(&path))?;
         pages.push(path);
     }
     Ok(pages)

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::files::write_atomic;
 use crate::records;
 
 /// The folder of a record file, and the one beside it that takes images from elsewhere.
@@ -54,7 +53,7 @@ impl ImageFolder {
     /// The path, and what the system said.
     pub fn write(&mut self, image: &Path, png: &[u8]) -> Result<String, (PathBuf, std::io::Error)> {
         let target = self.target(image).with_extension("png");
-        write_atomic(&target, png).map_err(|e| (target.clone(), e))?;
+        unveil_core::write_atomic(&target, png).map_err(|e| (target.clone(), e))?;
         Ok(self.named(&target))
     }
 

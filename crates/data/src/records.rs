@@ -8,7 +8,6 @@ use std::path::{Component, Path, PathBuf};
 
 use unveil_core::Record;
 
-use crate::files::write_atomic;
 use crate::root::{Reach, Root};
 use crate::store::{Image, ImageError};
 
@@ -247,7 +246,7 @@ pub fn write(path: &Path, records: &[Record]) -> Result<(), RecordsError> {
         serde_json::to_writer(&mut bytes, record).map_err(|e| io(e.into()))?;
         bytes.push(b'\n');
     }
-    write_atomic(path, &bytes).map_err(io)
+    unveil_core::write_atomic(path, &bytes).map_err(io)
 }
 
 #[cfg(test)]

@@ -181,7 +181,7 @@ impl ImageStore {
         let hash = ContentHash::of(bytes);
         let path = self.path(&hash);
         if !path.is_file() {
-            crate::files::write_atomic(&path, bytes)
+            unveil_core::write_atomic(&path, bytes)
                 .map_err(|cause| ImageError::Io { name: path.display().to_string(), cause })?;
         }
         Ok(hash)

@@ -40,6 +40,14 @@ pub enum LaunchError {
         /// What differs and may not.
         difference: String,
     },
+    /// The configuration that a run has kept cannot be read.
+    #[error("{path} is damaged: {why}. Remove that file alone: the run then goes on with the configuration that is given")]
+    DamagedConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The data cannot be used.
     #[error("{0}")]
     Data(String),

@@ -82,7 +82,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
         "seed": config.run.seed,
     });
     let path = run.join("summary.json");
-    std::fs::write(&path, format!("{summary:#}\n")).map_err(io("cannot write", &path))?;
+    unveil_core::write_atomic(&path, format!("{summary:#}\n").as_bytes()).map_err(io("cannot write", &path))?;
     Ok(Some(summary))
 }
 
@@ -164,7 +164,7 @@ impl Job<'_> {
         let metrics: Value = lines.last().and_then(|l| serde_json::from_str(l).ok()).ok_or_else(|| {
             LaunchError::Data(format!("`unveil eval` printed no metrics; see {}", self.logs.display()))
         })?;
-        std::fs::write(&result, format!("{metrics}\n")).map_err(io("cannot write", &result))?;
+        unveil_core::write_atomic(&result, format!("{metrics}\n").as_bytes()).map_err(io("cannot write", &result))?;
         Ok(metrics)
     }
 }
@@ -190,7 +190,7 @@ impl Wall {
 
 impl Drop for Wall {
     fn drop(&mut self) {
-        let _best_effort = std::fs::write(&self.path, format!("{:.1}\n", self.seconds()));
+        let _best_effort = unveil_core::write_atomic(&self.path, format!("{:.1}\n", self.seconds()).as_bytes());
     }
 }
 
@@ -209,8 +209,12 @@ fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<Path
     let path = run.join("config.toml");
     let text = toml::to_string(config).map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
     if let Ok(old) = std::fs::read_to_string(&path) {
-        let old: Config = toml::from_str(&old)
-            .map_err(|e| LaunchError::OtherConfig { dir: run.to_owned(), difference: e.to_string() })?;
+        let damaged = |why: String| LaunchError::DamagedConfig { path: path.clone(), why };
+        // An empty file is not one of defaults: something stopped while it wrote.
+        if old.trim().is_empty() {
+            return Err(damaged("it is empty".into()));
+        }
+        let old: Config = toml::from_str(&old).map_err(|e| damaged(e.message().to_owned()))?;
         let (allowed, refused): (Vec<_>, Vec<_>) =
             unveil_config::changes(&old, config).into_iter().partition(|c| c.allowed);
         if !refused.is_empty() {
@@ -224,7 +228,7 @@ fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<Path
             forget_end(config, run)?;
         }
     }
-    std::fs::write(&path, text).map_err(io("cannot write", &path))?;
+    unveil_core::write_atomic(&path, text.as_bytes()).map_err(io("cannot write", &path))?;
     Ok(path)
 }
 

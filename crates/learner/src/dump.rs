@@ -70,7 +70,7 @@ pub fn write(dir: &Path, config: &Config, learner: &Learner, groups: &[TrainGrou
     write_safetensors(&dir.join(PIXELS), &pixels)?;
     let path = dir.join(TEXT);
     let text = serde_json::to_vec(&file).map_err(|e| LearnerError::Dump { path: path.clone(), what: e.to_string() })?;
-    std::fs::write(&path, text).map_err(LearnerError::io(&path))
+    unveil_core::write_atomic(&path, &text).map_err(LearnerError::io(&path))
 }
 
 /// The groups of a dump, for a model whose patches have `patch_len` numbers.

@@ -3,7 +3,6 @@
 //!
 //! Must not know: how the update was made.
 
-use std::io::Write;
 use std::path::Path;
 
 use serde_json::json;
@@ -54,5 +53,5 @@ pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset)
         }
     }
     let path = folder.join(format!("step-{step}.jsonl"));
-    std::fs::File::create(&path).and_then(|mut f| f.write_all(&lines)).map_err(LearnerError::io(&path))
+    unveil_core::write_atomic(&path, &lines).map_err(LearnerError::io(&path))
 }

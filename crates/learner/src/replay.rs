@@ -94,6 +94,6 @@ pub fn replay(
         "dropped_groups": report.dropped_groups,
     });
     let path = out.join("replay.json");
-    std::fs::write(&path, format!("{result:#}\n")).map_err(LearnerError::io(&path))?;
+    unveil_core::write_atomic(&path, format!("{result:#}\n").as_bytes()).map_err(LearnerError::io(&path))?;
     Ok(result)
 }

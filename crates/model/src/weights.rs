@@ -137,19 +137,11 @@ pub fn write_safetensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()
 
 /// Writes through a temporary file in the same directory, which is synced and renamed over `path`.
 pub(crate) fn write_atomic(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
-    let file = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let tmp = dir.join(format!(".{file}.{}.tmp", std::process::id()));
-    let done = write(&tmp).and_then(|()| {
-        let sync = File::open(&tmp).and_then(|f| f.sync_all());
-        sync.and_then(|()| std::fs::rename(&tmp, path)).map_err(|e| ModelError::io(path, e))
+    let mut fault = None;
+    let written = unveil_core::replace_file(path, unveil_core::FILE_MODE, |temporary| {
+        write(temporary).map_err(|e| std::io::Error::other(fault.insert(e).to_string()))
     });
-    if done.is_err() {
-        // The error that matters is the first one; a leftover temporary file is harmless.
-        let _ = std::fs::remove_file(&tmp);
-    }
-    done
+    written.map_err(|e| fault.unwrap_or_else(|| ModelError::io(path, e)))
 }
 
 /// The files that hold a directory's weights, ascending.

@@ -1,4 +1,6 @@
-//! Line charts as inline SVG: one panel, one or a few series, no script needed.
+//! Line charts as inline SVG: one panel, one or a few series, no script needed. Must not know: HTML.
+
+use serde::Serialize;
 
 /// One curve: points `(x, y)`; points that are not finite are left out.
 pub(crate) struct Series<'a> {
@@ -14,12 +16,58 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 26.0;
 
-/// A panel with a title and the given curves; empty when there is nothing to draw.
-pub(crate) fn panel(title: &str, x_name: &str, series: &[Series<'_>]) -> String {
-    let all: Vec<(f64, f64)> =
-        series.iter().flat_map(|s| &s.points).copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
+/// A chart as its template draws it: positions in the units of the SVG, numbers as they are written.
+#[derive(Debug, Serialize)]
+pub(crate) struct Panel {
+    title: String,
+    x_name: &'static str,
+    width: f64,
+    height: f64,
+    left: f64,
+    right: f64,
+    /// Right end of the labels of the y axis.
+    labels: f64,
+    /// Base line of the labels of the x axis.
+    base: f64,
+    middle: f64,
+    ticks_y: Vec<TickY>,
+    ticks_x: Vec<TickX>,
+    curves: Vec<Curve>,
+}
+
+#[derive(Debug, Serialize)]
+struct TickY {
+    at: String,
+    below: String,
+    text: String,
+}
+
+#[derive(Debug, Serialize)]
+struct TickX {
+    at: String,
+    anchor: &'static str,
+    text: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Curve {
+    name: String,
+    colour: &'static str,
+    opacity: f64,
+    points: String,
+    /// A smoothed curve over a noisy one.
+    smooth: Option<String>,
+    dots: Vec<[String; 2]>,
+}
+
+/// Returns a panel with a title and the given curves; none when there is nothing to draw.
+pub(crate) fn panel(title: &str, x_name: &'static str, series: &[Series<'_>]) -> Option<Panel> {
+    let finite = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
+        points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
+    };
+    let all: Vec<(f64, f64)> = series.iter().flat_map(|s| finite(&s.points)).collect();
     if all.len() < 2 {
-        return String::new();
+        return None;
     }
     let range = |values: &mut dyn Iterator<Item = f64>| {
         values.fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), v| (lo.min(v), hi.max(v)))
@@ -31,51 +79,43 @@ pub(crate) fn panel(title: &str, x_name: &str, series: &[Series<'_>]) -> String 
     }
     let px = |x: f64| LEFT + (x - x0) / (x1 - x0).max(1e-9) * (W - LEFT - RIGHT);
     let py = |y: f64| H - BOTTOM - (y - y0) / (y1 - y0) * (H - TOP - BOTTOM);
-    let mut out = format!("<figure><figcaption>{title}</figcaption><svg viewBox=\"0 0 {W} {H}\" role=\"img\">");
-    for k in 0..=4 {
+    let tick = |k: u8| {
         let y = y0 + (y1 - y0) * f64::from(k) / 4.0;
-        out += &format!(
-            "<line x1=\"{LEFT}\" x2=\"{}\" y1=\"{1:.1}\" y2=\"{1:.1}\" class=\"grid\"/><text x=\"{2}\" y=\"{3:.1}\" class=\"y\">{4}</text>",
-            W - RIGHT,
-            py(y),
-            LEFT - 5.0,
-            py(y) + 4.0,
-            short(y)
-        );
-    }
-    for (x, anchor) in [(x0, "start"), (x1, "end")] {
-        out += &format!("<text x=\"{:.1}\" y=\"{}\" text-anchor=\"{anchor}\">{}</text>", px(x), H - 9.0, short(x));
-    }
-    out += &format!("<text x=\"{}\" y=\"{}\" text-anchor=\"middle\">{x_name}</text>", (W + LEFT) / 2.0, H - 9.0);
-    for (s, colour) in series.iter().zip(COLOURS.iter().cycle()) {
-        let points: Vec<(f64, f64)> =
-            s.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect();
+        TickY { at: format!("{:.1}", py(y)), below: format!("{:.1}", py(y) + 4.0), text: short(y) }
+    };
+    let path = |points: &[(f64, f64)]| {
+        points.iter().map(|&(x, y)| format!("{:.1},{:.1}", px(x), py(y))).collect::<Vec<_>>().join(" ")
+    };
+    let curve = |(s, colour): (&Series<'_>, &&'static str)| {
+        let points = finite(&s.points);
         let noisy = points.len() > 40;
-        let path = |pts: &[(f64, f64)]| {
-            pts.iter().map(|&(x, y)| format!("{:.1},{:.1}", px(x), py(y))).collect::<Vec<_>>().join(" ")
-        };
-        out += &format!(
-            "<polyline points=\"{}\" stroke=\"{colour}\" opacity=\"{}\"/>",
-            path(&points),
-            if noisy { 0.25 } else { 1.0 }
-        );
-        if noisy {
-            out += &format!("<polyline points=\"{}\" stroke=\"{colour}\"/>", path(&smooth(&points)));
-        } else {
-            for &(x, y) in &points {
-                out += &format!("<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2.5\" fill=\"{colour}\"/>", px(x), py(y));
-            }
+        Curve {
+            name: s.name.to_owned(),
+            colour,
+            opacity: if noisy { 0.25 } else { 1.0 },
+            points: path(&points),
+            smooth: noisy.then(|| path(&smooth(&points))),
+            dots: match noisy {
+                true => Vec::new(),
+                false => points.iter().map(|&(x, y)| [format!("{:.1}", px(x)), format!("{:.1}", py(y))]).collect(),
+            },
         }
-    }
-    out += "</svg>";
-    if series.len() > 1 {
-        out += "<div class=\"legend\">";
-        for (s, colour) in series.iter().zip(COLOURS.iter().cycle()) {
-            out += &format!("<span><i style=\"background:{colour}\"></i>{}</span>", s.name);
-        }
-        out += "</div>";
-    }
-    out + "</figure>"
+    };
+    let ends = [(x0, "start"), (x1, "end")];
+    Some(Panel {
+        title: title.to_owned(),
+        x_name,
+        width: W,
+        height: H,
+        left: LEFT,
+        right: W - RIGHT,
+        labels: LEFT - 5.0,
+        base: H - 9.0,
+        middle: (W + LEFT) / 2.0,
+        ticks_y: (0..=4).map(tick).collect(),
+        ticks_x: ends.map(|(x, anchor)| TickX { at: format!("{:.1}", px(x)), anchor, text: short(x) }).into(),
+        curves: series.iter().zip(COLOURS.iter().cycle()).map(curve).collect(),
+    })
 }
 
 /// Centred moving average over a twentieth of the points.
@@ -111,8 +151,8 @@ mod tests {
     #[test]
     fn draws_only_what_is_finite() {
         let s = |p: &[(f64, f64)]| panel("t", "step", &[Series { name: "a", points: p.to_vec() }]);
-        assert!(s(&[(0.0, 1.0)]).is_empty());
-        let svg = s(&[(0.0, 1.0), (1.0, f64::NAN), (2.0, 3.0)]);
-        assert!(svg.contains("polyline") && !svg.contains("NaN"));
+        assert!(s(&[(0.0, 1.0)]).is_none());
+        let drawn = s(&[(0.0, 1.0), (1.0, f64::NAN), (2.0, 3.0)]).unwrap();
+        assert_eq!((drawn.curves[0].dots.len(), drawn.curves[0].points.as_str()), (2, "46.0,194.0 410.0,10.0"));
     }
 }

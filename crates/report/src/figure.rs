@@ -1,4 +1,4 @@
-//! A held-out image with true box, predicted box and attention heat map, as inline SVG over the embedded image.
+//! A held-out image with true box, predicted box and attention heat map, over the embedded image. Must not know: HTML.
 
 use std::path::Path;
 
@@ -6,6 +6,8 @@ use base64::Engine;
 use serde::{Deserialize, Serialize};
 use unveil_core::{BBox, Grid};
 use unveil_data::store::Image;
+
+use crate::ImageFolders;
 
 /// One held-out answer; a line of `eval/before.jsonl` and `eval/after.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,52 +42,78 @@ pub struct Prediction {
     pub heat: Vec<f32>,
 }
 
-/// The figure of one prediction.
-pub(crate) fn figure(run: &Path, p: &Prediction) -> String {
+/// A figure as its template draws it, in pixels of the image.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    width: u32,
+    height: u32,
+    /// Data URI; none where there is no image that can be shown.
+    image: Option<String>,
+    /// Width and height of a cell of the heat map.
+    cell: [String; 2],
+    heat: Vec<Cell>,
+    boxes: Vec<Outline>,
+    /// Width of the boxes' lines.
+    line: String,
+    text: String,
+    facts: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Cell {
+    x: String,
+    y: String,
+    opacity: String,
+}
+
+#[derive(Debug, Clone, Serialize)]
+struct Outline {
+    x: f32,
+    y: f32,
+    width: f32,
+    height: f32,
+    class: &'static str,
+}
+
+/// Returns the figure of one prediction, whose image path is relative to `run`.
+pub(crate) fn figure(run: &Path, images: &ImageFolders, p: &Prediction) -> Figure {
     let [w, h] = p.size.map(f64::from);
-    let mut svg = format!("<svg viewBox=\"0 0 {w} {h}\" class=\"shot\" role=\"img\">");
-    match embed(&run.join(&p.image)) {
-        Some(uri) => svg += &format!("<image href=\"{uri}\" width=\"{w}\" height=\"{h}\"/>"),
-        None => svg += &format!("<rect width=\"{w}\" height=\"{h}\" fill=\"#ddd\"/>"),
-    }
-    if p.heat.len() == p.grid.tokens() {
-        let peak = p.heat.iter().copied().fold(1e-9, f32::max);
-        let (cw, ch) = (w / p.grid.cols as f64, h / p.grid.rows as f64);
-        for (j, v) in p.heat.iter().enumerate() {
-            let (r, c) = (j / p.grid.cols, j % p.grid.cols);
-            let opacity = 0.55 * v / peak;
-            if opacity > 0.02 {
-                svg += &format!(
-                    "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{cw:.1}\" height=\"{ch:.1}\" fill=\"#ff7a00\" opacity=\"{opacity:.2}\"/>",
-                    c as f64 * cw,
-                    r as f64 * ch
-                );
-            }
-        }
-    }
-    let line = w / 96.0;
-    for (boxes, class) in [(&p.truth, "true"), (&p.boxes, "pred")] {
-        for b in boxes.iter().filter(|b| b.area() > 0.0) {
-            svg += &format!(
-                "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" class=\"{class}\" stroke-width=\"{line:.2}\"/>",
-                b.x1,
-                b.y1,
-                b.x2 - b.x1,
-                b.y2 - b.y1
-            );
-        }
-    }
-    svg += "</svg>";
+    let (cw, ch) = (w / p.grid.cols.max(1) as f64, h / p.grid.rows.max(1) as f64);
+    let peak = p.heat.iter().copied().filter(|v| v.is_finite()).fold(1e-9, f32::max);
+    let cell = |(j, v): (usize, &f32)| {
+        let opacity = 0.55 * v / peak;
+        let (row, column) = (j / p.grid.cols, j % p.grid.cols);
+        (opacity > 0.02).then(|| Cell {
+            x: format!("{:.1}", column as f64 * cw),
+            y: format!("{:.1}", row as f64 * ch),
+            opacity: format!("{opacity:.2}"),
+        })
+    };
+    let known = p.grid.rows.checked_mul(p.grid.cols) == Some(p.heat.len());
+    let outlines = |boxes: &[BBox], class: &'static str| -> Vec<Outline> {
+        let drawn = boxes.iter().filter(|b| b.area() > 0.0);
+        drawn.map(|b| Outline { x: b.x1, y: b.y1, width: b.x2 - b.x1, height: b.y2 - b.y1, class }).collect()
+    };
     let mut facts = vec![match p.iou {
         Some(iou) => format!("IoU {iou:.2}"),
         None => format!("soft F1 {:.2}", p.soft_f1),
     }];
     facts.extend(p.lift.map(|l| format!("lift {l:.1}")));
-    format!("<div class=\"card\">{svg}<code>{}</code><small>{}</small></div>", escape(&p.text), facts.join(" · "))
+    Figure {
+        width: p.size[0],
+        height: p.size[1],
+        image: embed(images, &run.join(&p.image)),
+        cell: [format!("{cw:.1}"), format!("{ch:.1}")],
+        heat: if known { p.heat.iter().enumerate().filter_map(cell).collect() } else { Vec::new() },
+        boxes: [outlines(&p.truth, "true"), outlines(&p.boxes, "pred")].concat(),
+        line: format!("{:.2}", w / 96.0),
+        text: p.text.clone(),
+        facts,
+    }
 }
 
-fn embed(path: &Path) -> Option<String> {
-    let mut bytes = std::fs::read(path).ok()?;
+fn embed(images: &ImageFolders, path: &Path) -> Option<String> {
+    let mut bytes = images.read(path)?;
     let kind = match &bytes[..] {
         [0x89, b'P', b'N', b'G', ..] => "png",
         [0xff, 0xd8, ..] => "jpeg",
@@ -96,11 +124,6 @@ fn embed(path: &Path) -> Option<String> {
         }
     };
     Some(format!("data:image/{kind};base64,{}", base64::engine::general_purpose::STANDARD.encode(bytes)))
-}
-
-/// Text made safe for HTML.
-pub(crate) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 #[cfg(test)]
@@ -138,8 +161,9 @@ mod tests {
         std::fs::write(&path, dicom()).unwrap();
         let png = Image { width: 2, height: 1, rgb: vec![0, 0, 0, 255, 255, 255] }.to_png().unwrap();
         let encoded = base64::engine::general_purpose::STANDARD.encode(png);
-        assert_eq!(embed(&path), Some(format!("data:image/png;base64,{encoded}")));
+        let images = ImageFolders::new([dir.path()]);
+        assert_eq!(embed(&images, &path), Some(format!("data:image/png;base64,{encoded}")));
         std::fs::write(&path, "no image").unwrap();
-        assert_eq!(embed(&path), None);
+        assert_eq!(embed(&images, &path), None);
     }
 }

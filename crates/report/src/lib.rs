@@ -5,16 +5,19 @@
 mod chart;
 pub mod events;
 mod figure;
+mod images;
 mod page;
 pub mod progress;
 mod sample_page;
 mod shown;
 mod suites;
+mod templates;
 pub mod tensorboard;
 mod thumbnail;
 
 pub use events::{EventLog, lineage, read_events};
 pub use figure::Prediction;
+pub use images::ImageFolders;
 pub use page::{ReportError, write_report};
 pub use progress::StageProgress;
 pub use sample_page::write_samples;

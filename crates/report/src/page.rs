@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use serde_json::Value;
 
-use crate::chart::{Series, panel};
+use crate::ImageFolders;
+use crate::chart::{Panel, Series, panel};
 use crate::events::{lineage, read_events};
-use crate::figure::{Prediction, escape, figure};
+use crate::figure::{Figure, Prediction, figure};
 use crate::sample_page::write_samples;
 use crate::shown::run_samples;
-use crate::suites::suites;
+use crate::suites::{Suites, suites};
+use crate::templates::{POLICY, render};
 
 /// The page cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -26,16 +29,19 @@ pub enum ReportError {
         /// Why.
         source: std::io::Error,
     },
+    /// A page's template and its values do not fit each other: a fault of this program.
+    #[error("a page cannot be made: {0:#}")]
+    Template(minijinja::Error),
 }
 
 const STYLE: &str = include_str!("page.css");
 
-/// Writes `<run>/report.html` and returns its path. `images` held-out images are shown; where the run keeps responses,
-/// `samples.html` beside it shows `samples` of them (0 = all).
+/// Writes `<run>/report.html` and returns its path. `images` held-out images are shown, from below the run directory and `folders`; where
+/// the run keeps responses, `samples.html` beside it shows `samples` of them (0 = all).
 ///
 /// # Errors
 /// The directory is no run; a file cannot be read or written.
-pub fn write_report(run: &Path, images: usize, samples: usize) -> Result<PathBuf, ReportError> {
+pub fn write_report(run: &Path, images: usize, samples: usize, folders: &ImageFolders) -> Result<PathBuf, ReportError> {
     let io = |path: &Path| {
         let path = path.to_owned();
         move |source| ReportError::Io { path, source }
@@ -43,43 +49,72 @@ pub fn write_report(run: &Path, images: usize, samples: usize) -> Result<PathBuf
     if !run.join("events.jsonl").exists() {
         return Err(ReportError::NotARun(run.to_owned()));
     }
+    let folders = folders.with(run);
     let events = lineage(read_events(run).map_err(io(run))?);
     let summary: Value = std::fs::read_to_string(run.join("summary.json"))
         .ok()
         .and_then(|t| serde_json::from_str(&t).ok())
         .unwrap_or_default();
-    let mut body = String::new();
-    body += &headline(&summary);
-    body += &charts(&events);
-    body += &suites(&events);
-    body += &gallery(run, images);
     let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
     let responses = run_samples(run, samples)?;
     if !responses.is_empty() {
-        write_samples(&format!("{name}: rewarded responses"), &responses, run, &run.join("samples.html"))?;
-        body += &format!(
-            "<h2>Rewarded responses</h2><p><a href=\"samples.html\">{} responses of stage 2</a>, one by one: image, boxes, attention, \
-             and every component of the reward.</p>",
-            responses.len()
-        );
+        let title = format!("{name}: rewarded responses");
+        write_samples(&title, &responses, run, &folders, &run.join("samples.html"))?;
     }
-    if let Ok(config) = std::fs::read_to_string(run.join("config.toml")) {
-        body += &format!(
-            "<h2>Configuration</h2><details><summary>config.toml</summary><pre>{}</pre></details>",
-            escape(&config)
-        );
-    }
-    let page = format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
-         <title>Unveil: {0}</title><style>{STYLE}</style></head><body><h1>Unveil <span>{0}</span></h1>{body}</body></html>",
-        escape(&name)
-    );
+    let (results, facts) = headline(&summary);
+    let page = render(
+        "report.html",
+        Page {
+            policy: POLICY,
+            style: STYLE,
+            name,
+            results,
+            facts,
+            charts: charts(&events),
+            suites: suites(&events),
+            gallery: gallery(run, &folders, images),
+            responses: responses.len(),
+            config: std::fs::read_to_string(run.join("config.toml")).unwrap_or_default(),
+        },
+    )?;
     let path = run.join("report.html");
-    std::fs::write(&path, page).map_err(io(&path))?;
+    unveil_core::write_atomic(&path, page.as_bytes()).map_err(io(&path))?;
     Ok(path)
 }
 
-fn headline(summary: &Value) -> String {
+/// What stands in the page.
+#[derive(Serialize)]
+struct Page {
+    policy: &'static str,
+    style: &'static str,
+    name: String,
+    results: Vec<Outcome>,
+    facts: Vec<String>,
+    charts: Vec<Panel>,
+    suites: Option<Suites>,
+    gallery: Vec<Pair>,
+    responses: usize,
+    config: String,
+}
+
+/// A metric before and after stage 2.
+#[derive(Serialize)]
+struct Outcome {
+    name: &'static str,
+    before: String,
+    after: String,
+}
+
+/// A held-out image and the answers to it.
+#[derive(Serialize)]
+struct Pair {
+    truth: String,
+    id: String,
+    before: Option<Figure>,
+    after: Option<Figure>,
+}
+
+fn headline(summary: &Value) -> (Vec<Outcome>, Vec<String>) {
     let rows = [
         ("mean_iou", "Mean IoU (one true box)"),
         ("acc50", "IoU at least 0.5"),
@@ -88,15 +123,7 @@ fn headline(summary: &Value) -> String {
         ("vision_lift", "Vision lift"),
     ];
     let cell = |stage: &str, key: &str| summary[stage][key].as_f64().map_or("–".into(), |v| format!("{v:.3}"));
-    let mut out = String::from(
-        "<p class=\"lead\">Held-out images, never trained on. <b>Before</b>: after stage 1 (instruction tuning). <b>After</b>: after stage 2 (rewarding).</p>\
-         <table><tr><th></th><th>Before</th><th>After</th></tr>",
-    );
-    for (key, name) in rows {
-        out +=
-            &format!("<tr><td>{name}</td><td>{}</td><td><b>{}</b></td></tr>", cell("before", key), cell("after", key));
-    }
-    out += "</table>";
+    let row = |(key, name)| Outcome { name, before: cell("before", key), after: cell("after", key) };
     let number = |k: &str| summary[k].as_f64();
     let mut facts = Vec::new();
     facts.extend(summary["after"]["n"].as_u64().map(|n| format!("{n} held-out images")));
@@ -104,10 +131,10 @@ fn headline(summary: &Value) -> String {
     facts.extend(number("wall_s").map(|s| format!("{:.0} min {:02.0} s", (s / 60.0).floor(), s % 60.0)));
     facts.extend(number("peak_rss_mib").map(|m| format!("peak memory {m:.0} MiB")));
     facts.extend(number("seed").map(|s| format!("seed {s:.0}")));
-    format!("{out}<p class=\"facts\">{}</p>", facts.join(" · "))
+    (rows.map(row).into(), facts)
 }
 
-fn charts(events: &[Value]) -> String {
+fn charts(events: &[Value]) -> Vec<Panel> {
     let of = |kind: &str| events.iter().filter(|e| e["kind"] == kind).collect::<Vec<_>>();
     let points = |rows: &[&Value], pointer: &str| {
         rows.iter().filter_map(|e| Some((e["step"].as_f64()?, e.pointer(pointer)?.as_f64()?))).collect::<Vec<_>>()
@@ -116,8 +143,7 @@ fn charts(events: &[Value]) -> String {
         panel(title, "step", &[Series { name: title, points: points(rows, pointer) }])
     };
     let (sft, train, eval) = (of("sft"), of("train"), of("eval"));
-    let stage = |name: &str| eval.iter().copied().filter(|e| e["stage"] == name).collect::<Vec<_>>();
-    let rl = stage("rl");
+    let rl: Vec<&Value> = eval.iter().copied().filter(|e| e["stage"] == "rl").collect();
     let mut parts: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     for e in &train {
         if let (Some(step), Some(map)) = (e["step"].as_f64(), e["reward"].as_object()) {
@@ -142,38 +168,23 @@ fn charts(events: &[Value]) -> String {
         one("Stage 2: drift, mean |Δ log p| of stale tokens", &train, "/drift"),
         one("Stage 2: gradient norm", &train, "/grad_norm"),
     ];
-    format!("<h2>Curves</h2><div class=\"charts\">{}</div>", panels.concat())
+    panels.into_iter().flatten().collect()
 }
 
-fn gallery(run: &Path, images: usize) -> String {
+fn gallery(run: &Path, folders: &ImageFolders, images: usize) -> Vec<Pair> {
     let read = |name: &str| -> Vec<Prediction> {
         std::fs::read_to_string(run.join("eval").join(name))
             .map(|t| t.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
             .unwrap_or_default()
     };
     let (before, after) = (read("before.jsonl"), read("after.jsonl"));
-    if after.is_empty() && before.is_empty() {
-        return String::new();
-    }
-    let mut out = String::from(
-        "<h2>Held-out images</h2><p>The first ones of the held-out split, not chosen. <i class=\"key true\"></i> true box \
-         <i class=\"key pred\"></i> predicted box <i class=\"key heat\"></i> where the tokens of the named class look.</p>\
-         <div class=\"pairs\">",
-    );
     let shown = if before.is_empty() { &after } else { &before };
-    for p in shown.iter().take(images) {
-        let find =
-            |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map_or_else(String::new, |q| figure(run, q));
+    let pair = |p: &Prediction| {
+        let find = |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map(|q| figure(run, folders, q));
         let truth = if p.truth.is_empty() { "no finding".to_owned() } else { p.category.clone() };
-        out += &format!(
-            "<section><h3>{} <span>{}</span></h3><div><b>before</b>{}</div><div><b>after</b>{}</div></section>",
-            escape(&truth),
-            escape(&p.id),
-            find(&before),
-            find(&after)
-        );
-    }
-    out + "</div>"
+        Pair { truth, id: p.id.clone(), before: find(&before), after: find(&after) }
+    };
+    shown.iter().take(images).map(pair).collect()
 }
 
 #[cfg(test)]
@@ -186,10 +197,13 @@ mod tests {
     fn page_is_self_contained_and_safe() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path();
-        assert!(matches!(write_report(run, 4, 0), Err(ReportError::NotARun(_))));
+        let folders = ImageFolders::default();
+        assert!(matches!(write_report(run, 4, 0, &folders), Err(ReportError::NotARun(_))));
         let events: Vec<String> = (0..5)
             .map(|i| {
-                json!({"kind": "train", "step": i, "reward": {"total": 0.1 * f64::from(i)}, "kl": 0.0}).to_string()
+                let hostile = "<img src=x onerror=alert(1)>";
+                let reward = json!({"total": 0.1 * f64::from(i), hostile: f64::from(i)});
+                json!({"kind": "train", "step": i, "reward": reward, "kl": 0.0}).to_string()
             })
             .collect();
         std::fs::write(run.join("events.jsonl"), events.join("\n") + "\n{torn").unwrap();
@@ -215,8 +229,11 @@ mod tests {
         std::fs::create_dir(run.join("rollouts")).unwrap();
         let kept = json!({"step": 1, "id": "a", "index": 0, "text": "x", "category": "c", "boxes": [], "image_size": [4, 4], "total": 1.0});
         std::fs::write(run.join("rollouts/step-1.jsonl"), format!("{kept}\n")).unwrap();
-        let html = std::fs::read_to_string(write_report(run, 4, 0).unwrap()).unwrap();
-        assert!(html.contains("&lt;script&gt;") && !html.contains("<script"));
+        std::fs::write(run.join("config.toml"), "# </pre><script>alert(2)</script>").unwrap();
+        let html = std::fs::read_to_string(write_report(run, 4, 0, &folders).unwrap()).unwrap();
+        assert!(html.contains("&lt;script&gt;") && !html.contains("<script") && !html.contains("<img"), "{html}");
+        assert!(html.contains("&lt;img src=x onerror=alert(1)&gt;") && html.contains("a&lt;b"), "{html}");
+        assert!(html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src &#x27;none&#x27;"), "{html}");
         assert!(html.contains("href=\"samples.html\"") && run.join("samples.html").exists());
         assert!(html.contains("reward by component") && html.contains("class=\"true\""));
         assert!(!html.contains("http://") && !html.contains("https://"), "the page must not load anything");

@@ -11,56 +11,47 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use unveil_core::{Component, MaskReason};
 
-use crate::ReportError;
-use crate::figure::escape;
 use crate::shown::Shown;
+use crate::templates::{SCRIPT_POLICY, render};
 use crate::thumbnail::Thumbnails;
+use crate::{ImageFolders, ReportError};
 
 const STYLE: &str = include_str!("sample_page.css");
 const SCRIPT: &str = include_str!("sample_page.js");
-/// The page may load nothing: images are data, style and script are its own.
-const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
-
-/// Writes the page of `samples` to `out`; image paths are relative to `base`.
+/// Writes the page of `samples` to `out`; image paths are relative to `base`, and are shown where `images` lets them be.
 ///
 /// # Errors
 /// The page cannot be written. An image that cannot be read is shown as a grey field.
-pub fn write_samples(title: &str, samples: &[Shown], base: &Path, out: &Path) -> Result<(), ReportError> {
-    let mut images = Thumbnails::default();
+pub fn write_samples(
+    title: &str,
+    samples: &[Shown],
+    base: &Path,
+    images: &ImageFolders,
+    out: &Path,
+) -> Result<(), ReportError> {
+    let mut thumbnails = Thumbnails::default();
     let mut masks: BTreeMap<String, usize> = BTreeMap::new();
-    let (mut rows, mut data) = (String::new(), Vec::with_capacity(samples.len()));
-    for (i, s) in samples.iter().enumerate() {
-        let image = if s.image.as_os_str().is_empty() { None } else { images.number(&base.join(&s.image)) };
+    let (mut rows, mut data) = (Vec::with_capacity(samples.len()), Vec::with_capacity(samples.len()));
+    for s in samples {
+        let image = match s.image.as_os_str().is_empty() {
+            true => None,
+            false => thumbnails.number(images, &base.join(&s.image)),
+        };
         let why: Vec<String> = s.components.iter().filter_map(|(name, c)| mask(name, c)).collect();
         why.iter().for_each(|w| *masks.entry(w.clone()).or_default() += 1);
-        rows += &row(i, s, &why);
+        rows.push(row(s, &why));
         data.push(entry(s, image, &why));
     }
-    let options: String =
-        masks.iter().map(|(why, n)| format!("<option value=\"{0}\">{0} ({n})</option>", escape(why))).collect();
-    let body = format!(
-        "<header><h1>Unveil <span>{0}</span></h1><form>\
-         <input id=\"find\" type=\"search\" placeholder=\"id, text, step 12\" aria-label=\"Search\">\
-         <label>reward <input id=\"low\" type=\"number\" step=\"any\" placeholder=\"from\">\
-         <input id=\"high\" type=\"number\" step=\"any\" placeholder=\"to\"></label>\
-         <select id=\"mask\" aria-label=\"Mask\"><option value=\"\">masked or not</option><option value=\"none\">nothing masked</option>\
-         <option value=\"all\">no reward at all</option>{options}</select>\
-         <select id=\"order\" aria-label=\"Order\"><option value=\"\">in their order</option><option value=\"up\">lowest reward first</option>\
-         <option value=\"down\">highest reward first</option></select>\
-         <output id=\"count\">{1}</output></form></header>\
-         <main><ol id=\"list\">{rows}</ol><article id=\"one\"><noscript>The images need JavaScript.</noscript></article></main>\
-         <footer>↑ ↓ or k j: one by one · PgUp PgDn: by ten · Home End · t: true boxes · p: predicted boxes · a: attention · /: search</footer>",
-        escape(title),
-        samples.len()
-    );
-    let data = json!({"images": images.into_uris(), "samples": data}).to_string().replace('<', "\\u003c");
-    let page = format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><meta http-equiv=\"Content-Security-Policy\" content=\"{POLICY}\">\
-         <meta name=\"viewport\" content=\"width=device-width\"><title>Unveil: {}</title><style>{STYLE}</style></head><body>{body}\
-         <script type=\"application/json\" id=\"data\">{data}</script><script>{SCRIPT}</script></body></html>",
-        escape(title)
-    );
-    std::fs::write(out, page).map_err(|source| ReportError::Io { path: out.to_owned(), source })
+    // In a script element only `</` and `<!--` end or change what is read (HTML, "Restrictions for contents of script elements").
+    let data = json!({"images": thumbnails.into_uris(), "samples": data}).to_string().replace('<', "\\u003c");
+    let page = render(
+        "samples.html",
+        json!({
+            "name": title, "policy": SCRIPT_POLICY, "style": STYLE, "script": SCRIPT, "data": data, "rows": rows,
+            "masks": masks.into_iter().collect::<Vec<_>>(),
+        }),
+    )?;
+    unveil_core::write_atomic(out, page.as_bytes()).map_err(|source| ReportError::Io { path: out.to_owned(), source })
 }
 
 /// `component: reason` of a masked component.
@@ -76,15 +67,11 @@ fn mask(name: &str, c: &Component) -> Option<String> {
     Some(format!("{}: {reason}", name.replace('_', " ")))
 }
 
-fn row(i: usize, s: &Shown, why: &[String]) -> String {
+/// One line of the list.
+fn row(s: &Shown, why: &[String]) -> Value {
     let step = s.step.map_or_else(String::new, |n| format!("step {n} · "));
     let total = s.total.map_or_else(|| "no reward".to_owned(), |t| format!("{t:.3}"));
-    let masked = if why.is_empty() { String::new() } else { format!("<small>{}</small>", escape(&why.join("; "))) };
-    format!(
-        "<li data-i=\"{i}\"><img alt=\"\" width=\"44\" height=\"44\"><b>{total}</b><span>{step}{} #{}</span>{masked}</li>",
-        escape(&s.id),
-        s.index
-    )
+    json!({"total": total, "name": format!("{step}{} #{}", s.id, s.index), "masked": why.join("; ")})
 }
 
 fn entry(s: &Shown, image: Option<usize>, why: &[String]) -> Value {
@@ -149,7 +136,7 @@ mod tests {
             })
             .collect();
         let out = dir.path().join("samples.html");
-        write_samples("run <1>", &samples, dir.path(), &out).unwrap();
+        write_samples("run <1>", &samples, dir.path(), &ImageFolders::new([dir.path()]), &out).unwrap();
         let page = std::fs::read_to_string(&out).unwrap();
         assert!(page.len() < 2 << 20, "{} bytes", page.len());
         assert_eq!(page.matches("<script").count(), 2, "nothing of a response becomes a script");
@@ -184,12 +171,13 @@ mod tests {
             ..sample(0, "", Component::value(1.0))
         };
         let out = dir.path().join("s.html");
-        write_samples("x", &[bare], dir.path(), &out).unwrap();
+        write_samples("x", &[bare], dir.path(), &ImageFolders::default(), &out).unwrap();
         let page = std::fs::read_to_string(&out).unwrap();
         let data: Value = serde_json::from_str(between(&page, "id=\"data\">", "</script>")).unwrap();
         let s = &data["samples"][0];
         assert!(s["heat"].is_null() && s["grid"].is_null() && s["total"].is_null() && page.contains("no reward</b>"));
-        let e = write_samples("x", &[], dir.path(), &dir.path().join("gone/s.html")).unwrap_err().to_string();
-        assert!(e.contains("gone"), "{e}");
+        let below_a_file = out.join("s.html");
+        let e = write_samples("x", &[], dir.path(), &ImageFolders::default(), &below_a_file).unwrap_err().to_string();
+        assert!(e.contains("s.html"), "{e}");
     }
 }

@@ -17,7 +17,19 @@ struct Event {
     file_version: Option<String>,
     #[prost(message, optional, tag = "5")]
     summary: Option<Summary>,
+    #[prost(message, optional, tag = "7")]
+    session_log: Option<SessionLog>,
 }
+
+/// Says that a program began to write at the event's step: readers drop what earlier files have from there on.
+#[derive(Clone, PartialEq, Message)]
+struct SessionLog {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+/// `SessionLog.SessionStatus.START`.
+const START: i32 = 1;
 
 #[derive(Clone, PartialEq, Message)]
 struct Summary {
@@ -36,24 +48,31 @@ struct SummaryValue {
 /// Writes scalars to one event file.
 pub struct TensorBoard {
     file: File,
+    /// Nothing was written yet but the file's version.
+    fresh: bool,
 }
 
 impl TensorBoard {
-    /// Creates a new event file in `dir`; earlier files (of a run that was resumed) stay beside it.
+    /// Creates a new event file in `dir`. Earlier files stay beside it; of a run that was resumed, readers show each step once.
     pub fn create(dir: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(dir)?;
         let now = now();
         let name =
             format!("events.out.tfevents.{:010}.{}.{}", now as u64, std::process::id(), (now.fract() * 1e6) as u64);
-        let mut board = Self { file: File::create(dir.join(name))? };
-        board.record(&Event { wall_time: now, step: 0, file_version: Some("brain.Event:2".into()), summary: None })?;
+        let mut board = Self { file: File::create(dir.join(name))?, fresh: true };
+        let file_version = Some("brain.Event:2".into());
+        board.record(&Event { wall_time: now, file_version, ..Event::default() })?;
         Ok(board)
     }
 
     /// Writes the scalars of one step.
     pub fn scalars(&mut self, step: i64, scalars: &[(String, f32)]) -> std::io::Result<()> {
+        if std::mem::take(&mut self.fresh) {
+            let session_log = Some(SessionLog { status: START });
+            self.record(&Event { wall_time: now(), step, session_log, ..Event::default() })?;
+        }
         let value = scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: *v }).collect();
-        self.record(&Event { wall_time: now(), step, file_version: None, summary: Some(Summary { value }) })
+        self.record(&Event { wall_time: now(), step, summary: Some(Summary { value }), ..Event::default() })
     }
 
     fn record(&mut self, event: &Event) -> std::io::Result<()> {
@@ -86,13 +105,32 @@ mod tests {
         let mut b = TensorBoard::create(dir.path()).unwrap();
         b.scalars(3, &[("train/loss".into(), 0.25), ("train/reward/total".into(), -1.5)]).unwrap();
         b.scalars(4, &[("train/loss".into(), 0.125)]).unwrap();
+        assert_eq!(read(dir.path()), "[(3, 0.25), (4, 0.125)] -1.5");
+    }
+
+    #[test]
+    fn steps_that_a_resumed_run_makes_again_are_shown_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for (steps, factor) in [(1..=18, 1.0), (11..=20, 100.0)] {
+            let mut b = TensorBoard::create(dir.path()).unwrap();
+            for step in steps {
+                b.scalars(step, &[("train/loss".into(), step as f32 * factor), ("train/reward/total".into(), 0.0)]).unwrap();
+            }
+        }
+        let want: Vec<String> =
+            (1..=20).map(|s| format!("({s}, {:?})", if s > 10 { s as f32 * 100.0 } else { s as f32 })).collect();
+        assert_eq!(read(dir.path()), format!("[{}] 0.0", want.join(", ")));
+    }
+
+    /// What TensorBoard shows of a folder.
+    fn read(dir: &Path) -> String {
         let script = "import sys\n\
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n\
             a = EventAccumulator(sys.argv[1]); a.Reload()\n\
             print([(e.step, e.value) for e in a.Scalars('train/loss')], a.Scalars('train/reward/total')[0].value)";
         let python = unveil_testkit::python();
-        let out = std::process::Command::new(&python).args(["-c", script]).arg(dir.path()).output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout);
-        assert_eq!(text.trim(), "[(3, 0.25), (4, 0.125)] -1.5", "{}", String::from_utf8_lossy(&out.stderr));
+        let out = std::process::Command::new(&python).args(["-c", script]).arg(dir).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
     }
 }

@@ -12,6 +12,8 @@ use image::codecs::jpeg::JpegEncoder;
 use unveil_data::processor::{Filter, resize};
 use unveil_data::store::Image;
 
+use crate::ImageFolders;
+
 /// Longest side of a thumbnail in pixels.
 const SIDE: u32 = 320;
 /// JPEG quality, 1 to 100.
@@ -26,11 +28,11 @@ pub(crate) struct Thumbnails {
 
 impl Thumbnails {
     /// The number of `path`'s thumbnail; none where there is no image that can be read.
-    pub(crate) fn number(&mut self, path: &Path) -> Option<usize> {
+    pub(crate) fn number(&mut self, images: &ImageFolders, path: &Path) -> Option<usize> {
         if let Some(known) = self.known.get(path) {
             return *known;
         }
-        let number = Image::open(path).ok().and_then(|i| thumbnail(&i)).map(|uri| {
+        let number = decode(images, path).and_then(|i| thumbnail(&i)).map(|uri| {
             self.uris.push(uri);
             self.uris.len() - 1
         });
@@ -42,6 +44,10 @@ impl Thumbnails {
     pub(crate) fn into_uris(self) -> Vec<String> {
         self.uris
     }
+}
+
+fn decode(images: &ImageFolders, path: &Path) -> Option<Image> {
+    Image::decode(&images.read(path)?, &path.display().to_string()).ok()
 }
 
 fn thumbnail(image: &Image) -> Option<String> {
@@ -69,8 +75,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.png");
         std::fs::write(&path, Image::new(900, 300).to_png().unwrap()).unwrap();
+        let images = ImageFolders::new([dir.path()]);
         let mut t = Thumbnails::default();
-        assert_eq!((t.number(&path), t.number(&path), t.number(Path::new("gone.png"))), (Some(0), Some(0), None));
+        let mut number = |path: &Path| t.number(&images, path);
+        assert_eq!((number(&path), number(&path), number(Path::new("gone.png"))), (Some(0), Some(0), None));
         let uris = t.into_uris();
         let bytes = STANDARD.decode(uris[0].strip_prefix("data:image/jpeg;base64,").unwrap()).unwrap();
         let back = Image::decode(&bytes, "x").unwrap();

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -273,17 +273,11 @@ fn folder(path: &Path) -> Result<(), IssueError> {
 
 /// Writes beside, then renames: a role that starts meanwhile finds the old file or the new one.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IssueError> {
-    let beside = path.with_extension(format!("new-{}", std::process::id()));
-    let work = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&beside)?;
-        // The mode of `open` is cut by the umask.
+    let written = unveil_core::replace_file(path, mode, |beside| {
+        let mut file = OpenOptions::new().write(true).open(beside)?;
+        // The mode of a new file is cut by the umask.
         file.set_permissions(Permissions::from_mode(mode))?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&beside, path)
-    };
-    work().map_err(|source| {
-        let _gone = std::fs::remove_file(&beside);
-        IssueError::Write { path: path.to_owned(), source }
-    })
+        file.write_all(bytes)
+    });
+    written.map_err(|source| IssueError::Write { path: path.to_owned(), source })
 }

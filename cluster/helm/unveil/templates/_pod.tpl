@@ -2,9 +2,11 @@
 
 {{- define "unveil.podSecurity" -}}
 runAsNonRoot: true
+{{- if not .root.Values.openshift }}
 runAsUser: 10001
 runAsGroup: 10001
 fsGroup: 10001
+{{- end }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault

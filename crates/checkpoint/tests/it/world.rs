@@ -28,6 +28,10 @@ pub enum Fault {
     DoneButFailed,
     /// The write fails with a server error, and nothing is done.
     ServerError,
+    /// The write is done whatever its condition says.
+    Unconditional,
+    /// The write is refused for its condition.
+    NoConditions,
     /// The write never returns.
     Hang,
     /// The read fails.
@@ -71,6 +75,11 @@ impl ObjectStore for Faulty {
             Some(Fault::Full) => Err(generic(std::io::Error::from_raw_os_error(28))),
             Some(Fault::ServerError) => Err(generic(std::io::Error::other("503 Slow Down"))),
             Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Unconditional) => self.inner.put_opts(location, payload, PutOptions::default()).await,
+            Some(Fault::NoConditions) => {
+                let what = "501 Not Implemented: <Code>NotImplemented</Code> A header you provided implies functionality that is not implemented";
+                Err(generic(std::io::Error::other(what)))
+            }
             Some(Fault::DoneButFailed) => {
                 self.inner.put_opts(location, payload, opts).await?;
                 Err(generic(std::io::Error::other("the connection was closed")))

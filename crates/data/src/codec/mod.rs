@@ -185,6 +185,7 @@ pub fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedA
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use unveil_core::Task;
 
     fn record(boxes: Vec<BBox>, category: &str) -> Record {
         let v = serde_json::json!({"id": "r7", "image": "a.png", "category": category, "boxes": boxes});
@@ -231,8 +232,7 @@ mod tests {
             assert_eq!(back.boxes, read_answer(codec, &plain, &SIZES).boxes);
             assert!(told("<region> and <region>").unwrap_err().to_string().contains("more than one"));
             let text = |answer: &str| {
-                let mut r = Record { answer: answer.into(), ..record(vec![], "") };
-                r.extra.insert("task".into(), "vqa".into());
+                let r = Record { answer: answer.into(), task: Task::Vqa, ..record(vec![], "") };
                 answer_text(codec, &r, &SIZES)
             };
             assert_eq!(text(" yes ").unwrap(), "yes");

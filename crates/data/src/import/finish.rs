@@ -4,8 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use unveil_core::record::{TASK, TEXT_TASK};
-use unveil_core::{BBox, Record};
+use unveil_core::{BBox, Record, Task};
 
 use super::images::{Seen, look, reach};
 use super::item::{Found, Item};
@@ -170,9 +169,6 @@ impl Desk<'_> {
         if !item.patient.is_empty() {
             extra.insert("patient".to_owned(), json!(item.patient));
         }
-        if item.text_only {
-            extra.insert(TASK.to_owned(), json!(TEXT_TASK));
-        }
         let (width, height) = seen.size;
         let record = Record {
             id: self.unique(item.id),
@@ -186,6 +182,7 @@ impl Desk<'_> {
             modality: self.options.modality.clone().unwrap_or(item.modality),
             source: self.source.clone(),
             split,
+            task: if item.text_only { Task::Vqa } else { Task::Grounding },
             extra,
         };
         let (file, row, image, window) = (item.file, item.row, item.image, item.window);

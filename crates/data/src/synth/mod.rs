@@ -15,7 +15,7 @@ use std::sync::mpsc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use unveil_core::{BBox, Record, answer::NO_FINDING};
+use unveil_core::{BBox, Record, Task, answer::NO_FINDING};
 
 pub use lesion::{Category, Mask, Modality};
 
@@ -237,6 +237,7 @@ pub fn record(spec: &SynthSpec, index: usize, sample: &Sample) -> Record {
         modality: sample.plan.modality.name().to_owned(),
         source: "synthetic".to_owned(),
         split: spec.split(index).to_owned(),
+        task: Task::Grounding,
         extra,
     }
 }

@@ -9,7 +9,6 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{SpecialTokens, Tokenizer, byte_char};
-use crate::files::write_atomic;
 use crate::prepare::{Family, PrepareError};
 
 /// Family and sizes of a tiny processor.
@@ -130,7 +129,7 @@ pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary
     ];
     for (name, content) in files {
         let path = dir.join(name);
-        write_atomic(&path, content.as_bytes()).map_err(|cause| PrepareError::File { path, cause })?;
+        unveil_core::write_atomic(&path, content.as_bytes()).map_err(|cause| PrepareError::File { path, cause })?;
     }
     let tokenizer = Tokenizer::load(dir)?;
     let vocab_size = tokenizer.vocab_size() as u32;

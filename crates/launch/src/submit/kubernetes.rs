@@ -105,7 +105,7 @@ impl Release {
     /// The file cannot be written; helm cannot be run, or refuses.
     pub fn install(&self, values: &str, file: &Path) -> Result<bool, KubernetesError> {
         let fail = |source| KubernetesError::Write { path: file.to_owned(), source };
-        std::fs::write(file, values).map_err(fail)?;
+        unveil_core::write_atomic(file, values.as_bytes()).map_err(fail)?;
         let args = self.install_args(file);
         // What helm says is for the person; stdout is for results.
         let ran = Command::new(&self.helm).args(&args).stdin(Stdio::null()).stdout(std::io::stderr()).status();

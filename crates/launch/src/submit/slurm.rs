@@ -142,7 +142,7 @@ impl Job {
     /// See [`SubmitError`].
     pub fn submit(&self) -> Result<u64, SubmitError> {
         std::fs::create_dir_all(&self.logs).map_err(io("cannot create", &self.logs))?;
-        std::fs::write(&self.path, &self.script).map_err(io("cannot write", &self.path))?;
+        unveil_core::write_atomic(&self.path, self.script.as_bytes()).map_err(io("cannot write", &self.path))?;
         let output = Command::new("sbatch").arg("--parsable").arg(&self.path).output().map_err(SubmitError::NoSlurm)?;
         let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
         let refused = |said: String| SubmitError::Refused { path: self.path.clone(), said };

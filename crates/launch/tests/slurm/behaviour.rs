@@ -18,7 +18,11 @@ options=()
 while [[ $1 == --* ]]; do options+=("$1"); shift; done
 printf '%s\n' "${options[*]}" >>"$PLAY/steps"
 export SLURM_PROCID=0
-"$@" &
+# As the job was submitted, unless the step says otherwise.
+export=${SLURM_EXPORT_ENV:-ALL} run=()
+for o in "${options[@]}"; do [[ $o != --export=* ]] || export=${o#--export=}; done
+[ "$export" = ALL ] || run=(env -i PATH="$PATH" PLAY="$PLAY" SLURM_PROCID=0)
+"${run[@]}" "$@" &
 for s in USR1 TERM; do trap "kill -$s $!" $s; done
 while :; do
   wait $!; code=$?
@@ -114,6 +118,18 @@ impl Play {
     fn run(&self, flags: &[&str], variables: &[(&str, &str)]) -> Finished {
         self.start(flags, variables).wait(SOON)
     }
+}
+
+#[test]
+fn secrets_reach_the_steps_of_a_job_that_exports_nothing() {
+    let play = Play::new();
+    let file = play.sandbox.write("secrets", "AWS_SECRET_ACCESS_KEY=marked\n");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    play.says("learner", "echo \"learner sees $AWS_SECRET_ACCESS_KEY\" >>\"$PLAY/calls\"");
+    let file = file.to_string_lossy();
+    let flags = ["--secrets", &file, "--sbatch", "export=NONE"];
+    play.run(&flags, &[("SLURM_EXPORT_ENV", "NONE")]).ok();
+    assert!(play.calls().contains("learner sees marked"), "{}", play.calls());
 }
 
 #[test]

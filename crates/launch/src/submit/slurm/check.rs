@@ -9,12 +9,11 @@ use super::SlurmOptions;
 use super::script::Layout;
 
 /// Options of sbatch that the script sets itself, or that would take it apart.
-const OWN: [&str; 22] = [
+const OWN: [&str; 21] = [
     "array",
     "chdir",
     "cpus-per-task",
     "error",
-    "export",
     "gpus",
     "gpus-per-node",
     "gpus-per-task",
