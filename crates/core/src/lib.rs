@@ -11,7 +11,7 @@ pub mod reward;
 pub mod secret;
 mod tell;
 
-pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
+pub use answer::{Answer, ClassMatch, KnownClass, NO_FINDING, ParseFault, Reading, format_answer, parse_answer};
 pub use boxes::{BoxForm, UnknownBoxForm};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, Logprobs, Response, Sampling, WeightVersion};

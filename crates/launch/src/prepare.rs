@@ -68,6 +68,10 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
             )));
         }
     }
+    if config.learner.steps > 0 {
+        let trained = file.records.iter().filter(|r| r.split == d.train_split);
+        unveil_reward::require(config, trained).map_err(|e| LaunchError::Data(format!("{}: {e}", records.display())))?;
+    }
     note(&format!("data: {} train, {} val, {} test", count(&d.train_split), count(&d.val_split), count(&d.test_split)));
     Ok(())
 }

@@ -9,7 +9,8 @@ use tch::{Device, Kind, Tensor};
 use unveil_algo::MentionBatch;
 use unveil_core::{Attention, Breakdown, Grid, GroupId, Record, Response};
 use unveil_model::{GridThw, PackedGroup, Prompt};
-use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::Scoring;
+use unveil_reward::mention::tokens_of;
 
 use crate::error::Result;
 
@@ -204,19 +205,22 @@ pub(crate) fn attended(members: &[&Member<'_>]) -> usize {
     members.iter().filter(|m| region(m.group).is_some()).map(|m| m.rows.len()).sum()
 }
 
-/// Coverage and its mean, where there is something to look at and something to look away from.
+/// Coverage and its mean, where there is something to look at and something to look away from, and a region was asked for.
 fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
+    if group.input.record.is_text() {
+        return None;
+    }
     let (w, h) = group.input.image_size;
     let coverage = group.input.merged.coverage(&group.input.record.boxes, w as f32, h as f32);
     let share = coverage.iter().sum::<f32>() / coverage.len().max(1) as f32;
     (share > 0.0 && share < 1.0 - 1e-6).then_some((coverage, share))
 }
 
-/// Which attention rows of a part are mentions of the class, with `names` giving the words for a category. `None` where
+/// Which attention rows of a part are mentions of the class, found in answers as rewards find them. `None` where
 /// no response has vision relevance. `width` is that of the rows.
 pub(crate) fn mentions(
     members: &[&Member<'_>],
-    names: &dyn Fn(&str) -> Vec<String>,
+    scoring: &Scoring,
     width: i64,
     device: Device,
 ) -> Option<MentionBatch> {
@@ -226,11 +230,11 @@ pub(crate) fn mentions(
     for m in members {
         let ranges = m.ranges();
         if let Some((cells, share)) = region(m.group) {
-            let names = names(&m.group.input.record.category);
             for (row, range) in m.rows.iter().zip(ranges) {
                 let text = &m.group.responses[row.response].text;
                 let spans = m.group.spans.get(row.response).map_or(&[][..], Vec::as_slice);
-                let named = first_mention(text, &names).map(|at| tokens_of(&at, spans)).unwrap_or_default();
+                let mention = scoring.mention(&m.group.input.record, text);
+                let named = mention.map(|at| tokens_of(&at, spans)).unwrap_or_default();
                 for t in named.into_iter().filter(|t| *t < range.len()) {
                     tokens.push((begin + range.start + t) as i64);
                     response.push(baseline.len() as i64);

@@ -18,6 +18,9 @@ pub struct Prediction {
     pub size: [u32; 2],
     /// True category.
     pub category: String,
+    /// The answer of a record that is answered in text; absent where regions are asked for. Numbers speak of the latter only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// True boxes, original pixels.
     pub truth: Vec<BBox>,
     /// Predicted boxes, original pixels.
@@ -38,6 +41,17 @@ pub struct Prediction {
     pub grid: Grid,
     /// Attention of the category's tokens over the image tokens, row-major, sums to 1; empty when no category was named.
     pub heat: Vec<f32>,
+}
+
+impl Prediction {
+    /// What is right, in words: the reference of an answer in text, else the class, else that nothing is there.
+    pub(crate) fn truth_in_words(&self) -> &str {
+        match &self.reference {
+            Some(reference) => reference,
+            None if self.truth.is_empty() => unveil_core::NO_FINDING,
+            None => &self.category,
+        }
+    }
 }
 
 /// The figure of one prediction.
@@ -76,9 +90,10 @@ pub(crate) fn figure(run: &Path, p: &Prediction) -> String {
         }
     }
     svg += "</svg>";
-    let mut facts = vec![match p.iou {
-        Some(iou) => format!("IoU {iou:.2}"),
-        None => format!("soft F1 {:.2}", p.soft_f1),
+    let mut facts = vec![match (p.iou, &p.reference) {
+        (_, Some(_)) => "answered in text".to_owned(),
+        (Some(iou), None) => format!("IoU {iou:.2}"),
+        (None, None) => format!("soft F1 {:.2}", p.soft_f1),
     }];
     facts.extend(p.lift.map(|l| format!("lift {l:.1}")));
     format!("<div class=\"card\">{svg}<code>{}</code><small>{}</small></div>", escape(&p.text), facts.join(" · "))

@@ -164,10 +164,9 @@ fn gallery(run: &Path, images: usize) -> String {
     for p in shown.iter().take(images) {
         let find =
             |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map_or_else(String::new, |q| figure(run, q));
-        let truth = if p.truth.is_empty() { "no finding".to_owned() } else { p.category.clone() };
         out += &format!(
             "<section><h3>{} <span>{}</span></h3><div><b>before</b>{}</div><div><b>after</b>{}</div></section>",
-            escape(&truth),
+            escape(p.truth_in_words()),
             escape(&p.id),
             find(&before),
             find(&after)
@@ -199,6 +198,7 @@ mod tests {
             image: "missing.png".into(),
             size: [96, 96],
             category: "nodule".into(),
+            reference: None,
             truth: vec![[1.0, 1.0, 9.0, 9.0].into()],
             boxes: vec![[f32::NAN, 0.0, 1.0, 1.0].into()],
             text: "<script>alert(1)</script>".into(),
