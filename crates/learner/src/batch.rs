@@ -258,7 +258,82 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use std::collections::BTreeMap;
+
+    use unveil_core::{Finish, MaskReason};
+    use unveil_reward::vision::{Region, Seen, VisionRule, look};
+
     use super::*;
+
+    fn answered(record: &str, texts: &[&str]) -> TrainGroup {
+        let record: Record = serde_json::from_str(record).unwrap();
+        let prompt = Prompt { tokens: vec![1], grids: vec![] };
+        let (merged, image_size) = (Grid { rows: 2, cols: 2 }, (20, 20));
+        let input = GroupInput { record, image_size, prompt, patches: vec![], merged, encoded: Bytes::new() };
+        let response = |(index, text): (usize, &&str)| {
+            let n = text.chars().count();
+            let (tokens, logprobs, versions) = (vec![1; n], vec![0.0; n], vec![0; n]);
+            Response { index, tokens, text: (*text).to_owned(), logprobs, versions, finish: Finish::Stop }
+        };
+        let breakdown = |index| Breakdown { id: "a".into(), index, total: Some(0.0), components: BTreeMap::new() };
+        TrainGroup {
+            id: GroupId { pass: 0, position: 0, record: "a".into() },
+            input: Arc::new(input),
+            responses: texts.iter().enumerate().map(response).collect(),
+            spans: texts.iter().map(|t| t.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect()).collect(),
+            breakdowns: (0..texts.len()).map(breakdown).collect(),
+            attention: vec![None; texts.len()],
+            generate_ms: 0.0,
+            reward_ms: 0.0,
+        }
+    }
+
+    /// Tokens that the gradient pulls on, per response.
+    fn pulled(group: &TrainGroup, scoring: &Scoring) -> Option<Vec<Vec<usize>>> {
+        let member = Member::new(group)?;
+        let found = mentions(&[&member], scoring, 4, Device::Cpu)?;
+        let (tokens, of) = (Vec::<i64>::try_from(&found.tokens).ok()?, Vec::<i64>::try_from(&found.response).ok()?);
+        let ranges = member.ranges();
+        let mut out = vec![Vec::new(); group.responses.len()];
+        for (t, r) in tokens.into_iter().zip(of) {
+            out[r as usize].push(t as usize - ranges[r as usize].start);
+        }
+        Some(out)
+    }
+
+    #[test]
+    fn the_gradient_pulls_on_the_mentions_that_are_rewarded() {
+        const TEXTS: [&str; 7] = [
+            "[0,0,10,10] nodule nodule",
+            "<think>a nodule</think>[0,0,10,10] Nodule.",
+            "<think>nodule</think><answer>é nodule</answer>",
+            "<think>nodule</think>mass",
+            "<think>nodule",
+            "nodule <answer>mass</answer>",
+            "[{\"bbox_2d\": [0,0,10,10], \"label\": \"nodule\"}]",
+        ];
+        let scoring = Scoring::default();
+        let group = answered(r#"{"id":"a","category":"nodule","boxes":[[0,0,10,10]]}"#, &TEXTS);
+        let found = pulled(&group, &scoring).unwrap();
+        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [6, 6, 6, 0, 0, 0, 6]);
+        for ((text, spans), tokens) in TEXTS.iter().zip(&group.spans).zip(&found) {
+            // Rows of these tokens are all that the reward asks for.
+            let attention = Attention { grid: [2, 2], tokens: tokens.clone(), rows: vec![vec![0.25; 4]; tokens.len()] };
+            let seen = Seen { text, reading: &scoring.reading, spans, attention: Some(&attention) };
+            let record = &group.input.record;
+            let mut region = Region::new(&record.boxes, [20, 20]);
+            let rule = VisionRule::new(&scoring.reward.vision_relevance);
+            let reward = look(seen, &scoring.names(&record.category), &mut region, rule);
+            let count = reward.detail.get("tokens").copied().unwrap_or(0.0);
+            assert_eq!((reward.masked, count), (false, tokens.len() as f64), "{text}");
+            let fewer = Attention { tokens: vec![], rows: vec![], ..attention };
+            let reward = look(Seen { attention: Some(&fewer), ..seen }, &scoring.names("nodule"), &mut region, rule);
+            let want = if tokens.is_empty() { None } else { Some(MaskReason::NoAttention) };
+            assert_eq!(reward.reason, want, "{text}");
+        }
+        let record = r#"{"id":"a","task":"vqa","answer":"a nodule","category":"nodule","boxes":[[0,0,10,10]]}"#;
+        assert_eq!(pulled(&answered(record, &TEXTS), &scoring), None, "answers in text are not pulled anywhere");
+    }
 
     #[test]
     fn little_is_padding_whatever_the_widths() {

@@ -84,6 +84,25 @@ mod tests {
     }
 
     #[test]
+    fn it_is_part_of_a_run_as_any_other_section() {
+        let load = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+            crate::load::load_from(None, std::iter::empty(), &sets).map_err(|e| e.to_string())
+        };
+        let c = load(&["answer.match=contains", "answer.span=box", "data.synonyms={nodule=[]}"]).unwrap();
+        assert_eq!((c.answer.matching, c.answer.span.as_str()), (ClassMatch::Contains, "box"));
+        assert!(load(&["answer.match=contain"]).unwrap_err().contains("contain"));
+        assert!(load(&["answer.span=<a>"]).unwrap_err().contains("answer.span"));
+        // What an earlier version wrote has no such keys; a change of one is a change of what is trained.
+        let mut before = crate::change::entries(&Config::default());
+        before.retain(|(key, _)| !key.starts_with("answer."));
+        assert_eq!(crate::change::changes_since(&before, &Config::default()), []);
+        let changed = crate::change::changes_since(&before, &c);
+        let keys: Vec<&str> = changed.iter().filter(|c| !c.allowed).map(|c| c.key.as_str()).collect();
+        assert!(keys.contains(&"answer.match") && keys.contains(&"answer.span"), "{keys:?}");
+    }
+
+    #[test]
     fn containing_needs_the_classes() {
         let mut c = Config::default();
         c.answer.matching = ClassMatch::Contains;
