@@ -149,7 +149,8 @@ fn answers(
     let records = RecordFile::load_with(data, Reach::new(config.data.outside))?;
     let samples = load_samples(&records, &args.split, 0, &config.data.question, &preparer)?;
     if let Chosen::Beyond(suite) = args.suite {
-        check(suite, samples.iter().map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
+        let of_regions = samples.iter().filter(|s| !s.record.is_text());
+        check(suite, of_regions.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }
     let mut engine = open_engine(config, model, config.run.threads, &preparer.tokenizer().special().banned)?;
     let settings = Settings {

@@ -191,7 +191,8 @@ fn validation(
     let settings =
         Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
     for suite in &eval.suites {
-        check(*suite, samples.iter().map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
+        let of_regions = samples.iter().filter(|s| !s.record.is_text());
+        check(*suite, of_regions.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }
     let config = config.clone();
     Ok(move |vlm: &mut Vlm, _step: u64| {

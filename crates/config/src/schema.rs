@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{BoxForm, Logprobs};
 
 mod access;
+mod answer;
 mod collect;
 mod endpoint;
 mod health;
@@ -15,6 +16,7 @@ mod reward_service;
 mod telemetry;
 
 pub use access::{Auth, Tls};
+pub use answer::Answer;
 pub use collect::Collect;
 pub(crate) use endpoint::Endpoint;
 pub use health::Health;
@@ -39,6 +41,8 @@ pub struct Config {
     pub run: Run,
     /// Where the model comes from.
     pub model: Model,
+    /// How answers are read.
+    pub answer: Answer,
     /// Training and held-out data.
     pub data: Data,
     /// Stage 1.

@@ -1,6 +1,7 @@
 //! Combinations that cannot work, and values out of range. One message per fault, all of them at once.
 
 mod access;
+mod answer;
 mod collect;
 mod endpoint;
 mod learner;
@@ -105,6 +106,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
         need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
     }
     access::faults(c, &mut out);
+    answer::faults(c, &mut out);
     reward::faults(c, &mut out);
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);

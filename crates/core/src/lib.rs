@@ -14,7 +14,7 @@ pub mod secret;
 pub mod task;
 mod tell;
 
-pub use answer::{Answer, NO_FINDING, ParseFault, format_answer, parse_answer};
+pub use answer::{Answer, ClassMatch, KnownClass, NO_FINDING, ParseFault, Reading, format_answer, parse_answer};
 pub use boxes::{BoxForm, UnknownBoxForm};
 pub use files::{FILE_MODE, replace_file, write_atomic};
 pub use geometry::{BBox, BoxFault, Grid};

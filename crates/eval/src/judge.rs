@@ -8,8 +8,8 @@ use unveil_report::Prediction;
 use unveil_reward::Scoring;
 use unveil_reward::form::category;
 use unveil_reward::localization::localization;
-use unveil_reward::mention::first_mention;
-use unveil_reward::vision::{Region, vision_relevance};
+use unveil_reward::mention::mention;
+use unveil_reward::vision::{Region, Seen, vision_relevance};
 
 use crate::look::{Look, Rows, mean_row};
 
@@ -52,22 +52,34 @@ pub struct Judged {
     pub look: Look,
 }
 
+impl Judged {
+    /// Its record is answered in text: nothing here says how well, and metrics of regions leave it out.
+    pub fn is_text(&self) -> bool {
+        self.prediction.reference.is_some()
+    }
+}
+
 /// Compares one answer with the truth.
 pub fn judge(subject: &Subject<'_>, answer: Answer, scoring: &Scoring) -> Judged {
     let (record, truth) = (subject.record, &subject.record.boxes);
     let size: [u32; 2] = subject.sizes.original.into();
-    let said = read_answer(codec(subject.boxes), &answer.text, subject.sizes);
+    if record.is_text() {
+        return in_text(subject, answer);
+    }
+    let said = read_answer(codec(subject.boxes), &scoring.reading, &answer.text, subject.sizes);
     let names = scoring.names(&record.category);
     let attention = answer.attention.as_ref();
     let mut region = Region::new(truth, size);
     let mode = scoring.reward.vision_relevance.mode;
-    let vision = vision_relevance(&answer.text, &names, &answer.spans, attention, &mut region, mode);
+    let seen = Seen { text: &answer.text, reading: &scoring.reading, spans: &answer.spans, attention };
+    let vision = vision_relevance(seen, &names, &mut region, mode);
     let grid = attention.map_or(Grid { rows: 0, cols: 0 }, |a| Grid { rows: a.grid[0], cols: a.grid[1] });
-    let row = |names: &[String]| mean_row(attention?, &answer.text, names, &answer.spans);
+    let mentioned = |names: &[String]| mention(&scoring.reading, &answer.text, names);
+    let row = |names: &[String]| mean_row(attention?, &mentioned(names)?, &answer.spans);
     let measured = |row: Vec<f64>| Look::Measured(Rows::new(&row, grid, truth, size));
     let look = if !region.is_applicable() {
         Look::NotApplicable
-    } else if first_mention(&answer.text, &names).is_none() {
+    } else if mentioned(&names).is_none() {
         Look::Unnamed
     } else {
         row(&names).filter(|_| !vision.masked).map_or(Look::NoRows, measured)
@@ -93,8 +105,9 @@ pub fn judge(subject: &Subject<'_>, answer: Answer, scoring: &Scoring) -> Judged
             image: subject.image.to_owned(),
             size,
             category: record.category.clone(),
+            reference: None,
             truth: truth.clone(),
-            correct: category(&said, &names, !truth.is_empty()).value == Some(1.0),
+            correct: category(&said, &scoring.class(&record.category), !truth.is_empty()).value == Some(1.0),
             iou,
             soft_f1: place.value.unwrap_or(0.0),
             lift,
@@ -107,6 +120,33 @@ pub fn judge(subject: &Subject<'_>, answer: Answer, scoring: &Scoring) -> Judged
         fault: said.fault,
         invalid,
         look,
+    }
+}
+
+/// An answer to a record that is answered in text: shown and counted, not compared.
+fn in_text(subject: &Subject<'_>, answer: Answer) -> Judged {
+    let record = subject.record;
+    Judged {
+        prediction: Prediction {
+            id: record.id.clone(),
+            image: subject.image.to_owned(),
+            size: subject.sizes.original.into(),
+            category: record.category.clone(),
+            reference: Some(record.answer.clone()),
+            truth: record.boxes.clone(),
+            boxes: Vec::new(),
+            text: answer.text,
+            correct: false,
+            iou: None,
+            soft_f1: 0.0,
+            lift: None,
+            grid: Grid { rows: 0, cols: 0 },
+            heat: Vec::new(),
+        },
+        source: record.source.clone(),
+        fault: None,
+        invalid: 0,
+        look: Look::NotApplicable,
     }
 }
 
@@ -149,5 +189,33 @@ mod tests {
         let j = judged(&[[0.0, 0.0, 10.0, 10.0]], "[30,30,20,20], [0,0,20,20] nodule", None);
         assert_eq!((j.prediction.boxes.len(), j.invalid, j.prediction.iou), (2, 1, Some(0.0)));
         assert_eq!(judged(&[], "", None).fault, Some(ParseFault::Empty));
+    }
+
+    #[test]
+    fn reasoning_is_not_looked_at() {
+        let text = "<think>nodule [9,9,10,10]</think>[0,0,20,20] mass.";
+        let j = judged(&[[0.0, 0.0, 10.0, 10.0]], text, even(text.len()));
+        assert_eq!((j.look, j.prediction.iou, j.prediction.boxes.len()), (Look::Unnamed, Some(1.0), 1));
+        let text = "<think>mass</think><answer>[0,0,20,20] Nodule.</answer>";
+        let j = judged(&[[0.0, 0.0, 10.0, 10.0]], text, even(text.len()));
+        assert!(matches!(j.look, Look::Measured(_)) && j.prediction.correct && j.fault == Some(ParseFault::OtherForm));
+        for none in ["No finding.", "[]", "<think>A nodule?</think> no findings"] {
+            let j = judged(&[], none, None);
+            assert!(j.prediction.correct && j.prediction.soft_f1 == 1.0, "{none}");
+        }
+    }
+
+    #[test]
+    fn answers_in_text_are_shown_and_not_compared() {
+        let record = serde_json::json!({"id": "a", "task": "vqa", "answer": "MRI", "boxes": []});
+        let record: Record = serde_json::from_value(record).unwrap();
+        let sizes = Sizes { original: (20, 20), resized: (40, 40) };
+        let subject = Subject { record: &record, image: "", sizes: &sizes, boxes: BoxForm::Absolute };
+        for text in ["MRI", "no finding", "[1,2,3,4] x"] {
+            let answer = Answer { text: text.to_owned(), ..Answer::default() };
+            let j = judge(&subject, answer, &Scoring::default());
+            assert!(j.is_text() && !j.prediction.correct && j.prediction.boxes.is_empty(), "{text}");
+            assert_eq!((j.prediction.reference.as_deref(), j.fault, j.look), (Some("MRI"), None, Look::NotApplicable));
+        }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Must not know: models, suites.
 
+use std::ops::Range;
+
 use unveil_core::{Attention, BBox, Grid};
-use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::mention::tokens_of;
 
 /// What can be said of where one answer looks.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,15 +55,10 @@ impl Rows {
     }
 }
 
-/// Mean row of the tokens that name one of `names` first, each row scaled to sum to 1; `None` when none is named, or a row is
-/// missing or is no distribution over the grid.
-pub(crate) fn mean_row(
-    attention: &Attention,
-    text: &str,
-    names: &[String],
-    spans: &[(usize, usize)],
-) -> Option<Vec<f64>> {
-    let tokens = tokens_of(&first_mention(text, names)?, spans);
+/// Mean row of the tokens that `mention` covers, each row scaled to sum to 1; `None` when there is no token, or a row is missing or is no
+/// distribution over the grid.
+pub(crate) fn mean_row(attention: &Attention, mention: &Range<usize>, spans: &[(usize, usize)]) -> Option<Vec<f64>> {
+    let tokens = tokens_of(mention, spans);
     let cells = attention.grid[0].checked_mul(attention.grid[1])?;
     if tokens.is_empty() || cells == 0 {
         return None;
@@ -95,13 +92,11 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_the_first_mention_are_averaged() {
+    fn rows_of_a_mention_are_averaged() {
         let good = Attention { grid: [1, 2], tokens: vec![1, 2], rows: vec![vec![1.0, 0.0], vec![0.5, 0.5]] };
-        let names = ["nodule".to_owned()];
         let spans = [(0, 2), (2, 5), (5, 8), (8, 15)];
-        let row = |a: &Attention, text: &str| mean_row(a, text, &names, &spans);
-        assert_eq!(row(&good, "a nodule nodule"), Some(vec![0.75, 0.25]));
-        assert_eq!(row(&good, "a mass"), None);
+        assert_eq!(mean_row(&good, &(2..8), &spans), Some(vec![0.75, 0.25]));
+        assert_eq!(mean_row(&good, &(20..22), &spans), None);
         for change in [
             (|a: &mut Attention| a.tokens[1] = 7) as fn(&mut Attention),
             |a| a.rows[0] = vec![1.0],
@@ -112,7 +107,7 @@ mod tests {
         ] {
             let mut bad = good.clone();
             change(&mut bad);
-            assert_eq!(row(&bad, "a nodule"), None, "{bad:?}");
+            assert_eq!(mean_row(&bad, &(2..8), &spans), None, "{bad:?}");
         }
     }
 }

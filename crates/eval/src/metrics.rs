@@ -17,8 +17,16 @@ pub struct Metrics {
     /// Mean attention mass on the lesion over its area (s / a), over samples with a true box; an answer that does not name
     /// the class looks nowhere and counts 0, one whose attention is not known is left out.
     pub vision_lift: f64,
-    /// Number of samples.
+    /// Number of samples that ask for regions; the numbers above speak of these.
     pub n: usize,
+    /// Number of samples that are answered in text, which no number here speaks of.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub n_text: usize,
+}
+
+/// For keys that are left out where there is nothing to count.
+pub(crate) fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl Metrics {
@@ -32,8 +40,14 @@ impl Metrics {
             ("vision_lift", self.vision_lift),
         ];
         let lines = rows.iter().map(|(name, v)| format!("{name:<11}  {v:.3}\n"));
-        std::iter::once(format!("summary: {} answers\n", self.n)).chain(lines).collect()
+        let head = format!("summary: {} answers{}\n", self.n, beside(self.n_text));
+        std::iter::once(head).chain(lines).collect()
     }
+}
+
+/// What a table says of answers in text.
+pub(crate) fn beside(n_text: usize) -> String {
+    if n_text == 0 { String::new() } else { format!(", {n_text} in text besides, not scored") }
 }
 
 /// Metrics of `predictions`; 0 where there is nothing to average.
@@ -41,6 +55,8 @@ pub fn metrics(predictions: &[&Prediction]) -> Metrics {
     let mean = |values: Vec<f64>| {
         if values.is_empty() { 0.0 } else { values.iter().sum::<f64>() / values.len() as f64 }
     };
+    let all = predictions.len();
+    let predictions: Vec<&Prediction> = predictions.iter().copied().filter(|p| p.reference.is_none()).collect();
     let ious: Vec<f64> = predictions.iter().filter_map(|p| p.iou).collect();
     Metrics {
         accuracy: mean(predictions.iter().map(|p| f64::from(u8::from(p.correct))).collect()),
@@ -49,6 +65,7 @@ pub fn metrics(predictions: &[&Prediction]) -> Metrics {
         soft_f1: mean(predictions.iter().map(|p| p.soft_f1).collect()),
         vision_lift: mean(predictions.iter().filter_map(|p| p.lift).collect()),
         n: predictions.len(),
+        n_text: all - predictions.len(),
     }
 }
 
@@ -63,6 +80,7 @@ mod tests {
             image: String::new(),
             size: [1, 1],
             category: String::new(),
+            reference: None,
             truth: Vec::new(),
             boxes: Vec::new(),
             text: String::new(),
@@ -83,8 +101,14 @@ mod tests {
             &prediction(true, None, 1.0, None),
             &prediction(false, None, 0.1, Some(6.0)),
         ]);
-        let by_hand = Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4 };
+        let by_hand = Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4, n_text: 0 };
         assert_eq!(m, by_hand);
+        assert!(!serde_json::to_string(&m).unwrap().contains("n_text"));
+        // An answer in text counts apart, whatever its numbers would be.
+        let text = Prediction { reference: Some("MRI".into()), ..prediction(true, Some(1.0), 1.0, Some(9.0)) };
+        let m = metrics(&[&prediction(false, Some(0.5), 0.25, None), &text]);
+        assert_eq!((m.accuracy, m.mean_iou, m.soft_f1, m.n, m.n_text), (0.0, 0.5, 0.25, 1, 1));
+        assert!(m.table().starts_with("summary: 1 answers, 1 in text besides"), "{}", m.table());
         assert_eq!(metrics(&[]).mean_iou, 0.0);
     }
 }

@@ -11,6 +11,7 @@ use unveil_core::ParseFault;
 
 use crate::bootstrap::{Bootstrap, Estimate, Sums};
 use crate::look::Look;
+use crate::metrics::{beside, is_zero};
 use crate::{EvalError, Judged};
 
 /// What one answer adds to a metric: sum and count; none when the metric does not speak of it.
@@ -19,7 +20,7 @@ type Measure = fn(&Judged) -> Option<Sums>;
 /// The metrics of the grounding suite.
 ///
 /// `mean_iou`, `acc50`, `acc75`: first predicted box, answers about exactly one true box; a missing or invalid box is 0.
-/// `soft_f1`: all answers. `pointing_game`, `in_box_energy`: answers about a lesion that does not fill the image, from the
+/// `soft_f1`: all answers. Answers in text are none of them. `pointing_game`, `in_box_energy`: answers about a lesion that does not fill the image, from the
 /// averaged rows of the tokens that name the true class; an answer that does not name it looks nowhere and counts 0, one whose rows
 /// are not known is left out (`without_rows` counts these). `pointing_chance`, `energy_chance`: what attention without regard to the
 /// lesion would reach, over the answers with rows. `mentioned`: share of answers about a lesion that name the class.
@@ -77,9 +78,12 @@ pub struct Grounding {
 pub struct SuiteResult {
     /// Which suite.
     pub suite: &'static str,
-    /// Answers.
+    /// Answers that regions are asked of.
     pub n: usize,
-    /// Records that they answer.
+    /// Answers in text, which no number of the suite speaks of.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub n_text: usize,
+    /// Records that the former answer.
     pub records: usize,
     /// How the intervals were made.
     pub bootstrap: Bootstrap,
@@ -136,13 +140,13 @@ fn by_record<'a>(judged: impl Iterator<Item = &'a Judged>, of: Measure) -> Vec<S
     out
 }
 
-fn grounding(judged: &[Judged], bootstrap: &Bootstrap) -> Grounding {
+fn grounding(judged: &[&Judged], bootstrap: &Bootstrap) -> Grounding {
     let mut faults = BTreeMap::new();
     for fault in judged.iter().filter_map(|j| j.fault) {
         let name = json!(fault).as_str().unwrap_or_default().to_owned();
         *faults.entry(name).or_default() += 1;
     }
-    let metric = |(name, of): &(&'static str, Measure)| (*name, bootstrap.mean(&by_record(judged.iter(), *of)));
+    let metric = |(name, of): &(&'static str, Measure)| (*name, bootstrap.mean(&by_record(judged.iter().copied(), *of)));
     Grounding {
         metrics: GROUNDING.iter().map(metric).collect(),
         faults,
@@ -150,15 +154,20 @@ fn grounding(judged: &[Judged], bootstrap: &Bootstrap) -> Grounding {
     }
 }
 
-fn mau(judged: &[Judged], bootstrap: &Bootstrap) -> Found {
+fn mau(judged: &[&Judged], bootstrap: &Bootstrap) -> Found {
     let mut sources: BTreeMap<&str, Vec<&Judged>> = BTreeMap::new();
-    judged.iter().for_each(|j| sources.entry(j.source.trim()).or_default().push(j));
+    judged.iter().copied().for_each(|j| sources.entry(j.source.trim()).or_default().push(j));
     let right: Measure = |j| one(f64::from(u8::from(j.prediction.correct)));
     let sums: Vec<Vec<Sums>> = sources.values().map(|of| by_record(of.iter().copied(), right)).collect();
     Found::Mau {
         accuracy: bootstrap.mean_of_means(&sums),
         sources: sources.keys().zip(&sums).map(|(name, sums)| ((*name).to_owned(), bootstrap.mean(sums))).collect(),
     }
+}
+
+/// The answers to records that ask for regions.
+fn of_regions(judged: &[Judged]) -> Vec<&Judged> {
+    judged.iter().filter(|j| !j.is_text()).collect()
 }
 
 /// Checks that a suite can speak of records with these ids and sources.
@@ -185,19 +194,22 @@ pub fn measure(
     if judged.is_empty() {
         return Err(EvalError::NoAnswer);
     }
+    let all = judged.len();
+    let judged = of_regions(judged);
     check(suite, judged.iter().map(|j| (j.prediction.id.as_str(), j.source.as_str())))?;
     let found = match suite {
         Suite::Grounding => Found::Grounding {
-            shown: grounding(judged, bootstrap),
+            shown: grounding(&judged, bootstrap),
             withheld: withheld
-                .map(|w| Withheld { image: "black, of the same size", grounding: grounding(w, bootstrap) }),
+                .map(|w| Withheld { image: "black, of the same size", grounding: grounding(&of_regions(w), bootstrap) }),
         },
-        Suite::Mau => mau(judged, bootstrap),
+        Suite::Mau => mau(&judged, bootstrap),
     };
     let mut ids: Vec<&str> = judged.iter().map(|j| j.prediction.id.as_str()).collect();
     ids.sort_unstable();
     ids.dedup();
-    Ok(SuiteResult { suite: suite.name(), n: judged.len(), records: ids.len(), bootstrap: *bootstrap, found })
+    let (n, n_text) = (judged.len(), all - judged.len());
+    Ok(SuiteResult { suite: suite.name(), n, n_text, records: ids.len(), bootstrap: *bootstrap, found })
 }
 
 impl SuiteResult {
@@ -224,7 +236,8 @@ impl SuiteResult {
     /// A table for people: a line per metric or source, value and interval.
     pub fn table(&self) -> String {
         let b = &self.bootstrap;
-        let mut out = format!("{}: {} answers to {} records", self.suite, self.n, self.records);
+        let text = beside(self.n_text);
+        let mut out = format!("{}: {} answers to {} records{text}", self.suite, self.n, self.records);
         if b.resamples > 0 {
             let (share, seed) = (b.confidence * 100.0, b.seed);
             out += &format!("; intervals hold {share:.0} % of {} resamples of the records, seed {seed}", b.resamples);

@@ -68,6 +68,51 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
             )));
         }
     }
+    if config.learner.steps > 0 {
+        let trained = file.records.iter().filter(|r| r.split == d.train_split);
+        unveil_reward::require(config, trained).map_err(|e| LaunchError::Data(format!("{}: {e}", records.display())))?;
+    }
     note(&format!("data: {} train, {} val, {} test", count(&d.train_split), count(&d.val_split), count(&d.test_split)));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use unveil_config::schema::RelevanceKind;
+    use unveil_data::store::Image;
+
+    use super::*;
+
+    #[test]
+    fn a_record_without_any_reward_is_refused_before_anything_is_trained() {
+        let dir = tempfile::tempdir().unwrap();
+        for (split, shade) in [("train", 10), ("val", 20), ("test", 30)] {
+            let mut image = Image::new(96, 96);
+            (0..96).for_each(|x| image.set_pixel(x, x, [shade, shade, 200]));
+            std::fs::write(dir.path().join(format!("{split}.png")), image.to_png().unwrap()).unwrap();
+        }
+        let line = |id: &str, split: &str, rest: &str| format!(r#"{{"id":"{id}","image":"{split}.png","split":"{split}",{rest}}}"#);
+        let lesion = r#""category":"nodule","boxes":[[1,2,30,40]]"#;
+        let asked = r#""task":"vqa","question":"What modality?","answer":"MRI","boxes":[]"#;
+        let lines = [
+            line("a", "train", lesion),
+            line("q7", "train", asked),
+            line("b", "val", lesion),
+            line("c", "test", lesion),
+            line("d", "test", asked),
+        ];
+        let records = dir.path().join("records.jsonl");
+        std::fs::write(&records, lines.join("\n")).unwrap();
+        let mut config = Config::default();
+        (config.data.kind, config.data.root) = (DataKind::Jsonl, records.display().to_string());
+        let prepared = |c: &Config| prepare_data(c, &|_| ()).map_err(|e| e.to_string());
+        let e = prepared(&config).unwrap_err();
+        assert!(["records.jsonl", "\"q7\"", "reward.relevance.weight"].iter().all(|w| e.contains(w)), "{e}");
+        // Stage 1 alone asks for no rewards; with relevance there is one.
+        let mut first = config.clone();
+        first.learner.steps = 0;
+        prepared(&first).unwrap();
+        (config.reward.relevance.weight, config.reward.relevance.kind) = (0.5, RelevanceKind::TokenF1);
+        prepared(&config).unwrap();
+    }
 }

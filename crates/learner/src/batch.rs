@@ -9,7 +9,8 @@ use tch::{Device, Kind, Tensor};
 use unveil_algo::MentionBatch;
 use unveil_core::{Attention, Breakdown, Grid, GroupId, Record, Response};
 use unveil_model::{GridThw, PackedGroup, Prompt};
-use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::Scoring;
+use unveil_reward::mention::tokens_of;
 
 use crate::error::Result;
 
@@ -204,19 +205,22 @@ pub(crate) fn attended(members: &[&Member<'_>]) -> usize {
     members.iter().filter(|m| region(m.group).is_some()).map(|m| m.rows.len()).sum()
 }
 
-/// Coverage and its mean, where there is something to look at and something to look away from.
+/// Coverage and its mean, where there is something to look at and something to look away from, and a region was asked for.
 fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
+    if group.input.record.is_text() {
+        return None;
+    }
     let (w, h) = group.input.image_size;
     let coverage = group.input.merged.coverage(&group.input.record.boxes, w as f32, h as f32);
     let share = coverage.iter().sum::<f32>() / coverage.len().max(1) as f32;
     (share > 0.0 && share < 1.0 - 1e-6).then_some((coverage, share))
 }
 
-/// Which attention rows of a part are mentions of the class, with `names` giving the words for a category. `None` where
+/// Which attention rows of a part are mentions of the class, found in answers as rewards find them. `None` where
 /// no response has vision relevance. `width` is that of the rows.
 pub(crate) fn mentions(
     members: &[&Member<'_>],
-    names: &dyn Fn(&str) -> Vec<String>,
+    scoring: &Scoring,
     width: i64,
     device: Device,
 ) -> Option<MentionBatch> {
@@ -226,11 +230,11 @@ pub(crate) fn mentions(
     for m in members {
         let ranges = m.ranges();
         if let Some((cells, share)) = region(m.group) {
-            let names = names(&m.group.input.record.category);
             for (row, range) in m.rows.iter().zip(ranges) {
                 let text = &m.group.responses[row.response].text;
                 let spans = m.group.spans.get(row.response).map_or(&[][..], Vec::as_slice);
-                let named = first_mention(text, &names).map(|at| tokens_of(&at, spans)).unwrap_or_default();
+                let mention = scoring.mention(&m.group.input.record, text);
+                let named = mention.map(|at| tokens_of(&at, spans)).unwrap_or_default();
                 for t in named.into_iter().filter(|t| *t < range.len()) {
                     tokens.push((begin + range.start + t) as i64);
                     response.push(baseline.len() as i64);
@@ -254,7 +258,82 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
+    use std::collections::BTreeMap;
+
+    use unveil_core::{Finish, MaskReason};
+    use unveil_reward::vision::{Region, Seen, VisionRule, look};
+
     use super::*;
+
+    fn answered(record: &str, texts: &[&str]) -> TrainGroup {
+        let record: Record = serde_json::from_str(record).unwrap();
+        let prompt = Prompt { tokens: vec![1], grids: vec![] };
+        let (merged, image_size) = (Grid { rows: 2, cols: 2 }, (20, 20));
+        let input = GroupInput { record, image_size, prompt, patches: vec![], merged, encoded: Bytes::new() };
+        let response = |(index, text): (usize, &&str)| {
+            let n = text.chars().count();
+            let (tokens, logprobs, versions) = (vec![1; n], vec![0.0; n], vec![0; n]);
+            Response { index, tokens, text: (*text).to_owned(), logprobs, versions, finish: Finish::Stop }
+        };
+        let breakdown = |index| Breakdown { id: "a".into(), index, total: Some(0.0), components: BTreeMap::new() };
+        TrainGroup {
+            id: GroupId { pass: 0, position: 0, record: "a".into() },
+            input: Arc::new(input),
+            responses: texts.iter().enumerate().map(response).collect(),
+            spans: texts.iter().map(|t| t.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect()).collect(),
+            breakdowns: (0..texts.len()).map(breakdown).collect(),
+            attention: vec![None; texts.len()],
+            generate_ms: 0.0,
+            reward_ms: 0.0,
+        }
+    }
+
+    /// Tokens that the gradient pulls on, per response.
+    fn pulled(group: &TrainGroup, scoring: &Scoring) -> Option<Vec<Vec<usize>>> {
+        let member = Member::new(group)?;
+        let found = mentions(&[&member], scoring, 4, Device::Cpu)?;
+        let (tokens, of) = (Vec::<i64>::try_from(&found.tokens).ok()?, Vec::<i64>::try_from(&found.response).ok()?);
+        let ranges = member.ranges();
+        let mut out = vec![Vec::new(); group.responses.len()];
+        for (t, r) in tokens.into_iter().zip(of) {
+            out[r as usize].push(t as usize - ranges[r as usize].start);
+        }
+        Some(out)
+    }
+
+    #[test]
+    fn the_gradient_pulls_on_the_mentions_that_are_rewarded() {
+        const TEXTS: [&str; 7] = [
+            "[0,0,10,10] nodule nodule",
+            "<think>a nodule</think>[0,0,10,10] Nodule.",
+            "<think>nodule</think><answer>é nodule</answer>",
+            "<think>nodule</think>mass",
+            "<think>nodule",
+            "nodule <answer>mass</answer>",
+            "[{\"bbox_2d\": [0,0,10,10], \"label\": \"nodule\"}]",
+        ];
+        let scoring = Scoring::default();
+        let group = answered(r#"{"id":"a","category":"nodule","boxes":[[0,0,10,10]]}"#, &TEXTS);
+        let found = pulled(&group, &scoring).unwrap();
+        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [6, 6, 6, 0, 0, 0, 6]);
+        for ((text, spans), tokens) in TEXTS.iter().zip(&group.spans).zip(&found) {
+            // Rows of these tokens are all that the reward asks for.
+            let attention = Attention { grid: [2, 2], tokens: tokens.clone(), rows: vec![vec![0.25; 4]; tokens.len()] };
+            let seen = Seen { text, reading: &scoring.reading, spans, attention: Some(&attention) };
+            let record = &group.input.record;
+            let mut region = Region::new(&record.boxes, [20, 20]);
+            let rule = VisionRule::new(&scoring.reward.vision_relevance);
+            let reward = look(seen, &scoring.names(&record.category), &mut region, rule);
+            let count = reward.detail.get("tokens").copied().unwrap_or(0.0);
+            assert_eq!((reward.masked, count), (false, tokens.len() as f64), "{text}");
+            let fewer = Attention { tokens: vec![], rows: vec![], ..attention };
+            let reward = look(Seen { attention: Some(&fewer), ..seen }, &scoring.names("nodule"), &mut region, rule);
+            let want = if tokens.is_empty() { None } else { Some(MaskReason::NoAttention) };
+            assert_eq!(reward.reason, want, "{text}");
+        }
+        let record = r#"{"id":"a","task":"vqa","answer":"a nodule","category":"nodule","boxes":[[0,0,10,10]]}"#;
+        assert_eq!(pulled(&answered(record, &TEXTS), &scoring), None, "answers in text are not pulled anywhere");
+    }
 
     #[test]
     fn little_is_padding_whatever_the_widths() {

@@ -88,6 +88,11 @@ impl Dataset {
         self.records.is_empty()
     }
 
+    /// The records, as the file has them.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
     /// Record ids in order.
     pub fn ids(&self) -> Vec<String> {
         self.records.iter().map(|r| r.id.clone()).collect()

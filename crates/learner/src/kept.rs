@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use serde_json::json;
+use unveil_core::Reading;
 use unveil_data::codec::Sizes;
 use unveil_data::store::ImageStore;
 
@@ -16,14 +17,15 @@ use crate::error::{LearnerError, Result};
 /// Groups whose responses are kept per update.
 const GROUPS: usize = 2;
 
-/// Writes the responses of the first groups of `batch`, one JSON line each.
+/// Writes the responses of the first groups of `batch`, one JSON line each; answers are read as `reading` says.
 ///
 /// `boxes` are true, `predicted` the answer's, both in pixels of the image `seen`: a path relative to `run`, or absolute. `attention`
-/// holds the rows of the tokens that name the class, in the form of R.jsonl; null where there are none.
+/// holds the rows of the tokens that name the class, in the form of R.jsonl; null where there are none. `reference` is the answer of a
+/// record that is answered in text, else null; such answers have no boxes.
 ///
 /// # Errors
 /// A file cannot be written, an image has a size that the processor refuses.
-pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset) -> Result<()> {
+pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset, reading: &Reading) -> Result<()> {
     let folder = run.join("rollouts");
     std::fs::create_dir_all(&folder).map_err(LearnerError::io(&folder))?;
     let mut lines = Vec::new();
@@ -40,13 +42,17 @@ pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset)
         };
         for (at, r) in g.responses.iter().enumerate() {
             let b = g.breakdowns.iter().find(|b| b.index == r.index);
-            let answer = data.preparer().read_answer(&r.text, &Sizes { original, resized });
+            let predicted = if record.is_text() {
+                Vec::new()
+            } else {
+                data.preparer().read_answer(reading, &r.text, &Sizes { original, resized }).boxes
+            };
             let line = json!({
                 "step": step, "id": g.id.record, "pass": g.id.pass, "index": r.index, "text": r.text, "finish": r.finish,
-                "category": record.category, "boxes": record.boxes, "predicted": answer.boxes, "image": record.image,
+                "category": record.category, "boxes": record.boxes, "predicted": predicted, "image": record.image,
                 "seen": seen, "image_size": [original.0, original.1],
                 "total": b.and_then(|b| b.total), "components": b.map(|b| &b.components),
-                "attention": g.attention.get(at),
+                "attention": g.attention.get(at), "reference": record.is_text().then_some(&record.answer),
             });
             lines.extend(line.to_string().into_bytes());
             lines.push(b'\n');

@@ -191,10 +191,8 @@ impl Policy {
         let old_values = given(objective.value_coef > 0.0, |m| &m.old_values)?;
         let targets = given(objective.value_coef > 0.0, |m| &m.targets)?;
         let reference = given(self.settings.objective.kl_coef > 0.0, |m| &m.reference)?;
-        let mention = made.attention.as_ref().and_then(|rows| {
-            let names = |category: &str| self.settings.scoring.names(category);
-            mentions(part, &names, rows.size()[1], device)
-        });
+        let rows = made.attention.as_ref();
+        let mention = rows.and_then(|rows| mentions(part, &self.settings.scoring, rows.size()[1], device));
         if mention.is_none() {
             objective.attention_coef = 0.0;
         }

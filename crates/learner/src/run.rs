@@ -63,6 +63,7 @@ pub fn run_rl(mut stage: Stage<'_>, mut ready: impl FnMut(Ready)) -> Result<Outc
     if stage.config.learner.parallel.rank > 0 {
         return follow(&stage, || ready(Ready::Joined));
     }
+    unveil_reward::require(stage.config, stage.data.records()).map_err(|e| LearnerError::Setting(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -293,7 +294,8 @@ impl Run {
         event["term"] = self.saver.term.into();
         stage.event(&event)?;
         self.meter.updated(report, batch, gpu_memory(self.learner.vlm().device()));
-        kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data)?;
+        let reading = &self.learner.settings().scoring.reading;
+        kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data, reading)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();
         parts.sort_by_key(|(k, _)| *k != "total");

@@ -20,6 +20,9 @@ pub struct Prediction {
     pub size: [u32; 2],
     /// True category.
     pub category: String,
+    /// The answer of a record that is answered in text; absent where regions are asked for. Numbers speak of the latter only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// True boxes, original pixels.
     pub truth: Vec<BBox>,
     /// Predicted boxes, original pixels.
@@ -40,6 +43,17 @@ pub struct Prediction {
     pub grid: Grid,
     /// Attention of the category's tokens over the image tokens, row-major, sums to 1; empty when no category was named.
     pub heat: Vec<f32>,
+}
+
+impl Prediction {
+    /// What is right, in words: the reference of an answer in text, else the class, else that nothing is there.
+    pub(crate) fn truth_in_words(&self) -> &str {
+        match &self.reference {
+            Some(reference) => reference,
+            None if self.truth.is_empty() => unveil_core::NO_FINDING,
+            None => &self.category,
+        }
+    }
 }
 
 /// A figure as its template draws it, in pixels of the image.
@@ -94,9 +108,10 @@ pub(crate) fn figure(run: &Path, images: &ImageFolders, p: &Prediction) -> Figur
         let drawn = boxes.iter().filter(|b| b.area() > 0.0);
         drawn.map(|b| Outline { x: b.x1, y: b.y1, width: b.x2 - b.x1, height: b.y2 - b.y1, class }).collect()
     };
-    let mut facts = vec![match p.iou {
-        Some(iou) => format!("IoU {iou:.2}"),
-        None => format!("soft F1 {:.2}", p.soft_f1),
+    let mut facts = vec![match (p.iou, &p.reference) {
+        (_, Some(_)) => "answered in text".to_owned(),
+        (Some(iou), None) => format!("IoU {iou:.2}"),
+        (None, None) => format!("soft F1 {:.2}", p.soft_f1),
     }];
     facts.extend(p.lift.map(|l| format!("lift {l:.1}")));
     Figure {

@@ -181,8 +181,7 @@ fn gallery(run: &Path, folders: &ImageFolders, images: usize) -> Vec<Pair> {
     let shown = if before.is_empty() { &after } else { &before };
     let pair = |p: &Prediction| {
         let find = |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map(|q| figure(run, folders, q));
-        let truth = if p.truth.is_empty() { "no finding".to_owned() } else { p.category.clone() };
-        Pair { truth, id: p.id.clone(), before: find(&before), after: find(&after) }
+        Pair { truth: p.truth_in_words().to_owned(), id: p.id.clone(), before: find(&before), after: find(&after) }
     };
     shown.iter().take(images).map(pair).collect()
 }
@@ -213,6 +212,7 @@ mod tests {
             image: "missing.png".into(),
             size: [96, 96],
             category: "nodule".into(),
+            reference: None,
             truth: vec![[1.0, 1.0, 9.0, 9.0].into()],
             boxes: vec![[f32::NAN, 0.0, 1.0, 1.0].into()],
             text: "<script>alert(1)</script>".into(),

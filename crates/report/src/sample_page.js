@@ -91,7 +91,7 @@
     row.classList.add("on");
     row.scrollIntoView({ block: "nearest" });
     const s = samples[row.dataset.i];
-    const where = `#${s.index}${s.step === null ? "" : ` · step ${s.step}`} · ${s.truth.length ? s.category : "no finding"}`;
+    const where = `#${s.index}${s.step === null ? "" : ` · step ${s.step}`} · ${s.reference ?? (s.truth.length ? s.category : "no finding")}`;
     one.append(
       make("h2", {}, s.id + " ", make("span", { textContent: where })),
       make("div", { className: "view" },

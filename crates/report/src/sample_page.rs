@@ -86,7 +86,8 @@ fn entry(s: &Shown, image: Option<usize>, why: &[String]) -> Value {
     let heat: Vec<u8> = s.heat.iter().map(|v| (v / peak.max(f32::MIN_POSITIVE) * 255.0).round() as u8).collect();
     let known = !heat.is_empty() && Some(heat.len()) == s.grid.rows.checked_mul(s.grid.cols);
     json!({
-        "image": image, "step": s.step, "id": s.id, "index": s.index, "size": s.size, "category": s.category, "text": s.text,
+        "image": image, "step": s.step, "id": s.id, "index": s.index, "size": s.size, "category": s.category,
+        "reference": s.reference, "text": s.text,
         "truth": s.truth, "predicted": s.predicted, "total": s.total, "masks": why,
         "grid": known.then_some([s.grid.rows, s.grid.cols]), "heat": known.then(|| STANDARD.encode(&heat)), "peak": peak,
         "components": s.components.iter().map(component).collect::<Vec<_>>(),
@@ -107,6 +108,7 @@ mod tests {
             image: image.into(),
             size: [20, 20],
             category: "nodule".into(),
+            reference: None,
             truth: vec![[1.0, 1.0, 9.0, 9.0].into()],
             predicted: vec![[f32::NAN, 0.0, 1.0, 1.0].into()],
             text: "<img src=x onerror=alert(1)>".into(),

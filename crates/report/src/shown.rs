@@ -26,6 +26,8 @@ pub struct Shown {
     pub size: [u32; 2],
     /// True category.
     pub category: String,
+    /// The answer of a record that is answered in text; none where regions are asked for.
+    pub reference: Option<String>,
     /// True boxes.
     pub truth: Vec<BBox>,
     /// Boxes of the answer, as written.
@@ -52,6 +54,7 @@ impl Shown {
             image: p.image.into(),
             size: p.size,
             category: p.category,
+            reference: p.reference,
             truth: p.truth,
             predicted: p.boxes,
             text: p.text,
@@ -79,6 +82,8 @@ struct Line {
     #[serde(default)]
     seen: PathBuf,
     #[serde(default)]
+    reference: Option<String>,
+    #[serde(default)]
     predicted: Vec<BBox>,
     #[serde(default)]
     attention: Option<Attention>,
@@ -94,6 +99,7 @@ impl From<Line> for Shown {
             image: line.seen,
             size: line.image_size,
             category: line.category,
+            reference: line.reference,
             truth: line.boxes,
             predicted: line.predicted,
             text: line.text,

@@ -48,7 +48,7 @@ pub fn compose(group: &mut [BTreeMap<String, Component>], parts: &[Part<'_>], ma
 ///
 /// The raw value moves to the detail `raw`, and the detail `gated` is 1. Where the deciding component is masked nobody knows, so the
 /// other is masked, too.
-pub fn apply_gates(group: &mut [BTreeMap<String, Component>], gates: &[Gate]) {
+pub fn apply_gates<'a>(group: &mut [BTreeMap<String, Component>], gates: impl IntoIterator<Item = &'a Gate>) {
     for gate in gates {
         for response in group.iter_mut() {
             let decides = response.get(&gate.needs).map(|c| c.value);

@@ -1,6 +1,6 @@
 //! Format and category: is the answer in the form that was asked for, and does it name the right class.
 
-use unveil_core::{BBox, BoxFault, Component, MaskReason};
+use unveil_core::{BBox, BoxFault, Component, KnownClass, MaskReason};
 use unveil_data::codec::GroundedAnswer;
 
 /// 1 when the answer reads without a fault and every box is finite, not inverted and has area; else 0. Range `{0, 1}`.
@@ -14,28 +14,27 @@ pub fn format(answer: &GroundedAnswer) -> Component {
         .with("faulty", faulty as f64)
 }
 
-/// 1 when the right class is named: the category after the boxes equals one of `names` (case-insensitive, nothing more and
-/// nothing less), or, where nothing is to be found, the text says "no finding". Range `{0, 1}`; masked when a finding is
-/// expected but the record names no class.
-pub fn category(answer: &GroundedAnswer, names: &[String], finding_expected: bool) -> Component {
+/// 1 when the right class is named, as [`KnownClass`] compares it, or, where nothing is to be found, the text says so. Range `{0, 1}`;
+/// masked when a finding is expected but the record names no class.
+pub fn category(answer: &GroundedAnswer, class: &KnownClass, finding_expected: bool) -> Component {
     if !finding_expected {
         return Component::value(f64::from(u8::from(answer.no_finding)));
     }
-    if names.iter().all(|n| n.trim().is_empty()) {
+    if class.is_unnamed() {
         return Component::masked(MaskReason::NotApplicable);
     }
-    let said = answer.category.to_lowercase();
-    let right = !said.is_empty() && names.iter().any(|n| n.trim().to_lowercase() == said);
+    let right = !answer.no_finding && class.is_named(&answer.category, &answer.words);
     Component::value(f64::from(u8::from(right)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unveil_core::{ClassMatch, Reading};
     use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
 
     fn read(text: &str) -> GroundedAnswer {
-        read_answer(&AbsoluteResized, text, &Sizes { original: (9, 9), resized: (9, 9) })
+        read_answer(&AbsoluteResized, &Reading::default(), text, &Sizes { original: (9, 9), resized: (9, 9) })
     }
 
     fn form_of(text: &str) -> f64 {
@@ -62,15 +61,20 @@ mod tests {
 
     #[test]
     fn categories() {
-        let names = vec!["Nodule".to_owned(), "lung nodule".to_owned()];
-        let c = |t: &str, expected| category(&read(t), &names, expected).value.unwrap();
+        let class = KnownClass::new(&["Nodule", "lung nodule"], &[], ClassMatch::Equal);
+        let c = |t: &str, expected| category(&read(t), &class, expected).value.unwrap();
         assert_eq!(c("[1,2,3,4] nodule", true), 1.0);
         assert_eq!(c("[1,2,3,4] Lung Nodule", true), 1.0);
+        assert_eq!(c("[1,2,3,4] **lung  nodule**.", true), 1.0);
         assert_eq!(c("[1,2,3,4] nodule nodule", true), 0.0);
         assert_eq!(c("[1,2,3,4]", true), 0.0);
         assert_eq!(c("no finding", true), 0.0);
         assert_eq!(c("no finding", false), 1.0);
         assert_eq!(c("", false), 0.0);
-        assert!(category(&read("x"), &[String::new()], true).masked);
+        assert!(category(&read("x"), &KnownClass::new(&[""], &[], ClassMatch::Equal), true).masked);
+        let class = KnownClass::new(&["nodule"], &["mass"], ClassMatch::Contains);
+        let c = |t: &str| category(&read(t), &class, true).value.unwrap();
+        assert_eq!((c("A nodule at [1,2,3,4]."), c("[1,2,3,4] a nodule or mass"), c("<think>nodule</think>mass")), (1.0, 0.0, 0.0));
+        assert_eq!(c(r#"[{"bbox_2d":[1,2,3,4],"label":"a small nodule"}]"#), 1.0);
     }
 }

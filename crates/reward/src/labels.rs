@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 
 use unveil_core::Record;
+use unveil_core::answer::fold;
 use unveil_data::codec::GroundedAnswer;
 
 /// Which labels of an answer go together with which true boxes.
@@ -21,7 +22,7 @@ impl Labels {
     /// record's, any part between commas may be meant. `names_of` gives a label's synonyms, itself among them.
     pub fn new(answer: &GroundedAnswer, record: &Record, names_of: impl Fn(&str) -> Vec<String>) -> Self {
         let names =
-            |label: &str| names_of(label).iter().map(|n| folded(n)).filter(|n| !n.is_empty()).collect::<Vec<_>>();
+            |label: &str| names_of(label).iter().map(|n| fold(n)).filter(|n| !n.is_empty()).collect::<Vec<_>>();
         let whole = std::iter::once(record.category.as_str());
         let of_category: Vec<String> = whole.chain(record.category.split(',')).flat_map(names).collect();
         let of_truth = |at: usize| match record.labels.get(at).filter(|l| !l.trim().is_empty()) {
@@ -44,7 +45,7 @@ impl Labels {
         Self { verdicts, own }
     }
 
-    /// Whether box `predicted` of the answer is said to hold what true box `truth` holds, without regard to case. One that is said to
+    /// Whether box `predicted` of the answer is said to hold what true box `truth` holds, both folded. One that is said to
     /// hold several things by commas is said to hold each, if all of them are there: naming every class that exists names none.
     pub fn agree(&self, predicted: usize, truth: usize) -> bool {
         let label = self.own.get(predicted).copied().unwrap_or(0);
@@ -54,15 +55,11 @@ impl Labels {
 
 /// For each true box whether a label is one of its `names`, or has a part that is, all parts being `there`. Time is linear in the label.
 fn verdict(label: &str, names: &[Vec<String>], there: &HashSet<&str>) -> Vec<bool> {
-    let whole = folded(label);
-    let pieces = || label.split(',').map(folded);
+    let whole = fold(label);
+    let pieces = || label.split(',').map(fold);
     let several = label.contains(',') && pieces().all(|p| there.contains(p.as_str()));
     let parts: HashSet<String> = if several { pieces().collect() } else { HashSet::new() };
     names.iter().map(|n| n.iter().any(|n| *n == whole || parts.contains(n))).collect()
-}
-
-fn folded(text: &str) -> String {
-    text.trim().to_lowercase()
 }
 
 #[cfg(test)]
@@ -93,7 +90,7 @@ mod tests {
 
     #[test]
     fn labels_of_boxes_count_before_categories() {
-        let both = agree(&["Cyst", "tumour ", ""], "cyst, tumour", &["cyst", "mass"], "cyst, mass");
+        let both = agree(&["Cyst.", "**tumour** ", ""], "cyst, tumour", &["cyst", "mass"], "cyst, mass");
         assert_eq!(both, [[true, false], [false, true], [true, true]]);
         // One side has none: its category stands in, any part of it.
         assert_eq!(agree(&["cyst", "stone"], "", &[], "cyst, mass"), [[true], [false]]);

@@ -18,6 +18,7 @@ mod model;
 mod offline;
 pub mod outside;
 mod relevance;
+mod require;
 mod rows;
 mod score;
 mod scorers;
@@ -33,8 +34,9 @@ pub use client::{RewardClient, masked_group, score_request};
 pub use error::RewardError;
 pub use mention::byte_spans;
 pub use offline::{GroupLines, read_responses, run_score};
+pub use require::require;
 pub use score::{
-    COMPONENTS, Components, GroupInput, Resources, ResponseInput, Scoring, components, finish, score_group,
+    COMPONENTS, Components, GroupInput, OF_REGIONS, Resources, ResponseInput, Scoring, components, finish, score_group,
 };
 pub use scorers::Scorers;
 pub use serve::{run_serve, serve_with};

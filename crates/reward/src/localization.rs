@@ -18,7 +18,7 @@ pub struct Claim<'a> {
     /// In original-image pixels, exactly as many as the answer has: an invalid one ([`BBox::fault`]: not finite, inverted, empty,
     /// outside) scores 0 and is counted.
     pub boxes: &'a [BBox],
-    /// The text says "no finding".
+    /// The text says that nothing is there.
     pub says_none: bool,
 }
 

@@ -2,10 +2,20 @@
 
 use std::ops::Range;
 
+use unveil_core::Reading;
+
+/// Bytes of the first mention of one of `names` in the answer that `text` holds: what stands outside of it, reasoning above all, names
+/// nothing. Bytes count from the beginning of `text`, as spans of tokens do. The one search for rewards, gradients, evaluation and pages.
+pub fn mention(reading: &Reading, text: &str, names: &[String]) -> Option<Range<usize>> {
+    let span = reading.span(text)?;
+    let found = first_mention(&text[span.clone()], names)?;
+    Some(span.start + found.start..span.start + found.end)
+}
+
 /// Bytes of the first (leftmost, then longest) case-insensitive match of one of `names` in `text`. Blank names never match.
 ///
 /// Case is folded character by character (Unicode lower case); a match is on characters, not on words.
-pub fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
+fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
     let folded: String = text.chars().flat_map(char::to_lowercase).collect();
     let found = names
         .iter()
@@ -54,6 +64,25 @@ mod tests {
         assert_eq!(first_mention("a PULMONARY NODULE", &n), Some(2..18));
         assert_eq!(first_mention("mass", &n), None);
         assert_eq!(first_mention("", &n), None);
+    }
+
+    #[test]
+    fn only_the_answer_mentions() {
+        let (free, n) = (Reading::default(), names(&["nodule"]));
+        for (text, at) in [
+            ("a nodule", Some(2)),
+            ("<think>nodule</think> a nodule", Some(24)),
+            ("<think>nodule</think><answer>é nodule</answer> nodule", Some(32)),
+            ("<think>nodule</think> mass", None),
+            ("<think>nodule", None),
+            ("nodule <answer>mass</answer>", None),
+        ] {
+            assert_eq!(mention(&free, text, &n), at.map(|b| b..b + 6), "{text}");
+        }
+        let marks = Some(["<box>".to_owned(), "</box>".to_owned()]);
+        let strict = Reading::new(marks, &["no finding"], unveil_core::ClassMatch::Equal);
+        assert_eq!(mention(&strict, "nodule <box>nodule</box>", &n), Some(12..18));
+        assert_eq!(mention(&strict, "nodule", &n), None);
     }
 
     #[test]

@@ -7,6 +7,13 @@ use crate::embed::similarity;
 use crate::score::{Resources, Scoring};
 use crate::text::{bleu::bleu, choice, difflib, overlap};
 
+/// What an answer to a record has to say: the record's answer, else its category, else "no finding" where something could be found and
+/// is not. None where there is nothing to compare with.
+pub(crate) fn reference(record: &Record) -> Option<&str> {
+    let fallback = if record.boxes.is_empty() && !record.is_text() { NO_FINDING } else { "" };
+    [record.answer.trim(), record.category.trim(), fallback].into_iter().find(|t| !t.is_empty())
+}
+
 /// What the answers of a group are compared with, prepared once.
 #[derive(Debug)]
 pub(crate) struct Reference {
@@ -18,14 +25,12 @@ pub(crate) struct Reference {
 }
 
 impl Reference {
-    /// The record's answer, else its category, else "no finding" where it has no boxes; the record's `options` for closed questions.
+    /// The record's [`reference`], and its `options` for closed questions.
     pub fn new(scoring: &Scoring, resources: &Resources, record: &Record) -> Self {
         let relevance = &scoring.reward.relevance;
         let on = relevance.weight > 0.0;
         let kind = relevance.kind;
-        let fallback = if record.boxes.is_empty() { NO_FINDING } else { "" };
-        let text = [record.answer.trim(), record.category.trim(), fallback].into_iter().find(|t| !t.is_empty());
-        let text = text.unwrap_or_default().to_owned();
+        let text = reference(record).unwrap_or_default().to_owned();
         let closed = on && matches!(kind, RelevanceKind::Choice | RelevanceKind::Options);
         let options = if closed { options(record) } else { Vec::new() };
         let right = choice::right(&text, &options);
@@ -121,6 +126,8 @@ mod tests {
         let unnamed = r#"{"id":"a","boxes":[[1,2,3,4]]}"#;
         assert_eq!(scores(RelevanceKind::RougeL, unnamed, &["x"]), [None], "nothing to compare with");
         assert_eq!(scores(RelevanceKind::RougeL, r#"{"id":"a"}"#, &["no finding"]), [Some(1.0)]);
+        let unanswered = r#"{"id":"a","task":"vqa"}"#;
+        assert_eq!(scores(RelevanceKind::RougeL, unanswered, &["no finding"]), [None], "asked in text, and never answered");
         assert_eq!(scores(RelevanceKind::Embedding, open, &["x"]), [None], "no model");
     }
 }

@@ -3,21 +3,26 @@
 use std::collections::BTreeMap;
 
 use unveil_config::Config;
-use unveil_config::schema::{RelevanceKind, Reward, VisionMode};
-use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Record};
+use unveil_config::schema::{Gate, RelevanceKind, Reward, VisionMode};
+use unveil_core::answer::fold;
+use unveil_core::{Attention, BoxForm, Breakdown, ClassMatch, Component, KnownClass, MaskReason, Reading, Record};
 use unveil_data::codec::{GroundedAnswer, Sizes, codec, read_answer};
 
 use crate::compose::{Part, apply_gates, compose};
 use crate::embed::Embedder;
 use crate::labels::Labels;
 use crate::localization::{Claim, Rule, Truth, localize};
+use crate::mention::mention;
 use crate::symbolic::RuleTable;
-use crate::text::clean::{closed_span, visible};
+use crate::text::clean::visible;
 use crate::vision::{Region, Seen, VisionRule, look};
 use crate::{form, relevance, style};
 
 /// Names of the components that every breakdown has; the others are there where they are configured.
 pub const COMPONENTS: [&str; 4] = ["localization", "vision_relevance", "format", "category"];
+
+/// Names of the components that speak of regions; for records that are answered in text they are masked.
+pub const OF_REGIONS: [&str; 5] = ["localization", "vision_relevance", "format", "category", "abstention"];
 
 /// What scoring needs to know of the configuration.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -26,30 +31,42 @@ pub struct Scoring {
     pub reward: Reward,
     /// Category in words -> synonyms that count as the same.
     pub synonyms: BTreeMap<String, Vec<String>>,
+    /// How answers are read.
+    pub reading: Reading,
 }
 
 impl Scoring {
     /// The part of a run's configuration that enters scores.
     pub fn new(config: &Config) -> Self {
-        Self { reward: config.reward.clone(), synonyms: config.data.synonyms.clone() }
+        let (reward, synonyms) = (config.reward.clone(), config.data.synonyms.clone());
+        Self { reward, synonyms, reading: config.reading() }
     }
 
-    /// The category and its synonyms (looked up without regard to case).
+    /// The category and its synonyms (looked up as names are compared, folded).
     pub fn names(&self, category: &str) -> Vec<String> {
-        let same = |a: &str| a.trim().to_lowercase() == category.trim().to_lowercase();
-        let synonyms = self.synonyms.iter().filter(|(k, _)| same(k)).flat_map(|(_, v)| v.iter().cloned());
+        let wanted = fold(category);
+        let synonyms = self.synonyms.iter().filter(|(k, _)| fold(k) == wanted).flat_map(|(_, v)| v.iter().cloned());
         std::iter::once(category.to_owned()).chain(synonyms).collect()
     }
 
-    /// What stands in a text that a relevance scorer may look at: the closed span where marks are configured, without what
-    /// hides, cut. None = there is no such span.
-    pub fn answer_span(&self, text: &str) -> Option<String> {
-        let r = &self.reward.relevance;
-        let inside = match r.span.as_slice() {
-            [open, close] => closed_span(text, open, close)?,
-            _ => text,
+    /// The class of a record as answers may name it, told from every other class that has synonyms.
+    pub fn class(&self, category: &str) -> KnownClass {
+        let others: Vec<String> = match self.reading.matching {
+            ClassMatch::Equal => Vec::new(),
+            ClassMatch::Contains => self.synonyms.iter().flat_map(|(k, v)| v.iter().chain([k]).cloned()).collect(),
         };
-        Some(visible(inside, r.max_chars))
+        KnownClass::new(&self.names(category), &others, self.reading.matching)
+    }
+
+    /// Bytes of a response that name its record's class first; none where its answer does not, or the record is answered in text. The
+    /// same for rewards, gradients, evaluation and pages.
+    pub fn mention(&self, record: &Record, text: &str) -> Option<std::ops::Range<usize>> {
+        if record.is_text() { None } else { mention(&self.reading, text, &self.names(&record.category)) }
+    }
+
+    /// What stands in a text that a relevance scorer may look at: the answer without what hides, cut. None = there is no answer.
+    pub fn answer_span(&self, text: &str) -> Option<String> {
+        Some(visible(&text[self.reading.span(text)?], self.reward.relevance.max_chars))
     }
 
     /// Asks an external judge.
@@ -119,20 +136,29 @@ pub fn components(scoring: &Scoring, resources: &Resources, input: &GroupInput) 
         rule: Rule::at(&r.localization, version),
         look: VisionRule::new(&r.vision_relevance),
         relevance: relevance::Reference::new(scoring, resources, &input.record),
+        class: scoring.class(&input.record.category),
         names,
     };
     let codec = codec(input.boxes);
     let mut region = Region::new(truth, image);
     let one = |response: &ResponseInput| {
-        let answer = read_answer(codec, &response.text, &input.sizes);
-        group.components(response, &answer, &mut region)
+        let mut out = if input.record.is_text() {
+            group.masked_regions()
+        } else {
+            let answer = read_answer(codec, &scoring.reading, &response.text, &input.sizes);
+            group.regions(response, &answer, &mut region)
+        };
+        group.texts(response, &mut out);
+        out
     };
     input.responses.iter().map(one).collect()
 }
 
 /// Gates, masks of the group, totals.
 pub fn finish(scoring: &Scoring, input: &GroupInput, mut components: Vec<Components>) -> Vec<Breakdown> {
-    apply_gates(&mut components, &scoring.reward.gates);
+    // What a text record has no value of cannot hold anything back.
+    let speaks = |gate: &&Gate| !(input.record.is_text() && OF_REGIONS.contains(&gate.needs.as_str()));
+    apply_gates(&mut components, scoring.reward.gates.iter().filter(speaks));
     let parts: Vec<Part<'_>> = scoring
         .reward
         .components()
@@ -153,13 +179,15 @@ struct Shared<'a> {
     record: &'a Record,
     image: [u32; 2],
     names: Vec<String>,
+    class: KnownClass,
     rule: Rule,
     look: VisionRule,
     relevance: relevance::Reference,
 }
 
 impl Shared<'_> {
-    fn components(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
+    /// Components that speak of regions.
+    fn regions(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
         let reward = &self.scoring.reward;
         let truth = &self.record.boxes;
         let aware = reward.localization.label_aware;
@@ -167,14 +195,31 @@ impl Shared<'_> {
         let agree = |predicted, truth| labels.as_ref().is_none_or(|l| l.agree(predicted, truth));
         let claim = Claim { boxes: &answer.boxes, says_none: answer.no_finding };
         let place = localize(claim, Truth { boxes: truth, image: self.image }, self.rule, agree);
-        let seen = Seen { text: &r.text, spans: &r.spans, attention: r.attention.as_ref() };
+        let reading = &self.scoring.reading;
+        let seen = Seen { text: &r.text, reading, spans: &r.spans, attention: r.attention.as_ref() };
         let vision = look(seen, &self.names, region, self.look);
         let mut out = Components::new();
         let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
         add(COMPONENTS[0], place.by(localization_version(reward)));
         add(COMPONENTS[1], vision.by(vision_version(self.look)));
-        add(COMPONENTS[2], form::format(answer).by("format-1"));
-        add(COMPONENTS[3], form::category(answer, &self.names, !truth.is_empty()).by("category-1"));
+        add(COMPONENTS[2], form::format(answer).by("format-2"));
+        add(COMPONENTS[3], form::category(answer, &self.class, !truth.is_empty()).by("category-2"));
+        if reward.abstention.weight > 0.0 {
+            add("abstention", style::abstention(answer, !truth.is_empty()).by("abstention-2"));
+        }
+        out
+    }
+
+    /// The same for a record that is answered in text: none of them applies.
+    fn masked_regions(&self) -> Components {
+        let configured = OF_REGIONS.iter().filter(|n| **n != "abstention" || self.scoring.reward.abstention.weight > 0.0);
+        configured.map(|n| ((*n).to_owned(), Component::masked(MaskReason::NotApplicable))).collect()
+    }
+
+    /// Components that speak of what is said, whatever was asked for.
+    fn texts(&self, r: &ResponseInput, out: &mut Components) {
+        let reward = &self.scoring.reward;
+        let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
         if reward.relevance.weight > 0.0 && reward.relevance.kind != RelevanceKind::Judge {
             let span = self.scoring.answer_span(&r.text);
             add("relevance", self.relevance.score(span.as_deref(), self.resources));
@@ -186,16 +231,13 @@ impl Shared<'_> {
         if reward.repetition.weight > 0.0 {
             add("repetition", style::repetition(&r.text, reward.repetition.ngram).by("repetition-1"));
         }
-        if reward.abstention.weight > 0.0 {
-            add("abstention", style::abstention(answer, !truth.is_empty()).by("abstention-1"));
-        }
         if reward.symbolic.weight > 0.0 {
             let masked = || Component::masked(MaskReason::Failed("no rule table is loaded".to_owned()));
             let table = self.resources.symbolic.as_ref();
-            let scored = table.map(|t| t.score(&r.text, self.record).by(t.version().to_owned()));
+            let said = self.scoring.reading.span(&r.text).map_or("", |span| &r.text[span]);
+            let scored = table.map(|t| t.score(said, self.record).by(t.version().to_owned()));
             add("symbolic", scored.unwrap_or_else(masked));
         }
-        out
     }
 }
 
@@ -307,8 +349,10 @@ mod tests {
         }
         assert!(b.components["symbolic"].masked, "its table is not loaded");
         assert_eq!(b.components["relevance"].value, Some(0.5), "numbers without spaces are one token");
-        s.reward.relevance.span = vec!["[".into(), "]".into()];
+        let marks = Some(["<answer>".to_owned(), "</answer>".to_owned()]);
+        s.reading = Reading::new(marks, &["no finding"], ClassMatch::Equal);
         group.record.answer = "10,5,30,15".into();
+        group.responses[0].text = "nodule <answer>10,5,30,15</answer>".into();
         assert_eq!(score_group(&s, &group)[0].components["relevance"].value, Some(1.0));
         group.responses[0].text = "nodule".into();
         let c = &score_group(&s, &group)[0].components["relevance"];

@@ -10,6 +10,7 @@ use unveil_core::{Breakdown, Component, MaskReason};
 use crate::RewardError;
 use crate::embed::Embedder;
 use crate::outside::{CustomScorer, Judge};
+use crate::relevance::reference;
 use crate::score::{Components, GroupInput, Resources, Scoring, components, finish};
 use crate::symbolic::RuleTable;
 use unveil_config::schema::RelevanceKind;
@@ -88,6 +89,9 @@ impl Scorers {
         };
         let judged = async {
             let judge = self.judge.as_ref()?;
+            if reference(&group.record).is_none() {
+                return Some(vec![Component::masked(MaskReason::NotApplicable); group.responses.len()]);
+            }
             let answers: Vec<Option<String>> =
                 group.responses.iter().map(|r| self.scoring.answer_span(&r.text)).collect();
             let said = judge.score(&group.record, &answers).await;

@@ -43,7 +43,7 @@ pub(crate) fn kept(values: &[f32], sinks: &[usize]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use unveil_config::schema::VisionMode;
-    use unveil_core::{BBox, Component, MaskReason};
+    use unveil_core::{BBox, Component, MaskReason, Reading};
 
     use super::*;
     use crate::vision::{Region, VisionRule, look};
@@ -58,7 +58,7 @@ mod tests {
 
     fn score(tokens: &[usize], rows: &[Vec<f32>], sink: f64, lesion: [f32; 4]) -> Component {
         let attention = Attention { grid: [4, 4], tokens: tokens.to_vec(), rows: rows.to_vec() };
-        let seen = Seen { text: TEXT, spans: &SPANS, attention: Some(&attention) };
+        let seen = Seen { text: TEXT, reading: &Reading::default(), spans: &SPANS, attention: Some(&attention) };
         let boxes = [BBox::from(lesion)];
         let rule = VisionRule { mode: VisionMode::AllTokens, sink };
         look(seen, &["nodule".into()], &mut Region::new(&boxes, [40, 40]), rule)
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!((c.value, c.detail["sinks"]), (Some(0.0), 1.0), "the class token looks at the sink alone");
         // The boxes cover all but the sink: there is nothing to look away from.
         let attention = Attention { grid: [1, 2], tokens: vec![0, 2, 3], rows: vec![vec![0.1, 0.9]; 3] };
-        let seen = Seen { text: TEXT, spans: &SPANS, attention: Some(&attention) };
+        let seen = Seen { text: TEXT, reading: &Reading::default(), spans: &SPANS, attention: Some(&attention) };
         let boxes = [BBox::from([0.0, 0.0, 20.0, 40.0])];
         let rule = VisionRule { mode: VisionMode::AllTokens, sink: 1.5 };
         let c = look(seen, &["nodule".into()], &mut Region::new(&boxes, [40, 40]), rule);

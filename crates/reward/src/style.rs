@@ -29,7 +29,7 @@ pub fn repetition(text: &str, ngram: usize) -> Component {
     Component::value(distinct.len() as f64 / grams.len() as f64)
 }
 
-/// 1 when "no finding" is said and nothing is to be found, or when at least one box is given and something is; else 0. Range
+/// 1 when it is said that nothing is there and nothing is to be found, or when at least one box is given and something is; else 0. Range
 /// `{0, 1}`. Whether the boxes are right is localization's matter; an answer that is neither scores 0.
 pub fn abstention(answer: &GroundedAnswer, finding_expected: bool) -> Component {
     let right = if finding_expected { !answer.boxes.is_empty() } else { answer.no_finding };
@@ -39,6 +39,7 @@ pub fn abstention(answer: &GroundedAnswer, finding_expected: bool) -> Component 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use unveil_core::Reading;
     use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
 
     #[test]
@@ -60,9 +61,10 @@ mod tests {
     fn abstentions() {
         let a = |t: &str, expected| {
             let sizes = Sizes { original: (9, 9), resized: (9, 9) };
-            abstention(&read_answer(&AbsoluteResized, t, &sizes), expected).value.unwrap()
+            abstention(&read_answer(&AbsoluteResized, &Reading::default(), t, &sizes), expected).value.unwrap()
         };
         assert_eq!((a("no finding", false), a("[1,1,2,2] x", false), a("", false)), (1.0, 0.0, 0.0));
+        assert_eq!((a("[]", false), a("No abnormality is seen.", false), a("[]", true)), (1.0, 1.0, 0.0));
         assert_eq!((a("no finding", true), a("[1,1,2,2] x", true), a("hmm", true)), (0.0, 1.0, 0.0));
     }
 }

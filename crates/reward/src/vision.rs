@@ -6,9 +6,9 @@
 use std::collections::BTreeMap;
 
 use unveil_config::schema::{self, VisionMode};
-use unveil_core::{Attention, BBox, Component, Grid, MaskReason};
+use unveil_core::{Attention, BBox, Component, Grid, MaskReason, Reading};
 
-use crate::mention::{first_mention, tokens_of};
+use crate::mention::{mention, tokens_of};
 use crate::rows::{Sums, entropy, sums};
 use crate::sinks::{kept, sinks};
 
@@ -67,22 +67,17 @@ impl VisionRule {
 }
 
 /// [`look`] without a sink filter.
-pub fn vision_relevance(
-    text: &str,
-    names: &[String],
-    spans: &[(usize, usize)],
-    attention: Option<&Attention>,
-    region: &mut Region<'_>,
-    mode: VisionMode,
-) -> Component {
-    look(Seen { text, spans, attention }, names, region, VisionRule { mode, sink: 0.0 })
+pub fn vision_relevance(seen: Seen<'_>, names: &[String], region: &mut Region<'_>, mode: VisionMode) -> Component {
+    look(seen, names, region, VisionRule { mode, sink: 0.0 })
 }
 
-/// What an answer says, and what its tokens looked at.
+/// What a response says, and what its tokens looked at.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen<'a> {
-    /// The answer.
+    /// The whole response.
     pub text: &'a str,
+    /// Where in it the answer stands.
+    pub reading: &'a Reading,
     /// Bytes of the text per token.
     pub spans: &'a [(usize, usize)],
     /// Rows, where they were captured.
@@ -91,7 +86,7 @@ pub struct Seen<'a> {
 
 /// Vision relevance of one answer.
 ///
-/// N = tokens that overlap the first mention of one of `names`; M_j = share of cell j covered by the true boxes; a = mean of
+/// N = tokens that overlap the first mention of one of `names` in the answer; M_j = share of cell j covered by the true boxes; a = mean of
 /// M; p_ij = attention of token i, softmax over all image tokens; s = mean over N of sum_j M_j p_ij.
 /// [`VisionMode::AllTokens`]: `clip((s - a) / (1 - a), 0, 1)`, range `[0, 1]`, 0 at chance.
 /// [`VisionMode::PaperLiteral`]: softmax over the abnormal cells only, summed over N: identically |N|, range `[0, |N|]`.
@@ -108,10 +103,10 @@ pub fn look(seen: Seen<'_>, names: &[String], region: &mut Region<'_>, rule: Vis
     if !region.is_applicable() || names.iter().all(|n| n.trim().is_empty()) {
         return Component::masked(MaskReason::NotApplicable);
     }
-    let Some(mention) = first_mention(seen.text, names) else {
+    let Some(named) = mention(seen.reading, seen.text, names) else {
         return Component::value(0.0).with("a", region.share());
     };
-    let tokens = tokens_of(&mention, seen.spans);
+    let tokens = tokens_of(&named, seen.spans);
     let rows = seen.attention.and_then(|a| rows_of(a, &tokens));
     let (Some(attention), Some(rows)) = (seen.attention, rows) else {
         return Component::masked(MaskReason::NoAttention).with("a", region.share());
@@ -170,6 +165,12 @@ fn rows_of<'a>(attention: &'a Attention, tokens: &[usize]) -> Option<Vec<&'a [f3
 mod tests {
     use super::*;
 
+    /// The tokens of the text looked up, without a sink filter.
+    fn relevance(text: &str, spans: &[(usize, usize)], a: Option<&Attention>, region: &mut Region<'_>) -> Component {
+        let seen = Seen { text, reading: &Reading::default(), spans, attention: a };
+        vision_relevance(seen, &["nodule".into()], region, VisionMode::AllTokens)
+    }
+
     // 4 x 4 cells of 10 pixels; text of four tokens: "[1]" " nod" "ule" " nodule".
     const SPANS: [(usize, usize); 4] = [(0, 3), (3, 7), (7, 10), (10, 17)];
     const TEXT: &str = "[1] nodule nodule";
@@ -178,7 +179,8 @@ mod tests {
         let boxes: Vec<BBox> = boxes.iter().map(|&b| b.into()).collect();
         let attention = Attention { grid: [4, 4], tokens: vec![0, 1, 2, 3], rows: vec![row; 4] };
         let mut region = Region::new(&boxes, [40, 40]);
-        vision_relevance(TEXT, &["Nodule".into()], &SPANS, Some(&attention), &mut region, mode)
+        let seen = Seen { text: TEXT, reading: &Reading::default(), spans: &SPANS, attention: Some(&attention) };
+        vision_relevance(seen, &["Nodule".into()], &mut region, mode)
     }
 
     fn one(cell: usize) -> Vec<f32> {
@@ -221,8 +223,10 @@ mod tests {
     fn no_mention_is_zero_even_without_attention() {
         let boxes = [BBox::from([0.0, 0.0, 5.0, 5.0])];
         let mut region = Region::new(&boxes, [40, 40]);
-        let c = vision_relevance("[1] mass", &["nodule".into()], &[], None, &mut region, VisionMode::AllTokens);
+        let c = relevance("[1] mass", &[], None, &mut region);
         assert_eq!(c.value, Some(0.0));
+        let c = relevance("<think>nodule</think> mass", &[], None, &mut region);
+        assert_eq!(c.value, Some(0.0), "reasoning names nothing");
     }
 
     #[test]
@@ -257,11 +261,11 @@ mod tests {
         let boxes = [BBox::from([0.0, 0.0, 5.0, 5.0])];
         for a in cases {
             let mut region = Region::new(&boxes, [40, 40]);
-            let c = vision_relevance(TEXT, &["nodule".into()], &SPANS, a.as_ref(), &mut region, VisionMode::AllTokens);
+            let c = relevance(TEXT, &SPANS, a.as_ref(), &mut region);
             assert_eq!(c.reason, Some(MaskReason::NoAttention), "{a:?}");
         }
         let mut region = Region::new(&boxes, [40, 40]);
-        let c = vision_relevance(TEXT, &["nodule".into()], &[], Some(&good), &mut region, VisionMode::AllTokens);
+        let c = relevance(TEXT, &[], Some(&good), &mut region);
         assert_eq!(c.reason, Some(MaskReason::NoAttention), "no spans");
     }
 }

@@ -151,7 +151,7 @@ fn growing_length_wins_nothing() {
 fn silence_is_no_answer_and_no_finding_is_not_free() {
     let b = score("[]", &["no finding", "", "[]", "[1,1,2,2] nodule"]);
     let l: Vec<f64> = b.iter().map(|b| value(b, "localization")).collect();
-    assert_eq!(l, [1.0, 0.0, 0.0, 0.0]);
+    assert_eq!(l, [1.0, 0.0, 1.0, 0.0], "an empty list says that nothing is there; silence says nothing");
     assert!(b.iter().all(|b| b.components["vision_relevance"].masked && b.total.is_some()));
     assert_eq!(value(&score(TRUE_BOX, &["no finding"])[0], "localization"), 0.0);
 }

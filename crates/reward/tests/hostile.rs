@@ -9,7 +9,7 @@ use rand::prelude::*;
 use rand_chacha::ChaCha8Rng;
 use unveil_config::Config;
 use unveil_config::schema::{Gate, Normalise, Overlap, RelevanceKind, VisionMode};
-use unveil_core::{Attention, BoxForm, Record};
+use unveil_core::{Attention, BoxForm, ClassMatch, Record};
 use unveil_data::codec::Sizes;
 use unveil_reward::symbolic::RuleTable;
 use unveil_reward::{GroupInput, Resources, ResponseInput, Scoring, components, finish};
@@ -73,12 +73,18 @@ fn one_box(rng: &mut ChaCha8Rng, out: &mut String) {
 }
 
 fn text(rng: &mut ChaCha8Rng) -> String {
-    const WORDS: [&str; 20] = [
+    const WORDS: [&str; 26] = [
         " nodule",
         " Nodule",
         "no finding",
         "<answer>",
         "</answer>",
+        "<think>",
+        "</think>",
+        "[]",
+        "no nodule",
+        ", not seen.",
+        "[{\"box\":[10,10,40,40],\"class\":\"nodule\"},",
         "<|im_end|>",
         "\u{202e}",
         "\u{200b}",
@@ -98,7 +104,7 @@ fn text(rng: &mut ChaCha8Rng) -> String {
     let mut out = String::new();
     match rng.random_range(0..200) {
         0 => {
-            out = ["[", "{\"a\":", "(", "<answer>", "[1,2,3,4]", "nodule "][rng.random_range(0..6)]
+            out = ["[", "{\"a\":", "(", "<answer>", "[1,2,3,4]", "nodule ", "[{\"a\":", "```json"][rng.random_range(0..8)]
                 .repeat(rng.random_range(1..50_000))
         }
         1 => (0..rng.random_range(1..3000)).for_each(|_| one_box(rng, &mut out)),
@@ -167,7 +173,7 @@ fn group(rng: &mut ChaCha8Rng) -> GroupInput {
         .collect();
     let record: Record = serde_json::from_value(serde_json::json!({
         "id": "a", "image_size": [96, 96], "category": "nodule", "boxes": boxes, "answer": "A nodule in the left lung.",
-        "options": ["nodule", "mass", "no finding"],
+        "options": ["nodule", "mass", "no finding"], "task": if rng.random_bool(0.1) { "vqa" } else { "grounding" },
     }))
     .unwrap();
     let sizes = Sizes { original: (96, 96), resized: (rng.random_range(1..4000), rng.random_range(1..4000)) };
@@ -193,6 +199,12 @@ fn scoring(rng: &mut ChaCha8Rng) -> Scoring {
     if rng.random() {
         r.relevance.span = vec!["<answer>".into(), "</answer>".into()];
     }
+    if rng.random() {
+        config.answer.matching = ClassMatch::Contains;
+        config.data.synonyms.insert("nodule".into(), vec!["lung nodule".into()]);
+        config.data.synonyms.insert("mass".into(), vec![]);
+    }
+    let r = &mut config.reward;
     (r.length.weight, r.repetition.weight, r.abstention.weight, r.symbolic.weight) = (0.3, 0.3, 0.3, 0.3);
     r.gates = vec![Gate { component: "vision_relevance".into(), needs: "category".into(), at_least: 1.0 }];
     Scoring::new(&config)
@@ -249,7 +261,11 @@ fn megabytes() {
         "<answer>",
         "{\"a\":[",
         "A. B. ",
+        "lung nodule ",
         "lung nodule",
+        "[{\"a\":",
+        "```json[",
+        "<think>",
         "İ",
     ];
     for unit in units {

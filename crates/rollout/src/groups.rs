@@ -26,8 +26,8 @@ pub(crate) struct Leased {
     group: GroupId,
     record: Record,
     frame: Frame,
-    /// What the class may be called.
-    names: Vec<String>,
+    /// How its class is found in answers.
+    scoring: Arc<Scoring>,
     /// Where the group's trace goes on; empty = there is none.
     traceparent: String,
 }
@@ -53,12 +53,12 @@ pub(crate) enum Step {
     Submit,
 }
 
-/// Turns a lease into a request to the engine. `question` stands in where the record has none; `scoring` knows synonyms.
+/// Turns a lease into a request to the engine. `question` stands in where the record has none; `scoring` finds classes in answers.
 pub(crate) fn prepare(
     preparer: &Arc<Preparer>,
     lease: v1::LeasedGroup,
     question: &str,
-    scoring: &Scoring,
+    scoring: &Arc<Scoring>,
     address: &str,
 ) -> Result<(Leased, GroupRequest)> {
     let protocol = |what: String| RolloutError::Protocol { address: address.to_owned(), what };
@@ -85,8 +85,8 @@ pub(crate) fn prepare(
         logprobs: if lease.untempered { Logprobs::Untempered } else { Logprobs::Tempered },
     };
     let stop = stop_rule(preparer, &lease.stop);
-    let names = scoring.names(&record.category);
-    let leased = Leased { lease: lease.lease, group, record, frame, names, traceparent: lease.traceparent };
+    let scoring = Arc::clone(scoring);
+    let leased = Leased { lease: lease.lease, group, record, frame, scoring, traceparent: lease.traceparent };
     Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
@@ -174,7 +174,9 @@ pub(crate) async fn deliver(
         let (response, spans, rows) = text::response(preparer.tokenizer(), raw);
         let wire = response_to_wire(&response, &spans, None);
         let attention = leased.frame.attention(rows.as_ref());
-        let named = attention.as_ref().and_then(|a| text::named_rows(a, &response.text, &leased.names, &spans));
+        let named = attention
+            .as_ref()
+            .and_then(|a| text::named_rows(a, &leased.scoring, &leased.record, &response.text, &spans));
         scored.push(v1::Response { attention: attention.as_ref().map(attention_to_wire), ..wire.clone() });
         bare.push(v1::Response { attention: named.as_ref().map(attention_to_wire), ..wire });
     }

@@ -15,7 +15,7 @@ use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
 use unveil_reward::Scoring;
-use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::mention::tokens_of;
 use unveil_reward::vision::{Region, Seen, VisionRule, look};
 
 use crate::engine::stop_rule;
@@ -111,7 +111,8 @@ impl<'a> Loaded<'a> {
         Ok(text::group_input(&record.id, Some(ContentHash::of(&image.rgb)), prepared))
     }
 
-    /// The vision relevance as `[reward.vision_relevance]` has it; none where it is not defined (no true box, the whole image).
+    /// The vision relevance as `[reward.vision_relevance]` has it; none where it is not defined (no true box, the whole image, a record
+    /// that is answered in text).
     fn relevance(
         &self,
         record: &Record,
@@ -120,16 +121,19 @@ impl<'a> Loaded<'a> {
         spans: &[(usize, usize)],
         attention: Option<&Attention>,
     ) -> Option<f64> {
+        if record.is_text() {
+            return None;
+        }
         let mut region = Region::new(&record.boxes, frame.original());
         let names = self.scoring.names(&record.category);
         let rule = VisionRule::new(&self.scoring.reward.vision_relevance);
-        look(Seen { text, spans, attention }, &names, &mut region, rule).value
+        look(Seen { text, reading: &self.scoring.reading, spans, attention }, &names, &mut region, rule).value
     }
 
     /// The tokens that name the class; empty where there is nothing to look at either.
     fn named(&self, record: &Record, frame: &Frame, text: &str, spans: &[(usize, usize)]) -> Vec<usize> {
         let applicable = Region::new(&record.boxes, frame.original()).is_applicable();
-        let mention = first_mention(text, &self.scoring.names(&record.category)).filter(|_| applicable);
+        let mention = self.scoring.mention(record, text).filter(|_| applicable);
         mention.map_or_else(Vec::new, |m| tokens_of(&m, spans))
     }
 
@@ -171,7 +175,7 @@ pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()
                     tokens: &r.tokens,
                     text: &r.text,
                     logprobs: &r.logprobs,
-                    boxes: model.preparer.read_answer(&r.text, &frame.sizes).boxes,
+                    boxes: model.preparer.read_answer(&model.scoring.reading, &r.text, &frame.sizes).boxes,
                     finish: r.finish,
                     vision_relevance: model.relevance(record, frame, &r.text, &spans, attention.as_ref()),
                 };

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use unveil_core::{Attention, Response};
+use unveil_core::{Attention, Record, Response};
 use unveil_data::prepare::Prepared;
 use unveil_data::store::ContentHash;
 use unveil_data::tokenizer::Tokenizer;
 use unveil_engine::{AttentionRows, GroupInput, RawResponse};
 use unveil_model::Prompt;
-use unveil_reward::mention::{first_mention, tokens_of};
+use unveil_reward::Scoring;
+use unveil_reward::mention::tokens_of;
 
 /// The engine's input for a prepared record, whose image has this content.
 pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: Prepared) -> (GroupInput, Frame) {
@@ -52,9 +53,15 @@ pub(crate) fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> (String, Vec<(usi
     (decoded.text, spans)
 }
 
-/// The rows of the tokens that name one of `names` first; none where there is no such row.
-pub(crate) fn named_rows(a: &Attention, text: &str, names: &[String], spans: &[(usize, usize)]) -> Option<Attention> {
-    let named = tokens_of(&first_mention(text, names)?, spans);
+/// The rows of the tokens that name the class of `record` in the answer first; none where there is no such row.
+pub(crate) fn named_rows(
+    a: &Attention,
+    scoring: &Scoring,
+    record: &Record,
+    text: &str,
+    spans: &[(usize, usize)],
+) -> Option<Attention> {
+    let named = tokens_of(&scoring.mention(record, text)?, spans);
     let rows = a.tokens.iter().zip(&a.rows).filter(|(t, _)| named.contains(t));
     let (tokens, rows): (Vec<usize>, Vec<Vec<f32>>) = rows.map(|(t, row)| (*t, row.clone())).unzip();
     (!rows.is_empty()).then_some(Attention { grid: a.grid, tokens, rows })

@@ -108,7 +108,7 @@ struct Shared {
     meter: Meter,
     health: Health,
     question: String,
-    scoring: Scoring,
+    scoring: Arc<Scoring>,
     /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
     /// what it makes, does not depend on time; otherwise the next one fills the places that responses leave.
     turn: Semaphore,
@@ -193,7 +193,7 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
         meter: meter.clone(),
         health: options.health.clone(),
         question: config.data.question.clone(),
-        scoring: Scoring::new(config),
+        scoring: Arc::new(Scoring::new(config)),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
     };
     Ok((shared, device, receiver.with_broadcast(member.clone()), member))

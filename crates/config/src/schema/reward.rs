@@ -155,8 +155,8 @@ pub struct Relevance {
     pub normalise: Normalise,
     /// Who says it.
     pub kind: RelevanceKind,
-    /// `[open, close]`: only the text between these marks is looked at, and an answer without exactly one such span scores 0;
-    /// empty = the whole answer.
+    /// `[open, close]`: another way to write `answer.span`, with marks of any kind; it holds for all components. Empty = as `answer.span`
+    /// says.
     pub span: Vec<String>,
     /// Characters of an answer that are looked at.
     pub max_chars: usize,

@@ -76,10 +76,6 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
 
 fn relevance(c: &Config, need: &mut impl FnMut(bool, String)) {
     let (r, j) = (&c.reward.relevance, &c.reward.judge);
-    need(
-        r.span.is_empty() || (r.span.len() == 2 && r.span.iter().all(|s| !s.is_empty())),
-        format!("reward.relevance.span is {:?}: give the opening and the closing mark, or nothing", r.span),
-    );
     need(r.max_chars > 0, "reward.relevance.max_chars is 0".into());
     if r.weight > 0.0 && r.kind == RelevanceKind::Embedding {
         need(

@@ -1,8 +1,8 @@
 //! Qwen2.5-VL writes boxes as absolute pixels of the resized image.
 
-use unveil_core::{Answer, BoxForm, parse_answer};
+use unveil_core::BoxForm;
 
-use super::{BoxCodec, Sizes, json};
+use super::{BoxCodec, Sizes};
 
 /// Whole pixels of the resized image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,9 +15,5 @@ impl BoxCodec for AbsoluteResized {
 
     fn extent(&self, sizes: &Sizes) -> (f64, f64) {
         (f64::from(sizes.resized.0), f64::from(sizes.resized.1))
-    }
-
-    fn read(&self, text: &str) -> Answer {
-        json::read(text).unwrap_or_else(|| parse_answer(text))
     }
 }

@@ -3,16 +3,15 @@
 //! The only place where a box is anything but original pixels. Must not know: tokenizers, images, files.
 
 mod absolute;
-mod json;
 mod llava;
 mod per_mille;
 mod qwen2_vl;
 
-use std::collections::HashSet;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use unveil_core::record::REGION;
-use unveil_core::{Answer, BBox, BoxForm, ParseFault, Record, format_answer, parse_answer};
+use unveil_core::{Answer, BBox, BoxForm, ParseFault, Reading, Record, format_answer, parse_answer};
 
 pub use absolute::AbsoluteResized;
 pub use llava::Fractions;
@@ -53,8 +52,9 @@ pub trait BoxCodec: std::fmt::Debug + Send + Sync {
         format_answer(codes, category)
     }
 
-    /// Reads any text, with or without special tokens, in time linear in its length. Boxes come back in the text's numbers.
-    fn read(&self, text: &str) -> Answer {
+    /// Reads the form's own answers from any text, with or without special tokens, in time linear in its length. Boxes come back in the
+    /// text's numbers. A response is read by [`read_answer`], which knows where in it the answer stands.
+    fn native(&self, text: &str) -> Answer {
         parse_answer(text)
     }
 
@@ -95,13 +95,6 @@ pub fn codec(form: BoxForm) -> &'static dyn BoxCodec {
     }
 }
 
-/// Several labels as one category: each once, in their order.
-fn joined<'a>(labels: impl Iterator<Item = &'a str>) -> String {
-    let mut seen = HashSet::new();
-    let each: Vec<&str> = labels.map(str::trim).filter(|l| !l.is_empty() && seen.insert(*l)).collect();
-    each.join(", ")
-}
-
 /// Rounds an interval to whole numbers in `0..=extent`; one that had a length keeps at least 1.
 fn interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
     let (lo, hi) = (a.round().clamp(0.0, extent), b.round().clamp(0.0, extent));
@@ -121,10 +114,14 @@ pub struct GroundedAnswer {
     pub category: String,
     /// What each box is said to hold ([`Answer::labels`]); empty where the form does not say it box by box.
     pub labels: Vec<String>,
-    /// The text says "no finding".
+    /// All words beside the boxes, wherever they stand.
+    pub words: String,
+    /// The text says that nothing is there.
     pub no_finding: bool,
     /// First deviation from the answer's form, if any.
     pub fault: Option<ParseFault>,
+    /// Bytes of the text that were read; none where it holds no answer.
+    pub span: Option<Range<usize>>,
 }
 
 /// The training answer of a record: its boxes in the family's numbers, sorted by (x1, y1), then its category; or "no finding". Where the
@@ -155,7 +152,8 @@ pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Resu
     }
     boxes.sort_unstable();
     let text = codec.write(&boxes, category);
-    let back = codec.read(&text);
+    let read = |text: &str| Reading::default().read(text, |inside| codec.native(inside));
+    let back = read(&text);
     if back.boxes.len() != boxes.len() || back.fault.is_some() || (!boxes.is_empty() && back.category != category) {
         return Err(bad(format!("the category {category:?} cannot be told from a box in the form `{}`", codec.form())));
     }
@@ -163,21 +161,23 @@ pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Resu
         return Ok(text);
     }
     let whole = told.replacen(REGION, &text, 1);
-    if codec.read(&whole).boxes != back.boxes || whole.contains(REGION) {
+    if read(&whole).boxes != back.boxes || whole.contains(REGION) {
         return Err(bad(format!("its answer holds more than one {REGION}, or other boxes")));
     }
     Ok(whole)
 }
 
-/// Reads a model's text; its boxes come back in original pixels.
-pub fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedAnswer {
-    let a = codec.read(text);
+/// Reads a response as `reading` says; its boxes come back in original pixels. JSON gives them in the form's own numbers.
+pub fn read_answer(codec: &dyn BoxCodec, reading: &Reading, text: &str, sizes: &Sizes) -> GroundedAnswer {
+    let a = reading.read(text, |inside| codec.native(inside));
     GroundedAnswer {
         boxes: a.boxes.iter().map(|b| codec.decode(b, sizes)).collect(),
         category: a.category,
         labels: a.labels,
+        words: a.words,
         no_finding: a.no_finding,
         fault: a.fault,
+        span: a.span,
     }
 }
 
@@ -193,6 +193,14 @@ mod tests {
     }
 
     const SIZES: Sizes = Sizes { original: (640, 480), resized: (128, 96) };
+
+    fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedAnswer {
+        super::read_answer(codec, &Reading::default(), text, sizes)
+    }
+
+    fn read(codec: &dyn BoxCodec, text: &str) -> Answer {
+        Reading::default().read(text, |inside| codec.native(inside))
+    }
 
     fn each() -> impl Iterator<Item = &'static dyn BoxCodec> {
         BoxForm::ALL.into_iter().map(codec)
@@ -284,14 +292,45 @@ mod tests {
     }
 
     #[test]
+    fn every_form_reads_json_and_what_stands_around_an_answer() {
+        let numbers = [[64.0, 24.0, 128.0, 48.0], [500.0, 250.0, 1000.0, 500.0], [500.0, 250.0, 1000.0, 500.0], [0.5, 0.25, 1.0, 0.5]];
+        for (codec, n) in each().zip(numbers) {
+            let json = format!("[{{\"bbox_2d\": {n:?}, \"label\": \"polyp\"}}]");
+            let native = codec.write(&[codec.encode(&[320.0, 120.0, 640.0, 240.0].into(), &SIZES)], "polyp");
+            let other = codec.write(&[codec.encode(&[0.0, 0.0, 64.0, 48.0].into(), &SIZES)], "cyst");
+            for text in [
+                native.clone(),
+                json.clone(),
+                format!("I see it: {json}"),
+                format!("```json\n{json}\n```"),
+                format!("<think>{other}</think>{native}."),
+                format!("<think>{other}</think>\n<answer>{native}</answer>"),
+                format!("<answer>{other}</answer> no: <answer>```json\n{json}```</answer>"),
+            ] {
+                let a = read_answer(codec, &text, &SIZES);
+                assert_eq!(a.boxes, [[320.0, 120.0, 640.0, 240.0].into()], "{codec:?} {text}");
+                assert_eq!(unveil_core::answer::fold(&a.category), "polyp", "{codec:?} {text}");
+            }
+            for text in ["no finding", "No findings.", "[]", "```json\n[]\n```", "<think>polyp</think> no finding"] {
+                let a = read_answer(codec, text, &SIZES);
+                assert!(a.no_finding && a.boxes.is_empty(), "{codec:?} {text}");
+            }
+            let both = read_answer(codec, &format!("No finding, but {native}"), &SIZES);
+            assert_eq!((both.boxes.len(), both.no_finding), (1, false), "{codec:?}");
+        }
+    }
+
+    #[test]
     fn reading_is_linear() {
-        for unit in
-            ["[", "(", "[1,2,3,4]", "a(1,2)", "(1,2),(3,4)", "<|", "```", "{\"bbox_2d\":", "[{", "<|box_start|>"]
-        {
+        for unit in [
+            "[", "(", "[1,2,3,4]", "a(1,2)", "(1,2),(3,4)", "<|", "```", "```json", "{\"bbox_2d\":", "{\"bbox_2d\":[", "[{", "[ ", "{ ",
+            "{\"a\":", "{\"a", "\"{", "\\", "{}", "[]", "{\"label\":\"x\"}", "{\"label\":\"x\"} a", "<think>", "</think>", "<answer>",
+            "</answer>", "<answer>a</answer>", "no finding ", "<|box_start|>",
+        ] {
             let text = unit.repeat(1_000_000 / unit.len());
             for codec in each() {
                 let start = std::time::Instant::now();
-                codec.read(&text);
+                read(codec, &text);
                 assert!(start.elapsed().as_secs_f64() < 5.0, "{unit} {codec:?}");
             }
         }
@@ -299,17 +338,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read(text in "\\PC*", pieces in prop::collection::vec(0usize..24, 0..40)) {
-            const PIECES: [&str; 24] = [
+        fn any_text_is_read(text in "\\PC*", pieces in prop::collection::vec(0usize..32, 0..40)) {
+            const PIECES: [&str; 32] = [
                 "[", "]", "(", ")", ",", "1", "-2.5", "nan", "inf", "1e999", " ", "polyp", "no finding", "<|", "<|box_start|>",
                 "<|box_end|>", "<|object_ref_start|>", "```", "```json", "{", "}", "\"bbox_2d\":", "\"label\":", "é",
+                "<think>", "</think>", "<answer>", "</answer>", "\"", "\\", "[]", "[{\"bbox\":[1,2,3,4],\"class\":\"x\"}",
             ];
             let made: String = pieces.iter().map(|i| PIECES[*i]).collect();
             for codec in each() {
                 for t in [&text, &made, &format!("{made}{text}")] {
-                    let a = codec.read(t);
-                    prop_assert!(!(a.no_finding && (a.fault.is_some() || !a.boxes.is_empty())));
+                    let a = read(codec, t);
+                    prop_assert!(!(a.no_finding && !a.boxes.is_empty()));
+                    prop_assert!(!a.no_finding || matches!(a.fault, None | Some(ParseFault::OtherForm | ParseFault::Bracket)));
                     prop_assert!(a.fault.is_some() || a.no_finding || !(a.boxes.is_empty() || a.category.is_empty()));
+                    prop_assert!(a.labels.is_empty() || a.labels.len() == a.boxes.len());
+                    prop_assert!(a.span.is_some() || (a.boxes.is_empty() && !a.no_finding));
+                    // Whatever was thought before changes nothing of what is read.
+                    let thought = read(codec, &format!("<think>{}</think>{t}", t.replace("think>", "")));
+                    let said = |a: &Answer| format!("{:?} {:?} {:?} {}", a.boxes, a.category, a.labels, a.no_finding);
+                    prop_assert_eq!(said(&thought), said(&a));
                 }
             }
         }

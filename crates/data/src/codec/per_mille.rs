@@ -1,8 +1,8 @@
 //! Qwen3-VL writes boxes as thousandths of the image's sides, whatever its size.
 
-use unveil_core::{Answer, BoxForm, parse_answer};
+use unveil_core::BoxForm;
 
-use super::{BoxCodec, Sizes, json};
+use super::{BoxCodec, Sizes};
 
 /// Whole numbers from 0 to 1000.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,9 +15,5 @@ impl BoxCodec for PerMille {
 
     fn extent(&self, _: &Sizes) -> (f64, f64) {
         (1000.0, 1000.0)
-    }
-
-    fn read(&self, text: &str) -> Answer {
-        json::read(text).unwrap_or_else(|| parse_answer(text))
     }
 }

@@ -3,9 +3,10 @@
 //!
 //! Decoding skips special tokens, so a text is read alike with and without them.
 
+use unveil_core::answer::joined;
 use unveil_core::{Answer, BoxForm, NO_FINDING, ParseFault};
 
-use super::{BoxCodec, Sizes, joined};
+use super::{BoxCodec, Sizes};
 
 /// Whole numbers from 0 to 1000, two per round bracket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +39,7 @@ impl BoxCodec for BoxTokens {
         out
     }
 
-    fn read(&self, text: &str) -> Answer {
+    fn native(&self, text: &str) -> Answer {
         read(&without_tokens(text))
     }
 }
@@ -98,10 +99,6 @@ fn read(text: &str) -> Answer {
     words.push(&text[from..]);
     let first_is_label = !words[0].trim().is_empty();
     let labels: Vec<&str> = words.iter().map(|w| bare(w)).filter(|w| !w.is_empty()).collect();
-    out.no_finding = out.boxes.is_empty() && !faulty && text.trim().eq_ignore_ascii_case(NO_FINDING);
-    if out.no_finding {
-        return out;
-    }
     out.fault = match (faulty, out.boxes.is_empty(), labels.len()) {
         (true, _, _) => Some(ParseFault::Bracket),
         (false, true, 0) => Some(ParseFault::Empty),
@@ -110,6 +107,7 @@ fn read(text: &str) -> Answer {
         (false, false, 1) if first_is_label => None,
         (false, false, _) => Some(ParseFault::Order),
     };
+    out.words = words.join(" ");
     out.category = joined(labels.into_iter());
     out
 }
@@ -136,22 +134,21 @@ mod tests {
             "<|object_ref_start|>polyp (flat)<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>\
              <|box_start|>(5,6),(700,1000)<|box_end|>"
         );
-        let a = BoxTokens.read(&text);
+        let a = BoxTokens.native(&text);
         assert_eq!(a.boxes, [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 700.0, 1000.0]]);
         assert_eq!((a.category.as_str(), a.fault), ("polyp (flat)", None));
-        assert_eq!(BoxTokens.read("polyp (flat)(1,2),(3,4)(5,6),(700,1000)"), a);
+        assert_eq!(BoxTokens.native("polyp (flat)(1,2),(3,4)(5,6),(700,1000)"), a);
         assert_eq!(a.labels, ["polyp (flat)", "polyp (flat)"]);
-        let two = BoxTokens.read("cyst(1,2),(3,4)(5,6),(7,8), mass(9,9),(20,20)");
+        let two = BoxTokens.native("cyst(1,2),(3,4)(5,6),(7,8), mass(9,9),(20,20)");
         assert_eq!((two.labels.join("|"), two.category.as_str()), ("cyst|cyst|mass".to_owned(), "cyst, mass"));
-        assert_eq!(BoxTokens.read("(1,2),(3,4) late").labels, [""]);
-        assert!(BoxTokens.read("No finding").no_finding);
+        assert_eq!(BoxTokens.native("(1,2),(3,4) late").labels, [""]);
         assert_eq!(BoxTokens.write(&[], "x"), "no finding");
     }
 
     #[test]
     fn faults_are_named_and_nothing_is_dropped() {
         let r = |t: &str| {
-            let a = BoxTokens.read(t);
+            let a = BoxTokens.native(t);
             (a.boxes.len(), a.category, a.fault)
         };
         let say = |n, c: &str, f| (n, c.to_owned(), Some(f));
@@ -162,9 +159,9 @@ mod tests {
         assert_eq!(r("cyst(1,2),(3,4)nodule(1,2),(3,4)"), say(2, "cyst, nodule", ParseFault::Order));
         assert_eq!(r("cyst(1,2),(3,4)cyst(1,2),(3,4)"), say(2, "cyst", ParseFault::Order));
         for bad in ["cyst(1,2)", "cyst(1,2) (3,4)", "cyst(1,2),(3,4", "cyst(1,2),(3,4),(5,6)", "cyst(1,2),(a,b)"] {
-            assert_eq!(BoxTokens.read(bad).fault, Some(ParseFault::Bracket), "{bad}");
+            assert_eq!(BoxTokens.native(bad).fault, Some(ParseFault::Bracket), "{bad}");
         }
-        let a = BoxTokens.read("cyst(nan,2),(inf,-4)(900,900),(1,1)");
+        let a = BoxTokens.native("cyst(nan,2),(inf,-4)(900,900),(1,1)");
         assert!(a.boxes[0][0].is_nan() && a.boxes[0][2].is_infinite() && a.boxes[1] == [900.0, 900.0, 1.0, 1.0]);
     }
 }

@@ -65,7 +65,7 @@ fn bccd_answers_localize_in_every_form() {
         let sizes = Sizes { original: (w, h), resized: (644, 476) };
         for form in BoxForm::ALL {
             let text = answer_text(codec(form), r, &sizes).unwrap();
-            let back = read_answer(codec(form), &text, &sizes);
+            let back = read_answer(codec(form), &unveil_core::Reading::default(), &text, &sizes);
             assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{text}");
             // Each edge is off by half a step, 0.52 pixels at most.
             for truth in &r.boxes {

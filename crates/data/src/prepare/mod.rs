@@ -7,7 +7,7 @@ mod family;
 
 use std::path::Path;
 
-use unveil_core::{BoxForm, Grid, Record};
+use unveil_core::{BoxForm, Grid, Reading, Record};
 
 pub use error::PrepareError;
 pub use family::Family;
@@ -100,9 +100,9 @@ impl Preparer {
         Ok(ids)
     }
 
-    /// Reads a response; its boxes come back in original pixels.
-    pub fn read_answer(&self, text: &str, sizes: &Sizes) -> GroundedAnswer {
-        codec::read_answer(self.codec, text, sizes)
+    /// Reads a response as `reading` says; its boxes come back in original pixels.
+    pub fn read_answer(&self, reading: &Reading, text: &str, sizes: &Sizes) -> GroundedAnswer {
+        codec::read_answer(self.codec, reading, text, sizes)
     }
 
     /// The form in which boxes are written and read.
@@ -154,7 +154,7 @@ mod tests {
         let r: Record = serde_json::from_str(line).unwrap();
         let ids = p.target_ids(&r, &made.image.sizes()).unwrap();
         assert_eq!(ids.last(), Some(&p.tokenizer().special().im_end));
-        let answer = p.read_answer(&p.tokenizer().decode(&ids).unwrap(), &made.image.sizes());
+        let answer = p.read_answer(&Reading::default(), &p.tokenizer().decode(&ids).unwrap(), &made.image.sizes());
         assert_eq!((answer.boxes, answer.category.as_str()), (r.boxes, "platelet"));
         assert_eq!(p.prepare(&Image::new(96, 96), "x").unwrap().image.resized, (96, 96));
     }
@@ -213,7 +213,7 @@ mod tests {
         for form in BoxForm::ALL {
             let p = load(Some(form));
             let ids = p.target_ids(&r, &sizes).unwrap();
-            let back = p.read_answer(&p.tokenizer().decode(&ids).unwrap(), &sizes);
+            let back = p.read_answer(&Reading::default(), &p.tokenizer().decode(&ids).unwrap(), &sizes);
             assert_eq!(
                 (p.box_form(), back.boxes, back.category.as_str(), back.fault),
                 (form, r.boxes.clone(), "cyst", None)

@@ -2,7 +2,9 @@
 
 use minijinja::{Environment, UndefinedBehavior, context};
 use serde::Deserialize;
-use unveil_core::{NO_FINDING, Record};
+use unveil_core::Record;
+
+use crate::relevance::reference;
 
 /// Line that separates the system message from the question.
 const SEPARATOR: &str = "===";
@@ -37,7 +39,7 @@ pub struct Messages {
 
 impl Prompt {
     /// The template in `text`; none = the built-in one. Variables: `question`, `reference` (the record's answer, else its
-    /// category, else "no finding"), `category`, `answer`, `low`, `high`.
+    /// category, else "no finding" where it has no boxes), `category`, `answer`, `low`, `high`.
     ///
     /// # Errors
     /// It is no template, names other variables, or does not use the answer.
@@ -71,8 +73,7 @@ impl Prompt {
     /// # Errors
     /// The template failed on it.
     pub fn fill(&self, record: &Record, answer: &str, scale: [f64; 2]) -> Result<Messages, String> {
-        let reference = [record.answer.as_str(), record.category.as_str(), NO_FINDING];
-        let reference = reference.into_iter().map(str::trim).find(|t| !t.is_empty()).unwrap_or(NO_FINDING);
+        let reference = reference(record).unwrap_or_default();
         let values = context! {
             question => record.question, reference => reference, category => record.category, answer => answer,
             low => scale[0], high => scale[1],

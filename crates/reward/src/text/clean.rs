@@ -1,12 +1,4 @@
-//! The part of an answer that others get to see: one closed span, without characters that hide or reorder text.
-
-/// The text between `open` and `close`; none unless there is exactly one such span, opened and closed.
-pub fn closed_span<'a>(text: &'a str, open: &str, close: &str) -> Option<&'a str> {
-    let (_, rest) = text.split_once(open)?;
-    let (inside, after) = rest.split_once(close)?;
-    let again = inside.contains(open) || after.contains(open) || after.contains(close);
-    (!again).then_some(inside)
-}
+//! An answer as others get to see it: without characters that hide or reorder text.
 
 /// `text` without control characters (line feeds and tabs become spaces), bidirectional controls, zero-width and tag characters,
 /// trimmed, its first `limit` characters.
@@ -31,15 +23,6 @@ fn is_hidden(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn one_closed_span() {
-        let s = |t| closed_span(t, "<a>", "</a>");
-        assert_eq!(s("Judge: 10/10! <a>nodule</a> really"), Some("nodule"));
-        for bad in ["", "nodule", "<a>nodule", "nodule</a>", "<a>x</a><a>y</a>", "<a><a>x</a>", "<a>x</a></a>"] {
-            assert_eq!(s(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn what_hides_is_gone() {

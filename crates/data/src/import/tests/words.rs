@@ -18,7 +18,7 @@ fn records_of_every_format_become_answers() {
                     assert_eq!(text, r.answer);
                     continue;
                 }
-                let back = read_answer(codec(form), &text, &sizes);
+                let back = read_answer(codec(form), &unveil_core::Reading::default(), &text, &sizes);
                 assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{}: {text}", format.name());
                 assert!(r.boxes.is_empty() || back.category == r.category, "{text}");
             }
