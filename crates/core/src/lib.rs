@@ -6,6 +6,7 @@ pub mod answer;
 pub mod boxes;
 pub mod geometry;
 pub mod group;
+pub mod limits;
 pub mod record;
 pub mod reward;
 pub mod secret;

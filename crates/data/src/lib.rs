@@ -7,7 +7,7 @@ pub mod chat;
 pub mod check;
 pub mod codec;
 mod decode;
-mod files;
+pub mod files;
 pub mod import;
 mod near;
 pub mod prepare;
