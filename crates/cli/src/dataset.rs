@@ -40,7 +40,8 @@ pub enum DataCommand {
     },
     /// Imports another format; the report is one JSON object.
     Import(ImportArgs),
-    /// Looks for faults; one JSON line each, exit code 1 when there is an error among them.
+    /// Looks for faults; one JSON line each, exit code 1 when there is an error among them. Ends with a line on stderr that says how much
+    /// was looked at.
     Check {
         /// Record file.
         data: PathBuf,
@@ -50,6 +51,9 @@ pub enum DataCommand {
         /// Images may lie outside the folder of the record file, as with data.outside = true.
         #[arg(long)]
         outside: bool,
+        /// A table for people instead of JSON lines.
+        #[arg(long)]
+        table: bool,
     },
     /// Counts and sizes, as one JSON object.
     Stats {
@@ -140,7 +144,7 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             Ok(())
         }
         DataCommand::Import(args) => imported(args),
-        DataCommand::Check { data, near, outside } => checked(data, Reach::new(*outside), *near),
+        DataCommand::Check { data, near, outside, table } => checked(data, Reach::new(*outside), *near, *table),
         DataCommand::Stats { data, outside } => {
             let records = RecordFile::load_with(data, Reach::new(*outside))?;
             println!("{}", serde_json::to_string(&stats::stats(&records))?);
@@ -206,17 +210,40 @@ fn warn(report: &ImportReport) {
     }
 }
 
-fn checked(data: &Path, reach: Reach, near: bool) -> anyhow::Result<()> {
-    let findings = check::check_file(data, reach, near).with_context(|| format!("checking {}", data.display()))?;
-    let mut errors = 0;
-    for finding in &findings {
-        errors += usize::from(finding.severity == check::Severity::Error);
-        println!("{}", serde_json::to_string(finding)?);
+fn checked(data: &Path, reach: Reach, near: bool, table: bool) -> anyhow::Result<()> {
+    // Its errors begin with the file.
+    let checked = check::check_file(data, reach, near)?;
+    if table {
+        print!("{}", as_table(&checked.findings));
+    } else {
+        for finding in &checked.findings {
+            println!("{}", serde_json::to_string(finding)?);
+        }
     }
+    let [errors, warnings] = [check::Severity::Error, check::Severity::Warning].map(|s| checked.count(s));
     if errors > 0 {
-        bail!("{}: {errors} of {} findings are errors", data.display(), findings.len());
+        bail!("{}: {errors} of {} findings are errors", data.display(), checked.findings.len());
     }
+    let warnings = match warnings {
+        0 => String::new(),
+        1 => ", 1 warning".to_owned(),
+        n => format!(", {n} warnings"),
+    };
+    eprintln!("ok: {} records, {} images decoded{warnings}", checked.records, checked.images);
     Ok(())
+}
+
+/// Findings in columns: how bad, the line, the record, what is wrong.
+fn as_table(findings: &[check::Finding]) -> String {
+    let severity = |f: &check::Finding| match f.severity {
+        check::Severity::Error => "error",
+        check::Severity::Warning => "warning",
+    };
+    let line = |f: &check::Finding| f.file.rsplit(':').next().unwrap_or_default().to_owned();
+    let width = |of: &dyn Fn(&check::Finding) -> usize| findings.iter().map(of).max().unwrap_or(0);
+    let (lines, ids) = (width(&|f| line(f).chars().count()), width(&|f| f.id.chars().count()));
+    let row = |f: &check::Finding| format!("{:<7}  {:>lines$}  {:<ids$}  {}\n", severity(f), line(f), f.id, f.what);
+    findings.iter().map(row).collect()
 }
 
 fn collected(args: &CollectArgs) -> anyhow::Result<()> {

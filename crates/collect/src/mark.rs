@@ -25,10 +25,10 @@ pub(crate) struct Marked {
 
 /// Shrinks `image` to at most `most` pixels a side and draws a frame around each box, outside of it where there is room.
 pub(crate) fn mark(image: Image, boxes: &[BBox], most: u32) -> Marked {
-    let scale = (f64::from(most) / f64::from(image.width.max(image.height))).min(1.0);
+    let scale = (f64::from(most) / f64::from(image.width().max(image.height()))).min(1.0);
     let side = |v: u32| ((f64::from(v) * scale).round() as u32).max(1);
-    let (w, h) = (side(image.width), side(image.height));
-    let (sx, sy) = (w as f32 / image.width as f32, h as f32 / image.height as f32);
+    let (w, h) = (side(image.width()), side(image.height()));
+    let (sx, sy) = (w as f32 / image.width() as f32, h as f32 / image.height() as f32);
     let mut image = if scale < 1.0 { resize(&image, w, h, Filter::Bicubic) } else { image };
     let (w, h) = (i64::from(w), i64::from(h));
     let boxes: Vec<[i64; 4]> = boxes
@@ -70,9 +70,9 @@ mod tests {
 
     #[test]
     fn the_region_itself_stays_free() {
-        let grey = Image { width: 100, height: 50, rgb: vec![90; 100 * 50 * 3] };
+        let grey = Image::from_rgb(100, 50, vec![90; 100 * 50 * 3]).unwrap();
         let m = mark(grey.clone(), &[[20.0, 10.0, 40.0, 30.0].into()], 512);
-        assert_eq!((m.image.width, m.boxes.as_slice()), (100, &[[20, 10, 40, 30]][..]));
+        assert_eq!((m.image.width(), m.boxes.as_slice()), (100, &[[20, 10, 40, 30]][..]));
         let changed = |x, y| m.image.pixel(x, y) != grey.pixel(x, y);
         assert!((20..40).all(|x| (10..30).all(|y| !changed(x, y))));
         assert!(changed(19, 15) && changed(18, 8) && changed(41, 31) && !changed(17, 15) && !changed(42, 15));
@@ -82,7 +82,7 @@ mod tests {
     fn the_colour_stands_out() {
         let of = |rgb: [u8; 3]| {
             let mut image = Image::new(30, 30);
-            image.rgb.chunks_exact_mut(3).for_each(|p| p.copy_from_slice(&rgb));
+            image.rgb_mut().chunks_exact_mut(3).for_each(|p| p.copy_from_slice(&rgb));
             mark(image, &[[5.0, 5.0, 20.0, 20.0].into()], 64).colour
         };
         assert_eq!(of([200, 30, 30]), "cyan");
@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn large_images_shrink_and_whole_image_boxes_are_framed_on_the_edge() {
         let m = mark(Image::new(2000, 1000), &[[0.0, 0.0, 2000.0, 1000.0].into()], 500);
-        assert_eq!((m.image.width, m.image.height, m.boxes[0]), (500, 250, [0, 0, 500, 250]));
+        assert_eq!((m.image.width(), m.image.height(), m.boxes[0]), (500, 250, [0, 0, 500, 250]));
         assert!(
             m.image.pixel(0, 100) != [0; 3] && m.image.pixel(499, 249) != [0; 3] && m.image.pixel(250, 125) == [0; 3]
         );

@@ -55,7 +55,7 @@ fn item(file: &RecordFile, r: &Record) -> Value {
     let boxes: Vec<Value> =
         boxes.map(|(k, b)| json!({"label": label(k), "x1": b.x1, "y1": b.y1, "x2": b.x2, "y2": b.y2})).collect();
     let image = file.open_image(r).ok();
-    let size = image.as_ref().map(|i| [i.width, i.height]).or(r.image_size).unwrap_or([1, 1]);
+    let size = image.as_ref().map(|i| [i.width(), i.height()]).or(r.image_size).unwrap_or([1, 1]);
     json!({
         "id": r.id, "key": about["key"], "category": r.category, "question": r.question, "modality": r.modality, "source": r.source,
         "size": size, "boxes": boxes, "image": image.and_then(embed).unwrap_or_default(),
@@ -66,13 +66,13 @@ fn item(file: &RecordFile, r: &Record) -> Value {
 
 /// The image as a JPEG data URL, shrunk.
 fn embed(image: Image) -> Option<String> {
-    let scale = (f64::from(SIDE) / f64::from(image.width.max(image.height))).min(1.0);
+    let scale = (f64::from(SIDE) / f64::from(image.width().max(image.height()))).min(1.0);
     let side = |v: u32| ((f64::from(v) * scale).round() as u32).max(1);
     let image =
-        if scale < 1.0 { resize(&image, side(image.width), side(image.height), Filter::Bicubic) } else { image };
+        if scale < 1.0 { resize(&image, side(image.width()), side(image.height()), Filter::Bicubic) } else { image };
     let mut out = Vec::new();
     let encoder = JpegEncoder::new_with_quality(&mut out, QUALITY);
-    encoder.write_image(&image.rgb, image.width, image.height, ExtendedColorType::Rgb8).ok()?;
+    encoder.write_image(image.rgb(), image.width(), image.height(), ExtendedColorType::Rgb8).ok()?;
     Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(out)))
 }
 

@@ -179,7 +179,7 @@ impl Desk {
 fn prepare(file: &RecordFile, index: usize, side: u32) -> Result<Sent, String> {
     let record = &file.records[index];
     let image = file.open_image(record).map_err(|e| e.to_string())?;
-    let size = Some((image.width, image.height));
+    let size = Some((image.width(), image.height()));
     if let Some(fault) = record.faults(size).first() {
         return Err(fault.to_string());
     }
@@ -195,8 +195,8 @@ fn prepare(file: &RecordFile, index: usize, side: u32) -> Result<Sent, String> {
             modality: record.modality.clone(),
             question: record.question.clone(),
             source: record.source.clone(),
-            width: marked.image.width,
-            height: marked.image.height,
+            width: marked.image.width(),
+            height: marked.image.height(),
             regions: regions
                 .map(|(k, [x1, y1, x2, y2])| Region { label: label(k), x1: *x1, y1: *y1, x2: *x2, y2: *y2 })
                 .collect(),

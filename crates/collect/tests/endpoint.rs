@@ -18,7 +18,7 @@ fn data(dir: &Path, n: usize) -> PathBuf {
     let mut lines = Vec::new();
     for k in 0..n {
         let mut image = Image::new(60, 40);
-        image.rgb.iter_mut().enumerate().for_each(|(i, v)| *v = (i + 40 * k) as u8);
+        image.rgb_mut().iter_mut().enumerate().for_each(|(i, v)| *v = (i + 40 * k) as u8);
         std::fs::write(dir.join(format!("{k}.png")), image.to_png().unwrap()).unwrap();
         let boxes = if k + 1 == n { json!([]) } else { json!([[10, 8, 30, 28]]) };
         lines.push(
@@ -103,7 +103,7 @@ async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
         .unwrap();
     let sent = Image::decode(&png, "sent").unwrap();
     let frame = sent.pixel(9, 15);
-    assert_eq!((sent.width, frame.iter().filter(|v| [0, 255].contains(*v)).count()), (60, 3), "{frame:?} is a mark");
+    assert_eq!((sent.width(), frame.iter().filter(|v| [0, 255].contains(*v)).count()), (60, 3), "{frame:?} is a mark");
     let second = seen.iter().map(|r| parts(r).0).find(|t| t.contains("A colleague answered")).unwrap();
     assert!(second.contains("A liver cyst.\n"), "the diagnosis is in the second prompt: {second}");
 
@@ -112,7 +112,7 @@ async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
     let r: &Record = &written.records[0];
     assert_eq!(r.answer, "Something dark and round lies in the liver: a liver cyst.\n<region>");
     assert_eq!((r.extra["collect"]["model"].as_str(), written.records[3].extra.get("collect")), (Some("seer"), None));
-    assert_eq!(written.open_image(r).unwrap().width, 60);
+    assert_eq!(written.open_image(r).unwrap().width(), 60);
     let sizes = Sizes { original: (60, 40), resized: (56, 56) };
     let target = answer_text(codec(unveil_core::BoxForm::PerMille), r, &sizes).unwrap();
     let back = read_answer(codec(unveil_core::BoxForm::PerMille), &target, &sizes);
@@ -363,7 +363,7 @@ async fn decisions_make_the_final_records() {
         ]
     );
     let kept = RecordFile::load(&last).unwrap();
-    unveil_data::check::require(&kept).unwrap();
+    unveil_data::check::require(&kept, None).unwrap();
     let edited = kept.records.iter().find(|r| r.id == all[1].id).unwrap();
     assert_eq!(
         (edited.answer.as_str(), &edited.extra["collect"]["status"]),

@@ -8,6 +8,7 @@ pub mod boxes;
 mod files;
 pub mod geometry;
 pub mod group;
+pub mod limits;
 pub mod record;
 pub mod reward;
 pub mod secret;

@@ -102,7 +102,7 @@ pub fn augment(
     boxes: &[BBox],
 ) -> Result<Augmented, AugmentError> {
     spec.validate()?;
-    let (w, h) = (image.width as f32, image.height as f32);
+    let (w, h) = (image.width() as f32, image.height() as f32);
     let boxes =
         &clip_to(w, h, boxes).map_err(|(index, fault)| AugmentError::Box { id: id.to_owned(), index, fault })?[..];
     let mut key = blake3::Hasher::new();
@@ -153,9 +153,9 @@ fn random_crop(crop_min: f32, rng: &mut ChaCha8Rng, image: &Image, boxes: &[BBox
     for _ in 0..TRIES {
         let share = crop_min + (1.0 - crop_min) * unit(rng);
         let side = |full: u32| ((full as f32 * share).round() as u32).clamp(SMALLEST.min(full), full);
-        let (w, h) = (side(image.width), side(image.height));
+        let (w, h) = (side(image.width()), side(image.height()));
         let start = |rng: &mut ChaCha8Rng, room: u32| ((unit(rng) * (room + 1) as f32) as u32).min(room);
-        let (x, y) = (start(rng, image.width - w), start(rng, image.height - h));
+        let (x, y) = (start(rng, image.width() - w), start(rng, image.height() - h));
         if let Some((boxes, kept)) = crop_boxes(boxes, [x, y, w, h]) {
             return Some(Augmented { image: crop(image, [x, y, w, h]), boxes, kept });
         }
@@ -183,17 +183,19 @@ fn crop_boxes(boxes: &[BBox], [x, y, w, h]: [u32; 4]) -> Option<(Vec<BBox>, Vec<
 
 /// The part `[x, y, width, height]` of an image, which must lie inside.
 fn crop(image: &Image, [x, y, w, h]: [u32; 4]) -> Image {
-    let mut rgb = Vec::with_capacity(w as usize * h as usize * 3);
-    for row in y..y + h {
-        let from = (row as usize * image.width as usize + x as usize) * 3;
-        rgb.extend_from_slice(&image.rgb[from..from + w as usize * 3]);
+    let mut out = Image::new(w, h);
+    let stride = w as usize * 3;
+    for (row, line) in (y..y + h).zip(out.rgb_mut().chunks_exact_mut(stride.max(1))) {
+        let from = (row as usize * image.width() as usize + x as usize) * 3;
+        line.copy_from_slice(&image.rgb()[from..from + stride]);
     }
-    Image { width: w, height: h, rgb }
+    out
 }
 
 /// Mirrors left to right.
 pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
-    for row in image.rgb.chunks_exact_mut(image.width as usize * 3) {
+    let stride = image.width() as usize * 3;
+    for row in image.rgb_mut().chunks_exact_mut(stride) {
         let (mut a, mut b) = (0, row.len());
         while a + 3 < b {
             b -= 3;
@@ -201,25 +203,25 @@ pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
             a += 3;
         }
     }
-    let w = image.width as f32;
+    let w = image.width() as f32;
     boxes.iter_mut().for_each(|b| (b.x1, b.x2) = (w - b.x2, w - b.x1));
 }
 
 /// Mirrors top to bottom.
 pub fn flip_v(image: &mut Image, boxes: &mut [BBox]) {
-    let row = image.width as usize * 3;
-    let h = image.height as usize;
+    let row = image.width() as usize * 3;
+    let h = image.height() as usize;
     for y in 0..h / 2 {
-        let (top, bottom) = image.rgb.split_at_mut((h - 1 - y) * row);
+        let (top, bottom) = image.rgb_mut().split_at_mut((h - 1 - y) * row);
         top[y * row..(y + 1) * row].swap_with_slice(&mut bottom[..row]);
     }
-    let h = image.height as f32;
+    let h = image.height() as f32;
     boxes.iter_mut().for_each(|b| (b.y1, b.y2) = (h - b.y2, h - b.y1));
 }
 
 /// Turns clockwise by 90 degrees; width and height change places.
 pub fn turn(image: &mut Image, boxes: &mut [BBox]) {
-    let (w, h) = (image.width, image.height);
+    let (w, h) = (image.width(), image.height());
     let mut out = Image::new(h, w);
     for y in 0..h {
         for x in 0..w {
@@ -239,7 +241,7 @@ pub fn jitter(image: &mut Image, brightness: f32, contrast: f32) {
         let v = (v as f32 - 127.5) * (1.0 + contrast) + 127.5 + 255.0 * brightness;
         v.round().clamp(0.0, 255.0) as u8
     });
-    image.rgb.iter_mut().for_each(|v| *v = table[usize::from(*v)]);
+    image.rgb_mut().iter_mut().for_each(|v| *v = table[usize::from(*v)]);
 }
 
 #[cfg(test)]

@@ -19,8 +19,8 @@ fn marked(w: u32, h: u32, boxes: &[BBox]) -> Image {
 
 /// Bounding box of the marked pixels.
 fn marks(i: &Image) -> Option<BBox> {
-    let on: Vec<(u32, u32)> = (0..i.height)
-        .flat_map(|y| (0..i.width).map(move |x| (x, y)))
+    let on: Vec<(u32, u32)> = (0..i.height())
+        .flat_map(|y| (0..i.width()).map(move |x| (x, y)))
         .filter(|&(x, y)| i.pixel(x, y)[2] == 255)
         .collect();
     let (x1, x2) = (on.iter().map(|p| p.0).min()?, on.iter().map(|p| p.0).max()? + 1);
@@ -55,8 +55,8 @@ proptest! {
         let out = augment(&all(), seed, 1, "r", &image, &boxes).unwrap();
         prop_assert_eq!(out.boxes.len(), out.kept.len());
         prop_assert_eq!(out.boxes.is_empty(), boxes.is_empty());
-        let (nw, nh) = (out.image.width as f32, out.image.height as f32);
-        prop_assert_eq!(out.image.rgb.len(), (out.image.width * out.image.height * 3) as usize);
+        let (nw, nh) = (out.image.width() as f32, out.image.height() as f32);
+        prop_assert_eq!(out.image.rgb().len(), (out.image.width() * out.image.height() * 3) as usize);
         for (b, &k) in out.boxes.iter().zip(&out.kept) {
             prop_assert!(b.x1 >= 0.0 && b.y1 >= 0.0 && b.x2 <= nw && b.y2 <= nh && b.area() > 0.0);
             prop_assert!(b.area() >= KEEP * boxes[k].area() - 1e-6);
@@ -66,7 +66,7 @@ proptest! {
         }
         // What was lost was all but outside.
         for k in (0..boxes.len()).filter(|k| !out.kept.contains(k)) {
-            let visible = out.image.rgb.chunks_exact(3).filter(|p| {
+            let visible = out.image.rgb().chunks_exact(3).filter(|p| {
                 let (x, y) = (f32::from(p[0]), f32::from(p[1]));
                 x >= boxes[k].x1 && x < boxes[k].x2 && y >= boxes[k].y1 && y < boxes[k].y2
             });
@@ -107,13 +107,13 @@ fn crops_vary_and_jitter_moves_the_mean() {
     let image = marked(96, 96, &[]);
     let spec = AugmentSpec { crop_min: 0.5, ..AugmentSpec::default() };
     let sides: std::collections::BTreeSet<u32> =
-        (0..60).map(|p| augment(&spec, 0, p, "x", &image, &[]).unwrap().image.width).collect();
+        (0..60).map(|p| augment(&spec, 0, p, "x", &image, &[]).unwrap().image.width()).collect();
     assert!(sides.len() > 20 && sides.iter().all(|s| (48..=96).contains(s)), "{sides:?}");
-    let mut grey = Image { width: 1, height: 1, rgb: vec![100; 3] };
+    let mut grey = Image::from_rgb(1, 1, vec![100; 3]).unwrap();
     jitter(&mut grey, 0.1, 0.0);
-    assert_eq!(grey.rgb, [126, 126, 126]);
+    assert_eq!(grey.rgb(), [126, 126, 126]);
     jitter(&mut grey, 1.0, 0.5);
-    assert_eq!(grey.rgb, [255, 255, 255]);
+    assert_eq!(grey.rgb(), [255, 255, 255]);
 }
 
 #[test]

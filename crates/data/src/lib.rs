@@ -7,6 +7,7 @@ pub mod chat;
 pub mod check;
 pub mod codec;
 mod decode;
+pub mod files;
 pub mod import;
 mod near;
 pub mod prepare;

@@ -14,7 +14,7 @@ const LEAST: u32 = 6;
 
 /// The hash of an image; none where there is too little in it.
 pub(crate) fn dhash(image: &Image) -> Option<u64> {
-    let (w, h) = (image.width as usize, image.height as usize);
+    let (w, h) = (image.width() as usize, image.height() as usize);
     let range = |k: usize, of: usize, side: usize| {
         let from = (k * side / of).min(side - 1);
         from..((k + 1) * side / of).clamp(from + 1, side)
@@ -24,7 +24,7 @@ pub(crate) fn dhash(image: &Image) -> Option<u64> {
         for y in range(row, 8, h) {
             for x in range(col, 9, w) {
                 let at = (y * w + x) * 3;
-                sum += image.rgb[at..at + 3].iter().map(|v| u64::from(*v)).sum::<u64>();
+                sum += image.rgb()[at..at + 3].iter().map(|v| u64::from(*v)).sum::<u64>();
                 count += 1;
             }
         }
@@ -80,7 +80,7 @@ mod tests {
         for (k, image) in images.iter().enumerate() {
             let hash = dhash(image).unwrap();
             let mut brighter = resize(image, 64, 64, crate::processor::Filter::Bicubic);
-            brighter.rgb.iter_mut().for_each(|v| *v = v.saturating_add(3));
+            brighter.rgb_mut().iter_mut().for_each(|v| *v = v.saturating_add(3));
             near += usize::from((dhash(&brighter).unwrap() ^ hash).count_ones() <= MOST);
             apart += usize::from((dhash(&images[(k + 1) % 40]).unwrap() ^ hash).count_ones() > MOST);
         }

@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Component, Path, PathBuf};
 
-use unveil_core::Record;
+use unveil_core::{Record, RecordError};
 
+use crate::files::open_regular;
 use crate::root::{Reach, Root};
 use crate::store::{Image, ImageError};
 
@@ -33,7 +34,7 @@ pub enum RecordsError {
         /// Line number from 1.
         line: usize,
         /// What is wrong with it.
-        cause: String,
+        cause: RecordError,
     },
     /// Two lines have the same id.
     #[error("{}:{line}: the id \"{id}\" is already on line {first}; give every record an id of its own", file.display())]
@@ -112,7 +113,7 @@ impl RecordFile {
         mut bad_line: impl FnMut(RecordsError) -> Result<(), RecordsError>,
     ) -> Result<Self, RecordsError> {
         let io = |cause| RecordsError::Io { file: path.to_owned(), cause };
-        let mut reader = BufReader::new(std::fs::File::open(path).map_err(io)?);
+        let mut reader = BufReader::new(open_regular(path).map_err(io)?);
         let mut out = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new(), reach };
         let mut seen: HashMap<String, usize> = HashMap::new();
         let mut bytes = Vec::new();
@@ -122,7 +123,8 @@ impl RecordFile {
                 break;
             }
             if bytes.len() as u64 == MAX_LINE {
-                let cause = format!("the line is longer than {MAX_LINE} bytes");
+                let what = format!("the line is longer than {MAX_LINE} bytes");
+                let cause = RecordError { id: String::new(), what };
                 return Err(RecordsError::Line { file: path.to_owned(), line, cause });
             }
             match parse_line(path, reach, line, &bytes, &seen) {
@@ -210,14 +212,15 @@ fn parse_line(
     bytes: &[u8],
     seen: &HashMap<String, usize>,
 ) -> Result<Option<Record>, RecordsError> {
-    let bad = |cause: String| RecordsError::Line { file: path.to_owned(), line, cause };
-    let text = std::str::from_utf8(bytes).map_err(|_| bad("the line is not UTF-8".to_owned()))?.trim();
-    if text.is_empty() {
+    let bad = |cause| RecordsError::Line { file: path.to_owned(), line, cause };
+    let unnamed = |what: &str| bad(RecordError { id: String::new(), what: what.to_owned() });
+    let text = std::str::from_utf8(bytes).map_err(|_| unnamed("the line is not UTF-8"))?;
+    if text.trim_start_matches('\u{feff}').trim().is_empty() {
         return Ok(None);
     }
-    let record: Record = serde_json::from_str(text).map_err(|e| bad(explain(&e)))?;
+    let record = Record::parse(text).map_err(bad)?;
     if record.id.trim().is_empty() {
-        return Err(bad("the record's `id` is empty; give every record an id".to_owned()));
+        return Err(unnamed("the record's `id` is empty; give every record an id"));
     }
     if let Some(&first) = seen.get(&record.id) {
         return Err(RecordsError::Duplicate { file: path.to_owned(), line, first, id: record.id });
@@ -227,15 +230,6 @@ fn parse_line(
         return Err(RecordsError::ImagePath { file: path.to_owned(), line, id, image, cause });
     }
     Ok(Some(record))
-}
-
-fn explain(e: &serde_json::Error) -> String {
-    let text = e.to_string();
-    let cause = text.rsplit_once(" at line ").map_or(text.as_str(), |(head, _)| head);
-    match e.classify() {
-        serde_json::error::Category::Data => format!("not a record: {cause}"),
-        _ => format!("not JSON: {cause} at column {}", e.column()),
-    }
 }
 
 /// Writes records as JSON lines: into a temporary file beside `path`, then renamed, so that `path` is whole or untouched.
@@ -267,7 +261,10 @@ mod tests {
             ("{\"id\":\"  \"}\n", "r.jsonl:1:", "`id` is empty"),
             ("{\"id\":\"a\"}\n{\"id\":\"a\"}\n", "r.jsonl:2:", "already on line 1"),
             ("{\"id\":\"a\"\n", "r.jsonl:1:", "not JSON"),
-            ("{\"id\":\"a\",\"boxes\":[[1,2,3]]}\n", "r.jsonl:1:", "length 3"),
+            ("{\"id\":\"a\",\"boxes\":[[1,2,3]]}\n", "r.jsonl:1:", "record \"a\": `boxes`[0] is not of length 4"),
+            ("{\"id\":\"a\",\"boxes\":[[1,2,3,NaN]]}\n", "r.jsonl:1:", "record \"a\": not JSON: `boxes` holds NaN"),
+            ("{\"id\":\"a\",\"category\":\"x\"}\n", "r.jsonl:1:", "record \"a\": its category is \"x\", but it has no `boxes`"),
+            ("\u{feff}\n\u{feff}{\"id\":\"a\",\"task\":\"vga\"}\n", "r.jsonl:2:", "record \"a\": `task`: `vga` is no task"),
             ("{\"id\":\"a\",\"image\":\"../../etc/x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
             ("{\"id\":\"a\",\"image\":\"b/../../x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
             ("{\"id\":\"a\",\"image\":\"/etc/x.png\"}\n", "r.jsonl:1:", "absolute path"),

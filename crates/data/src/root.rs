@@ -40,6 +40,11 @@ impl Root {
         Self { folder: folder_of(file).to_owned(), reach }
     }
 
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Where the image of `record` is said to be; the path is not looked at.
     pub fn image_ref(&self, record: &Record) -> ImageRef {
         if record.image.is_empty() {
@@ -133,7 +138,7 @@ mod tests {
         let closed = Root::of(&at("set/r.jsonl"), Reach::Folder);
         let open = Root::of(&at("set/r.jsonl"), Reach::Anywhere);
         for good in ["in.png", "deep/inner.png", "absolute-inner.png"] {
-            assert_eq!(closed.open(&record(good)).unwrap().width, 3, "{good}");
+            assert_eq!(closed.open(&record(good)).unwrap().width(), 3, "{good}");
         }
         let absolute = at("out.png").display().to_string();
         for (bad, why) in [
@@ -145,7 +150,7 @@ mod tests {
         ] {
             let e = closed.open(&record(bad)).unwrap_err().to_string();
             assert!(e.contains(why) && e.contains("data.outside") && e.contains("a7"), "{bad}: {e}");
-            assert_eq!(open.open(&record(bad)).unwrap().width, 3, "{bad}");
+            assert_eq!(open.open(&record(bad)).unwrap().width(), 3, "{bad}");
         }
         // The same through a record file, which names the line of a path that leaves by itself.
         let line = |image: &str| format!("{}\n", serde_json::to_string(&record(image)).unwrap());
@@ -155,7 +160,7 @@ mod tests {
         std::fs::write(at("set/r.jsonl"), line("../out.png")).unwrap();
         assert!(RecordFile::load(&at("set/r.jsonl")).unwrap_err().to_string().contains("r.jsonl:1"));
         let file = RecordFile::load_with(&at("set/r.jsonl"), Reach::Anywhere).unwrap();
-        assert_eq!(file.open_image(&file.records[0]).unwrap().height, 2);
+        assert_eq!(file.open_image(&file.records[0]).unwrap().height(), 2);
     }
 
     #[test]

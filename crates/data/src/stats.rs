@@ -119,7 +119,7 @@ mod tests {
         let path = dir.path().join("r.jsonl");
         let text = r#"{"id":"a","image_size":[100,50],"category":"x","boxes":[[0,0,10,25],[0,0,20,5]],"labels":["p","q"],"split":"train"}
 {"id":"b","image_size":[100,50],"category":"x","boxes":[[0,0,30,10]],"split":"test","modality":"ct"}
-{"id":"c","image":"gone.png","category":"x","split":"test","source":"s"}
+{"id":"c","image":"gone.png","category":"x","boxes":[],"split":"test","source":"s"}
 {"id":"d","image_size":[7,5],"answer":"yes","task":"vqa","split":"test","source":"s"}"#;
         std::fs::write(&path, text).unwrap();
         let s = stats(&RecordFile::load(&path).unwrap());

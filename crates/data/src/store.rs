@@ -2,6 +2,7 @@
 //!
 //! Must not know: records, model families, tch, tonic. An [`Image`] is always 8-bit RGB; what was grey stays grey in all channels.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
@@ -14,7 +15,7 @@ pub const MAX_SIDE: u32 = 16_384;
 /// Largest image that is decoded, in pixels (width times height).
 pub const MAX_PIXELS: u64 = 64 << 20;
 /// Largest encoded file that is read, in bytes.
-pub const MAX_FILE: u64 = 256 << 20;
+pub const MAX_FILE: u64 = unveil_core::limits::IMAGE;
 
 /// Why an image could not be had. Every message names the image and the cause.
 #[derive(Debug, thiserror::Error)]
@@ -53,21 +54,44 @@ pub enum ImageError {
     },
 }
 
-/// An 8-bit RGB image, row-major, three bytes a pixel.
+/// An 8-bit RGB image, row-major, three bytes a pixel. It always holds as many bytes as its size asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// Width in pixels.
-    pub width: u32,
-    /// Height in pixels.
-    pub height: u32,
-    /// `width * height * 3` bytes.
-    pub rgb: Vec<u8>,
+    width: u32,
+    height: u32,
+    rgb: Vec<u8>,
 }
 
 impl Image {
     /// A black image.
     pub fn new(width: u32, height: u32) -> Self {
         Self { width, height, rgb: vec![0; width as usize * height as usize * 3] }
+    }
+
+    /// An image of these bytes; none where they are not `width * height * 3`.
+    pub fn from_rgb(width: u32, height: u32, rgb: Vec<u8>) -> Option<Self> {
+        let bytes = (width as usize).checked_mul(height as usize)?.checked_mul(3)?;
+        (rgb.len() == bytes).then_some(Self { width, height, rgb })
+    }
+
+    /// Width in pixels.
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// `width * height * 3` bytes.
+    pub fn rgb(&self) -> &[u8] {
+        &self.rgb
+    }
+
+    /// The same bytes, to be changed.
+    pub fn rgb_mut(&mut self) -> &mut [u8] {
+        &mut self.rgb
     }
 
     /// The pixel at column `x`, row `y`; panics outside the image.
@@ -119,11 +143,14 @@ pub fn image_size(path: &Path) -> Result<(u32, u32), ImageError> {
 pub fn read_file(path: &Path) -> Result<Vec<u8>, ImageError> {
     let name = || path.display().to_string();
     let io = |cause| ImageError::Io { name: name(), cause };
-    let len = std::fs::metadata(path).map_err(io)?.len();
+    let mut file = crate::files::open_regular(path).map_err(io)?;
+    let len = file.metadata().map_err(io)?.len();
     if len > MAX_FILE {
         return Err(ImageError::TooLarge { name: name(), what: format!("{len} bytes"), limit: MAX_FILE });
     }
-    std::fs::read(path).map_err(io)
+    let mut bytes = Vec::with_capacity(len as usize);
+    file.read_to_end(&mut bytes).map_err(io)?;
+    Ok(bytes)
 }
 
 /// BLAKE3 hash of encoded image bytes: the image's name in the store and on the wire.
@@ -219,6 +246,14 @@ mod tests {
             let png = i.to_png().unwrap();
             assert_eq!(png, i.to_png().unwrap());
             assert_eq!(Image::decode(&png, "x").unwrap(), i);
+        }
+    }
+
+    #[test]
+    fn an_image_holds_what_its_size_says() {
+        assert_eq!(Image::from_rgb(3, 2, vec![0; 18]), Some(Image::new(3, 2)));
+        for (width, height, bytes) in [(3, 2, 17), (3, 2, 19), (9, 9, 9 * 9 * 2), (0, 4, 1), (u32::MAX, u32::MAX, 0)] {
+            assert_eq!(Image::from_rgb(width, height, vec![0; bytes]), None, "{width} x {height} of {bytes}");
         }
     }
 

@@ -162,8 +162,8 @@ fn job() -> Job {
     let listed: Vec<Value> = images
         .iter()
         .map(|(file, image)| {
-            std::fs::write(root.join(file), &image.rgb).unwrap();
-            json!({"file": file, "width": image.width, "height": image.height})
+            std::fs::write(root.join(file), image.rgb()).unwrap();
+            json!({"file": file, "width": image.width(), "height": image.height()})
         })
         .collect();
     let rules: Vec<[u64; 5]> = (0..6000)
@@ -217,7 +217,7 @@ fn images(job: &Job) {
     for item in job.out["images"].as_array().unwrap() {
         let (name, file) = (item["processor"].as_str().unwrap(), item["file"].as_str().unwrap());
         let image = &job.images.iter().find(|(f, _)| f == file).unwrap().1;
-        let what = format!("{name}, {} x {}", image.width, image.height);
+        let what = format!("{name}, {} x {}", image.width(), image.height());
         let ours = ImageProcessor::load(&job.dir.path().join(name)).unwrap();
         let made = ours.process(image).unwrap();
         assert_eq!(made.grid_thw.to_vec(), list::<Vec<usize>>(&item["grid"]), "{what}");
@@ -225,7 +225,8 @@ fn images(job: &Job) {
         assert_eq!(made.resized, list::<(u32, u32)>(&item["resized"]), "{what}");
 
         let filter = ours.config().filter;
-        let resized = resize(image, made.resized.0, made.resized.1, filter).rgb;
+        let resized = resize(image, made.resized.0, made.resized.1, filter);
+        let resized = resized.rgb();
         let theirs = std::fs::read(job.dir.path().join(format!("{name}-{file}.resized"))).unwrap();
         assert_eq!(resized.len(), theirs.len(), "{what}");
         let off = resized.iter().zip(&theirs).filter(|(a, b)| a != b).count();

@@ -3,6 +3,7 @@
 Usage: images.py DIR. Reads DIR/job.json ({"seed"}), writes files, NAME.rgb beside those with a reference, and DIR/out.json.
 """
 
+import io
 import json
 import os
 import struct
@@ -11,6 +12,7 @@ import zlib
 
 import numpy as np
 from PIL import Image, ImageSequence
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
@@ -79,6 +81,28 @@ def rasters():
     for kind in ("gif", "tiff", "webp", "bmp"):
         rgb.save(path("other." + kind))
     Image.new("L", (20000, 20)).save(path("long.png"))
+
+
+def cut_short():
+    """JPEG files cut at several places, whole ones among them, and whether Pillow reads them."""
+    a = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    verdicts = {}
+    for form, options in {"base": {}, "420": {"subsampling": 2}, "progressive": {"progressive": True}}.items():
+        picture(f"whole-{form}.jpg", Image.fromarray(a), quality=90, **options)
+        with open(path(f"whole-{form}.jpg"), "rb") as f:
+            whole = f.read()
+        for end in (0, 1, 2, 3, 20, len(whole) // 4, len(whole) // 2, *rng.integers(1, len(whole) - 30, 12).tolist()):
+            name = f"cut-{form}-{end}.jpg"
+            with open(path(name), "wb") as f:
+                f.write(whole[: len(whole) - end])
+            try:
+                with Image.open(path(name)) as image:
+                    image.convert("RGB")
+                verdicts[name] = True
+            except (OSError, SyntaxError):
+                verdicts[name] = False
+    with open(path("cut.json"), "w", encoding="utf-8") as f:
+        json.dump(verdicts, f)
 
 
 def chunk(kind, data):
@@ -151,7 +175,10 @@ def shown(ds, array):
             low, high = -(2.0 ** (ds.BitsStored - 1)), 2.0 ** (ds.BitsStored - 1) - 1
         slope, intercept = float(ds.get("RescaleSlope", 1)), float(ds.get("RescaleIntercept", 0))
         low, high = sorted((low * slope + intercept, high * slope + intercept))
-        values = apply_voi_lut(values, ds, index=0).astype(np.float64)
+        values = apply_voi_lut(values, ds, index=0, prefer_lut=False).astype(np.float64)
+    elif "VOILUTSequence" in ds:
+        low, high = 0, 2 ** ds.VOILUTSequence[0].LUTDescriptor[2] - 1
+        values = apply_voi_lut(values.astype(np.int64), ds).astype(np.float64)
     else:
         low, high = values.min(), values.max()
     share = np.clip((values - low) / (high - low), 0, 1)
@@ -163,6 +190,132 @@ def shown(ds, array):
 def grey(name, array, stored=None, **elements):
     ds = dicom(name, array, **elements)
     reference(name, shown(ds, array if stored is None else stored))
+
+
+def again(name, source, change, pixels=None):
+    """A file made of another one's bytes, that pydicom reads like these pixels."""
+    with open(path(source), "rb") as f:
+        data = f.read()
+    with open(path(name), "wb") as f:
+        f.write(change(data))
+    if pixels is not None:
+        reference(name, pixels)
+        return
+    ds = dcmread(path(name), force=True)
+    if "TransferSyntaxUID" not in ds.file_meta:
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if ds.original_encoding[0] else ExplicitVRLittleEndian
+    reference(name, shown(ds, pixel_array(ds)))
+
+
+def without_group_length(data):
+    """The file without the length of its file meta group."""
+    assert data[132:140] == b"\x02\0\0\0UL\x04\0"
+    return data[:132] + data[144:]
+
+
+def relabelled(data, old, new):
+    """The file with another transfer syntax named, whatever it is written in."""
+    old, new = [uid.encode() + b"\0" * (len(uid) % 2) for uid in (old, new)]
+    at = data.index(b"\x02\0\x10\0UI") + 6
+    assert data[at + 2 : at + 2 + len(old)] == old
+    return data[:at] + struct.pack("<H", len(new)) + new + data[at + 2 + len(old) :]
+
+
+def broken_headers(u12, s16):
+    """Files as scanners and exports leave them, without or with wrong headers."""
+    grey("whole.dcm", u12, BitsStored=12)
+    grey("whole_implicit.dcm", s16, syntax=ImplicitVRLittleEndian)
+    for source in ("whole", "whole_implicit"):
+        again(f"{source}_no_length.dcm", f"{source}.dcm", without_group_length)
+        again(f"{source}_wrong_length.dcm", f"{source}.dcm", lambda d: d[:140] + b"\x99\0\0\0" + d[144:])
+        again(f"{source}_huge_length.dcm", f"{source}.dcm", lambda d: d[:140] + b"\xff\xff\xff\xff" + d[144:])
+        again(f"{source}_no_preamble.dcm", f"{source}.dcm", lambda d: d[132:])
+        again(f"{source}_bare.dcm", f"{source}.dcm", lambda d: d[144 + struct.unpack("<I", d[140:144])[0] :])
+    again("explicit_labelled_implicit.dcm", "whole.dcm", lambda d: relabelled(d, ExplicitVRLittleEndian, ImplicitVRLittleEndian))
+    again("implicit_labelled_explicit.dcm", "whole_implicit.dcm", lambda d: relabelled(d, ImplicitVRLittleEndian, ExplicitVRLittleEndian))
+
+
+def tables(u8, u12, s16):
+    """Tables of interest: of several depths and lengths, beginning below and above 0, also behind a window and inverted."""
+
+    def table(bits, first, entries, vr="US"):
+        item = Dataset()
+        item.add_new(0x00283002, vr, [len(entries) % 65536, first, bits])
+        item.add_new(0x00283006, "OW", np.asarray(entries, "<u2").tobytes())
+        return {"VOILUTSequence": Sequence([item, item])}
+
+    falling = np.linspace(4095, 0, 4096).astype("u2")
+    grey("table12.dcm", u12, BitsStored=12, **table(12, 0, falling))
+    grey("table_late.dcm", u12, BitsStored=12, **table(10, 1000, rng.integers(0, 1024, 2000)))
+    grey("table16.dcm", u12, BitsStored=12, **table(16, 0, rng.integers(0, 65536, 4096)))
+    grey("table_signed.dcm", s16, **table(14, -20000, rng.integers(0, 16384, 40000), vr="SS"))
+    grey("table_whole.dcm", random(0, 65536, "<u2"), **table(12, 0, rng.integers(0, 4096, 65536)))
+    grey("table8.dcm", u8, **table(8, 0, rng.integers(0, 256, 256)))
+    grey("table_inverted.dcm", u12, BitsStored=12, PhotometricInterpretation="MONOCHROME1", **table(12, 0, falling))
+    grey("table_implicit.dcm", u12, syntax=ImplicitVRLittleEndian, BitsStored=12, **table(12, 0, falling))
+    grey("table_rescaled.dcm", u12, BitsStored=12, RescaleSlope="2", RescaleIntercept="-1000", **table(11, 500, rng.integers(0, 2048, 5000)))
+    grey("table_and_window.dcm", u12, BitsStored=12, WindowCenter=600, WindowWidth=900, **table(12, 0, falling))
+    # pydicom counts entries of 8 bits modulo 256; the standard's rule by hand. Once a word for each entry, once two in a word.
+    entries = rng.integers(0, 256, 4096).astype("u1")
+    for name, data in (("table8_long.dcm", entries.astype("<u2").tobytes()), ("table8_packed.dcm", entries.tobytes())):
+        item = Dataset()
+        item.add_new(0x00283002, "US", [4096, 0, 8])
+        item.add_new(0x00283006, "OW", data)
+        dicom(name, u12, BitsStored=12, VOILUTSequence=Sequence([item]))
+        reference(name, np.repeat(entries[u12][..., None], 3, -1))
+    dicom("table_short.dcm", u12, BitsStored=12, **table(12, 0, falling[:50]))
+    again("table_short.dcm", "table_short.dcm", lambda d: d.replace(b"US\x06\0\x32\0", b"US\x06\0\x99\0"), pixels=u8[:1, :1].repeat(3).reshape(1, 1, 3))
+    out.pop()
+
+
+def streams(u8, u12, s16, a):
+    """JPEG whose markers and header disagree about colour, and JPEG 2000."""
+
+    def stream(image, kind, **options):
+        with io.BytesIO() as f:
+            image.save(f, kind, **options)
+            return f.getvalue()
+
+    ycc = stream(Image.fromarray(a), "JPEG", quality=95, subsampling=0)
+    rgb = stream(Image.fromarray(a), "JPEG", quality=95, subsampling=0, keep_rgb=True)
+    assert b"JFIF" in ycc and b"JFIF" not in rgb
+    for name, data, photometric in (
+        ("jfif_labelled_rgb.dcm", ycc, "RGB"),
+        ("jfif_labelled_422.dcm", ycc, "YBR_FULL_422"),
+        ("rgb_labelled_rgb.dcm", rgb, "RGB"),
+        ("rgb_labelled_ybr.dcm", rgb, "YBR_FULL"),
+    ):
+        dicom(name, a, syntax=JPEGBaseline8Bit, fragments=[data], PhotometricInterpretation=photometric)
+        with Image.open(io.BytesIO(data)) as back:
+            reference(name, np.asarray(back.convert("RGB")))
+    ds = dcmread(path("jfif_labelled_rgb.dcm"))
+    assert np.abs(pixel_array(ds).astype(int) - a).max() < 12, "pydicom takes the stream's word"
+    for end in (2, 20, len(ycc) // 2):
+        dicom(f"cut_jpeg_{end if end < 99 else 'half'}.dcm", a, syntax=JPEGBaseline8Bit, fragments=[ycc[: len(ycc) - end]])
+
+    def j2k(name, array, data, **elements):
+        ds = dicom(name, array, syntax=JPEG2000Lossless, fragments=[data], **elements)
+        pixels = pixel_array(ds)
+        reference(name, shown(ds, pixels) if array.ndim == 2 else pixels)
+
+    grey8, grey16 = stream(Image.fromarray(u8), "JPEG2000", no_jp2=True), stream(Image.fromarray(u12), "JPEG2000", no_jp2=True)
+    j2k("j2k8.dcm", u8, grey8)
+    j2k("j2k16.dcm", u12, grey16, WindowCenter=600, WindowWidth=900)
+    j2k("j2k_deeper.dcm", u12, grey16, BitsStored=12)
+    j2k("j2k_mono1.dcm", u12, grey16, PhotometricInterpretation="MONOCHROME1")
+    j2k("j2k_boxed.dcm", u8, stream(Image.fromarray(u8), "JPEG2000"))
+    j2k("j2k_tiled.dcm", u8, stream(Image.fromarray(u8), "JPEG2000", no_jp2=True, tile_size=(16, 16)))
+    for name, photometric, options in (
+        ("j2k_rct.dcm", "YBR_RCT", {"irreversible": False, "mct": 1}),
+        ("j2k_ict.dcm", "YBR_ICT", {"irreversible": True, "mct": 1}),
+        ("j2k_rgb.dcm", "RGB", {"irreversible": False, "mct": 0}),
+        ("j2k_ybr.dcm", "YBR_FULL", {"irreversible": False, "mct": 0}),
+    ):
+        j2k(name, a, stream(Image.fromarray(a), "JPEG2000", no_jp2=True, **options), PhotometricInterpretation=photometric)
+    for end in (2, 20, len(grey8) // 2):
+        dicom(f"cut_j2k_{end if end < 99 else 'half'}.dcm", u8, syntax=JPEG2000Lossless, fragments=[grey8[: len(grey8) - end]])
+    dicom("j2k_smaller.dcm", u8[:-1], syntax=JPEG2000Lossless, fragments=[grey8])
+    dicom("j2k_colour.dcm", u8, syntax=JPEG2000Lossless, fragments=[stream(Image.fromarray(a), "JPEG2000", no_jp2=True)], Rows=a.shape[0], Columns=a.shape[1])
 
 
 def random(low, high, dtype, shape=(21, 34)):
@@ -241,7 +394,14 @@ def dicoms():
         with Image.open(path("stream.jpg")) as back:
             pixels = np.asarray(back)
         reference(name, shown(ds, pixels) if pixels.ndim == 2 else pixels)
+    broken_headers(u12, s16)
+    tables(u8, u12, s16)
+    streams(u8, u12, s16, a)
     # Refused ones.
+    odd = random(0, 256, "u1", (9, 9, 3))
+    dicom("odd422.dcm", odd, PhotometricInterpretation="YBR_FULL_422")
+    dicom("odd422_short.dcm", odd, raw=odd.tobytes()[:162], PhotometricInterpretation="YBR_FULL_422")
+    dicom("odd422_even_area.dcm", odd[:8], raw=odd.tobytes()[:144], PhotometricInterpretation="YBR_FULL_422")
     dicom("frames.dcm", u8, NumberOfFrames=12)
     dicom("cut.dcm", u8, raw=u8.tobytes()[:-2])
     dicom("huge.dcm", u8, Rows=65535, Columns=65535)
@@ -260,6 +420,7 @@ def dicoms():
 
 
 rasters()
+cut_short()
 bombs()
 dicoms()
 with open(path("out.json"), "w", encoding="utf-8") as f:

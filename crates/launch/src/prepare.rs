@@ -12,6 +12,9 @@ use unveil_data::{check, import, synth};
 
 use crate::LaunchError;
 
+/// Name of the file in `<run>/data` that says which images an earlier start found whole.
+const IMAGES_FILE: &str = "images.json";
+
 /// Makes the record file if it is not there yet, then refuses data that cannot be trained on.
 pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
     let fail = |e: &dyn std::fmt::Display| LaunchError::Data(e.to_string());
@@ -57,7 +60,11 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
         }
     }
     let file = RecordFile::load_with(&records, Reach::new(config.data.outside)).map_err(|e| fail(&e))?;
-    check::require(&file).map_err(|e| fail(&e))?;
+    let seen = check::require(&file, Some(&config.run_dir().join("data").join(IMAGES_FILE))).map_err(|e| fail(&e))?;
+    note(&format!("data: {} images decoded, {} known to be whole", seen.decoded, seen.known));
+    for slip in &seen.slips {
+        note(&format!("warning: {slip}"));
+    }
     let count = |split: &str| file.records.iter().filter(|r| r.split == split).count();
     let d = &config.data;
     for (key, split) in [("train_split", &d.train_split), ("val_split", &d.val_split), ("test_split", &d.test_split)] {

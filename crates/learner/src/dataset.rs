@@ -154,15 +154,15 @@ impl Dataset {
                 encoded = image.to_png()?.into();
             }
         }
-        record.image_size = Some([image.width, image.height]);
+        record.image_size = Some([image.width(), image.height()]);
         let prepared = self.preparer.prepare(&image, &record.question).map_err(prepare)?;
         let sizes = prepared.image.sizes();
         let target = self.preparer.target_ids(&record, &sizes).map_err(prepare)?;
         let encoded = if with_image { encoded } else { Bytes::new() };
-        let image_hash = with_image.then(|| (encoded.clone(), ContentHash::of(&image.rgb).to_string()));
+        let image_hash = with_image.then(|| (encoded.clone(), ContentHash::of(image.rgb()).to_string()));
         let grid = prepared.image.grid_thw.map(|v| v as i64);
         let input = GroupInput {
-            image_size: (image.width, image.height),
+            image_size: (image.width(), image.height()),
             prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
             merged: prepared.image.merged,
             patches: prepared.image.patches,
@@ -182,11 +182,11 @@ impl Dataset {
     /// would see, and it travels and decodes faster.
     fn shrink(&self, record: &mut Record, image: &mut Image) -> Result<(), unveil_data::prepare::PrepareError> {
         let processor = self.preparer.processor();
-        let (w, h) = processor.resized_size((image.width, image.height))?;
-        if w > image.width || h > image.height || processor.resized_size((w, h))? != (w, h) {
+        let (w, h) = processor.resized_size((image.width(), image.height()))?;
+        if w > image.width() || h > image.height() || processor.resized_size((w, h))? != (w, h) {
             return Ok(());
         }
-        let (sx, sy) = (w as f32 / image.width as f32, h as f32 / image.height as f32);
+        let (sx, sy) = (w as f32 / image.width() as f32, h as f32 / image.height() as f32);
         *image = resize(image, w, h, processor.config().filter);
         record.boxes.iter_mut().for_each(|b| *b = b.scaled(sx, sy));
         Ok(())

@@ -174,7 +174,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.dcm");
         std::fs::write(&path, dicom()).unwrap();
-        let png = Image { width: 2, height: 1, rgb: vec![0, 0, 0, 255, 255, 255] }.to_png().unwrap();
+        let png = Image::from_rgb(2, 1, vec![0, 0, 0, 255, 255, 255]).unwrap().to_png().unwrap();
         let encoded = base64::engine::general_purpose::STANDARD.encode(png);
         let images = ImageFolders::new([dir.path()]);
         assert_eq!(embed(&images, &path), Some(format!("data:image/png;base64,{encoded}")));

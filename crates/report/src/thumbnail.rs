@@ -51,18 +51,18 @@ fn decode(images: &ImageFolders, path: &Path) -> Option<Image> {
 }
 
 fn thumbnail(image: &Image) -> Option<String> {
-    let longest = image.width.max(image.height);
+    let longest = image.width().max(image.height());
     let side = |v: u32| ((u64::from(v) * u64::from(SIDE) / u64::from(longest.max(1))) as u32).max(1);
     let small;
     let image = if longest > SIDE {
-        small = resize(image, side(image.width), side(image.height), Filter::Bilinear);
+        small = resize(image, side(image.width()), side(image.height()), Filter::Bilinear);
         &small
     } else {
         image
     };
     let mut bytes = Vec::new();
     let mut encoder = JpegEncoder::new_with_quality(&mut bytes, QUALITY);
-    encoder.encode(&image.rgb, image.width, image.height, ExtendedColorType::Rgb8).ok()?;
+    encoder.encode(image.rgb(), image.width(), image.height(), ExtendedColorType::Rgb8).ok()?;
     Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(bytes)))
 }
 
@@ -82,6 +82,6 @@ mod tests {
         let uris = t.into_uris();
         let bytes = STANDARD.decode(uris[0].strip_prefix("data:image/jpeg;base64,").unwrap()).unwrap();
         let back = Image::decode(&bytes, "x").unwrap();
-        assert_eq!((uris.len(), back.width, back.height), (1, 320, 106));
+        assert_eq!((uris.len(), back.width(), back.height()), (1, 320, 106));
     }
 }

@@ -130,7 +130,7 @@ fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {
 }
 
 fn parse_line(number: usize, text: &str) -> Result<Line, String> {
-    let mut record: Record = serde_json::from_str(text).map_err(|e| format!("no response record: {e}"))?;
+    let mut record = Record::parse(text).map_err(|e| e.to_string())?;
     if record.id.trim().is_empty() {
         return Err("the record has no id".to_owned());
     }

@@ -108,7 +108,7 @@ impl<'a> Loaded<'a> {
             .preparer
             .prepare(&image, question)
             .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
-        Ok(text::group_input(&record.id, Some(ContentHash::of(&image.rgb)), prepared))
+        Ok(text::group_input(&record.id, Some(ContentHash::of(image.rgb())), prepared))
     }
 
     /// The vision relevance as `[reward.vision_relevance]` has it; none where it is not defined (no true box, the whole image, a record
@@ -260,7 +260,7 @@ fn read_responses(path: &Path, reach: Reach, preparer: &Preparer, answers: bool)
             continue;
         }
         let bad = |what: String| RolloutError::Line { path: path.to_owned(), line: number + 1, what };
-        let mut record: Record = serde_json::from_str(&text).map_err(|e| bad(format!("not a record: {e}")))?;
+        let mut record = Record::parse(&text).map_err(|e| bad(e.to_string()))?;
         if record.id.trim().is_empty() {
             return Err(bad("the record's `id` is empty".to_owned()));
         }

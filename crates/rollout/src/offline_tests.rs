@@ -140,7 +140,7 @@ fn bad_lines_are_named() {
         (with(0, json!({"tokens": "x"})), "`tokens`"),
         (with(0, json!({"tokens": [1], "index": -1})), "`index`"),
         (with(0, json!({"tokens": [1], "image": "../x.png"})), "leaves the folder"),
-        (json!({"image": "r0.png", "tokens": [1]}), "not a record"),
+        (json!({"image": "r0.png", "tokens": [1]}), "missing field `id`"),
     ] {
         let text = place.score(&[with(0, json!({"response": "x"})), line], 1.0).unwrap_err().to_string();
         assert!(text.contains("responses.jsonl:2:") && text.contains(what), "{text}");

@@ -44,7 +44,7 @@ pub use tonic::service::{Routes, RoutesBuilder};
 pub use tracing;
 
 /// Largest message that is sent or taken by default, in bytes (64 MiB).
-pub const MESSAGE_LIMIT: usize = 64 << 20;
+pub const MESSAGE_LIMIT: usize = unveil_core::limits::MESSAGE;
 
 /// Bytes of one stream that may be under way unread (HTTP/2 flow control, RFC 9113 section 5.2). The default of 64 KiB stops a
 /// sender of weights every few microseconds.

@@ -1,4 +1,5 @@
-//! The part of a DICOM file that images are made of: some elements of the main data set, and where the pixels lie.
+//! The part of a DICOM file that images are made of: some elements of the main data set, its first table of interest, and where the
+//! pixels lie. Names of patients and the like are never decoded.
 //!
 //! The parser of dicom-rs reads lazily here: a length is checked against the file before a value is read, and nesting is checked
 //! before the parser goes on, because it trusts both.
@@ -6,23 +7,23 @@
 use std::collections::BTreeMap;
 use std::io::Cursor;
 
-use dicom_core::{PrimitiveValue, Tag};
+use dicom_core::{PrimitiveValue, Tag, VR};
 use dicom_dictionary_std::tags;
 use dicom_encoding::{Endianness, TransferSyntax, TransferSyntaxIndex};
 use dicom_parser::StatefulDecode;
 use dicom_parser::dataset::LazyDataToken;
 use dicom_parser::dataset::lazy_read::LazyDataSetReader;
-use dicom_transfer_syntax_registry::{TransferSyntaxRegistry, entries::EXPLICIT_VR_LITTLE_ENDIAN};
+use dicom_transfer_syntax_registry::TransferSyntaxRegistry;
+use dicom_transfer_syntax_registry::entries::{EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN};
 
-use super::{Fault, fail};
+use super::{Fault, fail, header};
 
-/// Bytes of the preamble and the magic word behind it.
-const PREAMBLE: usize = 132;
 /// Longest value that is read, in bytes; those that images need are a few words.
 const VALUE_LIMIT: u32 = 4096;
+/// Longest table that is read, in bytes: 65,536 entries of 16 bits.
+const TABLE_LIMIT: u32 = 2 << 16;
 
-const WANTED: [Tag; 16] = [
-    tags::TRANSFER_SYNTAX_UID,
+const WANTED: [Tag; 15] = [
     tags::ROWS,
     tags::COLUMNS,
     tags::NUMBER_OF_FRAMES,
@@ -40,9 +41,13 @@ const WANTED: [Tag; 16] = [
     tags::VOILUT_FUNCTION,
 ];
 
-/// Whether a file says that it is DICOM.
-pub(super) fn is_dicom(bytes: &[u8]) -> bool {
-    bytes.get(PREAMBLE - 4..PREAMBLE).is_some_and(|magic| magic == b"DICM")
+/// The table of interest as it stands in the file: its descriptor and its entries.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct RawTable<'a> {
+    pub descriptor: &'a [u8],
+    pub entries: &'a [u8],
+    /// The descriptor is said to hold a signed number (VR SS).
+    pub signed: bool,
 }
 
 /// Where the pixels lie.
@@ -63,6 +68,8 @@ pub(super) struct DataSet<'a> {
     values: BTreeMap<Tag, PrimitiveValue>,
     /// Sequences of the main data set, by tag.
     sequences: Vec<Tag>,
+    /// Of the first item of the VOI LUT sequence.
+    pub table: RawTable<'a>,
     /// The pixels.
     pub pixels: Pixels<'a>,
     /// Values of pixels have their high byte first.
@@ -74,22 +81,20 @@ pub(super) struct DataSet<'a> {
 impl<'a> DataSet<'a> {
     /// Reads a file up to its pixels.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, Fault> {
-        let rest = bytes.get(PREAMBLE..).unwrap_or_default();
-        // File meta group, always in this syntax: its first element says how long it is.
-        let length = match rest.get(..12) {
-            Some([0x02, 0, 0, 0, b'U', b'L', 4, 0, a, b, c, d]) => u32::from_le_bytes([*a, *b, *c, *d]) as usize,
-            _ => return Err(fail("its file meta group does not begin with its length")),
-        };
-        let meta = rest[12..].get(..length).ok_or_else(|| fail("it ends within its file meta group"))?;
-        let meta = Self::read_set(meta, &EXPLICIT_VR_LITTLE_ENDIAN.erased())?;
-        let uid = meta.text(tags::TRANSFER_SYNTAX_UID).ok_or_else(|| fail("it names no transfer syntax"))?;
+        let header = header::read(bytes)?;
         let syntax = TransferSyntaxRegistry
-            .get(&uid)
+            .get(header.syntax)
             .filter(|s| !s.name().contains("Deflate"))
-            .ok_or_else(|| Fault::Decode(format!("its transfer syntax {uid} is not supported")))?;
-        let mut out = Self::read_set(&rest[12 + length..], syntax)?;
-        out.big_endian = syntax.endianness() == Endianness::Big;
-        out.syntax = uid;
+            .ok_or_else(|| Fault::Decode(format!("its transfer syntax {} is not supported", header.syntax)))?;
+        // What the data set is written in may differ from what the header says: the first element shows it.
+        let written = match (header.explicit, syntax.endianness()) {
+            (false, _) => &IMPLICIT_VR_LITTLE_ENDIAN.erased(),
+            (true, Endianness::Big) => syntax,
+            (true, _) => &EXPLICIT_VR_LITTLE_ENDIAN.erased(),
+        };
+        let mut out = Self::read_set(header.rest, written)?;
+        out.big_endian = written.endianness() == Endianness::Big;
+        out.syntax = header.syntax.to_owned();
         Ok(out)
     }
 
@@ -99,6 +104,8 @@ impl<'a> DataSet<'a> {
         // Open levels: true for an item, false for a sequence.
         let mut open: Vec<bool> = Vec::new();
         let mut fragments: Option<Vec<&[u8]>> = None;
+        // Items of the VOI LUT sequence that were begun; none outside of it.
+        let mut tables: Option<usize> = None;
         let inside = |start: u64, len: u32| {
             let start = usize::try_from(start).ok()?;
             bytes.get(start..start.checked_add(len as usize)?)
@@ -113,6 +120,7 @@ impl<'a> DataSet<'a> {
                 LazyDataToken::SequenceStart { tag, .. } => {
                     if open.is_empty() {
                         out.sequences.push(tag);
+                        tables = (tag == tags::VOILUT_SEQUENCE).then_some(0);
                     }
                     open.push(false);
                 }
@@ -127,6 +135,7 @@ impl<'a> DataSet<'a> {
                         return Err(fail("an item lies outside of a sequence"));
                     }
                     open.push(true);
+                    tables = tables.map(|n| n + usize::from(open.len() == 2));
                     if let Some(list) = fragments.as_mut().filter(|_| open.len() == 2) {
                         list.push(&[]);
                     }
@@ -150,6 +159,9 @@ impl<'a> DataSet<'a> {
                     let len = header.len.0;
                     let value = inside(decoder.position(), len).ok_or_else(cut)?;
                     if !open.is_empty() {
+                        if tables == Some(1) && open.len() == 2 && len <= TABLE_LIMIT {
+                            out.table.note(header.tag, header.vr, value);
+                        }
                         decoder.skip_bytes(len).map_err(fail)?;
                     } else if header.tag == tags::PIXEL_DATA {
                         out.pixels = Pixels::Native(value);
@@ -168,6 +180,11 @@ impl<'a> DataSet<'a> {
             return Err(fail("it ends within its pixels"));
         }
         Ok(out)
+    }
+
+    /// A 16-bit word of the data set.
+    pub(super) fn word(&self, bytes: [u8; 2]) -> u16 {
+        if self.big_endian { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) }
     }
 
     /// Whether the main data set has this sequence.
@@ -210,5 +227,15 @@ impl<'a> DataSet<'a> {
         }
         let value = self.values.get(&tag).map(read).transpose();
         value.map_err(|_| Fault::Decode(format!("its {name} is {:?}, no number", self.text(tag).unwrap_or_default())))
+    }
+}
+
+impl<'a> RawTable<'a> {
+    fn note(&mut self, tag: Tag, vr: VR, value: &'a [u8]) {
+        match tag {
+            tags::LUT_DESCRIPTOR => (self.descriptor, self.signed) = (value, vr == VR::SS),
+            tags::LUT_DATA => self.entries = value,
+            _ => {}
+        }
     }
 }

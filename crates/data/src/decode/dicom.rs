@@ -1,21 +1,21 @@
-//! DICOM images: one frame, grey or colour, uncompressed, RLE, JPEG baseline or JPEG lossless.
+//! DICOM images: one frame, grey or colour, uncompressed, RLE, JPEG baseline, JPEG lossless or JPEG 2000.
 //!
 //! Grey goes through rescale slope and intercept and the file's first window (linear, linear exact or sigmoid); without a window of
-//! positive width, the values that occur span black to white. MONOCHROME1 is inverted. Lookup tables are not applied: a modality
-//! table is refused, a table of interest (VOI) stands behind the window.
+//! positive width, through its first table of interest (VOI); without either, the values that occur span black to white. MONOCHROME1 is
+//! inverted. A modality table is refused.
 
 use dicom_dictionary_std::tags;
-use jpeg_decoder::{ColorTransform, PixelFormat};
-
 use super::dataset::{DataSet, Pixels};
-use super::voi::{Display, Function, Window};
-use super::{Fault, check_size, fail};
+use super::voi::{Display, Function, Shown, Table, Window};
+use super::{Fault, check_size, fail, j2k, jpeg, rle};
 use crate::store::Image;
 
 const RLE: &str = "1.2.840.10008.1.2.5";
 /// Baseline, extended (8 bits), lossless, lossless with first-order prediction.
 const JPEG: [&str; 4] =
     ["1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"];
+/// Lossless, and of either kind.
+const JPEG_2000: [&str; 2] = ["1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91"];
 
 /// Width and height from the header.
 pub(super) fn size(bytes: &[u8]) -> Result<(u32, u32), Fault> {
@@ -25,6 +25,13 @@ pub(super) fn size(bytes: &[u8]) -> Result<(u32, u32), Fault> {
 
 fn need(set: &DataSet, tag: dicom_core::Tag, name: &str) -> Result<u32, Fault> {
     set.number(tag, name)?.ok_or_else(|| Fault::Decode(format!("it has no {name}")))
+}
+
+/// All samples of a frame, pixel by pixel; colour as RGB.
+struct Samples {
+    values: Vec<u16>,
+    /// Bits of a sample, where the coded stream says so.
+    bits: Option<u32>,
 }
 
 /// How the pixels are laid out.
@@ -55,15 +62,18 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Image, Fault> {
     let (width, height) = (layout.width, layout.height);
     let grey = layout.samples == 1;
     let display = if grey { Some(display(&set, &layout)?) } else { None };
-    let raw = samples(&set, &layout)?;
+    let Samples { values, bits } = samples(&set, &layout)?;
     let rgb = match display {
-        Some((display, shift)) => {
-            let raw: Vec<u16> = raw.into_iter().map(|v| v >> shift).collect();
-            display.levels(&raw).into_iter().flat_map(|v| [v; 3]).collect()
+        Some((mut display, shift)) => {
+            // A stream of its own knows its bits, and has them at the low end.
+            display.bits = display.bits.max(bits.unwrap_or(0));
+            let shift = if bits.is_some() { 0 } else { shift };
+            let values: Vec<u16> = values.into_iter().map(|v| v >> shift).collect();
+            display.levels(&values).into_iter().flat_map(|v| [v; 3]).collect()
         }
-        None => raw.into_iter().map(|v| v as u8).collect(),
+        None => values.into_iter().map(|v| v as u8).collect(),
     };
-    Ok(Image { width, height, rgb })
+    Image::from_rgb(width, height, rgb).ok_or_else(|| fail("it does not hold as many pixels as its header says"))
 }
 
 fn layout(set: &DataSet) -> Result<Layout, Fault> {
@@ -80,12 +90,14 @@ fn layout(set: &DataSet) -> Result<Layout, Fault> {
     let photometric = set.text(tags::PHOTOMETRIC_INTERPRETATION).unwrap_or_default();
     let samples = set.number(tags::SAMPLES_PER_PIXEL, "SamplesPerPixel")?.unwrap_or(1);
     let bits = need(set, tags::BITS_ALLOCATED, "BitsAllocated")?;
+    let in_stream = JPEG_2000.contains(&set.syntax.as_str());
     match (photometric.as_str(), samples, bits) {
         ("MONOCHROME1" | "MONOCHROME2", 1, 8 | 16) | ("RGB" | "YBR_FULL" | "YBR_FULL_422", 3, 8) => {}
+        ("YBR_RCT" | "YBR_ICT", 3, 8) if in_stream => {}
         _ => {
             return Err(Fault::Decode(format!(
                 "its pixels are {photometric:?} of {samples} x {bits} bits; supported are MONOCHROME1 and MONOCHROME2 of 8 or 16 bits, \
-                 RGB, YBR_FULL and YBR_FULL_422 of 3 x 8 bits"
+                 RGB, YBR_FULL and YBR_FULL_422 of 3 x 8 bits, YBR_RCT and YBR_ICT in JPEG 2000"
             )));
         }
     }
@@ -111,6 +123,7 @@ fn display(set: &DataSet, layout: &Layout) -> Result<(Display, u32), Fault> {
     let centre = set.real(tags::WINDOW_CENTER, "WindowCenter")?;
     let width = set.real(tags::WINDOW_WIDTH, "WindowWidth")?;
     let window = centre.zip(width).map(|(centre, width)| Window { centre, width, function });
+    let signed = set.number(tags::PIXEL_REPRESENTATION, "PixelRepresentation")? == Some(1);
     let slope = set.real(tags::RESCALE_SLOPE, "RescaleSlope")?.unwrap_or(1.0);
     let intercept = set.real(tags::RESCALE_INTERCEPT, "RescaleIntercept")?.unwrap_or(0.0);
     if !(slope.is_finite() && intercept.is_finite()) {
@@ -118,16 +131,43 @@ fn display(set: &DataSet, layout: &Layout) -> Result<(Display, u32), Fault> {
     }
     let display = Display {
         bits,
-        signed: set.number(tags::PIXEL_REPRESENTATION, "PixelRepresentation")? == Some(1),
+        signed,
         rescale: (slope, intercept),
-        window: window.filter(|w| w.width > 0.0 && w.width.is_finite() && w.centre.is_finite()),
+        shown: match window.filter(|w| w.width > 0.0 && w.width.is_finite() && w.centre.is_finite()) {
+            Some(window) => Shown::Window(window),
+            None => table(set, signed)?.map_or(Shown::Range, Shown::Table),
+        },
         inverted: layout.photometric == "MONOCHROME1",
     };
     Ok((display, high + 1 - bits))
 }
 
-/// All samples, pixel by pixel; colour as RGB.
-fn samples(set: &DataSet, layout: &Layout) -> Result<Vec<u16>, Fault> {
+/// The first table of interest; none where there is none.
+fn table(set: &DataSet, signed: bool) -> Result<Option<Table>, Fault> {
+    if !set.has_sequence(tags::VOILUT_SEQUENCE) || set.table.descriptor.is_empty() && set.table.entries.is_empty() {
+        return Ok(None);
+    }
+    let words = |bytes: &[u8]| bytes.chunks_exact(2).map(|b| set.word([b[0], b[1]])).collect::<Vec<u16>>();
+    let (count, first, bits) = match words(set.table.descriptor)[..] {
+        [count, first, bits @ 8..=16] => (if count == 0 { 1 << 16 } else { usize::from(count) }, first, bits),
+        _ => return Err(fail("the descriptor of its table of interest (VOI LUT) is not three numbers, the last 8 to 16")),
+    };
+    let mut entries = words(set.table.entries);
+    if entries.len() < count && bits == 8 {
+        // Two entries in a word, the first in its low byte.
+        entries = entries.iter().flat_map(|w| w.to_le_bytes()).map(u16::from).collect();
+    }
+    if entries.len() < count {
+        let n = entries.len();
+        return Err(Fault::Decode(format!("its table of interest (VOI LUT) has {n} entries, its descriptor says {count}")));
+    }
+    entries.truncate(count);
+    let first = if signed || set.table.signed { i32::from(first as i16) } else { i32::from(first) };
+    Ok(Some(Table { first, bits: u32::from(bits), entries }))
+}
+
+fn samples(set: &DataSet, layout: &Layout) -> Result<Samples, Fault> {
+    let plain = |values| Ok(Samples { values, bits: None });
     let colour = |interleaved: Vec<u8>| match layout.photometric.as_str() {
         "RGB" => interleaved.into_iter().map(u16::from).collect(),
         _ => interleaved.chunks_exact(3).flat_map(|p| ybr(p[0], p[1], p[2])).map(u16::from).collect(),
@@ -136,15 +176,20 @@ fn samples(set: &DataSet, layout: &Layout) -> Result<Vec<u16>, Fault> {
         Pixels::None => Err(fail("it has no pixels")),
         Pixels::Native(bytes) => {
             let n = layout.pixels();
+            if layout.is_422() && !layout.width.is_multiple_of(2) {
+                let width = layout.width;
+                return Err(Fault::Decode(format!(
+                    "its pixels are YBR_FULL_422, two of a row to a chroma, but it has {width} columns, which is odd"
+                )));
+            }
             let expected = if layout.is_422() { n * 2 } else { n * layout.samples * layout.bytes_per_sample };
             let bytes = bytes.get(..expected).ok_or_else(|| {
                 let (w, h) = (layout.width, layout.height);
                 Fault::Decode(format!("{w} x {h} pixels need {expected} bytes, it holds {}", bytes.len()))
             })?;
-            Ok(match (layout.samples, layout.bytes_per_sample) {
+            plain(match (layout.samples, layout.bytes_per_sample) {
                 (1, 1) => bytes.iter().map(|v| u16::from(*v)).collect(),
-                (1, _) if set.big_endian => bytes.chunks_exact(2).map(|b| u16::from_be_bytes([b[0], b[1]])).collect(),
-                (1, _) => bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect(),
+                (1, _) => bytes.chunks_exact(2).map(|b| set.word([b[0], b[1]])).collect(),
                 _ if layout.is_422() => {
                     colour(bytes.chunks_exact(4).flat_map(|p| [p[0], p[2], p[3], p[1], p[2], p[3]]).collect())
                 }
@@ -153,17 +198,30 @@ fn samples(set: &DataSet, layout: &Layout) -> Result<Vec<u16>, Fault> {
             })
         }
         Pixels::Fragments(fragments) if set.syntax == RLE => {
-            let planes = rle(&fragments.concat(), layout)?;
+            let planes = rle::planes(&fragments.concat(), layout.samples * layout.bytes_per_sample, layout.pixels())?;
             let planes: Vec<&[u8]> = planes.iter().map(Vec::as_slice).collect();
-            Ok(match planes[..] {
+            plain(match planes[..] {
                 [only] => only.iter().map(|v| u16::from(*v)).collect(),
                 [high, low] => high.iter().zip(low).map(|(h, l)| u16::from_be_bytes([*h, *l])).collect(),
                 _ => colour(interleave(&planes)),
             })
         }
-        Pixels::Fragments(fragments) if JPEG.contains(&set.syntax.as_str()) => jpeg(&fragments.concat(), layout),
+        Pixels::Fragments(fragments) if JPEG.contains(&set.syntax.as_str()) => {
+            let size = (layout.width, layout.height);
+            plain(jpeg::decode(&fragments.concat(), size, layout.samples, &layout.photometric)?)
+        }
+        Pixels::Fragments(fragments) if JPEG_2000.contains(&set.syntax.as_str()) => {
+            let (size, most) = ((layout.width, layout.height), 8 * layout.bytes_per_sample as u32);
+            let frame = j2k::decode(&fragments.concat(), size, layout.samples, most)?;
+            // The decoder undoes the transforms of the stream: what is left is what was put in.
+            let values = match layout.photometric.as_str() {
+                "YBR_FULL" | "YBR_FULL_422" => colour(frame.values.into_iter().map(|v| v as u8).collect()),
+                _ => frame.values,
+            };
+            Ok(Samples { values, bits: Some(frame.bits) })
+        }
         Pixels::Fragments(_) => Err(Fault::Decode(format!(
-            "its transfer syntax {} is not supported; uncompressed, RLE, JPEG baseline and JPEG lossless are",
+            "its transfer syntax {} is not supported; uncompressed, RLE, JPEG baseline, JPEG lossless and JPEG 2000 are",
             set.syntax
         ))),
     }
@@ -176,72 +234,4 @@ fn interleave(planes: &[&[u8]]) -> Vec<u8> {
 fn ybr(y: u8, cb: u8, cr: u8) -> [u8; 3] {
     let (y, cb, cr) = (f32::from(y), f32::from(cb) - 128.0, f32::from(cr) - 128.0);
     [y + 1.402 * cr, y - 0.344_136 * cb - 0.714_136 * cr, y + 1.772 * cb].map(|v| v.round().clamp(0.0, 255.0) as u8)
-}
-
-/// Byte planes of a run-length coded frame (DICOM PS3.5 annex G): samples in order, of each the high byte first.
-fn rle(frame: &[u8], layout: &Layout) -> Result<Vec<Vec<u8>>, Fault> {
-    let bad = || fail("its RLE segments do not fit");
-    let word = |i: usize| {
-        let bytes = frame.get(i * 4..i * 4 + 4).ok_or_else(bad)?;
-        Ok::<usize, Fault>(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize)
-    };
-    let (planes, n) = (layout.samples * layout.bytes_per_sample, layout.pixels());
-    // Two bytes make 128 at most: what cannot be filled is not allocated.
-    if word(0)? != planes || frame.len().saturating_mul(64) < planes * n {
-        return Err(bad());
-    }
-    let plane = |i: usize| {
-        let end = if i + 1 < planes { word(i + 2)? } else { frame.len() };
-        let mut rest = frame.get(word(i + 1)?..end).ok_or_else(bad)?;
-        let mut out = Vec::with_capacity(n);
-        while out.len() < n {
-            let (count, tail) = rest.split_first().ok_or_else(bad)?;
-            rest = match *count as i8 {
-                -128 => tail,
-                run @ ..0 => {
-                    let (value, tail) = tail.split_first().ok_or_else(bad)?;
-                    out.resize(out.len() + 1 + usize::from(run.unsigned_abs()), *value);
-                    tail
-                }
-                literal => {
-                    let (values, tail) = tail.split_at_checked(literal as usize + 1).ok_or_else(bad)?;
-                    out.extend_from_slice(values);
-                    tail
-                }
-            };
-        }
-        out.truncate(n);
-        Ok(out)
-    };
-    (0..planes).map(plane).collect()
-}
-
-/// A JPEG stream of the size that the header claims.
-fn jpeg(stream: &[u8], layout: &Layout) -> Result<Vec<u16>, Fault> {
-    let mut decoder = jpeg_decoder::Decoder::new(stream);
-    decoder.read_info().map_err(fail)?;
-    let info = decoder.info().ok_or_else(|| fail("its JPEG stream has no header"))?;
-    let size = (u32::from(info.width), u32::from(info.height));
-    if size != (layout.width, layout.height) {
-        let (w, h) = (layout.width, layout.height);
-        return Err(Fault::Decode(format!(
-            "its JPEG stream is of {} x {} pixels, its header says {w} x {h}",
-            size.0, size.1
-        )));
-    }
-    match (info.pixel_format, layout.samples) {
-        (PixelFormat::L8 | PixelFormat::L16, 1) => {}
-        (PixelFormat::RGB24, 3) => decoder.set_color_transform(match layout.photometric.as_str() {
-            "RGB" => ColorTransform::RGB,
-            _ => ColorTransform::YCbCr,
-        }),
-        (other, n) => {
-            return Err(Fault::Decode(format!("its JPEG stream is {other:?}, its header says {n} samples a pixel")));
-        }
-    }
-    let bytes = decoder.decode().map_err(fail)?;
-    Ok(match info.pixel_format {
-        PixelFormat::L16 => bytes.chunks_exact(2).map(|b| u16::from_ne_bytes([b[0], b[1]])).collect(),
-        _ => bytes.into_iter().map(u16::from).collect(),
-    })
 }

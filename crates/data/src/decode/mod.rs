@@ -8,7 +8,11 @@
 
 mod dataset;
 mod dicom;
+mod header;
+mod j2k;
+mod jpeg;
 mod raster;
+mod rle;
 mod voi;
 
 use crate::store::{Image, ImageError, MAX_PIXELS, MAX_SIDE};
@@ -38,13 +42,13 @@ fn fail<E: std::fmt::Display>(cause: E) -> Fault {
 
 /// Decodes an image; `name` appears in errors.
 pub(crate) fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
-    let made = if dataset::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
+    let made = if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
     made.map_err(|fault| fault.named(name))
 }
 
 /// Width and height from the header alone.
 pub(crate) fn size(bytes: &[u8], name: &str) -> Result<(u32, u32), ImageError> {
-    let found = if dataset::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
+    let found = if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
     found.map_err(|fault| fault.named(name))
 }
 

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::{Fault, check_size, fail};
+use super::{Fault, check_size, fail, jpeg};
 use crate::store::Image;
 
 /// Bytes that a decoder may take beside the pixels: rows in work, a colour profile.
@@ -15,8 +15,15 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Image, Fault> {
     let decoder = open(bytes)?;
     let (width, height) = decoder.dimensions();
     check_size(width, height)?;
+    if is_jpeg(bytes) {
+        jpeg::walk(bytes)?;
+    }
     let rgb = DynamicImage::from_decoder(decoder).map_err(fail)?.into_rgb8().into_raw();
-    Ok(Image { width, height, rgb })
+    Image::from_rgb(width, height, rgb).ok_or_else(|| fail("it does not hold as many pixels as its header says"))
+}
+
+fn is_jpeg(bytes: &[u8]) -> bool {
+    image::guess_format(bytes).is_ok_and(|f| f == ImageFormat::Jpeg)
 }
 
 /// Width and height from the header.

@@ -36,8 +36,8 @@ pub(super) fn look(items: &[Item]) -> (HashMap<PathBuf, Seen>, BTreeMap<PathBuf,
                     let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
                     match looked {
                         Ok((image, _)) => {
-                            let size = (image.width, image.height);
-                            out.0.insert((*path).to_owned(), Seen { size, pixels: ContentHash::of(&image.rgb) });
+                            let size = (image.width(), image.height());
+                            out.0.insert((*path).to_owned(), Seen { size, pixels: ContentHash::of(image.rgb()) });
                         }
                         Err(e) => {
                             out.1.insert((*path).to_owned(), e);
@@ -58,8 +58,8 @@ fn open(path: &Path, window: Option<(f32, f32)>) -> Result<(Image, bool), ImageE
     let Some((low, high)) = window.filter(|_| is_png16(&bytes)) else { return Ok((image, false)) };
     let deep =
         image::load_from_memory(&bytes).map_err(|e| ImageError::Decode { name, cause: e.to_string() })?.into_luma16();
-    let mut shown = Image::new(image.width, image.height);
-    for (pixel, value) in shown.rgb.chunks_exact_mut(3).zip(deep.iter()) {
+    let mut shown = Image::new(image.width(), image.height());
+    for (pixel, value) in shown.rgb_mut().chunks_exact_mut(3).zip(deep.iter()) {
         let share = (f32::from(*value) - HOUNSFIELD_ZERO - low) / (high - low).max(1.0);
         pixel.fill((share.clamp(0.0, 1.0) * 255.0).round() as u8);
     }

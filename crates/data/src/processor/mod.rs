@@ -89,13 +89,8 @@ impl ImageProcessor {
 
     /// Resizes, normalises and cuts an image.
     pub fn process(&self, image: &Image) -> Result<Processed, PrepareError> {
-        let original = (image.width, image.height);
+        let original = (image.width(), image.height());
         let merged = self.merged_grid(original)?;
-        let expected = image.width as usize * image.height as usize * 3;
-        if image.rgb.len() != expected {
-            let what = format!("holds {} bytes instead of {expected}", image.rgb.len());
-            return Err(PrepareError::Size { width: image.width, height: image.height, what });
-        }
         let f = self.config.factor();
         let resized = (merged.cols as u32 * f, merged.rows as u32 * f);
         let patches = if resized == original {
@@ -122,8 +117,8 @@ impl ImageProcessor {
 
     fn cut(&self, image: &Image, merged: Grid) -> Vec<f32> {
         let (p, t, m) = self.sides();
-        let stride = image.width as usize * 3;
-        let mut out = Vec::with_capacity(image.rgb.len() * t);
+        let stride = image.width() as usize * 3;
+        let mut out = Vec::with_capacity(image.rgb().len() * t);
         for cell in 0..merged.tokens() {
             let (row, col) = (cell / merged.cols * m, cell % merged.cols * m);
             for inner in 0..m * m {
@@ -131,7 +126,7 @@ impl ImageProcessor {
                 for (c, levels) in self.levels.iter().enumerate() {
                     let start = out.len();
                     for y in top..top + p {
-                        let line = &image.rgb[y * stride + left * 3..][..p * 3];
+                        let line = &image.rgb()[y * stride + left * 3..][..p * 3];
                         out.extend(line.iter().skip(c).step_by(3).map(|v| levels[usize::from(*v)]));
                     }
                     for _ in 1..t {

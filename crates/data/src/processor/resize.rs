@@ -94,20 +94,20 @@ impl Taps {
 /// Resizes to `width` x `height` pixels (both at least 1); the identity, without a rounding, along an axis that keeps its length.
 pub fn resize(image: &Image, width: u32, height: u32, filter: Filter) -> Image {
     let mut out = image.clone();
-    if width != image.width {
+    if width != image.width() {
         out = columns(&out, width as usize, filter);
     }
-    if height != image.height {
+    if height != image.height() {
         out = rows(&out, height as usize, filter);
     }
     out
 }
 
 fn columns(image: &Image, width: usize, filter: Filter) -> Image {
-    let taps = Taps::new(image.width as usize, width, filter);
-    let mut out = Image::new(width as u32, image.height);
-    let lines = image.rgb.chunks_exact(image.width as usize * 3);
-    for (line, target) in lines.zip(out.rgb.chunks_exact_mut(width * 3)) {
+    let taps = Taps::new(image.width() as usize, width, filter);
+    let mut out = Image::new(width as u32, image.height());
+    let lines = image.rgb().chunks_exact(image.width() as usize * 3);
+    for (line, target) in lines.zip(out.rgb_mut().chunks_exact_mut(width * 3)) {
         for (i, pixel) in target.chunks_exact_mut(3).enumerate() {
             let (first, weights) = taps.at(i);
             let mut sum = [taps.half(); 3];
@@ -123,14 +123,14 @@ fn columns(image: &Image, width: usize, filter: Filter) -> Image {
 }
 
 fn rows(image: &Image, height: usize, filter: Filter) -> Image {
-    let taps = Taps::new(image.height as usize, height, filter);
-    let stride = image.width as usize * 3;
-    let mut out = Image::new(image.width, height as u32);
+    let taps = Taps::new(image.height() as usize, height, filter);
+    let stride = image.width() as usize * 3;
+    let mut out = Image::new(image.width(), height as u32);
     let mut sums = vec![0i32; stride];
-    for (i, target) in out.rgb.chunks_exact_mut(stride).enumerate() {
+    for (i, target) in out.rgb_mut().chunks_exact_mut(stride).enumerate() {
         let (first, weights) = taps.at(i);
         sums.fill(taps.half());
-        for (w, line) in weights.iter().zip(image.rgb[first * stride..].chunks_exact(stride)) {
+        for (w, line) in weights.iter().zip(image.rgb()[first * stride..].chunks_exact(stride)) {
             for (s, p) in sums.iter_mut().zip(line) {
                 *s += w * i32::from(*p);
             }
@@ -149,7 +149,7 @@ mod tests {
     fn noise(w: u32, h: u32) -> Image {
         let mut i = Image::new(w, h);
         let mut s = 7u32;
-        for b in &mut i.rgb {
+        for b in i.rgb_mut() {
             s = s.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             *b = (s >> 24) as u8;
         }
@@ -166,10 +166,10 @@ mod tests {
     fn a_flat_image_stays_flat() {
         for v in [0u8, 1, 77, 254, 255] {
             let mut i = Image::new(13, 29);
-            i.rgb.fill(v);
+            i.rgb_mut().fill(v);
             for filter in [Filter::Bicubic, Filter::Bilinear] {
                 for (w, h) in [(1, 1), (7, 5), (40, 64), (13, 60)] {
-                    assert!(resize(&i, w, h, filter).rgb.iter().all(|p| *p == v));
+                    assert!(resize(&i, w, h, filter).rgb().iter().all(|p| *p == v));
                 }
             }
         }
@@ -178,6 +178,6 @@ mod tests {
     #[test]
     fn a_single_pixel_fills_the_image() {
         let out = resize(&noise(1, 1), 16, 32, Filter::Bicubic);
-        assert!(out.rgb.chunks_exact(3).all(|p| p == &noise(1, 1).rgb[..]));
+        assert!(out.rgb().chunks_exact(3).all(|p| p == &noise(1, 1).rgb()[..]));
     }
 }

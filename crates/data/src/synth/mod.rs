@@ -204,7 +204,7 @@ pub fn sample(spec: &SynthSpec, index: usize) -> Result<Sample, SynthError> {
 
 fn develop(canvas: &Canvas, grain: &[f32]) -> Image {
     let mut image = Image::new(canvas.n as u32, canvas.n as u32);
-    for ((out, px), g) in image.rgb.chunks_exact_mut(3).zip(&canvas.px).zip(grain) {
+    for ((out, px), g) in image.rgb_mut().chunks_exact_mut(3).zip(&canvas.px).zip(grain) {
         for (o, v) in out.iter_mut().zip(px) {
             *o = ((v + g).clamp(0.0, 1.0) * 255.0 + 0.5) as u8;
         }

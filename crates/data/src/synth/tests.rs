@@ -63,7 +63,7 @@ fn drawing_keeps_the_plan_and_boxes_are_the_masks_bounds() {
             }
         }
         // Nothing outside the masks is touched.
-        for (k, (p, q)) in x.image.rgb.chunks_exact(3).zip(x.clean.rgb.chunks_exact(3)).enumerate() {
+        for (k, (p, q)) in x.image.rgb().chunks_exact(3).zip(x.clean.rgb().chunks_exact(3)).enumerate() {
             assert!(any[k] || p == q, "record {i}: pixel {k} outside the mask differs");
         }
     }
@@ -80,7 +80,7 @@ fn lesions_are_visible() {
         for m in &x.masks {
             let (mut sum, mut k) = (0.0, 0);
             for (j, _) in m.inside.iter().enumerate().filter(|(_, on)| **on) {
-                let d = (0..3).map(|ch| x.image.rgb[3 * j + ch].abs_diff(x.clean.rgb[3 * j + ch])).max().unwrap();
+                let d = (0..3).map(|ch| x.image.rgb()[3 * j + ch].abs_diff(x.clean.rgb()[3 * j + ch])).max().unwrap();
                 sum += f64::from(d);
                 k += 1;
             }
@@ -122,7 +122,7 @@ fn other_sizes_scale() {
         let s = SynthSpec { size, ..spec(0, 1) };
         for i in 0..10 {
             let x = sample(&s, i).unwrap();
-            assert_eq!(x.image.width, size);
+            assert_eq!(x.image.width(), size);
             for b in &x.boxes {
                 let side = (b.x2 - b.x1) / size as f32 * 96.0;
                 assert!((12.0..=42.0).contains(&side), "{side}");

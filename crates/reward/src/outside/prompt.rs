@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        serde_json::from_str(r#"{"id":"x","question":"What?","category":"nodule"}"#).unwrap()
+        serde_json::from_str(r#"{"id":"x","question":"What?","category":"nodule","boxes":[]}"#).unwrap()
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl Set {
     /// Writes an image of this size; `tone` tells its pixels from those of others.
     pub(super) fn image(&self, name: &str, (w, h): (u32, u32), tone: u8) -> &Self {
         let mut image = Image::new(w, h);
-        image.rgb.iter_mut().enumerate().for_each(|(i, v)| *v = tone.wrapping_mul(31).wrapping_add(i as u8));
+        image.rgb_mut().iter_mut().enumerate().for_each(|(i, v)| *v = tone.wrapping_mul(31).wrapping_add(i as u8));
         self.write(name, image.to_png().unwrap())
     }
 
@@ -59,7 +59,7 @@ impl Set {
     pub(super) fn import(&self, format: Format, options: &ImportOptions) -> (ImportReport, BTreeMap<String, Record>) {
         let report = self.try_import(format, options).unwrap();
         let file = RecordFile::load(&self.out()).unwrap();
-        crate::check::require(&file).unwrap();
+        crate::check::require(&file, None).unwrap();
         assert_eq!(report.records, file.records.len());
         assert_eq!(report.boxes, file.records.iter().map(|r| r.boxes.len()).sum::<usize>());
         (report, file.records.into_iter().map(|r| (r.id.clone(), r)).collect())

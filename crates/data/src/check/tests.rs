@@ -1,0 +1,201 @@
+//! Tests of the checks.
+
+use super::*;
+use crate::records::RecordFile;
+use crate::root::Reach;
+use crate::store::Image;
+use crate::synth::{RECORDS_FILE, SynthSpec, generate};
+
+#[test]
+fn synthetic_data_is_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    generate(&SynthSpec::new(40, 5), dir.path(), |_, _| {}).unwrap();
+    let path = dir.path().join(RECORDS_FILE);
+    let clean = Checked { findings: vec![], records: 40, images: 40 };
+    assert_eq!(check_file(&path, Reach::Folder, false).unwrap(), clean);
+    let required = require(&RecordFile::load(&path).unwrap(), None).unwrap();
+    assert_eq!(required, Required { decoded: 40, ..Required::default() });
+}
+
+#[test]
+fn equal_pixels_and_likeness_across_splits() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = generate(&SynthSpec::new(3, 5), dir.path(), |_, _| {}).unwrap();
+    let image = crate::root::Root::of(&dir.path().join(RECORDS_FILE), Reach::Folder).open(&records[0]).unwrap();
+    let mut brighter = image.clone();
+    brighter.rgb_mut().iter_mut().for_each(|v| *v = v.saturating_add(2));
+    std::fs::write(dir.path().join("a.png"), image.to_png().unwrap()).unwrap();
+    std::fs::write(dir.path().join("b.png"), brighter.to_png().unwrap()).unwrap();
+    // The same pixels as colour, in other bytes.
+    let colour = image::RgbImage::from_raw(image.width(), image.height(), image.rgb().to_vec()).unwrap();
+    colour.save(dir.path().join("c.png")).unwrap();
+    let line = |name: &str, split: &str| {
+        format!(r#"{{"id":"{name}","image":"{name}.png","question":"q","split":"{split}"}}"#)
+    };
+    let path = dir.path().join("r.jsonl");
+    std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
+    let told = |near: bool| {
+        let list = check_file(&path, Reach::Folder, near).unwrap().findings;
+        list.into_iter().map(|f| format!("{} {}", f.id, f.what)).collect::<Vec<_>>()
+    };
+    let equal = "c its image is also that of \"a\" in split \"train\"";
+    assert_eq!(told(false), [equal]);
+    assert_eq!(told(true), ["b its image looks like that of \"a\" in split \"train\"", equal]);
+}
+
+#[test]
+fn every_fault_is_found_with_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let png = Image::new(20, 10).to_png().unwrap();
+    std::fs::write(dir.path().join("a.png"), &png).unwrap();
+    std::fs::write(dir.path().join("cut.png"), &png[..png.len() / 2]).unwrap();
+    let ok = r#""question":"q","split":"train""#;
+    let lines = [
+        format!(r#"{{"id":"a","image":"a.png","category":"x","boxes":[[0,0,5,5]],{ok}}}"#),
+        format!(r#"{{"image":"a.png",{ok}}}"#),
+        format!(r#"{{"id":"a","image":"a.png",{ok}}}"#),
+        format!(r#"{{"id":"out","image":"a.png","category":"x","boxes":[[0,0,25,5],[3,3,3,9]],{ok}}}"#),
+        format!(r#"{{"id":"gone","image":"gone.png",{ok}}}"#),
+        format!(r#"{{"id":"cut","image":"cut.png",{ok}}}"#),
+        format!(r#"{{"id":"size","image":"a.png","image_size":[10,10],{ok}}}"#),
+        format!(r#"{{"id":"nocat","image":"a.png","boxes":[[0,0,5,5]],{ok}}}"#),
+        format!(r#"{{"id":"labels","image":"a.png","category":"x","boxes":[[0,0,5,5]],"labels":["x","y"],{ok}}}"#),
+        format!(r#"{{"id":"up","image":"../a.png",{ok}}}"#),
+        format!(r#"{{"id":"bare",{ok}}}"#),
+        r#"{"id":"soft","image":"a.png","category":"x","boxes":[[0,0,20,10]],"split":"test","patient":"7"}"#
+            .to_owned(),
+        format!(r#"{{"id":"url","image":"s3://b/k.png","patient":"7",{ok}}}"#),
+        format!(r#"{{"id":"text","image":"a.png","task":"vqa",{ok}}}"#),
+        format!(r#"{{"id":"also","image":"gone.png",{ok}}}"#),
+        format!(r#"{{"id":"typo","image":"a.png","category":"x","bboxes":[[0,0,5,5]],{ok}}}"#),
+        format!(r#"{{"id":"absent","image":"a.png","category":"x","boxes":null,{ok}}}"#),
+        format!(r#"{{"id":"slip","image":"a.png","patient_id":"7",{ok}}}"#),
+        format!(r#"{{"id":"slips","image":"a.png","patient_id":"7","image_path":"b.png",{ok}}}"#),
+        format!(r#"{{"id":"kind","image":"a.png","task":"vga",{ok}}}"#),
+        format!(r#"{{"id":"talk","image":"a.png","task":"dialogue","turns":[{{"question":"q","answer":"a"}}],{ok}}}"#),
+        format!(r#"{{"id":"long","image":"a.png","note":"{}",{ok}}}"#, "x".repeat(limits::RECORD)),
+    ];
+    let path = dir.path().join("r.jsonl");
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    let found = check_file(&path, Reach::Folder, false).unwrap().findings;
+    let say: Vec<String> = found
+        .iter()
+        .map(|f| format!("{} {} {:?} {}", f.file.rsplit(':').next().unwrap(), f.id, f.severity, f.what))
+        .collect();
+    let want = [
+        ("2  Error", "missing field `id`"),
+        ("3 a Error", "already on line 1"),
+        ("4 out Error", "box 0 [0.0, 0.0, 25.0, 5.0] lies outside the image"),
+        ("4 out Error", "box 1 [3.0, 3.0, 3.0, 9.0] has no area"),
+        ("5 gone Error", "gone.png"),
+        ("6 cut Error", "cut.png: cannot be decoded"),
+        ("7 size Error", "image_size says 10 x 10, the image has 20 x 10"),
+        ("8 nocat Error", "category is empty"),
+        ("9 labels Error", "2 labels for 1 boxes"),
+        ("10 up Error", "leaves the folder"),
+        ("11 bare Error", "neither `image` nor `image_size`"),
+        ("12 soft Warning", "also that of \"a\" in split \"train\""),
+        ("12 soft Warning", "whole image"),
+        ("12 soft Warning", "question is empty"),
+        ("13 url Warning", "not checked"),
+        ("13 url Warning", "patient \"7\" is also in split \"test\""),
+        ("14 text Error", "no answer"),
+        ("15 also Error", "gone.png of record \"also\""),
+        ("16 typo Error", "`bboxes`, which is not read"),
+        ("17 absent Error", "has no `boxes`"),
+        ("18 slip Warning", "`patient_id` is kept, but not read (2 records have it): did you mean `patient`?"),
+        ("19 slips Warning", "`image_path` is kept, but not read: did you mean `image`?"),
+        ("20 kind Error", "`vga` is no task: use grounding, vqa, choice, caption, report or dialogue"),
+        ("22 long Error", "rollout workers are sent records of 16777216 at most"),
+    ];
+    assert_eq!(say.len(), want.len(), "{say:#?}");
+    for (s, (head, tail)) in say.iter().zip(want) {
+        assert!(s.starts_with(head) && s.contains(tail), "{s}");
+    }
+    std::fs::write(&path, format!("{}\n{}\n{}", lines[0], lines[4], lines[5])).unwrap();
+    let e = require(&RecordFile::load(&path).unwrap(), None).unwrap_err().to_string();
+    assert!(e.contains("r.jsonl:2: record \"gone\"") && e.contains("and 1 more"), "{e}");
+}
+
+/// Numbers and texts are the same patients; the leak is told either way.
+#[test]
+fn a_patient_is_told_by_number_or_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.jsonl");
+    let line = |id: &str, patient: &str, split: &str| {
+        format!(r#"{{"id":"{id}","image_size":[9,9],"question":"q","patient":{patient},"split":"{split}"}}"#)
+    };
+    for (train, test) in [("7", "7"), ("\"7\"", "\"7\""), ("7", "\"7\""), ("7.0", "7"), ("-3", "\" -3 \"")] {
+        std::fs::write(&path, [line("a", train, "train"), line("b", test, "test")].join("\n")).unwrap();
+        let found = check_file(&path, Reach::Folder, false).unwrap().findings;
+        assert!(matches!(&found[..], [f] if f.id == "b" && f.what.contains("also in split \"train\"")), "{found:?}");
+    }
+    std::fs::write(&path, [line("a", "7", "train"), line("b", "70", "test"), line("c", "null", "val")].join("\n")).unwrap();
+    assert_eq!(check_file(&path, Reach::Folder, false).unwrap().findings, []);
+}
+
+/// Writes four images and a record file that shows the first one twice.
+fn five(dir: &Path) -> RecordFile {
+    let mut lines = Vec::new();
+    for (i, name) in ["a", "b", "c", "d", "a"].iter().enumerate() {
+        std::fs::write(dir.join(format!("{name}.png")), Image::new(20, 10).to_png().unwrap()).unwrap();
+        lines.push(format!(r#"{{"id":"{i}","image":"{name}.png","question":"q","split":"train"}}"#));
+    }
+    std::fs::write(dir.join("r.jsonl"), lines.join("\n")).unwrap();
+    RecordFile::load(&dir.join("r.jsonl")).unwrap()
+}
+
+#[test]
+fn a_second_start_decodes_nothing_and_a_changed_image_is_looked_at_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, memory) = (five(dir.path()), dir.path().join("run/data/images.json"));
+    let counts = || require(&file, Some(&memory)).map(|r| (r.decoded, r.known));
+    assert_eq!((counts(), counts()), (Ok((4, 0)), Ok((0, 4))));
+    // As long and as old as before, and damaged: only the time of the change itself tells it.
+    let path = dir.path().join("b.png");
+    let (mut bytes, old) = (std::fs::read(&path).unwrap(), std::fs::metadata(&path).unwrap().modified().unwrap());
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0xff;
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::File::options().append(true).open(&path).unwrap().set_modified(old).unwrap();
+    let e = counts().unwrap_err();
+    assert!(e.first.id == "1" && e.first.what.contains("b.png") && e.more == 0, "{e}");
+    // What was whole is remembered all the same, and what was not is looked at until it is.
+    assert!(counts().is_err());
+    std::fs::write(&path, Image::new(20, 10).to_png().unwrap()).unwrap();
+    assert_eq!(counts(), Ok((1, 3)));
+    std::fs::remove_file(dir.path().join("d.png")).unwrap();
+    assert!(counts().unwrap_err().first.what.contains("d.png"));
+    std::fs::write(dir.path().join("d.png"), Image::new(20, 10).to_png().unwrap()).unwrap();
+    // Whoever asks without a memory, or with one that is cut short, has everything looked at.
+    assert_eq!(require(&file, None).unwrap().decoded, 4);
+    std::fs::write(&memory, &std::fs::read(&memory).unwrap()[..40]).unwrap();
+    assert_eq!(counts(), Ok((4, 0)));
+    assert_eq!(check_file(&file.path, Reach::Folder, false).unwrap().images, 4);
+}
+
+#[test]
+fn sizes_that_are_remembered_are_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, memory) = (five(dir.path()), dir.path().join("images.json"));
+    require(&file, Some(&memory)).unwrap();
+    let mut other = file.clone();
+    other.records[2].boxes = vec![[0.0, 0.0, 30.0, 5.0].into()];
+    other.records[2].category = "x".into();
+    let e = require(&other, Some(&memory)).unwrap_err();
+    assert!(e.first.id == "2" && e.first.what.contains("outside"), "{e}");
+}
+
+#[test]
+fn a_fifo_is_no_image_and_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = five(dir.path());
+    std::fs::remove_file(dir.path().join("c.png")).unwrap();
+    nix::unistd::mkfifo(&dir.path().join("c.png"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let e = require(&file, Some(&dir.path().join("images.json"))).unwrap_err();
+    assert!(e.first.id == "2" && e.first.what.contains("c.png") && e.first.what.contains("FIFO"), "{e}");
+    let records = dir.path().join("fifo.jsonl");
+    nix::unistd::mkfifo(&records, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let e = check_file(&records, Reach::Folder, false).unwrap_err().to_string();
+    assert!(e.contains("fifo.jsonl") && e.contains("FIFO"), "{e}");
+}
