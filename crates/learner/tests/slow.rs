@@ -150,8 +150,6 @@ fn a_worker_whose_engine_stands_still_loses_its_groups_to_another() {
     let (mut worker, mut other) = (None, None);
     run(&small, |at| {
         other = Some(runtime.spawn(stuck(at, over.clone())));
-        let channel = runtime.block_on(unveil_service::connect(&at.to_string(), SOON)).unwrap();
-        drop(channel);
         std::thread::sleep(Duration::from_millis(300));
         worker = Some(work(&small.config, small.model(), at, Duration::ZERO));
     });

@@ -87,10 +87,12 @@ impl Shared {
                 }
                 state.machine.expire(now);
                 let again = !state.machine.answered(ask.worker, ask.call).is_empty();
-                let most = match () {
-                    () if again => ask.max,
-                    () if state.checksums.is_empty() => 0,
-                    () => state.share(ask.worker, ask.max, self.fixed, now),
+                let most = if again {
+                    ask.max
+                } else if state.checksums.is_empty() {
+                    0
+                } else {
+                    state.share(ask.worker, ask.max, self.fixed, now)
                 };
                 let whole = again || self.all_prepared(&mut state, ask.worker, most);
                 let end = if whole { until } else { until_prepared };

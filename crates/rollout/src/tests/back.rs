@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use unveil_proto::v1;
 use unveil_service::CancellationToken;
 
 use super::{Damage, Fake, Stage, answer, stage, weights};
@@ -155,14 +154,19 @@ async fn when_it_submits() {
     stage.fake.with(|s| {
         s.weights.0 = 9;
         s.foreign.1 = 4;
-        s.leases = (0..4).map(|k| answer(&[k], 8)).collect();
     });
     let fake = stage.fake.clone();
     let report = beside(&stage, async move {
-        until(&fake, |s| s.foreign.1 == 0).await;
+        for k in 0.. {
+            fake.with(|s| s.leases.push_back(answer(&[k % 20], 8)));
+            until(&fake, |s| s.leases.is_empty()).await;
+            if fake.with(|s| s.foreign.1 == 0) {
+                break;
+            }
+        }
         fake.with(|s| {
             s.weights = (8, weights(2));
-            s.leases.push_back(v1::LeaseResponse { version: 8, ..answer(&[4], 8) });
+            s.leases.push_back(answer(&[21], 8));
         });
         until(&fake, |s| !s.submitted.is_empty()).await;
     })
