@@ -14,6 +14,8 @@ const MAY_CHANGE: &[&str] = &[
     "rollout.workers",
     "rollout.threads",
     "rollout.lease_s",
+    "rollout.stall_s",
+    "rollout.patience_s",
     "rollout.memory_gib",
     "rollout.max_rows",
     "rollout.groups_per_lease",

@@ -262,6 +262,21 @@ mod tests {
     }
 
     #[test]
+    fn times_of_leases_are_checked_and_scoring_is_no_stall() {
+        let c = with("", &[], &[]).unwrap();
+        assert_eq!((c.rollout.lease_s, c.rollout.stall_s, c.rollout.patience_s), (60.0, 300.0, 60.0));
+        for key in ["lease_s", "stall_s", "patience_s"] {
+            for bad in ["0", "-1", "inf", "nan", "1e9"] {
+                let m = with("", &[], &[&format!("rollout.{key}={bad}")]).unwrap_err().to_string();
+                assert!(m.contains(&format!("rollout.{key} is")) && m.contains("seconds"), "{key}={bad}: {m}");
+            }
+        }
+        let m = with("", &[], &["reward.deadline_s=40", "rollout.stall_s=40"]).unwrap_err().to_string();
+        assert!(m.contains("rollout.stall_s is 40") && m.contains("reward.deadline_s (40)"), "{m}");
+        with("", &[], &["reward.deadline_s=40", "rollout.stall_s=41", "rollout.lease_s=0.1"]).unwrap();
+    }
+
+    #[test]
     fn errors_name_the_key() {
         let e = |t: &str, s: &[&str]| with(t, &[], s).unwrap_err().to_string();
         let m = e("[learner]\nclip_hihg = 0.3", &[]);

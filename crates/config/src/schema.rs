@@ -329,9 +329,14 @@ pub struct Rollout {
     /// Weight versions that a trajectory's oldest token may be behind the learner; 0 = strictly on-policy: batch after batch, and
     /// the same result whatever the timing. Above 0, rollout goes on while the learner trains, and weights change under it.
     pub max_staleness: u64,
-    /// Seconds until an unfinished lease goes to another worker. A worker holds the next lease while it generates one, so it
-    /// should last for two.
+    /// Seconds until a lease goes to another worker that its worker's heartbeat does not renew. Heartbeats renew it for as long as
+    /// the work goes on, so it need not last for the work.
     pub lease_s: f64,
+    /// Seconds without a decode step, an arriving part of weights or of an image, or a scored group after which a worker's groups go
+    /// to others, though it lives. Above `reward.deadline_s`, and longer than the prefill of a whole lease takes.
+    pub stall_s: f64,
+    /// Seconds that a worker waits for a learner that cannot be reached before it gives up.
+    pub patience_s: f64,
     /// Threads of each rollout worker (0 = all cores).
     pub threads: usize,
     /// Rollout workers that `train` starts.
@@ -375,6 +380,8 @@ impl Default for Rollout {
             groups_per_lease: 16,
             max_staleness: 0,
             lease_s: 60.0,
+            stall_s: 300.0,
+            patience_s: 60.0,
             threads: 0,
             workers: 1,
             max_rows: 256,

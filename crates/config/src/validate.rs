@@ -13,6 +13,8 @@ use crate::schema::{Config, DataKind, Optimizer};
 
 /// Versions that rollout may lag at most: far more than the ratios of a clipped objective can correct for.
 const MOST_STALE: u64 = 1000;
+/// Longest time that a lease, a stall or a wait may be given, in seconds (three years).
+const MOST_SECONDS: f64 = 1e8;
 
 /// Every fault of a configuration; empty when it can run.
 pub(crate) fn faults(c: &Config) -> Vec<String> {
@@ -75,7 +77,20 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     need(c.rollout.max_new_tokens > 0, "rollout.max_new_tokens is 0".into());
     need(c.rollout.groups_per_lease > 0, "rollout.groups_per_lease is 0".into());
     need(c.rollout.workers > 0, "rollout.workers is 0: stage 2 needs a rollout worker".into());
-    need(c.rollout.lease_s > 0.0, "rollout.lease_s must be above 0".into());
+    let r = &c.rollout;
+    for (key, seconds) in [("lease_s", r.lease_s), ("stall_s", r.stall_s), ("patience_s", r.patience_s)] {
+        need(
+            seconds > 0.0 && seconds <= MOST_SECONDS,
+            format!("rollout.{key} is {seconds}: use a number of seconds above 0 up to {MOST_SECONDS}"),
+        );
+    }
+    need(
+        r.stall_s > c.reward.deadline_s,
+        format!(
+            "rollout.stall_s is {}: a group stands still while it is scored, so it must be above reward.deadline_s ({})",
+            r.stall_s, c.reward.deadline_s
+        ),
+    );
     let broadcast_s = c.rollout.broadcast_s;
     need((1.0..=600.0).contains(&broadcast_s), format!("rollout.broadcast_s is {broadcast_s}: use 1 to 600 seconds"));
     let (staleness, steps) = (c.rollout.max_staleness, c.learner.steps);

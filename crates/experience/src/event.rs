@@ -18,8 +18,18 @@ pub enum Event {
     Stale { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, version: WeightVersion },
     /// A submission under a lease that does not hold was not counted.
     Refused { ms: u64, worker: String, lease: String, group: GroupId },
-    /// A lease ran out, or its worker was `silent` for too long; its group returned to the queue.
-    Expired { ms: u64, worker: String, lease: String, group: GroupId, silent: bool },
+    /// A lease ran out, its worker was `silent` for too long, or its group `stalled`; the group returned to the queue.
+    Expired {
+        ms: u64,
+        worker: String,
+        lease: String,
+        group: GroupId,
+        silent: bool,
+        #[serde(default)]
+        stalled: bool,
+    },
+    /// A lease that had run out holds again: its worker goes on with the group, and nobody else had it.
+    Renewed { ms: u64, worker: String, lease: String, group: GroupId },
     /// A group was given back, by its worker or because the worker is lost.
     Released { ms: u64, worker: String, lease: String, group: GroupId, lost: bool },
     /// A batch was trained.

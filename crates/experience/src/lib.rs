@@ -7,9 +7,13 @@
 //! - each group of a pass is returned by [`Experience::next_batch`] exactly once, in the order of the pass;
 //! - no group is trained whose oldest token lags the learner by more than `max_staleness` versions;
 //! - what was trained is counted a second time, by record, in a ledger that every checkpoint holds;
-//! - a group whose worker died, fell silent, was slow or gave it back is handed out again, before any newer group.
+//! - a group whose worker died, fell silent, stood still or gave it back is handed out again, before any newer group, and never to
+//!   the worker that still has it in hand;
+//! - a lease holds while its worker's heartbeat tells of progress, however long the work takes.
 
 mod event;
+mod hands;
+mod leases;
 mod ledger;
 mod machine;
 mod order;
@@ -18,4 +22,4 @@ mod settings;
 pub use event::Event;
 pub use ledger::{Accounting, Ledger, PassAccount};
 pub use machine::{Experience, Stats};
-pub use settings::{ExperienceError, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan, by_pass};
+pub use settings::{Ask, ExperienceError, Heartbeat, InHand, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan, by_pass};

@@ -2,38 +2,20 @@
 //!
 //! Groups are numbered over all passes and trained strictly in that order, so "which groups are trained" is one number
 //! (the frontier), and exactly-once follows from it. Behind the frontier lies a window of slots, one per group that is
-//! out, back, or waiting for another worker; nothing beyond the window has been handed out.
+//! out, back, or waiting for another worker; nothing beyond the window has been handed out. What happens to leases is in the
+//! module beside this one.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use serde::Serialize;
 use unveil_core::{GroupId, WeightVersion};
 
 use crate::event::Event;
+use crate::hands::{Hands, Slot};
 use crate::ledger::Ledger;
 use crate::order::Order;
-use crate::settings::{ExperienceError, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan};
-
-/// Holder of a lease, now or until it ran out.
-#[derive(Debug, Clone)]
-struct Holder {
-    worker: String,
-    lease: String,
-    deadline: Duration,
-}
-
-#[derive(Debug)]
-enum Slot<T> {
-    /// To be handed out (again); `last` may still bring it in, late.
-    Waiting { last: Option<Holder> },
-    /// With a worker.
-    Leased(Holder),
-    /// Back and whole.
-    Ready { payload: T, versions: VersionSpan, worker: String, lease: String },
-    /// In the batch that the learner took.
-    Training,
-}
+use crate::settings::{ExperienceError, Settings, Snapshot, VersionSpan};
 
 /// Counts for metrics and the progress display.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -67,25 +49,24 @@ pub struct Stats {
 /// Leases, queue, staleness and accounting over payloads `T` (a group's responses and rewards).
 #[derive(Debug)]
 pub struct Experience<T> {
-    settings: Settings,
-    order: Order,
+    pub(crate) settings: Settings,
+    pub(crate) order: Order,
     /// Groups with a smaller number are trained.
     frontier: u64,
     /// The frontier when the current version was published: the window of leases starts here.
-    published_at: u64,
+    pub(crate) published_at: u64,
     /// The first group that was never handed out. Slots exist for exactly `frontier..cursor`.
-    cursor: u64,
-    slots: BTreeMap<u64, Slot<T>>,
+    pub(crate) cursor: u64,
+    pub(crate) slots: BTreeMap<u64, Slot<T>>,
     /// Groups in training: `frontier..frontier + taken`.
     taken: u64,
-    version: WeightVersion,
-    leases: u64,
-    /// Workers, and when they were last heard of.
-    heard: HashMap<String, Duration>,
+    pub(crate) version: WeightVersion,
+    pub(crate) leases: u64,
+    pub(crate) hands: Hands,
     ledger: Ledger,
-    now: Duration,
-    counts: Stats,
-    events: Vec<Event>,
+    pub(crate) now: Duration,
+    pub(crate) counts: Stats,
+    pub(crate) events: Vec<Event>,
 }
 
 impl<T> Experience<T> {
@@ -113,7 +94,7 @@ impl<T> Experience<T> {
             taken: 0,
             version: 0,
             leases: 0,
-            heard: HashMap::new(),
+            hands: Hands::default(),
             ledger: Ledger::default(),
             now: Duration::ZERO,
             counts: Stats::default(),
@@ -146,160 +127,10 @@ impl<T> Experience<T> {
     }
 
     /// Past the last group that may be handed out with the published version.
-    fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         let window = (self.settings.max_staleness + 1).saturating_mul(self.settings.groups_per_step as u64);
         let end = self.published_at.saturating_add(window).min(self.settings.total_groups.unwrap_or(u64::MAX));
         end.max(self.cursor)
-    }
-
-    /// Groups that [`Self::lease`] could hand out now.
-    pub fn leasable(&self) -> usize {
-        let waiting = self.slots.values().filter(|s| matches!(s, Slot::Waiting { .. })).count();
-        waiting.saturating_add(usize::try_from(self.end() - self.cursor).unwrap_or(usize::MAX))
-    }
-
-    /// Groups that a worker has in hand.
-    pub fn leased_by(&self, worker: &str) -> usize {
-        self.slots.values().filter(|s| matches!(s, Slot::Leased(h) if h.worker == worker)).count()
-    }
-
-    /// Notes a sign of life of a worker. Every call of it is one.
-    pub fn hear(&mut self, worker: &str, now: Duration) {
-        self.tick(now);
-        match self.heard.get_mut(worker) {
-            Some(at) => *at = self.now,
-            None => drop(self.heard.insert(worker.to_owned(), self.now)),
-        }
-    }
-
-    /// Hands out up to `max` groups, those that came back first, then new ones in order.
-    ///
-    /// Empty when all that may be out is out: a group is handed out only if it belongs to one of the next
-    /// `max_staleness + 1` batches from the published version on. Expires old leases first.
-    pub fn lease(&mut self, worker: &str, max: usize, now: Duration) -> Vec<Lease> {
-        self.hear(worker, now);
-        self.expire(now);
-        let waiting = self.slots.iter().filter(|(_, s)| matches!(s, Slot::Waiting { .. })).map(|(g, _)| *g);
-        let numbers: Vec<u64> = waiting.chain(self.cursor..self.end()).take(max).collect();
-        numbers.into_iter().map(|g| self.hand_out(g, worker)).collect()
-    }
-
-    fn hand_out(&mut self, g: u64, worker: &str) -> Lease {
-        self.cursor = self.cursor.max(g + 1);
-        self.leases += 1;
-        let lease = Lease {
-            id: format!("{}-{}", self.settings.term, self.leases),
-            group: self.order.group(g),
-            min_version: self.trained_at(g).saturating_sub(self.settings.max_staleness),
-            deadline: self.now.saturating_add(Duration::from_secs_f64(self.settings.lease_s)),
-        };
-        self.events.push(Event::Leased {
-            ms: self.ms(),
-            worker: worker.to_string(),
-            lease: lease.id.clone(),
-            group: lease.group.clone(),
-            min_version: lease.min_version,
-        });
-        let holder = Holder { worker: worker.to_string(), lease: lease.id.clone(), deadline: lease.deadline };
-        self.slots.insert(g, Slot::Leased(holder));
-        lease
-    }
-
-    /// The version that will train group `g`, if each batch publishes one version.
-    fn trained_at(&self, g: u64) -> WeightVersion {
-        self.version.saturating_add(g.saturating_sub(self.published_at) / self.settings.groups_per_step as u64)
-    }
-
-    /// Takes a whole group back, or says why it does not count. A lease that ran out still holds while nobody else has
-    /// the group.
-    pub fn submit(&mut self, s: &Submission<'_>, payload: T, now: Duration) -> Verdict {
-        self.hear(s.worker, now);
-        let (ms, worker, lease, group) = (self.ms(), s.worker.to_string(), s.lease.to_string(), s.group.clone());
-        let Some(g) = self.order.number(s.group).filter(|g| *g < self.cursor) else {
-            self.counts.refused += 1;
-            self.events.push(Event::Refused { ms, worker, lease, group });
-            return Verdict::Expired;
-        };
-        let held = |h: &Holder| h.worker == s.worker && h.lease == s.lease;
-        let late = match self.slots.get(&g) {
-            None | Some(Slot::Ready { .. } | Slot::Training) => {
-                self.counts.duplicates += 1;
-                self.events.push(Event::Duplicate { ms, worker, lease, group });
-                return Verdict::Duplicate;
-            }
-            Some(Slot::Leased(h)) if held(h) => self.now >= h.deadline,
-            Some(Slot::Waiting { last: Some(h) }) if held(h) => true,
-            Some(_) => {
-                self.counts.refused += 1;
-                self.events.push(Event::Refused { ms, worker, lease, group });
-                return Verdict::Expired;
-            }
-        };
-        let oldest = s.versions.oldest;
-        let lags = oldest.saturating_add(self.settings.max_staleness) < self.trained_at(g);
-        if lags || s.versions.newest > self.version || oldest > s.versions.newest {
-            self.counts.stale += 1;
-            self.slots.insert(g, Slot::Waiting { last: None });
-            self.events.push(Event::Stale { ms, worker, lease, group, oldest, version: self.version });
-            return Verdict::Stale;
-        }
-        let slot = Slot::Ready { payload, versions: s.versions, worker: worker.clone(), lease: lease.clone() };
-        self.slots.insert(g, slot);
-        self.events.push(Event::Submitted { ms, worker, lease, group, oldest, late });
-        Verdict::Accepted
-    }
-
-    /// Gives leases back unfinished; returns how many held.
-    pub fn release(&mut self, worker: &str, leases: &[String], now: Duration) -> usize {
-        self.hear(worker, now);
-        self.give_back(false, |h| h.worker == worker && leases.contains(&h.lease))
-    }
-
-    /// Returns all groups of a worker that is gone to the queue; returns how many it held.
-    pub fn worker_lost(&mut self, worker: &str, now: Duration) -> usize {
-        self.tick(now);
-        self.heard.remove(worker);
-        self.give_back(true, |h| h.worker == worker)
-    }
-
-    fn give_back(&mut self, lost: bool, of: impl Fn(&Holder) -> bool) -> usize {
-        let ms = self.ms();
-        let mut n = 0;
-        for (g, slot) in &mut self.slots {
-            match slot {
-                Slot::Leased(h) if of(h) => {
-                    let (worker, lease) = (h.worker.clone(), h.lease.clone());
-                    self.events.push(Event::Released { ms, worker, lease, group: self.order.group(*g), lost });
-                    *slot = Slot::Waiting { last: None };
-                    n += 1;
-                }
-                Slot::Waiting { last: Some(h) } if of(h) => *slot = Slot::Waiting { last: None },
-                _ => {}
-            }
-        }
-        n
-    }
-
-    /// Returns groups whose leases have run out, or whose workers are silent, to the queue; returns how many.
-    /// [`Self::lease`] does it too. A worker that was only slow or cut off may still bring its group in, while nobody else has it.
-    pub fn expire(&mut self, now: Duration) -> usize {
-        self.tick(now);
-        let (ms, silence) = (self.ms(), Duration::from_secs_f64(self.settings.silence_s));
-        let mut n = 0;
-        for (g, slot) in &mut self.slots {
-            let Slot::Leased(h) = slot else { continue };
-            let heard = self.heard.get(&h.worker).copied().unwrap_or_default();
-            let silent = self.now.saturating_sub(heard) >= silence;
-            if silent || self.now >= h.deadline {
-                let (worker, lease) = (h.worker.clone(), h.lease.clone());
-                tracing::warn!(worker, lease, silent, "a lease ran out; its group returns to the queue");
-                self.events.push(Event::Expired { ms, worker, lease, group: self.order.group(*g), silent });
-                *slot = Slot::Waiting { last: Some(h.clone()) };
-                n += 1;
-            }
-        }
-        self.counts.expired += n as u64;
-        n
     }
 
     /// The next batch in group order, once all its groups are in; `None` before, and while a batch is in training.
@@ -347,7 +178,7 @@ impl<T> Experience<T> {
             let (ms, group) = (self.ms(), self.order.group(g));
             self.counts.stale += 1;
             self.events.push(Event::Stale { ms, worker, lease, group, oldest, version: self.version });
-            self.slots.insert(g, Slot::Waiting { last: None });
+            self.put(g, Slot::waiting());
         }
     }
 
@@ -386,6 +217,11 @@ impl<T> Experience<T> {
         self.version = version;
         self.published_at = self.frontier;
         Ok(())
+    }
+
+    /// The settings of the run.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The published weight version.
@@ -438,7 +274,7 @@ impl<T> Experience<T> {
         for slot in self.slots.values() {
             match slot {
                 Slot::Waiting { .. } => s.waiting += 1,
-                Slot::Leased(_) => s.leased += 1,
+                Slot::Leased { .. } => s.leased += 1,
                 Slot::Ready { .. } => s.ready += 1,
                 Slot::Training => s.training += 1,
             }
@@ -451,12 +287,12 @@ impl<T> Experience<T> {
         std::mem::take(&mut self.events)
     }
 
-    fn ms(&self) -> u64 {
+    pub(crate) fn ms(&self) -> u64 {
         u64::try_from(self.now.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Time never goes back here, whatever the caller's clock does.
-    fn tick(&mut self, now: Duration) {
+    pub(crate) fn tick(&mut self, now: Duration) {
         self.now = self.now.max(now);
     }
 }

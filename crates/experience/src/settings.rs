@@ -14,8 +14,10 @@ pub struct Settings {
     pub groups_per_step: usize,
     /// Weight versions that a group's oldest token may lag the learner when it is trained; 0 is strictly on-policy.
     pub max_staleness: u64,
-    /// Seconds until an unfinished lease returns to the queue.
+    /// Seconds until a lease that no heartbeat renews returns to the queue.
     pub lease_s: f64,
+    /// Seconds without progress after which a group returns to the queue, though its worker lives.
+    pub stall_s: f64,
     /// Seconds after which a worker that was not heard of is taken for dead: what it holds returns to the queue.
     pub silence_s: f64,
     /// Run seed: the order of a pass is a function of (seed, pass).
@@ -36,7 +38,7 @@ impl Settings {
         if self.groups_per_step == 0 {
             return fault("groups_per_step", "it must be at least 1");
         }
-        for (name, seconds) in [("lease_s", self.lease_s), ("silence_s", self.silence_s)] {
+        for (name, seconds) in [("lease_s", self.lease_s), ("stall_s", self.stall_s), ("silence_s", self.silence_s)] {
             if !(seconds.is_finite() && seconds > 0.0 && seconds < 1e9) {
                 return fault(name, "it must be a positive number of seconds below 1e9");
             }
@@ -48,6 +50,44 @@ impl Settings {
     }
 }
 
+/// A worker's call for groups.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// Who.
+    pub worker: &'a str,
+    /// Number of the call, from 1 on: a repeated call has the number of the first one and gets the same leases. 0 = no number.
+    pub call: u64,
+    /// Most groups.
+    pub max: usize,
+}
+
+impl<'a> Ask<'a> {
+    /// A call without a number.
+    pub fn new(worker: &'a str, max: usize) -> Self {
+        Self { worker, call: 0, max }
+    }
+}
+
+/// What a worker has in hand.
+#[derive(Debug, Clone, Copy)]
+pub struct Heartbeat<'a> {
+    /// Who.
+    pub worker: &'a str,
+    /// Its calls for groups up to this number are over: it knows all leases that they brought.
+    pub done: u64,
+    /// Leases that it works on.
+    pub in_hand: &'a [InHand],
+}
+
+/// A lease that a worker works on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InHand {
+    /// Its id.
+    pub lease: String,
+    /// A number that grows as the work goes on.
+    pub progress: u64,
+}
+
 /// One group in a worker's hands.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Lease {
@@ -57,7 +97,7 @@ pub struct Lease {
     pub group: GroupId,
     /// Weights older than this would make the group too stale to train.
     pub min_version: WeightVersion,
-    /// When the lease runs out, on the clock of the `now` arguments.
+    /// When the lease runs out if nothing renews it, on the clock of the `now` arguments.
     pub deadline: Duration,
 }
 

@@ -87,6 +87,7 @@ fn send(shapes: &str, dtype: &str) -> Result<(), Fault> {
         groups_per_step: 1,
         max_staleness: 0,
         lease_s: 60.0,
+        stall_s: 300.0,
         silence_s: 60.0,
         seed: 0,
         term: 1,

@@ -41,6 +41,17 @@ struct Cache {
     bytes: usize,
 }
 
+impl Cache {
+    /// Keeps an item as far as there is room; several threads may have made it at once.
+    fn keep(&mut self, index: usize, item: &Arc<Item>) {
+        let before = self.kept.get(&index).map_or(0, |i| i.bytes());
+        if self.bytes - before + item.bytes() <= CACHE_BYTES {
+            self.bytes = self.bytes - before + item.bytes();
+            self.kept.insert(index, item.clone());
+        }
+    }
+}
+
 /// A record as one pass sees it.
 pub struct Item {
     /// Prompt, patches, and the record with boxes in the image's pixels.
@@ -49,6 +60,12 @@ pub struct Item {
     pub target: Vec<u32>,
     /// The encoded image, PNG or JPEG; absent when it was not asked for.
     image: Option<(Bytes, String)>,
+}
+
+impl Item {
+    fn bytes(&self) -> usize {
+        self.input.patches.len() * 4 + self.image.as_ref().map_or(0, |(b, _)| b.len())
+    }
 }
 
 impl Dataset {
@@ -125,12 +142,7 @@ impl Dataset {
         }
         let item = Arc::new(self.make(record, pass, with_image)?);
         if keep {
-            let size = item.input.patches.len() * 4 + item.image.as_ref().map_or(0, |(b, _)| b.len());
-            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            if cache.bytes + size <= CACHE_BYTES {
-                cache.bytes += size;
-                cache.kept.insert(index, item.clone());
-            }
+            self.cache.lock().unwrap_or_else(PoisonError::into_inner).keep(index, &item);
         }
         Ok(item)
     }

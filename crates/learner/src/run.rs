@@ -335,6 +335,7 @@ fn accounting(config: &Config, term: u64) -> Settings {
         groups_per_step: config.learner.groups,
         max_staleness: config.rollout.max_staleness,
         lease_s: config.rollout.lease_s,
+        stall_s: config.rollout.stall_s,
         silence_s: DEAD.as_secs_f64(),
         seed: config.run.seed,
         term,

@@ -42,6 +42,7 @@ fn host(runtime: &Runtime, listen: &str, c: &Config) -> Result<Host, LearnerErro
         groups_per_step: 2,
         max_staleness: 0,
         lease_s: 60.0,
+        stall_s: 300.0,
         silence_s: 60.0,
         seed: 0,
         term: 1,

@@ -17,7 +17,7 @@ use unveil_config::Config;
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupInput, GroupRequest};
-use unveil_experience::{Experience, Settings};
+use unveil_experience::{Ask, Experience, Settings};
 use unveil_learner::{EventSink, Learner, LeaseSource, Ready, Silent, StepSettings, TrainGroup, run_rl, sampling};
 use unveil_model::Vlm;
 use unveil_proto::v1::reward_server::{Reward, RewardServer};
@@ -130,6 +130,7 @@ fn synchronous(small: &Small) -> Expected {
         groups_per_step: config.learner.groups,
         max_staleness: 0,
         lease_s: 60.0,
+        stall_s: 300.0,
         silence_s: 60.0,
         seed: config.run.seed,
         term: 1,
@@ -142,7 +143,7 @@ fn synchronous(small: &Small) -> Expected {
             learner.vlm().named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         engine.load_weights(step, &named).unwrap();
         let (mut batch, mut said) = (Vec::new(), Vec::new());
-        let leases = machine.lease("w", config.learner.groups, Duration::ZERO);
+        let leases = machine.lease(Ask::new("w", config.learner.groups), Duration::ZERO, |_| true);
         for lease in leases.chunks(config.rollout.groups_per_lease) {
             let made: Vec<_> =
                 lease.iter().map(|l| data.lease(machine.index_of(&l.group).unwrap(), &l.group).unwrap()).collect();

@@ -51,7 +51,7 @@ fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
 fn serve_while_heard(ids: &[&str], lease_s: f64, max_staleness: u64, silence_s: f64) -> Served {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let total_groups = Some(4);
-    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, silence_s, seed: 0, term: 1, total_groups };
+    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, stall_s, silence_s, seed: 0, term: 1, total_groups };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
@@ -74,7 +74,7 @@ impl Served {
         wait_ms: u32,
         weights: Option<v1::HeldWeights>,
     ) -> Result<v1::LeaseResponse, tonic::Status> {
-        let ask = v1::LeaseRequest { worker: worker.into(), max_groups: 2, wait_ms, weights };
+        let ask = v1::LeaseRequest { worker: worker.into(), max_groups: 2, wait_ms, weights, ..Default::default() };
         self.runtime.block_on(self.client.lease(ask)).map(tonic::Response::into_inner)
     }
 
@@ -220,19 +220,25 @@ fn a_worker_with_wrong_weights_is_refused() {
     let mut s = serve(&["a", "b"], 60.0);
     publish(&s.host, 0).unwrap();
     let wrong = v1::HeldWeights { checksum: held(0).checksum ^ 1, ..held(0) };
-    let refused = |e: tonic::Status, words: &[&str]| {
-        assert_eq!(e.code(), tonic::Code::FailedPrecondition, "{e}");
+    let refused = |e: tonic::Status, code: tonic::Code, words: &[&str]| {
+        assert_eq!(e.code(), code, "{e}");
         assert!(words.iter().all(|w| e.message().contains(w)), "{words:?}: {}", e.message());
     };
     let sums = [format!("{:08x}", wrong.checksum), format!("{:08x}", held(0).checksum)];
     let words = ["worker `w`", "version 0", &sums[0], &sums[1], "Fetch them again"];
-    refused(s.ask("w", 10, Some(wrong)).unwrap_err(), &words);
-    refused(s.ask("w", 10, Some(v1::HeldWeights { version: 7, checksum: 3 })).unwrap_err(), &["not published", "7"]);
+    let (foreign, damaged) = (tonic::Code::NotFound, tonic::Code::FailedPrecondition);
+    // They are another learner's: this one has not sent any. What it has sent was damaged since.
+    refused(s.ask("w", 10, Some(wrong)).unwrap_err(), foreign, &words);
+    let newer = Some(v1::HeldWeights { version: 7, checksum: 3 });
+    refused(s.ask("w", 10, newer).unwrap_err(), foreign, &["not published", "7"]);
+    s.weights(None, 0).unwrap();
+    refused(s.ask("w", 10, Some(wrong)).unwrap_err(), damaged, &words);
+    refused(s.ask("w", 10, newer).unwrap_err(), foreign, &["not published", "7"]);
     let got = s.ask("w", 100, Some(held(0))).unwrap();
     assert_eq!(got.groups.len(), 2, "what was refused took no lease");
     // A group that was made by them is not counted, and another worker gets it at once.
     let bad = v1::SubmitRequest { weights: vec![wrong], ..answer("w", &got.groups[0], 0) };
-    refused(s.submit(bad).unwrap_err(), &words);
+    refused(s.submit(bad).unwrap_err(), damaged, &words);
     let again = s.lease("v", 1000);
     assert_eq!(again.groups[0].group, got.groups[0].group);
     assert_eq!(s.submit(answer("v", &again.groups[0], 0)).unwrap(), Verdict::Accepted);
@@ -260,7 +266,7 @@ fn groups_that_grew_too_old_are_leased_again_and_told() {
     publish(&s.host, 2).unwrap();
     let mut client = s.client.clone();
     let waiting = s.runtime.spawn(async move {
-        let ask = v1::LeaseRequest { worker: "v".into(), max_groups: 2, wait_ms: 20_000, weights: None };
+        let ask = v1::LeaseRequest { worker: "v".into(), max_groups: 2, wait_ms: 20_000, ..Default::default() };
         client.lease(ask).await.map(tonic::Response::into_inner)
     });
     assert!(s.host.next_batch(Duration::from_millis(300)).unwrap().is_none());
@@ -356,7 +362,7 @@ fn what_does_not_hold_together_is_refused() {
 fn a_record_that_cannot_be_prepared_ends_the_wait() {
     let mut s = serve(&["bad"], 60.0);
     publish(&s.host, 0).unwrap();
-    let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 2, wait_ms: 100, weights: None };
+    let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 2, wait_ms: 100, ..Default::default() };
     let refused = s.runtime.block_on(s.client.lease(ask)).unwrap_err();
     assert!(refused.message().contains("has no image"), "{refused}");
     let e = s.host.next_batch(SOON).unwrap_err().to_string();
@@ -370,6 +376,7 @@ fn a_port_in_use_is_named() {
         groups_per_step: 2,
         max_staleness: 0,
         lease_s: 1.0,
+        stall_s: 300.0,
         silence_s: 1.0,
         seed: 0,
         term: 1,
@@ -391,7 +398,7 @@ fn workers_hear_that_the_run_is_over() {
     s.lease("w", 10);
     let mut client = s.client.clone();
     let waiting = s.runtime.spawn(async move {
-        let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 1, wait_ms: 20_000, weights: None };
+        let ask = v1::LeaseRequest { worker: "w".into(), max_groups: 1, wait_ms: 20_000, ..Default::default() };
         client.lease(ask).await.map(|a| a.into_inner().finished)
     });
     std::thread::sleep(Duration::from_millis(50));
@@ -408,9 +415,9 @@ fn a_worker_that_falls_silent_loses_its_groups() {
     publish(&s.host, 0).unwrap();
     assert_eq!(s.lease("one", 0).groups.len(), 2);
     for _ in 0..8 {
-        let life = v1::LeaseRequest { worker: "one".into(), ..Default::default() };
-        let answer = s.runtime.block_on(s.client.lease(life)).unwrap().into_inner();
-        assert!(answer.groups.is_empty() && !answer.finished);
+        let life = v1::HeartbeatRequest { worker: "one".into(), ..Default::default() };
+        let answer = s.runtime.block_on(s.client.heartbeat(life)).unwrap().into_inner();
+        assert!(answer.lost.is_empty());
         assert!(s.lease("two", 300).groups.is_empty(), "worker one lives");
     }
     let begun = std::time::Instant::now();

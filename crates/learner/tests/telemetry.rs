@@ -193,7 +193,7 @@ fn a_worker_that_is_told_to_stop_leaves_its_groups_to_others_at_once() {
     let c = &mut small.config;
     (c.learner.steps, c.rollout.threads, c.rollout.groups_per_lease) = (1, 1, 2);
     // A lease outlasts the test: only who hands it back makes it free.
-    c.rollout.lease_s = 3600.0;
+    (c.rollout.lease_s, c.rollout.stall_s) = (3600.0, 7200.0);
     let page = free();
     c.learner.metrics_listen = page.to_string();
     let mut slow = c.clone();

@@ -79,7 +79,8 @@ struct Calls {
     device: Device,
     limit: Duration,
     token: Option<Secret>,
-    world: Option<(u64, World)>,
+    /// The world that the worker is in, and by what all in it knew each other: rounds of two learners may have the same number.
+    world: Option<(String, World)>,
     checks: Checks,
 }
 
@@ -104,7 +105,7 @@ impl Calls {
 
     /// Has the world of a round: the one that the worker is in, or a new one.
     fn join(&mut self, ticket: &Broadcast) -> Result<(), CollectiveError> {
-        if let Some((_, old)) = self.world.take_if(|(round, _)| *round != ticket.round) {
+        if let Some((_, old)) = self.world.take_if(|(fingerprint, _)| *fingerprint != ticket.fingerprint) {
             old.part();
         }
         if self.world.is_none() {
@@ -118,7 +119,7 @@ impl Calls {
                 token: self.token.clone(),
                 timing: Timing::within(self.limit),
             };
-            self.world = Some((ticket.round, open(&setup)?));
+            self.world = Some((ticket.fingerprint.clone(), open(&setup)?));
         }
         Ok(())
     }

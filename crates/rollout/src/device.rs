@@ -13,6 +13,7 @@ use unveil_config::Config;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
 use unveil_model::{GpuMemory, gpu_memory};
 
+use crate::hand::Progress;
 use crate::weights::Update;
 use crate::{Result, RolloutError, open_engine};
 
@@ -21,6 +22,8 @@ pub(crate) struct DeviceSpec {
     pub model_dir: PathBuf,
     pub config: Config,
     pub banned: Vec<u32>,
+    /// Told of each step.
+    pub progress: Progress,
 }
 
 /// Groups that were generated.
@@ -58,7 +61,17 @@ impl DeviceThread {
                 match engine.and_then(|engine| Ok((engine, unveil_model::device(&spec.config.run.device)?))) {
                     Ok((engine, place)) => {
                         if ready.send(Ok(())).is_ok() {
-                            Device { engine, place, jobs: Vec::new(), warned: false }.serve(&inbox, &cancel);
+                            let progress = spec.progress;
+                            let device = Device {
+                                engine,
+                                place,
+                                jobs: Vec::new(),
+                                warned: false,
+                                progress,
+                                #[cfg(test)]
+                                model_dir: spec.model_dir,
+                            };
+                            device.serve(&inbox, &cancel);
                         }
                     }
                     Err(e) => drop(ready.send(Err(e))),
@@ -135,6 +148,9 @@ struct Device {
     jobs: Vec<Job>,
     /// It was said that steps are not recorded.
     warned: bool,
+    progress: Progress,
+    #[cfg(test)]
+    model_dir: PathBuf,
 }
 
 impl Device {
@@ -175,11 +191,14 @@ impl Device {
     }
 
     fn load(&mut self, update: Update) -> Result<Update, String> {
+        self.progress.step();
         update.load_into(&mut self.engine).map(|()| update).map_err(|e| e.to_string())
     }
 
     /// One token for everything under way; after `cancel`, what there is.
     fn step(&mut self, cancel: &AtomicBool) {
+        #[cfg(test)]
+        crate::fixture::stand_still(&self.model_dir);
         let done = if cancel.load(Ordering::Relaxed) {
             let tickets: Vec<Ticket> = self.jobs.iter().flat_map(|j| j.tickets.iter().copied()).collect();
             Ok(tickets.into_iter().filter_map(|t| self.engine.cancel(t).map(|out| (t, out))).collect())
@@ -194,6 +213,7 @@ impl Device {
         }
         match done {
             Ok(done) => {
+                self.progress.step();
                 for (ticket, output) in done {
                     let mut left = Some(output);
                     for job in &mut self.jobs {

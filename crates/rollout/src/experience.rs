@@ -1,8 +1,9 @@
 //! The worker's side of the experience service: calls with retry.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use bytes::{Bytes, BytesMut};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status, Streaming};
 use unveil_core::Secret;
@@ -12,13 +13,23 @@ use unveil_service::{
     Backoff, ClientOptions, Health, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
 };
 
+use crate::hand::{Hand, Progress};
 use crate::{Result, RolloutError};
 
 /// How long an answer may come late, beyond the time that the service may wait.
 const LATE: Duration = Duration::from_secs(10);
 
 /// An answer, or why the service does not trust the weights that this worker holds.
-pub(crate) type Trusted<T> = Result<T, String>;
+pub(crate) type Trusted<T> = Result<T, Distrust>;
+
+/// Why the service does not trust weights.
+#[derive(Debug)]
+pub(crate) enum Distrust {
+    /// It has not sent them: they are of a learner that was there before it.
+    Foreign(String),
+    /// They are not as it sent them.
+    Damaged(String),
+}
 
 /// A client; cheap to clone, clones share the connection.
 #[derive(Clone)]
@@ -51,10 +62,11 @@ impl Experience {
         retry(what, self.patience, Backoff::default(), call).await.map_err(|e| failed(&self.address, e))
     }
 
-    /// Groups to generate; waits up to `wait` on the server. `health` hears whether the service answers: who holds weights and is
+    /// Groups to generate, as call `call` of `hand`; waits up to `wait` on the server. `health` hears whether the service answers: who holds weights and is
     /// answered can do its work.
     pub async fn lease(
         &self,
+        (hand, call): (&Hand, u64),
         max_groups: usize,
         wait: Duration,
         weights: Option<v1::HeldWeights>,
@@ -65,6 +77,8 @@ impl Experience {
             max_groups: max_groups as u32,
             wait_ms: wait.as_millis() as u32,
             weights,
+            session: hand.session,
+            call,
         };
         let answer = self.call("lease", |_| {
             // A peer that vanished without a word must not be waited for.
@@ -82,15 +96,67 @@ impl Experience {
         trusted(answer.await)
     }
 
-    /// Gives a sign of life, once: the next one follows soon.
-    pub async fn live(&self, within: Duration) {
-        let request = v1::LeaseRequest { worker: self.worker.clone(), ..Default::default() };
+    /// Tells what is in hand, once: the next heartbeat follows soon. Gives the leases that are lost; none where it did not arrive.
+    pub async fn heartbeat(&self, hand: &Hand, within: Duration) -> Option<Vec<String>> {
+        let (done, in_hand) = hand.told();
+        let request = v1::HeartbeatRequest { worker: self.worker.clone(), session: hand.session, done, in_hand };
         let mut client = self.inner.clone();
-        let call = async { client.lease(self.request(request, within)?).await };
-        let told = tokio::time::timeout(within, call).await;
-        if !matches!(told, Ok(Ok(_))) {
-            tracing::debug!("a sign of life did not arrive at {}", self.address);
+        let call = async { client.heartbeat(self.request(request, within)?).await };
+        match tokio::time::timeout(within, call).await {
+            Ok(Ok(answer)) => Some(answer.into_inner().lost),
+            _ => {
+                tracing::debug!("a heartbeat did not arrive at {}", self.address);
+                None
+            }
         }
+    }
+
+    /// Fetches the image of a lease that has `bytes` bytes; none when the lease is lost. A stream that breaks off is asked for again
+    /// while some of it arrives within the patience.
+    pub async fn image(&self, lease: &str, bytes: u64, progress: &Progress) -> Result<Option<Bytes>> {
+        let (mut backoff, mut since) = (Backoff::default(), Instant::now());
+        loop {
+            let request = v1::ImageRequest { worker: self.worker.clone(), lease: lease.to_owned() };
+            let mut image = BytesMut::new();
+            let what = match self.image_once(request, &mut image, bytes, progress).await {
+                Ok(()) if image.len() as u64 == bytes => return Ok(Some(image.freeze())),
+                Ok(()) => {
+                    let what = format!("announced an image of {bytes} bytes for lease `{lease}` and sent {}", image.len());
+                    return Err(RolloutError::Protocol { address: self.address.clone(), what });
+                }
+                Err(status) if status.code() == Code::NotFound => return Ok(None),
+                Err(status) => status,
+            };
+            if !image.is_empty() {
+                (backoff, since) = (Backoff::default(), Instant::now());
+            }
+            if since.elapsed() >= self.patience || permanent(what.code()) {
+                let what = ServiceError::Call { what: format!("image of lease `{lease}`"), status: Box::new(what) };
+                return Err(failed(&self.address, what));
+            }
+            tracing::warn!("the image of lease `{lease}` is asked for again: {}", what.message());
+            tokio::time::sleep(backoff.draw()).await;
+        }
+    }
+
+    async fn image_once(
+        &self,
+        request: v1::ImageRequest,
+        image: &mut BytesMut,
+        most: u64,
+        progress: &Progress,
+    ) -> Result<(), Status> {
+        let mut client = self.inner.clone();
+        let mut stream = client.image(self.request(request, LATE)?).await?.into_inner();
+        let stands = |_| Status::unavailable(format!("it stood still for {:.0} s", self.patience.as_secs_f64()));
+        while let Some(part) = tokio::time::timeout(self.patience, stream.message()).await.map_err(stands)?? {
+            image.extend_from_slice(&part.data);
+            progress.step();
+            if image.len() as u64 > most {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Hands a whole group in. The current span goes on in the service.
@@ -145,18 +211,28 @@ impl Experience {
     }
 }
 
-/// The service refuses a worker whose weights are not what it published with `FAILED_PRECONDITION`.
+/// The service refuses a worker whose weights are not what it published with `FAILED_PRECONDITION`, or `NOT_FOUND` where it has never
+/// sent them.
 fn trusted<T>(answer: Result<tonic::Response<T>>) -> Result<Trusted<T>> {
     match answer {
         Ok(answer) => Ok(Ok(answer.into_inner())),
         Err(RolloutError::Service { source, role, address }) => match *source {
             ServiceError::Call { status, .. } if status.code() == Code::FailedPrecondition => {
-                Ok(Err(status.message().to_owned()))
+                Ok(Err(Distrust::Damaged(status.message().to_owned())))
+            }
+            ServiceError::Call { status, .. } if status.code() == Code::NotFound => {
+                Ok(Err(Distrust::Foreign(status.message().to_owned())))
             }
             other => Err(RolloutError::Service { source: Box::new(other), role, address }),
         },
         Err(other) => Err(other),
     }
+}
+
+/// Whether the same call cannot succeed later: the service is there, and refuses.
+pub(crate) fn permanent(code: Code) -> bool {
+    use Code::{InvalidArgument, OutOfRange, PermissionDenied, Unauthenticated, Unimplemented};
+    matches!(code, InvalidArgument | OutOfRange | PermissionDenied | Unauthenticated | Unimplemented)
 }
 
 fn failed(address: &str, source: ServiceError) -> RolloutError {

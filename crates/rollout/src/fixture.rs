@@ -1,6 +1,9 @@
-//! A tiny model directory and records for the tests of this crate.
+//! A tiny model directory and records for the tests of this crate, and an engine that stands still.
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
 
 use unveil_core::Record;
 use unveil_data::store::Image;
@@ -22,6 +25,16 @@ pub(crate) fn model_dir(dir: &Path, seed: u64) {
     };
     let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: v.vocab_size, seed, special };
     init(&spec, dir).unwrap();
+}
+
+/// Directories of models whose engines stand still.
+pub(crate) static STUCK: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
+
+/// Waits while the engine of this model stands still.
+pub(crate) fn stand_still(model: &Path) {
+    while STUCK.lock().unwrap().contains(model) {
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// A picture with a bright square, different for each k.

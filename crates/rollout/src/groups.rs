@@ -16,7 +16,7 @@ use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_requ
 use unveil_service::{ClientOptions, connect_with, continues, span};
 
 use crate::engine::stop_rule;
-use crate::experience::Experience;
+use crate::experience::{Distrust, Experience};
 use crate::text::{self, Frame};
 use crate::{Result, RolloutError};
 
@@ -151,7 +151,7 @@ pub(crate) enum Delivery {
     /// The answer to the submission.
     Answered { verdict: v1::submit_response::Verdict, tokens: u64, reward_ms: f64 },
     /// The service does not trust the weights that made it, and has the group back.
-    Distrusted(String),
+    Distrusted(Distrust),
 }
 
 /// Scores a generated group and submits it whole; `weights` are those that made its tokens.

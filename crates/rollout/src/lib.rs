@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod experience;
 mod groups;
+mod hand;
 mod heads;
 mod keeper;
 mod meter;

@@ -39,6 +39,8 @@ struct Present {
 
 /// What becomes of a group whose weights the learner does not trust, beside its verdicts.
 const DISTRUSTED: &str = "distrusted";
+/// And of one whose lease went to another worker while it was made.
+const LOST: &str = "lost";
 
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 20))
@@ -120,6 +122,11 @@ impl Meter {
         self.count(DISTRUSTED);
     }
 
+    /// A group was dropped, for its lease is another worker's.
+    pub fn lost(&self) {
+        self.count(LOST);
+    }
+
     fn count(&self, verdict: &'static str) {
         self.groups.get_or_create(&[("verdict", verdict)]).inc();
     }
@@ -128,6 +135,11 @@ impl Meter {
     pub fn newest(&self, version: u64) {
         let mut present = self.lock();
         present.newest = present.newest.max(version);
+    }
+
+    /// The learner was started again, and has no version that is newer than this.
+    pub fn back_to(&self, version: u64) {
+        self.lock().newest = version;
     }
 
     /// The device has this version, after so long; none = the learner does not trust what it has.
@@ -148,7 +160,7 @@ impl Meter {
     /// Groups accepted, groups answered otherwise, tokens, times that weights were taken over.
     pub fn totals(&self) -> (u64, u64, u64, u64) {
         let of = |verdict| self.groups.get_or_create(&[("verdict", verdict)]).get();
-        let refused = ["duplicate", "stale", "expired", "unknown", DISTRUSTED].into_iter().map(of).sum();
+        let refused = ["duplicate", "stale", "expired", "unknown", DISTRUSTED, LOST].into_iter().map(of).sum();
         (of("accepted"), refused, self.tokens.get(), self.swaps.get())
     }
 
@@ -205,6 +217,10 @@ mod tests {
         meter.answered(Verdict::Accepted, 30);
         meter.answered(Verdict::Stale, 12);
         meter.distrusted();
-        assert_eq!(meter.totals(), (1, 2, 42, 1));
+        meter.lost();
+        assert_eq!(meter.totals(), (1, 3, 42, 1));
+        meter.back_to(2);
+        meter.holds(Some(2), Duration::ZERO);
+        assert_eq!(of(&page(), "weight_lag_versions"), 0.0);
     }
 }

@@ -4,14 +4,15 @@
 //! Must not know: the engine.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tch::Device;
 use tonic::{Code, Status, Streaming};
 use unveil_proto::v1::{FollowResponse, HeldWeights, WeightsChunk};
-use unveil_service::ClientOptions;
+use unveil_service::{Backoff, ClientOptions};
 
-use crate::experience::Experience;
+use crate::experience::{Experience, permanent};
+use crate::hand::Progress;
 use crate::weights::{Assembly, Known, Pool};
 use crate::{Result, RolloutError};
 
@@ -28,6 +29,9 @@ pub struct WeightReceiver {
     pool: Pool,
     patience: Duration,
     place: Option<Place>,
+    progress: Progress,
+    /// Messages of streams that came.
+    arrived: u64,
 }
 
 /// Its place in broadcasts.
@@ -46,6 +50,8 @@ enum Fault {
     Stream(String),
     /// The service dropped the stream: there is a newer version, or it was read too slowly.
     Dropped(String),
+    /// The stream broke off: the service, or the way to it, is gone for a while.
+    Broken(String),
 }
 
 impl WeightReceiver {
@@ -68,13 +74,20 @@ impl WeightReceiver {
         patience: Duration,
     ) -> Result<Self> {
         let experience = Experience::connect(address, worker, options, patience).await?;
-        Ok(Self { experience, known: None, pool: Pool::new(), patience, place: None })
+        let progress = Progress::default();
+        Ok(Self { experience, known: None, pool: Pool::new(), patience, place: None, progress, arrived: 0 })
     }
 
     /// Takes part in broadcasts through `member`, or not any more.
     #[must_use]
     pub fn with_broadcast(self, member: Option<Arc<Member>>) -> Self {
         Self { place: member.map(|member| Place { member, round: 0, following: None }), ..self }
+    }
+
+    /// Tells `progress` of each message that arrives.
+    #[must_use]
+    pub(crate) fn with_progress(self, progress: Progress) -> Self {
+        Self { progress, ..self }
     }
 
     /// What is held.
@@ -91,11 +104,13 @@ impl WeightReceiver {
     ///
     /// # Errors
     /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums. A stream that
-    /// the service drops, for a newer version or a slow reader, is asked for again.
+    /// the service drops, for a newer version or a slow reader, is asked for again; so is one that breaks off, while some of it arrives
+    /// within the patience.
     pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
         let mut left = TRIES;
         self.follow().await?;
         let mut by_broadcast = true;
+        let (mut backoff, mut since, mut before) = (Backoff::default(), Instant::now(), self.arrived);
         loop {
             let place = self.place.as_ref().filter(|_| by_broadcast);
             let joins = place.map(|p| p.member.joins(p.round));
@@ -111,6 +126,17 @@ impl WeightReceiver {
                     tracing::warn!("{what}");
                     continue;
                 }
+                Err(Fault::Broken(what)) => {
+                    if std::mem::replace(&mut before, self.arrived) < self.arrived {
+                        (backoff, since) = (Backoff::default(), Instant::now());
+                    }
+                    if since.elapsed() >= self.patience {
+                        return Err(RolloutError::Weights { address: self.experience.address.clone(), what });
+                    }
+                    tracing::warn!("weights from {} are asked for again: {what}", self.experience.address);
+                    tokio::time::sleep(backoff.draw()).await;
+                    continue;
+                }
                 Err(Fault::Stream(what)) => what,
             };
             left -= 1;
@@ -118,6 +144,7 @@ impl WeightReceiver {
                 return Err(RolloutError::Weights { address: self.experience.address.clone(), what });
             }
             tracing::warn!("weights from {} are refused and asked for again: {what}", self.experience.address);
+            tokio::time::sleep(backoff.draw()).await;
         }
     }
 
@@ -135,12 +162,15 @@ impl WeightReceiver {
     }
 
     async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, Fault> {
-        let Some(first) = next(&mut stream, self.patience).await? else { return Ok(None) };
+        let Some(first) = self.next(&mut stream).await? else { return Ok(None) };
         let device = self.place.as_ref().map_or(Device::Cpu, |p| p.member.device());
         let begun = Assembly::begin(&first, self.known.as_ref(), &mut self.pool, device);
         let mut assembly = begun.map_err(Fault::Stream)?;
         let Some(ticket) = assembly.broadcast() else {
-            return all(stream, assembly, self.patience).await.map(Some);
+            while let Some(chunk) = self.next(&mut stream).await? {
+                assembly.push(&chunk).map_err(Fault::Stream)?;
+            }
+            return assembly.finish().map(Some).map_err(Fault::Stream);
         };
         let Some(place) = &mut self.place else {
             let version = assembly.version();
@@ -154,32 +184,27 @@ impl WeightReceiver {
         Ok(Some(update))
     }
 
+    async fn next(&mut self, stream: &mut Streaming<WeightsChunk>) -> Result<Option<WeightsChunk>, Fault> {
+        let broken = |e: Status| match e.code() {
+            Code::Aborted => Fault::Dropped(format!("the stream of weights was dropped: {}", e.message())),
+            code if permanent(code) => Fault::Stream(format!("the stream broke off: {code:?}: {}", e.message())),
+            code => Fault::Broken(format!("the stream broke off: {code:?}: {}", e.message())),
+        };
+        match tokio::time::timeout(self.patience, stream.message()).await {
+            Ok(message) => {
+                if matches!(message, Ok(Some(_))) {
+                    self.arrived += 1;
+                    self.progress.step();
+                }
+                message.map_err(broken)
+            }
+            Err(_) => Err(Fault::Stream(format!("the stream stood still for {:.0} s", self.patience.as_secs_f64()))),
+        }
+    }
+
     /// The update is what is held from here on; its memory is used for the next one.
     pub fn taken(&mut self, update: Update) {
         self.known = Some(Known { version: update.version, sums: update.sums });
         self.pool.extend(update.tensors);
-    }
-}
-
-/// The rest of a stream whose head has come.
-async fn all(
-    mut stream: Streaming<WeightsChunk>,
-    mut assembly: Assembly,
-    patience: Duration,
-) -> Result<Update, Fault> {
-    while let Some(chunk) = next(&mut stream, patience).await? {
-        assembly.push(&chunk).map_err(Fault::Stream)?;
-    }
-    assembly.finish().map_err(Fault::Stream)
-}
-
-async fn next(stream: &mut Streaming<WeightsChunk>, patience: Duration) -> Result<Option<WeightsChunk>, Fault> {
-    let broken = |e: Status| match e.code() {
-        Code::Aborted => Fault::Dropped(format!("the stream of weights was dropped: {}", e.message())),
-        code => Fault::Stream(format!("the stream broke off: {code:?}: {}", e.message())),
-    };
-    match tokio::time::timeout(patience, stream.message()).await {
-        Ok(message) => message.map_err(broken),
-        Err(_) => Err(Fault::Stream(format!("the stream stood still for {:.0} s", patience.as_secs_f64()))),
     }
 }

@@ -1,6 +1,6 @@
 //! A worker against an experience and a reward service in the same process, over real sockets.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -20,7 +20,9 @@ use unveil_testkit::MetricsPage;
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
 
+mod back;
 mod ends;
+mod lease;
 mod order;
 
 /// How the stream of weights goes wrong.
@@ -30,6 +32,8 @@ enum Damage {
     Bit(usize),
     /// It ends after so many chunks.
     Cut(usize),
+    /// It breaks off after so many chunks: who sent it is gone.
+    Broken(usize),
 }
 
 #[derive(Default)]
@@ -43,10 +47,15 @@ struct State {
     damage: VecDeque<Option<Damage>>,
     /// Lease calls and submissions that are refused for the weights that they tell of.
     distrust: (usize, usize),
+    /// The same, where the weights are another learner's.
+    foreign: (usize, usize),
     /// A lease call with groups was answered, and so often.
     leased: usize,
-    /// Signs of life.
-    lives: usize,
+    /// Heartbeats, and the leases that are lost.
+    beats: Vec<v1::HeartbeatRequest>,
+    lost: Vec<String>,
+    /// Images that are fetched, by lease; parts in which they come, call by call, each but the last one broken off.
+    images: HashMap<String, VecDeque<Vec<Vec<u8>>>>,
     /// Calls for weights, and those that were answered with some.
     asked: usize,
     weights_calls: Vec<Option<u64>>,
@@ -90,26 +99,51 @@ impl Experience for Fake {
     type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
 
     async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
-        let v1::LeaseRequest { max_groups, weights: held, .. } = r.into_inner();
+        let v1::LeaseRequest { weights: held, .. } = r.into_inner();
         self.with(|s| {
-            if max_groups == 0 {
-                s.lives += 1;
-                return Ok(Response::new(v1::LeaseResponse::default()));
-            }
             s.told.push(held);
+            if s.foreign.0 > 0 {
+                s.foreign.0 -= 1;
+                return Err(Status::not_found("this learner has not published that version"));
+            }
             if s.distrust.0 > 0 {
                 s.distrust.0 -= 1;
                 return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
             }
             let next = s.leases.pop_front();
             s.leased += usize::from(next.is_some());
-            let nothing = v1::LeaseResponse { groups: vec![], version: 0, finished: !s.endless };
+            let nothing = v1::LeaseResponse { finished: !s.endless, ..Default::default() };
             Ok(Response::new(next.unwrap_or(nothing)))
+        })
+    }
+
+    async fn heartbeat(&self, r: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatResponse>, Status> {
+        self.with(|s| {
+            s.beats.push(r.into_inner());
+            Ok(Response::new(v1::HeartbeatResponse { lost: s.lost.clone() }))
+        })
+    }
+
+    type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
+
+    async fn image(&self, r: Request<v1::ImageRequest>) -> Result<Response<Self::ImageStream>, Status> {
+        self.with(|s| {
+            let calls = s.images.get_mut(&r.into_inner().lease).ok_or_else(|| Status::not_found("lost"))?;
+            let parts = calls.pop_front().unwrap_or_default().into_iter();
+            let mut all: Vec<_> = parts.map(|part| Ok(v1::ImageChunk { data: part.into() })).collect();
+            if !calls.is_empty() {
+                all.push(Err(Status::unavailable("the learner is gone")));
+            }
+            Ok(Response::new(Box::pin(tokio_stream::iter(all)) as Self::ImageStream))
         })
     }
 
     async fn submit(&self, r: Request<v1::SubmitRequest>) -> Result<Response<v1::SubmitResponse>, Status> {
         self.with(|s| {
+            if s.foreign.1 > 0 {
+                s.foreign.1 -= 1;
+                return Err(Status::not_found("this learner has not published that version"));
+            }
             if s.distrust.1 > 0 {
                 s.distrust.1 -= 1;
                 return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
@@ -152,8 +186,13 @@ impl Experience for Fake {
             (Some(s.weights.clone()), s.damage.pop_front().flatten())
         });
         let mut chunks = weights.map_or(vec![], |(version, file)| stream(version, &file).0);
+        let mut broken = None;
         match damage {
             None => {}
+            Some(Damage::Broken(at)) => {
+                chunks.truncate(at);
+                broken = Some(Err(Status::unavailable("the learner is gone")));
+            }
             Some(Damage::Cut(at)) => chunks.truncate(at),
             Some(Damage::Bit(at)) => {
                 let mut data = chunks[at].data.to_vec();
@@ -161,7 +200,7 @@ impl Experience for Fake {
                 chunks[at].data = data.into();
             }
         }
-        Ok(Response::new(Box::pin(tokio_stream::iter(chunks.into_iter().map(Ok)))))
+        Ok(Response::new(Box::pin(tokio_stream::iter(chunks.into_iter().map(Ok).chain(broken)))))
     }
 }
 
@@ -256,7 +295,8 @@ fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
 }
 
 fn answer(ks: &[u32], version: u64) -> v1::LeaseResponse {
-    v1::LeaseResponse { groups: ks.iter().map(|&k| lease(k, version)).collect(), version, finished: false }
+    let groups = ks.iter().map(|&k| lease(k, version)).collect();
+    v1::LeaseResponse { groups, version, finished: false, renew_ms: 300 }
 }
 
 /// Weights of another seed as the service would send them.
@@ -299,7 +339,7 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
     assert!((page.of("unveil_rollout_generate_seconds_sum") - told).abs() < 1e-9, "the very numbers that it submits");
     stage.fake.with(|s| {
         assert_eq!(s.weights_calls, [None, Some(0)]);
-        assert!(s.lives > 0, "it says that it lives");
+        assert!(!s.beats.is_empty(), "it says that it lives");
         assert!(s.released.is_empty());
         s.submitted.sort_by_key(|g| g.lease.clone());
         for (k, g) in s.submitted.iter().enumerate() {

@@ -1,10 +1,9 @@
 //! The worker's loop. Three things go on at once: one batch is scored and submitted, one is generated, the next is leased and
 //! prepared; weights come in beside them.
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -15,11 +14,12 @@ use unveil_data::prepare::Preparer;
 use unveil_proto::v1::LeasedGroup;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
-use unveil_service::{Access, CancellationToken, Health, client_options};
+use unveil_service::{Access, Backoff, CancellationToken, Health, client_options};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
 use crate::groups::{Delivery, Leased, Rewards, Step, deliver, prepare};
+use crate::hand::Hand;
 use crate::keeper::{Weights, keep};
 use crate::meter::Meter;
 use crate::sync::{Member, WeightReceiver};
@@ -33,8 +33,10 @@ const IN_HAND: u32 = AHEAD as u32 + 1;
 /// Shortest time between two calls that brought nothing.
 pub(crate) const IDLE: Duration = Duration::from_millis(20);
 
-/// How often the experience service hears that the worker lives, whatever else it does.
-const PULSE: Duration = Duration::from_secs(2);
+/// How long a heartbeat may take; the next one follows.
+const BEAT: Duration = Duration::from_secs(2);
+/// How long handing back may take at the end.
+const LEAVING: Duration = Duration::from_secs(1);
 
 /// What a worker needs.
 #[derive(Debug, Clone)]
@@ -58,9 +60,9 @@ pub struct WorkerOptions {
 }
 
 impl WorkerOptions {
-    /// Options with the usual patience (60 s) and wait (2 s).
+    /// Options with the configured patience and the usual wait (2 s).
     pub fn new(config: Config, model_dir: PathBuf, experience: String, reward: String, worker: String) -> Self {
-        let (patience, wait) = (Duration::from_secs(60), Duration::from_secs(2));
+        let (patience, wait) = (Duration::from_secs_f64(config.rollout.patience_s), Duration::from_secs(2));
         Self { config, model_dir, experience, reward, worker, patience, wait, health: Health::default() }
     }
 }
@@ -80,31 +82,13 @@ pub struct WorkerReport {
     pub finished: bool,
 }
 
-/// Leases that are neither submitted nor handed back.
-#[derive(Default)]
-struct Held(Mutex<HashSet<String>>);
-
-impl Held {
-    fn add(&self, leases: impl Iterator<Item = String>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend(leases);
-    }
-
-    fn remove(&self, lease: &str) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(lease);
-    }
-
-    fn take(&self) -> Vec<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).drain().collect()
-    }
-}
-
 /// What the loop and its batches share.
 struct Shared {
     experience: Experience,
     rewards: Rewards,
     preparer: Arc<Preparer>,
     weights: Arc<Weights>,
-    held: Held,
+    hand: Arc<Hand>,
     meter: Meter,
     health: Health,
     question: String,
@@ -141,11 +125,13 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     };
     cancel.store(true, Ordering::Relaxed);
     worker.tasks.shutdown().await;
-    let held = worker.shared.held.take();
+    let held = worker.shared.hand.take();
     if !held.is_empty() {
         tracing::info!("handing {} lease(s) back", held.len());
         worker.shared.experience.release(held).await;
     }
+    // Also what a call brings that was under way.
+    worker.shared.experience.heartbeat(&worker.shared.hand, LEAVING).await;
     if let Some(member) = member.and_then(Arc::into_inner) {
         member.close().await;
     }
@@ -165,10 +151,12 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
     let preparer = tokio::task::spawn_blocking(move || Preparer::load_with(&dir, boxes))
         .await
         .map_err(|_| RolloutError::Died("loader"))??;
+    let hand = Arc::new(Hand::new(Duration::from_secs_f64(config.rollout.lease_s)));
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         config: config.clone(),
         banned: preparer.tokenizer().special().banned.clone(),
+        progress: hand.progress.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
     let access = client_options(config, Role::Rollout)?;
@@ -182,14 +170,14 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
     let rewards = Rewards::new(&options.reward, access.clone(), config).await?;
     let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
     let experience = Experience::connect(at, worker, &access, patience).await?;
-    let receiver = WeightReceiver::connect_with(at, worker, &access, patience).await?;
+    let receiver = WeightReceiver::connect_with(at, worker, &access, patience).await?.with_progress(hand.progress.clone());
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,
         rewards,
         preparer: Arc::new(preparer),
         weights: Arc::new(Weights::new(&options.experience, meter.clone())),
-        held: Held::default(),
+        hand,
         meter: meter.clone(),
         health: options.health.clone(),
         question: config.data.question.clone(),
@@ -211,29 +199,35 @@ struct Worker {
 impl Worker {
     async fn work(&mut self, receiver: WeightReceiver) -> Result<()> {
         let (shared, wait) = (self.shared.clone(), self.options.wait);
-        let living = shared.experience.clone();
+        let living = shared.clone();
         let keeper = keep(shared.weights.clone(), receiver, self.device.clone(), wait);
         self.tasks.spawn(async { (keeper.await, None) });
         self.tasks.spawn(async { (pulse(living).await, None) });
         let (ahead, in_hand) = (Arc::new(Semaphore::new(AHEAD)), Arc::new(Semaphore::new(IN_HAND as usize)));
         let most = self.options.config.rollout.groups_per_lease;
+        let (hand, mut backoff) = (shared.hand.clone(), Backoff::default());
         loop {
             let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
-            self.unless_failed(shared.weights.at_least(0)).await?;
-            let (start, epoch) = (Instant::now(), shared.weights.epoch());
-            let leasing = shared.experience.lease(most, wait, shared.weights.present(), &shared.health);
-            // The call goes on while batches end: dropped, its leases would be lost.
+            self.unless_failed(shared.weights.any()).await?;
+            let (start, epoch, era) = (Instant::now(), shared.weights.epoch(), shared.weights.era());
+            let call = hand.call();
+            let leasing = shared.experience.lease((&hand, call), most, wait, shared.weights.present(), &shared.health);
+            // The call goes on while batches end.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,
-                Err(what) => {
-                    shared.weights.distrust(epoch, what)?;
+                Err(why) => {
+                    hand.took(call, std::iter::empty());
+                    shared.weights.distrust(epoch, why)?;
+                    tokio::time::sleep(backoff.draw()).await;
                     continue;
                 }
             };
+            backoff = Backoff::default();
+            hand.took(call, lease.groups.iter().map(|g| g.lease.clone()));
+            hand.renewed_within(lease.renew_ms);
             shared.weights.trusted();
             shared.meter.newest(lease.version);
             shared.meter.leased(lease.groups.len());
-            shared.held.add(lease.groups.iter().map(|g| g.lease.clone()));
             if lease.groups.is_empty() {
                 if lease.finished {
                     break;
@@ -241,7 +235,7 @@ impl Worker {
                 tokio::time::sleep(IDLE.saturating_sub(start.elapsed())).await;
                 continue;
             }
-            let batch = one_batch(shared.clone(), self.device.clone(), lease.groups, turn);
+            let batch = one_batch(shared.clone(), self.device.clone(), lease.groups, turn, era);
             self.tasks.spawn(async { (batch.await, Some(place)) });
         }
         let all = async { in_hand.acquire_many(IN_HAND).await.map_err(|_| RolloutError::Died("batches")) };
@@ -262,11 +256,16 @@ impl Worker {
     }
 }
 
-/// Tells the experience service that the worker lives, until it is dropped.
-async fn pulse(experience: Experience) -> Result<()> {
+/// Tells the experience service what the worker has in hand, until it is dropped.
+async fn pulse(shared: Arc<Shared>) -> Result<()> {
     loop {
-        experience.live(PULSE).await;
-        tokio::time::sleep(PULSE).await;
+        for lease in shared.experience.heartbeat(&shared.hand, BEAT).await.unwrap_or_default() {
+            if shared.hand.has(&lease) {
+                tracing::warn!(lease, "the lease is not this worker's any more: its group is dropped");
+                shared.hand.remove(&lease);
+            }
+        }
+        tokio::time::sleep(shared.hand.pause()).await;
     }
 }
 
@@ -280,25 +279,31 @@ async fn permits(
     Ok((in_hand, ahead.clone().acquire_owned().await.map_err(closed)?))
 }
 
-/// Prepares, generates and delivers the groups of one lease call.
+/// Prepares, generates and delivers the groups of one lease call, as far as their leases hold.
 async fn one_batch(
     shared: Arc<Shared>,
     device: Arc<DeviceThread>,
     groups: Vec<LeasedGroup>,
     ahead: OwnedSemaphorePermit,
+    era: u64,
 ) -> Result<()> {
     let need = groups.iter().map(|g| g.min_version).max().unwrap_or(0);
-    let preparing = shared.clone();
-    let prepared = tokio::task::spawn_blocking(move || {
-        let s = preparing;
-        let one = |g| prepare(&s.preparer, g, &s.question, &s.scoring, &s.experience.address);
-        groups.into_iter().map(one).collect::<Result<Vec<_>>>()
-    });
-    let prepared = prepared.await.map_err(|_| RolloutError::Died("preparation"))??;
-    let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
+    let mut prepared = Vec::with_capacity(groups.len());
+    for group in groups {
+        prepared.extend(one_preparation(&shared, group).await?);
+    }
     // Made by older weights, the groups would be too stale to train.
-    shared.weights.at_least(need).await?;
+    if !shared.weights.at_least(need, era).await? {
+        let leases: Vec<String> = prepared.into_iter().map(|(leased, _)| leased.lease).collect();
+        tracing::warn!("{} group(s) of a learner that is gone are dropped", leases.len());
+        return give_back(&shared, leases).await;
+    }
     let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
+    prepared.retain(|(leased, _)| shared.has(leased));
+    if prepared.is_empty() {
+        return Ok(());
+    }
+    let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
     let epoch = shared.weights.epoch();
     let spans = leased.iter().map(|l| l.span(Step::Generate)).collect::<Vec<_>>();
     let made = device.generate(requests).await?;
@@ -309,12 +314,56 @@ async fn one_batch(
     let each_ms = made.ms / leased.len().max(1) as f64;
     let mut deliveries = JoinSet::new();
     for (leased, output) in leased.into_iter().zip(made.outputs) {
+        shared.hand.step(&leased.lease);
         deliveries.spawn(one_delivery(shared.clone(), leased, output, each_ms, epoch));
     }
     while let Some(done) = deliveries.join_next().await {
         done.map_err(|_| RolloutError::Died("delivery"))??;
     }
     Ok(())
+}
+
+/// Turns a leased group into model input, with its image where that did not come with it; none when the lease is lost.
+async fn one_preparation(
+    shared: &Arc<Shared>,
+    mut group: LeasedGroup,
+) -> Result<Option<(Leased, unveil_engine::GroupRequest)>> {
+    if group.image_bytes > 0 {
+        let (lease, bytes) = (&group.lease, group.image_bytes);
+        let Some(image) = shared.experience.image(lease, bytes, &shared.hand.progress).await? else {
+            tracing::warn!(lease, "the lease was lost before its image came");
+            shared.hand.remove(lease);
+            shared.meter.lost();
+            return Ok(None);
+        };
+        group.image = image;
+    }
+    let s = shared.clone();
+    let work = move || prepare(&s.preparer, group, &s.question, &s.scoring, &s.experience.address);
+    let prepared = tokio::task::spawn_blocking(work).await.map_err(|_| RolloutError::Died("preparation"))??;
+    shared.hand.progress.step();
+    Ok(Some(prepared))
+}
+
+/// Hands leases back that are still held.
+async fn give_back(shared: &Shared, mut leases: Vec<String>) -> Result<()> {
+    leases.retain(|lease| shared.hand.has(lease));
+    if !leases.is_empty() {
+        leases.iter().for_each(|lease| shared.hand.remove(lease));
+        shared.experience.release(leases).await;
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Whether the work on a group still counts.
+    fn has(&self, leased: &Leased) -> bool {
+        let has = self.hand.has(&leased.lease);
+        if !has {
+            self.meter.lost();
+        }
+        has
+    }
 }
 
 /// Scores and submits a group; hands it back when its weights turned out to be wrong meanwhile.
@@ -325,14 +374,14 @@ async fn one_delivery(
     ms: f64,
     epoch: u64,
 ) -> Result<()> {
-    if shared.weights.epoch() != epoch {
-        shared.held.remove(&leased.lease);
-        shared.meter.distrusted();
-        shared.experience.release(vec![leased.lease]).await;
+    if !shared.has(&leased) {
         return Ok(());
     }
     let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
-    let told = shared.weights.told(versions);
+    let Some(told) = shared.weights.told(epoch, versions) else {
+        shared.meter.distrusted();
+        return give_back(&shared, vec![leased.lease]).await;
+    };
     let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
     match done {
         Delivery::Cancelled => return Ok(()),
@@ -343,11 +392,11 @@ async fn one_delivery(
                 tracing::warn!(lease = leased.lease, "a group was not counted: {}", verdict.as_str_name());
             }
         }
-        Delivery::Distrusted(what) => {
+        Delivery::Distrusted(why) => {
             shared.meter.distrusted();
-            shared.weights.distrust(epoch, what)?;
+            shared.weights.distrust(epoch, why)?;
         }
     }
-    shared.held.remove(&leased.lease);
+    shared.hand.remove(&leased.lease);
     Ok(())
 }

@@ -14,13 +14,23 @@ use unveil_core::Secret;
 use crate::error::{ServiceError, retryable};
 use crate::tls::ClientTls;
 
-/// Waits between tries: from `first`, doubled each time, up to `most`.
+/// Waits between tries with full jitter: each is drawn evenly from nothing up to a bound, which is `first`, doubled each time, up to
+/// `most`. Callers that failed together do not come back together.
 #[derive(Debug, Clone, Copy)]
 pub struct Backoff {
-    /// First wait.
+    /// Bound of the first wait.
     pub first: Duration,
-    /// Longest wait.
+    /// Bound of the longest wait.
     pub most: Duration,
+}
+
+impl Backoff {
+    /// Draws the wait before the next try, and doubles the bound for the one after it.
+    pub fn draw(&mut self) -> Duration {
+        let wait = self.first.mul_f64(rand::random());
+        self.first = (self.first * 2).min(self.most);
+        wait
+    }
 }
 
 impl Default for Backoff {
@@ -58,7 +68,7 @@ pub async fn connect(address: &str, deadline: Duration) -> Result<Channel, Servi
 pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Duration) -> Result<Channel, ServiceError> {
     let endpoint = endpoint(address, options)?;
     let start = Instant::now();
-    let mut wait = Backoff::default().first;
+    let mut backoff = Backoff::default();
     loop {
         let left = deadline.saturating_sub(start.elapsed());
         let last = match tokio::time::timeout(left, endpoint.connect()).await {
@@ -66,6 +76,7 @@ pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Dura
             Ok(Err(e)) => chain(&e),
             Err(_) => "no answer".to_owned(),
         };
+        let wait = backoff.draw();
         if start.elapsed() + wait >= deadline {
             return Err(ServiceError::Deadline {
                 what: format!("connecting to {address}"),
@@ -74,7 +85,6 @@ pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Dura
             });
         }
         tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(Backoff::default().most);
     }
 }
 
@@ -144,13 +154,17 @@ pub fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
 ///
 /// # Errors
 /// [`ServiceError::Call`] for an answer that a repetition cannot change, [`ServiceError::Deadline`] when time is up.
-pub async fn retry<T, F, Fut>(what: &str, deadline: Duration, backoff: Backoff, mut call: F) -> Result<T, ServiceError>
+pub async fn retry<T, F, Fut>(
+    what: &str,
+    deadline: Duration,
+    mut backoff: Backoff,
+    mut call: F,
+) -> Result<T, ServiceError>
 where
     F: FnMut(Duration) -> Fut,
     Fut: Future<Output = Result<T, Status>>,
 {
     let start = Instant::now();
-    let mut wait = backoff.first;
     let mut last = "no answer".to_owned();
     loop {
         let left = deadline.saturating_sub(start.elapsed());
@@ -162,11 +176,11 @@ where
             Ok(Err(status)) => last = format!("{:?}: {}", status.code(), status.message()),
             Err(_) => {}
         }
+        let wait = backoff.draw();
         if start.elapsed() + wait >= deadline {
             return Err(ServiceError::Deadline { what: what.to_owned(), waited: start.elapsed(), last });
         }
         tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(backoff.most);
     }
 }
 
@@ -224,6 +238,40 @@ mod tests {
         })
         .await;
         assert!(calls.get() == 3 && r.unwrap_err().is_permanent());
+    }
+
+    /// Two hundred callers that a service refuses at once: their tries spread over the whole of each wait, and no bound is passed.
+    #[tokio::test(start_paused = true)]
+    async fn callers_that_failed_together_do_not_come_back_together() {
+        let begun = Instant::now();
+        let mut tries: [Vec<u128>; 3] = Default::default();
+        for _ in 0..200 {
+            let (mut backoff, mut at) = (Backoff::default(), Duration::ZERO);
+            for (n, tries) in tries.iter_mut().enumerate() {
+                let wait = backoff.draw();
+                assert!(wait <= Duration::from_millis(50) * (1 << n));
+                at += wait;
+                tries.push(at.as_micros());
+            }
+        }
+        for (n, mut tries) in tries.into_iter().enumerate() {
+            tries.sort_unstable();
+            let spread = tries[190] - tries[10];
+            assert!(spread > 25_000 << n, "try {n}: {spread} us");
+        }
+        let mut longest = Backoff::default();
+        assert!((0..100).all(|_| longest.draw() <= longest.most) && longest.first == longest.most);
+        // The loop waits for what was drawn.
+        let times = std::cell::RefCell::new(Vec::new());
+        let down = |_| {
+            times.borrow_mut().push(begun.elapsed());
+            std::future::ready(Err::<(), _>(Status::unavailable("down")))
+        };
+        retry("x", Duration::from_secs(20), Backoff::default(), down).await.unwrap_err();
+        let times = times.into_inner();
+        let waits: Vec<Duration> = times.windows(2).map(|t| t[1] - t[0]).collect();
+        assert!(waits.len() > 8 && waits.iter().all(|w| *w <= Duration::from_millis(2001)), "{waits:?}");
+        assert!(waits.windows(2).any(|w| w[1] < w[0]), "no wait is drawn: {waits:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,98 +5,58 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_stream::Stream;
-use tonic::{Request, Response as Answer, Status};
-use unveil_core::{GroupId, Logprobs, WeightVersion};
-use unveil_experience::{Lease, Submission, Verdict, VersionSpan};
+use tonic::{Code, Request, Response as Answer, Status};
+use unveil_core::{GroupId, WeightVersion};
+use unveil_experience::{Ask, Heartbeat, InHand, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
 use unveil_proto::weights::chunk;
-use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, group_to_wire, response_from_wire, v1};
-use unveil_service::{carried, context, continues, span};
+use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, response_from_wire, v1};
+use unveil_service::{Place, carried, continues, span};
 
 use super::following::Following;
 use super::rounds::Ticket;
-use super::{Leased, Shared, State, limits};
+use super::{Shared, State, limits};
 use crate::batch::{GroupInput, TrainGroup};
-use crate::error::{LearnerError, Result};
+use crate::error::Result;
 
 /// Longest time that one call waits for work or weights.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// How much longer a worker waits for the learner to come to the place of a broadcast that it has a part in. Callers allow for more.
 const MEETING: Duration = Duration::from_secs(5);
-/// How often a waiting lease call looks for leases that ran out.
-const LOOK: Duration = Duration::from_millis(500);
 
 pub(super) struct Handler {
     pub shared: Arc<Shared>,
 }
 
 impl State {
-    /// Refuses a worker whose weights are not what was published.
+    /// Refuses a worker whose weights are not what was published: `NOT_FOUND` where this process has not sent them, so that they are
+    /// another learner's, `FAILED_PRECONDITION` where it has.
     fn trust(&self, worker: &str, held: &v1::HeldWeights) -> Result<(), Status> {
         let v1::HeldWeights { version, checksum } = held;
+        let ours = self.sent.get(worker).is_some_and(|sent| sent.contains(&Some(*version)));
         let why = match self.checksums.get(version) {
             Some(known) if known == checksum => return Ok(()),
-            Some(known) => format!("version {version} has {known:08x}: they were damaged on the way or in memory"),
+            Some(known) if ours => format!("version {version} has {known:08x}: they were damaged on the way or in memory"),
+            Some(known) => format!("version {version} of this learner has {known:08x}, and it has not sent them"),
             None => "this learner has not published that version".to_owned(),
         };
         let what =
             format!("worker `{worker}` holds weights of version {version} with CRC-32C {checksum:08x}, but {why}");
         tracing::warn!("{what}");
-        Err(Status::failed_precondition(format!("{what}. Fetch them again")))
+        let code = if ours { Code::FailedPrecondition } else { Code::NotFound };
+        Err(Status::new(code, format!("{what}. Fetch them again")))
+    }
+
+    /// Notes that a version is on its way to a worker.
+    fn sends(&mut self, worker: &str, version: WeightVersion) {
+        let sent = self.sent.entry(worker.to_owned()).or_default();
+        if sent[0] != Some(version) {
+            *sent = [Some(version), sent[0]];
+        }
     }
 }
 
 impl Handler {
-    /// Takes leases, waiting until `until` for some.
-    async fn take(&self, worker: &str, most: usize, until: Instant) -> (Vec<(Lease, usize)>, WeightVersion, bool) {
-        let shared = &self.shared;
-        loop {
-            let told = shared.work.notified();
-            tokio::pin!(told);
-            told.as_mut().enable();
-            {
-                let mut state = shared.lock();
-                let now = shared.now();
-                state.welcome(worker, now);
-                let version = state.machine.version();
-                if state.finished || state.machine.finished() {
-                    state.told.insert(worker.to_owned());
-                    return (Vec::new(), version, true);
-                }
-                state.machine.expire(now);
-                let most = if state.checksums.is_empty() { 0 } else { state.share(worker, most, shared.fixed, now) };
-                let leases = state.machine.lease(worker, most, now);
-                if !leases.is_empty() || Instant::now() >= until {
-                    let with_index = |l: Lease| state.machine.index_of(&l.group).map(|i| (l, i));
-                    return (leases.into_iter().filter_map(with_index).collect(), version, false);
-                }
-            }
-            let wait = until.saturating_duration_since(Instant::now()).min(LOOK);
-            let _ = tokio::time::timeout(wait, told).await;
-        }
-    }
-
-    async fn prepare(&self, leases: Vec<(Lease, usize)>) -> Result<Vec<(Lease, Leased)>, Status> {
-        let shared = self.shared.clone();
-        let work = move || {
-            let ready =
-                |(lease, index): (Lease, usize)| shared.source.lease(index, &lease.group).map(|made| (lease, made));
-            leases.into_iter().map(ready).collect::<Result<Vec<_>>>()
-        };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(Ok(ready)) => Ok(ready),
-            Ok(Err(error)) => Err(self.shared.fail(error)),
-            Err(_) => Err(self.shared.fail(LearnerError::Lost("the preparation of an image"))),
-        }
-    }
-
-    /// A span for each lease, in the trace of its group.
-    fn lease_spans(&self, worker: &str, leases: &[(Lease, usize)]) -> Vec<tracing::Span> {
-        let traces = &mut self.shared.lock().traces;
-        let span = |(l, _): &(Lease, usize)| span!(parent: &traces.group(&l.group), "lease", worker, lease = l.id);
-        leases.iter().map(span).collect()
-    }
-
     fn group(&self, request: v1::SubmitRequest, id: GroupId, input: Arc<GroupInput>) -> Result<TrainGroup, Status> {
         let bad = |what: String| Status::invalid_argument(format!("group {} of pass {}: {what}", id.record, id.pass));
         let n = self.shared.sampling.n;
@@ -164,43 +124,39 @@ impl Service for Handler {
         if let Some(held) = &r.weights {
             self.shared.lock().trust(&r.worker, held)?;
         }
-        if r.max_groups == 0 {
-            // A sign of life alone.
-            let mut state = self.shared.lock();
-            state.welcome(&r.worker, self.shared.now());
-            let version = state.machine.version();
-            return Ok(Answer::new(v1::LeaseResponse { groups: Vec::new(), version, finished: false }));
-        }
+        self.shared.lock().welcome(&r.worker, r.session, self.shared.now());
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
-        let (leases, version, finished) = self.take(&r.worker, r.max_groups as usize, Instant::now() + wait).await;
-        let spans = self.lease_spans(&r.worker, &leases);
-        let ready = self.prepare(leases).await?;
-        let mut groups = Vec::with_capacity(ready.len());
+        let ask = Ask { worker: &r.worker, call: r.call, max: r.max_groups as usize };
+        let (taken, version, finished) = self.shared.take(ask, r.session, Instant::now() + wait).await?;
+        let groups = self.shared.answer(&r.worker, taken)?;
+        let renew_ms = self.shared.renew_ms;
+        Ok(Answer::new(v1::LeaseResponse { groups, version, finished, renew_ms }))
+    }
+
+    async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Answer<v1::HeartbeatResponse>, Status> {
+        let r = request.into_inner();
+        limits::heartbeat(&r)?;
+        let one = |h: v1::InHand| InHand { lease: h.lease, progress: h.progress };
+        let in_hand: Vec<InHand> = r.in_hand.into_iter().map(one).collect();
+        let beat = Heartbeat { worker: &r.worker, done: r.done, in_hand: &in_hand };
         let mut state = self.shared.lock();
-        for ((lease, made), span) in ready.into_iter().zip(spans) {
-            let record_json = serde_json::to_string(&made.input.record).map_err(|e| Status::internal(e.to_string()))?;
-            let s = &self.shared.sampling;
-            groups.push(v1::LeasedGroup {
-                lease: lease.id,
-                group: Some(group_to_wire(&lease.group)),
-                record_json,
-                image: made.image,
-                image_hash: made.image_hash,
-                min_version: lease.min_version,
-                n: s.n as u32,
-                temperature: s.temperature,
-                max_new_tokens: s.max_new_tokens as u32,
-                seed: s.seed,
-                top_k: s.top_k as u32,
-                top_p: s.top_p,
-                min_p: s.min_p,
-                untempered: s.logprobs == Logprobs::Untempered,
-                stop: self.shared.stop.clone(),
-                traceparent: context(&span),
-            });
-            state.inputs.insert(lease.group, made.input);
+        let now = self.shared.now();
+        state.welcome(&r.worker, r.session, now);
+        let held = state.machine.leased_by(&r.worker);
+        let lost = state.machine.heartbeat(&beat, now);
+        if state.machine.leased_by(&r.worker) < held {
+            self.shared.work.notify_waiters();
         }
-        Ok(Answer::new(v1::LeaseResponse { groups, version, finished }))
+        Ok(Answer::new(v1::HeartbeatResponse { lost }))
+    }
+
+    type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
+
+    async fn image(&self, request: Request<v1::ImageRequest>) -> Result<Answer<Self::ImageStream>, Status> {
+        let place = request.extensions().get::<Place>().cloned();
+        let r = request.into_inner();
+        limits::image(&r)?;
+        Ok(Answer::new(Box::pin(tokio_stream::iter(self.shared.image(&r, place)?))))
     }
 
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Result<Answer<v1::SubmitResponse>, Status> {
@@ -211,7 +167,7 @@ impl Service for Handler {
         let id = group_from_wire(r.group.take()).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let (worker, lease) = (std::mem::take(&mut r.worker), std::mem::take(&mut r.lease));
         let told = std::mem::take(&mut r.weights);
-        let known = self.shared.lock().inputs.get(&id).cloned();
+        let known = self.shared.lock().inputs.get(&id).map(|made| made.input.clone());
         // A group that is not under way here was trained already, or leased by a learner that is gone: the machine says which.
         let nothing = || {
             let record = serde_json::from_value(serde_json::json!({"id": id.record}))
@@ -300,6 +256,7 @@ impl Service for Handler {
                     ticket = rounds.ticket(&r.worker, base);
                 }
                 if let Ticket::Head(head) = ticket {
+                    state.sends(&r.worker, head.version);
                     let head = chunk(prost::Message::encode_to_vec(&*head).into());
                     return Ok(Answer::new(Box::pin(tokio_stream::once(Ok(head)))));
                 }
@@ -308,13 +265,15 @@ impl Service for Handler {
                 }
                 let newest = newest || (matches!(ticket, Ticket::Soon) && Instant::now() < until);
                 let sent = state.weights.as_ref().filter(|_| !newest);
+                let full = sent.is_some();
                 if let Some(weights) = sent
                     && let Some(place) = place.take().or_else(|| shared.streams.try_place())
                 {
+                    let version = weights.version;
                     let (bytes, chunks) = weights.stream(base);
-                    return Ok(Answer::new(Box::pin(shared.streams.begin(weights.version, bytes, place, chunks))));
+                    state.sends(&r.worker, version);
+                    return Ok(Answer::new(Box::pin(shared.streams.begin(version, bytes, place, chunks))));
                 }
-                let full = sent.is_some();
                 if state.finished || Instant::now() >= until {
                     if full {
                         return Err(Status::resource_exhausted("too many workers fetch weights already: try again later"));

@@ -49,7 +49,21 @@ fn finite(field: &str, value: f64) -> Checked {
 
 pub(super) fn lease(r: &v1::LeaseRequest) -> Checked {
     worker(&r.worker)?;
+    if r.max_groups == 0 {
+        return refuse("max_groups", "is 0: ask for at least 1 group");
+    }
     at_most("max_groups", r.max_groups as usize, GROUPS, "groups")
+}
+
+pub(super) fn heartbeat(r: &v1::HeartbeatRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("in_hand", r.in_hand.len(), GROUPS, "entries")?;
+    r.in_hand.iter().try_for_each(|h| at_most("in_hand", h.lease.len(), LEASE, "bytes in a lease"))
+}
+
+pub(super) fn image(r: &v1::ImageRequest) -> Checked {
+    worker(&r.worker)?;
+    at_most("lease", r.lease.len(), LEASE, "bytes")
 }
 
 pub(super) fn weights(r: &v1::WeightsRequest) -> Checked {
@@ -207,6 +221,17 @@ mod tests {
         lease(&r).unwrap();
         r.max_groups += 1;
         assert!(lease(&r).unwrap_err().message().contains("max_groups"));
+        r.max_groups = 0;
+        assert!(lease(&r).unwrap_err().message().contains("max_groups"));
+        let in_hand = vec![v1::InHand { lease: "1-1".into(), progress: 3 }];
+        let mut r = v1::HeartbeatRequest { worker: "w".into(), in_hand, ..Default::default() };
+        heartbeat(&r).unwrap();
+        r.in_hand[0].lease = long();
+        assert!(heartbeat(&r).unwrap_err().message().contains("in_hand"));
+        r.in_hand = vec![v1::InHand::default(); GROUPS + 1];
+        assert!(heartbeat(&r).unwrap_err().message().contains("in_hand"));
+        assert!(image(&v1::ImageRequest { worker: "w".into(), lease: "1-1".into() }).is_ok());
+        assert!(image(&v1::ImageRequest { worker: "w".into(), lease: long() }).is_err());
         weights(&v1::WeightsRequest { worker: "w".into(), ..Default::default() }).unwrap();
         assert!(weights(&v1::WeightsRequest { worker: long(), ..Default::default() }).is_err());
         let mut r = v1::ReleaseRequest { worker: "w".into(), leases: vec!["1-1".into()] };

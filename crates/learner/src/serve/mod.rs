@@ -1,16 +1,16 @@
 //! The host of experience: the gRPC service that rollout workers talk to, around the state machine of the experience room.
 //!
 //! The training thread and the handlers share the machine behind a lock that is held for moments only; images are prepared on
-//! blocking threads, so no handler holds up the runtime. Must not know: tensors, losses.
+//! blocking threads before their groups are leased, so no handler holds up the runtime. Must not know: tensors, losses.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tonic::Status;
 use unveil_collective::Backend;
 use unveil_core::{GroupId, Sampling, WeightVersion};
@@ -21,6 +21,7 @@ use unveil_service::{Access, CancellationToken, Guard, Routes, Running, ServeOpt
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
 use broadcast::Broadcaster;
+use clock::Clock;
 use handler::Handler;
 use rounds::Rounds;
 use streams::Streams;
@@ -29,8 +30,10 @@ use weights::Published;
 
 mod broadcast;
 mod buckets;
+mod clock;
 mod following;
 mod handler;
+mod leasing;
 mod limits;
 mod meter;
 mod rounds;
@@ -65,7 +68,7 @@ pub struct Leased {
     pub image_hash: String,
 }
 
-/// Prepares the image of a group. Called on blocking threads.
+/// Prepares the image of a group. Called on blocking threads, for several groups at once.
 pub trait LeaseSource: Send + Sync + 'static {
     /// Record `index` for this turn of its pass.
     ///
@@ -76,27 +79,43 @@ pub trait LeaseSource: Send + Sync + 'static {
 
 struct State {
     machine: Experience<TrainGroup>,
-    inputs: HashMap<GroupId, Arc<GroupInput>>,
+    /// Groups that are prepared, until they are trained.
+    inputs: HashMap<GroupId, Leased>,
+    preparing: HashSet<GroupId>,
     /// None before the first version, and while the next one is written.
     weights: Option<Published>,
     /// Checksum of every version that this process published.
     checksums: BTreeMap<WeightVersion, u32>,
     /// Workers that ever leased, and when they were last heard of.
     workers: BTreeMap<String, Duration>,
+    /// Process behind a worker's name.
+    sessions: HashMap<String, u64>,
+    /// The last two versions that this process sent to a worker.
+    sent: HashMap<String, [Option<WeightVersion>; 2]>,
     told: BTreeSet<String>,
     /// None where weights are not broadcast.
     rounds: Option<Rounds>,
     traces: Traces,
     finished: bool,
     fault: Option<LearnerError>,
+    /// Why nothing can be leased any more.
+    broken: Option<String>,
 }
 
 impl State {
-    /// Notes a worker. A name `base#k` stands for a process that was started again: what other incarnations of `base` hold
-    /// is free at once.
-    fn welcome(&mut self, worker: &str, now: Duration) {
+    /// Notes a sign of life; tells whether the worker was known.
+    fn hear(&mut self, worker: &str, now: Duration) -> bool {
         self.machine.hear(worker, now);
-        if self.workers.insert(worker.to_owned(), now).is_some() {
+        self.workers.insert(worker.to_owned(), now).is_some()
+    }
+
+    /// Notes a worker. Another session, or a name `base#k`, stands for a process that was started again: what the one before, or
+    /// other incarnations of `base`, hold is free at once.
+    fn welcome(&mut self, worker: &str, session: u64, now: Duration) {
+        if session != 0 && self.sessions.insert(worker.to_owned(), session).is_some_and(|before| before != session) {
+            self.gone(worker, now);
+        }
+        if self.hear(worker, now) {
             return;
         }
         let Some((base, _)) = worker.rsplit_once('#') else { return };
@@ -107,13 +126,30 @@ impl State {
             .cloned()
             .collect();
         for name in gone {
-            let held = self.machine.worker_lost(&name, now);
-            tracing::warn!(worker = name, held, "the worker was started again: its groups return to the queue");
+            self.gone(&name, now);
             self.workers.remove(&name);
-            if let Some(rounds) = &mut self.rounds {
-                rounds.lost(&name);
-            }
+            self.sessions.remove(&name);
+            self.sent.remove(&name);
         }
+    }
+
+    /// The process behind a name has ended.
+    fn gone(&mut self, worker: &str, now: Duration) {
+        let held = self.machine.worker_lost(worker, now);
+        tracing::warn!(worker, held, "the worker was started again: its groups return to the queue");
+        if let Some(rounds) = &mut self.rounds {
+            rounds.lost(worker);
+        }
+    }
+
+    /// Refuses a process whose name another one has taken over.
+    fn is_one(&self, worker: &str, session: u64) -> Result<(), Status> {
+        if session == 0 || self.sessions.get(worker).is_none_or(|s| *s == session) {
+            return Ok(());
+        }
+        Err(Status::already_exists(format!(
+            "another process has taken over the name `{worker}`: give each worker a name of its own"
+        )))
     }
 
     /// Groups that `worker` may take of `most` that it asks for. Where leases have a fixed size, that many, one lease at a time. Else
@@ -142,14 +178,20 @@ struct Shared {
     work: Notify,
     /// Weights on their way.
     streams: Streams,
+    /// A group is prepared.
+    prepared: Notify,
+    /// Preparations at once.
+    places: Semaphore,
     /// The service is to end.
     ending: CancellationToken,
-    started: Instant,
+    clock: Clock,
     source: Arc<dyn LeaseSource>,
     sampling: Sampling,
     stop: Vec<String>,
     vocab: u32,
     fixed: Option<usize>,
+    /// Milliseconds within which leases must be renewed.
+    renew_ms: u32,
 }
 
 impl Shared {
@@ -158,16 +200,26 @@ impl Shared {
     }
 
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.clock.now()
     }
 
     fn fail(&self, error: LearnerError) -> Status {
         let status = Status::internal(error.to_string());
         let mut state = self.lock();
+        state.broken.get_or_insert_with(|| error.to_string());
         state.fault = state.fault.take().or(Some(error));
         drop(state);
         self.ready.notify_all();
         status
+    }
+}
+
+/// Looks at the clock of leases, so that it knows a pause, until the host is gone.
+async fn tick(shared: Weak<Shared>) {
+    while let Some(shared) = shared.upgrade() {
+        shared.now();
+        drop(shared);
+        tokio::time::sleep(clock::TICK).await;
     }
 }
 
@@ -222,17 +274,22 @@ impl Host {
         machine: Experience<TrainGroup>,
         source: Arc<dyn LeaseSource>,
     ) -> Result<Self> {
+        let renew_ms = (machine.settings().lease_s * 1e3).clamp(1.0, f64::from(u32::MAX)) as u32;
         let state = State {
             machine,
             inputs: HashMap::new(),
+            preparing: HashSet::new(),
             weights: None,
             checksums: BTreeMap::new(),
             workers: BTreeMap::new(),
+            sessions: HashMap::new(),
+            sent: HashMap::new(),
             told: BTreeSet::new(),
             rounds: options.broadcast.map(|how| Rounds::new(Backend::of(how.device).name())),
             traces: Traces::default(),
             finished: false,
             fault: None,
+            broken: None,
         };
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
@@ -240,13 +297,16 @@ impl Host {
             ready: Condvar::new(),
             work: Notify::new(),
             streams: Streams::default(),
+            prepared: Notify::new(),
+            places: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
             ending: stop.clone(),
-            started: Instant::now(),
+            clock: Clock::start(),
             source,
             sampling: options.sampling,
             stop: options.stop,
             vocab: options.vocab,
             fixed: options.fixed,
+            renew_ms,
         });
         let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
         let serve = ServeOptions {
@@ -263,6 +323,7 @@ impl Host {
         let broadcaster =
             options.broadcast.map(|how| Broadcaster::start(shared.clone(), how, access.token)).transpose()?;
         let address = running.address;
+        handle.spawn(tick(Arc::downgrade(&shared)));
         Ok(Self { shared, handle: handle.clone(), stop, address, running: Some(running), broadcaster })
     }
 

@@ -74,6 +74,7 @@ impl Served {
             groups_per_step: 1,
             max_staleness: 0,
             lease_s: 9.0,
+            stall_s: 300.0,
             silence_s: 9.0,
             seed: 0,
             term: 1,
