@@ -6,6 +6,7 @@ mod endpoint;
 mod learner;
 mod listen;
 mod parallel;
+pub(crate) mod plain;
 mod reward;
 
 use crate::schema::{Config, DataKind, Optimizer};
@@ -105,6 +106,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
         need(!c.eval.suites[..at].contains(suite), format!("eval.suites names `{}` twice", suite.name()));
     }
     access::faults(c, &mut out);
+    plain::faults(c, &mut out);
     reward::faults(c, &mut out);
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);
