@@ -207,9 +207,9 @@ fn lock(run: &Path) -> Result<std::fs::File, LaunchError> {
 /// Writes the effective configuration; where the run is there already, only what a run may change may differ.
 fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<PathBuf, LaunchError> {
     let path = run.join("config.toml");
-    let text = toml::to_string(config).map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
+    let text = config.to_toml().map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
     if let Ok(old) = std::fs::read_to_string(&path) {
-        let old: Config = toml::from_str(&old)
+        let old: Config = unveil_config::read(&path.display().to_string(), &old)
             .map_err(|e| LaunchError::OtherConfig { dir: run.to_owned(), difference: e.to_string() })?;
         let (allowed, refused): (Vec<_>, Vec<_>) =
             unveil_config::changes(&old, config).into_iter().partition(|c| c.allowed);
