@@ -150,7 +150,107 @@ fn bad_model_directories() {
         assert!(found.is_some(), "{name} is named:\n{}", done.stderr);
         assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
     }
-    s.unveil(&["model", "inspect", &s.path("nowhere").to_string_lossy()]).says(1, &["nowhere"]);
+    let nowhere = s.path("nowhere").to_string_lossy().into_owned();
+    let said = format!("is `{nowhere}`: there is no such directory");
+    let (records, out) =
+        (s.path("data/records.jsonl").to_string_lossy().into_owned(), s.path("out").to_string_lossy().into_owned());
+    for (args, name) in [
+        (&["model", "inspect", &nowhere][..], "DIR"),
+        (&["model", "export", &nowhere, "--out", &out], "DIR"),
+        (&["eval", "--model", &nowhere, "--data", &records], "--model"),
+        (&["generate", "--model", &nowhere, "--data", &records], "--model"),
+        (&["score", "--model", &nowhere, "--data", &records], "--model"),
+        (&["learner", "replay", "--model", &nowhere, "--batch", &nowhere, "--out", &out], "--model"),
+    ] {
+        s.unveil(args).says(1, &[&format!("{name} {said}")]);
+    }
+    let done = s
+        .unveil(&[
+            "train",
+            "--config",
+            &config,
+            "--set",
+            &format!("model.dir={nowhere}"),
+            "--set",
+            "data.synth.train=6000",
+        ])
+        .exits(2);
+    assert!(done.stderr.contains(&format!("model.dir {said} (in --set)")), "{}", done.stderr);
+    assert!(!s.path("run").exists(), "nothing is drawn first");
+    assert_eq!(s.unveil(&["model", "inspect", &good.to_string_lossy()]).ok().json()[0]["dtype"], "float32");
+}
+
+/// Roles that are started alone say what makes the files that they start from.
+#[test]
+fn a_role_before_its_turn_says_what_comes_first() {
+    let s = Sandbox::new();
+    let config = s.micro_config();
+    let config = config.to_string_lossy();
+    let first = ["model-init is not there", "`unveil train --prepare`", "the same configuration"];
+    s.unveil(&["sft", "--config", &config]).says(1, &first);
+    let later = ["stage1 is not there", "the model of stage 1", "`unveil sft`"];
+    s.unveil(&["learner", "--config", &config]).says(1, &later);
+    let addresses = ["--set", "learner.address=http://127.0.0.1:1", "--set", "reward.address=http://127.0.0.1:1"];
+    s.unveil(&[&["rollout", "--config", &config][..], &addresses].concat()).says(1, &later);
+    s.tiny_model("run/model-init", 1);
+    s.unveil(&["sft", "--config", &config]).says(1, &["records.jsonl is not there", "`unveil prepare`"]);
+}
+
+/// A model of seven billion parameters, as far as headers tell.
+fn seven_billion(s: &Sandbox, folder: &str) -> String {
+    let header = json!({"w": {"dtype": "BF16", "shape": [7_000_000, 1000], "data_offsets": [0, 0]}}).to_string();
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.into_bytes());
+    std::fs::create_dir(s.path(folder)).expect("a folder");
+    s.write(&format!("{folder}/config.json"), "{}");
+    s.write(&format!("{folder}/model.safetensors"), bytes);
+    s.path(folder).to_string_lossy().into_owned()
+}
+
+#[test]
+fn a_large_model_needs_learning_rates_of_its_own() {
+    let s = Sandbox::new();
+    let (config, records) = (s.micro_config(), s.synth("data", 20, 1));
+    let config = config.to_string_lossy();
+    let model = format!("model.dir={}", seven_billion(&s, "seven"));
+    let root = format!("data.root={}", records.display());
+    let with = |command: &[&str], sets: &[&str]| {
+        let mut args =
+            [command, &["--config", &config, "--set", &model, "--set", "data.kind=jsonl", "--set", &root]].concat();
+        args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+        s.unveil(&args)
+    };
+    for command in [&["config", "check"][..], &["train"], &["submit", "slurm", "--dry-run"], &["learner"]] {
+        let said = with(command, &["sft.steps=0"]).exits(2).stderr;
+        assert!(said.contains("learner.optimizer.lr is not set") && said.contains("7.0 B"), "{command:?}: {said}");
+        let high = with(command, &["sft.steps=0", "learner.optimizer.lr=1e-3"]).exits(2).stderr;
+        assert!(high.contains("allow_high_lr = true"), "{command:?}: {high}");
+    }
+    let said = with(&["sft"], &[]).exits(2).stderr;
+    assert!(said.contains("sft.optimizer.lr is 3e-3") && said.contains("micro.toml:"), "{said}");
+    let good = ["sft.optimizer.lr=1e-5", "learner.optimizer.lr=1e-6"];
+    let ok = with(&["config", "check"], &good).ok();
+    assert!(
+        ok.stderr.starts_with("ok: ") && ok.stderr.contains("7.0 B parameters") && ok.stdout.is_empty(),
+        "{}",
+        ok.stderr
+    );
+    assert!(!s.path("run").exists(), "nothing is written");
+    // The shapes of published models are known by name.
+    let preset = s.unveil(&["config", "check", "--set", "model.preset=7b", "--set", "sft.steps=0"]).exits(2).stderr;
+    assert!(preset.contains("learner.optimizer.lr is not set") && preset.contains("8.3 B"), "{preset}");
+    let sets = ["model.preset=7b", "--set", "sft.steps=0", "--set", "learner.optimizer.lr=1e-6"];
+    let scratch = s.unveil(&[&["train", "--config", &config, "--set"][..], &sets].concat()).exits(2).stderr;
+    assert!(scratch.contains("model.preset is `7b`") && scratch.contains("model.dir"), "{scratch}");
+}
+
+#[test]
+fn a_published_shape_is_written_on_demand_alone() {
+    let s = Sandbox::new();
+    let out = s.path("seven").to_string_lossy().into_owned();
+    s.unveil(&["model", "init", "--preset", "7b", "--out", &out])
+        .says(1, &["8.3 B parameters", "16.6 GB", "--yes", "152064"]);
+    assert!(!s.path("seven").exists(), "nothing is written");
 }
 
 #[test]
@@ -162,6 +262,35 @@ fn bad_configurations() {
     with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
     with("sft.steps=many").says(2, &["sft.steps", "integer"]);
     with("rollout.n=1").exits(2);
+    with("learner.steps=-3").says(2, &["`learner.steps` in --set is -3: use 0 or more"]);
+    with("learner.frozen=vision_tower").says(2, &["write it as [\"vision_tower\"]"]);
+    let refused = |args: &[&str]| s.unveil(args).exits(2).stderr;
+    for (set, words) in [
+        ("model.dir=/no/such", &["model.dir is `/no/such`: there is no such directory"][..]),
+        ("model.family=llava", &["model.family is `llava`: use qwen2_5_vl or qwen3_vl"]),
+        ("model.preset=9b", &["model.preset is `9b`", "tiny, 3b, 7b"]),
+        ("actor=1", &["unknown key `actor` in --set\n"]),
+        ("wandb.project=a", &["unknown key `wandb` in --set\n"]),
+        ("learner.lr=1", &["did you mean `learner.optimizer.lr`?"]),
+    ] {
+        for said in
+            [refused(&["config", "check", "--set", set]), refused(&["train", "--config", &config, "--set", set])]
+        {
+            assert!(words.iter().all(|w| said.contains(w)), "{set}: {said}");
+        }
+    }
+    let data = ["config", "check", "--set", "data.kind=jsonl", "--set", "data.root=/no/such.jsonl"];
+    assert!(refused(&data).contains("data.root is `/no/such.jsonl`: there is no such file"));
+    s.unveil(&[&data[..], &["--offline"]].concat()).ok();
+    let checked = s.unveil(&["config", "check", "--config", &config]).ok();
+    let ok = checked.stderr;
+    assert!(ok.starts_with("ok: ") && ok.contains("micro.toml") && ok.contains("qwen2_5_vl/tiny from scratch"), "{ok}");
+    assert!(checked.stdout.is_empty() && ok.lines().count() == 1, "{ok}");
+    let shown = s.unveil(&["config", "show"]).ok().stdout;
+    assert!(shown.contains("eps = 1e-8\n") && !shown.contains("0.00000001"), "{shown}");
+    let mut variable = s.command(&binary("unveil"), &["config", "check"]);
+    let said = s.start(variable.env("UNVEIL_LEARNER_STEPS", "5")).wait(SOON).exits(2).stderr;
+    assert!(said.contains("UNVEIL_LEARNER_STEPS") && said.contains("UNVEIL__LEARNER__STEPS"), "{said}");
     let ranks =
         ["learner.parallel.ranks=2", "--set", "learner.parallel.rank=1", "--set", "learner.parallel.rendezvous=h:1"];
     let rank = s.unveil(&[&["train", "--config", &config, "--set"][..], &ranks].concat());
@@ -172,6 +301,9 @@ fn bad_configurations() {
     assert!(said.contains("health.listen is `127.0.0.1:9`: every role") && said.contains("port 0"), "{said}");
     let said = refused("telemetry.otlp_endpoint=collector");
     assert!(said.contains("telemetry.otlp_endpoint is `collector`: use http://host:port"), "{said}");
+    s.write("odd.toml", "[learner]\nstepz = 3\nlr = 1\n");
+    let both = s.unveil(&["config", "check", "--config", "odd.toml"]).exits(2).stderr;
+    assert!(both.contains("`learner.stepz` in odd.toml:2") && both.contains("`learner.lr` in odd.toml:3"), "{both}");
     s.write("odd.toml", "[learner]\nstepz = 3\n");
     s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
     s.write("odd.toml", "[learner\n");

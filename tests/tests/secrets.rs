@@ -101,6 +101,10 @@ fn no_output_holds_a_secret() {
         "reward.judge.base_url=https://me:MARKER@host/v1",
         "reward.judge.key_env=MARKER-1",
         "checkpoint.url=s3://k:MARKER@b/p",
+        "reward.judge.base_url=https://host/v1?api_key=MARKER-2",
+        "checkpoint.url=az://account/container?sig=MARKER-3",
+        "telemetry.otlp_endpoint=http://me:MARKER-4@collector",
+        "telemetry.otlp_endpoint=collector?token=MARKER-5",
     ] {
         let key = set.split_once('=').unwrap().0;
         let refused = s.unveil(&["config", "check", "--set", set]);

@@ -20,6 +20,8 @@ use unveil_report::ImageFolders;
 use unveil_reward::Scoring;
 use unveil_rollout::open_engine;
 
+use crate::before::model_directory;
+
 #[derive(Args)]
 pub struct EvalArgs {
     #[command(flatten)]
@@ -37,7 +39,7 @@ pub struct EvalArgs {
     #[arg(long)]
     boxes: Option<BoxForm>,
     /// Only this split.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", hide_default_value = true)]
     split: String,
     /// Metrics suite: summary, grounding or mau.
     #[arg(long, default_value = "summary", value_parser = suite_named)]
@@ -145,6 +147,7 @@ fn answers(
     data: &Path,
     args: &EvalArgs,
 ) -> anyhow::Result<(Evaluation, Option<Vec<Judged>>)> {
+    model_directory("--model", model)?;
     let preparer = Preparer::load_with(model, config.model.boxes)?;
     let records = RecordFile::load_with(data, Reach::new(config.data.outside))?;
     let samples = load_samples(&records, &args.split, 0, &config.data.question, &preparer)?;

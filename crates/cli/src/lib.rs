@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use unveil_config::schema::LogForm;
-use unveil_config::{Config, ConfigError};
+use unveil_config::{Config, ConfigError, Loaded};
 use unveil_core::{redact, tell};
 use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
@@ -24,7 +24,12 @@ pub struct ConfigArgs {
 impl ConfigArgs {
     /// Loads and checks the configuration.
     pub fn load(&self) -> Result<Config, ConfigError> {
-        unveil_config::load(self.config.as_deref(), &self.sets)
+        self.loaded().map(|loaded| loaded.config)
+    }
+
+    /// The same, with where each value comes from.
+    pub fn loaded(&self) -> Result<Loaded, ConfigError> {
+        Loaded::new(self.config.as_deref(), unveil_config::environment().into_iter(), &self.sets)
     }
 }
 

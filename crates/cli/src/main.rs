@@ -1,5 +1,6 @@
 //! `unveil`: every role and tool. Arguments in, rooms called, results on stdout as JSON, logs on stderr.
 
+mod before;
 mod certificates;
 mod checkpoints;
 mod dataset;
@@ -113,8 +114,8 @@ enum LearnerCommand {
 
 #[derive(Subcommand)]
 enum ConfigCommand {
-    /// Loads and checks; prints nothing but errors.
-    Check(ConfigArgs),
+    /// Loads and checks, and looks whether the files that are named are there; one line on stderr says what was found.
+    Check(before::CheckArgs),
     /// Prints the effective configuration as TOML.
     Show(ConfigArgs),
 }
@@ -145,12 +146,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Data(command) => dataset::run(&command),
         Command::Checkpoint(command) => checkpoints::run(&command),
         Command::Submit(command) => submit::run(&command),
-        Command::Config(ConfigCommand::Check(args)) => {
-            args.load()?;
-            Ok(())
-        }
+        Command::Config(ConfigCommand::Check(args)) => before::check(&args),
         Command::Config(ConfigCommand::Show(args)) => {
-            print!("{}", toml::to_string(&args.load()?)?);
+            print!("{}", args.load()?.to_toml()?);
             Ok(())
         }
         Command::Tls(command) => certificates::run(&command),

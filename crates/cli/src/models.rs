@@ -3,18 +3,21 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
 use unveil_cli::{ConfigArgs, telemetry};
 use unveil_config::schema::Model as ModelConfig;
-use unveil_core::Sampling;
+use unveil_config::{directory_fault, shown_count};
+use unveil_core::{Sampling, tell};
 use unveil_data::prepare::{Family, Preparer};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_learner::ReplayModels;
-use unveil_model::{InitSpec, SpecialIds, Vlm, VlmConfig};
+use unveil_model::{InitSpec, Preset, SpecialIds, Vlm, VlmConfig};
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
+
+use crate::before::model_directory;
 
 #[derive(Subcommand)]
 pub enum ModelCommand {
@@ -32,6 +35,9 @@ pub enum ModelCommand {
         /// Seed of the weights.
         #[arg(long, default_value_t = 0)]
         seed: u64,
+        /// Also writes a published shape, which is large and has no published tokenizer.
+        #[arg(long)]
+        yes: bool,
     },
     /// Writes a model directory again, as transformers reads it, in another kind of numbers or with adapters merged if asked.
     Export {
@@ -138,8 +144,9 @@ pub struct ReplayArgs {
 /// `unveil model …`
 pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
     match command {
-        ModelCommand::Init { family, preset, out, seed } => {
+        ModelCommand::Init { family, preset, out, seed, yes } => {
             let shape = unveil_model::preset(family, preset)?;
+            large(shape, out, *yes)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
                 family: Family::named(family).with_context(|| format!("no processor for the family `{family}`"))?,
@@ -171,15 +178,42 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
             Ok(())
         }
         ModelCommand::Export { dir, out, dtype, adapter } => {
+            model_directory("DIR", dir)?;
+            if let Some(fault) = adapter.as_deref().and_then(|dir| directory_fault("--adapter", dir)) {
+                bail!("{fault}");
+            }
             unveil_model::export(dir, out, *dtype, adapter.as_deref())?;
             println!("{}", describe(out)?);
             Ok(())
         }
         ModelCommand::Inspect { dir } => {
+            model_directory("DIR", dir)?;
             println!("{}", describe(dir)?);
             Ok(())
         }
     }
+}
+
+/// Says how large a published shape is before it is written, and asks whether it is meant: the tokenizer that comes with it is not that
+/// of the published model.
+fn large(shape: &Preset, out: &Path, yes: bool) -> anyhow::Result<()> {
+    if shape.vocabulary() == 0 {
+        return Ok(());
+    }
+    let (count, bytes) = shape.size(0);
+    let size = format!("{} parameters, {:.1} GB", shown_count(count), bytes as f64 / 1e9);
+    if !yes {
+        bail!(
+            "{} of {} has the shape of the published model ({size}) with fresh weights and with the small tokenizer of models from scratch, \
+             which does not fill its vocabulary of {}: it is for measurements. Say --yes if that is meant; to train the published model, \
+             name its directory in model.dir",
+            shape.name,
+            shape.family.name(),
+            shape.vocabulary()
+        );
+    }
+    tell(&format!("writing {size} to {}", out.display()));
+    Ok(())
 }
 
 fn kind_of(name: &str) -> Result<Kind, String> {
@@ -188,6 +222,17 @@ fn kind_of(name: &str) -> Result<Kind, String> {
         "bfloat16" => Ok(Kind::BFloat16),
         "float16" => Ok(Kind::Half),
         other => Err(format!("`{other}`: use float32, bfloat16 or float16")),
+    }
+}
+
+/// The name that [`kind_of`] reads.
+fn kind_name(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "float32".to_owned(),
+        Kind::BFloat16 => "bfloat16".to_owned(),
+        Kind::Half => "float16".to_owned(),
+        Kind::Double => "float64".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
     }
 }
 
@@ -208,7 +253,7 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     };
     let c = vlm.config();
     Ok(json!({
-        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "dtype": format!("{:?}", c.dtype),
+        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "dtype": kind_name(c.dtype),
         "parameters": count(""), "vision_parameters": count("visual."),
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
         "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
@@ -239,6 +284,7 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
 }
 
 fn offline(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
+    model_directory("--model", dir)?;
     Ok(OfflineModel { dir: dir.to_owned(), config: config.load()? })
 }
 
@@ -260,6 +306,8 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
 pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     let _tracing = telemetry(&config, "replay", "warn")?;
+    model_directory("--model", &args.model)?;
+    args.reference.as_deref().map_or(Ok(()), |dir| model_directory("--reference", dir))?;
     let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
     let banned = &preparer.tokenizer().special().banned;
     println!(

@@ -11,6 +11,7 @@ use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_config::Config;
 use unveil_core::tell;
 
+use crate::before::model_directory;
 use crate::models::{ModelCommand, model};
 
 /// How often stage 1's checkpoint is looked for.
@@ -51,10 +52,10 @@ pub fn run(args: &PrepareArgs) -> anyhow::Result<()> {
         } else if config.model.dir.is_empty() {
             let (m, seed) = (&config.model, config.run.seed);
             let (family, preset) = (m.family.clone(), m.preset.clone());
-            model(&ModelCommand::Init { family, preset, out: dir, seed })?;
+            model(&ModelCommand::Init { family, preset, out: dir, seed, yes: false })?;
             return Ok(());
         } else {
-            anyhow::bail!("model.dir names {}, which holds no config.json", dir.display());
+            model_directory("model.dir", &dir)?;
         }
     }
     println!("{}", json!({ "dir": dir }));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role, telemetry};
 use unveil_config::schema::Suite;
-use unveil_config::{Config, ConfigError};
+use unveil_config::{Config, ConfigError, Stage as Training};
 use unveil_core::tell;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
@@ -23,6 +23,7 @@ use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::{Health, announce};
 
+use crate::before;
 use crate::evaluation::{SAMPLES, run_images};
 
 fn sibling(name: &str) -> anyhow::Result<PathBuf> {
@@ -36,7 +37,8 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
 
 /// `unveil train`; with `prepare` only what comes before stage 2.
 pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
-    let config = args.load()?;
+    let loaded = args.loaded()?;
+    let config = loaded.config.clone();
     let rank = config.learner.parallel.rank;
     if rank > 0 {
         let what = format!(
@@ -45,6 +47,7 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
         return Err(ConfigError::Invalid(vec![what]).into());
     }
     only_listeners_of_one(&config)?;
+    before::all(&loaded, &Training::ALL)?;
     let _tracing = telemetry(&config, "train", "info")?;
     let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
     let summary = run_role(false, 1, |token| async move {
@@ -97,9 +100,12 @@ pub fn reward(args: &[String]) -> anyhow::Result<()> {
 
 /// `unveil sft`
 pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
-    let config = args.config.load()?;
+    let loaded = args.config.loaded()?;
+    let config = loaded.config.clone();
     let _tracing = telemetry(&config, "sft", "warn")?;
     let paths = (config.initial_model(), config.stage1_model());
+    before::role(&loaded, &paths.0, true)?;
+    before::rates(&loaded, &[Training::Sft])?;
     let progress = StageProgress::new("stage 1", config.sft.steps, "images");
     stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
         health.ready();
@@ -109,9 +115,12 @@ pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
 
 /// `unveil learner`
 pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
-    let config = args.config.load()?;
+    let loaded = args.config.loaded()?;
+    let config = loaded.config.clone();
     let _tracing = telemetry(&config, "learner", "warn")?;
     let paths = (config.stage1_model(), config.final_model());
+    before::role(&loaded, &paths.0, true)?;
+    before::rates(&loaded, &[Training::Learner])?;
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
     stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
         run_rl(stage, |ready| {
@@ -216,13 +225,15 @@ fn validation(
 
 /// `unveil rollout`
 pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
-    let config = args.config.load()?;
+    let loaded = args.config.loaded()?;
+    let config = loaded.config.clone();
     let _tracing = telemetry(&config, "rollout", "info")?;
     for (key, address) in [("learner.address", &config.learner.address), ("reward.address", &config.reward.address)] {
         if address.is_empty() {
             bail!("a rollout worker needs {key} (http://host:port)");
         }
     }
+    before::role(&loaded, &config.stage1_model(), false)?;
     let (model, experience, reward) =
         (config.stage1_model(), config.learner.address.clone(), config.reward.address.clone());
     let mut options = WorkerOptions::new(config, model, experience, reward, worker);

@@ -12,6 +12,6 @@ pub(crate) fn serialize<S: Serializer>(form: &Option<BoxForm>, s: S) -> Result<S
 pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<BoxForm>, D::Error> {
     match String::deserialize(d)?.as_str() {
         "auto" => Ok(None),
-        name => name.parse().map(Some).map_err(|e| D::Error::custom(format!("model.boxes: {e}, or auto"))),
+        name => name.parse().map(Some).map_err(|e| D::Error::custom(format!("{e}, or auto"))),
     }
 }

@@ -27,6 +27,7 @@ const MAY_CHANGE: &[&str] = &[
     "reward.deadline_s",
     "learner.steps",
     "learner.optimizer.lr",
+    "learner.optimizer.allow_high_lr",
     "learner.optimizer.lr_end",
     "learner.optimizer.warmup",
     "learner.optimizer.decay",

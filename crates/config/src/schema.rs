@@ -248,8 +248,10 @@ impl Default for Augment {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Optimizer {
-    /// Peak learning rate.
+    /// Peak learning rate. The default is for models of some million parameters: above half a billion it must be set.
     pub lr: f64,
+    /// A rate above 5e-5 is meant, though all weights of a model above half a billion parameters are trained.
+    pub allow_high_lr: bool,
     /// Steps of linear warm-up; then the rate is constant.
     pub warmup: u64,
     /// Share of all steps, at the end, over which the rate falls linearly to `lr_end` times `lr`; 0 = stays constant.
@@ -270,6 +272,7 @@ impl Default for Optimizer {
     fn default() -> Self {
         Self {
             lr: 1e-3,
+            allow_high_lr: false,
             warmup: 20,
             decay: 0.3,
             lr_end: 0.05,

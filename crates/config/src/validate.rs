@@ -7,6 +7,7 @@ mod endpoint;
 mod learner;
 mod listen;
 mod parallel;
+pub(crate) mod plain;
 mod reward;
 
 use crate::schema::{Config, DataKind, Optimizer};
@@ -122,6 +123,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     }
     access::faults(c, &mut out);
     answer::faults(c, &mut out);
+    plain::faults(c, &mut out);
     reward::faults(c, &mut out);
     collect::faults(c, &mut out);
     learner::faults(c, &mut out);

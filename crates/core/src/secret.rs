@@ -4,6 +4,8 @@
 use std::borrow::Cow;
 use std::sync::{PoisonError, RwLock};
 
+use crate::locator::redact_urls;
+
 /// Secrets that were seen. Shorter ones than [`LEAST`] bytes are not remembered: they would stand in many words.
 static SEEN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
@@ -41,11 +43,11 @@ impl Secret {
     }
 }
 
-/// `text` with every secret that this process has seen replaced, also where it stands as JSON writes it. For everything that leaves
-/// a process in words: log lines, errors, events, reports.
+/// `text` with every secret that this process has seen replaced, also where it stands as JSON writes it, and with the credentials in
+/// URLs replaced whether they were seen or not. For everything that leaves a process in words: log lines, errors, events, reports.
 pub fn redact(text: &str) -> Cow<'_, str> {
     let seen = SEEN.read().unwrap_or_else(PoisonError::into_inner);
-    let mut out = Cow::Borrowed(text);
+    let mut out = redact_urls(text);
     for secret in seen.iter() {
         for form in [Some(secret.clone()), quoted(secret)].into_iter().flatten() {
             if out.contains(&form) {
@@ -87,6 +89,7 @@ mod tests {
         let _seen = ["of-a-run", "of-a-run-long", "with \"q\"uote", "run"].map(Secret::new);
         assert_eq!(redact(text), "token *** and ***, \"***\"");
         assert!(matches!(redact("nothing here"), Cow::Borrowed(_)));
+        assert_eq!(redact("of-a-run at https://h/?sig=never-seen"), "*** at https://h/?sig=***");
         assert_eq!(redact("a short secret is in many words: run"), "a short secret is in many words: run");
     }
 }

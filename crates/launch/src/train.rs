@@ -207,14 +207,14 @@ fn lock(run: &Path) -> Result<std::fs::File, LaunchError> {
 /// Writes the effective configuration; where the run is there already, only what a run may change may differ.
 fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<PathBuf, LaunchError> {
     let path = run.join("config.toml");
-    let text = toml::to_string(config).map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
+    let text = config.to_toml().map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
     if let Ok(old) = std::fs::read_to_string(&path) {
         let damaged = |why: String| LaunchError::DamagedConfig { path: path.clone(), why };
         // An empty file is not one of defaults: something stopped while it wrote.
         if old.trim().is_empty() {
             return Err(damaged("it is empty".into()));
         }
-        let old: Config = toml::from_str(&old).map_err(|e| damaged(e.message().to_owned()))?;
+        let old = unveil_config::read(&path.display().to_string(), &old).map_err(|e| damaged(e.to_string()))?;
         let (allowed, refused): (Vec<_>, Vec<_>) =
             unveil_config::changes(&old, config).into_iter().partition(|c| c.allowed);
         if !refused.is_empty() {

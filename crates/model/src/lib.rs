@@ -52,7 +52,7 @@ pub use merge::Merger;
 pub use ops::wide;
 pub use packed::{PackedBatch, PackedGroup};
 pub use peft::read_adapters;
-pub use preset::{Preset, preset};
+pub use preset::{Preset, preset, presets};
 pub use rope::rope_positions;
 pub use spec::own_name;
 pub use tape::{Escort, Mode, Tape, Var, Way};

@@ -174,7 +174,26 @@ pub fn preset(family: &str, name: &str) -> Result<&'static Preset> {
     })
 }
 
+/// Names of the presets of a family.
+pub fn presets(family: &str) -> Vec<&'static str> {
+    PRESETS.iter().filter(|p| p.family.name() == family).map(|p| p.name).collect()
+}
+
 impl Preset {
+    /// Parameters of the shape, and the bytes that they take as they are stored; with `vocabulary` tokens where the preset has none
+    /// of its own or fewer.
+    pub fn size(&self, vocabulary: u32) -> (u64, u64) {
+        let mut config = self.config();
+        config.text.vocab_size = config.text.vocab_size.max(i64::from(vocabulary));
+        let count = crate::spec::tensors(&config).iter().map(|t| t.shape.iter().product::<i64>() as u64).sum();
+        (count, count * self.kind.elt_size_in_bytes() as u64)
+    }
+
+    /// Tokens that the published shape has room for; 0 where the tokenizer decides.
+    pub fn vocabulary(&self) -> u32 {
+        self.text.vocab as u32
+    }
+
     /// Patches per merged token and side.
     pub fn merge_size(&self) -> i64 {
         MERGE
@@ -255,9 +274,10 @@ mod tests {
             ("qwen3_vl", "4b", 4.44),
             ("qwen3_vl", "8b", 8.77),
         ] {
-            let config = preset(family, name).expect("exists").config();
-            let count: i64 = crate::spec::tensors(&config).iter().map(|t| t.shape.iter().product::<i64>()).sum();
+            let (count, bytes) = preset(family, name).expect("exists").size(1400);
             let found = count as f64 / 1e9;
+            assert_eq!(bytes, 2 * count, "bf16");
+            assert!(presets(family).contains(&name), "{family}/{name}");
             assert!((found - billions).abs() < 0.01, "{family}/{name} has {found} billion parameters");
         }
         assert!(preset("qwen3_vl", "70b").unwrap_err().to_string().contains("qwen3_vl/8b"));

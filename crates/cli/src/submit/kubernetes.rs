@@ -5,8 +5,10 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 use unveil_cli::ConfigArgs;
-use unveil_config::ConfigError;
+use unveil_config::{ConfigError, Stage};
 use unveil_launch::submit::kubernetes::{KubernetesError, Release, shell, values};
+
+use crate::before::rates;
 
 #[derive(Args)]
 pub struct KubernetesArgs {
@@ -34,7 +36,9 @@ pub struct KubernetesArgs {
 
 /// Installs the chart, or says how.
 pub fn run(args: &KubernetesArgs) -> anyhow::Result<()> {
-    let text = values(&args.config.load()?).map_err(|e| match e {
+    let loaded = args.config.loaded()?;
+    rates(&loaded, &Stage::ALL)?;
+    let text = values(&loaded.config).map_err(|e| match e {
         KubernetesError::Config(faults) => ConfigError::Invalid(faults).into(),
         e => anyhow::Error::from(e),
     })?;

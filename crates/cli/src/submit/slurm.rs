@@ -3,8 +3,10 @@
 use anyhow::Context;
 use clap::Args;
 use unveil_cli::ConfigArgs;
-use unveil_config::ConfigError;
+use unveil_config::{ConfigError, Stage};
 use unveil_launch::submit::slurm::{Job, Place, SlurmOptions};
+
+use crate::before::rates;
 
 #[derive(Args)]
 pub struct SlurmArgs {
@@ -19,7 +21,9 @@ pub struct SlurmArgs {
 
 /// `unveil submit slurm`
 pub fn run(args: &SlurmArgs) -> anyhow::Result<()> {
-    let config = args.config.load()?;
+    let loaded = args.config.loaded()?;
+    rates(&loaded, &Stage::ALL)?;
+    let config = loaded.config;
     let named = args.config.config.clone();
     let place = Place {
         directory: std::env::current_dir().context("cannot find the working directory")?,

@@ -1,5 +1,7 @@
 //! Faults of the sections `[tls]` and `[auth]`, and of any key that would hold a credential itself.
 
+use unveil_core::url_credential;
+
 use crate::change::entries;
 use crate::identity::Role;
 use crate::schema::Config;
@@ -33,10 +35,10 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
 fn look(key: &str, value: &toml::Value, out: &mut Vec<String>) {
     match value {
         toml::Value::String(text) => {
-            if has_user_info(text) {
+            if let Some(name) = url_credential(text) {
                 out.push(format!(
-                    "{key} holds a URL with credentials before the host (user:password@host): take them out; keys and tokens \
-                     come from environment variables or files"
+                    "{key} holds a URL with credentials in it (`{name}`): take them out; keys and tokens come from environment \
+                     variables or files"
                 ));
             }
             if key.ends_with("_env") && !(text.is_empty() || is_variable(text)) {
@@ -50,15 +52,6 @@ fn look(key: &str, value: &toml::Value, out: &mut Vec<String>) {
         toml::Value::Table(table) => table.iter().for_each(|(name, v)| look(&format!("{key}.{name}"), v, out)),
         _ => {}
     }
-}
-
-/// Whether what stands between `://` and the path holds an `@` (RFC 3986, section 3.2.1).
-fn has_user_info(text: &str) -> bool {
-    text.match_indices("://").any(|(at, _)| {
-        let rest = &text[at + 3..];
-        let host = &rest[..rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len())];
-        host.contains('@')
-    })
 }
 
 fn is_variable(text: &str) -> bool {
@@ -94,6 +87,23 @@ mod tests {
         for (key, said) in places {
             assert!(said.starts_with(key) && said.contains("credentials"), "{key}: {said}");
             assert!(!said.contains("hunter2") && !said.contains("alice"), "{said}");
+        }
+        for name in ["token", "sig", "api_key", "X-Amz-Signature", "access_token"] {
+            let bad = format!("https://host/v1?version=2&{name}=hunter2");
+            let places: [(&str, String); 9] = [
+                ("reward.judge.base_url", of(|c| c.reward.judge.base_url = bad.clone())),
+                ("collect.base_url", of(|c| c.collect.base_url = bad.clone())),
+                ("checkpoint.url", of(|c| c.checkpoint.url = bad.clone())),
+                ("learner.address", of(|c| c.learner.address = bad.clone())),
+                ("reward.address", of(|c| c.reward.address = bad.clone())),
+                ("telemetry.otlp_endpoint", of(|c| c.telemetry.otlp_endpoint = bad.clone())),
+                ("data.root", of(|c| c.data.root = bad.clone())),
+                ("model.dir", of(|c| c.model.dir = bad.clone())),
+                ("reward.custom.address", of(|c| c.reward.custom = vec![custom_at(&bad)])),
+            ];
+            for (key, said) in places {
+                assert!(said.starts_with(key) && said.contains(name) && !said.contains("hunter2"), "{key}: {said}");
+            }
         }
         for good in ["https://host:1/v1/@me", "s3://bucket/a@b", "a@b", "http://[::1]:80", ""] {
             assert_eq!(of(|c| c.reward.judge.base_url = good.into()), "", "{good}");

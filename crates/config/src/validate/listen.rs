@@ -1,5 +1,7 @@
 //! Faults of the optional addresses: probes, pages of metrics, the collector of traces.
 
+use unveil_core::redact;
+
 use crate::schema::Config;
 
 /// Whether it is `host:port`.
@@ -24,7 +26,8 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
     let rest = ["http://", "https://"].iter().find_map(|scheme| collector.strip_prefix(scheme));
     if !collector.is_empty() && !rest.is_some_and(|rest| whole(rest.trim_end_matches('/'))) {
         out.push(format!(
-            "telemetry.otlp_endpoint is `{collector}`: use http://host:port or https://host:port (OTLP over gRPC, usually port 4317), or leave it empty for none"
+            "telemetry.otlp_endpoint is `{}`: use http://host:port or https://host:port (OTLP over gRPC, usually port 4317), or leave it empty for none",
+            redact(collector.split(['?', '#']).next().unwrap_or_default())
         ));
     }
 }

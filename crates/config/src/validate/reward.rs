@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use unveil_core::redact;
+
 use super::seconds;
 use crate::schema::{Config, RelevanceKind};
 
@@ -113,7 +115,8 @@ fn custom_and_gates(c: &Config, need: &mut impl FnMut(bool, String)) {
             known,
             format!(
                 "reward.custom `{}`: address `{}` must begin with grpc://, grpcs://, http:// or https://",
-                s.name, s.address
+                s.name,
+                redact(&s.address)
             ),
         );
         need(seconds(s.deadline_s), format!("reward.custom `{}`: deadline_s must be above 0", s.name));

@@ -152,7 +152,7 @@ pub fn values(config: &Config) -> Result<String, KubernetesError> {
     // Its heads are in the configuration already.
     inside.reward.vision_relevance.heads_file.clear();
     let mut out = String::from("# Values of the Helm chart, written by `unveil submit kubernetes`.\n");
-    let text = toml::to_string(&inside)?;
+    let text = inside.to_toml()?;
     if text.chars().all(|c| c == '\n' || !c.is_control()) {
         out.push_str("config: |\n");
         for line in text.lines() {

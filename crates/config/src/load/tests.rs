@@ -1,0 +1,466 @@
+//! Layers, types and combinations together: what loads, and what is said of what does not.
+
+use super::*;
+use crate::schema::WeightSync;
+
+fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, ConfigError> {
+    let dir =
+        std::env::temp_dir().join(format!("unveil-config-{}-{:?}", std::process::id(), std::thread::current().id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = dir.join("c.toml");
+    std::fs::write(&path, text).unwrap();
+    let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
+    load_from(Some(&path), env.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())), &sets)
+}
+
+#[test]
+fn layers_in_order() {
+    let text = "[run]\nseed = 1\ndir = \"a\"\n[learner]\nsteps = 5";
+    let c = with(text, &[("UNVEIL__RUN__SEED", "2"), ("UNVEIL__RUN__DIR", "b")], &["run.seed=3"]).unwrap();
+    assert_eq!((c.run.seed, c.run.dir.as_str(), c.learner.steps), (3, "b", 5));
+    assert_eq!(c.rollout, crate::schema::Rollout::default());
+}
+
+#[test]
+fn staleness_that_makes_no_sense_is_refused() {
+    let e = |sets: &[&str]| with("", &[], sets).unwrap_err().to_string();
+    for (sets, word) in [
+        (&["rollout.max_staleness=-1"][..], "max_staleness"),
+        (&["rollout.max_staleness=1.5"], "max_staleness"),
+        (&["rollout.max_staleness=1001", "learner.steps=5000"], "0 (strictly on-policy) to 1000"),
+        (&["rollout.max_staleness=6", "learner.steps=5"], "learner.steps 5"),
+    ] {
+        let m = e(sets);
+        assert!(m.contains(word) && m.contains("max_staleness"), "{m}");
+    }
+    for sets in [["rollout.max_staleness=5", "learner.steps=5"], ["rollout.max_staleness=2", "learner.steps=0"]] {
+        assert!(with("", &[], &sets).is_ok(), "{sets:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_the_same_again_is_refused() {
+    let fault = |sets: &[&str]| {
+        let sets = [&["run.deterministic=true"][..], sets].concat();
+        with("", &[], &sets).unwrap_err().to_string()
+    };
+    let m = fault(&["rollout.max_staleness=1"]);
+    assert!(m.contains("run.deterministic") && m.contains("max_staleness = 0 (now 1)"), "{m}");
+    let m = fault(&["rollout.max_staleness=0", "rollout.groups_per_lease=3", "learner.groups=16"]);
+    assert!(m.contains("groups_per_lease (3)") && m.contains("(16)"), "{m}");
+    with("", &[], &["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=4"]).unwrap();
+}
+
+#[test]
+fn weight_sync_is_one_of_two() {
+    let c = with("", &[], &["rollout.weight_sync=broadcast", "rollout.broadcast_s=2.5"]).unwrap();
+    assert_eq!((c.rollout.weight_sync, c.rollout.broadcast_s), (WeightSync::Broadcast, 2.5));
+    assert_eq!(with("", &[], &[]).unwrap().rollout.weight_sync, WeightSync::Grpc);
+    let m = with("", &[], &["rollout.weight_sync=pigeon"]).unwrap_err().to_string();
+    assert!(m.contains("pigeon") && m.contains("broadcast"), "{m}");
+    for bad in ["0.5", "601", "nan"] {
+        let m = with("", &[], &[&format!("rollout.broadcast_s={bad}")]).unwrap_err().to_string();
+        assert!(m.contains("rollout.broadcast_s"), "{bad}: {m}");
+    }
+}
+
+#[test]
+fn errors_name_the_key() {
+    let e = |t: &str, s: &[&str]| with(t, &[], s).unwrap_err().to_string();
+    let m = e("[learner]\nclip_hihg = 0.3", &[]);
+    assert!(m.contains("learner.clip_hihg") && m.contains("did you mean `learner.clip_high`"), "{m}");
+    let m = e("", &["rewards.format.weight=1"]);
+    assert!(m.contains("rewards") && m.contains("`reward`"), "{m}");
+    let m = e("[sft]\nsteps = \"many\"", &[]);
+    assert!(m.contains("sft.steps") && m.contains("integer"), "{m}");
+    let m = e("[rollout]\nn = 1", &[]);
+    assert!(m.contains("rollout.n"), "{m}");
+    let m = e("[reward.format]\nnormalise = \"min\"", &[]);
+    assert!(m.contains("min") && m.contains("zscore"), "{m}");
+    let m = e("[run\n", &[]);
+    assert!(m.contains("TOML"), "{m}");
+    let m = e("[model]\nboxes = \"pixels\"", &[]);
+    assert!(m.contains("model.boxes") && m.contains("pixels") && m.contains("per_mille") && m.contains("auto"), "{m}");
+    assert!(e("", &["run.seed"]).contains("section.key=value"));
+    assert!(e("[sft]\nsteps = -1", &[]).contains("steps"));
+}
+
+#[test]
+fn choices_of_the_learner_are_read_and_checked() {
+    let text = "[learner]\nalgorithm = \"reinforce_plus_plus_baseline\"\nratio = \"sequence\"\nratio_to = \"learner\"\nimportance = \"mask\"\nloss_mean = \"sequence_max_length\"\nkl_form = \"k2\"\nkl_in = \"reward\"\nwhiten = \"always\"";
+    let l = with(text, &[], &["learner.clip_dual=3", "learner.kl_coef=0.1", "learner.kl_target=6"]).unwrap().learner;
+    use crate::schema::*;
+    assert_eq!(
+        (l.algorithm, l.ratio, l.ratio_to, l.importance, l.loss_mean),
+        (
+            Algorithm::ReinforcePlusPlusBaseline,
+            RatioLevel::Sequence,
+            RatioBase::Learner,
+            Importance::Mask,
+            LossMean::SequenceMaxLength
+        )
+    );
+    assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlace::Reward, Whiten::Always, 3.0));
+    let faults: [(&[&str], &[&str]); 30] = [
+        (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
+        (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
+        (&["kl_form=k4"], &["k4", "k3"]),
+        (&["clip_dual=0.5"], &["learner.clip_dual", "0.5", "above 1"]),
+        (&["importance_cap=1"], &["learner.importance_cap", "above 1"]),
+        (&["importance=truncate"], &["learner.importance", "truncate", "learner.ratio_to"]),
+        (&["algorithm=reinforce_plus_plus", "whiten=never"], &["learner.whiten", "reinforce_plus_plus", "auto"]),
+        (&["critic_warmup=5"], &["learner.critic_warmup", "5", "ppo", "grpo"]),
+        (&["kl_target=6"], &["learner.kl_target", "learner.kl_coef"]),
+        (&["kl_in=reward", "kl_gradient=reverse"], &["learner.kl_gradient", "loss"]),
+        (&["policy_coef=0"], &["learner.policy_coef", "above 0"]),
+        (&["kl_coef=-1"], &["learner.kl_coef", "-1", "0 or more"]),
+        (&["kl_gian=0.1"], &["learner.kl_gian", "`learner.kl_gain`"]),
+        (&["lora.alpha=0"], &["learner.lora.alpha", "above 0"]),
+        (&["lora.targets=[]"], &["learner.lora.targets", "q_proj"]),
+        (&["lora.rank=-1"], &["learner.lora.rank"]),
+        (&["lora.rank=4", "frozen=[\"visual.\"]"], &["learner.frozen", "learner.lora.rank is 4", "targets"]),
+        (&["lora.dropout=0.1"], &["learner.lora.dropout"]),
+        (&["parallel.ranks=4", "parallel.zero=1", "parallel.shards=3"], &["learner.parallel.shards", "3", "4 ranks"]),
+        (&["parallel.ranks=4", "parallel.shards=2"], &["learner.parallel.shards", "zero = 0"]),
+        (&["parallel.ranks=2", "parallel.rank=2"], &["learner.parallel.rank is 2", "2 ranks"]),
+        (&["parallel.ranks=2", "parallel.rank=1"], &["learner.parallel.rendezvous", "rank 1", "port"]),
+        (&["parallel.rendezvous=nowhere"], &["learner.parallel.rendezvous", "`nowhere`", "host:port"]),
+        (&["parallel.zero=4"], &["learner.parallel.zero is 4", "0, 1, 2 or 3"]),
+        (&["parallel.lost_s=1"], &["learner.parallel.lost_s is 1", "5 to 3600"]),
+        (&["critic=separate"], &["learner.critic", "ppo", "grpo"]),
+        (&["freeze=[{parameters=[\"merger\"], from=4, until=4}]"], &["learner.freeze, entry 0", "from = 4"]),
+        (&["freeze=[{parameters=[], until=4}]"], &["learner.freeze, entry 0", "empty"]),
+        (&["freeze=[{parameter=[\"merger\"], until=4}]"], &["parameter"]),
+        (&["token_budget=0"], &["learner.token_budget"]),
+    ];
+    for (sets, words) in faults {
+        let sets: Vec<String> = sets.iter().map(|s| format!("learner.{s}")).collect();
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let m = with("", &[], &sets).unwrap_err().to_string();
+        assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+    }
+    let m = with("", &[], &["learner.algorithm=rloo", "rollout.n=1"]).unwrap_err().to_string();
+    assert!(m.contains("rloo") && m.contains("rollout.n"), "{m}");
+    with("", &[], &["learner.algorithm=reinforce_plus_plus", "rollout.n=1"]).unwrap();
+}
+
+#[test]
+fn suites_are_read_and_checked() {
+    use crate::schema::Suite;
+    let found = with("[eval]\nsuites = [\"grounding\", \"mau\"]", &[], &[]).unwrap().eval.suites;
+    assert_eq!(found, Suite::ALL);
+    for suite in Suite::ALL {
+        let text = format!("[eval]\nsuites = [\"{}\"]", suite.name());
+        assert_eq!(with(&text, &[], &[]).unwrap().eval.suites, [suite]);
+    }
+    let e = with("[eval]\nsuites = [\"mau\", \"mau\"]", &[], &[]).unwrap_err().to_string();
+    assert!(e.contains("eval.suites") && e.contains("twice"), "{e}");
+    let e = with("[eval]\nsuites = [\"pope\"]", &[], &[]).unwrap_err().to_string();
+    assert!(e.contains("pope") && e.contains("grounding") && e.contains("mau"), "{e}");
+}
+
+#[test]
+fn numbers_and_options() {
+    let c = with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layers=[2]", "run.resume=40"]).unwrap();
+    assert_eq!(c.learner.optimizer.lr, 1.0);
+    assert_eq!(c.reward.vision_relevance.layers, [2]);
+    assert_eq!(c.run.resume, "40");
+    for form in unveil_core::BoxForm::ALL {
+        let c = with("", &[], &[&format!("model.boxes={form}")]).unwrap();
+        assert_eq!(c.model.boxes, Some(form));
+        assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c);
+    }
+    let c = with("[data.synonyms]\nnodule = [\"nodules\"]", &[], &[]).unwrap();
+    assert_eq!(c.data.synonyms["nodule"], ["nodules"]);
+}
+
+#[test]
+fn choices_of_the_reward_are_read_and_checked() {
+    let text = r#"
+        [reward.localization]
+        overlap = "giou"
+        curriculum = [[0, 0.1], [100, 0.5]]
+        [reward.relevance]
+        weight = 1
+        kind = "rouge_l"
+        span = ["<answer>", "</answer>"]
+        [[reward.custom]]
+        name = "tone"
+        address = "grpc://127.0.0.1:9"
+        [[reward.gates]]
+        component = "vision_relevance"
+        needs = "category"
+    "#;
+    let r = with(text, &[], &[]).unwrap().reward;
+    use crate::schema::*;
+    assert_eq!(r.localization.curriculum, [(0, 0.1), (100, 0.5)]);
+    assert_eq!((r.localization.overlap, r.relevance.kind), (Overlap::Giou, RelevanceKind::RougeL));
+    assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
+    let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
+    assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
+    let faults: [(&[&str], &[&str]); 18] = [
+        (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
+        (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
+        (&["localization.overlap=diou"], &["diou", "ciou"]),
+        (&["vision_relevance.sink=0.5"], &["sink", "above 1"]),
+        (&["relevance.weight=1"], &["judge.base_url", "judge.model"]),
+        (&["relevance.weight=1", "relevance.kind=embedding"], &["embedding_dir"]),
+        (&["relevance.span=[\"<a>\"]"], &["relevance.span", "closing"]),
+        (&["judge.scale=[5, 5]"], &["judge.scale", "highest"]),
+        (&["judge.hedge=1"], &["judge.hedge", "below 1"]),
+        (&["judge.deadline_s=0", "judge.tries=0"], &["judge.deadline_s", "above 0", "judge.tries"]),
+        (&["judge.base_url=http://x/v1"], &["judge.base_url", "judge.model"]),
+        (&["judge.temperature=3", "judge.per_minute=-1"], &["judge.temperature", "0 to 2", "judge.per_minute"]),
+        (&["length.min_chars=900"], &["length.min_chars", "900"]),
+        (&["symbolic.weight=1"], &["symbolic.table"]),
+        (&["custom=[{name=\"format\", address=\"http://x\"}]"], &["format", "taken"]),
+        (&["custom=[{name=\"a\", address=\"ftp://x\"}]"], &["ftp://x", "grpc://"]),
+        (&["custom=[{name=\"a\", address=\"http://x\", wieght=2}]"], &["wieght"]),
+        (&["gates=[{component=\"length\", needs=\"category\"}]"], &["gates", "`length`", "not computed"]),
+    ];
+    for (sets, words) in faults {
+        let sets: Vec<String> = sets.iter().map(|s| format!("reward.{s}")).collect();
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let m = with("", &[], &sets).unwrap_err().to_string();
+        assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+    }
+}
+
+#[test]
+fn faults_of_collecting_are_named() {
+    for (sets, words) in [
+        (&["collect.base_url=http://x/v1"][..], &["collect.base_url", "collect.model"][..]),
+        (&["collect.max_side=8"], &["collect.max_side", "64 to 8192"]),
+        (&["collect.max_tokens=0", "collect.tries=0"], &["collect.max_tokens", "collect.tries"]),
+        (&["collect.concurrency=0", "collect.page_size=0"], &["collect.concurrency", "collect.page_size"]),
+        (&["collect.attempt_s=0", "collect.deadline_s=-1"], &["collect.attempt_s", "collect.deadline_s"]),
+        (&["collect.per_minute=-1", "collect.temperature=-1"], &["collect.per_minute", "collect.temperature"]),
+        (&["collect.price_prompt=-1", "collect.price_answer=-2"], &["collect.price_prompt", "collect.price_answer"]),
+        (&["collect.budget=5"], &["collect.budget", "without a price"]),
+    ] {
+        let m = with("", &[], sets).unwrap_err().to_string();
+        assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
+    }
+    let good = ["collect.base_url=http://x/v1", "collect.model=m", "collect.budget=5", "collect.price_answer=2"];
+    assert_eq!(with("", &[], &good).unwrap().collect.budget, 5.0);
+}
+
+#[test]
+fn calibrated_heads_are_read_and_frozen() {
+    let path = std::env::temp_dir().join(format!("unveil-heads-{}.toml", std::process::id()));
+    std::fs::write(&path, "heads = [[3, 1], [4, 0]]\nsamples = 9").unwrap();
+    let file = format!("reward.vision_relevance.heads_file={}", path.display());
+    let c = with("", &[], &[&file]).unwrap();
+    assert_eq!(c.reward.vision_relevance.heads, [[3, 1], [4, 0]]);
+    assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c, "what is effective loads again");
+    for other in ["reward.vision_relevance.heads=[[0,0]]", "reward.vision_relevance.layers=[1]"] {
+        let e = with("", &[], &[&file, other]).unwrap_err().to_string();
+        assert!(e.contains("heads_file") && e.contains("other heads"), "{e}");
+    }
+    for bad in ["heads = []", "heads = 3", "x"] {
+        std::fs::write(&path, bad).unwrap();
+        assert!(with("", &[], &[&file]).unwrap_err().to_string().contains("heads_file"), "{bad}");
+    }
+    let gone = with("", &[], &["reward.vision_relevance.heads_file=/no/such.toml"]).unwrap_err().to_string();
+    assert!(gone.contains("/no/such.toml"), "{gone}");
+}
+
+#[test]
+fn shown_defaults_load_back() {
+    let text = toml::to_string(&Config::default()).unwrap();
+    assert_eq!(with(&text, &[], &[]).unwrap(), Config::default());
+}
+
+/// The message for a file `c.toml` with this text, without the folder.
+fn said(text: &str, env: &[(&str, &str)], sets: &[&str]) -> String {
+    let message = with(text, env, sets).unwrap_err().to_string();
+    let file = message.find("/unveil-config-").and_then(|at| Some((at, at + message[at..].find("c.toml")?)));
+    let Some((at, end)) = file else { return message };
+    let start = message[..at].rfind([' ', '(']).map_or(0, |space| space + 1);
+    message.replace(&message[start..end], "")
+}
+
+#[test]
+fn all_wrong_keys_of_all_layers_are_named_at_once_with_their_lines() {
+    let text = "[run]\nsede = 1\n\n[learner]\nlr = 1\nsteps = \"many\"\n\n[wandb]\nproject = 1\n\n[[reward.custom]]\nname = \"a\"\n\
+                address = \"http://x\"\nwieght = 2\nrnage = [0, 1]\n";
+    let found = said(text, &[("UNVEIL__SFT__STEP", "4"), ("UNVEIL_LEARNER_STEPS", "5")], &["actor=3", "rollout.n=x"]);
+    let wanted = "the configuration cannot be read:
+  the environment variable UNVEIL_LEARNER_STEPS sets nothing: write UNVEIL__LEARNER__STEPS, with two underscores between the parts
+  unknown key `learner.lr` in c.toml:5: did you mean `learner.optimizer.lr`?
+  `learner.steps` in c.toml:6 is a string (\"many\"); an integer is needed
+  unknown key `reward.custom[0].rnage` in c.toml:15: did you mean `reward.custom[0].range`?
+  unknown key `reward.custom[0].wieght` in c.toml:14: did you mean `reward.custom[0].weight`?
+  unknown key `run.sede` in c.toml:2: did you mean `run.seed`?
+  unknown key `wandb` in c.toml:8
+  unknown key `sft.step` in the environment (UNVEIL__SFT__STEP): did you mean `sft.steps`?
+  unknown key `actor` in --set
+  `rollout.n` in --set is a string (\"x\"); an integer is needed";
+    assert_eq!(found, wanted);
+}
+
+#[test]
+fn wrong_values_are_said_in_words_with_key_layer_and_what_is_allowed() {
+    for (text, sets, wanted) in [
+        ("", &["learner.steps=-3"][..], "`learner.steps` in --set is -3: use 0 or more"),
+        ("", &["learner.parallel.zero=256"], "`learner.parallel.zero` in --set is 256: use 0 to 255"),
+        (
+            "",
+            &["rollout.max_staleness=1.5"],
+            "`rollout.max_staleness` in --set is a number (1.5); an integer is needed",
+        ),
+        (
+            "",
+            &["learner.optimizer.lr=fast"],
+            "`learner.optimizer.lr` in --set is a string (\"fast\"); a number is needed",
+        ),
+        ("", &["learner.recompute=1"], "`learner.recompute` in --set is an integer (1); true or false is needed"),
+        ("", &["learner.recompute=yes"], "`learner.recompute` in --set is a string (\"yes\"); true or false is needed"),
+        (
+            "[learner]\nalgorithm = \"dapo\"",
+            &[],
+            "`learner.algorithm` in c.toml:2 is \"dapo\": use grpo, ppo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline",
+        ),
+        ("", &["run.dtype=fp16"], "`run.dtype` in --set is \"fp16\": use float32 or bfloat16"),
+        (
+            "",
+            &["learner.frozen=vision_tower"],
+            "`learner.frozen` in --set is a string (\"vision_tower\"); a list is needed: write it as [\"vision_tower\"]",
+        ),
+        (
+            "",
+            &["learner.optimizer.betas=[0.9]"],
+            "`learner.optimizer.betas` in --set is a list ([0.9]); a list of 2 values is needed",
+        ),
+        ("sft = 3", &[], "`sft` in c.toml:1 is an integer (3); a section with keys of its own is needed"),
+        ("[model]\ndir = [\"a\"]", &[], "`model.dir` in c.toml:2 is a list ([\"a\"]); a string is needed"),
+        (
+            "[model]\nboxes = \"pixels\"",
+            &[],
+            "`model.boxes` in c.toml:2: `pixels` is no box form: use absolute, per_mille, qwen2_vl or llava, or auto",
+        ),
+        ("", &["reward.custom=[{name=\"a\"}]"], "`reward.custom[0]` in --set has no `address`"),
+        (
+            "",
+            &["learner.algorithm=3"],
+            "`learner.algorithm` in --set is \"3\": use grpo, ppo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline",
+        ),
+        ("", &["learner.algorithm=[3]"], "`learner.algorithm` in --set is a list ([3]); a string is needed"),
+        ("", &["reward=3"], "`reward` in --set is an integer (3); a section with keys of its own is needed"),
+    ] {
+        assert_eq!(said(text, &[], sets), wanted);
+    }
+    let long = said("", &[], &[&format!("learner.steps={}", "x".repeat(500))]);
+    assert!(long.len() < 160 && long.contains("…"), "{long}");
+}
+
+#[test]
+fn what_a_later_layer_hides_is_checked_too() {
+    let m = said("[sft]\nsteps = \"many\"", &[], &["sft.steps=5"]);
+    assert_eq!(m, "`sft.steps` in c.toml:2 is a string (\"many\"); an integer is needed");
+    assert_eq!(
+        said("sft = 3", &[], &["sft.steps=5"]),
+        "`sft` in c.toml:1 is an integer (3); a section with keys of its own is needed"
+    );
+}
+
+#[test]
+fn values_out_of_range_are_said_with_where_they_come_from() {
+    let m = said("[rollout]\ntop_p = 2.0\nmax_rows = 2\n", &[("UNVEIL__ROLLOUT__N", "4")], &["run.device=tpu"]);
+    let wanted = "the configuration cannot run:
+  run.device is `tpu`: use auto, cpu, cuda or cuda:N (in --set)
+  rollout.top_p is 2: use a share above 0 up to 1 (in c.toml:2)
+  rollout.max_rows (2) must hold one group of rollout.n (4) (rollout.max_rows in c.toml:3, rollout.n in the environment (UNVEIL__ROLLOUT__N))";
+    assert_eq!(m, wanted);
+}
+
+#[test]
+fn a_section_that_is_begun_keeps_its_other_defaults() {
+    let c = with("[reward.format]\nnormalise = \"max\"", &[], &["learner.optimizer.lr=1e-4"]).unwrap();
+    let defaults = Config::default();
+    assert_eq!(c.learner.optimizer.lr, 1e-4);
+    assert_eq!(c.learner.optimizer.weight_decay, defaults.learner.optimizer.weight_decay);
+    assert_eq!(c.learner.optimizer.warmup, defaults.learner.optimizer.warmup);
+    assert_eq!(c.reward.format.weight, defaults.reward.format.weight);
+}
+
+#[test]
+fn words_are_taken_as_they_are_written_where_words_are_wanted() {
+    let c = with(
+        "",
+        &[("UNVEIL__RUN__DIR", "007")],
+        &["run.resume=40", "data.train_split=2024-05-01", "data.val_split=1_000"],
+    )
+    .unwrap();
+    let split = (c.data.train_split.as_str(), c.data.val_split.as_str());
+    assert_eq!((c.run.dir.as_str(), c.run.resume.as_str(), split), ("007", "40", ("2024-05-01", "1_000")));
+    let c = with("", &[], &["data.question=true", "run.dir=\"a b\""]).unwrap();
+    assert_eq!((c.data.question.as_str(), c.run.dir.as_str()), ("true", "a b"));
+    let c = with("", &[], &["data.question=1\nsft.steps=3"]).unwrap();
+    assert_eq!((c.data.question.as_str(), c.sft.steps), ("1\nsft.steps=3", Config::default().sft.steps));
+    let c = with("", &[("UNVEIL__REWARD__VISION_RELEVANCE__HEADS", "[[3,1]]")], &[]).unwrap();
+    assert_eq!(c.reward.vision_relevance.heads, [[3, 1]]);
+    for wrong in ["=1", "run..seed=1", ".run=1", "run.=1"] {
+        assert!(with("", &[], &[wrong]).unwrap_err().to_string().contains("section.key=value"), "{wrong}");
+    }
+}
+
+#[test]
+fn lists_and_tables_of_several_layers_are_put_together_as_before() {
+    let text = "[data.synonyms]\nnodule = [\"nodules\"]\n[rollout]\nstop = [\"a\", \"b\"]";
+    let c = with(text, &[], &["data.synonyms.mass=[\"masses\"]", "rollout.stop=[\"c\"]"]).unwrap();
+    assert_eq!(c.data.synonyms.keys().collect::<Vec<_>>(), ["mass", "nodule"]);
+    assert_eq!(c.rollout.stop, ["c"]);
+}
+
+#[test]
+fn keys_for_a_collector_in_the_clear_are_refused() {
+    let sets = ["telemetry.otlp_endpoint=http://collector:4317"];
+    let headers = ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20abcdefgh");
+    let m = said("", &[headers], &sets);
+    assert!(m.contains("telemetry.otlp_endpoint") && m.contains("OTEL_EXPORTER_OTLP_HEADERS"), "{m}");
+    assert!(!m.contains("abcdefgh"), "{m}");
+    with("", &[], &sets).unwrap();
+    with("", &[headers], &["telemetry.otlp_endpoint=https://collector:4317"]).unwrap();
+    with("", &[headers], &[sets[0], "tls.insecure=true"]).unwrap();
+}
+
+#[test]
+fn a_credential_is_in_no_message() {
+    let secret = "hunter2hunter2";
+    for set in [
+        "telemetry.otlp_endpoint=http://me:SECRET@collector",
+        "telemetry.otlp_endpoint=collector?token=SECRET",
+        "reward.custom=[{name=\"a\", address=\"ftp://me:SECRET@x\"}]",
+        "reward.judge.base_url=https://host/v1?api_key=SECRET",
+        "learner.steps=https://me:SECRET@host",
+        "reward.relevance.kind=https://host?sig=SECRET",
+    ] {
+        let m = said("", &[], &[&set.replace("SECRET", secret)]);
+        assert!(!unveil_core::redact(&m).contains(secret), "{m}");
+    }
+}
+
+#[test]
+fn what_was_effective_once_is_read_without_being_checked() {
+    let mut c = Config::default();
+    c.rollout.top_p = 7.0;
+    assert_eq!(read("config.toml", &c.to_toml().unwrap()).unwrap(), c);
+    let m = read("config.toml", "[rollout]\ngone = 3\ntop_p = 1").unwrap_err().to_string();
+    assert_eq!(m, "unknown key `rollout.gone` in config.toml:2");
+}
+
+#[test]
+fn times_of_leases_are_checked_and_scoring_is_no_stall() {
+    let c = with("", &[], &[]).unwrap();
+    assert_eq!((c.rollout.lease_s, c.rollout.stall_s, c.rollout.patience_s), (60.0, 300.0, 60.0));
+    for key in ["lease_s", "stall_s", "patience_s"] {
+        for bad in ["0", "-1", "inf", "nan", "1e9"] {
+            let m = with("", &[], &[&format!("rollout.{key}={bad}")]).unwrap_err().to_string();
+            assert!(m.contains(&format!("rollout.{key} is")) && m.contains("seconds"), "{key}={bad}: {m}");
+        }
+    }
+    let m = with("", &[], &["reward.deadline_s=40", "rollout.stall_s=40"]).unwrap_err().to_string();
+    assert!(m.contains("rollout.stall_s is 40") && m.contains("reward.deadline_s (40)"), "{m}");
+    with("", &[], &["reward.deadline_s=40", "rollout.stall_s=41", "rollout.lease_s=0.1"]).unwrap();
+}
