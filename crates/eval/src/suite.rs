@@ -20,10 +20,10 @@ type Measure = fn(&Judged) -> Option<Sums>;
 /// The metrics of the grounding suite.
 ///
 /// `mean_iou`, `acc50`, `acc75`: first predicted box, answers about exactly one true box; a missing or invalid box is 0.
-/// `soft_f1`: all answers. Answers in text are none of them. `pointing_game`, `in_box_energy`: answers about a lesion that does not fill the image, from the
-/// averaged rows of the tokens that name the true class; an answer that does not name it looks nowhere and counts 0, one whose rows
-/// are not known is left out (`without_rows` counts these). `pointing_chance`, `energy_chance`: what attention without regard to the
-/// lesion would reach, over the answers with rows. `mentioned`: share of answers about a lesion that name the class.
+/// `soft_f1`: all answers (those in text are none). `pointing_game`, `in_box_energy`: answers about a lesion that does not fill the
+/// image, from the averaged rows of the tokens that name the true class; an answer that does not name it looks nowhere and counts 0, one
+/// whose rows are not known is left out (`without_rows` counts these). `pointing_chance`, `energy_chance`: what attention without regard
+/// to the lesion would reach, over the answers with rows. `mentioned`: share of answers about a lesion that name the class.
 /// `parse_failures`: share of answers that cannot be read whole (every fault but `other_form`, which reads well).
 /// `invalid_boxes`: share of the predicted boxes.
 const GROUNDING: [(&str, Measure); 12] = [

@@ -55,6 +55,33 @@ fn what_is_wrong_is_said() {
 }
 
 #[test]
+fn answers_in_text_are_left_out_of_every_number_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |index: usize, response: &str| {
+        json!({"id": "q", "task": "vqa", "answer": "MRI", "image_size": [100, 80], "boxes": [], "split": "test", "index": index,
+            "response": response})
+        .to_string()
+            + "\n"
+    };
+    let file = write(dir.path(), "r.jsonl", &(line("a", 0, "[10,20,50,60] mass") + &text(0, "MRI") + &text(1, "no finding")));
+    let judged = judge_responses(&Config::default(), &file, "").unwrap();
+    let m = json!(Evaluation::new(judged.clone()).metrics);
+    assert_eq!((&m["accuracy"], &m["soft_f1"], &m["n"], &m["n_text"]), (&json!(0.0), &json!(1.0), &json!(1), &json!(2)), "{m}");
+    let found = measure(Suite::Grounding, &judged, Some(&judged), &Bootstrap::default()).unwrap();
+    let shown = json!(found);
+    assert_eq!((&shown["n"], &shown["n_text"], &shown["records"]), (&json!(1), &json!(2), &json!(1)), "{shown}");
+    for (name, n) in [("soft_f1", 1), ("parse_failures", 1), ("boxes_per_answer", 1), ("invalid_boxes", 1)] {
+        assert_eq!(shown["metrics"][name]["n"], n, "{name}");
+    }
+    assert!(found.table().contains("2 in text besides"), "{}", found.table());
+    // Records without regions need no source either, and leave nothing of a suite where all are such.
+    let only = write(dir.path(), "t.jsonl", &text(0, "no finding"));
+    let judged = judge_responses(&Config::default(), &only, "").unwrap();
+    let shown = json!(measure(Suite::Mau, &judged, None, &Bootstrap::default()).unwrap());
+    assert_eq!((&shown["n"], &shown["n_text"], &shown["accuracy"]["value"]), (&json!(0), &json!(1), &serde_json::Value::Null));
+}
+
+#[test]
 fn responses_and_their_scores_are_shown_together() {
     let dir = tempfile::tempdir().unwrap();
     let text = line("a", 0, "[10,20,50,60] nodule") + &line("b", 0, "no finding") + &line("a", 1, "[0,0,5,5] nodule");

@@ -170,6 +170,18 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_in_text_is_shown_with_its_reference() {
+        let line = r#"{"id":"q","image":"","size":[4,4],"category":"","truth":[],"boxes":[],"text":"a <b>","correct":false,"soft_f1":0.0,
+            "grid":{"rows":0,"cols":0},"heat":[]}"#;
+        let mut p: Prediction = serde_json::from_str(line).unwrap();
+        assert_eq!((p.truth_in_words(), figure(Path::new(""), &p).contains("soft F1 0.00")), ("no finding", true));
+        p.reference = Some("MRI".into());
+        let shown = figure(Path::new(""), &p);
+        assert_eq!(p.truth_in_words(), "MRI");
+        assert!(shown.contains("answered in text") && !shown.contains("soft F1") && shown.contains("a &lt;b&gt;"), "{shown}");
+    }
+
+    #[test]
     fn what_browsers_do_not_show_becomes_png() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.dcm");
