@@ -21,7 +21,7 @@ pub use context::set_deterministic;
 pub use cuda::load_cuda;
 pub use gloo::{GlooGroup, GlooWork};
 pub use graph::CudaGraph;
-pub use host::{DecodeLayer, DecodeStep, decode, linear};
+pub use host::{DecodeLayer, DecodeStep, decode, instruction_sets, linear, with_instruction_set};
 pub use memory::{drop_grad, memory_size, resize_memory};
 pub use store::Store;
 pub use stream::{CudaEvent, CudaStream};
