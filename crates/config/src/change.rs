@@ -38,6 +38,7 @@ const MAY_CHANGE: &[&str] = &[
     "learner.eval_every",
     "learner.checkpoint_every",
     "checkpoint",
+    "launch",
     "health",
     "telemetry",
     "tls",

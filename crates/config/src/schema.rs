@@ -7,6 +7,7 @@ mod access;
 mod collect;
 mod endpoint;
 mod health;
+mod launch;
 mod learner;
 mod lora;
 mod parallel;
@@ -18,6 +19,7 @@ pub use access::{Auth, Tls};
 pub use collect::Collect;
 pub(crate) use endpoint::Endpoint;
 pub use health::Health;
+pub use launch::Launch;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -53,6 +55,8 @@ pub struct Config {
     pub eval: Eval,
     /// Checkpoints.
     pub checkpoint: Checkpoint,
+    /// Processes on one machine.
+    pub launch: Launch,
     /// Collecting answers from a vision model.
     pub collect: Collect,
     /// Signs of life for whoever started the process.
