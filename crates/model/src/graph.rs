@@ -135,6 +135,7 @@ mod tests {
 
     /// Steps at which a recording is tried that fails every time with `error`.
     fn tries(steps: u64, error: &ExtError) -> (Vec<u64>, Option<String>) {
+        tch::set_num_threads(1);
         let dir = tempfile::tempdir().unwrap();
         let special =
             SpecialIds { image_pad: 61, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: 60, pad: 63 };
