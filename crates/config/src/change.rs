@@ -41,6 +41,7 @@ const MAY_CHANGE: &[&str] = &[
     "learner.eval_every",
     "learner.checkpoint_every",
     "checkpoint",
+    "launch",
     "health",
     "telemetry",
     "tls",

@@ -8,6 +8,7 @@ mod answer;
 mod collect;
 mod endpoint;
 mod health;
+mod launch;
 mod learner;
 mod lora;
 mod parallel;
@@ -20,6 +21,7 @@ pub use answer::Answer;
 pub use collect::Collect;
 pub(crate) use endpoint::Endpoint;
 pub use health::Health;
+pub use launch::Launch;
 pub use learner::{
     Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
     Whiten,
@@ -57,6 +59,8 @@ pub struct Config {
     pub eval: Eval,
     /// Checkpoints.
     pub checkpoint: Checkpoint,
+    /// Processes on one machine.
+    pub launch: Launch,
     /// Collecting answers from a vision model.
     pub collect: Collect,
     /// Signs of life for whoever started the process.

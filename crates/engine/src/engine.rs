@@ -159,7 +159,8 @@ impl<V: Borrow<Vlm>> Engine<V> {
         self.stats
     }
 
-    /// Why decode steps could not be recorded as GPU graphs, if so: they run one operation after another then.
+    /// Why the newest decode step could not be recorded as a GPU graph, if so: steps run one operation after another until a later try
+    /// succeeds.
     pub fn graph_fault(&self) -> Option<&str> {
         self.graph_fault.as_deref()
     }

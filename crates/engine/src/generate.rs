@@ -156,7 +156,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
         self.stats.decode_steps += 1;
         let (graph_steps, fault) = batch.cache.graph_steps();
         self.stats.graph_steps += graph_steps - std::mem::replace(&mut batch.graph_steps, graph_steps);
-        if self.graph_fault.is_none() {
+        if self.graph_fault.as_deref() != fault {
             self.graph_fault = fault.map(str::to_owned);
         }
         self.stats.tokens_fed += rows.len() as u64;
@@ -172,7 +172,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             let index: Vec<i64> = on.iter().map(|(i, _)| *i as i64).collect();
             out.hidden.f_index_select(0, &Tensor::f_from_slice(&index)?.f_to_device(vlm.device())?)?
         };
-        let logits = vlm.lm_head(&hidden);
+        let logits = vlm.step_logits(&hidden);
         let rows: Vec<(usize, usize)> = on.into_iter().map(|(_, row)| row).collect();
         self.sample(&logits, &rows)
     }

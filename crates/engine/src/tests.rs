@@ -253,3 +253,9 @@ fn damaged_weights_are_noticed() {
     let r = vec![request(engine.vlm(), 0, 1.0)];
     assert!(matches!(engine.generate(&r, None), Err(EngineError::NotANumber { .. })));
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

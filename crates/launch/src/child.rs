@@ -13,7 +13,20 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use unveil_core::tell;
 
+use crate::gpus::Gpu;
 use crate::{LaunchError, io};
+
+/// What a role is started with.
+pub(crate) struct Start<'a> {
+    pub name: &'a str,
+    pub program: &'a Path,
+    pub args: Vec<String>,
+    pub log: &'a Path,
+    /// The terminal shows what it says on stderr (it draws the progress line), not the log.
+    pub shown: bool,
+    /// Its GPU, where there are some; none = what the run sees.
+    pub gpu: Option<&'a Gpu>,
+}
 
 /// A running role. Dropping it ends the process.
 pub(crate) struct Role {
@@ -26,8 +39,9 @@ pub(crate) struct Role {
 }
 
 impl Role {
-    /// Starts `program args`; stderr goes to `log`, or to the terminal when `shown` (the role draws the progress line).
-    pub fn start(name: &str, program: &Path, args: &[String], log: &Path, shown: bool) -> Result<Self, LaunchError> {
+    /// Starts it.
+    pub fn start(start: Start<'_>) -> Result<Self, LaunchError> {
+        let Start { name, program, args, log, shown, gpu } = start;
         let stderr = if shown {
             Stdio::inherit()
         } else {
@@ -35,6 +49,8 @@ impl Role {
         };
         let mut child = Command::new(program)
             .args(args)
+            .args(gpu.and_then(Gpu::set).into_iter().flat_map(|set| ["--set", set]))
+            .envs(gpu.map(Gpu::variable))
             // Roles share the cores: a thread that waits must not spin.
             .env("OMP_WAIT_POLICY", "PASSIVE")
             .stdin(Stdio::piped())
@@ -147,7 +163,9 @@ mod tests {
     fn the_error_of_a_role_whose_log_cannot_be_written_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let args = ["-c", r#"echo '{"error":"cannot write x: No space left on device"}'; exit 1"#].map(str::to_owned);
-        let mut role = Role::start("eval", Path::new("sh"), &args, &dir.path().join("eval.log"), false).unwrap();
+        let (program, log) = (Path::new("sh"), dir.path().join("eval.log"));
+        let start = Start { name: "eval", program, args: args.to_vec(), log: &log, shown: false, gpu: None };
+        let mut role = Role::start(start).unwrap();
         let status = role.reap(Instant::now() + Duration::from_secs(60)).unwrap();
         let said = role.failed(status).to_string();
         assert!(said.contains("eval ended with exit status: 1 (cannot write x: No space left on device)"), "{said}");

@@ -4,6 +4,7 @@
 //! Must not know: tch. It starts programs and reads their files; what they compute is theirs.
 
 mod child;
+mod gpus;
 mod memory;
 mod prepare;
 mod restarts;
@@ -71,6 +72,9 @@ pub enum LaunchError {
         /// Where its messages are.
         place: String,
     },
+    /// The GPUs of this machine do not do for the run.
+    #[error("{0}")]
+    Gpus(String),
     /// Interrupted by a signal.
     #[error("interrupted; run the same command again to resume")]
     Interrupted,

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use unveil_config::Config;
 
-use crate::child::Role;
+use crate::child::{Role, Start};
+use crate::gpus::{self, Gpus, Placement};
 use crate::memory::PeakMemory;
 use crate::stage2::Stage2;
 use crate::{LaunchError, io, prepare_data};
@@ -32,6 +33,7 @@ pub struct Options<'a> {
 /// [`LaunchError`]; whatever was written before stays whole, and the same call goes on from there.
 pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, LaunchError> {
     let started = Instant::now();
+    let (gpus, placement) = place(config, options.prepare)?;
     let run = config.run_dir();
     let logs = run.join("logs");
     for dir in [&run, &logs, &run.join("eval")] {
@@ -40,7 +42,7 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
     let _lock = lock(&run)?;
     let file = write_config(config, &run, options.note)?;
     let memory = PeakMemory::start();
-    let job = Job { config, options, run: &run, logs: &logs, file: &file };
+    let job = Job { config, options, run: &run, logs: &logs, file: &file, gpus: &gpus };
     let wall = Wall::resume(&run, started);
     job.prepare()?;
 
@@ -59,13 +61,15 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
         return Ok(None);
     }
     if config.learner.steps > 0 && !config.final_model().join("config.json").exists() {
+        if let Some(line) = placement.shown() {
+            (options.note)(&line);
+        }
         let stage2 = Stage2 {
             unveil: &options.unveil,
             unveil_reward: &options.unveil_reward,
             config: &file,
             logs: &logs,
-            workers: config.rollout.workers,
-            ranks: config.learner.parallel.ranks,
+            placement,
             reward_address: &config.reward.address,
             scheme: config.scheme(),
         };
@@ -86,12 +90,26 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
     Ok(Some(summary))
 }
 
+/// The GPUs of the run, and who has which in stage 2; known before anything is written.
+fn place(config: &Config, prepare: bool) -> Result<(Gpus, Placement), LaunchError> {
+    let visible = unveil_config::environment().into_iter().find(|(name, _)| name == gpus::VISIBLE);
+    let gpus = Gpus::find(&config.run.device, visible.as_ref().map(|(_, value)| value.as_str()))?;
+    let (mut ranks, mut workers) = (config.learner.parallel.ranks, config.rollout.workers);
+    if prepare || config.learner.steps == 0 {
+        // Stage 2 does not run here.
+        (ranks, workers) = (0, 0);
+    }
+    let placement = gpus.place(ranks, workers, config.launch.share_gpus)?;
+    Ok((gpus, placement))
+}
+
 struct Job<'a> {
     config: &'a Config,
     options: &'a Options<'a>,
     run: &'a Path,
     logs: &'a Path,
     file: &'a Path,
+    gpus: &'a Gpus,
 }
 
 impl Job<'_> {
@@ -122,7 +140,11 @@ impl Job<'_> {
     /// Runs one program of ours to its end and returns its stdout lines.
     fn finish(&self, name: &str, args: Vec<String>, shown: bool) -> Result<Vec<String>, LaunchError> {
         let log = self.logs.join(format!("{name}.log"));
-        let mut role = Role::start(name, &self.options.unveil, &args, &log, shown)?;
+        // Roles that run alone have the first GPU.
+        let (program, gpu) = (&self.options.unveil, self.gpus.first());
+        // What writes a new model has no `--set`, and no device.
+        let gpu = gpu.as_ref().filter(|_| name != "model");
+        let mut role = Role::start(Start { name, program, args, log: &log, shown, gpu })?;
         loop {
             if let Some(status) = role.exited() {
                 return if status.success() { Ok(role.output()) } else { Err(role.failed(status)) };

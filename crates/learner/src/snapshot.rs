@@ -48,7 +48,13 @@ impl Buffers {
         let before = self.lock().take().filter(|b| b.size() == size);
         Ok(match before {
             Some(b) => b,
-            None => HostBuffer::new(size, device)?,
+            None => {
+                let new = HostBuffer::new(size, device)?;
+                if let Some(why) = new.unlocked() {
+                    tracing::warn!("host memory for checkpoints is not locked, copies to it take longer: {why}");
+                }
+                new
+            }
         })
     }
 

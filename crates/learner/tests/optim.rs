@@ -76,3 +76,9 @@ fn what_was_frozen_is_trained_as_by_torch() {
 fn master_weights_are_trained_as_by_torch() {
     equals_torch(3, Kind::BFloat16);
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

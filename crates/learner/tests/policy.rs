@@ -259,3 +259,9 @@ fn schedules_of_frozen_parts_are_kept() {
         moments.iter().filter(|(n, _)| n.starts_with("step.model.")).map(|(_, t)| t.double_value(&[0])).collect();
     assert!(!counts.is_empty() && counts.iter().all(|c| *c == 2.0), "{counts:?}");
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

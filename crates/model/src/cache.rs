@@ -193,9 +193,9 @@ impl GroupCache {
         self.steady
     }
 
-    /// Steps that ran as recorded graphs, and why recording failed, if it did.
+    /// Steps that ran as recorded graphs, and why the newest recording failed, if it did.
     pub fn graph_steps(&self) -> (u64, Option<&str>) {
-        (self.graphs.replayed, self.graphs.fault.as_deref())
+        (self.graphs.replayed, self.graphs.fault())
     }
 
     /// Which attention is captured.

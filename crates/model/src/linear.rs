@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::Result;
 use crate::family::Get;
 use crate::lora::Adapter;
-use crate::ops::linear;
+use crate::ops::{linear, recorded};
 
 /// One layer: `W x + b`, and what its adapter adds.
 pub(crate) struct Linear {
@@ -40,8 +40,8 @@ impl Linear {
         self.adapter.get().and_then(|a| a.apply(x))
     }
 
-    fn trained(&self) -> bool {
-        self.weight.requires_grad() || self.bias.as_ref().is_some_and(Tensor::requires_grad)
+    fn recorded(&self) -> bool {
+        recorded(std::iter::once(&self.weight).chain(&self.bias))
     }
 }
 
@@ -64,7 +64,7 @@ impl Fused {
         let Some((weight, bias)) = &self.whole else {
             return Tensor::cat(&self.parts.iter().map(|p| p.apply(x)).collect::<Vec<_>>(), -1);
         };
-        let plain = if self.parts.iter().any(Linear::trained) {
+        let plain = if self.parts.iter().any(Linear::recorded) {
             // Gradients must reach the parameters, so those are joined anew.
             let bias: Vec<&Tensor> = self.parts.iter().filter_map(|p| p.bias.as_ref()).collect();
             let bias = (!bias.is_empty()).then(|| Tensor::cat(&bias, 0));
@@ -88,5 +88,44 @@ impl Fused {
         });
         let columns = Tensor::cat(&columns.collect::<Vec<_>>(), -1);
         plain + columns
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    fn random(size: &[i64]) -> Tensor {
+        Tensor::randn(size, (Kind::Float, Device::Cpu))
+    }
+
+    /// Weights that are trained take the fast way where nothing is recorded: the joined matrix as it lies, and the kernels for few rows.
+    #[test]
+    fn what_is_not_recorded_takes_the_fast_way() {
+        tch::manual_seed(5);
+        let layer = |name: &str, weight: Tensor| Linear {
+            name: name.into(),
+            weight: weight.set_requires_grad(true),
+            bias: None,
+            adapter: OnceCell::new(),
+        };
+        let (x, other) = (random(&[3, 100]), random(&[14, 100]));
+        let parts = || vec![layer("gate", random(&[7, 100])), layer("up", random(&[7, 100]))];
+        // Another matrix than the parts', to see which is used.
+        let fused = Fused::new(parts(), Some((other.shallow_clone(), None)));
+        let recorded = fused.apply(&x);
+        let joined = Tensor::cat(&[&fused.parts[0].weight, &fused.parts[1].weight], 0).detach();
+        assert_eq!(recorded.detach(), x.linear(&joined, None::<Tensor>));
+        recorded.sum(Kind::Float).backward();
+        assert!(fused.parts.iter().all(|p| p.weight.grad().defined()));
+        let ours = unveil_torch_ext::linear(&x, &other, None).unwrap();
+        assert_ne!(ours, x.linear(&other, None::<Tensor>), "the two round differently here, or nothing is seen");
+        assert_eq!(tch::no_grad(|| fused.apply(&x)), ours);
+        // One layer, too.
+        let one = layer("head", other.shallow_clone());
+        assert_eq!(tch::no_grad(|| one.apply(&x)), ours);
+        assert!(one.apply(&x).requires_grad());
     }
 }

@@ -44,7 +44,7 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
         return few_rows(x, weight, bias).unwrap_or_else(|| x.linear(weight, bias));
     }
     let bias = bias.map(|b| b.to_kind(x.kind()));
-    if !matches!(x.device(), Device::Cuda(_)) || weight.requires_grad() || x.requires_grad() {
+    if !matches!(x.device(), Device::Cuda(_)) || recorded([x, weight]) {
         return x.linear(&weight.to_kind(x.kind()), bias);
     }
     let mut size = x.size();
@@ -63,18 +63,27 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
     out.view(size.as_slice())
 }
 
+/// Whether what is done with these tensors is recorded for a backward pass. That a weight is trained does not say so: the old
+/// log-probabilities and the evaluations of a learner record nothing.
+pub(crate) fn recorded<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors.into_iter().any(Tensor::requires_grad) && unveil_torch_ext::grad_enabled()
+}
+
 /// The product of few rows on the CPU, where libtorch's own reads the weights more than once.
 fn few_rows(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option<Tensor> {
     let few = x.dim() == 2 && x.size()[0] <= FEW;
-    let trained = [Some(x), Some(weight), bias].into_iter().flatten().any(Tensor::requires_grad);
-    if !few || trained || x.device() != Device::Cpu || x.kind() != Kind::Float {
+    if !few
+        || recorded([Some(x), Some(weight), bias].into_iter().flatten())
+        || x.device() != Device::Cpu
+        || x.kind() != Kind::Float
+    {
         return None;
     }
     unveil_torch_ext::linear(x, weight, bias).ok()
 }
 
 /// Rows up to which it is the faster one.
-const FEW: i64 = 64;
+pub(crate) const FEW: i64 = 64;
 
 /// Scaled dot-product attention with the library's fused kernels; heads of `k` and `v` may be fewer (grouped queries).
 pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {

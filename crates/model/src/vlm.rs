@@ -6,6 +6,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
+use unveil_torch_ext::{ExtError, own_gpu};
 
 use crate::attention::{AttentionSet, Capture, CaptureSpec};
 use crate::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
@@ -13,7 +14,7 @@ use crate::decoder::{Decoder, Reach, SequenceAsk, SequenceOut};
 use crate::fuse::fuse;
 use crate::linear::Linear;
 use crate::lora::Adapters;
-use crate::ops::{linear, wide};
+use crate::ops::{FEW, linear, wide};
 use crate::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::place::Place;
 use crate::rope::rope_positions;
@@ -66,6 +67,13 @@ pub struct Vlm {
 impl Vlm {
     /// Loads a model directory in Hugging Face layout; no parameter asks for gradients yet.
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
+        if let Device::Cuda(gpu) = device {
+            // What names no GPU means the one of the model, in this thread. Without the CUDA part nothing asks.
+            match own_gpu(gpu) {
+                Ok(()) | Err(ExtError::Unavailable { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
         let config = VlmConfig::load(dir)?;
         let parameters = weights::load_dir(dir, &config, device, kind)?;
         Self::assemble(config, parameters)
@@ -293,6 +301,14 @@ impl Vlm {
     /// Logits `[.., V]`, fp32, of hidden states `[.., D]`; give it only the rows that are needed.
     pub fn lm_head(&self, hidden: &Tensor) -> Tensor {
         linear(hidden, &self.head, None)
+    }
+
+    /// [`Vlm::lm_head`] of the rows of a decode step: on the CPU a row's logits do not depend on how many others there are.
+    pub fn step_logits(&self, hidden: &Tensor) -> Tensor {
+        if hidden.device() != Device::Cpu || hidden.size()[0] <= FEW {
+            return self.lm_head(hidden);
+        }
+        Tensor::cat(&hidden.split(FEW, 0).iter().map(|rows| self.lm_head(rows)).collect::<Vec<_>>(), 0)
     }
 
     /// Teacher-forced pass over packed groups.

@@ -222,3 +222,9 @@ fn equals_transformers() {
         assert_eq!(*found, serde_json::json!({}), "transformers complains about a fresh {}", family.name());
     }
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

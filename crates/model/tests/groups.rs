@@ -369,3 +369,9 @@ fn segments_equal_one_graph() {
         }
     }
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

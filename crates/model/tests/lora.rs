@@ -378,3 +378,9 @@ fn a_fingerprint_names_what_is_in_a_directory() {
     std::fs::write(b.join("model.safetensors"), bytes).expect("writes");
     assert_ne!(of(&a), of(&b));
 }
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

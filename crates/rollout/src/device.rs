@@ -207,7 +207,7 @@ impl Device {
         };
         if let Some(fault) = self.engine.graph_fault().filter(|_| !self.warned) {
             tracing::warn!(
-                "decode steps cannot be recorded as GPU graphs and run one operation after another: {fault}"
+                "a decode step could not be recorded as a GPU graph; steps run one operation after another until a later try succeeds: {fault}"
             );
             self.warned = true;
         }

@@ -1,5 +1,5 @@
 //! What tests share: where Python and data sets are, a sandbox in which the built programs run, their processes, the files of a run,
-//! small disks, hosts with addresses of their own, an object store, a Slurm cluster, a certificate authority, a collector of spans, a reader
+//! small disks, a stand-in for the GPU driver, hosts with addresses of their own, an object store, a Slurm cluster, a certificate authority, a collector of spans, a reader
 //! of pages of metrics, and what goes wrong: an HTTP server that misbehaves when told to, the network between two roles, a store on a bad day.
 //!
 //! Everything a sandbox starts is ended when it is dropped, and nothing outside it is touched. Helpers panic with a message
@@ -7,6 +7,8 @@
 
 mod authority;
 mod disk;
+mod dispatch;
+mod driver;
 mod hosts;
 mod link;
 mod metrics;
@@ -22,6 +24,8 @@ mod web;
 
 pub use authority::Authority;
 pub use disk::SmallDisk;
+pub use dispatch::under_every_dispatch;
+pub use driver::FakeDriver;
 pub use hosts::Hosts;
 pub use link::{Link, Weather};
 pub use metrics::MetricsPage;

@@ -16,9 +16,22 @@
 
 namespace {
 
+// A graph that can take back a recording which could not be ended: libtorch leaves the allocator in the recording's pool then.
+struct Recording : at::cuda::CUDAGraph {
+  void abandon() noexcept {
+    if (capture_ended_) return;
+    try {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(capture_dev_, mempool_id_);
+      c10::cuda::CUDACachingAllocator::releasePool(capture_dev_, mempool_id_);
+    } catch (...) {
+      // It had not begun, or was over already.
+    }
+  }
+};
+
 // A captured graph and, while it is captured, the stream that captures.
 struct Graph {
-  at::cuda::CUDAGraph graph;
+  Recording graph;
   std::optional<c10::cuda::CUDAStreamGuard> stream;
 };
 
@@ -34,11 +47,14 @@ int unveil_graph_new(void** out, char* message, size_t size) {
 int unveil_graph_begin(void* handle, int device, char* message, size_t size) {
   auto* self = static_cast<Graph*>(handle);
   return guarded(message, size, [&] {
+    c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
     c10::cuda::device_synchronize();
     self->stream.emplace(c10::cuda::getStreamFromPool(false, static_cast<c10::DeviceIndex>(device)));
     try {
-      self->graph.capture_begin();
+      // Other threads may allocate and wait meanwhile; only this one may not.
+      self->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
+      self->graph.abandon();
       self->stream.reset();
       throw;
     }
@@ -51,6 +67,7 @@ int unveil_graph_end(void* handle, char* message, size_t size) {
     try {
       self->graph.capture_end();
     } catch (...) {
+      self->graph.abandon();
       self->stream.reset();
       throw;
     }
@@ -63,6 +80,32 @@ int unveil_graph_replay(void* handle, char* message, size_t size) {
 }
 
 void unveil_graph_free(void* handle) { delete static_cast<Graph*>(handle); }
+
+// Makes `device` the calling thread's own: what names no device means it.
+int unveil_device_own(int device, char* message, size_t size) {
+  return guarded(message, size, [&] { c10::cuda::set_device(static_cast<c10::DeviceIndex>(device)); });
+}
+
+// Bytes that libtorch's allocator has of a GPU's memory, and what of it tensors use.
+int unveil_device_kept(int device, int64_t* reserved, int64_t* allocated, char* message, size_t size) {
+  *reserved = *allocated = 0;
+  return guarded(message, size, [&] {
+    if (!c10::cuda::CUDACachingAllocator::get()->initialized()) return;
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    constexpr auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *reserved = stats.reserved_bytes[all].current;
+    *allocated = stats.allocated_bytes[all].current;
+  });
+}
+
+// Locks pages of host memory where they lie, so that the GPU copies to and from them by itself.
+int unveil_host_lock(void* begin, size_t bytes, char* message, size_t size) {
+  return guarded(message, size, [&] { C10_CUDA_CHECK(cudaHostRegister(begin, bytes, cudaHostRegisterPortable)); });
+}
+
+int unveil_host_unlock(void* begin, char* message, size_t size) {
+  return guarded(message, size, [&] { C10_CUDA_CHECK(cudaHostUnregister(begin)); });
+}
 
 // A stream of high priority from libtorch's pool; makes `device` the calling thread's own. `raw` is the driver's handle.
 int unveil_stream_new(int device, void** out, void** raw, char* message, size_t size) {

@@ -29,11 +29,36 @@ pub fn set_deterministic(on: bool) -> Result<()> {
     checked("deterministic algorithms", |m, n| unsafe { switch(c_int::from(on), m, n) })
 }
 
+/// Whether operations of the calling thread record gradients: [`Tensor::requires_grad`] says what a tensor needs, not whether
+/// anything is recorded. True where the part cannot be used.
+///
+/// [`Tensor::requires_grad`]: tch::Tensor::requires_grad
+#[allow(unsafe_code)]
+pub fn grad_enabled() -> bool {
+    type Ask = unsafe extern "C" fn() -> c_int;
+    static ASK: OnceLock<Option<Ask>> = OnceLock::new();
+    // SAFETY: the type is that of cpp/context.cc.
+    let ask = ASK.get_or_init(|| part().and_then(|p| unsafe { p.get::<Ask>(b"unveil_context_grad") }).ok());
+    // SAFETY: the function only reads a flag of this thread.
+    ask.is_none_or(|ask| unsafe { ask() } != 0)
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
+
+    #[test]
+    fn the_gradient_mode_is_the_calling_threads() {
+        assert!(grad_enabled());
+        let guard = tch::no_grad_guard();
+        assert!(!grad_enabled());
+        std::thread::scope(|s| assert!(s.spawn(grad_enabled).join().unwrap(), "another thread has its own"));
+        tch::with_grad(|| assert!(grad_enabled()));
+        drop(guard);
+        assert!(grad_enabled());
+    }
 
     /// `put_` has no deterministic algorithm.
     #[test]

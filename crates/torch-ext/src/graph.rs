@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use crate::library::checked;
-use crate::{Result, cuda};
+use crate::{ExtError, Result, cuda};
 
 type Call = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 
@@ -50,7 +50,7 @@ impl CudaGraph {
     /// cannot be recorded. Run it once before, so that libraries have set themselves up.
     ///
     /// # Errors
-    /// The CUDA part cannot be used, or the work cannot be recorded.
+    /// The CUDA part cannot be used, the work cannot be recorded, or it panicked.
     #[allow(unsafe_code)]
     pub fn record<T>(device: usize, work: impl FnOnce() -> T) -> Result<(Self, T)> {
         let functions = functions()?;
@@ -60,9 +60,16 @@ impl CudaGraph {
         let graph = Self { handle, functions };
         // SAFETY: the handle is valid until Drop; both calls are made on this thread.
         checked("begin to record a CUDA graph", |m, n| unsafe { (functions.begin)(handle, device as i32, m, n) })?;
-        let made = work();
-        checked("record a CUDA graph", |m, n| unsafe { (functions.end)(handle, m, n) })?;
-        Ok((graph, made))
+        let what = "record a CUDA graph";
+        // An operation that is refused may panic; the recording must end all the same.
+        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        // SAFETY: as above.
+        let ended = checked(what, |m, n| unsafe { (functions.end)(handle, m, n) });
+        let made = made.map_err(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            ExtError::Refused { what, message: text.unwrap_or("an operation failed").to_owned() }
+        })?;
+        ended.map(|()| (graph, made))
     }
 
     /// Runs the recorded work, in order with the thread's other work.

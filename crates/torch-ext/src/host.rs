@@ -1,6 +1,7 @@
 //! Kernels for the CPU: products of few rows, and decode steps of a decoder behind shared prefixes. libtorch's own cost more to start
 //! than to run there. Each is built for several instruction sets; the best that this machine has is taken.
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
@@ -114,47 +115,103 @@ struct Functions {
     decode: Decode,
 }
 
-fn functions() -> Result<&'static Functions> {
-    static PART: OnceLock<Result<Part, String>> = OnceLock::new();
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    let load = || look_up(PART.get_or_init(|| load(best())).as_ref().map_err(Clone::clone)?);
-    LOADED.get_or_init(load).as_ref().map_err(|e| ExtError::Unavailable { part: "CPU", reason: e.clone() })
+/// The kernels as they were built for one instruction set.
+struct Build {
+    name: &'static str,
+    bytes: &'static [u8],
+    /// Whether this machine has the instructions.
+    runs: fn() -> bool,
+    part: OnceLock<Result<Part, String>>,
+    functions: OnceLock<Result<Functions, String>>,
 }
 
-macro_rules! built {
-    ($level:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cpu_", $level, ".so"))
+macro_rules! build {
+    ($level:literal, $runs:expr) => {
+        Build {
+            name: $level,
+            bytes: include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_cpu_", $level, ".so")),
+            runs: $runs,
+            part: OnceLock::new(),
+            functions: OnceLock::new(),
+        }
     };
 }
 
+/// The best one first. The last is never taken but by tests: the vectors of the first, lowered to the second's instructions.
 #[cfg(target_arch = "x86_64")]
-fn best() -> &'static [u8] {
-    let v4 = is_x86_feature_detected!("avx512f")
+static BUILDS: [Build; 4] = [
+    build!("x86_64_v4", || v3()
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512cd")
         && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl");
-    let v3 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("avx512vl")),
+    build!("x86_64_v3", v3),
+    build!("x86_64", || true),
+    build!("x86_64_v3_wide", v3),
+];
+
+#[cfg(target_arch = "x86_64")]
+fn v3() -> bool {
+    is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("bmi1")
         && is_x86_feature_detected!("bmi2")
         && is_x86_feature_detected!("f16c")
         && is_x86_feature_detected!("lzcnt")
-        && is_x86_feature_detected!("movbe");
-    match (v4 && v3, v3) {
-        (true, _) => built!("x86_64_v4"),
-        (_, true) => built!("x86_64_v3"),
-        _ => built!("x86_64"),
-    }
+        && is_x86_feature_detected!("movbe")
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn best() -> &'static [u8] {
-    built!("native")
+static BUILDS: [Build; 1] = [build!("native", || true)];
+
+thread_local! {
+    /// What [`with_instruction_set`] has chosen for this thread.
+    static CHOSEN: Cell<Option<&'static Build>> = const { Cell::new(None) };
 }
 
-fn load(bytes: &[u8]) -> Result<Part, String> {
-    Part::load("unveil_cpu", bytes, "it was built for another kind of processor")
+/// The instruction sets that the kernels are built for and this machine has, the one that is used first. For tests.
+#[doc(hidden)]
+pub fn instruction_sets() -> Vec<&'static str> {
+    BUILDS.iter().filter(|b| (b.runs)()).map(|b| b.name).collect()
+}
+
+/// Runs `work` with the kernels that the calling thread asks for built for one of [`instruction_sets`]. For tests.
+///
+/// # Errors
+/// This machine does not have that instruction set, or the kernels cannot be loaded.
+#[doc(hidden)]
+pub fn with_instruction_set<T>(name: &str, work: impl FnOnce() -> T) -> Result<T> {
+    struct Back(Option<&'static Build>);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            CHOSEN.set(self.0);
+        }
+    }
+    let found = BUILDS.iter().find(|b| b.name == name && (b.runs)());
+    let reason = || format!("`{name}` is not one of {}", instruction_sets().join(", "));
+    let build = found.ok_or_else(|| ExtError::Unavailable { part: "CPU", reason: reason() })?;
+    build.functions()?;
+    let _back = Back(CHOSEN.replace(Some(build)));
+    Ok(work())
+}
+
+fn functions() -> Result<&'static Functions> {
+    static BEST: OnceLock<Option<&'static Build>> = OnceLock::new();
+    let best = || *BEST.get_or_init(|| BUILDS.iter().find(|b| (b.runs)()));
+    match CHOSEN.get().or_else(best) {
+        Some(build) => build.functions(),
+        None => Err(ExtError::Unavailable { part: "CPU", reason: "it is not built for this processor".into() }),
+    }
+}
+
+impl Build {
+    fn functions(&'static self) -> Result<&'static Functions> {
+        let part = || Part::load("unveil_cpu", self.bytes, "it was built for another kind of processor");
+        let load = || look_up(self.part.get_or_init(part).as_ref().map_err(Clone::clone)?);
+        let loaded = self.functions.get_or_init(load).as_ref();
+        loaded.map_err(|e| ExtError::Unavailable { part: "CPU", reason: e.clone() })
+    }
 }
 
 #[allow(unsafe_code)]
@@ -309,50 +366,39 @@ fn check(step: &DecodeStep<'_>, a: i64, slots: i64, [rows, prompt, response, ima
 mod tests {
     use super::*;
 
+    /// Sizes beside every block and vector width; every instruction set that this machine has.
     #[test]
     fn products_equal_torch_and_do_not_depend_on_other_rows() {
-        tch::manual_seed(7);
-        for (m, n, k) in [(1, 1, 3), (4, 24, 32), (7, 50, 40), (33, 101, 67)] {
-            let r = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
-            let (x, w, b) = (r(&[m, k]), r(&[n, k]), r(&[n]));
-            let out = linear(&x, &w, Some(&b)).unwrap();
-            let exact = x.to_kind(Kind::Double).linear(&w.to_kind(Kind::Double), Some(b.to_kind(Kind::Double)));
-            assert!((&out - exact).abs().max().double_value(&[]) < 1e-4);
-            let alone = linear(&x.narrow(0, m - 1, 1).contiguous(), &w, Some(&b)).unwrap();
-            assert_eq!(alone, out.narrow(0, m - 1, 1), "{m} {n} {k}");
+        let r = |size: &[i64]| Tensor::randn(size, (Kind::Float, Device::Cpu));
+        for set in instruction_sets() {
+            tch::manual_seed(7);
+            let check = || {
+                for k in [3, 15, 16, 17, 40, 67, 96] {
+                    for n in [1, 24, 50, 101] {
+                        let (x, w, b) = (r(&[33, k]), r(&[n, k]), r(&[n]));
+                        let exact = x.to_kind(Kind::Double);
+                        let exact = exact.linear(&w.to_kind(Kind::Double), Some(b.to_kind(Kind::Double)));
+                        let alone: Vec<Tensor> =
+                            (0..33).map(|i| linear(&x.narrow(0, i, 1), &w, Some(&b)).unwrap()).collect();
+                        for m in [1, 2, 3, 4, 5, 8, 32, 33] {
+                            let out = linear(&x.narrow(0, 0, m), &w, Some(&b)).unwrap();
+                            assert!((&out - exact.narrow(0, 0, m)).abs().max().double_value(&[]) < 1e-4);
+                            assert_eq!(out, Tensor::cat(&alone[..m as usize], 0), "{set}: {m} rows, {n} x {k}");
+                        }
+                    }
+                }
+            };
+            with_instruction_set(set, check).unwrap();
         }
         let (x, w) =
             (Tensor::zeros([2, 4], (Kind::Float, Device::Cpu)), Tensor::zeros([3, 5], (Kind::Float, Device::Cpu)));
         assert!(linear(&x, &w, None).unwrap_err().to_string().contains("weight"));
     }
 
-    /// Every instruction set that this machine has gives the same products within rounding.
     #[test]
-    #[cfg(target_arch = "x86_64")]
-    #[allow(unsafe_code)]
-    fn all_instruction_sets_load() {
-        let x = Tensor::randn([5, 70], (Kind::Float, Device::Cpu));
-        let w = Tensor::randn([31, 70], (Kind::Float, Device::Cpu));
-        let wanted = x.linear(&w, None::<Tensor>);
-        let mut built: Vec<&[u8]> = vec![built!("x86_64"), best()];
-        built.dedup();
-        for bytes in built {
-            let f = look_up(Box::leak(Box::new(load(bytes).unwrap()))).unwrap();
-            let out = Tensor::zeros([5, 31], (Kind::Float, Device::Cpu));
-            // SAFETY: the sizes are those of the tensors.
-            unsafe {
-                (f.linear)(
-                    x.data_ptr().cast(),
-                    5,
-                    70,
-                    w.data_ptr().cast(),
-                    31,
-                    std::ptr::null(),
-                    out.data_ptr().cast(),
-                    1,
-                )
-            };
-            assert!((out - &wanted).abs().max().double_value(&[]) < 1e-4);
-        }
+    fn an_instruction_set_that_is_not_here_is_refused() {
+        assert!(!instruction_sets().is_empty());
+        let e = with_instruction_set("mmx", || ()).unwrap_err().to_string();
+        assert!(e.contains("`mmx` is not one of"), "{e}");
     }
 }

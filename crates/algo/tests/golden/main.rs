@@ -7,3 +7,9 @@ mod harness;
 mod losses;
 mod micro;
 mod trl;
+
+/// Other rounding than this machine's own.
+#[test]
+fn numbers_hold_under_every_dispatch() {
+    unveil_testkit::under_every_dispatch(&[]);
+}

@@ -36,7 +36,7 @@ INLINE void score(const float* q, int64_t lanes, const float* keys, int64_t d, f
     vec a[C];
     for (int i = 0; i < C; i++) a[i] = load(q + c * lanes + i * W);
     for (int j = 0; j < K; j++)
-      for (int i = 0; i < C; i++) acc[j][i] += keys[j * d + c] * a[i];
+      for (int i = 0; i < C; i++) acc[j][i] = fma(splat(keys[j * d + c]), a[i], acc[j][i]);
   }
   for (int j = 0; j < K; j++)
     for (int i = 0; i < C; i++) store(scores + j * lanes + i * W, acc[j][i]);
@@ -60,7 +60,7 @@ INLINE void weigh(const float* p, int64_t lanes, const float* values, int64_t co
       vec a[C];
       for (int i = 0; i < C; i++) a[i] = load(p + j * lanes + i * W);
       for (int e = 0; e < D; e++)
-        for (int i = 0; i < C; i++) acc[e][i] += values[j * d + c + e] * a[i];
+        for (int i = 0; i < C; i++) acc[e][i] = fma(splat(values[j * d + c + e]), a[i], acc[e][i]);
     }
     for (int e = 0; e < D; e++)
       for (int i = 0; i < C; i++) store(out + (c + e) * lanes + i * W, acc[e][i]);
@@ -114,6 +114,6 @@ static void attend(Queries& s, const float* keys, const float* values, int64_t c
 static void join(const Queries& a, int64_t i, const Queries& b, int64_t j, float* out) {
   const float top = std::max(a.max[i], b.max[j]);
   const float wa = std::exp(a.max[i] - top), wb = std::exp(b.max[j] - top);
-  const float total = 1.0f / (a.sum[i] * wa + b.sum[j] * wb);
-  for (int64_t c = 0; c < a.d; c++) out[c] = (a.out[c * a.lanes + i] * wa + b.out[c * b.lanes + j] * wb) * total;
+  const float total = 1.0f / fma(a.sum[i], wa, b.sum[j] * wb);
+  for (int64_t c = 0; c < a.d; c++) out[c] = fma(a.out[c * a.lanes + i], wa, b.out[c * b.lanes + j] * wb) * total;
 }

@@ -10,15 +10,17 @@ constexpr int64_t BLOCK = 24;
 template <int M, int N>
 INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t k, float* out) {
   vec acc[M][N] = {};
-  int64_t at = 0;
-  for (; at + W <= k; at += W) {
+  auto round = [&](auto some) {
     vec b[N];
-    for (int j = 0; j < N; j++) b[j] = load(w + j * ldw + at);
+    for (int j = 0; j < N; j++) b[j] = some(w + j * ldw);
     for (int i = 0; i < M; i++) {
-      const vec a = load(x + i * ldx + at);
-      for (int j = 0; j < N; j++) acc[i][j] += a * b[j];
+      const vec a = some(x + i * ldx);
+      for (int j = 0; j < N; j++) acc[i][j] = fma(a, b[j], acc[i][j]);
     }
-  }
+  };
+  int64_t at = 0;
+  for (; at + W <= k; at += W) round([&](const float* p) { return load(p + at); });
+  if (at < k) round([&](const float* p) { return load(p + at, k - at); });
   // Always in fours, so that a sum's order, and so its rounding, does not depend on how many rows there are.
   constexpr int ALL = M * N;
   const vec* flat = &acc[0][0];
@@ -27,9 +29,6 @@ INLINE void dots(const float* x, int64_t ldx, const float* w, int64_t ldw, int64
     const vec4 s = sum4(part(0), part(1), part(2), part(3));
     std::memcpy(out + o, &s, sizeof(float) * (ALL - o < 4 ? ALL - o : 4));
   }
-  for (; at < k; at++)
-    for (int i = 0; i < M; i++)
-      for (int j = 0; j < N; j++) out[i * N + j] += x[i * ldx + at] * w[j * ldw + at];
 }
 
 // y[i * ldy + j] for all `rows` of x and N rows w; `y` is overwritten, or added to.

@@ -37,20 +37,19 @@ struct Step {
 namespace {
 
 void rms_norm(const float* x, const float* w, int64_t d, float eps, float* out) {
-  float squares = 0;
   vec acc = {};
   int64_t at = 0;
-  for (; at + W <= d; at += W) acc += load(x + at) * load(x + at);
-  for (int64_t i = at; i < d; i++) squares += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt((squares + sum(acc)) / static_cast<float>(d) + eps);
+  for (; at + W <= d; at += W) acc = fma(load(x + at), load(x + at), acc);
+  if (at < d) acc = fma(load(x + at, d - at), load(x + at, d - at), acc);
+  const float scale = 1.0f / std::sqrt(sum(acc) / static_cast<float>(d) + eps);
   for (int64_t i = 0; i < d; i++) out[i] = x[i] * scale * w[i];
 }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
   for (int64_t i = 0; i < half; i++) {
     const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
+    x[i] = fma(a, cos[i], -(b * sin[i]));
+    x[i + half] = fma(b, cos[i], a * sin[i]);
   }
 }
 
@@ -121,21 +120,21 @@ void group_attention(const Step& s, const Layer& l, int64_t slot, int64_t kv, fl
   }
 }
 
-// Columns [from, to) of silu(gate) * up, for all rows of x.
+// Columns [from, to) of silu(gate) * up, for all rows of x. Each row begins a vector, so that where its columns stand in vectors does
+// not depend on how many rows there are.
 void gated(const Step& s, const Layer& l, const float* x, int64_t from, int64_t to, float* out) {
   thread_local std::vector<float> buffer;
-  const int64_t width = to - from, count = s.fed * width;
-  buffer.resize(2 * count + W);
+  const int64_t width = to - from, stride = (width + W - 1) / W * W, count = s.fed * stride;
+  buffer.assign(2 * count, 0.0f);
   float *gate = buffer.data(), *up = gate + count;
-  columns(x, s.fed, s.hidden, l.gate + from * s.hidden, nullptr, gate, width, 0, width, false);
-  columns(x, s.fed, s.hidden, l.up + from * s.hidden, nullptr, up, width, 0, width, false);
-  int64_t i = 0;
-  for (; i + W <= count; i += W) {
+  columns(x, s.fed, s.hidden, l.gate + from * s.hidden, nullptr, gate, stride, 0, width, false);
+  columns(x, s.fed, s.hidden, l.up + from * s.hidden, nullptr, up, stride, 0, width, false);
+  for (int64_t i = 0; i < count; i += W) {
     const vec g = load(gate + i);
     store(gate + i, g / (1.0f + exp(-g)) * load(up + i));
   }
-  for (; i < count; i++) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-  for (int64_t a = 0; a < s.fed; a++) std::copy(gate + a * width, gate + (a + 1) * width, out + a * s.intermediate + from);
+  for (int64_t a = 0; a < s.fed; a++)
+    std::copy(gate + a * stride, gate + a * stride + width, out + a * s.intermediate + from);
 }
 
 }  // namespace

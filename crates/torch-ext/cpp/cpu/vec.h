@@ -1,4 +1,6 @@
-// Vectors of floats as wide as the instruction set that this is compiled for, in GCC's and Clang's portable notation.
+// Vectors of floats as wide as the instruction set that this is compiled for, in GCC's and Clang's portable notation. On x86 the
+// compiler may not fuse products and sums by itself (-ffp-contract=off): whether it does depends on how a loop is unrolled, and so on
+// how many rows there are. What is fused is written as `fma`.
 #pragma once
 
 #include <cmath>
@@ -6,7 +8,13 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512F__)
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#if defined(UNVEIL_LANES)
+constexpr int W = UNVEIL_LANES;
+#elif defined(__AVX512F__)
 constexpr int W = 16;
 #else
 constexpr int W = 8;
@@ -27,18 +35,49 @@ INLINE vec load(const float* p) {
 
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
+// The first `count` numbers, and zeros behind them.
+INLINE vec load(const float* p, int64_t count) {
+  vec v = {};
+  for (int64_t i = 0; i < count; i++) v[i] = p[i];
+  return v;
+}
+
 INLINE vec splat(float x) { return x - vec{}; }
+
+// a * b + c, rounded once where the instruction set can.
+INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+  static_assert(W == 16);
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[W / 8], y[W / 8], z[W / 8];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  std::memcpy(z, &c, sizeof c);
+  for (int i = 0; i < W / 8; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
+#else
+  // Other processors: fused by the compiler, which is told to there, since it lowers vectors that are wider than the processor's.
+  return a * b + c;
+#endif
+}
 
 INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 
 INLINE vec8 halves(vec v) {
-#if defined(__AVX512F__)
-  vec8 h[2];
+  vec8 h[W / 8];
   std::memcpy(h, &v, sizeof v);
-  return h[0] + h[1];
-#else
-  return v;
-#endif
+  if constexpr (W == 16) return h[0] + h[1];
+  return h[0];
 }
 
 // The sums of four vectors.
@@ -65,15 +104,15 @@ INLINE float sum(vec v) {
 INLINE vec exp(vec x) {
   const vec in = max(x, splat(-87.3f));
   const vec big = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-  const vec whole = (in * 1.44269504f + big) - big;
-  const vec f = (in - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  const vec whole = fma(in, splat(1.44269504f), big) - big;
+  const vec f = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), in));
   vec p = splat(1.9875691500e-4f);
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
+  p = fma(p, f, splat(1.3981999507e-3f));
+  p = fma(p, f, splat(8.3334519073e-3f));
+  p = fma(p, f, splat(4.1665795894e-2f));
+  p = fma(p, f, splat(1.6666665459e-1f));
+  p = fma(p, f, splat(5.0000001201e-1f));
+  p = fma(p * f, f, f) + 1.0f;
   ivec power = __builtin_convertvector(whole, ivec);
   power = (power + 127) << 23;
   vec scale;

@@ -1,0 +1,58 @@
+//! A stand-in for NVIDIA's driver library: it counts GPUs and says how much memory each has.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A `libcuda.so.1` of its own, deleted with this.
+pub struct FakeDriver {
+    dir: tempfile::TempDir,
+    library: PathBuf,
+}
+
+/// Contexts are numbers from 1 on, a stack of them is current; only what asks about memory and counts GPUs is there.
+const SOURCE: &str = r"
+static int stack[16], depth, retained[COUNT + 1];
+int cuInit(unsigned flags) { return flags; }
+int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal < 0 || ordinal >= COUNT ? 101 : 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { retained[device]++; *context = (void *)(long)(device + 1); return 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return --retained[device] < 0 ? 201 : 0; }
+int cuCtxPushCurrent_v2(void *context) { stack[++depth] = (int)(long)context; return 0; }
+int cuCtxPopCurrent_v2(void **context) { *context = (void *)(long)stack[depth--]; return 0; }
+int cuMemGetInfo_v2(unsigned long *free, unsigned long *total) {
+  int device = depth > 0 ? stack[depth] - 1 : 0;
+  *free = memory[device][0];
+  *total = memory[device][1];
+  return 0;
+}
+int fake_held(void) { int all = depth; for (int i = 0; i < COUNT; i++) all += retained[i]; return all; }
+";
+
+impl FakeDriver {
+    /// A driver of GPUs with so many bytes free, and so many in all. Where no context is current it answers for the first.
+    pub fn build(memory: &[(u64, u64)]) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (source, library) = (dir.path().join("fake.c"), dir.path().join("libcuda.so.1"));
+        let mut text = format!("#define COUNT {}\nstatic unsigned long memory[COUNT + 1][2] = {{", memory.len());
+        for (free, total) in memory {
+            write!(text, "{{{free}ul, {total}ul}}, ").expect("text");
+        }
+        text += "{0, 0}};";
+        text += SOURCE;
+        std::fs::write(&source, text).expect("the temporary directory can be written");
+        let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+        assert!(built.is_ok_and(|s| s.success()), "cc is needed to build the stand-in for the driver");
+        Self { dir, library }
+    }
+
+    /// The library.
+    pub fn library(&self) -> &Path {
+        &self.library
+    }
+
+    /// Where it lies, for `LD_LIBRARY_PATH`.
+    pub fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+}
