@@ -115,7 +115,7 @@ async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
     assert_eq!(written.open_image(r).unwrap().width(), 60);
     let sizes = Sizes { original: (60, 40), resized: (56, 56) };
     let target = answer_text(codec(unveil_core::BoxForm::PerMille), r, &sizes).unwrap();
-    let back = read_answer(codec(unveil_core::BoxForm::PerMille), &target, &sizes);
+    let back = read_answer(codec(unveil_core::BoxForm::PerMille), &unveil_core::Reading::default(), &target, &sizes);
     assert!(back.boxes[0].iou(&r.boxes[0]) > 0.95 && back.category == "liver cyst", "{target}");
 
     let lines = journal(&out);

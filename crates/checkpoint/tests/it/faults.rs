@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::world::{COUNT, Fault, World, load, objects, retention, save, snapshot, value};
+use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use unveil_checkpoint::{Checkpoints, Error, Object, Resume, Retention, RunLog, best, list, prune, show, verify};
