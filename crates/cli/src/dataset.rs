@@ -111,6 +111,12 @@ pub struct ImportArgs {
     /// Splits by patient, or image, instead of the published ones.
     #[arg(long)]
     resplit: bool,
+    /// Folder of images that are not in the source folder.
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
+    /// Task of the benchmark that the files belong to (med-grit: VG, ROC, RC, MIA), in place of what their names say.
+    #[arg(long)]
+    task: Option<String>,
     /// Leaves out images that are also in another split: the copy in test stays before val before train.
     #[arg(long)]
     drop_leaks: bool,
@@ -173,6 +179,8 @@ fn imported(args: &ImportArgs) -> anyhow::Result<()> {
         modality: args.modality.clone(),
         question: args.question.clone(),
         resplit: args.resplit,
+        images: args.images.clone(),
+        task: args.task.clone(),
         drop_leaks: args.drop_leaks,
     };
     let report = import::import(args.format.parse()?, &args.src, &args.out, &options)?;
@@ -183,6 +191,9 @@ fn imported(args: &ImportArgs) -> anyhow::Result<()> {
 
 /// Says on stderr what was left out and what leaks; the first of each kind in words, all in the report.
 fn warn(report: &ImportReport) {
+    for note in &report.notes {
+        eprintln!("warning: {note}");
+    }
     for left in report.left_out.iter().take(20) {
         eprintln!("left out: {} object {} ({}): {}", left.file, left.object, left.label, left.reason);
     }

@@ -8,6 +8,7 @@ use crate::records;
 #[derive(Debug)]
 pub struct ImageFolder {
     src: PathBuf,
+    also: Option<PathBuf>,
     root: PathBuf,
     copies: PathBuf,
     used: bool,
@@ -25,7 +26,12 @@ impl ImageFolder {
         let root = folder.canonicalize().map_err(io)?;
         let stem = out.file_stem().ok_or_else(|| io(std::io::Error::other("the path has no file name")))?;
         let copies = root.join(format!("{}_images", stem.to_string_lossy()));
-        Ok(Self { src: src.to_owned(), root, copies, used: false })
+        Ok(Self { src: src.to_owned(), also: None, root, copies, used: false })
+    }
+
+    /// Takes images from below this folder, too: theirs go into a folder of their own, for names repeat.
+    pub fn also(&mut self, folder: &Path) {
+        self.also = Some(folder.to_owned());
     }
 
     /// Path of an image relative to the record file. What does not lie below its folder is hard-linked, or copied where that
@@ -36,7 +42,7 @@ impl ImageFolder {
     pub fn reach(&mut self, image: &Path) -> Result<String, (PathBuf, std::io::Error)> {
         let full = image.canonicalize().map_err(|e| (image.to_owned(), e))?;
         if let Ok(below) = full.strip_prefix(&self.root) {
-            return Ok(below.to_string_lossy().into_owned());
+            return utf8(below);
         }
         let target = self.target(image);
         let folder = target.parent().unwrap_or(&self.copies);
@@ -44,7 +50,7 @@ impl ImageFolder {
         let _ = std::fs::remove_file(&target);
         let made = std::fs::hard_link(&full, &target).or_else(|_| std::fs::copy(&full, &target).map(|_| ()));
         made.map_err(|e| (target.clone(), e))?;
-        Ok(self.named(&target))
+        self.named(&target)
     }
 
     /// Writes a PNG in place of an image; its path relative to the record file.
@@ -54,7 +60,7 @@ impl ImageFolder {
     pub fn write(&mut self, image: &Path, png: &[u8]) -> Result<String, (PathBuf, std::io::Error)> {
         let target = self.target(image).with_extension("png");
         unveil_core::write_atomic(&target, png).map_err(|e| (target.clone(), e))?;
-        Ok(self.named(&target))
+        self.named(&target)
     }
 
     /// The folder of copies, where there are any.
@@ -64,13 +70,28 @@ impl ImageFolder {
 
     /// Where the copy of an image goes: as deep as it lies in the source folder, for names repeat between folders.
     fn target(&self, path: &Path) -> PathBuf {
-        self.copies.join(path.strip_prefix(&self.src).unwrap_or(path.file_name().map_or(path, Path::new)))
+        if let Ok(below) = path.strip_prefix(&self.src) {
+            return self.copies.join(below);
+        }
+        if let Some(Ok(below)) = self.also.as_ref().map(|folder| path.strip_prefix(folder)) {
+            return self.copies.join(ALSO).join(below);
+        }
+        self.copies.join(path.file_name().map_or(path, Path::new))
     }
 
-    fn named(&mut self, target: &Path) -> String {
+    fn named(&mut self, target: &Path) -> Result<String, (PathBuf, std::io::Error)> {
         self.used = true;
-        target.strip_prefix(&self.root).unwrap_or(target).to_string_lossy().into_owned()
+        utf8(target.strip_prefix(&self.root).unwrap_or(target))
     }
+}
+
+/// Folder of the copies of images that do not lie in the source folder.
+const ALSO: &str = "other_images";
+
+/// A path as a record holds it, which is text.
+fn utf8(path: &Path) -> Result<String, (PathBuf, std::io::Error)> {
+    let odd = || std::io::Error::new(std::io::ErrorKind::InvalidData, "the path is not UTF-8: rename the file");
+    path.to_str().map(str::to_owned).ok_or_else(|| (path.to_owned(), odd()))
 }
 
 #[cfg(test)]
@@ -91,6 +112,10 @@ mod tests {
         assert_eq!(folder.reach(&at("src/b/x.png")).unwrap(), "r_images/b/x.png");
         assert_eq!(folder.write(&at("src/b/y.dcm"), b"png").unwrap(), "r_images/b/y.png");
         assert_eq!(std::fs::read_to_string(at("out/r_images/a/x.png")).unwrap(), "src/a/x.png");
+        std::fs::create_dir_all(at("far/a")).unwrap();
+        std::fs::write(at("far/a/x.png"), "far").unwrap();
+        folder.also(&at("far"));
+        assert_eq!(folder.reach(&at("far/a/x.png")).unwrap(), "r_images/other_images/a/x.png");
         assert!(folder.reach(&at("src/gone.png")).unwrap_err().0.ends_with("gone.png"));
         assert!(folder.copies().unwrap().ends_with("r_images"));
     }

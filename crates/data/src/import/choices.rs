@@ -45,16 +45,27 @@ pub(super) fn unlettered(letter: char, text: &str) -> String {
     rest.unwrap_or(text).trim().to_owned()
 }
 
-/// The choices of one text: `A: small. B: None of the above.`
+/// The choices of one text: `A: small. B: None of the above.`, also with `.` or `)` after the letters.
 pub(super) fn split(text: &str) -> Choices {
     let (mut out, mut rest) = (Choices::new(), text.trim());
+    let Some(mark) = rest.strip_prefix('A').and_then(|r| r.chars().next()).filter(|c| [':', '.', ')'].contains(c))
+    else {
+        return out;
+    };
     for (letter, next) in ('A'..='H').zip('B'..='I') {
-        let Some(body) = rest.strip_prefix(letter).and_then(|r| r.strip_prefix(':')) else { break };
-        let end = body.find(&format!(" {next}:")).unwrap_or(body.len());
-        out.push((letter, body[..end].trim().trim_end_matches('.').trim().to_owned()));
+        let Some(body) = rest.strip_prefix(letter).and_then(|r| r.strip_prefix(mark)) else { break };
+        let end = body.find(&format!(" {next}{mark}")).unwrap_or(body.len());
+        out.push((letter, body[..end].trim().trim_end_matches(['.', ',', ';']).trim().to_owned()));
         rest = body[end..].trim_start();
     }
     out
+}
+
+/// The letter that a text begins with, alone or before what is no letter: `C`, `C: text`, `A. Yes`.
+pub(super) fn first_letter(text: &str) -> Option<char> {
+    let mut chars = text.trim().chars();
+    let letter = chars.next().filter(char::is_ascii_uppercase)?;
+    chars.next().is_none_or(|c| !c.is_alphanumeric() && c != '_').then_some(letter)
 }
 
 #[cfg(test)]
@@ -68,7 +79,15 @@ mod tests {
             c,
             [('A', "One".into()), ('B', "left lower area and B vitamins".into()), ('C', "None of the above".into())]
         );
-        assert_eq!(split("no letters"), []);
+        assert_eq!((split("no letters"), split("A"), split("")), (vec![], vec![], vec![]));
+        let yes_no = [('A', "no".to_owned()), ('B', "yes".to_owned())];
+        for text in ["A: no, B: yes", "A: no. B: yes.", "A. no; B. yes", "A) no B) yes"] {
+            assert_eq!(split(text), yes_no, "{text}");
+        }
+        assert_eq!(
+            ["C", " A: Yes", "B.", "Yes", "a", "", "A_", "E: x"].map(first_letter),
+            [Some('C'), Some('A'), Some('B'), None, None, None, None, Some('E')]
+        );
         assert_eq!(letter_of(&c, " none of the ABOVE. "), Some('C'));
         assert_eq!(unlettered('B', " B:Atelectasis "), "Atelectasis");
         assert_eq!(unlettered('B', "Bronchitis"), "Bronchitis");

@@ -2,8 +2,9 @@
 //! key slices at `Images_png/PPPPPP_SS_RR/KKK.png`, or flat as `PPPPPP_SS_RR_KKK.png` in `Images_png/` or `Key_slices/`.
 //!
 //! The slices are 16-bit PNG of Hounsfield units plus 32768; they are written as 8-bit images in the row's `DICOM_windows`. Splits are the
-//! published ones (by patient). Rows marked `Possibly_noisy` are left out. Boxes are in the frame of `Image_size`: those that leave it are
-//! clipped, those more outside than in (other frames) left out. Lesions of unknown type (-1: only val and test are typed) are "lesion".
+//! published ones (by patient). Rows marked `Possibly_noisy` are left out; slices with a row whose box cannot be read, too. Boxes are in
+//! the frame of `Image_size`: those that leave it are clipped, those more outside than in (other frames) left out. Lesions of unknown
+//! type (-1: only val and test are typed) are "lesion".
 
 use std::collections::BTreeMap;
 
@@ -45,21 +46,25 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
     let [name, patient, boxes, kind] = [name?, patient?, boxes?, kind?];
     let [noisy, size, window, split] = [noisy?, size?, window?, split?];
     let mut at: BTreeMap<String, usize> = BTreeMap::new();
+    // Lesions that were left out, by slice: those that could not be read, and those that are marked.
+    let (mut unread, mut dropped) = (Vec::new(), Vec::new());
     for (row, r) in table.rows.iter().enumerate() {
         let field = |c: usize| r.get(c).unwrap_or_default();
         let (image, kind) = (field(name).to_owned(), field(kind).parse::<usize>().unwrap_or(0));
+        let label = (*kind.checked_sub(1).and_then(|k| TYPES.get(k)).unwrap_or(&"lesion")).to_owned();
         if field(noisy) == "1" {
+            dropped.push((image.clone(), label));
             found.leave_out(&file, row, &image, "is marked possibly noisy");
             continue;
         }
         let numbers = numbers(field(boxes));
         let (four, rest) = numbers.as_chunks::<4>();
         if four.is_empty() || !rest.is_empty() {
+            unread.push((image.clone(), label));
             found.leave_out(&file, row, &image, NO_BOX);
             continue;
         }
-        let label = kind.checked_sub(1).and_then(|k| TYPES.get(k)).unwrap_or(&"lesion");
-        let objects = four.iter().map(|c| Object { label: (*label).to_owned(), coords: Coords::Pixels(*c) });
+        let objects = four.iter().map(|c| Object { label: label.clone(), coords: Coords::Pixels(*c) });
         if let Some(item) = at.get(&image).and_then(|k| found.items.get_mut(*k)) {
             item.objects.extend(objects);
             continue;
@@ -103,6 +108,16 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
             extra,
             ..Item::default()
         });
+    }
+    for (slice, label) in unread {
+        if let Some(item) = at.get(&slice).and_then(|k| found.items.get_mut(*k)) {
+            item.unread.push(label);
+        }
+    }
+    for (slice, label) in dropped {
+        if let Some(item) = at.get(&slice).and_then(|k| found.items.get_mut(*k)) {
+            item.dropped.push(label);
+        }
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 use unveil_core::{BBox, Record, Task};
 
 use super::images::{Seen, look, reach};
-use super::item::{Found, Item};
+use super::item::{Found, Item, Object};
 use super::leaks::{Judged, leaks, split_patients};
 use super::place::place;
 use super::report::{ImportReport, LeftOut};
@@ -23,13 +23,16 @@ pub(super) fn finish(
     out: &Path,
     options: &ImportOptions,
 ) -> Result<ImportReport, ImportError> {
+    some_object(&found)?;
+    let all_classes: BTreeSet<String> = found.items.iter().flat_map(|i| &i.objects).map(|o| o.label.clone()).collect();
     // Where splits are known beforehand, images of others need not be looked at; leaks then are those among what is imported.
     if let Some(split) = options.split.as_ref().filter(|_| !options.drop_leaks) {
         found.items.retain(|i| known_split(i, found.strict, options).is_none_or(|s| s == split));
     }
-    for o in found.items.iter().flat_map(|i| &i.objects) {
+    for o in found.items.iter().flat_map(|i| &i.objects).filter(|o| !o.label.trim().is_empty()) {
         *found.report.classes.entry(o.label.clone()).or_default() += 1;
     }
+    leave_out_unwritable(&mut found);
     let (seen, mut unread) = look(&found.items);
     if let Some((_, error)) = unread.pop_first().filter(|_| found.strict) {
         return Err(error.into());
@@ -37,13 +40,16 @@ pub(super) fn finish(
     let folder = || found.source.root.canonicalize().ok()?.file_name().map(|n| n.to_string_lossy().into_owned());
     let source = Some(format).filter(|f| f.is_generic()).and_then(|_| folder());
     let mut desk = Desk {
-        question: question(&found, options)?,
+        question: question(&found, options, &all_classes)?,
         source: source.unwrap_or_else(|| format.name().to_owned()),
         options,
         ids: HashMap::new(),
     };
     let io = |(path, cause)| ImportError::Io { path, cause };
     let mut images = ImageFolder::new(&found.source.root, out).map_err(io)?;
+    if let Some(other) = &found.source.images {
+        images.also(other);
+    }
     let mut judged = Vec::with_capacity(found.items.len());
     for item in std::mem::take(&mut found.items) {
         match seen.get(&item.image) {
@@ -101,8 +107,33 @@ fn known_split<'a>(item: &'a Item, strict: bool, options: &ImportOptions) -> Opt
     Some(&item.patient).filter(|p| !p.is_empty()).map(|p| assigned(p.as_bytes()))
 }
 
+/// Fails where no item has an object or a question of its own: the set would say "no finding" of everything.
+fn some_object(found: &Found) -> Result<(), ImportError> {
+    let says = |i: &Item| i.text_only || !(i.objects.is_empty() && i.unread.is_empty() && i.dropped.is_empty());
+    if found.items.is_empty() || found.items.iter().any(says) {
+        return Ok(());
+    }
+    let what = "not one object in the whole set: every image would become \"no finding\"; is this the folder that holds the annotations?";
+    Err(found.source.wrong(what))
+}
+
+/// Leaves out images whose path a record, which is UTF-8, cannot name.
+fn leave_out_unwritable(found: &mut Found) {
+    for item in std::mem::take(&mut found.items) {
+        let roots = [Some(&found.source.root), found.source.images.as_ref()];
+        let below = roots.into_iter().flatten().find_map(|r| item.image.strip_prefix(r).ok()).unwrap_or(&item.image);
+        match below.to_str() {
+            Some(_) => found.items.push(item),
+            None => {
+                let name = below.display().to_string();
+                found.leave_out(&item.file, item.row, &name, "its image's path is not UTF-8 (rename the file)");
+            }
+        }
+    }
+}
+
 /// What is asked of an image without a question of its own.
-fn question(found: &Found, options: &ImportOptions) -> Result<String, ImportError> {
+fn question(found: &Found, options: &ImportOptions, all: &BTreeSet<String>) -> Result<String, ImportError> {
     let classes = &found.report.classes;
     let words = match &options.class {
         Some(f) if !classes.contains_key(&f.class) => {
@@ -111,6 +142,8 @@ fn question(found: &Found, options: &ImportOptions) -> Result<String, ImportErro
             return Err(found.source.wrong(what));
         }
         Some(f) => f.category.clone(),
+        // A split without an object is asked for the classes of the set.
+        None if classes.is_empty() => all.iter().cloned().collect::<Vec<_>>().join(", "),
         None => classes.keys().cloned().collect::<Vec<_>>().join(", "),
     };
     let own = found.question.filter(|_| options.class.is_none()).map(str::to_owned);
@@ -126,13 +159,28 @@ struct Desk<'a> {
 }
 
 impl Desk<'_> {
-    /// One record; none where the item had objects and every one of them was left out, for that is no "no finding".
+    /// One record; none where the item lost an object that could not be read or named, or all of its objects, for that is no "no finding".
     fn judge(&mut self, item: Item, seen: Seen, found: &mut Found) -> Option<Judged<Origin>> {
         let file = item.file.display().to_string();
         if item.frame.is_some_and(|f| f != seen.size) {
             found.report.size_mismatch.push(file.clone());
         }
-        let (mut boxes, mut labels, mut faulty) = (Vec::<BBox>::new(), Vec::new(), 0);
+        // An object of no known class may be of the one that is asked for.
+        let asked = |class: &String| self.options.class.as_ref().is_none_or(|f| class.is_empty() || f.class == *class);
+        let unnamed = |o: &&Object| o.label.trim().is_empty();
+        for (object, _) in item.objects.iter().enumerate().filter(|(_, o)| unnamed(o)) {
+            found.leave_out(&item.file, object, "", "has no class");
+        }
+        if item.unread.iter().any(asked) || item.objects.iter().any(|o| unnamed(&o)) {
+            found.leave_out(&item.file, item.row, &item.id, "one of its objects could not be read or named");
+            return None;
+        }
+        if item.question.is_some() && !item.objects.is_empty() && !item.objects.iter().any(|o| asked(&o.label)) {
+            found.leave_out(&item.file, item.row, &item.id, "its question is about other classes");
+            return None;
+        }
+        let (mut boxes, mut labels) = (Vec::<BBox>::new(), Vec::new());
+        let mut faulty = item.dropped.iter().filter(|c| asked(c)).count();
         for (object, o) in item.objects.iter().enumerate() {
             let label = match &self.options.class {
                 Some(f) if f.class != o.label => continue,
@@ -153,7 +201,7 @@ impl Desk<'_> {
                 }
             }
         }
-        if !found.strict && boxes.is_empty() && faulty > 0 {
+        if boxes.is_empty() && faulty > 0 {
             found.leave_out(&item.file, item.row, &item.id, "all its boxes were left out");
             return None;
         }
@@ -168,6 +216,10 @@ impl Desk<'_> {
         let mut extra = item.extra;
         if !item.patient.is_empty() {
             extra.insert("patient".to_owned(), json!(item.patient));
+        }
+        let task = self.options.task.as_ref().unwrap_or(&item.suite_task);
+        if !task.is_empty() {
+            extra.insert("suite_task".to_owned(), json!(task));
         }
         let (width, height) = seen.size;
         let record = Record {

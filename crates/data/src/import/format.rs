@@ -89,6 +89,11 @@ impl Format {
         }
     }
 
+    /// Whether the annotations name their images, which may then lie elsewhere; else images are found by where they lie.
+    pub(super) fn names_images(self) -> bool {
+        !matches!(self, Self::Voc | Self::Yolo | Self::KidneyStone | Self::Tbx11k)
+    }
+
     /// The formats that say nothing of what they hold are named by their folder in `source`; the data sets by their own name.
     pub(super) fn is_generic(self) -> bool {
         matches!(self, Self::Voc | Self::Coco | Self::Yolo | Self::Via | Self::MsSwift | Self::Llava)

@@ -12,8 +12,8 @@ use super::source::Source;
 pub(super) enum Coords {
     /// `[x1, y1, x2, y2]` in pixels of the stated size, or of the image where none is stated.
     Pixels([f32; 4]),
-    /// The same as fractions of the image's sides.
-    Fractions([f32; 4]),
+    /// The same as fractions of the image's sides; in double precision, so that products are the pixels that were meant.
+    Fractions([f64; 4]),
 }
 
 impl Coords {
@@ -25,7 +25,8 @@ impl Coords {
     /// The numbers as they are.
     pub(super) fn numbers(self) -> [f32; 4] {
         match self {
-            Self::Pixels(c) | Self::Fractions(c) => c,
+            Self::Pixels(c) => c,
+            Self::Fractions(c) => c.map(|v| v as f32),
         }
     }
 }
@@ -58,6 +59,10 @@ pub(super) struct Item {
     pub(super) question: Option<String>,
     pub(super) answer: String,
     pub(super) objects: Vec<Object>,
+    /// Objects that could not be read or named, by class (empty where it is not known): one of them leaves the image out.
+    pub(super) unread: Vec<String>,
+    /// Objects that were read and left out by rule, by class: where nothing else is left, the image is left out.
+    pub(super) dropped: Vec<String>,
     /// Size of the frame that the boxes are in, where it is stated.
     pub(super) frame: Option<(u32, u32)>,
     pub(super) modality: String,
@@ -69,7 +74,18 @@ pub(super) struct Item {
     pub(super) window: Option<(f32, f32)>,
     /// A question with an answer in text, not one about where.
     pub(super) text_only: bool,
+    /// Which task of a benchmark it belongs to; empty where there is none.
+    pub(super) suite_task: String,
     pub(super) extra: Map<String, Value>,
+}
+
+impl Item {
+    /// Keeps the text that a system turn gives, where there is one.
+    pub(super) fn system(&mut self, text: &str) {
+        if !text.is_empty() {
+            self.extra.insert("system".to_owned(), text.into());
+        }
+    }
 }
 
 /// All that an importer found.
@@ -84,9 +100,8 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn new(src: &Path) -> Self {
-        let (items, report) = (Vec::new(), ImportReport::default());
-        Self { source: Source::new(src), items, report, question: None, strict: false }
+    pub(super) fn new(source: Source) -> Self {
+        Self { source, items: Vec::new(), report: ImportReport::default(), question: None, strict: false }
     }
 
     /// Leaves out a row or an object, by rule.

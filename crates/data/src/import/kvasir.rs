@@ -1,7 +1,8 @@
 //! Kvasir-SEG (<https://datasets.simula.no/kvasir-seg/>; Jha et al., MMM 2020): `kavsir_bboxes.json` (so spelt) with `height`, `width` and
 //! a list `bbox` of `label`, `xmin`, `ymin`, `xmax`, `ymax` by image name; `images/NAME.jpg`.
 //!
-//! Splits are those of `train.txt` and `val.txt` (names, one a line) where they are there. Left out: boxes that lack a number.
+//! Splits are those of `train.txt` and `val.txt` (names, one a line) where they are there. Left out: images with a box that lacks a
+//! number, or without a box.
 
 use std::collections::BTreeMap;
 
@@ -35,15 +36,17 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
                 continue;
             }
         };
-        let mut objects = Vec::new();
+        let (mut objects, mut unread) = (Vec::new(), Vec::new());
         for (k, b) in image["bbox"].as_array().into_iter().flatten().enumerate() {
             let four: Option<Vec<f32>> = ["xmin", "ymin", "xmax", "ymax"].iter().map(|s| number(&b[*s])).collect();
+            // The set knows one class, so that a box without a label has it.
+            let label = Some(text_of(&b["label"])).filter(|l| !l.is_empty()).unwrap_or_else(|| "polyp".to_owned());
             match four.as_deref().and_then(|c| <[f32; 4]>::try_from(c).ok()) {
-                Some(c) => objects.push(Object {
-                    label: Some(text_of(&b["label"])).filter(|l| !l.is_empty()).unwrap_or_else(|| "polyp".to_owned()),
-                    coords: Coords::Pixels(c),
-                }),
-                None => found.leave_out(&file, k, name, "its box is not four numbers"),
+                Some(c) => objects.push(Object { label, coords: Coords::Pixels(c) }),
+                None => {
+                    found.leave_out(&file, k, name, "its box is not four numbers");
+                    unread.push(label);
+                }
             }
         }
         if objects.is_empty() {
@@ -58,6 +61,7 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
             file: file.clone(),
             row,
             objects,
+            unread,
             frame: side(&image["width"]).zip(side(&image["height"])),
             modality: "endoscopy".to_owned(),
             split: splits.get(name).copied().unwrap_or_default().to_owned(),

@@ -1,16 +1,17 @@
 //! LLaVA conversations (<https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md>): JSON arrays (or lines) of `id`, `image`
-//! and `conversations`, turns `{"from": "human" | "gpt", "value"}`.
+//! and `conversations`, turns `{"from": "human" | "gpt", "value"}`; also `conversatons` (so spelt in LLaVA-Med's files), `image` as a
+//! list of one, roles `user` and `assistant`.
 //!
-//! Each question with its answer becomes a record in text; `<image>` is dropped. Numbers in brackets stay text: whether they
-//! belong to the image or to one padded to a square is not stated in the file. Left out: entries without an image or with several,
-//! turns that are not human, then gpt.
+//! Each question with its answer becomes a record in text; `<image>` is dropped; a system turn at the start is kept as `system` of
+//! each. Numbers in brackets stay text: whether they belong to the image or to one padded to a square is not stated in the file. Left
+//! out: entries without an image or with several, turns that are not human, then gpt, after a system's.
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::ImportError;
-use super::conversation::without_image;
+use super::conversation::{Role, messages, turns, without_image};
 use super::item::{Found, Item};
 use super::source::{stem, text_of};
 use super::split::named;
@@ -32,23 +33,32 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
     Ok(())
 }
 
+/// The image's name, which may stand in a list of one.
+fn image_name(entry: &Value) -> Option<String> {
+    let one = match &entry["image"] {
+        Value::Array(list) => list.first().filter(|_| list.len() == 1)?,
+        one => one,
+    };
+    one.as_str().map(|name| name.trim().to_owned())
+}
+
 fn take(found: &mut Found, file: &Path, row: usize, entry: &Value) -> Result<(), &'static str> {
-    let name = text_of(entry.get("image").filter(|i| i.is_string()).ok_or("it has no image or several")?);
+    let name = image_name(entry).ok_or("it has no image or several")?;
     let image = found.source.image(&FOLDERS, &name)?;
-    let turns = entry["conversations"].as_array().ok_or("it has no conversation")?;
+    let list = ["conversations", "conversatons"].iter().find_map(|key| entry[*key].as_array());
+    let all = messages(list.ok_or("it has no conversation")?);
+    let turns = turns(&all).filter(|_| all.last().is_some_and(|m| m.role == Role::Assistant));
+    let turns = turns.ok_or("its turns are not human, then gpt")?;
+    let system = turns.system.iter().map(|k| all[*k].text.as_str()).collect::<Vec<_>>().join("\n");
     let id = Some(text_of(&entry["id"])).filter(|i| !i.is_empty()).unwrap_or_else(|| format!("{}-{row}", stem(file)));
-    let (pairs, rest) = turns.as_chunks::<2>();
-    if !rest.is_empty() || pairs.iter().any(|[q, a]| q["from"] != "human" || a["from"] != "gpt") || pairs.is_empty() {
-        return Err("its turns are not human, then gpt");
-    }
-    for (k, [q, a]) in pairs.iter().enumerate() {
-        let (question, answer) = (without_image(&text_of(&q["value"])), text_of(&a["value"]));
+    for (k, (q, a)) in turns.pairs.iter().enumerate() {
+        let (question, answer) = (without_image(&all[*q].text), a.map(|a| all[a].text.clone()).unwrap_or_default());
         if question.is_empty() || answer.is_empty() {
             found.leave_out(file, row, &id, "a turn is empty");
             continue;
         }
-        found.items.push(Item {
-            id: if pairs.len() == 1 { id.clone() } else { format!("{id}-{k}") },
+        let mut item = Item {
+            id: if turns.pairs.len() == 1 { id.clone() } else { format!("{id}-{k}") },
             image: image.clone(),
             file: file.to_owned(),
             row,
@@ -57,7 +67,9 @@ fn take(found: &mut Found, file: &Path, row: usize, entry: &Value) -> Result<(),
             split: named(&stem(file)).to_owned(),
             text_only: true,
             ..Item::default()
-        });
+        };
+        item.system(&system);
+        found.items.push(item);
     }
     Ok(())
 }

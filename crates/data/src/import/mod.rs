@@ -3,8 +3,14 @@
 //! Owns the formats and their rules: a module per format turns a folder into items, and the modules `finish`, `place`, `split` and
 //! `leaks` turn items into records in one way for all. Must not know: model families, what is done with the records.
 //!
+//! Rules for all formats:
+//! - An image without a box says "no finding", so an image is left out when one of its objects could not be read or has no class, and
+//!   when all its boxes were left out. Objects of classes that were not asked for do not count.
+//! - A set without one object is an error: it would teach "no finding" for everything.
+//! - Texts are UTF-8, UTF-16 with a byte order mark, or (XML) what the declaration says. `._*` and `__MACOSX` are no data.
+//!
 //! Rules for all formats but Pascal VOC, which is strict (what is missing or corrupt stops it, and nothing is clipped):
-//! - An image that is missing or corrupt, a path that leaves the source folder, an object that cannot be understood: left out, reported.
+//! - An image that is missing or corrupt, a path that leaves the source folder or is not UTF-8: left out, reported.
 //! - A box that overhangs the image is clipped to it when at least half of it lies inside, else left out. One without area, inverted or
 //!   not finite is left out.
 //! - Boxes are in the frame of the size that the annotation states. An image of another size but the same shape has them scaled; one of
@@ -16,6 +22,7 @@ mod choices;
 mod coco;
 mod conversation;
 mod deeplesion;
+mod encoding;
 mod finish;
 mod format;
 mod images;
@@ -40,6 +47,7 @@ mod via;
 mod voc;
 mod vqa_rad;
 mod xml;
+mod yaml;
 mod yolo;
 
 #[cfg(test)]
@@ -53,6 +61,7 @@ pub use report::{ImportReport, Leak, LeftOut};
 use crate::records::RecordsError;
 use crate::store::ImageError;
 use item::Found;
+use source::Source;
 
 /// What to take over, and how.
 #[derive(Debug, Clone, Default)]
@@ -67,6 +76,10 @@ pub struct ImportOptions {
     pub question: Option<String>,
     /// Splits by patient or image instead of the published ones.
     pub resplit: bool,
+    /// Where images lie that are not in the source folder.
+    pub images: Option<PathBuf>,
+    /// Written to every record as its `suite_task`, in place of what the data set's file names say.
+    pub task: Option<String>,
     /// Leaves out an image whose pixels are also in another split: the copy in test stays before val before train.
     pub drop_leaks: bool,
 }
@@ -83,6 +96,14 @@ pub struct ClassFilter {
 /// Why an import stopped; nothing is written under the output's name then.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
+    /// The source folder, or that of the images, is not there.
+    #[error("{} {what}", path.display())]
+    NoFolder {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// A file or folder cannot be read or written.
     #[error("{}: {cause}", path.display())]
     Io {
@@ -121,9 +142,15 @@ pub enum ImportError {
 /// `<stem of out>_images/` beside it, because an image path may not leave the folder of its record file.
 ///
 /// # Errors
-/// The folder is not of the format, or the request does not fit it; what is wrong with single images or objects is reported instead.
+/// The folder is not there or not of the format, or the request does not fit it; what is wrong with single images or objects is
+/// reported instead.
 pub fn import(format: Format, src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
-    let mut found = Found::new(src);
+    let mut found = Found::new(Source::new(src, options.images.as_deref())?);
+    if options.images.is_some() && !format.names_images() {
+        return Err(found
+            .source
+            .wrong(format!("images of {} lie beside their annotations: leave out --images", format.name())));
+    }
     match format {
         Format::Voc => voc::read(&mut found, options)?,
         Format::Coco => coco::read(&mut found)?,
@@ -134,7 +161,7 @@ pub fn import(format: Format, src: &Path, out: &Path, options: &ImportOptions) -
         Format::Tbx11k => tbx11k::read(&mut found)?,
         Format::KvasirSeg => kvasir::read(&mut found)?,
         Format::KidneyStone => kidney_stone::read(&mut found)?,
-        Format::MedGrit => med_grit::read(&mut found)?,
+        Format::MedGrit => med_grit::read(&mut found, options)?,
         Format::Slake => slake::read(&mut found)?,
         Format::VqaRad => vqa_rad::read(&mut found)?,
         Format::PmcVqa => pmc_vqa::read(&mut found)?,

@@ -3,8 +3,8 @@
 //!
 //! The header of the boxes is `Image Index,Finding Label,Bbox [x,y,w,h],,,`: its fields are read by position. `Infiltrate` there is
 //! `Infiltration` in the other file. Images labelled `No Finding` become records without a box; images with findings and no box are left
-//! out, for an empty list of boxes would say that nothing is there. All boxes are in the published test list, so the lists are not used:
-//! splits are by patient.
+//! out, for an empty list of boxes would say that nothing is there, and so are images with a box that cannot be read or names no
+//! finding. All boxes are in the published test list, so the lists are not used: splits are by patient.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,17 +20,20 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
     if table.find("Image Index") != Some(0) || table.find("Finding Label") != Some(1) {
         return Err(wrong_file(&file, "the first columns are not \"Image Index\" and \"Finding Label\"".to_owned()));
     }
-    let mut boxes: BTreeMap<String, (usize, Vec<Object>)> = BTreeMap::new();
+    let mut boxes: BTreeMap<String, Item> = BTreeMap::new();
     for (row, r) in table.rows.iter().enumerate() {
         let field = |c: usize| r.get(c).unwrap_or_default();
         let four: Option<Vec<f32>> = (2..6).map(|c| field(c).parse().ok()).collect();
-        let Some([x, y, w, h]) = four.as_deref().and_then(|c| <[f32; 4]>::try_from(c).ok()) else {
-            found.leave_out(&file, row, field(0), "its box is not four numbers");
-            continue;
-        };
-        let label = if field(1) == "Infiltrate" { "Infiltration" } else { field(1) };
-        let object = Object { label: label.to_lowercase(), coords: Coords::corner_and_size([x, y, w, h]) };
-        boxes.entry(field(0).to_owned()).or_insert((row, Vec::new())).1.push(object);
+        let label = if field(1) == "Infiltrate" { "infiltration".to_owned() } else { field(1).to_lowercase() };
+        let item = boxes.entry(field(0).to_owned());
+        let item = item.or_insert_with(|| Item { file: file.clone(), row, ..Item::default() });
+        match four.as_deref().and_then(|c| <[f32; 4]>::try_from(c).ok()) {
+            Some(c) => item.objects.push(Object { label, coords: Coords::corner_and_size(c) }),
+            None => {
+                item.unread.push(label);
+                found.leave_out(&file, row, field(0), "its box is not four numbers");
+            }
+        }
     }
     let entries =
         ["Data_Entry_2017.csv", "Data_Entry_2017_v2020.csv"].map(|n| root.join(n)).into_iter().find(|p| p.is_file());
@@ -43,7 +46,10 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
         for (row, r) in table.rows.iter().enumerate() {
             let image = r.get(name).unwrap_or_default();
             patients.insert(image.to_owned(), r.get(patient).unwrap_or_default().to_owned());
-            if r.get(findings) == Some("No Finding") {
+            let none = r.get(findings) == Some("No Finding");
+            if none && boxes.contains_key(image) {
+                found.leave_out(file, row, image, "it has a box and no finding");
+            } else if none {
                 healthy.insert((image.to_owned(), row));
             } else if !boxes.contains_key(image) {
                 found.leave_out(file, row, image, "it has findings but no box");
@@ -51,11 +57,14 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
         }
     }
     let images = found.source.images_by_name();
-    let with_boxes = boxes.into_iter().map(|(name, (row, objects))| (file.clone(), row, name, objects));
-    let without = healthy.into_iter().map(|(name, row)| (entries.clone().unwrap_or_default(), row, name, Vec::new()));
-    for (file, row, name, objects) in with_boxes.chain(without).collect::<Vec<_>>() {
+    let of = entries.unwrap_or_default();
+    let without = healthy.into_iter().map(|(name, row)| (name, Item { file: of.clone(), row, ..Item::default() }));
+    for (name, item) in boxes.into_iter().chain(without).collect::<Vec<_>>() {
         let Some(image) = images.get(&name) else {
-            found.leave_out(&file, row, &name, MISSING);
+            // What was reported above is not reported twice.
+            if !item.objects.is_empty() || item.unread.is_empty() {
+                found.leave_out(&item.file, item.row, &name, MISSING);
+            }
             continue;
         };
         let id = stem(image);
@@ -65,13 +74,10 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
         found.items.push(Item {
             id,
             image: image.clone(),
-            file,
-            row,
-            objects,
             frame: Some((1024, 1024)),
             modality: "X-ray".to_owned(),
             patient,
-            ..Item::default()
+            ..item
         });
     }
     Ok(())

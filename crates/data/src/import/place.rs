@@ -25,7 +25,10 @@ pub(super) fn place(
     let (w, h) = (width as f32, height as f32);
     let mut scaled = false;
     let b = match coords {
-        Coords::Fractions([x1, y1, x2, y2]) => BBox::from([x1 * w, y1 * h, x2 * w, y2 * h]),
+        Coords::Fractions([x1, y1, x2, y2]) => {
+            let (w, h) = (f64::from(width), f64::from(height));
+            BBox::from([x1 * w, y1 * h, x2 * w, y2 * h].map(|v| v as f32))
+        }
         Coords::Pixels(c) => match frame.filter(|f| !strict && *f != (width, height)) {
             None => BBox::from(c),
             Some((fw, fh)) => {

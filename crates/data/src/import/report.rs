@@ -35,6 +35,8 @@ pub struct ImportReport {
     pub leaks: Vec<Leak>,
     /// Patients with images in more than one split.
     pub split_patients: Vec<String>,
+    /// What to look at, in words: images that were taken as "no finding" for want of a label file, file names that say no task.
+    pub notes: Vec<String>,
     /// Folder into which the images were linked or copied; absent when they are used where they lie.
     pub images_copied_to: Option<PathBuf>,
 }

@@ -3,7 +3,8 @@
 //! `imgs/xmlabN/{source.jpg,detection.json}`.
 //!
 //! Questions in English and Chinese become records with the key `language`; and each image with boxes becomes one record more, of the
-//! objects in `detection.json`: a list of `{"Liver": [x, y, width, height]}` in pixels. Left out: boxes that are not four numbers.
+//! objects in `detection.json`: a list of `{"Liver": [x, y, width, height]}` in pixels. An image with a box that is not four numbers
+//! or has no name gets no such record.
 //!
 //! Source of that layout: a published file, `[{"Atelectasis": [212.0, 587.0, 247.0, 201.0]}]`, whose last number cannot be a bottom edge
 //! (<https://huggingface.co/datasets/MiniMedMind/SLAKE_en/blob/main/images/xmlab169/detection.json>), and FiftyOne's card of the set:
@@ -69,22 +70,29 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
         if !file.is_file() {
             continue;
         }
-        let mut objects = Vec::new();
+        let (mut objects, mut unread) = (Vec::new(), Vec::new());
         for (k, entry) in found.source.json_rows(&file)?.iter().enumerate() {
-            for (label, c) in entry.as_object().into_iter().flatten() {
+            let Some(entry) = entry.as_object() else {
+                found.leave_out(&file, k, "", "it is no object of boxes");
+                unread.push(String::new());
+                continue;
+            };
+            for (label, c) in entry {
+                let label = label.trim().to_owned();
                 match four(c) {
-                    Some(c) => {
-                        objects.push(Object { label: label.trim().to_owned(), coords: Coords::corner_and_size(c) })
+                    Some(c) => objects.push(Object { label, coords: Coords::corner_and_size(c) }),
+                    None => {
+                        found.leave_out(&file, k, &label, "its box is not four numbers");
+                        unread.push(label);
                     }
-                    None => found.leave_out(&file, k, label, "its box is not four numbers"),
                 }
             }
         }
-        if objects.is_empty() {
+        if objects.is_empty() && unread.is_empty() {
             continue;
         }
         let id = image.parent().map(super::source::stem).unwrap_or_default();
-        found.items.push(Item { id, image, file, objects, modality, split, ..Item::default() });
+        found.items.push(Item { id, image, file, objects, unread, modality, split, ..Item::default() });
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Reading a data set's folder: texts, JSON, CSV, images by name. Every path that an annotation names is kept inside the folder.
+//! Reading a data set's folder: texts, JSON, CSV, images by name. Every path that an annotation names is kept inside the folder, or
+//! inside the one that `--images` names. What macOS leaves beside files (`._NAME`, `__MACOSX/`) is no data.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
@@ -6,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
-use super::ImportError;
+use super::{ImportError, encoding};
 
 /// Longest annotation file that is read, in bytes.
 const MAX_TEXT: u64 = 2 << 30;
@@ -25,11 +26,27 @@ pub(super) const MISSING: &str = "its image is missing";
 #[derive(Debug, Clone)]
 pub(super) struct Source {
     pub(super) root: PathBuf,
+    /// Where images lie that are not in the folder.
+    pub(super) images: Option<PathBuf>,
 }
 
 impl Source {
-    pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+    /// # Errors
+    /// One of the folders is not there, or is a file.
+    pub(super) fn new(root: &Path, images: Option<&Path>) -> Result<Self, ImportError> {
+        for folder in images.into_iter().chain([root]) {
+            match std::fs::metadata(folder) {
+                Ok(m) if m.is_dir() => {}
+                Ok(_) => {
+                    return Err(ImportError::NoFolder { path: folder.to_owned(), what: "is a file, not a folder" });
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(ImportError::NoFolder { path: folder.to_owned(), what: "does not exist" });
+                }
+                Err(cause) => return Err(ImportError::Io { path: folder.to_owned(), cause }),
+            }
+        }
+        Ok(Self { root: root.to_owned(), images: images.map(Path::to_owned) })
     }
 
     /// An error about the folder as a whole.
@@ -37,19 +54,20 @@ impl Source {
         ImportError::Source { src: self.root.clone(), what: what.into() }
     }
 
-    /// Reads a text file; a byte order mark is dropped.
+    /// Reads a text file: UTF-8, or UTF-16 with a byte order mark.
     pub(super) fn text(&self, path: &Path) -> Result<String, ImportError> {
+        encoding::text(self.bytes(path, MAX_TEXT)?).map_err(|cause| wrong_file(path, cause))
+    }
+
+    /// Reads a file of at most this many bytes.
+    pub(super) fn bytes(&self, path: &Path, most: u64) -> Result<Vec<u8>, ImportError> {
         let io = |cause| ImportError::Io { path: path.to_owned(), cause };
         let mut bytes = Vec::new();
         let file = std::fs::File::open(path).map_err(io)?;
-        if file.take(MAX_TEXT).read_to_end(&mut bytes).map_err(io)? as u64 == MAX_TEXT {
-            return Err(io(std::io::Error::other(format!("the file is longer than {MAX_TEXT} bytes"))));
+        if file.take(most + 1).read_to_end(&mut bytes).map_err(io)? as u64 > most {
+            return Err(wrong_file(path, format!("the file is longer than {most} bytes")));
         }
-        let mut text = String::from_utf8(bytes).map_err(|_| wrong_file(path, "the file is not UTF-8".to_owned()))?;
-        if text.starts_with('\u{feff}') {
-            text.drain(..'\u{feff}'.len_utf8());
-        }
-        Ok(text)
+        Ok(bytes)
     }
 
     /// Reads a file as one JSON value.
@@ -88,31 +106,20 @@ impl Source {
     /// The file that an annotation names, relative to `folder`: a path that stays inside the source folder. Backslashes count as
     /// slashes. An absolute path passes when it lies inside.
     pub(super) fn inside(&self, folder: &Path, named: &str) -> Option<PathBuf> {
-        let named = named.replace('\\', "/");
-        if named.is_empty() || named.contains('\0') || named.contains("://") {
-            return None;
-        }
-        let full = folder.join(&named);
-        let mut out = PathBuf::new();
-        for part in full.strip_prefix(&self.root).ok()?.components() {
-            match part {
-                Component::Normal(p) => out.push(p),
-                Component::CurDir => {}
-                Component::ParentDir if out.pop() => {}
-                _ => return None,
-            }
-        }
-        Some(self.root.join(out))
+        below(&self.root, folder, named)
     }
 
-    /// The first of these folders (relative to the root) that holds the named image.
+    /// The first of these folders (relative to the root, then to the folder of `--images`) that holds the named image; last, the
+    /// folder of `--images` itself.
     ///
     /// # Errors
     /// The rule by which the item is left out: no path inside the folder, or no such file.
     pub(super) fn image(&self, folders: &[&str], named: &str) -> Result<PathBuf, &'static str> {
+        let own = folders.iter().map(|f| (&self.root, *f));
+        let other = self.images.iter().flat_map(|root| folders.iter().copied().chain([""]).map(move |f| (root, f)));
         let mut reason = LEAVES;
-        for folder in folders {
-            if let Some(path) = self.inside(&self.root.join(folder), named) {
+        for (root, folder) in own.chain(other) {
+            if let Some(path) = below(root, &root.join(folder), named) {
                 if path.is_file() {
                     return Ok(path);
                 }
@@ -124,6 +131,11 @@ impl Source {
 
     /// Files below `folder` with one of these endings, down to `depth` folders, sorted.
     pub(super) fn files(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
+        self.files_to(folder, endings, depth.min(MAX_DEPTH))
+    }
+
+    /// The same without a limit of depth but the given one.
+    pub(super) fn files_to(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
         let (mut out, mut seen) = (Vec::new(), HashSet::new());
         let mut todo = vec![(folder.to_owned(), 0)];
         while let Some((dir, level)) = todo.pop() {
@@ -132,8 +144,11 @@ impl Source {
                 continue;
             }
             for path in std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|e| e.path()) {
+                if is_leftover(&path) {
+                    continue;
+                }
                 if path.is_dir() {
-                    if level + 1 < depth.min(MAX_DEPTH) {
+                    if level + 1 < depth {
                         todo.push((path, level + 1));
                     }
                 } else if has_ending(&path, endings) {
@@ -145,16 +160,41 @@ impl Source {
         out
     }
 
-    /// All images below the root by file name; the first of two with the same name counts.
+    /// All images below the root, then below the folder of `--images`, by file name; the first of two with the same name counts.
     pub(super) fn images_by_name(&self) -> BTreeMap<String, PathBuf> {
         let mut out = BTreeMap::new();
-        for path in self.files(&self.root, &IMAGES, MAX_DEPTH) {
+        let other = self.images.iter().flat_map(|folder| self.files(folder, &IMAGES, MAX_DEPTH));
+        for path in self.files(&self.root, &IMAGES, MAX_DEPTH).into_iter().chain(other) {
             if let Some(name) = path.file_name() {
                 out.entry(name.to_string_lossy().into_owned()).or_insert(path);
             }
         }
         out
     }
+}
+
+/// The path `named` from `folder`, kept below `root`.
+fn below(root: &Path, folder: &Path, named: &str) -> Option<PathBuf> {
+    let named = named.replace('\\', "/");
+    if named.is_empty() || named.contains('\0') || named.contains("://") {
+        return None;
+    }
+    let full = folder.join(&named);
+    let mut out = PathBuf::new();
+    for part in full.strip_prefix(root).ok()?.components() {
+        match part {
+            Component::Normal(p) => out.push(p),
+            Component::CurDir => {}
+            Component::ParentDir if out.pop() => {}
+            _ => return None,
+        }
+    }
+    Some(root.join(out))
+}
+
+/// Whether macOS left this beside a file: AppleDouble (`._NAME`), or the folder of such in its archives.
+pub(super) fn is_leftover(path: &Path) -> bool {
+    path.file_name().is_some_and(|n| n == "__MACOSX" || n.as_encoded_bytes().starts_with(b"._"))
 }
 
 /// An error about one annotation file.

@@ -60,12 +60,13 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
             item.split = (*split).to_owned();
         }
         item.modality = "X-ray".to_owned();
-        for o in &mut item.objects {
-            o.label = match o.label.as_str() {
+        let labels = item.objects.iter_mut().map(|o| &mut o.label);
+        for label in labels.chain(&mut item.unread).chain(&mut item.dropped) {
+            *label = match label.as_str() {
                 "ActiveTuberculosis" => "active tuberculosis".to_owned(),
                 "ObsoletePulmonaryTuberculosis" => "latent tuberculosis".to_owned(),
                 "PulmonaryTuberculosis" => "tuberculosis".to_owned(),
-                other => other.to_owned(),
+                _ => continue,
             };
         }
         found.items.push(item);

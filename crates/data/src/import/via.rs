@@ -1,9 +1,9 @@
 //! VGG Image Annotator (<https://www.robots.ox.ac.uk/~vgg/software/via/>), versions 1 and 2: annotations as JSON, a saved project
 //! (`_via_img_metadata`), or CSV (`filename`, …, `region_shape_attributes`, `region_attributes`). All `*.json` and `*.csv` of the folder.
 //!
-//! Rectangles are taken as they are; of a polygon, polyline, circle or ellipse, the box around it. Points, shapes without numbers
-//! and regions without a label are left out. The label is the attribute `label`, `class`, `name`, `type` or `category`, else the only one
-//! there is; of options that are ticked, those that are true.
+//! Rectangles are taken as they are; of a polygon, polyline, circle or ellipse, the box around it. Images with a point, a shape
+//! without numbers or a region without a label are left out. The label is the attribute `label`, `class`, `name`, `type` or `category`,
+//! else the only one there is; of options that are ticked, those that are true.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,28 +37,20 @@ pub(super) fn read(found: &mut Found) -> Result<(), ImportError> {
                     continue;
                 }
             };
-            let mut objects = Vec::new();
+            let id = stem(Path::new(&name));
+            let mut item = Item { id, image, file: file.clone(), row, split: split.clone(), ..Item::default() };
             for (k, (shape, attributes)) in regions.iter().enumerate() {
                 match (label(attributes), extent(shape)) {
-                    (Some(label), Ok(c)) => objects.push(Object { label, coords: Coords::Pixels(c) }),
-                    (None, _) => found.leave_out(&file, k, &name, "the region has no label"),
-                    (_, Err(reason)) => found.leave_out(&file, k, &name, reason),
+                    (Some(label), Ok(c)) => item.objects.push(Object { label, coords: Coords::Pixels(c) }),
+                    (label, extent) => {
+                        let reason =
+                            label.as_ref().map_or("the region has no label", |_| extent.err().unwrap_or_default());
+                        found.leave_out(&file, k, &name, reason);
+                        item.unread.push(label.unwrap_or_default());
+                    }
                 }
             }
-            if objects.is_empty() && !regions.is_empty() {
-                found.leave_out(&file, row, &name, "all its regions were left out");
-                continue;
-            }
-            let id = stem(Path::new(&name));
-            found.items.push(Item {
-                id,
-                image,
-                file: file.clone(),
-                row,
-                objects,
-                split: split.clone(),
-                ..Item::default()
-            });
+            found.items.push(item);
         }
     }
     Ok(())
@@ -80,7 +72,8 @@ fn from_json(found: &Found, file: &Path) -> Result<Regions, ImportError> {
         let regions: Vec<&Value> = match &image["regions"] {
             Value::Array(list) => list.iter().collect(),
             Value::Object(map) => map.values().collect(),
-            _ => Vec::new(),
+            // No region is known there, so the image is left out.
+            odd => vec![odd],
         };
         let each = regions.into_iter().map(|r| (r["shape_attributes"].clone(), r["region_attributes"].clone()));
         out.entry(name).or_default().extend(each);
@@ -93,13 +86,16 @@ fn from_csv(found: &Found, file: &Path) -> Result<Regions, ImportError> {
     // Version 1 writes `#filename`.
     let name = table.find("#filename").map_or_else(|| table.column("filename"), Ok)?;
     let (shape, attributes) = (table.column("region_shape_attributes")?, table.column("region_attributes")?);
+    let count = table.find("region_count");
     let mut out = Regions::new();
     for row in &table.rows {
         let json = |column: usize| serde_json::from_str(row.get(column).unwrap_or_default()).unwrap_or(Value::Null);
         let regions = out.entry(row.get(name).unwrap_or_default().to_owned()).or_default();
-        let shape: Value = json(shape);
         // An image without regions has one row with empty attributes.
-        if shape.as_object().is_some_and(|s| !s.is_empty()) {
+        let written = row.get(shape).unwrap_or_default();
+        let shape: Value = json(shape);
+        let none = written.is_empty() || shape.as_object().is_some_and(Map::is_empty);
+        if !none || count.is_some_and(|c| row.get(c).and_then(|n| n.parse().ok()).is_some_and(|n: f32| n > 0.0)) {
             regions.push((shape, json(attributes)));
         }
     }

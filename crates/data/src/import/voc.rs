@@ -2,17 +2,19 @@
 //!
 //! One record per image. Coordinates are taken as written: by the book they count from 1 and include the last pixel, in
 //! practice most tools (and BCCD's) write 0-based corners, and `xmax` equal to the width is common; the difference is one
-//! pixel. A box without area, inverted, not finite or outside the image is left out by rule and reported by file. What is missing or
-//! corrupt is an error.
+//! pixel. A box without area, inverted, not finite or outside the image is left out by rule and reported by file; an object without a
+//! class or a corner leaves its image out. Files are read in the encoding that they declare. What is missing or corrupt is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::item::{Coords, Found, Item, Object};
-use super::source::Source;
+use super::source::{Source, has_ending, is_leftover, stem, wrong_file};
 use super::xml::{self, Annotation};
-use super::{ImportError, ImportOptions};
+use super::{ImportError, ImportOptions, encoding};
 
+/// Longest annotation of an image, in bytes.
+const MAX_XML: u64 = 64 << 20;
 const SPLITS: [&str; 3] = ["train", "val", "test"];
 
 pub(super) fn read(found: &mut Found, options: &ImportOptions) -> Result<(), ImportError> {
@@ -20,19 +22,26 @@ pub(super) fn read(found: &mut Found, options: &ImportOptions) -> Result<(), Imp
     let split_of = read_splits(&found.source)?;
     for stem in select(&found.source, &split_of, options)? {
         let file = found.source.root.join("Annotations").join(format!("{stem}.xml"));
-        let text = found.source.text(&file)?;
-        let a = xml::parse(&text).map_err(|cause| super::source::wrong_file(&file, cause))?;
-        let objects =
-            a.objects.iter().map(|o| Object { label: o.name.clone(), coords: Coords::Pixels(o.coords) }).collect();
-        found.items.push(Item {
+        let text = encoding::xml(found.source.bytes(&file, MAX_XML)?).map_err(|cause| wrong_file(&file, cause))?;
+        let a = xml::parse(&text).map_err(|cause| wrong_file(&file, cause))?;
+        let mut item = Item {
             image: find_image(&found.source.root, &stem, &a)?,
             split: split_of.get(&stem).copied().unwrap_or_default().to_owned(),
             id: stem,
             file,
-            objects,
-            frame: a.size,
+            frame: a.size(),
             ..Item::default()
-        });
+        };
+        for (k, o) in a.objects.iter().enumerate() {
+            match o.corners() {
+                Ok(c) => item.objects.push(Object { label: o.class().to_owned(), coords: Coords::Pixels(c) }),
+                Err(reason) => {
+                    found.leave_out(&item.file, k, o.class(), reason);
+                    item.unread.push(o.class().to_owned());
+                }
+            }
+        }
+        found.items.push(item);
     }
     Ok(())
 }
@@ -42,12 +51,12 @@ fn read_splits(source: &Source) -> Result<BTreeMap<String, &'static str>, Import
     let mut out = BTreeMap::new();
     for split in SPLITS {
         let path = source.root.join("ImageSets/Main").join(format!("{split}.txt"));
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(cause) => return Err(ImportError::Io { path, cause }),
-        };
-        for stem in text.lines().filter_map(|l| l.split_whitespace().next()) {
+        if !path.exists() {
+            continue;
+        }
+        let text = source.text(&path)?;
+        let names = text.lines().filter_map(|l| l.split_whitespace().next());
+        for stem in names.filter(|n| !is_leftover(Path::new(n))) {
             if source.inside(&source.root.join("Annotations"), stem).is_none() {
                 return Err(source.wrong(format!("\"{stem}\" in ImageSets/Main/{split}.txt leaves the folder")));
             }
@@ -79,8 +88,11 @@ fn select(
     let mut stems: BTreeSet<String> = split_of.keys().cloned().collect();
     for entry in std::fs::read_dir(&folder).map_err(io)? {
         let path = entry.map_err(io)?.path();
-        if super::source::has_ending(&path, &["xml"]) {
-            stems.insert(super::source::stem(&path));
+        if has_ending(&path, &["xml"]) && !is_leftover(&path) {
+            if path.file_stem().and_then(|s| s.to_str()).is_none() {
+                return Err(wrong_file(&path, "the file's name is not UTF-8: rename it and its image".to_owned()));
+            }
+            stems.insert(stem(&path));
         }
     }
     if stems.is_empty() {

@@ -1,102 +1,109 @@
 //! Reads one Pascal VOC annotation. Knows the XML, not what is done with it.
 
 use quick_xml::Reader;
-use quick_xml::events::Event;
+use quick_xml::events::{BytesStart, Event};
+use serde::Deserialize;
 
 /// One annotation file.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
 pub(super) struct Annotation {
     pub(super) filename: String,
-    /// Width and height as stated, if both are.
-    pub(super) size: Option<(u32, u32)>,
+    size: Size,
+    /// In the file's order, whatever stands between them.
+    #[serde(rename = "object")]
     pub(super) objects: Vec<Object>,
 }
 
-/// One object: class and `[xmin, ymin, xmax, ymax]` as written.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(super) struct Object {
-    pub(super) name: String,
-    pub(super) coords: [f32; 4],
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Size {
+    width: String,
+    height: String,
 }
 
-const SIDES: [&str; 4] = ["xmin", "ymin", "xmax", "ymax"];
+/// One object: class and corners as written; either may be missing.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub(super) struct Object {
+    name: String,
+    bndbox: Corners,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+struct Corners {
+    xmin: String,
+    ymin: String,
+    xmax: String,
+    ymax: String,
+}
+
+impl Annotation {
+    /// Width and height as stated, if both are.
+    pub(super) fn size(&self) -> Option<(u32, u32)> {
+        let side = |text: &str| text.trim().parse().ok();
+        side(&self.size.width).zip(side(&self.size.height))
+    }
+}
+
+impl Object {
+    /// The class; empty where it is missing.
+    pub(super) fn class(&self) -> &str {
+        self.name.trim()
+    }
+
+    /// `[xmin, ymin, xmax, ymax]`.
+    ///
+    /// # Errors
+    /// The rule by which the object is left out.
+    pub(super) fn corners(&self) -> Result<[f32; 4], &'static str> {
+        let b = &self.bndbox;
+        let mut out = [0.0; 4];
+        for (side, text) in out.iter_mut().zip([&b.xmin, &b.ymin, &b.xmax, &b.ymax]) {
+            *side = match text.trim() {
+                "" => return Err("a side is missing in its <bndbox>"),
+                number => number.parse().map_err(|_| "a side of its <bndbox> is no number")?,
+            };
+        }
+        Ok(out)
+    }
+}
 
 /// Parses an annotation; the error says what is wrong, and where.
 pub(super) fn parse(text: &str) -> Result<Annotation, String> {
-    let mut reader = Reader::from_str(text);
-    let mut out = Annotation::default();
-    let mut path: Vec<String> = Vec::new();
-    let mut value = String::new();
-    let (mut size, mut sides) = ([None; 2], [None; 4]);
-    let mut closed = false;
-    loop {
-        let at = reader.buffer_position();
-        let bad = |what: String| format!("corrupt XML at byte {at}: {what}");
-        match reader.read_event().map_err(|e| bad(e.to_string()))? {
-            Event::Start(e) => {
-                let name = String::from_utf8_lossy(e.local_name().as_ref()).into_owned();
-                if path.is_empty() && (closed || name != "annotation") {
-                    return Err(bad(format!("expected one <annotation>, found <{name}>")));
-                }
-                path.push(name);
-                value.clear();
-                if path.len() == 2 && path[1] == "object" {
-                    out.objects.push(Object::default());
-                    sides = [None; 4];
-                }
-            }
-            Event::End(_) => {
-                let at: Vec<&str> = path.iter().skip(1).map(String::as_str).collect();
-                let text = value.trim();
-                match at.as_slice() {
-                    ["filename"] => out.filename = text.to_owned(),
-                    ["size", "width"] => size[0] = text.parse().ok(),
-                    ["size", "height"] => size[1] = text.parse().ok(),
-                    ["object", "name"] => {
-                        if let Some(o) = out.objects.last_mut() {
-                            o.name = text.to_owned();
-                        }
-                    }
-                    ["object", "bndbox", side] => {
-                        if let Some(k) = SIDES.iter().position(|s| s == side) {
-                            let number = text.parse::<f32>();
-                            sides[k] = Some(number.map_err(|_| bad(format!("<{side}> is \"{text}\", not a number")))?);
-                        }
-                    }
-                    ["object"] => {
-                        let k = out.objects.len();
-                        let Some(o) = out.objects.last_mut() else { return Err(bad("stray object".to_owned())) };
-                        if o.name.is_empty() {
-                            return Err(bad(format!("object {} has no <name>", k - 1)));
-                        }
-                        for (i, side) in SIDES.iter().enumerate() {
-                            o.coords[i] = sides[i]
-                                .ok_or_else(|| bad(format!("object {} has no <{side}> in its <bndbox>", k - 1)))?;
-                        }
-                    }
-                    _ => {}
-                }
-                path.pop();
-                value.clear();
-                closed |= path.is_empty();
-            }
-            Event::Text(e) => value.push_str(&e.xml_content().map_err(|e| bad(e.to_string()))?),
-            Event::CData(e) => value.push_str(&String::from_utf8_lossy(&e)),
-            Event::GeneralRef(e) => value.push_str(&entity(&e).ok_or_else(|| bad("unknown entity".to_owned()))?),
-            Event::Eof if closed => break,
-            Event::Eof => return Err(bad("the file ends in the middle of the annotation".to_owned())),
-            _ => {}
-        }
-    }
-    out.size = size[0].zip(size[1]);
-    Ok(out)
+    check_root(text)?;
+    quick_xml::de::from_str(text).map_err(|e| format!("corrupt XML: {e}"))
 }
 
-fn entity(e: &quick_xml::events::BytesRef<'_>) -> Option<String> {
-    if let Ok(Some(c)) = e.resolve_char_ref() {
-        return Some(c.to_string());
+/// Checks that the text is one `<annotation>` and nothing beside, for which deserialising does not look.
+fn check_root(text: &str) -> Result<(), String> {
+    let mut reader = Reader::from_str(text);
+    let (mut depth, mut closed) = (0_usize, false);
+    loop {
+        let at = reader.buffer_position();
+        let bad = |what: String| Err(format!("corrupt XML at byte {at}: {what}"));
+        let outside = |e: &BytesStart<'_>, closed: bool| closed || e.local_name().as_ref() != b"annotation";
+        match reader.read_event() {
+            Err(e) => return bad(e.to_string()),
+            Ok(Event::Start(e) | Event::Empty(e)) if depth == 0 && outside(&e, closed) => {
+                let name = String::from_utf8_lossy(e.local_name().as_ref()).into_owned();
+                return bad(format!("expected one <annotation>, found <{name}>"));
+            }
+            Ok(Event::Start(_)) => depth += 1,
+            Ok(Event::Empty(_)) => closed |= depth == 0,
+            Ok(Event::End(_)) => {
+                depth = depth.saturating_sub(1);
+                closed |= depth == 0;
+            }
+            Ok(Event::Text(t)) if depth == 0 && !t.trim_ascii().is_empty() => {
+                return bad("text outside of the annotation".to_owned());
+            }
+            Ok(Event::Eof) if closed && depth == 0 => return Ok(()),
+            Ok(Event::Eof) => return bad("the file ends in the middle of the annotation".to_owned()),
+            Ok(_) => {}
+        }
     }
-    quick_xml::escape::resolve_xml_entity(&String::from_utf8_lossy(e)).map(str::to_owned)
 }
 
 #[cfg(test)]
@@ -106,16 +113,26 @@ mod tests {
     #[test]
     fn reads_interleaved_objects_and_parts() {
         let a = parse(
-            "<?xml version=\"1.0\"?><annotation><filename>a.jpg</filename>\
+            "<?xml version=\"1.0\"?><annotation verified=\"yes\"><filename>a.jpg</filename>\
              <object><name>A &amp; B</name><part><name>head</name><bndbox><xmin>9</xmin></bndbox></part>\
-             <bndbox><ymax>4.5</ymax><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax></bndbox></object>\
+             <bndbox><ymax>4.5</ymax><xmin>1</xmin><ymin>2</ymin><xmax> 3 </xmax></bndbox></object>\
              <size><width>10</width><height>20</height></size>\
-             <object><name>c</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>1</xmax><ymax>4</ymax></bndbox></object></annotation>",
+             <object><name><![CDATA[c]]></name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>1</xmax><ymax>4</ymax></bndbox></object></annotation>\n<!-- e -->",
         )
         .unwrap();
-        assert_eq!((a.filename.as_str(), a.size), ("a.jpg", Some((10, 20))));
-        assert_eq!(a.objects[0], Object { name: "A & B".into(), coords: [1.0, 2.0, 3.0, 4.5] });
-        assert_eq!(a.objects[1].name, "c");
+        assert_eq!((a.filename.as_str(), a.size()), ("a.jpg", Some((10, 20))));
+        assert_eq!((a.objects[0].class(), a.objects[0].corners()), ("A & B", Ok([1.0, 2.0, 3.0, 4.5])));
+        assert_eq!((a.objects[1].class(), a.objects.len()), ("c", 2));
+    }
+
+    #[test]
+    fn empty_elements_say_nothing() {
+        let a = parse("<annotation><filename/><size/><object><name/><bndbox/></object></annotation>").unwrap();
+        assert_eq!((a.filename.as_str(), a.size(), a.objects[0].class()), ("", None, ""));
+        assert!(a.objects[0].corners().unwrap_err().contains("missing"));
+        assert_eq!(parse("<annotation/>"), Ok(Annotation::default()));
+        let a = parse("<annotation><object><bndbox><xmin>a</xmin></bndbox></object></annotation>").unwrap();
+        assert!(a.objects[0].corners().unwrap_err().contains("no number"));
     }
 
     #[test]
@@ -126,9 +143,8 @@ mod tests {
             ("<annotation><object></annotation>", "corrupt"),
             ("<html></html>", "expected one <annotation>"),
             ("<annotation/>x<annotation></annotation", "corrupt"),
-            ("<annotation><object><name>x</name></object></annotation>", "no <xmin>"),
-            ("<annotation><object><bndbox><xmin>a</xmin></bndbox></object></annotation>", "not a number"),
-            ("<annotation><object></object></annotation>", "no <name>"),
+            ("<annotation/><annotation/>", "corrupt"),
+            ("<!DOCTYPE a [<!ENTITY a \"aaaa\">]><annotation><filename>&a;</filename></annotation>", "corrupt"),
         ] {
             let e = parse(text).unwrap_err();
             assert!(e.contains(what), "{text}: {e}");

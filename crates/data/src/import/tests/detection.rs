@@ -1,6 +1,6 @@
 //! Annotation formats: COCO, YOLO, VIA, ms-swift.
 
-use super::{Format, ImportOptions, boxes, fixtures, reasons};
+use super::{Format, ImportOptions, UNREAD, boxes, fixtures, reasons};
 
 fn options() -> ImportOptions {
     ImportOptions::default()
@@ -30,6 +30,7 @@ fn coco() {
             ("its image is missing", 1),
             ("its image is not listed or was left out", 1),
             ("its image path leaves the source folder", 1),
+            (UNREAD, 1),
         ]
     );
     let (report, r) = set.import(Format::Coco, &ImportOptions { split: Some("val".into()), ..options() });
@@ -62,7 +63,12 @@ fn yolo() {
     assert_eq!(r["valid/images/c"].boxes.len(), 1, "a confidence is ignored");
     assert_eq!(
         reasons(&report),
-        [("its class has no name", 1), ("its folder is missing or outside", 1), ("the line is no class and box", 2)]
+        [
+            ("its class has no name", 1),
+            ("its folder is missing or outside", 1),
+            (UNREAD, 1),
+            ("the line is no class and box", 2)
+        ]
     );
 }
 
@@ -95,7 +101,7 @@ fn via() {
     assert_eq!((boxes(&r["b"]), boxes(&r["c"])), (vec![[1.0, 2.0, 4.0, 6.0]], vec![[2.0, 3.0, 6.0, 8.0]]));
     assert_eq!(
         reasons(&report),
-        [("a point is no box", 1), ("the region has no label", 1), ("the shape has no numbers", 1)]
+        [("a point is no box", 1), (UNREAD, 1), ("the region has no label", 1), ("the shape has no numbers", 1)]
     );
 }
 

@@ -39,20 +39,22 @@ fn voc(set: &Set) {
 
 fn coco(set: &Set) {
     set.image("train2017/a.jpg", (40, 20), 1).image("train2017/b.jpg", (80, 40), 2).image("val2017/c.jpg", (40, 20), 3);
+    set.image("train2017/d.jpg", (40, 20), 4);
     set.write(
         "annotations/instances_train2017.json",
         r#"{"images": [
               {"id": 7, "file_name": "a.jpg", "width": 40, "height": 20},
               {"id": 8, "file_name": "b.jpg", "width": 40, "height": 20},
               {"id": 9, "file_name": "gone.jpg", "width": 40, "height": 20},
-              {"id": 10, "file_name": "../../../../etc/passwd", "width": 40, "height": 20}],
+              {"id": 10, "file_name": "../../../../etc/passwd", "width": 40, "height": 20},
+              {"id": 11, "file_name": "d.jpg", "width": 40, "height": 20}],
             "annotations": [
               {"id": 1, "image_id": 7, "category_id": 1, "bbox": [4.0, 2.0, 10.0, 5.0], "area": 50.0, "iscrowd": 0},
               {"id": 2, "image_id": 7, "category_id": 1, "bbox": [0, 0, 30, 20], "iscrowd": 1},
               {"id": 3, "image_id": 7, "category_id": 1, "bbox": [5, 5, 0, 4], "iscrowd": 0},
-              {"id": 4, "image_id": 7, "category_id": 5, "bbox": [5, 5, 2, 4], "iscrowd": 0},
+              {"id": 4, "image_id": 11, "category_id": 5, "bbox": [5, 5, 2, 4], "iscrowd": 0},
               {"id": 5, "image_id": 99, "category_id": 1, "bbox": [5, 5, 2, 4], "iscrowd": 0},
-              {"id": 6, "image_id": 7, "category_id": 2, "keypoints": []},
+              {"id": 6, "image_id": 11, "category_id": 2, "keypoints": []},
               {"id": 7, "image_id": 8, "category_id": 2, "bbox": [10, 10, 10, 11], "iscrowd": 0}],
             "categories": [{"id": 1, "name": "nodule"}, {"id": 2, "name": "cyst"}]}"#,
     );
@@ -70,16 +72,15 @@ fn yolo(set: &Set) {
         "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['nodule', 'cyst']\n",
     );
     set.image("train/images/a.jpg", (100, 50), 1).image("train/images/b.jpg", (100, 50), 2);
-    set.image("valid/images/c.jpg", (100, 50), 3);
-    set.write(
-        "train/labels/a.txt",
-        "1 0.5 0.5 0.2 0.4\n0 0.05 0.5 0.2 0.4\n0 0.1 0.1 0.9 0.1 0.9 0.9\n7 0.5 0.5 0.1 0.1\nx 0.5 0.5 0.1 0.1\n0 0.5 0.5\n",
-    );
+    set.image("train/images/d.jpg", (100, 50), 4).image("valid/images/c.jpg", (100, 50), 3);
+    set.write("train/labels/a.txt", "1 0.5 0.5 0.2 0.4\n0 0.05 0.5 0.2 0.4\n0 0.1 0.1 0.9 0.1 0.9 0.9\n");
+    set.write("train/labels/d.txt", "1 0.5 0.5 0.2 0.4\n7 0.5 0.5 0.1 0.1\nx 0.5 0.5 0.1 0.1\n0 0.5 0.5\n");
     set.write("valid/labels/c.txt", "0 0.25 0.5 0.1 0.2 0.93\n\n");
 }
 
 fn via(set: &Set) {
     set.image("images/a.png", (100, 100), 1).image("images/b.png", (100, 100), 2).image("c.png", (100, 100), 3);
+    set.image("images/d.png", (100, 100), 4);
     set.write(
         "via.json",
         r#"{"_via_settings": {}, "_via_img_metadata": {
@@ -87,7 +88,10 @@ fn via(set: &Set) {
               {"shape_attributes": {"name": "rect", "x": 10, "y": 20, "width": 30, "height": 40}, "region_attributes": {"label": "mass"}},
               {"shape_attributes": {"name": "polygon", "all_points_x": [5, 25, 15], "all_points_y": [7, 8, 30]}, "region_attributes": {"label": "mass"}},
               {"shape_attributes": {"name": "circle", "cx": 50, "cy": 50, "r": 10}, "region_attributes": {"kind": {"cyst": true, "mass": false}}},
-              {"shape_attributes": {"name": "ellipse", "cx": 50, "cy": 50, "rx": 20, "ry": 10, "theta": 1.5707963}, "region_attributes": {"class": "cyst"}},
+              {"shape_attributes": {"name": "ellipse", "cx": 50, "cy": 50, "rx": 20, "ry": 10, "theta": 1.5707963}, "region_attributes": {"class": "cyst"}}],
+              "file_attributes": {}},
+            "d.png7": {"filename": "d.png", "size": 7, "regions": [
+              {"shape_attributes": {"name": "rect", "x": 10, "y": 20, "width": 30, "height": 40}, "region_attributes": {"label": "mass"}},
               {"shape_attributes": {"name": "point", "cx": 5, "cy": 5}, "region_attributes": {"label": "mass"}},
               {"shape_attributes": {"name": "rect", "x": 10}, "region_attributes": {"label": "mass"}},
               {"shape_attributes": {"name": "rect", "x": 1, "y": 1, "width": 3, "height": 4}, "region_attributes": {}}],
@@ -242,6 +246,7 @@ fn med_grit(set: &Set) {
 
 fn slake(set: &Set) {
     set.image("imgs/xmlab0/source.jpg", (100, 80), 1).image("imgs/xmlab1/source.jpg", (100, 80), 2);
+    set.image("imgs/xmlab2/source.jpg", (100, 80), 4);
     let question = |qid: u32, img: u32, q: &str, a: &str, lang: &str| {
         format!(
             r#"{{"img_id": {img}, "img_name": "xmlab{img}/source.jpg", "question": "{q}", "answer": "{a}", "q_lang": "{lang}", "location": "Abdomen",
@@ -253,16 +258,15 @@ fn slake(set: &Set) {
         question(10, 0, "图中有什么？", "肝", "zh"),
         question(11, 0, "Empty?", "", "en"),
         question(12, 7, "Gone?", "Yes", "en"),
+        question(15, 2, "Which organ is seen?", "Spleen", "en"),
     ];
     set.write("train.json", format!("[{}]", train.join(",")));
     let validate =
         [question(13, 1, "Is it normal?", "No", "en"), question(14, 169, "Is there atelectasis?", "Yes", "en")];
     set.write("validate.json", format!("[{}]", validate.join(",")));
     set.write("test.json", "[]");
-    set.write(
-        "imgs/xmlab0/detection.json",
-        r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Spleen": [1, 2, "x", 4]}, {"Cyst": [90, 70, 12, 12]}]"#,
-    );
+    set.write("imgs/xmlab0/detection.json", r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Cyst": [90, 70, 12, 12]}]"#);
+    set.write("imgs/xmlab2/detection.json", r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Spleen": [1, 2, "x", 4]}]"#);
     set.write("imgs/xmlab1/detection.json", "[]");
     // As published; the image is larger than what is in it.
     set.image("imgs/xmlab169/source.jpg", (640, 800), 3);

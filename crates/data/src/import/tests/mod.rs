@@ -1,9 +1,12 @@
 //! Importers on small folders built as the data sets' pages describe them.
 
+mod cases;
 mod detection;
 mod fixtures;
 mod hostile;
 mod medical;
+mod medvh;
+mod planted;
 mod questions;
 mod rules;
 mod words;
@@ -65,6 +68,9 @@ impl Set {
         (report, file.records.into_iter().map(|r| (r.id.clone(), r)).collect())
     }
 }
+
+/// The rule for an image with an object that could not be read or named.
+pub(super) const UNREAD: &str = "one of its objects could not be read or named";
 
 /// Reasons and counts of a report.
 pub(super) fn reasons(report: &ImportReport) -> Vec<(&str, usize)> {

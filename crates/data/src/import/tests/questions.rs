@@ -1,6 +1,6 @@
 //! Data sets of questions: SLAKE, VQA-RAD, PMC-VQA, OmniMedVQA, MedVH, Med-GRIT, LLaVA.
 
-use super::{Format, ImportOptions, boxes, fixtures, pixels, reasons};
+use super::{Format, ImportOptions, UNREAD, boxes, fixtures, pixels, reasons};
 
 fn options() -> ImportOptions {
     ImportOptions::default()
@@ -21,11 +21,16 @@ fn slake() {
     assert_eq!((regions.labels.as_slice(), regions.is_text()), (&["Liver".to_owned(), "Cyst".to_owned()][..], false));
     assert_eq!(boxes(regions), [[10.0, 20.0, 40.0, 60.0], [90.0, 70.0, 100.0, 80.0]]);
     assert_eq!(boxes(&r["xmlab169"]), [[212.0, 587.0, 459.0, 788.0]], "a published file");
-    assert!(!r.contains_key("xmlab1") && regions.split == "train");
+    assert!(!r.contains_key("xmlab1") && !r.contains_key("xmlab2") && regions.split == "train");
     assert_ne!(pixels(&set, q), pixels(&set, &r["slake-13"]), "images of one name in two folders stay apart");
     assert_eq!(
         reasons(&report),
-        [("it has no question or no answer", 1), ("its box is not four numbers", 1), ("its image is missing", 1)]
+        [
+            ("it has no question or no answer", 1),
+            ("its box is not four numbers", 1),
+            ("its image is missing", 1),
+            (UNREAD, 1)
+        ]
     );
 }
 
