@@ -39,6 +39,28 @@ fn synthetic_data_repeats_by_seed() {
 }
 
 #[test]
+fn a_check_says_what_it_looked_at() {
+    let s = Sandbox::new();
+    let file = s.synth("data", 20, 1).display().to_string();
+    let done = s.unveil(&["data", "check", &file]).ok();
+    assert_eq!((done.stdout.as_str(), done.stderr.trim()), ("", "ok: 20 records, 20 images decoded"));
+    let line = |id: &str, more: &str| format!(r#"{{"id":{id},"image_size":[9,9],"question":"q","split":"train"{more}}}"#);
+    let odd = s.write("odd.jsonl", format!("\u{feff}{}\n{}", line("7", ""), line("\"a\\u001b\"", r#","patient_id":3"#)));
+    let odd = odd.display().to_string();
+    let done = s.unveil(&["data", "check", "--table", &odd]).ok();
+    assert_eq!(done.stderr.trim(), "ok: 2 records, 0 images decoded, 1 warning");
+    let want = "warning  2  a\\u{1b}  the key `patient_id` is kept, but not read: did you mean `patient`?\n";
+    assert_eq!(done.stdout, want);
+    let bad = s.write("bad.jsonl", line("\"a\"", r#","category":"x""#)).display().to_string();
+    let done = s.unveil(&["data", "check", &bad]);
+    assert_eq!((&done.json()[0]["id"], &done.json()[0]["severity"]), (&"a".into(), &"error".into()), "{}", done.stdout);
+    done.says(1, &["bad.jsonl: 1 of 1 findings are errors"]);
+    let none = s.path("none.jsonl").display().to_string();
+    let done = s.unveil(&["data", "check", &none]).exits(1);
+    assert_eq!(done.stderr.matches(&none).count(), 1, "{}", done.stderr);
+}
+
+#[test]
 fn bccd_imports_whole() {
     let source = bccd();
     let s = Sandbox::new();

@@ -252,9 +252,20 @@ fn as_table(findings: &[check::Finding]) -> String {
     };
     let line = |f: &check::Finding| f.file.rsplit(':').next().unwrap_or_default().to_owned();
     let width = |of: &dyn Fn(&check::Finding) -> usize| findings.iter().map(of).max().unwrap_or(0);
-    let (lines, ids) = (width(&|f| line(f).chars().count()), width(&|f| f.id.chars().count()));
-    let row = |f: &check::Finding| format!("{:<7}  {:>lines$}  {:<ids$}  {}\n", severity(f), line(f), f.id, f.what);
+    let (lines, ids) = (width(&|f| line(f).chars().count()), width(&|f| plain(&f.id).chars().count()));
+    let row = |f: &check::Finding| {
+        format!("{:<7}  {:>lines$}  {:<ids$}  {}\n", severity(f), line(f), plain(&f.id), plain(&f.what))
+    };
     findings.iter().map(row).collect()
+}
+
+/// A text of a data set without what a terminal would obey.
+fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
+    }
+    out
 }
 
 fn collected(args: &CollectArgs) -> anyhow::Result<()> {
