@@ -79,6 +79,9 @@ fn value_fault(key: &str, place: &str, message: &str, found: Option<&Value>) -> 
     if let Some((missing, _)) = quoted(message, "missing field ") {
         return format!("{at} has no `{missing}`");
     }
+    if let (true, Some(found)) = (message.starts_with("wanted exactly 1 element"), found) {
+        return format!("{at} is {}; a string is needed", described(found));
+    }
     let (Some((kind, expected)), Some(found)) = (message.split_once(", expected "), found) else {
         return format!("{at}: {message}");
     };
@@ -126,7 +129,7 @@ fn needed(expected: &str) -> String {
         "u8" | "u16" | "u32" | "u64" | "usize" | "i8" | "i16" | "i32" | "i64" | "isize" => "an integer is".to_owned(),
         "f32" | "f64" => "a number is".to_owned(),
         "a boolean" => "true or false is".to_owned(),
-        "a string" | "string or table" | "string or map" => "a string is".to_owned(),
+        "a string" | "string only" => "a string is".to_owned(),
         "a sequence" => "a list is".to_owned(),
         _ if expected.starts_with("an array of length") || expected.starts_with("a tuple of size") => {
             length().map_or_else(|| "a list is".to_owned(), |n| format!("a list of {n} values is"))

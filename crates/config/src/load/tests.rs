@@ -346,6 +346,7 @@ fn wrong_values_are_said_in_words_with_key_layer_and_what_is_allowed() {
             "`learner.algorithm` in --set is \"3\": use grpo, ppo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline",
         ),
         ("", &["learner.algorithm=[3]"], "`learner.algorithm` in --set is a list ([3]); a string is needed"),
+        ("", &["learner.algorithm={}"], "`learner.algorithm` in --set is a section; a string is needed"),
         ("", &["reward=3"], "`reward` in --set is an integer (3); a section with keys of its own is needed"),
     ] {
         assert_eq!(said(text, &[], sets), wanted);
