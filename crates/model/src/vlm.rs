@@ -66,8 +66,8 @@ pub struct Vlm {
 impl Vlm {
     /// Loads a model directory in Hugging Face layout; no parameter asks for gradients yet.
     pub fn load(dir: &Path, device: Device, kind: Kind) -> Result<Self> {
-        let config = VlmConfig::load(dir)?;
-        let parameters = weights::load_dir(dir, &config, device, kind)?;
+        let mut config = VlmConfig::load(dir)?;
+        let parameters = weights::load_dir(dir, &mut config, device, kind)?;
         Self::assemble(config, parameters)
     }
 
