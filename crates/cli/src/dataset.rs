@@ -8,12 +8,17 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_collect::{CollectError, Prompts};
-use unveil_config::ConfigError;
+use unveil_config::{Config, ConfigError};
+use unveil_core::Record;
+use unveil_data::fits::{Limits, Use, misfits};
 use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
+use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::root::Reach;
 use unveil_data::synth::{self, SynthSpec};
 use unveil_data::{check, stats};
+
+use crate::roles::context;
 
 #[derive(Subcommand)]
 pub enum DataCommand {
@@ -50,6 +55,11 @@ pub enum DataCommand {
         /// Images may lie outside the folder of the record file, as with data.outside = true.
         #[arg(long)]
         outside: bool,
+        /// Also whether every record fits this model: length of prompt and answer, image sizes, special tokens.
+        #[arg(long, value_name = "DIR")]
+        model: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigArgs,
     },
     /// Counts and sizes, as one JSON object.
     Stats {
@@ -140,7 +150,15 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             Ok(())
         }
         DataCommand::Import(args) => imported(args),
-        DataCommand::Check { data, near, outside } => checked(data, Reach::new(*outside), *near),
+        DataCommand::Check { data, near, outside, model, config } => {
+            let reach = Reach::new(*outside);
+            let mut found =
+                check::check_file(data, reach, *near).with_context(|| format!("checking {}", data.display()))?;
+            if let Some(model) = model {
+                found = check::joined(found, unfit(data, reach, model, &config.load()?)?);
+            }
+            checked(data, &found)
+        }
         DataCommand::Stats { data, outside } => {
             let records = RecordFile::load_with(data, Reach::new(*outside))?;
             println!("{}", serde_json::to_string(&stats::stats(&records))?);
@@ -206,10 +224,23 @@ fn warn(report: &ImportReport) {
     }
 }
 
-fn checked(data: &Path, reach: Reach, near: bool) -> anyhow::Result<()> {
-    let findings = check::check_file(data, reach, near).with_context(|| format!("checking {}", data.display()))?;
+/// Records that do not fit a model. Those of the validation and test splits are only asked, all others are also learnt.
+fn unfit(data: &Path, reach: Reach, model: &Path, config: &Config) -> anyhow::Result<Vec<check::Finding>> {
+    let preparer = Preparer::load_with(model, config.model.boxes)?;
+    let records = RecordFile::load_some(data, reach, |_| ())?;
+    let limits = Limits {
+        context: context(model)?,
+        new_tokens: config.rollout.max_new_tokens,
+        question: config.data.question.clone(),
+    };
+    let asked = [&config.data.val_split, &config.data.test_split];
+    let used = |r: &Record| if asked.contains(&&r.split) { Use::Asked } else { Use::Trained };
+    Ok(misfits(&records, &preparer, &limits, used, &|| false))
+}
+
+fn checked(data: &Path, findings: &[check::Finding]) -> anyhow::Result<()> {
     let mut errors = 0;
-    for finding in &findings {
+    for finding in findings {
         errors += usize::from(finding.severity == check::Severity::Error);
         println!("{}", serde_json::to_string(finding)?);
     }

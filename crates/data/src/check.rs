@@ -1,6 +1,6 @@
 //! Judges record files: every fault with id and place, none repaired. What training refuses and what it only wonders at.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use serde::Serialize;
@@ -157,6 +157,16 @@ fn judge(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, St
     if !matches!(r.split.as_str(), "train" | "val" | "test") {
         add(Severity::Warning, format!("the split \"{}\" is none of train, val, test", r.split));
     }
+}
+
+/// Findings of one file and more of the same, by line; a record that has an error already is not blamed twice.
+pub fn joined(mut findings: Vec<Finding>, more: Vec<Finding>) -> Vec<Finding> {
+    let line = |f: &Finding| f.file.rsplit(':').next().and_then(|l| l.parse::<usize>().ok()).unwrap_or(0);
+    let faulty: HashSet<String> =
+        findings.iter().filter(|f| f.severity == Severity::Error).map(|f| f.file.clone()).collect();
+    findings.extend(more.into_iter().filter(|f| !faulty.contains(&f.file)));
+    findings.sort_by_key(line);
+    findings
 }
 
 /// Refuses records that cannot be trained on.
