@@ -84,6 +84,66 @@ fn bad_records() {
     s.unveil(&["data", "check", &shown]).ok();
 }
 
+/// A PNG of 1200 x 4 pixels.
+const WIDE: [u8; 85] = [
+    137, 80, 78, 71, 13, 10, 26, 10, 0, 0, 0, 13, 73, 72, 68, 82, 0, 0, 4, 176, 0, 0, 0, 4, 8, 0, 0, 0, 0, 187, 94,
+    153, 99, 0, 0, 0, 28, 73, 68, 65, 84, 120, 218, 237, 193, 49, 1, 0, 0, 0, 194, 160, 245, 79, 109, 13, 15, 160, 0,
+    0, 0, 0, 224, 219, 0, 18, 196, 0, 1, 188, 240, 50, 203, 0, 0, 0, 0, 73, 69, 78, 68, 174, 66, 96, 130,
+];
+
+/// Records that are whole but do not fit the model: `data check --model` and the start of a run name them all, before any update.
+#[test]
+fn records_that_do_not_fit_the_model() {
+    let s = Sandbox::new();
+    let file = s.synth("data", 20, 1);
+    let good = json_lines(&std::fs::read_to_string(&file).expect("records"));
+    s.write("data/wide.png", WIDE);
+    let with = |id: &str, changes: Value| {
+        let mut record = good[0].clone();
+        let fields = record.as_object_mut().expect("a record");
+        fields.extend(changes.as_object().expect("changes").clone());
+        fields.insert("id".into(), json!(id));
+        record
+    };
+    let odd = [
+        (
+            with("wide", json!({"image": "wide.png", "boxes": [], "labels": [], "split": "train"})),
+            "aspect ratio of 300.0",
+        ),
+        (with("long", json!({"question": "why ".repeat(3000), "split": "train"})), "context of"),
+        (with("special", json!({"question": "a <|im_end|>", "split": "test"})), "<|im_end|>"),
+    ];
+    let bad = s.path("data/bad.jsonl");
+    let records: Vec<Value> = good.iter().cloned().chain(odd.iter().map(|(r, _)| r.clone())).collect();
+    write_records(&bad, &records);
+    let (config, shown) = (s.micro_config(), bad.to_string_lossy().into_owned());
+    let (config, model) = (config.to_string_lossy(), s.tiny_model("model", 0));
+    let model = model.to_string_lossy();
+    s.unveil(&["data", "check", &shown]).ok();
+    let checked = s.unveil(&["data", "check", &shown, "--model", &model]);
+    let found = checked.json();
+    assert_eq!(found.len(), odd.len(), "{found:?}");
+    for (finding, (record, what)) in found.iter().zip(&odd) {
+        assert_eq!((&finding["id"], &finding["severity"]), (&record["id"], &json!("error")));
+        assert!(finding["what"].as_str().is_some_and(|w| w.contains(what)), "{finding}");
+    }
+    checked.says(1, &["bad.jsonl", "3 of 3 findings"]);
+    let run = s.unveil(&train_on(&config, &format!("data.root={shown}")));
+    assert!(odd.iter().all(|(_, what)| run.stderr.contains(what)), "{}", run.stderr);
+    run.says(1, &["sft"]);
+    let events = std::fs::read_to_string(s.path("run/events.jsonl")).unwrap_or_default();
+    assert!(!events.contains("\"kind\":\"sft\""), "no update was made: {events}");
+    // What can be answered is, all the same.
+    write_records(&bad, &records[19..]);
+    let args = ["generate", "--model", &model, "--data", &shown, "--max-new-tokens", "4", "--temperature", "0"];
+    let made = s.unveil(&args);
+    assert_eq!(made.json().len(), 1);
+    made.says(1, &["3 of 4", "wide"]);
+    let measured = s.unveil(&["eval", "--config", &config, "--model", &model, "--data", &shown]);
+    assert_eq!(measured.json().len(), 1);
+    measured.says(1, &["3 records could not be used"]);
+}
+
 /// Writes `dir/model.safetensors` again with `change` applied to each tensor's shape; `None` leaves it out.
 fn rewrite(dir: &Path, change: impl Fn(&str, Vec<usize>) -> Option<Vec<usize>>) {
     let path = dir.join("model.safetensors");

@@ -8,12 +8,17 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_collect::{CollectError, Prompts};
-use unveil_config::ConfigError;
+use unveil_config::{Config, ConfigError};
+use unveil_core::Record;
+use unveil_data::fits::{Limits, Use, misfits};
 use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
+use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::root::Reach;
 use unveil_data::synth::{self, SynthSpec};
 use unveil_data::{check, stats};
+
+use crate::roles::context;
 
 #[derive(Subcommand)]
 pub enum DataCommand {
@@ -54,6 +59,11 @@ pub enum DataCommand {
         /// A table for people instead of JSON lines.
         #[arg(long)]
         table: bool,
+        /// Also whether every record fits this model: length of prompt and answer, image sizes, special tokens.
+        #[arg(long, value_name = "DIR")]
+        model: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigArgs,
     },
     /// Counts and sizes, as one JSON object.
     Stats {
@@ -150,7 +160,16 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             Ok(())
         }
         DataCommand::Import(args) => imported(args),
-        DataCommand::Check { data, near, outside, table } => checked(data, Reach::new(*outside), *near, *table),
+        DataCommand::Check { data, near, outside, table, model, config } => {
+            let reach = Reach::new(*outside);
+            // Its errors begin with the file.
+            let mut found = check::check_file(data, reach, *near)?;
+            if let Some(model) = model {
+                let more = unfit(data, reach, model, &config.load()?)?;
+                found.findings = check::joined(std::mem::take(&mut found.findings), more);
+            }
+            checked(data, &found, *table)
+        }
         DataCommand::Stats { data, outside } => {
             let records = RecordFile::load_with(data, Reach::new(*outside))?;
             println!("{}", serde_json::to_string(&stats::stats(&records))?);
@@ -221,9 +240,21 @@ fn warn(report: &ImportReport) {
     }
 }
 
-fn checked(data: &Path, reach: Reach, near: bool, table: bool) -> anyhow::Result<()> {
-    // Its errors begin with the file.
-    let checked = check::check_file(data, reach, near)?;
+/// Records that do not fit a model. Those of the validation and test splits are only asked, all others are also learnt.
+fn unfit(data: &Path, reach: Reach, model: &Path, config: &Config) -> anyhow::Result<Vec<check::Finding>> {
+    let preparer = Preparer::load_with(model, config.model.boxes)?;
+    let records = RecordFile::load_some(data, reach, |_| ())?;
+    let limits = Limits {
+        context: context(model)?,
+        new_tokens: config.rollout.max_new_tokens,
+        question: config.data.question.clone(),
+    };
+    let asked = [&config.data.val_split, &config.data.test_split];
+    let used = |r: &Record| if asked.contains(&&r.split) { Use::Asked } else { Use::Trained };
+    Ok(misfits(&records, &preparer, &limits, used, &|| false))
+}
+
+fn checked(data: &Path, checked: &check::Checked, table: bool) -> anyhow::Result<()> {
     if table {
         print!("{}", as_table(&checked.findings));
     } else {

@@ -8,13 +8,13 @@ use serde_json::json;
 use unveil_cli::{ConfigArgs, RoleArgs};
 use unveil_config::Config;
 use unveil_config::schema::Suite;
-use unveil_core::{BoxForm, tell};
+use unveil_core::{BoxForm, redact, tell};
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::root::Reach;
 use unveil_eval::{
-    Bootstrap, Evaluation, Judged, Settings, check, evaluate, evaluate_withheld, judge_responses, load_samples,
-    measure, shown_responses,
+    Bootstrap, EvalError, Evaluation, Judged, Settings, check, evaluate, evaluate_withheld, judge_responses,
+    load_usable, measure, shown_responses,
 };
 use unveil_report::ImageFolders;
 use unveil_reward::Scoring;
@@ -115,8 +115,8 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if args.role.supervised {
         unveil_cli::end_with_supervisor();
     }
-    let (evaluation, withheld) = match (&args.responses, &args.model, &args.data) {
-        (Some(file), ..) => (Evaluation::new(judge_responses(&config, file, &args.split)?), None),
+    let (evaluation, withheld, left_out) = match (&args.responses, &args.model, &args.data) {
+        (Some(file), ..) => (Evaluation::new(judge_responses(&config, file, &args.split)?), None, 0),
         (None, Some(model), Some(data)) => answers(&config, model, data, args)?,
         _ => anyhow::bail!("give --model and --data, or --responses"),
     };
@@ -137,25 +137,45 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
         tell(table.trim_end());
     }
     println!("{found}");
+    if left_out > 0 {
+        anyhow::bail!("{left_out} records could not be used: the metrics are those of the others");
+    }
     Ok(())
 }
 
-/// Greedy answers of a model, and those to black images where the suite asks for them.
+/// Greedy answers of a model, those to black images where the suite asks for them, and how many records were left out: each is named
+/// on stderr.
 fn answers(
     config: &Config,
     model: &Path,
     data: &Path,
     args: &EvalArgs,
-) -> anyhow::Result<(Evaluation, Option<Vec<Judged>>)> {
+) -> anyhow::Result<(Evaluation, Option<Vec<Judged>>, usize)> {
     model_directory("--model", model)?;
     let preparer = Preparer::load_with(model, config.model.boxes)?;
-    let records = RecordFile::load_with(data, Reach::new(config.data.outside))?;
-    let samples = load_samples(&records, &args.split, 0, &config.data.question, &preparer)?;
+    let mut left_out: Vec<EvalError> = Vec::new();
+    let records =
+        RecordFile::load_some(data, Reach::new(config.data.outside), |e| left_out.push(EvalError::Records(e)))?;
+    let (mut samples, unusable) = load_usable(&records, &args.split, &config.data.question, &preparer)?;
+    left_out.extend(unusable);
     if let Chosen::Beyond(suite) = args.suite {
         let of_regions = samples.iter().filter(|s| !s.record.is_text());
         check(suite, of_regions.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }
     let mut engine = open_engine(config, model, config.run.threads, &preparer.tokenizer().special().banned)?;
+    samples.retain(|s| match engine.check(&s.input, config.rollout.max_new_tokens) {
+        Ok(_) => true,
+        Err(e) => {
+            left_out.push(e.into());
+            false
+        }
+    });
+    for why in &left_out {
+        tell(&format!("left out: {}", redact(&why.to_string())));
+    }
+    if let (true, Some(first)) = (samples.is_empty(), left_out.first()) {
+        anyhow::bail!("no record can be used, the first: {first}");
+    }
     let settings = Settings {
         max_new_tokens: config.rollout.max_new_tokens,
         batch: config.eval.batch,
@@ -168,7 +188,7 @@ fn answers(
         }
         _ => None,
     };
-    Ok((evaluation, withheld))
+    Ok((evaluation, withheld, left_out.len()))
 }
 
 /// Where a run's images lie, by the configuration that it has kept.

@@ -255,6 +255,7 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
     Ok(json!({
         "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "dtype": kind_name(c.dtype),
         "parameters": count(""), "vision_parameters": count("visual."),
+        "tied": c.tie_word_embeddings,
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
         "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
     }))

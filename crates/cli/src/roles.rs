@@ -16,8 +16,10 @@ use unveil_data::root::Reach;
 use unveil_engine::Engine;
 use unveil_eval::{Bootstrap, Settings, check, evaluate, evaluate_withheld, load_samples, measure};
 use unveil_launch::{LaunchError, Options};
-use unveil_learner::{Dataset, Evaluation, EventSink, Outcome, Progress, Ready, Silent, Stage, run_rl};
-use unveil_model::Vlm;
+use unveil_learner::{
+    Dataset, Evaluation, EventSink, Outcome, Progress, Ready, Silent, Stage, check_records, limits, run_rl,
+};
+use unveil_model::{Vlm, VlmConfig};
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
@@ -157,6 +159,14 @@ fn stage(
         let (health, _) = Health::start(&config.health.listen, cancel.clone()).await?;
         let work = || -> anyhow::Result<Outcome> {
             let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
+            let context = context(&model_dir)?;
+            let records = records(config)?;
+            if config.learner.parallel.rank == 0 {
+                check_records(config, &records, &preparer, context, &cancel)?;
+            }
+            if cancel.is_cancelled() {
+                return Ok(Outcome { interrupted: true, ..Outcome::default() });
+            }
             let mut evaluator = validation(config, &model_dir)?;
             // Only rank 0 has something to tell.
             let (mut nobody, mut silent) = (Vec::new(), Silent);
@@ -171,7 +181,7 @@ fn stage(
                 config,
                 model_dir: &model_dir,
                 out: &out,
-                data: Arc::new(Dataset::new(config, records(config)?, preparer)?),
+                data: Arc::new(Dataset::new(config, records, preparer)?.within(limits(config, context))),
                 environment: unveil_config::environment(),
                 cancel,
                 events,
@@ -185,6 +195,11 @@ fn stage(
         })?
     })?;
     if outcome.interrupted { Err(Stop::of_role(supervised).into()) } else { Ok(()) }
+}
+
+/// Tokens that the model of a directory takes in all.
+pub fn context(model_dir: &Path) -> anyhow::Result<usize> {
+    Ok(VlmConfig::load(model_dir)?.text.max_position_embeddings.max(0) as usize)
 }
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -8,6 +8,7 @@ pub mod check;
 pub mod codec;
 mod decode;
 pub mod files;
+pub mod fits;
 pub mod import;
 mod near;
 pub mod prepare;

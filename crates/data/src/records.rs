@@ -106,6 +106,20 @@ impl RecordFile {
         Self::scan(path, reach, Err)
     }
 
+    /// [`RecordFile::load_with`] without the lines that are no records, which `bad_line` hears of.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn load_some(path: &Path, reach: Reach, mut bad_line: impl FnMut(RecordsError)) -> Result<Self, RecordsError> {
+        Self::scan(path, reach, |e| match e {
+            io @ RecordsError::Io { .. } => Err(io),
+            bad => {
+                bad_line(bad);
+                Ok(())
+            }
+        })
+    }
+
     /// Reads like [`RecordFile::load`], but hands each bad line to `bad_line`, which says whether to go on without it.
     pub(crate) fn scan(
         path: &Path,

@@ -77,6 +77,8 @@ def main():
         "texts": [tokenizer(t)["input_ids"] for t in job["texts"]],
         "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in job["ids"]],
         "prompts": prompts,
+        "elsewhere": [len(processors["elsewhere"].tokenizer),
+                      processors["elsewhere"].tokenizer.convert_tokens_to_ids("<|quad_start|>")],
         "vocab_size": len(tokenizer),
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,

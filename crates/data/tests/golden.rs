@@ -88,6 +88,31 @@ fn text(rng: &mut ChaCha8Rng) -> String {
     out
 }
 
+/// What templates take from Python: defaults of `get`, formats, printed values, dates, methods.
+const PYTHON: &str = r#"{% for m in messages %}{{ '<|im_start|>%s\n' % m['role'] }}{% for c in m['content'] %}
+{%- if c.get('type', 'text') == 'image' %}{{ '<|vision_start|>%s<|vision_end|>' % '<|image_pad|>' }}
+{%- else %}{{ c.get('text', '').removeprefix(' ') }}{{ c.get('none', 7) }}{{ c.get('none') }}{% endif %}{% endfor %}
+{{- '%s%s' % ('<|im_end|>', '\n') }}{% endfor %}{{ true }} {{ none }} {{ ['a\'b', 1, none, 2.0] }} {{ missing }}
+{{ '%05.2f|%d|%s|%s' % (3.14159, loop_count|default(3), true, none) }}{{ ['<b>', {'k': 1}]|tojson }}
+{{ strftime_now('%d %b %Y') }}{% if add_generation_prompt %}{{ "<|im_start|>%s\n" % 'assistant'|upper|lower }}{% endif %}"#;
+
+/// Moves tokens from `tokenizer.json` to `tokenizer_config.json`, all but the first three.
+fn with_tokens_in_config(dir: &Path) {
+    let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
+    let (mut tokenizer, mut config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    let mut listed = serde_json::Map::new();
+    for mut token in added.clone() {
+        let id = token.as_object_mut().unwrap().remove("id").unwrap().to_string();
+        listed.insert(id, token);
+    }
+    added.truncate(3);
+    (config["added_tokens_decoder"], config["additional_special_tokens"]) = (listed.into(), json!(["<|quad_start|>"]));
+    for (name, value) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
+        std::fs::write(dir.join(name), value.to_string()).unwrap();
+    }
+}
+
 /// Processor directories of both families, with their own chat templates and with ones like the published.
 fn directories(root: &Path) -> Vec<&'static str> {
     let templates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/templates");
@@ -98,6 +123,8 @@ fn directories(root: &Path) -> Vec<&'static str> {
         ("tiny25n", Family::Qwen2_5Vl, numbered("qwen2_5_vl.jinja")),
         ("tiny3", Family::Qwen3Vl, template("qwen3_vl.jinja")),
         ("tiny3n", Family::Qwen3Vl, numbered("qwen3_vl.jinja")),
+        ("python", Family::Qwen2_5Vl, PYTHON.to_owned()),
+        ("elsewhere", Family::Qwen3Vl, template("qwen3_vl.jinja")),
     ];
     let mut names = vec!["tiny"];
     for (name, family, template) in cases {
@@ -105,6 +132,7 @@ fn directories(root: &Path) -> Vec<&'static str> {
         std::fs::write(root.join(name).join("chat_template.jinja"), template).unwrap();
         names.push(name);
     }
+    with_tokens_in_config(&root.join("elsewhere"));
     names
 }
 
@@ -272,6 +300,9 @@ fn texts(job: &Job) {
         assert_eq!(t.decode(ids).unwrap(), text, "{ids:?}");
         assert_eq!(t.decode_offsets(ids).text, text, "{ids:?}");
     }
+    let elsewhere = Tokenizer::load(&job.dir.path().join("elsewhere")).unwrap();
+    assert_eq!(job.out["elsewhere"], json!([elsewhere.vocab_size(), elsewhere.id("<|quad_start|>")]));
+    assert_eq!(elsewhere.special().image_pad, t.special().image_pad);
     assert_eq!(job.out["vocab_size"], json!(t.vocab_size()));
     assert_eq!(job.out["eos"], json!(t.special().im_end));
     assert_eq!(job.out["pad"], json!(t.special().end_of_text));

@@ -259,7 +259,10 @@ impl<V: Borrow<Vlm>> Engine<V> {
     }
 
     /// Checks a prompt against its image and the context, `new` tokens included. Returns its image tokens.
-    pub(crate) fn check(&self, input: &GroupInput, new: usize) -> Result<usize> {
+    ///
+    /// # Errors
+    /// Why it does not fit; the message names the group.
+    pub fn check(&self, input: &GroupInput, new: usize) -> Result<usize> {
         let config = self.vlm().config();
         let refuse = |m: String| EngineError::request(&input.id, m);
         if input.prompt.tokens.is_empty() {

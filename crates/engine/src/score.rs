@@ -33,7 +33,10 @@ impl<V: Borrow<Vlm>> Engine<V> {
     }
 
     /// Checks given responses and their prompt.
-    pub(crate) fn check_scored(&self, r: &ScoreRequest) -> Result<()> {
+    ///
+    /// # Errors
+    /// Why they cannot be scored; the message names the group.
+    pub fn check_scored(&self, r: &ScoreRequest) -> Result<()> {
         let config = self.vlm().config();
         let (vocab, placeholders) = (config.text.vocab_size, [config.image_token_id, config.video_token_id]);
         self.check(&r.input, r.responses.iter().map(Vec::len).max().unwrap_or(0))?;

@@ -17,7 +17,7 @@ pub use judge::{Answer, Judged, Subject, judge};
 pub use look::{Look, Rows};
 pub use metrics::{Metrics, metrics};
 pub use responses::{judge_responses, shown_responses};
-pub use samples::{Sample, load_samples};
+pub use samples::{Sample, load_samples, load_usable};
 pub use suite::{Found, Grounding, SuiteResult, Withheld, check, measure};
 pub use summary::{Evaluation, Settings, evaluate, evaluate_withheld};
 
@@ -33,6 +33,14 @@ pub enum EvalError {
     /// A prompt cannot be made.
     #[error(transparent)]
     Prepare(#[from] unveil_data::prepare::PrepareError),
+    /// A record's prompt cannot be made.
+    #[error("record \"{id}\": {source}")]
+    Record {
+        /// The record.
+        id: String,
+        /// Why.
+        source: unveil_data::prepare::PrepareError,
+    },
     /// Generation failed.
     #[error(transparent)]
     Engine(#[from] unveil_engine::EngineError),

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use unveil_config::Config;
 use unveil_core::{GroupId, Record};
 use unveil_data::augment::{AugmentSpec, augment};
+use unveil_data::fits::Limits;
 use unveil_data::prepare::Preparer;
 use unveil_data::processor::resize;
 use unveil_data::records::RecordFile;
@@ -33,6 +34,8 @@ pub struct Dataset {
     question: String,
     seed: u64,
     cache: Mutex<Cache>,
+    /// What prompts and answers must fit into; none = not looked at.
+    limits: Option<Limits>,
 }
 
 #[derive(Default)]
@@ -92,7 +95,12 @@ impl Dataset {
         augment.validate().map_err(|e| LearnerError::Setting(e.to_string()))?;
         let (question, seed) = (config.data.question.clone(), config.run.seed);
         let by_id = records.iter().enumerate().map(|(i, r)| (r.id.clone(), i)).collect();
-        Ok(Self { records, by_id, root, preparer, augment, question, seed, cache: Mutex::default() })
+        Ok(Self { records, by_id, root, preparer, augment, question, seed, cache: Mutex::default(), limits: None })
+    }
+
+    /// Refuses items that do not fit, which else take what memory there is.
+    pub fn within(self, limits: Limits) -> Self {
+        Self { limits: Some(limits), ..self }
     }
 
     /// Number of records.
@@ -170,6 +178,11 @@ impl Dataset {
         let prepared = self.preparer.prepare(&image, &record.question).map_err(prepare)?;
         let sizes = prepared.image.sizes();
         let target = self.preparer.target_ids(&record, &sizes).map_err(prepare)?;
+        if let Some(limits) = &self.limits {
+            limits
+                .check(prepared.prompt.ids.len(), prepared.image.image_tokens(), target.len())
+                .map_err(|source| LearnerError::Misfit { record: record.id.clone(), source })?;
+        }
         let encoded = if with_image { encoded } else { Bytes::new() };
         let image_hash = with_image.then(|| (encoded.clone(), ContentHash::of(image.rgb()).to_string()));
         let grid = prepared.image.grid_thw.map(|v| v as i64);

@@ -25,6 +25,17 @@ pub enum LearnerError {
         /// Why.
         source: unveil_data::prepare::PrepareError,
     },
+    /// Records that do not fit the model, found before the first update.
+    #[error("records that do not fit the model: {0}")]
+    Fit(#[from] unveil_data::fits::FitError),
+    /// A record that no longer fits as augmentation has made it.
+    #[error("record \"{record}\": {source}")]
+    Misfit {
+        /// The record's id.
+        record: String,
+        /// Why.
+        source: unveil_data::fits::Misfit,
+    },
     /// Tokenizer or processor of the model directory.
     #[error(transparent)]
     Processor(#[from] unveil_data::prepare::PrepareError),

@@ -1,9 +1,10 @@
 //! Stage 1: cross-entropy on the answers. Owns the order of the data, the update, and the stage's loop with evaluation and
 //! checkpoints.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -13,6 +14,7 @@ use tch::{Kind, Tensor};
 use unveil_checkpoint::{Reader, Resume};
 use unveil_config::schema::Optimizer;
 use unveil_model::{PackedGroup, Vlm};
+use unveil_service::CancellationToken;
 
 use crate::allowed::{allowed, tell as tell_changes};
 use crate::batch::GroupInput;
@@ -30,6 +32,8 @@ use crate::step::{Counters, SKIP_LIMIT};
 
 /// Batches that are prepared ahead.
 const AHEAD: usize = 2;
+/// How often a stage that waits for data looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Images with the answers to be learnt.
 #[derive(Debug, Clone, Default)]
@@ -169,12 +173,17 @@ pub fn batch_indices(records: usize, batch: usize, seed: u64, step: u64) -> Vec<
         .collect()
 }
 
-/// Prepares batches on a thread of its own, from update `first` on; it ends when the receiver is dropped.
-fn prefetch(data: Arc<Dataset>, batch: usize, seed: u64, first: u64, total: u64) -> Result<Receiver<Result<SftBatch>>> {
+/// Prepares batches on a thread of its own, from update `first` on; it ends when the receiver is dropped, or with a stop.
+fn prefetch(
+    data: Arc<Dataset>,
+    (batch, seed): (usize, u64),
+    steps: Range<u64>,
+    cancel: CancellationToken,
+) -> Result<Receiver<Result<SftBatch>>> {
     let (send, receive) = sync_channel(AHEAD);
     let work = move || {
-        for step in first..total {
-            let made = make_batch(&data, batch, seed, step);
+        for step in steps {
+            let Some(made) = make_batch(&data, batch, seed, step, &cancel).transpose() else { return };
             let failed = made.is_err();
             if send.send(made).is_err() || failed {
                 return;
@@ -185,9 +194,19 @@ fn prefetch(data: Arc<Dataset>, batch: usize, seed: u64, first: u64, total: u64)
     Ok(receive)
 }
 
-fn make_batch(data: &Dataset, batch: usize, seed: u64, step: u64) -> Result<SftBatch> {
+/// The batch of a step; none where a stop came before it was whole.
+fn make_batch(
+    data: &Dataset,
+    batch: usize,
+    seed: u64,
+    step: u64,
+    cancel: &CancellationToken,
+) -> Result<Option<SftBatch>> {
     let mut out = SftBatch::default();
     for (k, (pass, index)) in batch_indices(data.len(), batch, seed, step).into_iter().enumerate() {
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
         let item = data.item(index, pass, false)?;
         if k == 0 {
             out.pass = pass;
@@ -195,7 +214,22 @@ fn make_batch(data: &Dataset, batch: usize, seed: u64, step: u64) -> Result<SftB
         out.inputs.push(item.input.clone());
         out.targets.push(item.target.clone());
     }
-    Ok(out)
+    Ok(Some(out))
+}
+
+/// The next batch; none where the stage is to stop.
+fn next_batch(batches: &Receiver<Result<SftBatch>>, cancel: &CancellationToken) -> Result<Option<SftBatch>> {
+    loop {
+        let got = batches.recv_timeout(LOOK);
+        if cancel.is_cancelled() {
+            return Ok(None);
+        }
+        match got {
+            Ok(batch) => return batch.map(Some),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(LearnerError::Lost("the data thread")),
+        }
+    }
 }
 
 /// Runs stage 1 to its end, or to an interrupt. Checkpoints go to the prefix `sft` under the run's; the model after the last
@@ -259,12 +293,13 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         Ok::<_, LearnerError>(before)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
-    let batches = prefetch(stage.data.clone(), config.sft.batch, seed, trainer.step(), total)?;
+    let steps = trainer.step()..total;
+    let batches = prefetch(stage.data.clone(), (config.sft.batch, seed), steps, stage.cancel.clone())?;
     let mut outcome = Outcome::default();
     let (started, before) = (Instant::now(), images);
     while trainer.step() < total && !stage.cancel.is_cancelled() {
         let waiting = Instant::now();
-        let batch = batches.recv().map_err(|_| LearnerError::Lost("the data thread"))??;
+        let Some(batch) = next_batch(&batches, &stage.cancel)? else { break };
         let wait_ms = waiting.elapsed().as_secs_f64() * 1e3;
         let report = trainer.update(&batch)?;
         let step = trainer.step();

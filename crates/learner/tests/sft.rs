@@ -115,6 +115,33 @@ fn an_interrupted_stage_ends_with_the_same_weights() {
     assert_eq!((outcome.step, outcome.exported, events.len()), (6, Some(6), 1));
 }
 
+/// A batch that takes minutes to prepare does not hold up a stop.
+#[test]
+fn a_stop_is_obeyed_while_a_batch_is_prepared() {
+    let mut small = small_sft();
+    small.config.sft.batch = 200_000;
+    let (model, out, cancel) = (small.model(), small.dir.path().join("o"), CancellationToken::new());
+    let stop = cancel.clone();
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        stop.cancel();
+    });
+    let (mut events, mut silent) = (Vec::new(), Silent);
+    let started = std::time::Instant::now();
+    let outcome = run_sft(small.stage(&model, &out, &mut events, &mut silent, cancel)).unwrap();
+    assert_eq!((outcome.interrupted, outcome.step), (true, 0));
+    assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
+}
+
+/// A record that augmentation could make too long is refused by its id before it takes memory.
+#[test]
+fn an_item_over_the_context_is_named() {
+    let small = small_sft();
+    let limits = unveil_data::fits::Limits { context: 50, new_tokens: 0, question: String::new() };
+    let e = small.data_within(limits).item(2, 0, false).err().unwrap().to_string();
+    assert!(e.contains("context of 50") && e.contains("record \""), "{e}");
+}
+
 #[test]
 fn the_newest_and_milestones_are_kept_and_copies_are_timed() {
     let mut small = small_sft();

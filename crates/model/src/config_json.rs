@@ -35,7 +35,13 @@ impl VlmConfig {
         let Some(name) = root.get("model_type").and_then(Value::as_str) else {
             return Err("model_type is missing".into());
         };
-        let config = Family::named(name)?.parse(root)?;
+        let family = Family::named(name)?;
+        let sections = [Some(root), root.get("text_config").and_then(Value::as_object)];
+        if let Some(method) = sections.into_iter().flatten().find_map(|map| quantised(map.get("quantization_config")?))
+        {
+            return Err(format!("quantization_config: {}", crate::found::not_quantised(&method)));
+        }
+        let config = family.parse(root)?;
         config.validate()?;
         Ok(config)
     }
@@ -184,9 +190,12 @@ fn text_config(s: &Section<'_>, root: &Map<String, Value>, d: &TextDefaults) -> 
     })
 }
 
-/// The decoder's section with the keys that families share, and `more`.
+/// The decoder's section with the keys that families share, and `more`. `rope` without its base is what transformers 4 reads as
+/// `rope_scaling`; transformers 5 reads either spelling.
 pub(crate) fn text_json(config: &VlmConfig, rope: Value, more: &[(&str, Value)]) -> Value {
     let t = &config.text;
+    let mut parameters = rope.clone();
+    extend(&mut parameters, &[("rope_theta", json!(t.rope_theta))]);
     let mut out = json!({
         "attention_dropout": 0.0,
         "bos_token_id": t.bos_token_id,
@@ -203,7 +212,10 @@ pub(crate) fn text_json(config: &VlmConfig, rope: Value, more: &[(&str, Value)])
         "num_key_value_heads": t.num_key_value_heads,
         "pad_token_id": t.pad_token_id,
         "rms_norm_eps": t.rms_norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": parameters,
+        "rope_scaling": rope,
+        "rope_theta": t.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": true,
         "vocab_size": t.vocab_size,
     });
@@ -318,6 +330,17 @@ impl Section<'_> {
     }
 }
 
+/// How weights are quantised, as `quantization_config` says it: method and bits. None where it is null.
+fn quantised(config: &Value) -> Option<String> {
+    let map = config.as_object()?;
+    let text = |key: &str| map.get(key).and_then(Value::as_str).filter(|s| !s.is_empty());
+    let on = |key: &str| map.get(key).and_then(Value::as_bool) == Some(true);
+    let method = text("quant_method").or_else(|| text("quant_type")).unwrap_or("by an unnamed method");
+    let bits = map.get("bits").or_else(|| map.get("w_bit")).and_then(Value::as_u64);
+    let bits = bits.or_else(|| on("load_in_4bit").then_some(4)).or_else(|| on("load_in_8bit").then_some(8));
+    Some(bits.map_or_else(|| method.to_owned(), |b| format!("{method}, {b} bits")))
+}
+
 pub(crate) fn ids(value: &Value) -> Option<Vec<u32>> {
     match value {
         Value::Number(n) => n.as_u64().map(|v| vec![v as u32]),
@@ -353,6 +376,7 @@ fn kind_name(kind: Kind) -> &'static str {
 
 pub(crate) fn read_json(path: &Path) -> Result<Map<String, Value>> {
     let text = std::fs::read_to_string(path).map_err(|e| ModelError::io(path, e))?;
+    crate::found::not_a_pointer(path, text.as_bytes())?;
     serde_json::from_str(&text).map_err(|e| ModelError::config(path, format!("not a JSON object: {e}")))
 }
 

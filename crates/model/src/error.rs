@@ -22,7 +22,7 @@ pub enum ModelError {
         message: String,
     },
     /// Tensors that the configuration calls for are not in the directory.
-    #[error("{path}: missing {count} tensor(s): {names} (expected shape of the first: {expected:?})")]
+    #[error("{path}: missing {count} tensor(s): {names} (expected shape of the first: {expected:?}){instead}")]
     MissingTensors {
         /// Directory or file.
         path: PathBuf,
@@ -32,6 +32,8 @@ pub enum ModelError {
         names: String,
         /// Shape that the first one should have.
         expected: Vec<i64>,
+        /// What is there in their place, as the end of the message; empty where nothing is.
+        instead: String,
     },
     /// Tensors that the configuration does not know.
     #[error(

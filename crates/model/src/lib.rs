@@ -13,6 +13,7 @@ mod device;
 mod error;
 mod export;
 mod family;
+mod found;
 mod fuse;
 mod graph;
 mod heads;

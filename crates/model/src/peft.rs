@@ -38,6 +38,10 @@ const BEYOND: [&str; 16] = [
     "use_qalora",
 ];
 
+/// Initialisations that leave the base model's weights as they are; others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them, so
+/// that their adapters do not belong to the weights that lie in the base model's directory.
+const PLAIN_INITS: [&str; 4] = ["gaussian", "orthogonal", "eva", "mica"];
+
 impl Adapters {
     /// Writes both files, each whole or not at all, which `PeftModel.from_pretrained` loads. `base` is where the base model is,
     /// as a reader of the files should know it.
@@ -83,6 +87,7 @@ pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
     let path = dir.join(CONFIG);
     let text = std::fs::read(&path).map_err(|e| ModelError::io(&path, e))?;
     let fault = |what: String| ModelError::config(&path, what);
+    crate::found::not_a_pointer(&path, &text)?;
     let config: Map<String, Value> = serde_json::from_slice(&text).map_err(|e| fault(format!("not JSON: {e}")))?;
     if config.get("peft_type").and_then(Value::as_str) != Some("LORA") {
         let found = config.get("peft_type").unwrap_or(&Value::Null);
@@ -92,6 +97,14 @@ pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
         if let Some(value) = config.get(key).filter(|v| !plain(v)) {
             return Err(fault(format!("{key} is {value}: only plain LoRA can be read, without it")));
         }
+    }
+    let init = config.get("init_lora_weights").unwrap_or(&Value::Null);
+    let known = |name: &str| PLAIN_INITS.iter().any(|p| name.eq_ignore_ascii_case(p));
+    if !(init.is_null() || init.is_boolean() || init.as_str().is_some_and(known)) {
+        return Err(fault(format!(
+            "init_lora_weights is {init}, which changes the base model's weights: its adapters cannot be merged into those of the \
+             directory. Save them converted to plain LoRA (peft: save_pretrained(…, path_initial_model_for_weight_conversion=…))"
+        )));
     }
     let rank = config.get("r").and_then(Value::as_i64).filter(|r| *r > 0);
     let alpha = config.get("lora_alpha").and_then(Value::as_f64).filter(|a| *a > 0.0 && a.is_finite());

@@ -122,8 +122,7 @@ pub(crate) fn memory_name(name: &str) -> String {
     }
 }
 
-/// Tensors that older files carry and that are computed instead: rotary tables, and the output matrix where it is
-/// the embedding.
-pub(crate) fn ignorable(name: &str, tied: bool) -> bool {
-    name.ends_with(".inv_freq") || (tied && name == "lm_head.weight")
+/// Tensors that older files carry and that are computed instead: rotary tables.
+pub(crate) fn ignorable(name: &str) -> bool {
+    name.ends_with(".inv_freq")
 }

@@ -74,8 +74,8 @@ impl Vlm {
                 Err(e) => return Err(e.into()),
             }
         }
-        let config = VlmConfig::load(dir)?;
-        let parameters = weights::load_dir(dir, &config, device, kind)?;
+        let mut config = VlmConfig::load(dir)?;
+        let parameters = weights::load_dir(dir, &mut config, device, kind)?;
         Self::assemble(config, parameters)
     }
 

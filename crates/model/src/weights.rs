@@ -11,16 +11,23 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::name_list;
+use crate::found;
 use crate::spec::{self, TensorSpec};
 use crate::{ModelError, Result, VlmConfig};
 
 /// Files from this size on are used where they are mapped, if device and kind of numbers allow.
 const MAPPED: usize = 64 << 20;
 
-/// Loads the tensors that `config` calls for from a model directory, in the order of the specification. There is no second copy in
+/// Loads the tensors that `config` calls for from a model directory, in the order of the specification; an output matrix that differs
+/// from the embedding is kept, and `config` says so from then on, whatever it said before. There is no second copy in
 /// host memory: on the CPU, numbers of the stored kind stay in the file's pages (a page that is written becomes the process's
 /// own; the file never changes), others go from there straight to their place on `device`, in `kind`.
-pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+pub(crate) fn load_dir(
+    dir: &Path,
+    config: &mut VlmConfig,
+    device: Device,
+    kind: Kind,
+) -> Result<Vec<(String, Tensor)>> {
     let files = weight_files(dir)?;
     let maps = files.iter().map(|path| map_file(path)).collect::<Result<Vec<_>>>()?;
     let mut kept = vec![false; files.len()];
@@ -28,7 +35,7 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
     for (index, map) in maps.iter().enumerate() {
         for (name, view) in parse(&files[index], map)?.tensors() {
             let name = spec::own_name(&name);
-            if spec::ignorable(&name, config.tie_word_embeddings) {
+            if spec::ignorable(&name) {
                 continue;
             }
             if found.insert(name.clone(), (index, view)).is_some() {
@@ -36,6 +43,13 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
             }
         }
     }
+    let quantised =
+        found.iter().filter(|(name, (_, view))| found::is_quantised(name, view.dtype())).map(|(name, _)| name);
+    if let Some(name) = quantised.min() {
+        let what = found::not_quantised(&format!("there is a tensor `{name}`"));
+        return Err(ModelError::corrupt(dir, what));
+    }
+    settle_head(config, &files, &mut found)?;
     let specs = spec::tensors(config);
     check_names(dir, &specs, &found.iter().map(|(n, (_, v))| (n.as_str(), shape_of(v))).collect())?;
     for (name, (index, view)) in &found {
@@ -71,6 +85,38 @@ pub(crate) fn load_dir(dir: &Path, config: &VlmConfig, device: Device, kind: Kin
     Ok(out)
 }
 
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// Where the configuration ties the output matrix to the embedding and the files hold one all the same: it goes where it is the
+/// embedding, stands for it where that is missing, and is the model's own where the two differ, as in transformers 5.
+fn settle_head(
+    config: &mut VlmConfig,
+    files: &[PathBuf],
+    found: &mut HashMap<String, (usize, TensorView<'_>)>,
+) -> Result<()> {
+    if !config.tie_word_embeddings {
+        return Ok(());
+    }
+    let Some((file, head)) = found.remove(HEAD) else { return Ok(()) };
+    let Some((other, embedding)) = found.get(EMBEDDING) else {
+        found.insert(EMBEDDING.to_owned(), (file, head));
+        return Ok(());
+    };
+    let same = head.shape() == embedding.shape()
+        && if head.dtype() == embedding.dtype() {
+            head.data() == embedding.data()
+        } else {
+            to_tensor(&files[file], HEAD, &head)?.f_to_kind(Kind::Float)?
+                == to_tensor(&files[*other], EMBEDDING, embedding)?.f_to_kind(Kind::Float)?
+        };
+    if !same {
+        config.tie_word_embeddings = false;
+        found.insert(HEAD.to_owned(), (file, head));
+    }
+    Ok(())
+}
+
 /// Checks a set of names and shapes against a specification: missing first, then misshapen, then extra.
 pub(crate) fn check_names(place: &Path, specs: &[TensorSpec], found: &BTreeMap<&str, Vec<i64>>) -> Result<()> {
     let missing: Vec<&TensorSpec> = specs.iter().filter(|s| !found.contains_key(s.name.as_str())).collect();
@@ -80,6 +126,7 @@ pub(crate) fn check_names(place: &Path, specs: &[TensorSpec], found: &BTreeMap<&
             count: missing.len(),
             names: name_list(missing.iter().map(|s| s.name.as_str())),
             expected: first.shape.clone(),
+            instead: found::instead(specs, found.keys().copied()),
         });
     }
     for spec in specs {
@@ -159,6 +206,7 @@ pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
         return Err(ModelError::io(dir, missing));
     }
     let text = std::fs::read_to_string(&index).map_err(|e| ModelError::io(&index, e))?;
+    found::not_a_pointer(&index, text.as_bytes())?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| ModelError::corrupt(&index, format!("not JSON: {e}")))?;
     let Some(map) = value.get("weight_map").and_then(|m| m.as_object()) else {
@@ -182,6 +230,7 @@ fn map_file(path: &Path) -> Result<MmapMut> {
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    found::not_a_pointer(path, bytes)?;
     SafeTensors::deserialize(bytes).map_err(|e| ModelError::corrupt(path, explain(bytes, &e.to_string())))
 }
 

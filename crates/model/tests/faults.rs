@@ -5,6 +5,7 @@ mod common;
 use std::path::Path;
 
 use common::{lively, max_diff, spec};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 use unveil_model::{Vlm, init, init_with_numbers, preset, read_safetensors, write_safetensors};
 
@@ -64,6 +65,117 @@ fn broken_directories_name_the_tensor() {
     std::fs::write(path.join("config.json"), "{").expect("writes");
     assert!(load_error(path).contains("config.json"), "{}", load_error(path));
     assert!(load_error(&path.join("nowhere")).contains("nowhere"));
+}
+
+/// What is no plain checkpoint is named as what it is.
+#[test]
+fn quantised_wrapped_and_unfetched_directories_are_named() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path();
+    let fresh = || init(&spec(1), path).map(|_| ()).expect("init");
+    let config = path.join("config.json");
+    let configured = |pointer: &str, value: serde_json::Value| {
+        fresh();
+        let mut root: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&config).expect("reads")).expect("JSON");
+        root.pointer_mut(pointer).expect("section")["quantization_config"] = value;
+        std::fs::write(&config, root.to_string()).expect("writes");
+        Vlm::load(path, Device::Cpu, Kind::Float).err().map(|e| e.to_string())
+    };
+    for (pointer, value, how) in [
+        ("", json!({"quant_method": "awq", "bits": 4, "group_size": 128}), "awq, 4 bits"),
+        ("", json!({"quant_method": "gptq", "bits": 8}), "gptq, 8 bits"),
+        (
+            "",
+            json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false}),
+            "bitsandbytes, 4 bits",
+        ),
+        ("/text_config", json!({"quant_method": "fp8", "fmt": "e4m3"}), "(fp8)"),
+        ("", json!({"quant_method": "compressed-tensors"}), "compressed-tensors"),
+    ] {
+        let message = configured(pointer, value).expect("must be refused");
+        assert!(message.contains("config.json") && message.contains("quantised") && message.contains(how), "{message}");
+    }
+    assert_eq!(configured("", serde_json::Value::Null), None);
+    // Without a word in config.json the tensors tell.
+    for end in ["qweight", "weight.absmax", "SCB", "weight_scale_inv"] {
+        fresh();
+        edit(path, |t| {
+            t.push((format!("model.layers.0.mlp.up_proj.{end}"), Tensor::zeros([2], (Kind::Float, Device::Cpu))))
+        });
+        let message = load_error(path);
+        assert!(message.contains("quantised") && message.contains(end), "{message}");
+    }
+    for (prefix, what) in
+        [("module.", "DataParallel"), ("_orig_mod.", "torch.compile"), ("base_model.model.", "merge the adapters")]
+    {
+        fresh();
+        edit(path, |t| t.iter_mut().for_each(|(n, _)| *n = format!("{prefix}{n}")));
+        let message = load_error(path);
+        let found = format!("`{prefix}");
+        assert!(message.contains("missing") && message.contains(&found) && message.contains(what), "{message}");
+    }
+    fresh();
+    edit(path, |t| t.iter_mut().for_each(|(n, _)| *n = n.replace("model.layers", "transformer.h")));
+    let message = load_error(path);
+    assert!(message.contains("found instead: `transformer.h.0."), "{message}");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 3962750768\n";
+    for name in ["model.safetensors", "config.json"] {
+        fresh();
+        std::fs::write(path.join(name), pointer).expect("writes");
+        let message = load_error(path);
+        assert!(message.contains(name) && message.contains("Git LFS pointer"), "{message}");
+    }
+}
+
+/// An output matrix that is stored beside a tied embedding: equal, alone, of another kind, or another one.
+#[test]
+fn no_output_matrix_is_dropped_in_silence() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let path = dir.path();
+    let fresh = |tied: bool| {
+        init(&spec(1), path).expect("init");
+        let vlm = Vlm::load(path, Device::Cpu, Kind::Float).expect("loads");
+        let embedding = vlm.parameter("model.embed_tokens.weight").expect("there").copy();
+        let config = path.join("config.json");
+        let mut root: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&config).expect("reads")).expect("JSON");
+        (root["tie_word_embeddings"], root["text_config"]["tie_word_embeddings"]) = (tied.into(), tied.into());
+        std::fs::write(&config, root.to_string()).expect("writes");
+        embedding
+    };
+    let with_head = |head: Option<Tensor>| {
+        edit(path, |t| {
+            t.retain(|(n, _)| n != "lm_head.weight");
+            t.extend(head.iter().map(|h| ("lm_head.weight".to_owned(), h.shallow_clone())));
+        });
+        Vlm::load(path, Device::Cpu, Kind::Float)
+    };
+    let embedding = fresh(true);
+    let tied = with_head(Some(embedding.copy())).expect("loads");
+    assert!(tied.config().tie_word_embeddings && tied.parameter("lm_head.weight").is_none());
+    let other = &embedding + 0.5;
+    let own = with_head(Some(other.copy())).expect("loads");
+    assert!(!own.config().tie_word_embeddings);
+    assert_eq!(max_diff(own.parameter("lm_head.weight").expect("kept"), &other), 0.0);
+    // Of another kind, with the same numbers and with others.
+    let half = embedding.to_kind(Kind::BFloat16);
+    assert!(!with_head(Some(half.copy())).expect("loads").config().tie_word_embeddings);
+    edit(path, |t| {
+        t.iter_mut().filter(|(n, _)| n.contains("embed_tokens")).for_each(|(_, t)| *t = half.to_kind(Kind::Float))
+    });
+    assert!(with_head(Some(half)).expect("loads").config().tie_word_embeddings);
+    // Alone it stands for the embedding.
+    let embedding = fresh(true);
+    edit(path, |t| {
+        t.iter_mut().filter(|(n, _)| n.contains("embed_tokens")).for_each(|(n, _)| *n = "lm_head.weight".into())
+    });
+    let alone = Vlm::load(path, Device::Cpu, Kind::Float).expect("loads");
+    assert_eq!(max_diff(alone.parameter("model.embed_tokens.weight").expect("there"), &embedding), 0.0);
+    // A model that is not tied and has none is still refused.
+    drop(fresh(false));
+    let message = with_head(None).err().expect("must be refused").to_string();
+    assert!(message.contains("missing 1 tensor(s): `lm_head.weight`"), "{message}");
 }
 
 #[test]

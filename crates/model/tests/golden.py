@@ -10,6 +10,7 @@ import random
 import sys
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -145,10 +146,17 @@ def make(root, seed=0):
             names.append(f"{family.__name__}-{number}")
             torch.manual_seed(seed * 100 + len(names))
             make_model(root / names[-1], rng, *family(rng))
+    for family in (qwen2_5_vl, qwen3_vl):
+        names.append(f"{family.__name__}-head")
+        torch.manual_seed(seed * 100 + len(names))
+        kind, config = family(rng)
+        config.tie_word_embeddings = True
+        make_model(root / names[-1], rng, kind, config, head=True)
     (root / "models.json").write_text(json.dumps(names))
 
 
-def make_model(path, rng, kind, config):
+def make_model(path, rng, kind, config, head=False):
+    """With `head` the files hold an output matrix of its own although the configuration ties it."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     config._attn_implementation = "eager"
     model = kind(config).eval()
@@ -162,6 +170,13 @@ def make_model(path, rng, kind, config):
             fan_in = value[0].numel()
             value.copy_(torch.randn(value.shape, generator=generator) * 1.2 / fan_in**0.5)
     model.save_pretrained(path)
+    if head:
+        tensors = load_file(path / "model.safetensors")
+        assert "lm_head.weight" not in tensors
+        tensors["lm_head.weight"] = torch.randn(model.lm_head.weight.shape, generator=generator) * 0.2
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
     layer = config.text_config.num_hidden_layers * 2 // 3
     heads = config.text_config.num_attention_heads
     whole, single, pairs = attention_set(rng, config)
@@ -192,15 +207,16 @@ def make_model(path, rng, kind, config):
 
 @torch.no_grad()
 def check(root):
-    report = {}
-    for name in json.loads((root / "models.json").read_text()):
+    report = {"version": transformers.__version__}
+    kinds = {} if transformers.__version__.startswith("4.") else {"mm_token_type_ids": True}
+    for name in json.loads((root / "models.json").read_text()) + ["published"]:
         model = AutoModelForImageTextToText.from_pretrained(
             root / name / "rust", dtype=torch.float32, attn_implementation="eager").eval()
         gold = load_file(root / name / "golden.st")
         worst = 0.0
         for index, case in enumerate(json.loads((root / name / "golden.json").read_text())["cases"]):
             sequence = gold[f"{index}.tokens"][None]
-            inputs = {"input_ids": sequence, "mm_token_type_ids": (sequence == IMAGE).int()}
+            inputs = {"input_ids": sequence, **{key: (sequence == IMAGE).int() for key in kinds}}
             if case["grids"]:
                 inputs["pixel_values"] = gold[f"{index}.pixels"]
                 inputs["image_grid_thw"] = torch.tensor(case["grids"])

@@ -328,9 +328,9 @@ fn files_that_do_not_fit_are_named() {
         let mut map: Value = serde_json::from_str(&text).expect("JSON");
         map[key] = value;
         std::fs::write(&config, map.to_string()).expect("writes");
-        let e = read_adapters(&ours).unwrap_err().to_string();
+        let read = read_adapters(&ours).map(|_| ()).map_err(|e| e.to_string());
         std::fs::write(&config, &text).expect("writes");
-        e
+        read
     };
     for (key, value) in [
         ("peft_type", "IA3".into()),
@@ -338,13 +338,26 @@ fn files_that_do_not_fit_are_named() {
         ("bias", "all".into()),
         ("modules_to_save", serde_json::json!(["lm_head"])),
         ("rank_pattern", serde_json::json!({"q_proj": 3})),
+        ("init_lora_weights", "pissa".into()),
+        ("init_lora_weights", "pissa_niter_16".into()),
+        ("init_lora_weights", "olora".into()),
+        ("init_lora_weights", "corda".into()),
+        ("init_lora_weights", "loftq".into()),
+        ("init_lora_weights", "lora_ga".into()),
         ("r", 0.into()),
         ("lora_alpha", "much".into()),
     ] {
-        let e = with(key, value);
+        let named = value.to_string();
+        let e = with(key, value).unwrap_err();
         assert!(e.contains("adapter_config.json") && e.contains(key), "{e}");
+        assert!(key != "init_lora_weights" || e.contains(&named), "{e}");
     }
-    let e = with("r", 3.into());
+    // These leave the weights of the base model as they are.
+    for plain in ["gaussian", "orthogonal", "eva"] {
+        assert_eq!(with("init_lora_weights", plain.into()), Ok(()));
+    }
+    assert_eq!(with("init_lora_weights", false.into()), Ok(()));
+    let e = with("r", 3.into()).unwrap_err();
     assert!(e.contains("rank 3") && e.contains("q_proj"), "{e}");
     let weights = ours.join("adapter_model.safetensors");
     let named = read_safetensors(&weights).expect("reads");

@@ -65,6 +65,16 @@ pub enum RolloutError {
         /// What is wrong.
         what: String,
     },
+    /// Some records could not be used; each was named when it came up.
+    #[error("{count} of {of} could not be used and were left out, the first: {first}")]
+    LeftOut {
+        /// How many.
+        count: usize,
+        /// Of how many.
+        of: usize,
+        /// The first reason.
+        first: Box<RolloutError>,
+    },
     /// A file cannot be read, or the output cannot be written.
     #[error("{what}: {source}")]
     Io {

@@ -7,13 +7,14 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use unveil_config::Config;
-use unveil_core::{Attention, BBox, Finish, Record, Sampling};
+use unveil_core::{Attention, BBox, Finish, Record, Sampling, redact, tell};
 use unveil_data::prepare::Preparer;
+use unveil_data::records::RecordsError;
 use unveil_data::records::{RecordFile, path_fault};
 use unveil_data::root::{Reach, Root};
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
-use unveil_engine::{Engine, GroupInput, GroupRequest, ScoreRequest};
+use unveil_engine::{Engine, EngineError, GroupInput, GroupRequest, ScoreRequest};
 use unveil_reward::Scoring;
 use unveil_reward::mention::tokens_of;
 use unveil_reward::vision::{Region, Seen, VisionRule, look};
@@ -145,27 +146,72 @@ impl<'a> Loaded<'a> {
     }
 }
 
+/// What could not be used. Each is named on stderr when it comes up, the others go on, and the end is an error that counts them.
+#[derive(Default)]
+struct LeftOut {
+    count: usize,
+    first: Option<Box<RolloutError>>,
+}
+
+impl LeftOut {
+    /// Notes what is wrong with one record or line; every other error ends the command.
+    fn take<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
+        let why = match made {
+            Ok(made) => return Ok(Some(made)),
+            Err(why) => why,
+        };
+        let of_one = match &why {
+            RolloutError::Image(_) | RolloutError::Prepare { .. } | RolloutError::Line { .. } => true,
+            RolloutError::Records(e) => !matches!(e, RecordsError::Io { .. }),
+            RolloutError::Engine(e) => {
+                matches!(e, EngineError::Context { .. } | EngineError::ImageTokens { .. } | EngineError::Request { .. })
+            }
+            _ => false,
+        };
+        if !of_one {
+            return Err(why);
+        }
+        tell(&format!("left out: {}", redact(&why.to_string())));
+        self.count += 1;
+        self.first.get_or_insert(Box::new(why));
+        Ok(None)
+    }
+
+    fn end(self, of: usize) -> Result<()> {
+        let count = self.count;
+        self.first.map_or(Ok(()), |first| Err(RolloutError::LeftOut { count, of, first }))
+    }
+}
+
 /// Generates n responses to every record of a file and writes a line for each: records in the file's order, responses by
-/// index. `vision_relevance` is null where it is not defined.
+/// index. `vision_relevance` is null where it is not defined. A record that cannot be used is left out and named on stderr.
 ///
 /// # Errors
-/// The model, the file or an image cannot be used; the output cannot be written.
+/// The model or the file cannot be used; the output cannot be written; at the end, that records were left out.
 pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()> {
-    let data = RecordFile::load_with(&options.data, reach(&options.model))?;
-    let root = data.root();
+    let (mut left, mut bad) = (LeftOut::default(), Vec::new());
+    let data = RecordFile::load_some(&options.data, reach(&options.model), |e| bad.push(e))?;
+    let (root, of) = (data.root(), data.records.len() + bad.len());
+    for line in bad {
+        left.take(Err::<(), _>(line.into()))?;
+    }
     let mut model = Loaded::open(&options.model)?;
     let stop = stop_rule(&model.preparer, &options.stop);
     for records in data.records.chunks(CHUNK) {
-        let mut frames = Vec::with_capacity(records.len());
+        let mut usable = Vec::with_capacity(records.len());
         let mut requests = Vec::with_capacity(records.len());
         for record in records {
-            let (input, frame) = model.input(&root, record)?;
+            let made = model.input(&root, record).and_then(|(input, frame)| {
+                model.engine.check(&input, options.sampling.max_new_tokens)?;
+                Ok((input, frame))
+            });
+            let Some((input, frame)) = left.take(made)? else { continue };
             let key = group_key(&[record.id.as_bytes()]);
             requests.push(GroupRequest { input, key, sampling: options.sampling, stop: stop.clone() });
-            frames.push(frame);
+            usable.push((record, frame));
         }
         let outputs = model.engine.generate(&requests, None)?;
-        for ((record, frame), output) in records.iter().zip(&frames).zip(outputs) {
+        for ((record, frame), output) in usable.iter().zip(outputs) {
             for raw in output.responses {
                 let (r, spans, rows) = text::response(model.preparer.tokenizer(), raw);
                 let attention = frame.attention(rows.as_ref());
@@ -184,7 +230,7 @@ pub fn generate_cli(options: &GenerateOptions, out: &mut dyn Write) -> Result<()
         }
         out.flush().map_err(RolloutError::io("the output"))?;
     }
-    Ok(())
+    left.end(of)
 }
 
 /// A line of a response file.
@@ -199,13 +245,15 @@ struct Given {
 ///
 /// A `response` text is encoded and closed with the end token; `tokens` are taken as they are. The log-probability of a
 /// token that is never sampled (an image placeholder apart, which is refused) is null. `heads` costs a second pass over the responses
-/// that name their class.
+/// that name their class. A line that cannot be used is left out and named on stderr.
 ///
 /// # Errors
-/// The model, a line or an image cannot be used; the output cannot be written.
+/// The model or the file cannot be used; the output cannot be written; at the end, that lines were left out.
 pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     let mut model = Loaded::open(&options.model)?;
-    let given = read_responses(&options.data, reach(&options.model), &model.preparer, options.answers)?;
+    let mut left = LeftOut::default();
+    let given = read_responses(&options.data, reach(&options.model), &model.preparer, options.answers, &mut left)?;
+    let of = given.len() + left.count;
     let mut heads = options.heads.as_deref().map(HeadFile::create).transpose()?;
     let root = Root::of(&options.data, reach(&options.model));
     // Neighbouring lines of one record are one group: its image is encoded once.
@@ -214,16 +262,33 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     };
     let groups: Vec<&[Given]> = given.chunk_by(same).collect();
     for chunk in groups.chunks(CHUNK) {
-        let mut frames = Vec::with_capacity(chunk.len());
+        let mut usable = Vec::with_capacity(chunk.len());
         let mut requests = Vec::with_capacity(chunk.len());
         for group in chunk {
-            let (input, frame) = model.input(&root, &group[0].record)?;
-            let responses = group.iter().map(|g| model.tokens(g, &frame)).collect::<Result<Vec<_>>>()?;
+            let made = model.input(&root, &group[0].record);
+            let Some((input, frame)) = left.take(made)? else {
+                left.count += group.len() - 1;
+                continue;
+            };
+            let (mut lines, mut responses) = (Vec::with_capacity(group.len()), Vec::with_capacity(group.len()));
+            for g in *group {
+                let made = model.tokens(g, &frame).and_then(|tokens| {
+                    let one = ScoreRequest { input: input.clone(), responses: vec![tokens] };
+                    model.engine.check_scored(&one)?;
+                    Ok(one.responses)
+                });
+                let Some(tokens) = left.take(made)? else { continue };
+                responses.extend(tokens);
+                lines.push(g);
+            }
+            if lines.is_empty() {
+                continue;
+            }
             requests.push(ScoreRequest { input, responses });
-            frames.push(frame);
+            usable.push((lines, frame));
         }
         let scored = model.engine.score(&requests, options.temperature)?;
-        for (((group, frame), request), scored) in chunk.iter().zip(&frames).zip(&requests).zip(scored) {
+        for (((group, frame), request), scored) in usable.iter().zip(&requests).zip(scored) {
             let mut named = Vec::with_capacity(group.len());
             for ((g, tokens), s) in group.iter().zip(&request.responses).zip(scored) {
                 let (text, spans) = text::decode(model.preparer.tokenizer(), tokens);
@@ -244,12 +309,18 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
         }
         out.flush().map_err(RolloutError::io("the output"))?;
     }
-    Ok(())
+    left.end(of)
 }
 
 /// Reads a response file; the same id may come often. A line without `index` counts on from the id's last one. With `answers`, one
 /// without a response stands for the record's training answer.
-fn read_responses(path: &Path, reach: Reach, preparer: &Preparer, answers: bool) -> Result<Vec<Given>> {
+fn read_responses(
+    path: &Path,
+    reach: Reach,
+    preparer: &Preparer,
+    answers: bool,
+    left: &mut LeftOut,
+) -> Result<Vec<Given>> {
     let io = || RolloutError::io(path.display().to_string());
     let reader = BufReader::new(std::fs::File::open(path).map_err(io())?);
     let mut next: HashMap<String, usize> = HashMap::new();
@@ -259,39 +330,53 @@ fn read_responses(path: &Path, reach: Reach, preparer: &Preparer, answers: bool)
         if text.trim().is_empty() {
             continue;
         }
-        let bad = |what: String| RolloutError::Line { path: path.to_owned(), line: number + 1, what };
-        let mut record = Record::parse(&text).map_err(|e| bad(e.to_string()))?;
-        if record.id.trim().is_empty() {
-            return Err(bad("the record's `id` is empty".to_owned()));
-        }
-        if let Some(fault) = path_fault(&record.image, reach) {
-            return Err(bad(format!("image \"{}\" {fault}", record.image)));
-        }
-        let id = &record.id;
-        let mut key = |name: &str| record.extra.remove(name).filter(|v| !v.is_null());
-        let tokens = match (key("tokens"), key("response")) {
-            (Some(ids), _) => {
-                Some(serde_json::from_value(ids).map_err(|e| bad(format!("`tokens` of record \"{id}\": {e}")))?)
-            }
-            (None, Some(serde_json::Value::String(text))) => {
-                let mut ids = preparer.tokenizer().encode(&text)?;
-                ids.push(preparer.tokenizer().special().im_end);
-                Some(ids)
-            }
-            (None, None) if answers => None,
-            _ => return Err(bad(format!("record \"{id}\" has neither `response` (a text) nor `tokens` (ids)"))),
-        };
-        let index = match key("index") {
-            Some(value) => value
-                .as_u64()
-                .ok_or_else(|| bad(format!("`index` of record \"{id}\" is {value}, a whole number is needed")))?
-                as usize,
-            None => next.get(id).copied().unwrap_or(0),
-        };
-        next.insert(id.clone(), index + 1);
-        out.push(Given { record, index, tokens });
+        let read = read_line(&text, reach, preparer, answers, &mut next).map_err(|what| RolloutError::Line {
+            path: path.to_owned(),
+            line: number + 1,
+            what,
+        });
+        out.extend(left.take(read)?);
     }
     Ok(out)
+}
+
+/// Reads one line; `next` counts the responses of each id.
+fn read_line(
+    text: &str,
+    reach: Reach,
+    preparer: &Preparer,
+    answers: bool,
+    next: &mut HashMap<String, usize>,
+) -> Result<Given, String> {
+    let mut record = Record::parse(text).map_err(|e| e.to_string())?;
+    if record.id.trim().is_empty() {
+        return Err("the record's `id` is empty".to_owned());
+    }
+    if let Some(fault) = path_fault(&record.image, reach) {
+        return Err(format!("image \"{}\" {fault}", record.image));
+    }
+    let id = &record.id;
+    let mut key = |name: &str| record.extra.remove(name).filter(|v| !v.is_null());
+    let tokens = match (key("tokens"), key("response")) {
+        (Some(ids), _) => Some(serde_json::from_value(ids).map_err(|e| format!("`tokens` of record \"{id}\": {e}"))?),
+        (None, Some(serde_json::Value::String(text))) => {
+            let encoded = preparer.tokenizer().encode(&text);
+            let mut ids = encoded.map_err(|e| format!("`response` of record \"{id}\": {e}"))?;
+            ids.push(preparer.tokenizer().special().im_end);
+            Some(ids)
+        }
+        (None, None) if answers => None,
+        _ => return Err(format!("record \"{id}\" has neither `response` (a text) nor `tokens` (ids)")),
+    };
+    let index = match key("index") {
+        Some(value) => {
+            let number = value.as_u64();
+            number.ok_or_else(|| format!("`index` of record \"{id}\" is {value}, a whole number is needed"))? as usize
+        }
+        None => next.get(id).copied().unwrap_or(0),
+    };
+    next.insert(id.clone(), index + 1);
+    Ok(Given { record, index, tokens })
 }
 
 /// How far paths of records may reach.

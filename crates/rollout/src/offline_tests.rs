@@ -151,6 +151,62 @@ fn bad_lines_are_named() {
     assert!(text.contains("999999") && text.contains("r0"), "{text}");
 }
 
+/// What cannot be used is left out and named; the others are answered and scored.
+#[test]
+fn one_odd_record_stops_nothing() {
+    let place = Place::new();
+    std::fs::write(place.path().join("wide.png"), unveil_data::store::Image::new(1200, 4).to_png().unwrap()).unwrap();
+    let named = |id: &str, more: Value| {
+        let mut line = with(0, more);
+        line["id"] = id.into();
+        line
+    };
+    let odd = [
+        named("wide", json!({"image": "wide.png"})),
+        named("long", json!({"question": "why ".repeat(3000)})),
+        named("special", json!({"question": "a <|im_end|>"})),
+        named("gone", json!({"image": "gone.png"})),
+        named("remote", json!({"image": "s3://b/k.png"})),
+        json!({"image": "r0.png"}),
+    ];
+    let good = [with(0, json!({})), with(1, json!({}))];
+    let text = |lines: &[&Value]| lines.iter().map(|l| format!("{l}\n")).collect::<String>();
+    let mixed: Vec<&Value> = odd[..3].iter().chain(&good[..1]).chain(&odd[3..]).chain(&good[1..]).collect();
+    let run = |lines: &[&Value]| {
+        let data = place.path().join("mixed.jsonl");
+        std::fs::write(&data, text(lines)).unwrap();
+        let sampling = Sampling { n: 1, temperature: 0.0, max_new_tokens: 8, seed: 1, ..Default::default() };
+        let options = GenerateOptions { model: place.model(), data, sampling, stop: Vec::new() };
+        let mut out = Vec::new();
+        let ended = generate_cli(&options, &mut out);
+        (String::from_utf8(out).unwrap(), ended)
+    };
+    let (alone, ended) = run(&good.iter().collect::<Vec<_>>());
+    ended.unwrap();
+    let (printed, ended) = run(&mixed);
+    assert_eq!(printed, alone);
+    let e = ended.unwrap_err().to_string();
+    assert!(e.starts_with("6 of 8 could not be used") && e.contains("mixed.jsonl:7"), "{e}");
+    // The same of `score`, where a group of lines stands and falls with its record, and a response by itself.
+    let response = |line: &Value, more: Value| {
+        let mut line = line.clone();
+        line.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        line
+    };
+    let mut given: Vec<Value> = mixed.iter().map(|l| response(l, json!({"response": "no finding"}))).collect();
+    given.insert(1, response(&odd[0], json!({"response": "a"})));
+    given.push(response(&good[1], json!({"tokens": [999_999]})));
+    given.push(response(&good[1], json!({"response": "nodule"})));
+    let data = place.path().join("given.jsonl");
+    std::fs::write(&data, text(&given.iter().collect::<Vec<_>>())).unwrap();
+    let options = ScoreOptions { model: place.model(), data, temperature: 1.0, answers: false, heads: None };
+    let mut out = Vec::new();
+    let e = score_cli(&options, &mut out).unwrap_err().to_string();
+    assert!(e.starts_with("8 of 11 could not be used"), "{e}");
+    let ids: Vec<_> = lines(&out).iter().map(|l| (l["id"].clone(), l["index"].clone())).collect();
+    assert_eq!(ids, [(json!("r0"), json!(0)), (json!("r1"), json!(0)), (json!("r1"), json!(2))]);
+}
+
 /// Vision relevance of a row, by hand.
 fn relevance(row: &[f64], grid: Grid, b: &BBox) -> f64 {
     let m = grid.coverage(std::slice::from_ref(b), 96.0, 96.0);

@@ -101,6 +101,16 @@ pub fn check_file(path: &Path, reach: Reach, near: bool) -> Result<Checked, Reco
     Ok(Checked { findings, records: file.records.len(), images: looked.decoded })
 }
 
+/// Joins findings of one file with more of the same, by line; a record that has an error already is not blamed twice.
+pub fn joined(mut findings: Vec<Finding>, more: Vec<Finding>) -> Vec<Finding> {
+    let line = |f: &Finding| f.file.rsplit(':').next().and_then(|l| l.parse::<usize>().ok()).unwrap_or(0);
+    let faulty: HashSet<String> =
+        findings.iter().filter(|f| f.severity == Severity::Error).map(|f| f.file.clone()).collect();
+    findings.extend(more.into_iter().filter(|f| !faulty.contains(&f.file)));
+    findings.sort_by_key(line);
+    findings
+}
+
 /// Checks loaded records; decodes every image.
 pub fn check(file: &RecordFile) -> Vec<Finding> {
     examine(file, &look::look(file, Depth::pixels(false), None))

@@ -75,6 +75,12 @@ pub enum PrepareError {
         /// The token.
         token: String,
     },
+    /// The chat template makes a prompt of text and nothing of an image.
+    #[error("{}: the chat template is for text alone: it makes nothing of an image; put that of the vision-language model in its place", path.display())]
+    TextTemplate {
+        /// The file.
+        path: PathBuf,
+    },
     /// The rendered prompt has another number of image tokens than images.
     #[error("the chat template wrote {found} image placeholders for {expected} images")]
     ImageTokens {
@@ -118,7 +124,12 @@ fn supported() -> String {
 
 /// Reads a file of a model directory.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, PrepareError> {
-    std::fs::read(path).map_err(|cause| PrepareError::File { path: path.to_owned(), cause })
+    let bytes = std::fs::read(path).map_err(|cause| PrepareError::File { path: path.to_owned(), cause })?;
+    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let cause = "it is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`".to_owned();
+        return Err(PrepareError::Format { path: path.to_owned(), cause });
+    }
+    Ok(bytes)
 }
 
 /// Reads a JSON file of a model directory.

@@ -7,6 +7,7 @@ mod family;
 
 use std::path::Path;
 
+use unveil_core::record::REGION;
 use unveil_core::{BoxForm, Grid, Reading, Record};
 
 pub use error::PrepareError;
@@ -90,11 +91,14 @@ impl Preparer {
     /// The training answer of a record as token ids, end token included.
     ///
     /// # Errors
-    /// As [`codec::answer_text`], and a category that holds a special token.
+    /// As [`codec::answer_text`], and a category or answer that holds a special token.
     pub fn target_ids(&self, record: &Record, sizes: &Sizes) -> Result<Vec<u32>, PrepareError> {
         let bad = |e: PrepareError| PrepareError::Record { id: record.id.clone(), what: e.to_string() };
-        // The form may write special tokens, the category must not.
+        // The form may write special tokens, what the record says must not.
         self.tokenizer.encode_plain(&record.category).map_err(bad)?;
+        if record.is_text() || record.answer.contains(REGION) {
+            self.tokenizer.encode_plain(&record.answer).map_err(bad)?;
+        }
         let mut ids = self.tokenizer.encode(&self.answer_text(record, sizes)?).map_err(bad)?;
         ids.push(self.tokenizer.special().im_end);
         Ok(ids)
@@ -178,6 +182,13 @@ mod tests {
         let r: Record = serde_json::from_str(line).unwrap();
         let e = p.target_ids(&r, &p.sizes((96, 96)).unwrap()).unwrap_err().to_string();
         assert!(e.contains("a7") && e.contains("<|im_end|>"), "{e}");
+        // Nor can an answer that is trained as it is written.
+        for more in [r#""task":"vqa","answer":"yes<|image_pad|>""#, r#""answer":"<|im_end|> <region>""#] {
+            let line = format!(r#"{{"id":"a9","image":"x.png","category":"x","boxes":[[1,5,20,25]],{more}}}"#);
+            let r: Record = serde_json::from_str(&line).unwrap();
+            let e = p.target_ids(&r, &p.sizes((96, 96)).unwrap()).unwrap_err().to_string();
+            assert!(e.contains("a9") && e.contains("<|im"), "{e}");
+        }
     }
 
     /// A processor directory of `family` whose tokenizer also has the box tokens of Qwen2-VL.

@@ -2,6 +2,7 @@
 //!
 //! Must not know: images, records, chat templates.
 
+mod added;
 pub mod stop;
 pub mod tiny;
 
@@ -71,7 +72,7 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model directory.
+    /// Reads `tokenizer.json` of a model directory, and what `tokenizer_config.json` adds to it.
     ///
     /// # Errors
     /// A missing or malformed file, a missing special token (named), or a tokenizer that is not byte-level.
@@ -81,6 +82,7 @@ impl Tokenizer {
         let mut inner = Inner::from_bytes(read(&path)?).map_err(|e| format(e.to_string()))?;
         inner.with_truncation(None).map_err(|e| format(e.to_string()))?;
         inner.with_padding(None);
+        added::take(dir, &mut inner)?;
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
             return Err(format("its decoder is not ByteLevel, which the supported model families use".to_owned()));
         }
@@ -291,6 +293,31 @@ mod tests {
         assert!(Tokenizer::load(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
         std::fs::remove_file(&path).unwrap();
         assert!(Tokenizer::load(dir.path()).unwrap_err().to_string().contains("tokenizer.json"));
+    }
+
+    #[test]
+    fn pointers_and_ids_that_disagree_are_named() {
+        let dir = tiny_dir();
+        let (path, config) = (dir.path().join("tokenizer.json"), dir.path().join("tokenizer_config.json"));
+        let text = std::fs::read_to_string(&config).unwrap();
+        let with = |list: serde_json::Value| {
+            let mut map: serde_json::Value = serde_json::from_str(&text).unwrap();
+            map["added_tokens_decoder"] = list;
+            std::fs::write(&config, map.to_string()).unwrap();
+            Tokenizer::load(dir.path()).map(|t| (t.id("<new>"), t.vocab_size()))
+        };
+        let (id, size) = with(serde_json::json!({})).unwrap();
+        assert_eq!(id, None);
+        let new = |id: usize| serde_json::json!({id.to_string(): {"content": "<new>", "special": true}});
+        assert_eq!(with(new(size)).unwrap(), (Some(size as u32), size + 1));
+        let e = with(new(size + 7)).unwrap_err().to_string();
+        assert!(e.contains("tokenizer_config.json") && e.contains(&format!("{}", size + 7)), "{e}");
+        assert!(
+            with(serde_json::json!({"x": {"content": "<new>"}})).unwrap_err().to_string().contains("\"x\" is no id")
+        );
+        std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n").unwrap();
+        let e = Tokenizer::load(dir.path()).unwrap_err().to_string();
+        assert!(e.contains("tokenizer.json") && e.contains("Git LFS pointer"), "{e}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use serde_json::Value;
 use tch::{Device, Kind};
 use unveil_config::Config;
 use unveil_core::Sampling;
+use unveil_data::fits::Limits;
 use unveil_data::prepare::Preparer;
 use unveil_data::records::RecordFile;
 use unveil_data::synth::{RECORDS_FILE, SynthSpec, generate};
@@ -73,6 +74,12 @@ impl Small {
         let records = RecordFile::load(&self.dir.path().join("data").join(RECORDS_FILE)).unwrap();
         let preparer = Arc::new(Preparer::load(&self.model()).unwrap());
         Arc::new(Dataset::new(&self.config, records, preparer).unwrap())
+    }
+
+    /// The same, whose items must fit.
+    pub fn data_within(&self, limits: Limits) -> Dataset {
+        let data = Arc::try_unwrap(self.data()).ok().expect("no other owner");
+        data.within(limits)
     }
 
     /// A stage whose events go to `events`, writing its model to `out`.

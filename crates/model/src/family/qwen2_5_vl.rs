@@ -71,7 +71,7 @@ fn vision_config(s: &Section<'_>) -> Result<VisionConfig, String> {
 
 pub(super) fn config_json(config: &VlmConfig) -> Value {
     let t = &config.text;
-    let rope = json!({"mrope_section": t.mrope_section, "rope_theta": t.rope_theta, "rope_type": "default"});
+    let rope = json!({"mrope_section": t.mrope_section, "rope_type": "default", "type": "default"});
     let text = text_json(
         config,
         rope,

@@ -72,8 +72,7 @@ fn vision_config(s: &Section<'_>) -> Result<VisionConfig, String> {
 
 pub(super) fn config_json(config: &VlmConfig) -> Value {
     let t = &config.text;
-    let rope = json!({"mrope_interleaved": true, "mrope_section": t.mrope_section, "rope_theta": t.rope_theta,
-        "rope_type": "default"});
+    let rope = json!({"mrope_interleaved": true, "mrope_section": t.mrope_section, "rope_type": "default"});
     let text = text_json(config, rope, &[("attention_bias", json!(false)), ("head_dim", json!(t.head_dim))]);
     let more = match &config.vision.reach {
         Reach::Whole { positions, deepstack } => {

@@ -43,11 +43,24 @@ pub fn lively_of(family: Family, dir: &Path) -> Vlm {
 }
 
 pub fn python(script: &str, args: &[&str]) -> String {
+    run(script, args, None)
+}
+
+/// The same with the last transformers 4, which setup puts beside the interpreter's own packages.
+pub fn python4(script: &str, args: &[&str]) -> String {
+    let python = unveil_testkit::python();
+    let four = Path::new(&python).parent().and_then(Path::parent).expect("bin").join("transformers4");
+    assert!(four.join("transformers").is_dir(), "{} is missing: run .ci/setup --tests", four.display());
+    run(script, args, Some(&four))
+}
+
+fn run(script: &str, args: &[&str], packages: Option<&Path>) -> String {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let out = Command::new(unveil_testkit::python())
         .arg(here.join("tests").join(script))
         .args(args)
         .env("OMP_NUM_THREADS", "1")
+        .envs(packages.map(|p| ("PYTHONPATH", p)))
         .output()
         .unwrap();
     assert!(out.status.success(), "{script} {args:?} failed:\n{}", String::from_utf8_lossy(&out.stderr));

@@ -1,10 +1,14 @@
 //! Prompts: the model's own chat template, rendered for one user message of images and a question, and its image tokens expanded.
 //!
-//! Must not know: pixels, boxes, records. The template runs in minijinja with Python's string methods; it can read no file.
+//! Must not know: pixels, boxes, records. The template runs in minijinja with what it takes from Python; it can read no file. A date
+//! that it writes is that of when the directory was loaded.
+
+mod python;
 
 use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, Error, ErrorKind, Value as Template};
+use chrono::Local;
+use minijinja::{Environment, Error, Value as Template};
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -87,13 +91,23 @@ impl ChatTemplate {
     pub fn render(&self, images: usize, question: &str) -> Result<String, PrepareError> {
         let mut content = vec![json!({"type": "image"}); images];
         content.push(json!({"type": "text", "text": question}));
+        self.filled(&content.into()).map_err(|e| match images > 0 && self.is_for_text(question) {
+            true => PrepareError::TextTemplate { path: self.path.clone() },
+            false => PrepareError::Format { path: self.path.clone(), cause: describe(&e) },
+        })
+    }
+
+    /// The template with one user message of this content.
+    fn filled(&self, content: &Value) -> Result<String, Error> {
         let mut context = self.tokens.clone();
         context.insert("messages".to_owned(), json!([{"role": "user", "content": content}]));
         context.insert("add_generation_prompt".to_owned(), Value::Bool(true));
-        self.env
-            .get_template(NAME)
-            .and_then(|t| t.render(Template::from_serialize(&context)))
-            .map_err(|e| PrepareError::Format { path: self.path.clone(), cause: describe(&e) })
+        self.env.get_template(NAME)?.render(Template::from_serialize(&context))
+    }
+
+    /// Whether the template takes messages whose content is a text; asked of one that makes nothing of an image.
+    fn is_for_text(&self, question: &str) -> bool {
+        self.filled(&question.into()).is_ok_and(|text| text.contains(question))
     }
 
     /// The token ids of a question about images with these merged grids.
@@ -105,6 +119,9 @@ impl ChatTemplate {
         let short = tokenizer.encode(&self.render(grids.len(), question)?)?;
         let pad = tokenizer.special().image_pad;
         let found = short.iter().filter(|id| **id == pad).count();
+        if found == 0 && !grids.is_empty() && self.is_for_text(question) {
+            return Err(PrepareError::TextTemplate { path: self.path.clone() });
+        }
         if found != grids.len() {
             return Err(PrepareError::ImageTokens { found, expected: grids.len() });
         }
@@ -149,12 +166,9 @@ fn environment(source: &str) -> Result<Environment<'static>, Error> {
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_fuel(Some(1_000_000));
-    env.add_function("raise_exception", |message: String| -> Result<String, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, message))
-    });
-    env.add_template_owned(NAME, without_generation_marks(source))?;
+    python::teach(&mut env, Local::now());
+    env.add_template_owned(NAME, python::without_percent(&without_generation_marks(source)))?;
     Ok(env)
 }
 
@@ -219,6 +233,21 @@ mod tests {
         assert!(matches!(e, PrepareError::ImageTokens { found: 0, expected: 1 }));
         std::fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
         assert!(ChatTemplate::load(dir.path()).unwrap_err().to_string().contains("chat_template"));
+    }
+
+    #[test]
+    fn templates_for_text_alone_are_named_as_such() {
+        for text in [
+            "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "{% for m in messages %}{{ m['content'] if m.content is string else m.content[-1].text }}{% endfor %}",
+        ] {
+            let (dir, t) = with_template(text);
+            let tokenizer = Tokenizer::load(dir.path()).unwrap();
+            let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "Where?").unwrap_err();
+            assert!(matches!(e, PrepareError::TextTemplate { .. }), "{e}");
+            assert!(e.to_string().contains("chat_template.jinja") && e.to_string().contains("text alone"), "{e}");
+        }
     }
 
     #[test]
