@@ -44,8 +44,10 @@ fn a_check_says_what_it_looked_at() {
     let file = s.synth("data", 20, 1).display().to_string();
     let done = s.unveil(&["data", "check", &file]).ok();
     assert_eq!((done.stdout.as_str(), done.stderr.trim()), ("", "ok: 20 records, 20 images decoded"));
-    let line = |id: &str, more: &str| format!(r#"{{"id":{id},"image_size":[9,9],"question":"q","split":"train"{more}}}"#);
-    let odd = s.write("odd.jsonl", format!("\u{feff}{}\n{}", line("7", ""), line("\"a\\u001b\"", r#","patient_id":3"#)));
+    let line =
+        |id: &str, more: &str| format!(r#"{{"id":{id},"image_size":[9,9],"question":"q","split":"train"{more}}}"#);
+    let odd =
+        s.write("odd.jsonl", format!("\u{feff}{}\n{}", line("7", ""), line("\"a\\u001b\"", r#","patient_id":3"#)));
     let odd = odd.display().to_string();
     let done = s.unveil(&["data", "check", "--table", &odd]).ok();
     assert_eq!(done.stderr.trim(), "ok: 2 records, 0 images decoded, 1 warning");

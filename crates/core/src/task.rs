@@ -36,8 +36,7 @@ fn known() -> String {
 
 impl Task {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Grounding, Self::Vqa, Self::Choice, Self::Caption, Self::Report, Self::Dialogue];
+    pub const ALL: [Self; 6] = [Self::Grounding, Self::Vqa, Self::Choice, Self::Caption, Self::Report, Self::Dialogue];
 
     /// Its name in records.
     pub fn name(self) -> &'static str {

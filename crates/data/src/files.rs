@@ -15,7 +15,9 @@ pub fn open_regular(path: &Path) -> std::io::Result<File> {
 fn not_a_file(folder: bool) -> std::io::Error {
     match folder {
         true => std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, not a file"),
-        false => std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is a FIFO, a socket or a device, not a file"),
+        false => {
+            std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is a FIFO, a socket or a device, not a file")
+        }
     }
 }
 

@@ -277,8 +277,16 @@ mod tests {
             ("{\"id\":\"a\"\n", "r.jsonl:1:", "not JSON"),
             ("{\"id\":\"a\",\"boxes\":[[1,2,3]]}\n", "r.jsonl:1:", "record \"a\": `boxes`[0] is not of length 4"),
             ("{\"id\":\"a\",\"boxes\":[[1,2,3,NaN]]}\n", "r.jsonl:1:", "record \"a\": not JSON: `boxes` holds NaN"),
-            ("{\"id\":\"a\",\"category\":\"x\"}\n", "r.jsonl:1:", "record \"a\": its category is \"x\", but it has no `boxes`"),
-            ("\u{feff}\n\u{feff}{\"id\":\"a\",\"task\":\"vga\"}\n", "r.jsonl:2:", "record \"a\": `task`: `vga` is no task"),
+            (
+                "{\"id\":\"a\",\"category\":\"x\"}\n",
+                "r.jsonl:1:",
+                "record \"a\": its category is \"x\", but it has no `boxes`",
+            ),
+            (
+                "\u{feff}\n\u{feff}{\"id\":\"a\",\"task\":\"vga\"}\n",
+                "r.jsonl:2:",
+                "record \"a\": `task`: `vga` is no task",
+            ),
             ("{\"id\":\"a\",\"image\":\"../../etc/x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
             ("{\"id\":\"a\",\"image\":\"b/../../x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
             ("{\"id\":\"a\",\"image\":\"/etc/x.png\"}\n", "r.jsonl:1:", "absolute path"),

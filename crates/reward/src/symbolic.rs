@@ -204,7 +204,8 @@ mod tests {
     "#;
 
     fn record(quality: &str, category: &str) -> Record {
-        serde_json::from_value(serde_json::json!({"id": "a", "category": category, "boxes": [], "quality": quality})).unwrap()
+        serde_json::from_value(serde_json::json!({"id": "a", "category": category, "boxes": [], "quality": quality}))
+            .unwrap()
     }
 
     #[test]

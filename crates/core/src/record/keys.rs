@@ -122,8 +122,26 @@ mod tests {
         }
         // What is read, what importers write, and what is none of the record's business.
         for key in OWN.into_iter().chain(READ).chain([
-            "answer_type", "question_type", "answer_option", "suggested_answer", "organ", "window", "collect", "technique",
-            "test", "index", "response", "tokens", "attention", "spans", "version", "age", "sex", "view", "comment", "url",
+            "answer_type",
+            "question_type",
+            "answer_option",
+            "suggested_answer",
+            "organ",
+            "window",
+            "collect",
+            "technique",
+            "test",
+            "index",
+            "response",
+            "tokens",
+            "attention",
+            "spans",
+            "version",
+            "age",
+            "sex",
+            "view",
+            "comment",
+            "url",
         ]) {
             assert_eq!(meant(key), None, "{key}");
         }

@@ -205,7 +205,10 @@ fn judge(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, St
         Ok(bytes) if bytes <= limits::RECORD => {}
         Ok(bytes) => add(
             Severity::Error,
-            format!("it has {bytes} bytes, but rollout workers are sent records of {} at most: take out what is not needed", limits::RECORD),
+            format!(
+                "it has {bytes} bytes, but rollout workers are sent records of {} at most: take out what is not needed",
+                limits::RECORD
+            ),
         ),
         Err(e) => add(Severity::Error, format!("it cannot be written as JSON: {e}")),
     }

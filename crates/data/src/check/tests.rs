@@ -29,9 +29,8 @@ fn equal_pixels_and_likeness_across_splits() {
     // The same pixels as colour, in other bytes.
     let colour = image::RgbImage::from_raw(image.width(), image.height(), image.rgb().to_vec()).unwrap();
     colour.save(dir.path().join("c.png")).unwrap();
-    let line = |name: &str, split: &str| {
-        format!(r#"{{"id":"{name}","image":"{name}.png","question":"q","split":"{split}"}}"#)
-    };
+    let line =
+        |name: &str, split: &str| format!(r#"{{"id":"{name}","image":"{name}.png","question":"q","split":"{split}"}}"#);
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
     let told = |near: bool| {
@@ -62,8 +61,7 @@ fn every_fault_is_found_with_its_place() {
         format!(r#"{{"id":"labels","image":"a.png","category":"x","boxes":[[0,0,5,5]],"labels":["x","y"],{ok}}}"#),
         format!(r#"{{"id":"up","image":"../a.png",{ok}}}"#),
         format!(r#"{{"id":"bare",{ok}}}"#),
-        r#"{"id":"soft","image":"a.png","category":"x","boxes":[[0,0,20,10]],"split":"test","patient":"7"}"#
-            .to_owned(),
+        r#"{"id":"soft","image":"a.png","category":"x","boxes":[[0,0,20,10]],"split":"test","patient":"7"}"#.to_owned(),
         format!(r#"{{"id":"url","image":"s3://b/k.png","patient":"7",{ok}}}"#),
         format!(r#"{{"id":"text","image":"a.png","task":"vqa",{ok}}}"#),
         format!(r#"{{"id":"also","image":"gone.png",{ok}}}"#),
@@ -130,7 +128,8 @@ fn a_patient_is_told_by_number_or_text() {
         let found = check_file(&path, Reach::Folder, false).unwrap().findings;
         assert!(matches!(&found[..], [f] if f.id == "b" && f.what.contains("also in split \"train\"")), "{found:?}");
     }
-    std::fs::write(&path, [line("a", "7", "train"), line("b", "70", "test"), line("c", "null", "val")].join("\n")).unwrap();
+    std::fs::write(&path, [line("a", "7", "train"), line("b", "70", "test"), line("c", "null", "val")].join("\n"))
+        .unwrap();
     assert_eq!(check_file(&path, Reach::Folder, false).unwrap().findings, []);
 }
 

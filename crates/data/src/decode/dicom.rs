@@ -4,11 +4,11 @@
 //! positive width, through its first table of interest (VOI); without either, the values that occur span black to white. MONOCHROME1 is
 //! inverted. A modality table is refused.
 
-use dicom_dictionary_std::tags;
 use super::dataset::{DataSet, Pixels};
 use super::voi::{Display, Function, Shown, Table, Window};
 use super::{Fault, check_size, fail, j2k, jpeg, rle};
 use crate::store::Image;
+use dicom_dictionary_std::tags;
 
 const RLE: &str = "1.2.840.10008.1.2.5";
 /// Baseline, extended (8 bits), lossless, lossless with first-order prediction.
@@ -150,7 +150,11 @@ fn table(set: &DataSet, signed: bool) -> Result<Option<Table>, Fault> {
     let words = |bytes: &[u8]| bytes.chunks_exact(2).map(|b| set.word([b[0], b[1]])).collect::<Vec<u16>>();
     let (count, first, bits) = match words(set.table.descriptor)[..] {
         [count, first, bits @ 8..=16] => (if count == 0 { 1 << 16 } else { usize::from(count) }, first, bits),
-        _ => return Err(fail("the descriptor of its table of interest (VOI LUT) is not three numbers, the last 8 to 16")),
+        _ => {
+            return Err(fail(
+                "the descriptor of its table of interest (VOI LUT) is not three numbers, the last 8 to 16",
+            ));
+        }
     };
     let mut entries = words(set.table.entries);
     if entries.len() < count && bits == 8 {
@@ -159,7 +163,9 @@ fn table(set: &DataSet, signed: bool) -> Result<Option<Table>, Fault> {
     }
     if entries.len() < count {
         let n = entries.len();
-        return Err(Fault::Decode(format!("its table of interest (VOI LUT) has {n} entries, its descriptor says {count}")));
+        return Err(Fault::Decode(format!(
+            "its table of interest (VOI LUT) has {n} entries, its descriptor says {count}"
+        )));
     }
     entries.truncate(count);
     let first = if signed || set.table.signed { i32::from(first as i16) } else { i32::from(first) };

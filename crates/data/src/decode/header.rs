@@ -120,7 +120,15 @@ mod tests {
 
     #[test]
     fn other_files_are_no_dicom() {
-        for bytes in [&b""[..], b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0\0\x10JFIF", b"BM\0\0\0\0\0\0", b"{\"id\":1}", &[8; 40], &[2; 7]] {
+        for bytes in [
+            &b""[..],
+            b"\x89PNG\r\n\x1a\n",
+            b"\xff\xd8\xff\xe0\0\x10JFIF",
+            b"BM\0\0\0\0\0\0",
+            b"{\"id\":1}",
+            &[8; 40],
+            &[2; 7],
+        ] {
             assert!(!is_dicom(bytes), "{bytes:?}");
         }
     }

@@ -124,7 +124,15 @@ mod tests {
         // An end marker within a segment, as of a thumbnail, is none; nor are stuffed bytes and restarts.
         let head: &[(u8, &[u8])] = &[(0xe1, b"Exif\xff\xd9"), (0xda, b"\x01\x01\x00\x00\x3f\x00")];
         assert!(walk(&stream(head, b"\x12\xff\x00\x34\xff\xd0\x56\xff\xff\xd9junk")).is_ok());
-        for rest in [&b""[..], b"\x12\xff", b"\x12\xff\x00", b"\x12\xff\xff", b"\x12\xff\xc4\x00", b"\x12\xff\xc4\x00\x09ab", &[0; 99]] {
+        for rest in [
+            &b""[..],
+            b"\x12\xff",
+            b"\x12\xff\x00",
+            b"\x12\xff\xff",
+            b"\x12\xff\xc4\x00",
+            b"\x12\xff\xc4\x00\x09ab",
+            &[0; 99],
+        ] {
             assert!(matches!(walk(&stream(head, rest)), Err(Fault::Decode(e)) if e.contains("cut short")), "{rest:?}");
         }
         assert!(walk(b"\xff").is_err() && walk(b"\xff\xd8").is_err());
@@ -132,7 +140,8 @@ mod tests {
 
     #[test]
     fn colours_are_those_of_the_stream() {
-        let frame = |ids: &[u8; 3]| [&[8, 0, 1, 0, 1, 3][..], &[ids[0], 17, 0], &[ids[1], 17, 0], &[ids[2], 17, 0]].concat();
+        let frame =
+            |ids: &[u8; 3]| [&[8, 0, 1, 0, 1, 3][..], &[ids[0], 17, 0], &[ids[1], 17, 0], &[ids[2], 17, 0]].concat();
         let adobe = |transform: u8| [&b"Adobe\0\x64\0\0\0\0"[..], &[transform]].concat();
         let jfif = b"JFIF\0\x01\x01".to_vec();
         for (segments, photometric, transformed) in [
