@@ -194,7 +194,7 @@ fn answers(
 /// Where a run's images lie, by the configuration that it has kept.
 fn image_folders(run: &Path) -> ImageFolders {
     let kept = std::fs::read_to_string(run.join("config.toml")).ok();
-    kept.and_then(|text| toml::from_str::<Config>(&text).ok()).map_or_else(ImageFolders::default, |c| run_images(&c))
+    kept.and_then(|text| unveil_config::read("config.toml", &text).ok()).map_or_else(ImageFolders::default, |c| run_images(&c))
 }
 
 /// Where the images of a configuration's records lie.

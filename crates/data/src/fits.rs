@@ -317,7 +317,7 @@ mod tests {
         let place = Place::new();
         let path = place.dir.path().join("big.png");
         let mut noise = Image::new(400, 300);
-        noise.rgb.iter_mut().enumerate().for_each(|(i, v)| *v = (i * 7919 % 251) as u8);
+        noise.rgb_mut().iter_mut().enumerate().for_each(|(i, v)| *v = (i * 7919 % 251) as u8);
         let png = noise.to_png().unwrap();
         assert!(png.len() > HEADER);
         // Only the header is whole, so nothing more was read.
