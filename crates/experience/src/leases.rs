@@ -149,7 +149,9 @@ impl<T> Experience<T> {
                     }
                 }
                 Slot::Leased { holder, mut past } => {
-                    past.retain(|h| h.worker != beat.worker || told.contains_key(h.lease.as_str()) || !h.unknown(beat.done));
+                    past.retain(|h| {
+                        h.worker != beat.worker || told.contains_key(h.lease.as_str()) || !h.unknown(beat.done)
+                    });
                     Slot::Leased { holder, past }
                 }
                 Slot::Waiting { past } => {

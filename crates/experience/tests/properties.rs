@@ -12,22 +12,55 @@ use unveil_experience::{
 
 #[derive(Debug, Clone)]
 enum Op {
-    Lease { worker: usize, max: usize },
+    Lease {
+        worker: usize,
+        max: usize,
+    },
     /// Half of the groups are not prepared, and the answer is lost on the way.
-    LostAnswer { worker: usize, max: usize },
+    LostAnswer {
+        worker: usize,
+        max: usize,
+    },
     /// The worker does not repeat a call that brought no answer.
-    GiveUp { worker: usize },
-    Beat { worker: usize, moves: bool },
-    Submit { worker: usize, pick: usize, lag: u64 },
-    Again { worker: usize, pick: usize },
-    Steal { thief: usize, victim: usize },
-    Release { worker: usize },
-    Die { worker: usize },
-    Lost { worker: usize },
-    Clock { ms: u64 },
+    GiveUp {
+        worker: usize,
+    },
+    Beat {
+        worker: usize,
+        moves: bool,
+    },
+    Submit {
+        worker: usize,
+        pick: usize,
+        lag: u64,
+    },
+    Again {
+        worker: usize,
+        pick: usize,
+    },
+    Steal {
+        thief: usize,
+        victim: usize,
+    },
+    Release {
+        worker: usize,
+    },
+    Die {
+        worker: usize,
+    },
+    Lost {
+        worker: usize,
+    },
+    Clock {
+        ms: u64,
+    },
     ClockBack,
-    Learn { jump: u64 },
-    Restart { keep_weights: bool },
+    Learn {
+        jump: u64,
+    },
+    Restart {
+        keep_weights: bool,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -176,7 +209,10 @@ impl World {
         }
         self.held[w].retain(|(l, _)| !lost.contains(&l.id));
         if self.calls[w].lost.is_none() {
-            assert_eq!(self.e.leased_by(&name), self.held[w].iter().filter(|(l, _)| self.e.group_of(&name, &l.id).is_some()).count());
+            assert_eq!(
+                self.e.leased_by(&name),
+                self.held[w].iter().filter(|(l, _)| self.e.group_of(&name, &l.id).is_some()).count()
+            );
         }
     }
 

@@ -51,7 +51,8 @@ fn serve_with(ids: &[&str], lease_s: f64, max_staleness: u64) -> Served {
 fn serve_while_heard(ids: &[&str], lease_s: f64, max_staleness: u64, silence_s: f64) -> Served {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let total_groups = Some(4);
-    let settings = Settings { groups_per_step: 2, max_staleness, lease_s, stall_s: 60.0, silence_s, seed: 0, term: 1, total_groups };
+    let settings =
+        Settings { groups_per_step: 2, max_staleness, lease_s, stall_s: 60.0, silence_s, seed: 0, term: 1, total_groups };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
     let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };

@@ -163,19 +163,19 @@ fn a_repeated_call_gets_the_same_leases_and_a_lost_answer_is_free_at_once() {
     // The worker has heard of one of them only: another one waits for the rest.
     let (mut client, waits) = (s.client.clone(), ask("v", 1, 1, 20_000));
     let waiting = s.runtime.spawn(async move { client.lease(waits).await.unwrap().into_inner().groups });
-    assert_eq!(s.beat("w", 1, 0, &[(&first[0].0, 1)]), Vec::<String>::new());
+    assert_eq!(s.beat("w", 1, 0, &[(first[0].0.as_str(), 1)]), Vec::<String>::new());
     assert_eq!(s.host.stats().leased, 3, "the call may be repeated yet");
     let begun = Instant::now();
-    assert_eq!(s.beat("w", 1, 2, &[(&first[0].0, 1)]), Vec::<String>::new());
+    assert_eq!(s.beat("w", 1, 2, &[(first[0].0.as_str(), 1)]), Vec::<String>::new());
     let got = s.runtime.block_on(waiting).unwrap();
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     let keys = |leases: &[(String, Option<v1::GroupKey>)]| leases.iter().map(|l| l.1.clone()).collect::<Vec<_>>();
     assert_eq!(keys(&ids(&got)), keys(&first[1..]));
-    assert_eq!(s.beat("w", 1, 2, &[(&first[0].0, 1), (&first[1].0, 2)]), [first[1].0.clone()]);
+    assert_eq!(s.beat("w", 1, 2, &[(first[0].0.as_str(), 1), (first[1].0.as_str(), 2)]), [first[1].0.clone()]);
     // A process that was started again under the same name has nothing in hand.
     let again = ids(&s.lease("w", 2, 1, 1000));
     assert_eq!((again.len(), &again[0].1), (1, &first[0].1));
-    assert_eq!(s.beat("w", 2, 1, &[(&again[0].0, 1)]), Vec::<String>::new());
+    assert_eq!(s.beat("w", 2, 1, &[(again[0].0.as_str(), 1)]), Vec::<String>::new());
 }
 
 /// A heartbeat without progress keeps nothing; one with progress keeps a lease many times longer than it lasts.

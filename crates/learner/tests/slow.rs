@@ -77,7 +77,8 @@ fn small(steps: u64) -> Small {
 
 /// A whole run beside `workers`; its events.
 fn run(small: &Small, workers: impl FnOnce(SocketAddr)) -> Vec<Value> {
-    let (model, out, mut events, mut silent) = (small.model(), small.dir.path().join("rl-out"), vec![], Silent);
+    let (model, out, mut silent) = (small.model(), small.dir.path().join("rl-out"), Silent);
+    let mut events: Vec<Value> = vec![];
     let cancel = CancellationToken::new();
     let over = Arc::new(AtomicBool::new(false));
     let (end, guard) = (over.clone(), cancel.clone());
@@ -187,7 +188,6 @@ fn large_images_train() {
         if record["split"] == small.config.data.train_split.as_str() {
             let k = bytes.len();
             record["image"] = format!("noise-{k}.png").into();
-            record["boxes"] = serde_json::json!([[10, 20, 300, 400]]);
             record.as_object_mut().unwrap().remove("image_size");
             bytes.push(noise(&data.join(format!("noise-{k}.png")), if k == 0 { 4800 } else { 1600 }, 7 + k as u64));
         }
@@ -232,7 +232,8 @@ fn publish(small: &Small, host: &Host, version: u64, factor: f64) {
     let vlm = Vlm::load(&small.model(), Device::Cpu, Kind::Float).unwrap();
     let named: Vec<(String, Tensor)> =
         vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.detach() * factor)).collect();
-    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true }).unwrap();
+    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true })
+        .unwrap();
 }
 
 fn train(host: &Host, step: u64) {

@@ -121,7 +121,8 @@ impl Experience {
             let what = match self.image_once(request, &mut image, bytes, progress).await {
                 Ok(()) if image.len() as u64 == bytes => return Ok(Some(image.freeze())),
                 Ok(()) => {
-                    let what = format!("announced an image of {bytes} bytes for lease `{lease}` and sent {}", image.len());
+                    let what =
+                        format!("announced an image of {bytes} bytes for lease `{lease}` and sent {}", image.len());
                     return Err(RolloutError::Protocol { address: self.address.clone(), what });
                 }
                 Err(status) if status.code() == Code::NotFound => return Ok(None),

@@ -98,10 +98,8 @@ impl Hand {
     /// What the heartbeat tells.
     pub fn told(&self) -> (u64, Vec<v1::InHand>) {
         let (state, now) = (self.lock(), self.progress.now());
-        let one = |(lease, own): (&String, &Option<u64>)| v1::InHand {
-            lease: lease.clone(),
-            progress: own.unwrap_or(now),
-        };
+        let one =
+            |(lease, own): (&String, &Option<u64>)| v1::InHand { lease: lease.clone(), progress: own.unwrap_or(now) };
         (state.done, state.leases.iter().map(one).collect())
     }
 

@@ -2,8 +2,8 @@
 //! prepared; weights come in beside them.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -170,7 +170,8 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
     let rewards = Rewards::new(&options.reward, access.clone(), config).await?;
     let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
     let experience = Experience::connect(at, worker, &access, patience).await?;
-    let receiver = WeightReceiver::connect_with(at, worker, &access, patience).await?.with_progress(hand.progress.clone());
+    let receiver =
+        WeightReceiver::connect_with(at, worker, &access, patience).await?.with_progress(hand.progress.clone());
     tracing::info!("worker {} leases from {}", options.worker, options.experience);
     let shared = Shared {
         experience,

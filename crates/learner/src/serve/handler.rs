@@ -36,7 +36,9 @@ impl State {
         let ours = self.sent.get(worker).is_some_and(|sent| sent.contains(&Some(*version)));
         let why = match self.checksums.get(version) {
             Some(known) if known == checksum => return Ok(()),
-            Some(known) if ours => format!("version {version} has {known:08x}: they were damaged on the way or in memory"),
+            Some(known) if ours => {
+                format!("version {version} has {known:08x}: they were damaged on the way or in memory")
+            }
             Some(known) => format!("version {version} of this learner has {known:08x}, and it has not sent them"),
             None => "this learner has not published that version".to_owned(),
         };

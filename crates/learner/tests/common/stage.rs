@@ -135,8 +135,7 @@ async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
     let mut accepted = 0;
     loop {
         let weights = receiver.held();
-        let ask =
-            v1::LeaseRequest { worker: name.into(), max_groups: 2, wait_ms: 2000, weights, ..Default::default() };
+        let ask = v1::LeaseRequest { worker: name.into(), max_groups: 2, wait_ms: 2000, weights, ..Default::default() };
         let Ok(answer) = client.lease(ask).await else { return accepted };
         let answer = answer.into_inner();
         if answer.finished {

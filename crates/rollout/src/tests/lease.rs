@@ -5,12 +5,20 @@ use std::time::{Duration, Instant};
 use unveil_proto::v1;
 use unveil_service::CancellationToken;
 
-use super::{answer, stage};
+use super::{Fake, answer, stage};
 use crate::{fixture, run};
 
 /// Progress of a lease in the last heartbeat.
 fn progress(beats: &[v1::HeartbeatRequest], lease: &str) -> Option<u64> {
     beats.last()?.in_hand.iter().find(|h| h.lease == lease).map(|h| h.progress)
+}
+
+/// Waits for so many further heartbeats.
+async fn more(fake: &Fake, beats: usize) {
+    let at = fake.with(|s| s.beats.len()) + beats;
+    while fake.with(|s| s.beats.len()) < at {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// An engine that stands still: heartbeats go on and tell of no progress. What is lost meanwhile is not submitted afterwards.
@@ -29,24 +37,17 @@ async fn a_stuck_engine_is_told_and_lost_groups_are_dropped() {
     fixture::STUCK.lock().unwrap().insert(stage.model.path().to_owned());
     let script = tokio::spawn(async move {
         let seen = || fake.with(|s| progress(&s.beats, "lease-0"));
-        let beats = || fake.with(|s| s.beats.len());
-        let more = async |n: usize| {
-            let at = beats() + n;
-            while beats() < at {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
         while seen().is_none() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        more(4).await;
+        more(&fake, 4).await;
         let stands = seen().expect("it is in hand");
-        more(5).await;
+        more(&fake, 5).await;
         assert_eq!(seen(), Some(stands), "it stands still and lives");
         let beat = fake.with(|s| s.beats.last().cloned()).unwrap();
         assert!(beat.session != 0 && beat.done >= 1 && beat.in_hand.len() == 2, "{beat:?}");
         fake.with(|s| s.lost.push("lease-0".into()));
-        more(2).await;
+        more(&fake, 2).await;
         assert_eq!((seen(), fake.with(|s| progress(&s.beats, "lease-1"))), (None, Some(stands)));
         fixture::STUCK.lock().unwrap().clear();
         while fake.with(|s| s.submitted.is_empty()) {
