@@ -71,7 +71,7 @@ mod tests {
             token.cancel();
         }
         let preparer = Preparer::load(dir.path()).unwrap();
-        check_records(&config, &file, &preparer, 100, &token).map_err(|e| e.to_string())
+        check_records(&config, &file, &preparer, 400, &token).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -98,8 +98,8 @@ mod tests {
         assert_eq!(check(&[&bad("test")], |_| {}, false), Ok(()));
         // What stage 2 may generate must fit only where there is a stage 2.
         let plain = r#"{"id":"p","image":"a.png","question":"q","split":"train"}"#;
-        let long = |steps| move |c: &mut Config| (c.rollout.max_new_tokens, c.learner.steps) = (90, steps);
+        let long = |steps| move |c: &mut Config| (c.rollout.max_new_tokens, c.learner.steps) = (390, steps);
         assert_eq!(check(&[plain], long(0), false), Ok(()));
-        assert!(check(&[plain], long(1), false).unwrap_err().contains("up to 90 new ones"));
+        assert!(check(&[plain], long(1), false).unwrap_err().contains("up to 390 new ones"));
     }
 }
