@@ -163,7 +163,7 @@ fn a_worker_whose_engine_stands_still_loses_its_groups_to_another() {
 fn noise(path: &Path, side: u32, seed: u64) -> u64 {
     let mut image = unveil_data::store::Image::new(side, side);
     let mut state = seed;
-    for byte in &mut image.rgb {
+    for byte in image.rgb_mut() {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
@@ -232,7 +232,8 @@ fn publish(small: &Small, host: &Host, version: u64, factor: f64) {
     let vlm = Vlm::load(&small.model(), Device::Cpu, Kind::Float).unwrap();
     let named: Vec<(String, Tensor)> =
         vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.detach() * factor)).collect();
-    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true }).unwrap();
+    host.publish(&NewWeights { version, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true })
+        .unwrap();
 }
 
 fn train(host: &Host, step: u64) {

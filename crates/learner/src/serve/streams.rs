@@ -31,7 +31,9 @@ pub(super) struct Streams {
 }
 
 /// A place among the streams.
-pub(super) struct StreamPlace(OwnedSemaphorePermit);
+pub(super) struct StreamPlace {
+    _held: OwnedSemaphorePermit,
+}
 
 struct Live {
     version: WeightVersion,
@@ -55,7 +57,7 @@ impl Default for Streams {
 impl Streams {
     /// Returns a place at once, if one is free.
     pub fn try_place(&self) -> Option<StreamPlace> {
-        self.places.clone().try_acquire_owned().ok().map(StreamPlace)
+        self.places.clone().try_acquire_owned().ok().map(|_held| StreamPlace { _held })
     }
 
     /// Waits for a place. Readers that are too slow lose theirs meanwhile.
@@ -64,7 +66,7 @@ impl Streams {
             self.sweep(0);
             let place = self.places.clone().acquire_owned();
             if let Ok(place) = tokio::time::timeout(Duration::from_secs(1), place).await {
-                return place.ok().map(StreamPlace);
+                return place.ok().map(|_held| StreamPlace { _held });
             }
         }
     }
