@@ -23,7 +23,7 @@ pub enum CheckpointCommand {
         url: String,
     },
     /// Manifest of one checkpoint, the checkpoints before it in its lineage, and the accounting of stage 2: groups trained per
-    /// pass, how many of them twice, how many lost.
+    /// pass, how many came twice, and how many were lost, dropped (with their records and why), skipped or wholly masked.
     Show(Place),
     /// Reads every object and compares its checksum; exit code 1 when one is damaged.
     Verify(Place),

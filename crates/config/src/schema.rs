@@ -344,6 +344,9 @@ pub struct Rollout {
     pub stall_s: f64,
     /// Seconds that a worker waits for a learner that cannot be reached before it gives up.
     pub patience_s: f64,
+    /// Workers that are lost with a group in hand, or cannot make it, before the group is set aside as dropped and its record named;
+    /// 0 = none ever is.
+    pub max_losses: u32,
     /// Threads of each rollout worker (0 = all cores).
     pub threads: usize,
     /// Rollout workers that `train` starts.
@@ -389,6 +392,7 @@ impl Default for Rollout {
             lease_s: 60.0,
             stall_s: 300.0,
             patience_s: 60.0,
+            max_losses: 3,
             threads: 0,
             workers: 1,
             max_rows: 256,
@@ -454,10 +458,13 @@ pub struct Checkpoint {
     pub keep: usize,
     /// Checkpoints whose step is a multiple of this are kept besides (0 = none).
     pub keep_every: u64,
+    /// Saves that may fail in a row, at least 1: the older checkpoint stays and training goes on, until so many have. A failed save at
+    /// the end of a run, and another learner that holds it, are errors at once.
+    pub max_failures: u32,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { url: String::new(), keep: 2, keep_every: 0 }
+        Self { url: String::new(), keep: 2, keep_every: 0, max_failures: 3 }
     }
 }

@@ -6,6 +6,7 @@ mod collect;
 mod endpoint;
 mod learner;
 mod listen;
+mod messages;
 mod parallel;
 pub(crate) mod plain;
 mod reward;
@@ -92,6 +93,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
             r.stall_s, c.reward.deadline_s
         ),
     );
+    need(c.checkpoint.max_failures > 0, "checkpoint.max_failures is 0: a save that fails is one".into());
     let broadcast_s = c.rollout.broadcast_s;
     need((1.0..=600.0).contains(&broadcast_s), format!("rollout.broadcast_s is {broadcast_s}: use 1 to 600 seconds"));
     let (staleness, steps) = (c.rollout.max_staleness, c.learner.steps);
@@ -129,6 +131,7 @@ pub(crate) fn faults(c: &Config) -> Vec<String> {
     learner::faults(c, &mut out);
     parallel::faults(c, &mut out);
     listen::faults(c, &mut out);
+    messages::faults(c, &mut out);
     optimizer("sft", &c.sft.optimizer, &mut out);
     optimizer("learner", &c.learner.optimizer, &mut out);
     out

@@ -27,8 +27,10 @@ pub enum MaskReason {
     NotApplicable,
     /// Attention rows were not sent or do not match the response.
     NoAttention,
-    /// The scorer failed or ran out of time.
+    /// The scorer failed, or what it said cannot be used.
     Failed(String),
+    /// Whoever computes it could not be had: away, overloaded, too slow, or it does not let us in. The same call may succeed later.
+    Unavailable(String),
     /// Another response of the group had this component masked.
     GroupMasked,
 }

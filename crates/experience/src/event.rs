@@ -32,6 +32,16 @@ pub enum Event {
     Renewed { ms: u64, worker: String, lease: String, group: GroupId },
     /// A group was given back, by its worker or because the worker is lost.
     Released { ms: u64, worker: String, lease: String, group: GroupId, lost: bool },
-    /// A batch was trained.
+    /// A group came back without a reward, because none could be had; it returned to the queue.
+    Unscored { ms: u64, worker: String, lease: String, group: GroupId, why: String },
+    /// A worker could not make a group; it returned to the queue.
+    Failed { ms: u64, worker: String, lease: String, group: GroupId, why: String },
+    /// A submission was refused for what it holds; its group returned to the queue.
+    Rejected { ms: u64, worker: String, lease: String, group: GroupId, why: String },
+    /// A worker gets nothing any more.
+    Quarantined { ms: u64, worker: String, why: String },
+    /// A group is set aside and never trained.
+    Dropped { ms: u64, group: GroupId, why: String },
+    /// An update is done with a batch; the `train` event says what became of each group.
     Trained { ms: u64, step: u64, groups: Vec<GroupId> },
 }

@@ -44,6 +44,8 @@ pub(crate) enum Slot<T> {
     Ready { payload: T, versions: VersionSpan, worker: String, lease: String },
     /// In the batch that the learner took.
     Training,
+    /// Set aside: never trained.
+    Aside { why: String },
 }
 
 impl<T> Slot<T> {
@@ -54,7 +56,7 @@ impl<T> Slot<T> {
     pub fn past(&self) -> &[Holder] {
         match self {
             Self::Waiting { past } | Self::Leased { past, .. } => past,
-            Self::Ready { .. } | Self::Training => &[],
+            Self::Ready { .. } | Self::Training | Self::Aside { .. } => &[],
         }
     }
 

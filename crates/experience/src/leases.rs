@@ -33,17 +33,12 @@ impl<T> Experience<T> {
     pub fn hear(&mut self, worker: &str, now: Duration) {
         self.tick(now);
         self.hands.of(worker).heard = self.now;
-    }
-
-    /// Numbers of groups that `worker` could have, those that came back first.
-    fn free_for<'a>(&'a self, worker: &'a str) -> impl Iterator<Item = u64> + 'a {
-        let waiting = self.slots.iter().filter(|(_, s)| s.is_free_for(worker)).map(|(g, _)| *g);
-        waiting.chain(self.cursor..self.end())
+        self.alive(worker);
     }
 
     /// The first groups that [`Self::lease`] would hand out to a worker, at most `max`: what may be prepared for it.
     pub fn candidates(&mut self, worker: &str, max: usize) -> Vec<GroupId> {
-        let numbers: Vec<u64> = self.free_for(worker).take(max).collect();
+        let numbers = self.chosen(worker, max);
         numbers.into_iter().map(|g| self.order.group(g)).collect()
     }
 
@@ -60,7 +55,7 @@ impl<T> Experience<T> {
         if !again.is_empty() {
             return again;
         }
-        let numbers: Vec<u64> = self.free_for(ask.worker).take(ask.max).collect();
+        let numbers = self.chosen(ask.worker, ask.max);
         let mut out = Vec::with_capacity(numbers.len());
         for g in numbers {
             if ready(&self.order.group(g)) {
@@ -122,7 +117,7 @@ impl<T> Experience<T> {
 
     /// The version that will train group `g`, if each batch publishes one version.
     fn trained_at(&self, g: u64) -> WeightVersion {
-        self.version.saturating_add(g.saturating_sub(self.published_at) / self.settings.groups_per_step as u64)
+        self.version.saturating_add(self.ahead_of(g) / self.settings.groups_per_step as u64)
     }
 
     /// Hears what a worker has in hand. Leases whose groups make progress are renewed, also those that ran out while nobody else has
@@ -228,12 +223,12 @@ impl<T> Experience<T> {
         let lags = oldest.saturating_add(self.settings.max_staleness) < self.trained_at(g);
         if lags || s.versions.newest > self.version || oldest > s.versions.newest {
             self.counts.stale += 1;
-            let others = self.slots.get(&g).map_or(&[][..], Slot::past).iter().filter(|h| !h.is(s.worker, s.lease));
-            let past = others.cloned().collect();
-            self.put(g, Slot::Waiting { past });
+            self.taken_back(g, s.worker, s.lease);
             self.events.push(Event::Stale { ms, worker, lease, group, oldest, version: self.version });
             return Verdict::Stale;
         }
+        self.came_right(g);
+        self.standings.did_well(s.worker);
         let slot = Slot::Ready { payload, versions: s.versions, worker: worker.clone(), lease: lease.clone() };
         self.put(g, slot);
         self.events.push(Event::Submitted { ms, worker, lease, group, oldest, late });
@@ -251,14 +246,34 @@ impl<T> Experience<T> {
     /// Returns all groups of a worker that is gone to the queue; returns how many it held.
     pub fn worker_lost(&mut self, worker: &str, now: Duration) -> usize {
         self.tick(now);
+        self.gone(worker);
+        self.standings.forget(worker);
         let groups = self.hands.of(worker).groups();
-        let held = groups.into_iter().filter(|g| self.let_go(*g, |h| h.worker == worker, true)).count();
+        let alone = groups.len() == 1;
+        let held: Vec<u64> = groups.into_iter().filter(|g| self.let_go(*g, |h| h.worker == worker, true)).collect();
         self.hands.0.remove(worker);
-        held
+        self.died(worker, &held, alone, false);
+        held.len()
+    }
+
+    /// A group comes back from a worker that can still bring it in, under that lease; tells whether it could. Others that have it in
+    /// hand still may.
+    pub(crate) fn taken_back(&mut self, g: u64, worker: &str, lease: &str) -> bool {
+        let Some(slot) = self.slots.get(&g) else { return false };
+        let holds = match slot {
+            Slot::Leased { holder, .. } => holder.is(worker, lease),
+            Slot::Waiting { past } => past.iter().any(|h| h.is(worker, lease)),
+            _ => false,
+        };
+        if holds {
+            let past = slot.past().iter().filter(|h| !h.is(worker, lease)).cloned().collect();
+            self.put(g, Slot::Waiting { past });
+        }
+        holds
     }
 
     /// Takes a group off those that `of` chooses; tells whether one of them had the lease.
-    fn let_go(&mut self, g: u64, of: impl Fn(&Holder) -> bool, lost: bool) -> bool {
+    pub(crate) fn let_go(&mut self, g: u64, of: impl Fn(&Holder) -> bool, lost: bool) -> bool {
         let Some(slot) = self.slots.remove(&g) else { return false };
         self.hands.remove(g, &slot);
         let (slot, held) = match slot {
@@ -291,7 +306,8 @@ impl<T> Experience<T> {
         self.tick(now);
         let silence = Duration::from_secs_f64(self.settings.silence_s);
         let mut over = Vec::new();
-        for hand in self.hands.0.values() {
+        let mut dead: Vec<(String, Vec<u64>, bool)> = Vec::new();
+        for (worker, hand) in &self.hands.0 {
             let silent = self.now.saturating_sub(hand.heard) >= silence;
             for g in &hand.holds {
                 let Some(h) = self.slots.get(g).and_then(Slot::holder) else { continue };
@@ -299,6 +315,9 @@ impl<T> Experience<T> {
                 if silent || stalled || self.now >= h.deadline {
                     over.push((*g, silent, stalled));
                 }
+            }
+            if silent && !hand.holds.is_empty() {
+                dead.push((worker.clone(), hand.holds.iter().copied().collect(), hand.groups().len() == 1));
             }
         }
         over.sort_unstable();
@@ -318,6 +337,7 @@ impl<T> Experience<T> {
             };
             self.put(*g, slot);
         }
+        dead.iter().for_each(|(worker, groups, alone)| self.died(worker, groups, *alone, true));
         self.counts.expired += over.len() as u64;
         over.len()
     }

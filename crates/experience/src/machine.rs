@@ -2,8 +2,8 @@
 //!
 //! Groups are numbered over all passes and trained strictly in that order, so "which groups are trained" is one number
 //! (the frontier), and exactly-once follows from it. Behind the frontier lies a window of slots, one per group that is
-//! out, back, or waiting for another worker; nothing beyond the window has been handed out. What happens to leases is in the
-//! module beside this one.
+//! out, back, or waiting for another worker; nothing beyond the window has been handed out. What happens to leases, to batches and to groups
+//! that nobody can make is in the modules beside this one.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -15,7 +15,8 @@ use crate::event::Event;
 use crate::hands::{Hands, Slot};
 use crate::ledger::Ledger;
 use crate::order::Order;
-use crate::settings::{ExperienceError, Settings, Snapshot, VersionSpan};
+use crate::settings::{ExperienceError, Settings, Snapshot};
+use crate::{aside, standing};
 
 /// Counts for metrics and the progress display.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -28,8 +29,14 @@ pub struct Stats {
     pub ready: usize,
     /// Groups in the batch being trained.
     pub training: usize,
-    /// Groups trained since the start of the run.
+    /// Groups trained since the start of the run, in the lineage of its checkpoints.
     pub trained: u64,
+    /// Groups whose update was skipped, likewise.
+    pub skipped: u64,
+    /// Groups without any reward, likewise.
+    pub wholly_masked: u64,
+    /// Groups set aside and never trained, likewise.
+    pub dropped: u64,
     /// Pass of the next group to train.
     pub pass: u64,
     /// Its position in that pass.
@@ -44,6 +51,12 @@ pub struct Stats {
     pub expired: u64,
     /// Submissions under leases that do not hold.
     pub refused: u64,
+    /// Submissions that were refused for what they hold.
+    pub rejected: u64,
+    /// Groups that came back because no reward could be had.
+    pub unscored: u64,
+    /// Groups that a worker could not make.
+    pub failed: u64,
 }
 
 /// Leases, queue, staleness and accounting over payloads `T` (a group's responses and rewards).
@@ -52,18 +65,20 @@ pub struct Experience<T> {
     pub(crate) settings: Settings,
     pub(crate) order: Order,
     /// Groups with a smaller number are trained.
-    frontier: u64,
+    pub(crate) frontier: u64,
     /// The frontier when the current version was published: the window of leases starts here.
     pub(crate) published_at: u64,
     /// The first group that was never handed out. Slots exist for exactly `frontier..cursor`.
     pub(crate) cursor: u64,
     pub(crate) slots: BTreeMap<u64, Slot<T>>,
     /// Groups in training: `frontier..frontier + taken`.
-    taken: u64,
+    pub(crate) taken: u64,
     pub(crate) version: WeightVersion,
     pub(crate) leases: u64,
     pub(crate) hands: Hands,
-    ledger: Ledger,
+    pub(crate) ledger: Ledger,
+    pub(crate) faults: aside::Faults,
+    pub(crate) standings: standing::Standings,
     pub(crate) now: Duration,
     pub(crate) counts: Stats,
     pub(crate) events: Vec<Event>,
@@ -96,6 +111,8 @@ impl<T> Experience<T> {
             leases: 0,
             hands: Hands::default(),
             ledger: Ledger::default(),
+            faults: aside::Faults::default(),
+            standings: standing::Standings::default(),
             now: Duration::ZERO,
             counts: Stats::default(),
             events: Vec::new(),
@@ -123,86 +140,13 @@ impl<T> Experience<T> {
         (e.frontier, e.published_at, e.cursor) = (snapshot.trained, snapshot.trained, snapshot.trained);
         e.version = snapshot.version;
         e.ledger = snapshot.ledger.clone();
+        e.take_aside(&snapshot.aside);
         Ok(e)
     }
 
     /// Past the last group that may be handed out with the published version.
     pub(crate) fn end(&self) -> u64 {
-        let window = (self.settings.max_staleness + 1).saturating_mul(self.settings.groups_per_step as u64);
-        let end = self.published_at.saturating_add(window).min(self.settings.total_groups.unwrap_or(u64::MAX));
-        end.max(self.cursor)
-    }
-
-    /// The next batch in group order, once all its groups are in; `None` before, and while a batch is in training.
-    ///
-    /// Groups that have become too stale (the version grew by more than one per batch) return to the queue instead.
-    pub fn next_batch(&mut self, now: Duration) -> Option<Vec<(GroupId, T)>> {
-        self.tick(now);
-        let left = self.settings.total_groups.map_or(u64::MAX, |n| n.saturating_sub(self.frontier));
-        let size = (self.settings.groups_per_step as u64).min(left);
-        if self.taken > 0 || size == 0 {
-            return None;
-        }
-        let batch = self.frontier..self.frontier + size;
-        let mut whole = true;
-        for g in batch.clone() {
-            whole &= matches!(self.slots.get(&g), Some(Slot::Ready { versions, .. }) if !self.lags(*versions));
-        }
-        if !whole {
-            self.drop_stale(batch);
-            return None;
-        }
-        self.taken = size;
-        let mut out = Vec::with_capacity(size as usize);
-        for g in batch {
-            if let Some(Slot::Ready { payload, .. }) = self.slots.insert(g, Slot::Training) {
-                out.push((self.order.group(g), payload));
-            }
-        }
-        Some(out)
-    }
-
-    fn lags(&self, versions: VersionSpan) -> bool {
-        versions.oldest.saturating_add(self.settings.max_staleness) < self.version
-    }
-
-    fn drop_stale(&mut self, batch: std::ops::Range<u64>) {
-        for g in batch {
-            let Some(Slot::Ready { versions, worker, lease, .. }) = self.slots.get(&g) else {
-                continue;
-            };
-            if !self.lags(*versions) {
-                continue;
-            }
-            let (worker, lease, oldest) = (worker.clone(), lease.clone(), versions.oldest);
-            let (ms, group) = (self.ms(), self.order.group(g));
-            self.counts.stale += 1;
-            self.events.push(Event::Stale { ms, worker, lease, group, oldest, version: self.version });
-            self.put(g, Slot::waiting());
-        }
-    }
-
-    /// Marks the batch that [`Self::next_batch`] returned as trained.
-    ///
-    /// # Errors
-    /// [`ExperienceError::NotInTraining`] when `groups` is not that batch; nothing changes then.
-    pub fn trained(&mut self, step: u64, groups: &[GroupId], now: Duration) -> Result<(), ExperienceError> {
-        self.tick(now);
-        let expected: Vec<GroupId> = (self.frontier..self.frontier + self.taken).map(|g| self.order.group(g)).collect();
-        if groups.is_empty() || groups != expected {
-            return Err(ExperienceError::NotInTraining { step, reported: groups.len(), taken: expected.len() });
-        }
-        for group in &expected {
-            if let Some(row) = self.order.row(group) {
-                self.ledger.note(group.pass, row, self.order.records());
-            }
-        }
-        self.frontier += self.taken;
-        self.taken = 0;
-        self.slots = self.slots.split_off(&self.frontier);
-        self.order.forget_before(self.frontier / self.order.records());
-        self.events.push(Event::Trained { ms: self.ms(), step, groups: expected });
-        Ok(())
+        self.window_end().min(self.total().unwrap_or(u64::MAX)).max(self.cursor)
     }
 
     /// Tells that weights `version` are what workers get from now on; call it before they can fetch them. Publishing
@@ -216,6 +160,7 @@ impl<T> Experience<T> {
         }
         self.version = version;
         self.published_at = self.frontier;
+        self.window_opens();
         Ok(())
     }
 
@@ -229,9 +174,9 @@ impl<T> Experience<T> {
         self.version
     }
 
-    /// Whether every group of the run is trained.
+    /// Whether every group of the run is done.
     pub fn finished(&self) -> bool {
-        self.settings.total_groups.is_some_and(|n| self.frontier >= n)
+        self.total().is_some_and(|n| self.frontier >= n)
     }
 
     /// Index into the `ids` of a group that was handed out and is not long trained.
@@ -244,7 +189,7 @@ impl<T> Experience<T> {
         let n = self.order.records();
         let mut in_flight = Vec::new();
         for (g, slot) in &self.slots {
-            if !matches!(slot, Slot::Waiting { .. }) {
+            if !matches!(slot, Slot::Waiting { .. } | Slot::Aside { .. }) {
                 in_flight.extend(self.order.known(*g));
             }
         }
@@ -258,14 +203,19 @@ impl<T> Experience<T> {
             data: self.order.fingerprint(),
             in_flight,
             ledger: self.ledger.clone(),
+            aside: self.pending_aside(),
         }
     }
 
     /// Counts of now.
     pub fn stats(&self) -> Stats {
         let n = self.order.records();
+        let [trained, skipped, wholly_masked, dropped] = self.ledger.sums();
         let mut s = Stats {
-            trained: self.frontier,
+            trained,
+            skipped,
+            wholly_masked,
+            dropped: dropped + self.aside_in(0..u64::MAX),
             pass: self.frontier / n,
             position: self.frontier % n,
             version: self.version,
@@ -277,6 +227,7 @@ impl<T> Experience<T> {
                 Slot::Leased { .. } => s.leased += 1,
                 Slot::Ready { .. } => s.ready += 1,
                 Slot::Training => s.training += 1,
+                Slot::Aside { .. } => {}
             }
         }
         s

@@ -157,7 +157,7 @@ pub enum Verdict {
 /// Where a run stands in its data; goes into the checkpoint. Groups in flight return to the queue on restore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Groups trained, over all passes; the order of passes makes this the whole position.
+    /// Groups that are done, over all passes; the order of passes makes this the whole position. What became of them is in the ledger.
     pub trained: u64,
     /// Pass of the next group.
     pub pass: u64,
@@ -173,8 +173,11 @@ pub struct Snapshot {
     pub data: String,
     /// Groups leased, ready or in training when the snapshot was taken (for the reader; restore does not need them).
     pub in_flight: Vec<GroupId>,
-    /// What was trained, counted apart from the position.
+    /// What became of groups, counted apart from the position.
     pub ledger: Ledger,
+    /// Groups that are set aside and that the position has not passed, with why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aside: Vec<(GroupId, String)>,
 }
 
 /// What can be wrong.

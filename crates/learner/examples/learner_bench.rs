@@ -61,6 +61,7 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
         }
         out.push(TrainGroup {
             id: GroupId { pass: 0, position: g as u64, record: id },
+            worker: "bench".into(),
             input: Arc::new(input),
             spans: vec![vec![(0, 0); new as usize]; n as usize],
             responses: answers,

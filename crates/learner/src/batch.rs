@@ -36,6 +36,8 @@ pub struct GroupInput {
 pub struct TrainGroup {
     /// Which turn in which pass.
     pub id: GroupId,
+    /// Who made it; empty where that is not known.
+    pub worker: String,
     /// Prompt and image.
     pub input: Arc<GroupInput>,
     /// n responses.
@@ -57,6 +59,11 @@ impl TrainGroup {
     pub fn totals(&self) -> Vec<Option<f64>> {
         let total = |r: &Response| self.breakdowns.iter().find(|b| b.index == r.index).and_then(|b| b.total);
         self.responses.iter().map(total).collect()
+    }
+
+    /// Whether there is something to learn from: some response has tokens and a reward.
+    pub fn is_rewarded(&self) -> bool {
+        self.responses.iter().zip(self.totals()).any(|(r, total)| total.is_some() && !r.tokens.is_empty())
     }
 }
 
@@ -218,12 +225,7 @@ fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
 
 /// Which attention rows of a part are mentions of the class, found in answers as rewards find them. `None` where
 /// no response has vision relevance. `width` is that of the rows.
-pub(crate) fn mentions(
-    members: &[&Member<'_>],
-    scoring: &Scoring,
-    width: i64,
-    device: Device,
-) -> Option<MentionBatch> {
+pub(crate) fn mentions(members: &[&Member<'_>], scoring: &Scoring, width: i64, device: Device) -> Option<MentionBatch> {
     let (mut tokens, mut response) = (Vec::new(), Vec::new());
     let (mut coverage, mut baseline) = (Vec::new(), Vec::new());
     let mut begin = 0;
@@ -278,6 +280,7 @@ mod tests {
         let breakdown = |index| Breakdown { id: "a".into(), index, total: Some(0.0), components: BTreeMap::new() };
         TrainGroup {
             id: GroupId { pass: 0, position: 0, record: "a".into() },
+            worker: "w".into(),
             input: Arc::new(input),
             responses: texts.iter().enumerate().map(response).collect(),
             spans: texts.iter().map(|t| t.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect()).collect(),

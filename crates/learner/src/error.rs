@@ -51,6 +51,18 @@ pub enum LearnerError {
     /// Checkpoints.
     #[error("checkpoint: {0}")]
     Checkpoint(#[from] unveil_checkpoint::Error),
+    /// Saves failed, and none may work any more.
+    #[error(
+        "the checkpoint of step {step} could not be written ({in_a_row} in a row; checkpoint.max_failures): {source}"
+    )]
+    Saves {
+        /// The step.
+        step: u64,
+        /// Failures in a row.
+        in_a_row: u32,
+        /// The last one.
+        source: Box<LearnerError>,
+    },
     /// Serving.
     #[error(transparent)]
     Service(#[from] unveil_service::ServiceError),
@@ -83,7 +95,7 @@ pub enum LearnerError {
     },
     /// Rollout and learner compute different log-probabilities for the same weights.
     #[error(
-        "step {step}: rollout and learner disagree by {mean:.2e} mean |delta log p| (limit {limit:.0e}, learner.agreement_limit); worst: {worst}. Check that both run the same build, model and number format"
+        "step {step}: rollout and learner disagree by {mean:.2e} mean |delta log p| (limit {limit:.0e}, learner.agreement_limit): {workers}; worst: {worst}. Check that both run the same build, model and number format"
     )]
     Agreement {
         /// The step.
@@ -92,8 +104,38 @@ pub enum LearnerError {
         mean: f64,
         /// The limit.
         limit: f64,
+        /// The workers that disagree by more, the worst first.
+        workers: String,
         /// Worst responses.
         worst: String,
+    },
+    /// Too many groups lack a component of their reward.
+    #[error(
+        "step {step}: `{component}` is masked for {masked} of the last {groups} groups (limit {limit}, learner.max_masked), most often because {reason}. What is left trains something else than was configured: mend it, or raise the limit"
+    )]
+    Masked {
+        /// The step.
+        step: u64,
+        /// The component; `total` where it is the whole reward.
+        component: String,
+        /// Groups that lack it.
+        masked: usize,
+        /// Groups that were looked at.
+        groups: usize,
+        /// Share of them that may.
+        limit: f64,
+        /// The most frequent reason.
+        reason: String,
+    },
+    /// No record is left that can be trained.
+    #[error(
+        "all {records} training records were set aside, the last one because it was {why}. Look at the workers rather than at the records"
+    )]
+    NothingLeft {
+        /// Records of the data.
+        records: u64,
+        /// What happened to the last one.
+        why: String,
     },
     /// Too many steps in a row could not be used.
     #[error(

@@ -14,6 +14,7 @@ mod follow;
 mod freeze;
 mod kept;
 mod lora;
+mod masked;
 mod measure;
 mod memory;
 mod meter;

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use unveil_core::WeightVersion;
-use unveil_experience::by_pass;
+use unveil_core::{GroupId, WeightVersion};
+use unveil_experience::{Fate, by_pass};
 
 use crate::batch::{Member, TrainGroup};
 
@@ -36,8 +36,9 @@ pub struct UpdateReport {
     /// Mean lift of attention on the lesion over chance, where measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vision_lift: Option<f64>,
-    /// Groups without any reward, left out.
-    pub dropped_groups: usize,
+    /// Records of groups without any reward, which train nothing.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub wholly_masked: Vec<String>,
     /// Groups whose rewards are all equal: no group-relative advantage.
     pub flat_groups: usize,
     /// Approximate KL of the policy before the update to the policy at the loss.
@@ -60,6 +61,9 @@ pub struct UpdateReport {
     /// Mean |delta log p| between rollout and learner on tokens of the same version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agreement: Option<f64>,
+    /// The same by worker, where several made the batch.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub agreement_by_worker: BTreeMap<String, f64>,
     /// The same on stale tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drift: Option<f64>,
@@ -98,6 +102,19 @@ pub struct UpdateReport {
 impl UpdateReport {
     pub(crate) fn take_agreement(&mut self, found: &Agreement) {
         (self.agreement, self.drift) = (found.mean, found.drift);
+        if found.workers.len() > 1 {
+            self.agreement_by_worker.clone_from(&found.workers);
+        }
+    }
+
+    /// What the update made of each group of its batch.
+    pub(crate) fn fates(&self, batch: &[TrainGroup]) -> Vec<(GroupId, Fate)> {
+        let fate = |g: &TrainGroup| match (g.is_rewarded(), &self.skipped) {
+            (false, _) => Fate::Masked,
+            (true, Some(_)) => Fate::Skipped,
+            (true, None) => Fate::Trained,
+        };
+        batch.iter().map(|g| (g.id.clone(), fate(g))).collect()
     }
 }
 
@@ -106,6 +123,8 @@ impl UpdateReport {
 pub(crate) struct Agreement {
     /// Mean |delta log p| of tokens made by the present version; none when there is none.
     pub mean: Option<f64>,
+    /// The same by worker; one without such tokens is not there.
+    pub workers: BTreeMap<String, f64>,
     /// The same of older tokens.
     pub drift: Option<f64>,
     /// The worst responses, worst first.
@@ -116,6 +135,7 @@ pub(crate) struct Agreement {
 pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f64], version: WeightVersion) -> Agreement {
     let (mut same, mut stale) = ((0.0, 0u64), (0.0, 0u64));
     let mut worst: Vec<(f64, String)> = Vec::new();
+    let mut workers: BTreeMap<&str, (f64, u64)> = BTreeMap::new();
     let mut begin = 0;
     for m in members {
         for (row, range) in m.rows.iter().zip(m.ranges()) {
@@ -128,6 +148,8 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f64], version: We
             if own.1 > 0 {
                 let mean = own.0 / own.1 as f64;
                 worst.push((mean, format!("record `{}` response {} ({mean:.2e})", m.group.id.record, row.response)));
+                let sum = workers.entry(&m.group.worker).or_default();
+                *sum = (sum.0 + own.0, sum.1 + own.1);
             }
             same = (same.0 + own.0, same.1 + own.1);
         }
@@ -135,7 +157,13 @@ pub(crate) fn agreement(members: &[&Member<'_>], recomputed: &[f64], version: We
     }
     worst.sort_by(|a, b| b.0.total_cmp(&a.0));
     let mean = |(sum, n): (f64, u64)| (n > 0).then(|| sum / n as f64);
-    Agreement { mean: mean(same), drift: mean(stale), worst: worst.into_iter().take(3).map(|(_, w)| w).collect() }
+    let workers = workers.into_iter().map(|(name, (sum, n))| (name.to_owned(), sum / n as f64)).collect();
+    Agreement {
+        mean: mean(same),
+        workers,
+        drift: mean(stale),
+        worst: worst.into_iter().take(3).map(|(_, w)| w).collect(),
+    }
 }
 
 /// Versions that a group's oldest token is behind `version`.
@@ -149,6 +177,8 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
     let mut r = UpdateReport { pass: groups.first().map_or(0, |g| g.id.pass), ..Default::default() };
     let ids: Vec<_> = groups.iter().map(|g| g.id.clone()).collect();
     r.groups = ids.iter().map(|id| id.record.clone()).collect();
+    let masked = groups.iter().filter(|g| !g.is_rewarded());
+    r.wholly_masked = masked.map(|g| g.id.record.clone()).collect();
     let passes = by_pass(&ids);
     if passes.len() > 1 {
         r.passes = passes;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use unveil_model::GpuMemory;
 use unveil_service::prometheus_client::collector::Collector;
 use unveil_service::prometheus_client::encoding::DescriptorEncoder;
+use unveil_service::prometheus_client::metrics::counter::Counter;
 use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
@@ -50,11 +51,17 @@ struct Numbers {
 #[derive(Debug, Clone)]
 pub(crate) struct Saves {
     seconds: Histogram,
+    failures: Counter,
     /// When the last was committed, or this was made.
     last: Arc<Mutex<Instant>>,
 }
 
 impl Saves {
+    /// A checkpoint could not be written.
+    pub fn failed(&self) {
+        self.failures.inc();
+    }
+
     /// A checkpoint exists from now on; writing it took so long.
     pub fn committed(&self, took: Duration) {
         self.seconds.observe(took.as_secs_f64());
@@ -84,7 +91,11 @@ impl Meter {
             numbers: Arc::new(Mutex::new(numbers)),
             parts: Seconds::new_with_constructor(seconds),
             staleness: Histogram::new(BEHIND),
-            saves: Saves { seconds: seconds(), last: Arc::new(Mutex::new(Instant::now())) },
+            saves: Saves {
+                seconds: seconds(),
+                failures: Counter::default(),
+                last: Arc::new(Mutex::new(Instant::now())),
+            },
         }
     }
 
@@ -95,6 +106,8 @@ impl Meter {
         registry.register_with_unit("part", help, Unit::Seconds, self.parts.clone());
         let help = "Versions that the oldest token of a trained group is behind";
         registry.register("staleness_versions", help, self.staleness.clone());
+        let help = "Checkpoints that could not be written";
+        registry.register("checkpoint_failures", help, self.saves.failures.clone());
         let help = "Time from a checkpoint's first byte to its commit";
         registry.register_with_unit("checkpoint_save", help, Unit::Seconds, self.saves.seconds.clone());
         registry.register_collector(Box::new(self.clone()));

@@ -11,6 +11,9 @@ use crate::batch::{GroupInput, TrainGroup};
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Group {
     pub id: GroupId,
+    /// Who made it.
+    #[serde(default)]
+    worker: String,
     pub record: Record,
     /// Width and height in pixels.
     image_size: (u32, u32),
@@ -62,6 +65,7 @@ impl Group {
         };
         Self {
             id: g.id.clone(),
+            worker: g.worker.clone(),
             record: g.input.record.clone(),
             image_size: g.input.image_size,
             prompt: g.input.prompt.tokens.clone(),
@@ -98,6 +102,7 @@ impl Group {
         let record = input.record.id.clone();
         let mut out = TrainGroup {
             id: self.id,
+            worker: self.worker,
             input: Arc::new(input),
             responses: Vec::new(),
             spans: Vec::new(),

@@ -91,7 +91,7 @@ pub fn replay(
         "loss": loss, "parts": parts, "entropy": report.entropy, "kl": report.kl, "kl_reference": report.kl_reference,
         "clip_fraction": report.clip_fraction, "grad_norm": report.grad_norm, "agreement": report.agreement,
         "drift": report.drift, "step": report.step, "lr": report.lr, "groups": groups.len(), "tokens": report.tokens,
-        "dropped_groups": report.dropped_groups,
+        "wholly_masked": report.wholly_masked.len(),
     });
     let path = out.join("replay.json");
     unveil_core::write_atomic(&path, format!("{result:#}\n").as_bytes()).map_err(LearnerError::io(&path))?;

@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 use unveil_checkpoint::{Reader, Resume};
 use unveil_config::schema::{Critic, Dtype, WeightSync};
 use unveil_config::{Config, Role};
-use unveil_core::{GroupId, Sampling};
+use unveil_core::Sampling;
 use unveil_experience::{Event, Experience, Settings};
 use unveil_model::{Vlm, gpu_memory};
 use unveil_service::Access;
@@ -23,10 +23,11 @@ use crate::error::{LearnerError, Result};
 use crate::follow::follow;
 use crate::kept;
 use crate::lora::{self, Base};
+use crate::masked::Window;
 use crate::measure::UpdateReport;
 use crate::meter::Meter;
 use crate::resume::take_up;
-use crate::saver::{Save, Saver};
+use crate::saver::{Ended, Save, Saver};
 use crate::serve::{Broadcasting, DEAD, Host, HostOptions, NewWeights};
 use crate::settings::StepSettings;
 use crate::setup::Models;
@@ -95,10 +96,14 @@ struct Run {
     /// What the adapters lie beside, where adapters are trained.
     base: Option<Base>,
     best: Option<Best>,
+    /// The best step that there is a checkpoint of.
+    best_saved: Option<Best>,
     responses: u64,
     /// Of these, the ones that an earlier process saw.
     before: u64,
     meter: Meter,
+    /// What the last groups lacked.
+    masked: Window,
 }
 
 impl Run {
@@ -126,6 +131,7 @@ impl Run {
             }
             None => Experience::new(accounting, ids)?,
         };
+        let machine = machine.set_aside_after(config.rollout.max_losses);
         let kind = if from.is_some() { "resumed" } else { "started" };
         stage.event(&json!({"kind": kind, "stage": "rl", "step": learner.step(), "term": saver.term}))?;
         let options = HostOptions {
@@ -148,7 +154,21 @@ impl Run {
         host.serve_metrics(&config.learner.metrics_listen, meter.registry(), &access)?;
         saver.tell(meter.saves());
         let (best, responses) = from.map_or((None, 0), |(_, meta)| (meta.best, meta.seen));
-        Ok(Self { learner, crew, host, saver, files, base, best, responses, before: responses, meter })
+        let masked = Window::new(config);
+        Ok(Self {
+            learner,
+            crew,
+            host,
+            saver,
+            files,
+            base,
+            best,
+            best_saved: best,
+            responses,
+            before: responses,
+            meter,
+            masked,
+        })
     }
 
     /// Has all weights whole on this rank, for what needs them all.
@@ -201,12 +221,12 @@ impl Run {
             (report.wait_ms, report.step_ms) = (wait_ms, waiting.elapsed().as_secs_f64() * 1e3 - wait_ms);
             report.stale_groups = self.host.stats().stale;
             let step = self.learner.step();
-            let ids: Vec<GroupId> = batch.iter().map(|g| g.id.clone()).collect();
-            self.host.trained(step, &ids)?;
+            self.host.settled(step, &report.fates(&batch))?;
             if step < total {
                 meter.part("publish", || self.publish(wire_kind(config)))?;
             }
             self.tell(stage, &report, &batch)?;
+            self.masked.take(step, &batch)?;
             let last = step == total;
             let evaluated = if last || due(config.learner.eval_every, step) {
                 self.bring()?;
@@ -221,11 +241,12 @@ impl Run {
             }
         }
         (outcome.step, outcome.skipped) = (self.learner.step(), self.learner.counters().skipped);
+        let pending = self.saver.wait(&mut self.crew)?;
+        self.ended(stage, pending)?;
         if self.saver.last() != Some(outcome.step) {
             self.save(stage, false)?;
-        }
-        if let Some(saved) = self.saver.wait(&mut self.crew)? {
-            stage.event(&saved.event("rl"))?;
+            let last = self.saver.wait_last(&mut self.crew)?;
+            self.ended(stage, last.map(Ended::Saved))?;
         }
         self.bring()?;
         self.crew.give(|| Order::End)?;
@@ -239,11 +260,13 @@ impl Run {
             if self.crew.hold()? {
                 stage.cancel.cancel();
             }
-            if let Some(saved) = self.saver.poll(&mut self.crew)? {
-                stage.event(&saved.event("rl"))?;
-            }
+            let polled = self.saver.poll(&mut self.crew)?;
+            self.ended(stage, polled)?;
             let batch = self.host.next_batch(LOOK)?;
             for event in self.host.drain_events() {
+                if let Event::Dropped { why, .. } = &event {
+                    self.masked.dropped(why);
+                }
                 // Leases and submissions that go as they should are in the `train` events.
                 if !matches!(event, Event::Leased { .. } | Event::Submitted { .. } | Event::Trained { .. }) {
                     stage.event(&with_kind("experience", &event)?)?;
@@ -267,11 +290,22 @@ impl Run {
         better
     }
 
+    /// Tells what came of a save. Where it failed, the best step is again the one before, which there is a checkpoint of.
+    fn ended(&mut self, stage: &mut Stage<'_>, ended: Option<Ended>) -> Result<()> {
+        let Some(ended) = ended else { return Ok(()) };
+        match &ended {
+            Ended::Saved(saved) if self.best.is_some_and(|b| b.step == saved.step()) => self.best_saved = self.best,
+            Ended::Saved(_) => {}
+            Ended::Failed(failed) if self.best.is_some_and(|b| b.step == failed.step()) => self.best = self.best_saved,
+            Ended::Failed(_) => {}
+        }
+        stage.event(&ended.event("rl"))
+    }
+
     fn save(&mut self, stage: &mut Stage<'_>, best: bool) -> Result<()> {
         let waiting = Instant::now();
-        if let Some(saved) = self.saver.wait(&mut self.crew)? {
-            stage.event(&saved.event("rl"))?;
-        }
+        let before = self.saver.wait(&mut self.crew)?;
+        self.ended(stage, before)?;
         let wait = waiting.elapsed();
         let (step, term) = (self.learner.step(), self.saver.term);
         self.crew.give(|| Order::Save { step, term })?;

@@ -26,6 +26,26 @@ use crate::state::Meta;
 /// How often a waiting rank 0 looks.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// What came of a save.
+#[derive(Debug)]
+pub(crate) enum Ended {
+    /// The checkpoint is whole.
+    Saved(Saved),
+    /// There is none of this step, and training goes on: the one before stays, and the next save may work.
+    Failed(Failed),
+}
+
+/// A save that failed.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    step: u64,
+    /// Saves that have failed in a row, this one among them.
+    in_a_row: u32,
+    /// The step of the newest checkpoint that is whole.
+    newest: Option<u64>,
+    why: LearnerError,
+}
+
 /// A checkpoint that is whole.
 #[derive(Debug)]
 pub(crate) struct Saved {
@@ -51,6 +71,9 @@ struct Pending {
     written: Arc<AtomicBool>,
     /// Takes what the other ranks report; none when that is done.
     others: Option<Sender<Vec<Report>>>,
+    /// Why another rank could not write its part.
+    fault: Option<LearnerError>,
+    step: u64,
     wait: Duration,
     copy: Duration,
 }
@@ -64,6 +87,11 @@ pub(crate) struct Saver {
     pub buffers: Buffers,
     pending: Option<Pending>,
     last: Option<u64>,
+    /// The step that is committed, or was resumed from.
+    newest: Option<u64>,
+    failures: u32,
+    /// Failures in a row that are an error.
+    most_failures: u32,
     saves: Option<Saves>,
     /// The learner's term.
     pub term: u64,
@@ -77,8 +105,19 @@ impl Saver {
         let store = store(handle, config, prefix, environment)?;
         let checkpoints = handle.block_on(Checkpoints::claim(store.clone(), retention))?;
         let term = checkpoints.term();
-        let (checkpoints, buffers) = (Arc::new(Mutex::new(checkpoints)), Buffers::default());
-        Ok(Self { handle: handle.clone(), store, checkpoints, buffers, pending: None, last: None, saves: None, term })
+        Ok(Self {
+            handle: handle.clone(),
+            store,
+            checkpoints: Arc::new(Mutex::new(checkpoints)),
+            buffers: Buffers::default(),
+            pending: None,
+            last: None,
+            newest: None,
+            failures: 0,
+            most_failures: c.max_failures,
+            saves: None,
+            term,
+        })
     }
 
     /// Tells `saves` of every checkpoint that is committed from here on.
@@ -99,10 +138,11 @@ impl Saver {
     /// Records what is gone on from.
     pub fn resumed(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
         self.last = from.map(|c| c.step);
+        self.newest = self.last;
         Ok(self.handle.block_on(lock(&self.checkpoints).resumed(from))?)
     }
 
-    /// The step that was saved, or resumed from, last.
+    /// The step that was saved, or resumed from, last; one whose save failed does not count.
     pub fn last(&self) -> Option<u64> {
         self.last
     }
@@ -130,21 +170,26 @@ impl Saver {
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
         let thread = thread.map_err(LearnerError::io("thread checkpoint"))?;
-        self.pending = Some(Pending { thread, written, others, wait, copy: copied.took });
+        self.pending = Some(Pending { thread, written, others, fault: None, step, wait, copy: copied.took });
         self.last = Some(step);
         Ok(())
     }
 
-    /// Brings the pending save on: asks the other ranks, and returns the checkpoint once it is whole.
-    pub fn poll(&mut self, crew: &mut Crew) -> Result<Option<Saved>> {
+    /// Brings the pending save on: asks the other ranks, and returns what came of it once that is known.
+    ///
+    /// # Errors
+    /// It failed, and so did as many before it as `checkpoint.max_failures` allows; another learner holds the run; a rank is gone.
+    pub fn poll(&mut self, crew: &mut Crew) -> Result<Option<Ended>> {
         let Some(p) = &mut self.pending else { return Ok(None) };
         if p.others.is_some() && p.written.load(Ordering::Acquire) {
             crew.give(|| Order::Collect)?;
             if let Some(told) = crew.collect(Some(&[]))? {
                 let reports = told.iter().enumerate().skip(1).map(|(rank, text)| parse(rank, text));
-                let reports = reports.collect::<Result<Vec<_>>>()?;
-                if let Some(others) = p.others.take() {
-                    let _ = others.send(reports);
+                match (reports.collect::<Result<Vec<_>>>(), p.others.take()) {
+                    (Ok(reports), Some(others)) => drop(others.send(reports)),
+                    // The writer hears that there is nothing more to come.
+                    (Err(fault), others) => (p.fault, _) = (Some(fault), others),
+                    (Ok(_), None) => {}
                 }
             }
         }
@@ -152,23 +197,66 @@ impl Saver {
             return Ok(None);
         }
         let Some(p) = self.pending.take() else { return Ok(None) };
-        let (info, upload) = p.thread.join().map_err(|_| LearnerError::Lost("the checkpoint writer"))??;
+        let ended = p.thread.join().map_err(|_| LearnerError::Lost("the checkpoint writer"))?;
+        let (info, upload) = match ended {
+            Ok(whole) => whole,
+            Err(fenced @ Error::Fenced { .. }) => return Err(fenced.into()),
+            Err(e) => return self.failed(p.step, p.fault.unwrap_or(e.into())).map(|f| Some(Ended::Failed(f))),
+        };
+        (self.newest, self.failures) = (Some(info.step), 0);
         if let Some(saves) = &self.saves {
             saves.committed(p.copy + upload);
         }
-        Ok(Some(Saved { info, wait: p.wait, copy: p.copy, upload }))
+        Ok(Some(Ended::Saved(Saved { info, wait: p.wait, copy: p.copy, upload })))
+    }
+
+    /// Counts a save that failed.
+    fn failed(&mut self, step: u64, why: LearnerError) -> Result<Failed> {
+        self.failures += 1;
+        self.last = self.newest;
+        if let Some(saves) = &self.saves {
+            saves.failed();
+        }
+        if self.failures >= self.most_failures {
+            let in_a_row = self.failures;
+            return Err(LearnerError::Saves { step, in_a_row, source: Box::new(why) });
+        }
+        let kept = self.newest.map_or_else(|| "there is none yet".to_owned(), |n| format!("that of step {n} stays"));
+        tracing::warn!(
+            step,
+            in_a_row = self.failures,
+            "a checkpoint could not be written, {kept}, and training goes on: {why}"
+        );
+        Ok(Failed { step, in_a_row: self.failures, newest: self.newest, why })
     }
 
     /// Waits for the pending save. A store that is slow makes training wait rather than a second copy.
-    pub fn wait(&mut self, crew: &mut Crew) -> Result<Option<Saved>> {
+    ///
+    /// # Errors
+    /// As [`Saver::poll`].
+    pub fn wait(&mut self, crew: &mut Crew) -> Result<Option<Ended>> {
         while self.pending.is_some() {
-            if let Some(saved) = self.poll(crew)? {
-                return Ok(Some(saved));
+            if let Some(ended) = self.poll(crew)? {
+                return Ok(Some(ended));
             }
             crew.hold()?;
             std::thread::sleep(LOOK);
         }
         Ok(None)
+    }
+
+    /// [`Saver::wait`] for the last save of a stage, which nothing comes after.
+    ///
+    /// # Errors
+    /// As there, and where it failed.
+    pub fn wait_last(&mut self, crew: &mut Crew) -> Result<Option<Saved>> {
+        match self.wait(crew)? {
+            None => Ok(None),
+            Some(Ended::Saved(saved)) => Ok(Some(saved)),
+            Some(Ended::Failed(f)) => {
+                Err(LearnerError::Saves { step: f.step, in_a_row: f.in_a_row, source: Box::new(f.why) })
+            }
+        }
     }
 
     /// Writes the model of a step, whose checkpoint holds adapters to that of `vlm` on `base`, merged to `out`, and the adapters beside
@@ -273,6 +361,11 @@ impl Helper {
 
     /// Starts writing what was copied.
     pub fn save(&mut self, (step, term, rank): (u64, u64, usize), copied: Copied) -> Result<()> {
+        // One that rank 0 gave up is of no use to it any more.
+        if let Some(before) = self.writing.take() {
+            let _ = before.join();
+        }
+        self.report = None;
         let task = Task { step, term, rank, objects: copied.objects };
         let (handle, store) = (self.runtime.handle().clone(), self.store.clone());
         let work = move || handle.block_on(write(&store, task));
@@ -311,7 +404,32 @@ fn remove(dir: &Path) -> Result<()> {
     }
 }
 
+impl Ended {
+    /// The `checkpoint` event, or `checkpoint_failed` with the newest step that is whole.
+    pub fn event(&self, stage: &str) -> Value {
+        match self {
+            Self::Saved(saved) => saved.event(stage),
+            Self::Failed(f) => serde_json::json!({
+                "kind": "checkpoint_failed", "stage": stage, "step": f.step, "in_a_row": f.in_a_row, "newest": f.newest,
+                "why": f.why.to_string(),
+            }),
+        }
+    }
+}
+
+impl Failed {
+    /// The step that there is no checkpoint of.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+}
+
 impl Saved {
+    /// Its step.
+    pub fn step(&self) -> u64 {
+        self.info.step
+    }
+
     /// The `checkpoint` event: `wait_s` and `copy_s` are what training stood still for.
     pub fn event(&self, stage: &str) -> Value {
         let i = &self.info;

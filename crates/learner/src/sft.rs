@@ -24,7 +24,7 @@ use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
 use crate::policy::forward_groups;
 use crate::resume::take_up;
-use crate::saver::{Save, Saver};
+use crate::saver::{Ended, Save, Saver};
 use crate::snapshot::{Stand, State, held};
 use crate::stage::{Outcome, Stage, load_model_as};
 use crate::state::{Meta, StaticFiles};
@@ -282,9 +282,9 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     }
     let kind = if from.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
-    let mut save = |saver: &mut Saver, trainer: &SftTrainer, images: u64| {
+    let save = |saver: &mut Saver, crew: &mut Crew, trainer: &SftTrainer, images: u64| {
         let waiting = Instant::now();
-        let before = saver.wait(&mut crew)?;
+        let before = saver.wait(crew)?;
         let wait = waiting.elapsed();
         let copied = trainer.state((0, 1))?.copy(&saver.buffers)?;
         let meta = Meta::new("sft", config, trainer.stand(), images);
@@ -320,20 +320,22 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         }
         if step < total
             && due(config.sft.checkpoint_every, step)
-            && let Some(saved) = save(&mut saver, &trainer, images)?
+            && let Some(saved) = save(&mut saver, &mut crew, &trainer, images)?
         {
             stage.event(&saved.event("sft"))?;
         }
     }
     drop(batches);
-    if saver.last() != Some(trainer.step())
-        && let Some(saved) = save(&mut saver, &trainer, images)?
-    {
-        stage.event(&saved.event("sft"))?;
+    let mut written = saver.wait(&mut crew)?;
+    if let Some(ended) = &written {
+        stage.event(&ended.event("sft"))?;
     }
-    let written = saver.wait(&mut crew)?;
-    if let Some(saved) = &written {
-        stage.event(&saved.event("sft"))?;
+    if saver.last() != Some(trainer.step()) {
+        save(&mut saver, &mut crew, &trainer, images)?;
+        written = saver.wait_last(&mut crew)?.map(Ended::Saved);
+        if let Some(ended) = &written {
+            stage.event(&ended.event("sft"))?;
+        }
     }
     (outcome.step, outcome.skipped) = (trainer.step(), trainer.counters.skipped);
     outcome.interrupted = trainer.step() < total;

@@ -142,7 +142,6 @@ impl Learner {
         report: &mut UpdateReport,
     ) -> Result<Result<(), Unusable>> {
         let mut members = members(groups);
-        report.dropped_groups = groups.len() - members.len();
         if members.is_empty() {
             return Ok(Err(Unusable("every reward of the batch is masked".into())));
         }
@@ -224,15 +223,17 @@ impl Learner {
     }
 
     fn judge(&self, found: &Agreement) -> Result<()> {
-        match found.mean {
-            Some(mean) if mean > self.policy.settings.agreement_limit => Err(LearnerError::Agreement {
-                step: self.step + 1,
-                mean,
-                limit: self.policy.settings.agreement_limit,
-                worst: found.worst.join(", "),
-            }),
-            _ => Ok(()),
-        }
+        let limit = self.policy.settings.agreement_limit;
+        // One worker that drifts is not to hide among others that do not.
+        let mut above: Vec<(&String, f64)> =
+            found.workers.iter().map(|(name, mean)| (name, *mean)).filter(|(_, mean)| *mean > limit).collect();
+        above.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let Some(mean) = found.mean.filter(|mean| *mean > limit).or(above.first().map(|(_, mean)| *mean)) else {
+            return Ok(());
+        };
+        let named: Vec<String> = above.iter().map(|(name, mean)| format!("worker `{name}` ({mean:.2e})")).collect();
+        let workers = named.join(", ");
+        Err(LearnerError::Agreement { step: self.step + 1, mean, limit, workers, worst: found.worst.join(", ") })
     }
 
     /// The groups of a batch that this rank computes; it needs the pixels of these alone.

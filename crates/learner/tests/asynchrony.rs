@@ -185,6 +185,7 @@ fn synchronous(small: &Small) -> Expected {
                 let (id, input) = (l.group.clone(), made.input);
                 batch.push(TrainGroup {
                     id,
+                    worker: "w".into(),
                     input,
                     responses,
                     spans,

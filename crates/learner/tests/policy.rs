@@ -146,7 +146,8 @@ fn groups_without_reward_are_left_out() {
     batch[1].breakdowns.iter_mut().for_each(|b| b.total = None);
     batch[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
     let report = learner.update(&batch).unwrap();
-    assert_eq!((report.dropped_groups, report.flat_groups, report.skipped), (1, 1, None));
+    assert_eq!((report.wholly_masked.len(), report.flat_groups, report.skipped), (1, 1, None));
+    assert_eq!(report.wholly_masked, [batch[1].id.record.clone()]);
     assert_eq!(report.masked["total"], 4);
     let want: usize = [0, 2].iter().flat_map(|g: &usize| &batch[*g].responses).map(|r| r.tokens.len()).sum();
     assert_eq!(report.tokens, want);
@@ -162,6 +163,20 @@ fn disagreement_stops_the_run_and_names_the_worst() {
     let e = learner.update(&batch).unwrap_err();
     assert!(matches!(e, LearnerError::Agreement { step: 1, .. }));
     assert!(e.to_string().contains("worst: record `r1` response 3"), "{e}");
+    assert!(e.to_string().contains("worker `w` ("), "{e}");
+    // One of many workers drifts by too much: the mean over all hides it, its own does not.
+    let mut batch = rollout(learner.vlm(), 8, 4, 0, &low_tokens);
+    for (k, g) in batch.iter_mut().enumerate() {
+        g.worker = format!("w{k}");
+    }
+    batch[5].responses.iter_mut().flat_map(|r| &mut r.logprobs).for_each(|v| *v += 3e-5);
+    let e = learner.update(&batch).unwrap_err();
+    assert!(matches!(e, LearnerError::Agreement { mean, .. } if mean > 1e-5));
+    let text = e.to_string();
+    assert!(text.contains("worker `w5` (") && !text.contains("worker `w4`"), "{text}");
+    batch.iter_mut().for_each(|g| g.worker = "one".into());
+    let report = learner.update(&batch).unwrap();
+    assert!(report.agreement.is_some_and(|a| a < 1e-5) && report.agreement_by_worker.is_empty());
     // The same tokens by an older version are drift, not disagreement.
     let mut stale: Vec<TrainGroup> = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
     learner.update(&stale).unwrap();

@@ -10,7 +10,7 @@ use serde_json::Value;
 use stage::{Small, StopAt, experience, work};
 use unveil_checkpoint::{Access, Store};
 use unveil_config::schema::Algorithm;
-use unveil_learner::{Evaluation, Outcome, Silent, run_rl};
+use unveil_learner::{Evaluation, LearnerError, Outcome, Silent, run_rl};
 use unveil_service::CancellationToken;
 
 fn run(small: &Small, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, Vec<Value>, u64) {
@@ -106,6 +106,69 @@ fn the_best_checkpoint_is_what_comes_out() {
     assert_eq!(samples.lines().count(), 8);
     let line: Value = serde_json::from_str(samples.lines().next().unwrap()).unwrap();
     assert!(line["components"]["toy"]["value"].is_number() && line["text"].is_string(), "{line}");
+}
+
+/// A run whose checkpoints of these steps cannot be written: a file lies where their folder should be.
+fn blocked(steps: &[u64], change: impl FnOnce(&mut Small)) -> (Result<Outcome, LearnerError>, Vec<Value>) {
+    let mut small = small(Algorithm::Grpo, 4);
+    small.config.learner.checkpoint_every = 1;
+    change(&mut small);
+    let folder = small.run().join("checkpoints");
+    std::fs::create_dir_all(&folder).unwrap();
+    steps.iter().for_each(|step| std::fs::write(folder.join(format!("step-{step}")), "").unwrap());
+    let (model, out) = (small.model(), small.dir.path().join("rl-out"));
+    let (mut events, mut silent) = (Vec::new(), Silent);
+    let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
+        Ok(Evaluation { metrics: serde_json::Map::new(), score: -(step as f64 - 2.0).abs() })
+    };
+    let mut stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    stage.evaluator = Some(&mut evaluator);
+    let mut worker = None;
+    let outcome = run_rl(stage, |ready| worker = Some(work(experience(ready), small.model(), "w1")));
+    worker.unwrap().join().unwrap();
+    (outcome, events)
+}
+
+/// `(step, whether it was saved)` in order.
+fn saves(events: &[Value]) -> Vec<(u64, bool)> {
+    let of = |e: &Value| match e["kind"].as_str() {
+        Some("checkpoint") => Some((e["step"].as_u64()?, true)),
+        Some("checkpoint_failed") => Some((e["step"].as_u64()?, false)),
+        _ => None,
+    };
+    events.iter().filter_map(of).collect()
+}
+
+#[test]
+fn a_save_that_fails_is_told_and_training_goes_on_while_the_next_may_work() {
+    let (outcome, events) = blocked(&[2], |s| s.config.learner.eval_every = 1);
+    let outcome = outcome.unwrap();
+    assert_eq!(saves(&events), [(1, true), (2, false), (3, true), (4, true)]);
+    let failed = of(&events, "checkpoint_failed")[0];
+    assert_eq!((&failed["newest"], &failed["in_a_row"]), (&1.into(), &1.into()));
+    assert!(failed["why"].as_str().unwrap().contains("step-2"), "{failed}");
+    // Step 2 was the best, and there is no checkpoint of it.
+    assert_eq!((outcome.step, outcome.exported), (4, Some(1)));
+}
+
+#[test]
+fn saves_that_go_on_failing_end_the_run() {
+    let (outcome, events) = blocked(&[2, 3], |s| s.config.checkpoint.max_failures = 2);
+    let e = outcome.unwrap_err();
+    assert!(matches!(e, LearnerError::Saves { step: 3, in_a_row: 2, .. }), "{e}");
+    assert!(e.to_string().contains("checkpoint.max_failures") && e.to_string().contains("step-3"), "{e}");
+    assert_eq!(saves(&events), [(1, true), (2, false)]);
+    // One that is good in between sets the count back.
+    let (outcome, events) = blocked(&[1, 3], |s| s.config.checkpoint.max_failures = 2);
+    assert_eq!((outcome.unwrap().step, saves(&events)), (4, vec![(1, false), (2, true), (3, false), (4, true)]));
+}
+
+#[test]
+fn the_last_save_has_to_work() {
+    let (outcome, events) = blocked(&[4], |_| ());
+    let e = outcome.unwrap_err();
+    assert!(matches!(e, LearnerError::Saves { step: 4, .. }), "{e}");
+    assert!(saves(&events).starts_with(&[(1, true), (2, true), (3, true)]), "{events:?}");
 }
 
 #[test]

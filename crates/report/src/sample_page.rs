@@ -62,6 +62,7 @@ fn mask(name: &str, c: &Component) -> Option<String> {
         Some(MaskReason::NoAttention) => "no attention",
         Some(MaskReason::GroupMasked) => "masked for another response of the group",
         Some(MaskReason::Failed(_)) => "failed",
+        Some(MaskReason::Unavailable(_)) => "not available",
         None => "masked",
     };
     Some(format!("{}: {reason}", name.replace('_', " ")))
@@ -77,7 +78,7 @@ fn row(s: &Shown, why: &[String]) -> Value {
 fn entry(s: &Shown, image: Option<usize>, why: &[String]) -> Value {
     let component = |(name, c): (&String, &Component)| {
         let failed = match &c.reason {
-            Some(MaskReason::Failed(what)) => Some(what),
+            Some(MaskReason::Failed(what) | MaskReason::Unavailable(what)) => Some(what),
             _ => None,
         };
         json!({"name": name.replace('_', " "), "value": c.value, "why": mask(name, c), "failed": failed, "detail": c.detail})

@@ -3,15 +3,65 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tonic::Code;
 use tonic::transport::Channel;
+use unveil_config::schema::Reward;
 use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record, Secret};
 use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
-use unveil_service::{Backoff, ClientOptions, authorised, carry, connect_with, limited, retry, with_deadline};
+use unveil_service::{
+    Backoff, ClientOptions, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
+};
 
 use crate::RewardError;
 use crate::score::COMPONENTS;
+
+/// Why a group has no scores.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unscored {
+    /// The service could not be had: it is away, overloaded, too slow, or it does not let us in. Another group would fare no better.
+    #[error("{0}")]
+    Away(String),
+    /// The service could not score this group, or what it said cannot be used.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Unscored {
+    /// Of a call that failed.
+    fn of(e: &ServiceError) -> Self {
+        match e {
+            ServiceError::Call { status, .. } if !is_away(status.code()) => Self::Refused(e.to_string()),
+            _ => Self::Away(e.to_string()),
+        }
+    }
+
+    /// The reason of a component that is masked for it.
+    fn reason(&self) -> MaskReason {
+        match self {
+            Self::Away(why) => MaskReason::Unavailable(why.clone()),
+            Self::Refused(why) => MaskReason::Failed(why.clone()),
+        }
+    }
+}
+
+/// Whether an answer says nothing about what was asked, but of the way to whoever is asked.
+pub(crate) fn is_away(code: Code) -> bool {
+    use Code::{Aborted, Cancelled, DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated};
+    matches!(
+        code,
+        Aborted
+            | Cancelled
+            | DeadlineExceeded
+            | PermissionDenied
+            | ResourceExhausted
+            | Unauthenticated
+            | Code::Unavailable
+            | Code::Unimplemented
+            | Code::Unknown
+    )
+}
 
 /// A client of the reward service. Cheap to clone; clones share the connection.
 #[derive(Debug, Clone)]
@@ -43,9 +93,26 @@ impl RewardClient {
         Self { inner: limited!(Generated::new(channel)), token: None }
     }
 
-    /// Scores a group; tries again while the service is away, up to `deadline`. On any failure the cause is logged and every
-    /// component of every response is masked as failed. The current span goes on in the service.
+    /// Sends and takes messages of so many bytes at most: what the service takes.
+    pub fn at_most(self, bytes: usize) -> Self {
+        Self { inner: limited!(self.inner, bytes), token: self.token }
+    }
+
+    /// [`RewardClient::try_score`] where every component of every response is masked with the cause of a failure.
     pub async fn score(&self, request: v1::ScoreRequest, deadline: Duration) -> Vec<Breakdown> {
+        let id = record_id(&request.record_json);
+        let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
+        self.try_score(request, deadline).await.unwrap_or_else(|e| {
+            tracing::warn!(group = id, "no reward, masked: {e}");
+            masked_group(&id, &indices, &e.reason())
+        })
+    }
+
+    /// Scores a group; tries again while the service is away, up to `deadline`. The current span goes on in the service.
+    ///
+    /// # Errors
+    /// There are no scores, and why.
+    pub async fn try_score(&self, request: v1::ScoreRequest, deadline: Duration) -> Result<Vec<Breakdown>, Unscored> {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         let answer = retry("reward score", deadline, Backoff::default(), |left| {
@@ -55,12 +122,19 @@ impl RewardClient {
             async move { client.score(request?).await }
         })
         .await
-        .map_err(|e| e.to_string())
-        .and_then(|r| checked(&id, &indices, r.into_inner()));
-        answer.unwrap_or_else(|reason| {
-            tracing::warn!(group = id, "no reward, masked: {reason}");
-            masked_group(&id, &indices, &reason)
-        })
+        .map_err(|e| Unscored::of(&e))?;
+        checked(&id, &indices, answer.into_inner()).map_err(Unscored::Refused)
+    }
+
+    /// Asks for nothing, to see whether the service answers and lets us in.
+    ///
+    /// # Errors
+    /// It does not, and why.
+    pub async fn probe(&self, deadline: Duration) -> Result<(), Unscored> {
+        match self.try_score(v1::ScoreRequest::default(), deadline).await {
+            Err(away @ Unscored::Away(_)) => Err(away),
+            Ok(_) | Err(Unscored::Refused(_)) => Ok(()),
+        }
     }
 }
 
@@ -87,8 +161,8 @@ pub fn score_request(
 }
 
 /// Breakdowns of a group whose reward could not be computed.
-pub fn masked_group(id: &str, indices: &[usize], reason: &str) -> Vec<Breakdown> {
-    let masked = || Component::masked(MaskReason::Failed(reason.to_owned()));
+pub fn masked_group(id: &str, indices: &[usize], reason: &MaskReason) -> Vec<Breakdown> {
+    let masked = || Component::masked(reason.clone());
     let breakdown = |&index: &usize| Breakdown {
         id: id.to_owned(),
         index,
@@ -96,6 +170,20 @@ pub fn masked_group(id: &str, indices: &[usize], reason: &str) -> Vec<Breakdown>
         components: COMPONENTS.iter().map(|n| ((*n).to_owned(), masked())).collect(),
     };
     indices.iter().map(breakdown).collect()
+}
+
+/// Why a group has no reward at all although it may have one later: nothing with a weight has a value, and somebody who computes such
+/// a component could not be had. None where it has one, or where asking again would not help.
+pub fn out_of_reach(breakdowns: &[Breakdown], reward: &Reward) -> Option<String> {
+    if breakdowns.iter().any(|b| b.total.is_some()) {
+        return None;
+    }
+    let counts = |name: &str| reward.components().iter().any(|(n, weight, _)| *n == name && *weight > 0.0);
+    let parts = breakdowns.iter().flat_map(|b| &b.components).filter(|(name, _)| counts(name));
+    parts.into_iter().find_map(|(name, c)| match &c.reason {
+        Some(MaskReason::Unavailable(why)) => Some(format!("`{name}`: {why}")),
+        _ => None,
+    })
 }
 
 /// The answer must speak of the responses that were sent, in their order, in finite numbers.

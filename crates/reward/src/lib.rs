@@ -30,7 +30,7 @@ pub mod text;
 pub mod vision;
 mod wire;
 
-pub use client::{RewardClient, masked_group, score_request};
+pub use client::{RewardClient, Unscored, masked_group, out_of_reach, score_request};
 pub use error::RewardError;
 pub use mention::byte_spans;
 pub use offline::{GroupLines, read_responses, run_score};

@@ -117,6 +117,7 @@ fn reason(reason: Option<&MaskReason>) -> &'static str {
         Some(MaskReason::NotApplicable) => "not_applicable",
         Some(MaskReason::NoAttention) => "no_attention",
         Some(MaskReason::GroupMasked) => "group_masked",
+        Some(MaskReason::Unavailable(_)) => "unavailable",
         Some(MaskReason::Failed(_)) | None => "failed",
     }
 }

@@ -19,10 +19,7 @@ const WITNESSES: usize = 2;
 /// A cell that touches a true box is none: much attention from all tokens is what is wanted there. Nothing is a sink where the rows of
 /// such tokens were not sent, or the text of tokens is not known. Fewer than |V| / `factor` cells are sinks.
 pub fn sinks(seen: Seen<'_>, attention: &Attention, m: &[f32], factor: f64) -> Vec<usize> {
-    let wordless = |token: usize| {
-        let text = seen.spans.get(token).and_then(|&(b, e)| seen.text.get(b..e));
-        text.is_some_and(|t| !t.is_empty() && !t.chars().any(char::is_alphanumeric))
-    };
+    let wordless = |token: usize| is_wordless(seen.text, seen.spans, token);
     let sent = attention.tokens.iter().zip(&attention.rows);
     let rows: Vec<&Vec<f32>> =
         sent.filter(|(token, row)| wordless(**token) && row.len() == m.len()).map(|(_, row)| row).collect();
@@ -31,6 +28,12 @@ pub fn sinks(seen: Seen<'_>, attention: &Attention, m: &[f32], factor: f64) -> V
     }
     let least = (factor / m.len() as f64) as f32;
     (0..m.len()).filter(|&j| m[j] == 0.0 && rows.iter().all(|row| row[j] >= least)).collect()
+}
+
+/// Whether a token carries no word: a bracket, a comma, a blank.
+pub(crate) fn is_wordless(text: &str, spans: &[(usize, usize)], token: usize) -> bool {
+    let own = spans.get(token).and_then(|&(b, e)| text.get(b..e));
+    own.is_some_and(|t| !t.is_empty() && !t.chars().any(char::is_alphanumeric))
 }
 
 /// What is left of a value per cell without `sinks` (ascending).

@@ -10,7 +10,7 @@ use unveil_core::{Attention, BBox, Component, Grid, MaskReason, Reading};
 
 use crate::mention::{mention, tokens_of};
 use crate::rows::{Sums, entropy, sums};
-use crate::sinks::{kept, sinks};
+use crate::sinks::{is_wordless, kept, sinks};
 
 /// How far a row's sum may be from 1 before it is not a softmax over the image tokens.
 const ROW_SUM_SLACK: f64 = 0.05;
@@ -82,6 +82,18 @@ pub struct Seen<'a> {
     pub spans: &'a [(usize, usize)],
     /// Rows, where they were captured.
     pub attention: Option<&'a Attention>,
+}
+
+/// Tokens whose rows [`look`] may read, those that it needs most first: those that name the class (`named`), and with a sink filter
+/// those that carry no word. No other row has to be sent; none where nothing is named.
+pub fn rows_needed(named: Vec<usize>, text: &str, spans: &[(usize, usize)], rule: VisionRule) -> Vec<usize> {
+    let mut tokens = named;
+    if rule.sink > 0.0 && !tokens.is_empty() {
+        let wordless = |t: &usize| is_wordless(text, spans, *t) && !tokens.contains(t);
+        let others: Vec<usize> = (0..spans.len()).filter(wordless).collect();
+        tokens.extend(others);
+    }
+    tokens
 }
 
 /// Vision relevance of one answer.
@@ -235,6 +247,39 @@ mod tests {
         let even = score(vec![1.0 / 16.0; 16], &b, VisionMode::AllTokens);
         assert!((even.detail["entropy"] - 1.0).abs() < 1e-6 && (even.detail["s"] - 1.0 / 16.0).abs() < 1e-6);
         assert!(score(one(5), &b, VisionMode::AllTokens).detail["entropy"].abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_rows_that_are_needed_score_as_all_rows_do() {
+        let text = "[1, 2] nodule; (3) a nodule, no mass. Nodule [4]";
+        let ends = [1, 2, 3, 4, 5, 6, 9, 13, 15, 16, 17, 18, 20, 23, 27, 28, 31, 36, 37, 44, 45, 46, 47, 48];
+        let spans: Vec<(usize, usize)> = [0].iter().chain(&ends).copied().zip(ends).collect();
+        let row = |t: usize| -> Vec<f32> {
+            let raw: Vec<f32> = (0..16).map(|j| ((t * 7 + j * 3) % 11) as f32 + 1.0).collect();
+            let sum: f32 = raw.iter().sum();
+            raw.into_iter().map(|v| v / sum).collect()
+        };
+        let whole =
+            Attention { grid: [4, 4], tokens: (0..spans.len()).collect(), rows: (0..spans.len()).map(row).collect() };
+        let boxes = [BBox::from([0.0, 0.0, 20.0, 20.0])];
+        for (sink, name, most) in [(0.0, "Nodule", 2), (1.2, "Nodule", 14), (1.2, "mass", 13), (1.2, "cyst", 0)] {
+            let rule = VisionRule { mode: VisionMode::AllTokens, sink };
+            let names = [name.to_owned()];
+            let reading = Reading::default();
+            let named = mention(&reading, text, &names).map(|at| tokens_of(&at, &spans)).unwrap_or_default();
+            let needed = rows_needed(named, text, &spans, rule);
+            assert!(needed.len() <= most && needed.len() < spans.len(), "{needed:?}");
+            let mut sent = needed.clone();
+            sent.sort_unstable();
+            sent.dedup();
+            assert_eq!(sent.len(), needed.len());
+            let part = Attention { grid: [4, 4], rows: sent.iter().map(|t| row(*t)).collect(), tokens: sent };
+            let score = |a: &Attention| {
+                let seen = Seen { text, reading: &reading, spans: &spans, attention: Some(a) };
+                look(seen, &names, &mut Region::new(&boxes, [40, 40]), rule)
+            };
+            assert_eq!(score(&part), score(&whole), "{name} {sink}");
+        }
     }
 
     #[test]

@@ -7,11 +7,11 @@ use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use unveil_config::Config;
-use unveil_core::{Attention, BoxForm, Finish, MaskReason, Record, Response};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, MaskReason, Record, Response};
 use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{response_to_wire, v1};
-use unveil_reward::{COMPONENTS, RewardClient, RewardError, score_request, serve_with};
+use unveil_reward::{COMPONENTS, RewardClient, RewardError, Unscored, out_of_reach, score_request, serve_with};
 use unveil_service::{CancellationToken, connect};
 
 const WAIT: Duration = Duration::from_secs(10);
@@ -105,9 +105,68 @@ async fn a_service_that_does_not_answer_masks_and_never_scores_zero() {
         assert_eq!(b.total, None);
         assert_eq!(b.components.len(), COMPONENTS.len());
         for c in b.components.values() {
-            assert!(c.masked && c.value.is_none() && matches!(c.reason, Some(MaskReason::Failed(_))));
+            assert!(c.masked && c.value.is_none() && matches!(c.reason, Some(MaskReason::Unavailable(_))));
         }
     }
+}
+
+/// Whose fault it is that there is no score decides what becomes of the group.
+#[tokio::test]
+async fn a_service_that_is_away_is_told_from_a_group_that_cannot_be_scored() {
+    let soon = Duration::from_millis(300);
+    let serve = async |change: &dyn Fn(&mut Config)| {
+        let (mut config, stop) = (Config::default(), CancellationToken::new());
+        change(&mut config);
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let token = stop.clone();
+        tokio::spawn(async move { serve_with(&config, token, |a| tell.send(a).unwrap()).await });
+        (told.await.unwrap().to_string(), stop)
+    };
+    let tried = async |address: &str, request: v1::ScoreRequest| {
+        let channel = connect(address, WAIT).await.unwrap();
+        RewardClient::new(channel).try_score(request, soon).await
+    };
+    let (fine, _a) = serve(&|_| ()).await;
+    assert_eq!(tried(&fine, request()).await.unwrap().len(), 2);
+    let bad = v1::ScoreRequest { image_width: 0, ..request() };
+    let Err(Unscored::Refused(why)) = tried(&fine, bad).await else { panic!("it is the group that is bad") };
+    assert!(why.contains("image_width"), "{why}");
+    // What is too large for the service is no reason to wait for it.
+    let (small, _b) = serve(&|c| c.reward.service.max_message_mib = 1).await;
+    let large = v1::ScoreRequest { record_json: "x".repeat(2 << 20), ..request() };
+    assert!(matches!(tried(&small, large).await, Err(Unscored::Refused(_))));
+    // Without the token that it asks for, with too many calls, and where nobody listens, it is away.
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token");
+    std::fs::write(&token, "0123456789abcdef0123456789abcdef").unwrap();
+    let (closed, _c) = serve(&|c| c.auth.token_file = token.display().to_string()).await;
+    let (full, _d) = serve(&|c| c.reward.service.max_in_flight = 0).await;
+    for (address, word) in [(&closed, "Unauthenticated"), (&full, "calls are under way")] {
+        let Err(Unscored::Away(why)) = tried(address, request()).await else { panic!("{word}") };
+        assert!(why.contains(word), "{why}");
+        let channel = connect(address, WAIT).await.unwrap();
+        assert!(RewardClient::new(channel).probe(soon).await.is_err(), "{word}");
+    }
+    let channel = connect(&fine, WAIT).await.unwrap();
+    RewardClient::new(channel).probe(WAIT).await.unwrap();
+}
+
+#[test]
+fn a_group_whose_only_component_is_out_of_reach_may_have_a_reward_later() {
+    let masked = |name: &str, reason: MaskReason| {
+        let components = [(name.to_owned(), Component::masked(reason))].into();
+        vec![Breakdown { id: "a".into(), index: 0, total: None, components }]
+    };
+    let reward = &Config::default().reward;
+    let away = || MaskReason::Unavailable("gone".into());
+    assert_eq!(out_of_reach(&masked("category", away()), reward).as_deref(), Some("`category`: gone"));
+    for other in [MaskReason::Failed("no".into()), MaskReason::NotApplicable, MaskReason::NoAttention] {
+        assert_eq!(out_of_reach(&masked("category", other), reward), None);
+    }
+    assert_eq!(out_of_reach(&masked("nobody_counts_this", away()), reward), None);
+    let mut some = masked("category", away());
+    some[0].total = Some(0.5);
+    assert_eq!(out_of_reach(&some, reward), None, "the other components rewarded it");
 }
 
 #[tokio::test]

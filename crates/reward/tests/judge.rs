@@ -50,7 +50,7 @@ fn load(c: &Config) -> Arc<Scorers> {
 
 fn why(reason: Option<&MaskReason>) -> &str {
     match reason {
-        Some(MaskReason::Failed(why)) => why,
+        Some(MaskReason::Failed(why) | MaskReason::Unavailable(why)) => why,
         other => panic!("{other:?}"),
     }
 }
@@ -203,7 +203,9 @@ async fn with_a_third_failing_nobody_waits_longer_than_the_deadline() {
         // A group is scored or masked as a whole, and a failure is never a number.
         let all: Vec<_> = out.iter().map(|b| b.components["relevance"].value).collect();
         assert!(all.iter().all(|v| *v == Some(0.5)) || all.iter().all(Option::is_none), "{all:?}");
-        let failed = out.iter().any(|b| matches!(b.components["relevance"].reason, Some(MaskReason::Failed(_))));
+        let failed = out.iter().any(|b| {
+            matches!(b.components["relevance"].reason, Some(MaskReason::Failed(_) | MaskReason::Unavailable(_)))
+        });
         assert_eq!(failed, all[0].is_none());
         assert!(out.iter().all(|b| b.total.is_some()));
         states.insert(failed);

@@ -63,6 +63,16 @@ impl Experience for Fake {
         Err(Status::unimplemented("no leases"))
     }
 
+    async fn heartbeat(&self, _: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatResponse>, Status> {
+        Err(Status::unimplemented("no leases"))
+    }
+
+    type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
+
+    async fn image(&self, _: Request<v1::ImageRequest>) -> Result<Response<Self::ImageStream>, Status> {
+        Err(Status::unimplemented("no leases"))
+    }
+
     async fn submit(&self, _: Request<v1::SubmitRequest>) -> Result<Response<v1::SubmitResponse>, Status> {
         Err(Status::unimplemented("no leases"))
     }

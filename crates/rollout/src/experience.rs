@@ -9,11 +9,13 @@ use tonic::{Code, Request, Status, Streaming};
 use unveil_core::Secret;
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
+use unveil_proto::v1::release_request::Cause;
 use unveil_service::{
-    Backoff, ClientOptions, Health, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
+    Backoff, ClientOptions, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
 };
 
 use crate::hand::{Hand, Progress};
+use crate::ready::Ready;
 use crate::{Result, RolloutError};
 
 /// How long an answer may come late, beyond the time that the service may wait.
@@ -62,15 +64,15 @@ impl Experience {
         retry(what, self.patience, Backoff::default(), call).await.map_err(|e| failed(&self.address, e))
     }
 
-    /// Groups to generate, as call `call` of `hand`; waits up to `wait` on the server. `health` hears whether the service answers: who holds weights and is
-    /// answered can do its work.
+    /// Groups to generate, as call `call` of `hand`; waits up to `wait` on the server. `ready` hears whether the service answers: who
+    /// holds weights and is answered can do its work.
     pub async fn lease(
         &self,
         (hand, call): (&Hand, u64),
         max_groups: usize,
         wait: Duration,
         weights: Option<v1::HeldWeights>,
-        health: &Health,
+        ready: &Ready,
     ) -> Result<Trusted<v1::LeaseResponse>> {
         let request = v1::LeaseRequest {
             worker: self.worker.clone(),
@@ -86,9 +88,9 @@ impl Experience {
             async move {
                 let answer = client.lease(request?).await;
                 match (&answer, weights) {
-                    (Ok(_), Some(_)) => health.ready(),
+                    (Ok(_), Some(_)) => ready.learner(true),
                     (Ok(_), None) => {}
-                    (Err(_), _) => health.waiting(),
+                    (Err(_), _) => ready.learner(false),
                 }
                 answer
             }
@@ -96,14 +98,14 @@ impl Experience {
         trusted(answer.await)
     }
 
-    /// Tells what is in hand, once: the next heartbeat follows soon. Gives the leases that are lost; none where it did not arrive.
-    pub async fn heartbeat(&self, hand: &Hand, within: Duration) -> Option<Vec<String>> {
+    /// Tells what is in hand, once: the next heartbeat follows soon. None where it did not arrive.
+    pub async fn heartbeat(&self, hand: &Hand, within: Duration) -> Option<v1::HeartbeatResponse> {
         let (done, in_hand) = hand.told();
         let request = v1::HeartbeatRequest { worker: self.worker.clone(), session: hand.session, done, in_hand };
         let mut client = self.inner.clone();
         let call = async { client.heartbeat(self.request(request, within)?).await };
         match tokio::time::timeout(within, call).await {
-            Ok(Ok(answer)) => Some(answer.into_inner().lost),
+            Ok(Ok(answer)) => Some(answer.into_inner()),
             _ => {
                 tracing::debug!("a heartbeat did not arrive at {}", self.address);
                 None
@@ -160,14 +162,17 @@ impl Experience {
         Ok(())
     }
 
-    /// Hands a whole group in. The current span goes on in the service.
-    pub async fn submit(&self, mut request: v1::SubmitRequest) -> Result<Trusted<v1::submit_response::Verdict>> {
+    /// Hands a whole group in; where it is refused, the answer says why. The current span goes on in the service.
+    pub async fn submit(
+        &self,
+        mut request: v1::SubmitRequest,
+    ) -> Result<Trusted<(v1::submit_response::Verdict, String)>> {
         request.worker.clone_from(&self.worker);
         let answer = self.call("submit", |left| {
             let (mut client, request) = (self.inner.clone(), self.request(request.clone(), left));
             async move { client.submit(carry(request?, &tracing::Span::current())).await }
         });
-        Ok(trusted(answer.await)?.map(|answer| answer.verdict()))
+        Ok(trusted(answer.await)?.map(|answer| (answer.verdict(), answer.why)))
     }
 
     /// Opens a stream of what is newer than `holds`; waits up to `wait` on the server.
@@ -200,9 +205,15 @@ impl Experience {
 
     /// Hands leases back, once and for a short time: they run out by themselves otherwise.
     pub async fn release(&self, leases: Vec<String>) {
+        self.give_back(leases, Cause::Unspecified, String::new()).await;
+    }
+
+    /// [`Experience::release`] with what became of them.
+    pub async fn give_back(&self, leases: Vec<String>, cause: Cause, why: String) {
         let within = Duration::from_secs(1);
         let mut client = self.inner.clone();
-        let request = self.request(v1::ReleaseRequest { worker: self.worker.clone(), leases }, within);
+        let worker = self.worker.clone();
+        let request = self.request(v1::ReleaseRequest { worker, leases, cause: cause.into(), why }, within);
         let call = async move { client.release(request?).await };
         match tokio::time::timeout(within, call).await {
             Ok(Ok(_)) => {}

@@ -1,24 +1,30 @@
 //! What happens to one leased group: model input before generation, scores and submission after it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use tokio::sync::OnceCell;
+use prost::Message;
 use tracing::{Instrument, Span};
-use unveil_config::Config;
-use unveil_core::{Breakdown, Finish, GroupId, Logprobs, Record, Sampling};
+use unveil_core::{Finish, GroupId, Logprobs, Record, Sampling};
 use unveil_data::prepare::Preparer;
 use unveil_data::store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
-use unveil_proto::{attention_to_wire, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
-use unveil_reward::{RewardClient, RewardError, Scoring, masked_group, score_request};
-use unveil_service::{ClientOptions, connect_with, continues, span};
+use unveil_proto::v1::release_request::Cause;
+use unveil_proto::{breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, v1};
+use unveil_reward::vision::{VisionRule, rows_needed};
+use unveil_reward::{Scoring, Unscored, score_request};
+use unveil_service::{MESSAGE_LIMIT, continues, span};
 
 use crate::engine::stop_rule;
 use crate::experience::{Distrust, Experience};
+use crate::fit::{Rows, fill};
+use crate::rewards::Rewards;
 use crate::text::{self, Frame};
 use crate::{Result, RolloutError};
+
+/// Bytes that a worker's name takes in a message at most.
+const NAME: usize = 256;
 
 /// A leased group beside its request to the engine.
 pub(crate) struct Leased {
@@ -26,7 +32,7 @@ pub(crate) struct Leased {
     group: GroupId,
     record: Record,
     frame: Frame,
-    /// How its class is found in answers.
+    /// How its class is found in answers, and how the reward reads attention.
     scoring: Arc<Scoring>,
     /// Where the group's trace goes on; empty = there is none.
     traceparent: String,
@@ -90,68 +96,16 @@ pub(crate) fn prepare(
     Ok((leased, GroupRequest { input, key, sampling, stop }))
 }
 
-/// The reward service, connected to when it is first needed. Where it cannot be had, groups are masked.
-pub(crate) struct Rewards {
-    address: String,
-    options: ClientOptions,
-    deadline: Duration,
-    client: OnceCell<RewardClient>,
-}
-
-impl Rewards {
-    /// Errors when the address can never be one, or a certificate is not there.
-    pub async fn new(address: &str, options: ClientOptions, config: &Config) -> Result<Self> {
-        let deadline = Duration::from_secs_f64(config.reward.deadline_s);
-        if let Err(e) = connect_with(address, &options, Duration::ZERO).await
-            && e.is_permanent()
-        {
-            return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });
-        }
-        Ok(Self { address: address.to_owned(), options, deadline, client: OnceCell::new() })
-    }
-
-    /// One breakdown per response, masked when the service failed or the deadline has passed.
-    async fn score(
-        &self,
-        id: &str,
-        request: Result<v1::ScoreRequest, RewardError>,
-        indices: &[usize],
-    ) -> Vec<Breakdown> {
-        let start = Instant::now();
-        let masked = |reason: String| {
-            tracing::warn!(group = id, "no reward, masked: {reason}");
-            masked_group(id, indices, &reason)
-        };
-        let request = match request {
-            Ok(request) => request,
-            Err(e) => return masked(e.to_string()),
-        };
-        // Every group waits for the connection at the same time, none behind another.
-        let connecting =
-            self.client.get_or_try_init(|| RewardClient::connect_with(&self.address, &self.options, self.deadline));
-        let client = match tokio::time::timeout(self.deadline, connecting).await {
-            Ok(Ok(client)) => client,
-            Ok(Err(e)) => return masked(e.to_string()),
-            Err(_) => {
-                return masked(format!(
-                    "no connection to {} within {:.1} s",
-                    self.address,
-                    self.deadline.as_secs_f64()
-                ));
-            }
-        };
-        client.score(request, self.deadline.saturating_sub(start.elapsed())).await
-    }
-}
-
 /// What became of a group.
 pub(crate) enum Delivery {
     /// It was cancelled, and is not submitted.
     Cancelled,
-    /// The answer to the submission.
-    Answered { verdict: v1::submit_response::Verdict, tokens: u64, reward_ms: f64 },
+    /// The answer to the submission, with why where it was refused.
+    Answered { verdict: v1::submit_response::Verdict, why: String, tokens: u64, reward_ms: f64 },
     /// The service does not trust the weights that made it, and has the group back.
     Distrusted(Distrust),
+    /// It has no scores and is to be given back.
+    Unscored { cause: Cause, why: String },
 }
 
 /// Scores a generated group and submits it whole; `weights` are those that made its tokens.
@@ -167,25 +121,43 @@ pub(crate) async fn deliver(
     if output.responses.iter().any(|r| r.finish == Finish::Cancelled) {
         return Ok(Delivery::Cancelled);
     }
-    let indices: Vec<usize> = output.responses.iter().map(|r| r.index).collect();
     let tokens = output.responses.iter().map(|r| r.tokens.len() as u64).sum();
-    let (mut bare, mut scored) = (Vec::new(), Vec::new());
+    let rule = VisionRule::new(&leased.scoring.reward.vision_relevance);
+    let (mut bare, mut named, mut needed) = (Vec::new(), Vec::new(), Vec::new());
     for raw in output.responses {
         let (response, spans, rows) = text::response(preparer.tokenizer(), raw);
-        let wire = response_to_wire(&response, &spans, None);
-        let attention = leased.frame.attention(rows.as_ref());
-        let named = attention
-            .as_ref()
-            .and_then(|a| text::named_rows(a, &leased.scoring, &leased.record, &response.text, &spans));
-        scored.push(v1::Response { attention: attention.as_ref().map(attention_to_wire), ..wire.clone() });
-        bare.push(v1::Response { attention: named.as_ref().map(attention_to_wire), ..wire });
+        let all = leased.frame.attention(rows.as_ref());
+        let first = text::named(&leased.scoring, &leased.record, &response.text, &spans);
+        named.push(Rows { all: all.clone(), needed: first.clone() });
+        needed.push(Rows { all, needed: rows_needed(first, &response.text, &spans, rule) });
+        bare.push(response_to_wire(&response, &spans, None));
     }
     let start = Instant::now();
-    let request = score_request(&leased.record, &leased.frame.sizes, preparer.box_form(), scored);
-    let scoring = rewards.score(&leased.record.id, request, &indices);
-    let breakdowns = scoring.instrument(leased.span(Step::Score)).await;
+    let request = score_request(&leased.record, &leased.frame.sizes, preparer.box_form(), bare.clone());
+    let scored = match request {
+        Ok(mut request) => {
+            let length = request.encoded_len();
+            let left_out = fill(&mut request.responses, &needed, length, rewards.most_bytes());
+            if left_out > 0 {
+                let record = &leased.record.id;
+                tracing::warn!(
+                    record,
+                    left_out,
+                    "attention that does not fit into a message is left out: raise reward.service.max_message_mib"
+                );
+            }
+            drop(needed);
+            rewards.score(request).instrument(leased.span(Step::Score)).await
+        }
+        Err(e) => Err(Unscored::Refused(e.to_string())),
+    };
+    let breakdowns = match scored {
+        Ok(breakdowns) => breakdowns,
+        Err(Unscored::Away(why)) => return Ok(Delivery::Unscored { cause: Cause::Unscored, why }),
+        Err(Unscored::Refused(why)) => return Ok(Delivery::Unscored { cause: Cause::Failed, why }),
+    };
     let reward_ms = start.elapsed().as_secs_f64() * 1e3;
-    let request = v1::SubmitRequest {
+    let mut request = v1::SubmitRequest {
         worker: String::new(),
         lease: leased.lease.clone(),
         group: Some(group_to_wire(&leased.group)),
@@ -195,9 +167,13 @@ pub(crate) async fn deliver(
         reward_ms,
         weights,
     };
+    // The worker's name is still to come.
+    let length = request.encoded_len() + NAME;
+    fill(&mut request.responses, &named, length, MESSAGE_LIMIT);
+    drop(named);
     let submitted = experience.submit(request).instrument(leased.span(Step::Submit)).await?;
     Ok(match submitted {
-        Ok(verdict) => Delivery::Answered { verdict, tokens, reward_ms },
+        Ok((verdict, why)) => Delivery::Answered { verdict, why, tokens, reward_ms },
         Err(what) => Delivery::Distrusted(what),
     })
 }

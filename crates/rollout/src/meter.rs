@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use unveil_model::GpuMemory;
+use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_service::prometheus_client::collector::Collector;
 use unveil_service::prometheus_client::encoding::DescriptorEncoder;
 use unveil_service::prometheus_client::metrics::counter::Counter;
 use unveil_service::prometheus_client::metrics::family::Family;
+use unveil_service::prometheus_client::metrics::gauge::Gauge;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
 use unveil_service::{Access, CancellationToken, Series, ServiceError, metrics_page, role_registry};
@@ -25,6 +27,8 @@ pub(crate) struct Meter {
     reward: Histogram,
     swap: Histogram,
     swaps: Counter,
+    /// 1 while no rewards can be had.
+    away: Gauge,
     present: Arc<Mutex<Present>>,
 }
 
@@ -41,6 +45,10 @@ struct Present {
 const DISTRUSTED: &str = "distrusted";
 /// And of one whose lease went to another worker while it was made.
 const LOST: &str = "lost";
+/// What becomes of a group that no reward could be had for.
+const UNSCORED: &str = "unscored";
+/// What becomes of a group that could not be made or scored.
+const FAILED: &str = "failed";
 
 fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 20))
@@ -56,6 +64,7 @@ impl Meter {
             reward: seconds(),
             swap: seconds(),
             swaps: Counter::default(),
+            away: Gauge::default(),
             present: Arc::default(),
         }
     }
@@ -84,6 +93,7 @@ impl Meter {
         registry.register("groups", "Groups that were handed in, by verdict", self.groups.clone());
         registry.register("weight_swaps", "Times that weights were taken over", self.swaps.clone());
         registry.register("tokens", "Tokens of groups that the learner answered", self.tokens.clone());
+        registry.register("rewards_away", "1 while no rewards can be had and groups are given back", self.away.clone());
         let help = "Time to generate a group, its share of the batch that it was generated in";
         registry.register_with_unit("generate", help, Unit::Seconds, self.generate.clone());
         let help = "Time until a group was scored, tries and waits included";
@@ -112,6 +122,7 @@ impl Meter {
             Verdict::Duplicate => "duplicate",
             Verdict::Stale => "stale",
             Verdict::Expired => "expired",
+            Verdict::Rejected => "rejected",
             Verdict::Unspecified => "unknown",
         });
         self.tokens.inc_by(tokens);
@@ -125,6 +136,16 @@ impl Meter {
     /// A group was dropped, for its lease is another worker's.
     pub fn lost(&self) {
         self.count(LOST);
+    }
+
+    /// A group was given back: no reward could be had, or it could not be made or scored.
+    pub fn given_back(&self, cause: Cause) {
+        self.count(if cause == Cause::Unscored { UNSCORED } else { FAILED });
+    }
+
+    /// Whether rewards can be had.
+    pub fn rewards(&self, back: bool) {
+        self.away.set(i64::from(!back));
     }
 
     fn count(&self, verdict: &'static str) {
@@ -160,7 +181,10 @@ impl Meter {
     /// Groups accepted, groups answered otherwise, tokens, times that weights were taken over.
     pub fn totals(&self) -> (u64, u64, u64, u64) {
         let of = |verdict| self.groups.get_or_create(&[("verdict", verdict)]).get();
-        let refused = ["duplicate", "stale", "expired", "unknown", DISTRUSTED, LOST].into_iter().map(of).sum();
+        let refused = ["duplicate", "stale", "expired", "rejected", "unknown", DISTRUSTED, LOST, UNSCORED, FAILED]
+            .into_iter()
+            .map(of)
+            .sum();
         (of("accepted"), refused, self.tokens.get(), self.swaps.get())
     }
 

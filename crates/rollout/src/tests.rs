@@ -1,222 +1,25 @@
 //! A worker against an experience and a reward service in the same process, over real sockets.
 
-use std::collections::{HashMap, VecDeque};
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
-use tokio_stream::Stream;
-use tonic::{Request, Response, Status};
 use unveil_config::Config;
-use unveil_core::{Breakdown, Component};
-use unveil_proto::v1::experience_server::{Experience, ExperienceServer};
-use unveil_proto::v1::reward_server::{Reward, RewardServer};
-use unveil_proto::v1::submit_response::Verdict;
-use unveil_proto::{attention_from_wire, breakdown_to_wire, v1};
+use unveil_proto::v1::experience_server::ExperienceServer;
+use unveil_proto::v1::reward_server::RewardServer;
+use unveil_proto::{attention_from_wire, v1};
+use unveil_reward::mention::{mention, tokens_of};
+use unveil_reward::vision::{VisionRule, rows_needed};
 use unveil_service::{CancellationToken, Routes, RoutesBuilder, Running, ServeOptions, start};
 use unveil_testkit::MetricsPage;
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
+use fake::{Damage, Fake, stream};
 
 mod back;
 mod ends;
+mod fake;
 mod lease;
 mod order;
-
-/// How the stream of weights goes wrong.
-#[derive(Clone, Copy, PartialEq)]
-enum Damage {
-    /// A bit of this chunk is flipped.
-    Bit(usize),
-    /// It ends after so many chunks.
-    Cut(usize),
-    /// It breaks off after so many chunks: who sent it is gone.
-    Broken(usize),
-}
-
-#[derive(Default)]
-struct State {
-    /// What the next lease calls answer; afterwards `finished`, or nothing when `endless`.
-    leases: VecDeque<v1::LeaseResponse>,
-    endless: bool,
-    /// Served weights: version and safetensors file; none are published yet where that is empty.
-    weights: (u64, Vec<u8>),
-    /// What happens to the next streams; one that is `None` goes well, and so do those that follow.
-    damage: VecDeque<Option<Damage>>,
-    /// Lease calls and submissions that are refused for the weights that they tell of.
-    distrust: (usize, usize),
-    /// The same, where the weights are another learner's.
-    foreign: (usize, usize),
-    /// A lease call with groups was answered, and so often.
-    leased: usize,
-    /// Heartbeats, and the leases that are lost.
-    beats: Vec<v1::HeartbeatRequest>,
-    lost: Vec<String>,
-    /// Images that are fetched, by lease; parts in which they come, call by call, each but the last one broken off.
-    images: HashMap<String, VecDeque<Vec<Vec<u8>>>>,
-    /// Calls for weights, and those that were answered with some.
-    asked: usize,
-    weights_calls: Vec<Option<u64>>,
-    told: Vec<Option<v1::HeldWeights>>,
-    submitted: Vec<v1::SubmitRequest>,
-    released: Vec<String>,
-    scored: Vec<v1::ScoreRequest>,
-}
-
-#[derive(Clone, Default)]
-struct Fake(Arc<Mutex<State>>);
-
-impl Fake {
-    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        f(&mut self.0.lock().unwrap())
-    }
-}
-
-/// A weights stream of all tensors of a safetensors file, in chunks of 64 KiB, and the checksum of the whole.
-fn stream(version: u64, file: &[u8]) -> (Vec<v1::WeightsChunk>, u32) {
-    let file = SafeTensors::deserialize(file).unwrap();
-    let mut named: Vec<_> = file.iter().collect();
-    named.sort_by_key(|(name, _)| *name);
-    let mut whole = Vec::new();
-    named.iter().for_each(|(_, view)| whole.extend_from_slice(view.data()));
-    let tensors = named.iter().map(|(name, view)| v1::WeightsTensor {
-        name: (*name).to_owned(),
-        dtype: format!("{:?}", view.dtype()),
-        shape: view.shape().iter().map(|n| *n as u64).collect(),
-    });
-    let checksum = crc32c::crc32c(&whole);
-    let head = v1::WeightsHead { version, checksum, tensors: tensors.collect(), ..Default::default() };
-    let chunk = |data: Vec<u8>| v1::WeightsChunk { crc32c: crc32c::crc32c(&data), data: data.into() };
-    let mut chunks = vec![chunk(prost::Message::encode_to_vec(&head))];
-    chunks.extend(named.iter().flat_map(|(_, view)| view.data().chunks(1 << 16)).map(|part| chunk(part.to_vec())));
-    (chunks, checksum)
-}
-
-#[tonic::async_trait]
-impl Experience for Fake {
-    type WeightsStream = Pin<Box<dyn Stream<Item = Result<v1::WeightsChunk, Status>> + Send>>;
-
-    async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
-        let v1::LeaseRequest { weights: held, .. } = r.into_inner();
-        self.with(|s| {
-            s.told.push(held);
-            if s.foreign.0 > 0 {
-                s.foreign.0 -= 1;
-                return Err(Status::not_found("this learner has not published that version"));
-            }
-            if s.distrust.0 > 0 {
-                s.distrust.0 -= 1;
-                return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
-            }
-            let next = s.leases.pop_front();
-            s.leased += usize::from(next.is_some());
-            let nothing = v1::LeaseResponse { finished: !s.endless, ..Default::default() };
-            Ok(Response::new(next.unwrap_or(nothing)))
-        })
-    }
-
-    async fn heartbeat(&self, r: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatResponse>, Status> {
-        self.with(|s| {
-            s.beats.push(r.into_inner());
-            Ok(Response::new(v1::HeartbeatResponse { lost: s.lost.clone() }))
-        })
-    }
-
-    type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
-
-    async fn image(&self, r: Request<v1::ImageRequest>) -> Result<Response<Self::ImageStream>, Status> {
-        self.with(|s| {
-            let calls = s.images.get_mut(&r.into_inner().lease).ok_or_else(|| Status::not_found("lost"))?;
-            let parts = calls.pop_front().unwrap_or_default().into_iter();
-            let mut all: Vec<_> = parts.map(|part| Ok(v1::ImageChunk { data: part.into() })).collect();
-            if !calls.is_empty() {
-                all.push(Err(Status::unavailable("the learner is gone")));
-            }
-            Ok(Response::new(Box::pin(tokio_stream::iter(all)) as Self::ImageStream))
-        })
-    }
-
-    async fn submit(&self, r: Request<v1::SubmitRequest>) -> Result<Response<v1::SubmitResponse>, Status> {
-        self.with(|s| {
-            if s.foreign.1 > 0 {
-                s.foreign.1 -= 1;
-                return Err(Status::not_found("this learner has not published that version"));
-            }
-            if s.distrust.1 > 0 {
-                s.distrust.1 -= 1;
-                return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
-            }
-            s.submitted.push(r.into_inner());
-            Ok(Response::new(v1::SubmitResponse { verdict: Verdict::Accepted.into() }))
-        })
-    }
-
-    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
-
-    async fn follow(&self, _: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
-        Err(Status::unimplemented("nothing is broadcast"))
-    }
-
-    async fn release(&self, r: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
-        self.with(|s| s.released.extend(r.into_inner().leases));
-        Ok(Response::new(v1::ReleaseResponse {}))
-    }
-
-    async fn weights(&self, r: Request<v1::WeightsRequest>) -> Result<Response<Self::WeightsStream>, Status> {
-        let r = r.into_inner();
-        let have = r.holds.map(|h| h.version);
-        let none = self.with(|s| {
-            s.asked += 1;
-            s.weights.1.is_empty()
-        });
-        if none {
-            return Err(Status::unavailable("no weights are published yet"));
-        }
-        let until = Instant::now() + Duration::from_millis(r.wait_ms.into());
-        while Instant::now() < until && self.with(|s| have == Some(s.weights.0)) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        let (weights, damage) = self.with(|s| {
-            if have == Some(s.weights.0) {
-                return (None, None);
-            }
-            s.weights_calls.push(have);
-            (Some(s.weights.clone()), s.damage.pop_front().flatten())
-        });
-        let mut chunks = weights.map_or(vec![], |(version, file)| stream(version, &file).0);
-        let mut broken = None;
-        match damage {
-            None => {}
-            Some(Damage::Broken(at)) => {
-                chunks.truncate(at);
-                broken = Some(Err(Status::unavailable("the learner is gone")));
-            }
-            Some(Damage::Cut(at)) => chunks.truncate(at),
-            Some(Damage::Bit(at)) => {
-                let mut data = chunks[at].data.to_vec();
-                data[1] ^= 4;
-                chunks[at].data = data.into();
-            }
-        }
-        Ok(Response::new(Box::pin(tokio_stream::iter(chunks.into_iter().map(Ok).chain(broken)))))
-    }
-}
-
-#[tonic::async_trait]
-impl Reward for Fake {
-    async fn score(&self, r: Request<v1::ScoreRequest>) -> Result<Response<v1::ScoreResponse>, Status> {
-        let request = r.into_inner();
-        let one = |r: &v1::Response| {
-            let components = [("format".to_owned(), Component::value(0.25))].into();
-            breakdown_to_wire(&Breakdown { id: String::new(), index: r.index as usize, total: Some(0.25), components })
-        };
-        let breakdowns = request.responses.iter().map(one).collect();
-        self.with(|s| s.scored.push(request));
-        Ok(Response::new(v1::ScoreResponse { breakdowns, scorer_version: "fake".into() }))
-    }
-}
 
 struct Stage {
     fake: Fake,
@@ -294,6 +97,19 @@ fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
     }
 }
 
+/// A class that answers of untrained weights name now and then.
+const CLASS: &str = "e";
+
+/// The same groups of that class.
+fn named(mut leases: v1::LeaseResponse) -> v1::LeaseResponse {
+    for g in &mut leases.groups {
+        let mut record: serde_json::Value = serde_json::from_str(&g.record_json).unwrap();
+        record["category"] = CLASS.into();
+        g.record_json = record.to_string();
+    }
+    leases
+}
+
 fn answer(ks: &[u32], version: u64) -> v1::LeaseResponse {
     let groups = ks.iter().map(|&k| lease(k, version)).collect();
     v1::LeaseResponse { groups, version, finished: false, renew_ms: 300 }
@@ -310,7 +126,7 @@ fn weights(seed: u64) -> Vec<u8> {
 async fn leases_generates_scores_submits_and_takes_new_weights() {
     let stage = stage().await;
     stage.fake.with(|s| {
-        s.leases = [answer(&[0, 1], 0)].into();
+        s.leases = [named(answer(&[0, 1], 0))].into();
         s.endless = true;
     });
     // Version 0 at first; version 4 and work for it once two groups are in.
@@ -321,7 +137,7 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
         }
         fake.with(|s| {
             s.weights = (4, weights(2));
-            s.leases.push_back(answer(&[2], 4));
+            s.leases.push_back(named(answer(&[2], 4)));
             s.endless = false;
         });
     });
@@ -350,7 +166,7 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
             assert_eq!(g.group.as_ref().unwrap().record, format!("r{k}"));
             assert_eq!(g.responses.iter().map(|r| r.index).collect::<Vec<_>>(), [0, 1, 2]);
             for r in &g.responses {
-                assert!(r.attention.is_none() && r.tokens.len() <= 6 && r.logprobs.len() == r.tokens.len());
+                assert!(r.tokens.len() <= 6 && r.logprobs.len() == r.tokens.len());
                 assert!(r.versions.iter().all(|&v| v == version));
                 assert!(r.spans.iter().all(|x| r.text.get(x.begin as usize..x.end as usize).is_some()));
             }
@@ -358,16 +174,30 @@ async fn leases_generates_scores_submits_and_takes_new_weights() {
             assert!(g.generate_ms > 0.0 && g.reward_ms > 0.0);
         }
         assert_eq!(s.scored.len(), 3);
+        // Rows travel for the tokens that name the class, and for no other.
+        let rule = VisionRule::new(&Config::default().reward.vision_relevance);
+        let (mut rows, mut tokens) = (0, 0);
         for score in &s.scored {
             assert_eq!((score.image_width, score.resized_height), (96, 96));
             for r in &score.responses {
-                let a = attention_from_wire(r.attention.clone().unwrap()).unwrap();
-                assert_eq!(a.grid, [6, 6]);
                 let fed = r.tokens.len() - usize::from(r.finish == "stop");
-                assert_eq!((a.rows.len(), r.spans.len()), (fed, r.tokens.len()));
-                assert!(a.rows.iter().all(|row| (row.iter().sum::<f32>() - 1.0).abs() < 1e-4));
+                assert_eq!(r.spans.len(), r.tokens.len());
+                let spans: Vec<_> = r.spans.iter().map(|x| (x.begin as usize, x.end as usize)).collect();
+                let names = [CLASS.to_owned()];
+                let at = mention(&Config::default().reading(), &r.text, &names);
+                let named = at.map(|at| tokens_of(&at, &spans)).unwrap_or_default();
+                let mut needed = rows_needed(named, &r.text, &spans, rule);
+                needed.retain(|t| *t < fed);
+                needed.sort_unstable();
+                let a = r.attention.clone().map(|a| attention_from_wire(a).unwrap());
+                assert_eq!(a.as_ref().map_or(&[][..], |a| &a.tokens), needed);
+                for row in a.iter().flat_map(|a| &a.rows) {
+                    assert!(row.len() == 36 && (row.iter().sum::<f32>() - 1.0).abs() < 1e-4);
+                }
+                (rows, tokens) = (rows + needed.len(), tokens + fed);
             }
         }
+        assert!(0 < rows && rows < tokens, "{rows} of {tokens}");
     });
     stage.stop.cancel();
 }

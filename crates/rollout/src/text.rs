@@ -53,18 +53,9 @@ pub(crate) fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> (String, Vec<(usi
     (decoded.text, spans)
 }
 
-/// The rows of the tokens that name the class of `record` in the answer first; none where there is no such row.
-pub(crate) fn named_rows(
-    a: &Attention,
-    scoring: &Scoring,
-    record: &Record,
-    text: &str,
-    spans: &[(usize, usize)],
-) -> Option<Attention> {
-    let named = tokens_of(&scoring.mention(record, text)?, spans);
-    let rows = a.tokens.iter().zip(&a.rows).filter(|(t, _)| named.contains(t));
-    let (tokens, rows): (Vec<usize>, Vec<Vec<f32>>) = rows.map(|(t, row)| (*t, row.clone())).unzip();
-    (!rows.is_empty()).then_some(Attention { grid: a.grid, tokens, rows })
+/// The tokens that name the class of `record` in the answer first.
+pub(crate) fn named(scoring: &Scoring, record: &Record, text: &str, spans: &[(usize, usize)]) -> Vec<usize> {
+    scoring.mention(record, text).map(|at| tokens_of(&at, spans)).unwrap_or_default()
 }
 
 /// A generated response with its text and byte spans.

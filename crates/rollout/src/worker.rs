@@ -11,17 +11,21 @@ use tokio::task::JoinSet;
 use unveil_config::schema::WeightSync;
 use unveil_config::{Config, Role};
 use unveil_data::prepare::Preparer;
+use unveil_engine::GroupRequest;
 use unveil_proto::v1::LeasedGroup;
+use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_reward::Scoring;
 use unveil_service::{Access, Backoff, CancellationToken, Health, client_options};
 
 use crate::device::{DeviceSpec, DeviceThread};
 use crate::experience::Experience;
-use crate::groups::{Delivery, Leased, Rewards, Step, deliver, prepare};
+use crate::groups::{Delivery, Leased, Step, deliver, prepare};
 use crate::hand::Hand;
 use crate::keeper::{Weights, keep};
 use crate::meter::Meter;
+use crate::ready::Ready;
+use crate::rewards::Rewards;
 use crate::sync::{Member, WeightReceiver};
 use crate::{Result, RolloutError};
 
@@ -37,6 +41,9 @@ pub(crate) const IDLE: Duration = Duration::from_millis(20);
 const BEAT: Duration = Duration::from_secs(2);
 /// How long handing back may take at the end.
 const LEAVING: Duration = Duration::from_secs(1);
+
+/// How often a worker that leases nothing asks whether the run is over.
+const ASKED: Duration = Duration::from_secs(1);
 
 /// What a worker needs.
 #[derive(Debug, Clone)]
@@ -72,7 +79,7 @@ impl WorkerOptions {
 pub struct WorkerReport {
     /// Groups that were accepted.
     pub accepted: u64,
-    /// Groups that were answered otherwise (duplicate, stale, expired).
+    /// Groups that were answered otherwise (duplicate, stale, expired, rejected), or given back without a reward.
     pub refused: u64,
     /// Tokens of all submitted groups.
     pub tokens: u64,
@@ -90,7 +97,7 @@ struct Shared {
     weights: Arc<Weights>,
     hand: Arc<Hand>,
     meter: Meter,
-    health: Health,
+    ready: Ready,
     question: String,
     scoring: Arc<Scoring>,
     /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
@@ -167,7 +174,9 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
             Some(Member::start(device, Duration::from_secs_f64(config.rollout.broadcast_s), access.token.clone())?)
         }
     };
-    let rewards = Rewards::new(&options.reward, access.clone(), config).await?;
+    let ready = Ready::new(options.health.clone());
+    let told = (ready.clone(), meter.clone());
+    let rewards = Rewards::new(&options.reward, access.clone(), config, told).await?;
     let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
     let experience = Experience::connect(at, worker, &access, patience).await?;
     let receiver =
@@ -180,7 +189,7 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
         weights: Arc::new(Weights::new(&options.experience, meter.clone())),
         hand,
         meter: meter.clone(),
-        health: options.health.clone(),
+        ready,
         question: config.data.question.clone(),
         scoring: Arc::new(Scoring::new(config)),
         turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
@@ -210,9 +219,11 @@ impl Worker {
         loop {
             let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
             self.unless_failed(shared.weights.any()).await?;
+            // What cannot be scored is not generated.
+            self.unless_failed(rewards_back(&shared)).await?;
             let (start, epoch, era) = (Instant::now(), shared.weights.epoch(), shared.weights.era());
             let call = hand.call();
-            let leasing = shared.experience.lease((&hand, call), most, wait, shared.weights.present(), &shared.health);
+            let leasing = shared.experience.lease((&hand, call), most, wait, shared.weights.present(), &shared.ready);
             // The call goes on while batches end.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,
@@ -257,10 +268,25 @@ impl Worker {
     }
 }
 
+/// Waits until rewards can be had, or the run is over.
+async fn rewards_back(shared: &Shared) -> Result<()> {
+    while let Some(pause) = shared.rewards.pause() {
+        let until = Instant::now() + pause;
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            if shared.experience.heartbeat(&shared.hand, BEAT).await.is_some_and(|told| told.finished) {
+                return Ok(());
+            }
+            tokio::time::sleep(left.min(ASKED)).await;
+        }
+        shared.rewards.ask().await;
+    }
+    Ok(())
+}
+
 /// Tells the experience service what the worker has in hand, until it is dropped.
 async fn pulse(shared: Arc<Shared>) -> Result<()> {
     loop {
-        for lease in shared.experience.heartbeat(&shared.hand, BEAT).await.unwrap_or_default() {
+        for lease in shared.experience.heartbeat(&shared.hand, BEAT).await.unwrap_or_default().lost {
             if shared.hand.has(&lease) {
                 tracing::warn!(lease, "the lease is not this worker's any more: its group is dropped");
                 shared.hand.remove(&lease);
@@ -293,11 +319,15 @@ async fn one_batch(
     for group in groups {
         prepared.extend(one_preparation(&shared, group).await?);
     }
+    if prepared.is_empty() {
+        return Ok(());
+    }
     // Made by older weights, the groups would be too stale to train.
     if !shared.weights.at_least(need, era).await? {
         let leases: Vec<String> = prepared.into_iter().map(|(leased, _)| leased.lease).collect();
         tracing::warn!("{} group(s) of a learner that is gone are dropped", leases.len());
-        return give_back(&shared, leases).await;
+        give_back(&shared, leases, Cause::Unspecified, String::new()).await;
+        return Ok(());
     }
     let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
     prepared.retain(|(leased, _)| shared.has(leased));
@@ -307,7 +337,15 @@ async fn one_batch(
     let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
     let epoch = shared.weights.epoch();
     let spans = leased.iter().map(|l| l.span(Step::Generate)).collect::<Vec<_>>();
-    let made = device.generate(requests).await?;
+    let made = match device.generate(requests).await {
+        Ok(made) => made,
+        Err(e) => {
+            // The worker ends. One of these groups may be what it dies of.
+            let leases = leased.iter().map(|l| l.lease.clone());
+            give_back(&shared, leases.collect(), Cause::Failed, e.to_string()).await;
+            return Err(e);
+        }
+    };
     drop((turn, spans));
     shared.meter.gpu(made.gpu);
     drop(ahead);
@@ -324,16 +362,14 @@ async fn one_batch(
     Ok(())
 }
 
-/// Turns a leased group into model input, with its image where that did not come with it; none when the lease is lost.
-async fn one_preparation(
-    shared: &Arc<Shared>,
-    mut group: LeasedGroup,
-) -> Result<Option<(Leased, unveil_engine::GroupRequest)>> {
+/// Turns a leased group into model input, with its image where that did not come with it; none when the lease is lost, or the group
+/// cannot be made and is given back with the reason: that is no reason for the worker to end.
+async fn one_preparation(shared: &Arc<Shared>, mut group: LeasedGroup) -> Result<Option<(Leased, GroupRequest)>> {
+    let lease = group.lease.clone();
     if group.image_bytes > 0 {
-        let (lease, bytes) = (&group.lease, group.image_bytes);
-        let Some(image) = shared.experience.image(lease, bytes, &shared.hand.progress).await? else {
+        let Some(image) = shared.experience.image(&lease, group.image_bytes, &shared.hand.progress).await? else {
             tracing::warn!(lease, "the lease was lost before its image came");
-            shared.hand.remove(lease);
+            shared.hand.remove(&lease);
             shared.meter.lost();
             return Ok(None);
         };
@@ -341,19 +377,32 @@ async fn one_preparation(
     }
     let s = shared.clone();
     let work = move || prepare(&s.preparer, group, &s.question, &s.scoring, &s.experience.address);
-    let prepared = tokio::task::spawn_blocking(work).await.map_err(|_| RolloutError::Died("preparation"))??;
+    let prepared = tokio::task::spawn_blocking(work).await.map_err(|_| RolloutError::Died("preparation"))?;
     shared.hand.progress.step();
-    Ok(Some(prepared))
+    match prepared {
+        Ok(prepared) => Ok(Some(prepared)),
+        Err(e @ RolloutError::Prepare { .. }) => {
+            tracing::warn!(lease, "a group cannot be made and is given back: {e}");
+            give_back(shared, vec![lease], Cause::Failed, e.to_string()).await;
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }
 
-/// Hands leases back that are still held.
-async fn give_back(shared: &Shared, mut leases: Vec<String>) -> Result<()> {
+/// Hands leases back that are still held, with what became of them.
+async fn give_back(shared: &Shared, mut leases: Vec<String>, cause: Cause, why: String) {
     leases.retain(|lease| shared.hand.has(lease));
-    if !leases.is_empty() {
-        leases.iter().for_each(|lease| shared.hand.remove(lease));
-        shared.experience.release(leases).await;
+    if leases.is_empty() {
+        return;
     }
-    Ok(())
+    for lease in &leases {
+        shared.hand.remove(lease);
+        if cause != Cause::Unspecified {
+            shared.meter.given_back(cause);
+        }
+    }
+    shared.experience.give_back(leases, cause, why).await;
 }
 
 impl Shared {
@@ -381,16 +430,22 @@ async fn one_delivery(
     let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
     let Some(told) = shared.weights.told(epoch, versions) else {
         shared.meter.distrusted();
-        return give_back(&shared, vec![leased.lease]).await;
+        give_back(&shared, vec![leased.lease], Cause::Unspecified, String::new()).await;
+        return Ok(());
     };
     let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
     match done {
         Delivery::Cancelled => return Ok(()),
-        Delivery::Answered { verdict, tokens, reward_ms } => {
+        Delivery::Unscored { cause, why } => {
+            tracing::warn!(lease = leased.lease, "a group is given back without scores: {why}");
+            give_back(&shared, vec![leased.lease], cause, why).await;
+            return Ok(());
+        }
+        Delivery::Answered { verdict, why, tokens, reward_ms } => {
             shared.meter.made(ms, reward_ms);
             shared.meter.answered(verdict, tokens);
             if verdict != Verdict::Accepted {
-                tracing::warn!(lease = leased.lease, "a group was not counted: {}", verdict.as_str_name());
+                tracing::warn!(lease = leased.lease, why, "a group was not counted: {}", verdict.as_str_name());
             }
         }
         Delivery::Distrusted(why) => {

@@ -41,12 +41,16 @@ pub fn committed(place: &Path) -> Vec<u64> {
 }
 
 /// One update of stage 2.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TrainStep {
     /// Its number, from 1.
     pub step: u64,
-    /// Groups that it trained: pass over the data, record id.
+    /// Groups of its batch: pass over the data, record id.
     pub groups: Vec<(u64, String)>,
+    /// It left the weights as they were.
+    pub skipped: bool,
+    /// Groups of the batch without any reward, by what their responses got and not by what the learner made of it.
+    pub wholly_masked: usize,
 }
 
 impl TrainStep {
@@ -65,7 +69,20 @@ impl TrainStep {
             Some(passes) => passes.iter().flat_map(|p| of(&p[0], &p[1])).collect(),
             None => of(&event["pass"], &event["groups"]),
         };
-        Self { step: event["step"].as_u64().unwrap_or_else(|| bad()), groups }
+        let number = |value: &Value| usize::try_from(value.as_u64().unwrap_or(0)).unwrap_or(usize::MAX);
+        let (unrewarded, responses) = (number(&event["masked"]["total"]), number(&event["responses"]));
+        let of_a_group = responses.checked_div(groups.len()).unwrap_or(0).max(1);
+        Self {
+            step: event["step"].as_u64().unwrap_or_else(|| bad()),
+            skipped: event["skipped"].is_string(),
+            wholly_masked: unrewarded.div_ceil(of_a_group),
+            groups,
+        }
+    }
+
+    /// Groups that trained something.
+    pub fn trained(&self) -> usize {
+        if self.skipped { 0 } else { self.groups.len().saturating_sub(self.wholly_masked) }
     }
 }
 
@@ -103,10 +120,13 @@ impl Lineage {
         out
     }
 
-    /// Requires steps 1 to `steps`, each once, with `per_step` groups; in no pass a group twice; and in each pass that is
+    /// Requires steps 1 to `steps`, each once, with `per_step` groups that it trained; in no pass a group twice; and in each pass that is
     /// over all `records` groups.
     #[track_caller]
     pub fn is_exactly_once(&self, steps: u64, per_step: usize, records: usize) {
+        for s in &self.steps {
+            assert_eq!(s.trained(), per_step, "groups that step {} trained: {s:?}", s.step);
+        }
         let numbers: Vec<u64> = self.steps.iter().map(|s| s.step).collect();
         assert_eq!(numbers, (1..=steps).collect::<Vec<_>>(), "steps of the final lineage");
         for s in &self.steps {
@@ -138,10 +158,29 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_trained_nothing_is_seen() {
+        let event = |more: &str| -> Value {
+            let text = format!(r#"{{"kind":"train","step":3,"pass":0,"groups":["a","b"],"responses":8{more}}}"#);
+            serde_json::from_str(&text).unwrap()
+        };
+        for (more, skipped, masked, trained) in [
+            ("", false, 0, 2),
+            (r#","masked":{"total":4,"format":4}"#, false, 1, 1),
+            (r#","masked":{"format":8}"#, false, 0, 2),
+            (r#","masked":{"total":8},"skipped":"every reward of the batch is masked""#, true, 2, 0),
+            (r#","skipped":"the loss is not finite""#, true, 0, 0),
+        ] {
+            let s = TrainStep::read(&event(more));
+            assert_eq!((s.skipped, s.wholly_masked, s.trained()), (skipped, masked, trained), "{more}");
+        }
+    }
+
+    #[test]
     fn doubled_and_lost_groups_are_counted() {
         let step = |step, groups: &[(u64, &str)]| TrainStep {
             step,
             groups: groups.iter().map(|(pass, id)| (*pass, (*id).to_owned())).collect(),
+            ..TrainStep::default()
         };
         let lineage = |steps| Lineage { steps, resumed: vec![] };
         let fine = vec![step(1, &[(0, "a"), (0, "b")]), step(2, &[(0, "c"), (1, "b")])];

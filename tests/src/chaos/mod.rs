@@ -2,6 +2,7 @@
 
 mod crew;
 mod fault;
+mod tally;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use unveil_testkit::{Finished, Lineage, Sandbox, StoreProxy, StoreServer, binary
 
 use crew::{Crew, Role, Tail};
 use fault::{Deck, Fault, heal, inflict};
+use tally::Tally;
 
 /// Records of the training data, and groups of an update.
 const RECORDS: usize = 8;
@@ -50,6 +52,12 @@ pub struct Verdict {
     pub groups_lost: usize,
     /// Groups that a pass trained more than once.
     pub groups_doubled: usize,
+    /// Groups that were set aside and never trained.
+    pub groups_dropped: u64,
+    /// Groups that entered an update without any reward: trained as nothing.
+    pub groups_wholly_masked: u64,
+    /// Groups whose update was skipped.
+    pub groups_skipped: u64,
     /// Whether the newest checkpoint's own accounting says the same.
     pub accounting: bool,
     /// Objects of checkpoints that cannot be read, beyond those that the soak damaged.
@@ -116,7 +124,8 @@ pub fn soak(plan: Plan, tell: &mut dyn FnMut(&str)) -> Verdict {
     (verdict.seed, verdict.faults, verdict.hangs) = (plan.seed, done, hangs);
     (verdict.panics, verdict.ended, verdict.worst_recovery_s) = (ends.panics, ends.by_themselves, watch.worst);
     verdict.wall_s = begun.elapsed().as_secs_f64();
-    let whole = verdict.groups_lost == 0 && verdict.groups_doubled == 0 && verdict.accounting;
+    let untrained = verdict.groups_dropped + verdict.groups_wholly_masked + verdict.groups_skipped;
+    let whole = verdict.groups_lost == 0 && verdict.groups_doubled == 0 && untrained == 0 && verdict.accounting;
     let alive = verdict.unreadable.is_empty() && verdict.hangs.is_empty() && verdict.panics.is_empty();
     let soon = LIMITS.iter().all(|(role, most)| verdict.worst_recovery_s.get(role).is_none_or(|s| s <= most));
     verdict.ok = whole && alive && soon && verdict.faults == plan.faults;
@@ -229,13 +238,10 @@ impl Ground<'_> {
 
     fn judge(&self, damaged: &[PathBuf]) -> Verdict {
         let lineage = Lineage::read(&self.run);
-        let (groups_doubled, groups_lost) = lineage.doubled_and_lost(RECORDS);
-        let steps = lineage.steps.len() as u64;
-        let gaps = lineage.steps.iter().zip(1..).any(|(s, n)| s.step != n || s.groups.len() != GROUPS);
         let url = self.s3.url("run");
         let shown = self.unveil(&["checkpoint", "show", &url]);
         let account = shown.json().first().map_or(Value::Null, |s| s["accounting"].clone());
-        let same = account["trained"].as_u64() == Some(steps * GROUPS as u64);
+        let tally = Tally::of(&lineage, &account, (RECORDS, GROUPS));
         let ours = |object: &str| damaged.iter().any(|path| path.ends_with(object));
         let checks = self.unveil(&["checkpoint", "verify", &url]);
         let mut unreadable: Vec<String> = checks
@@ -251,10 +257,13 @@ impl Ground<'_> {
             ok: false,
             seed: 0,
             faults: 0,
-            steps,
-            groups_lost,
-            groups_doubled,
-            accounting: same && account["exactly_once"] == true && !gaps,
+            steps: lineage.steps.len() as u64,
+            groups_lost: tally.lost,
+            groups_doubled: tally.doubled,
+            groups_dropped: tally.dropped,
+            groups_wholly_masked: tally.wholly_masked,
+            groups_skipped: tally.skipped,
+            accounting: tally.agrees,
             unreadable,
             hangs: Vec::new(),
             panics: Vec::new(),

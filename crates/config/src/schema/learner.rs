@@ -227,6 +227,9 @@ pub struct Learner {
     /// Largest mean |delta log p| between rollout and learner on tokens of the same version; 0 = 1e-5, or 1e-3 where weights are
     /// bf16.
     pub agreement_limit: f64,
+    /// Share of the last 64 groups (or of four updates, where those are more) for which a reward component with a weight, or the whole
+    /// reward, may be masked though it applies, or that may be set aside; above it the run stops. 1 = never.
+    pub max_masked: f64,
     /// Held-out evaluation every so many steps; 0 = only at the end.
     pub eval_every: u64,
     /// Checkpoint every so many steps; 0 = only at the end.
@@ -283,6 +286,7 @@ impl Default for Learner {
             frozen: Vec::new(),
             freeze: Vec::new(),
             agreement_limit: 0.0,
+            max_masked: 0.5,
             eval_every: 0,
             checkpoint_every: 50,
             listen: "127.0.0.1:0".into(),

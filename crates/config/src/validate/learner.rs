@@ -59,6 +59,11 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
     for (name, v) in [("gamma", l.gamma), ("lambda", l.lambda)] {
         need((0.0..=1.0).contains(&v), format!("learner.{name} is {v}: use 0 to 1"));
     }
+    let masked = l.max_masked;
+    need(
+        (0.0..=1.0).contains(&masked),
+        format!("learner.max_masked is {masked}: use a share from 0 (none may be) to 1 (all may be)"),
+    );
     let dual = l.clip_dual;
     need(
         dual == 0.0 || (dual > 1.0 && dual.is_finite()),

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response as Answer, Status};
-use unveil_core::{GroupId, WeightVersion};
-use unveil_experience::{Ask, Heartbeat, InHand, Submission, Verdict, VersionSpan};
+use unveil_core::{Breakdown, GroupId, MaskReason, WeightVersion};
+use unveil_experience::{Ask, Heartbeat, InHand, Return, Submission, Verdict, VersionSpan};
 use unveil_proto::v1::experience_server::Experience as Service;
 use unveil_proto::weights::chunk;
 use unveil_proto::{attention_from_wire, breakdown_from_wire, group_from_wire, response_from_wire, v1};
@@ -59,7 +59,13 @@ impl State {
 }
 
 impl Handler {
-    fn group(&self, request: v1::SubmitRequest, id: GroupId, input: Arc<GroupInput>) -> Result<TrainGroup, Status> {
+    fn group(
+        &self,
+        request: v1::SubmitRequest,
+        id: GroupId,
+        worker: &str,
+        input: Arc<GroupInput>,
+    ) -> Result<TrainGroup, Status> {
         let bad = |what: String| Status::invalid_argument(format!("group {} of pass {}: {what}", id.record, id.pass));
         let n = self.shared.sampling.n;
         let (responses, breakdowns) = (request.responses.len(), request.breakdowns.len());
@@ -90,13 +96,45 @@ impl Handler {
             spans.push(own);
             out.push(response_from_wire(r).map_err(|e| bad(e.to_string()))?);
         }
-        let breakdowns = request.breakdowns.into_iter().map(|b| breakdown_from_wire(&id.record, b)).collect();
+        let breakdowns = request.breakdowns.into_iter().map(|b| told(breakdown_from_wire(&id.record, b))).collect();
         let (generate_ms, reward_ms) = (request.generate_ms, request.reward_ms);
-        Ok(TrainGroup { id, input, responses: out, spans, breakdowns, attention, generate_ms, reward_ms })
+        let worker = worker.to_owned();
+        Ok(TrainGroup { id, worker, input, responses: out, spans, breakdowns, attention, generate_ms, reward_ms })
     }
 }
 
+/// A breakdown whose texts can be shown.
+fn told(mut b: Breakdown) -> Breakdown {
+    for c in b.components.values_mut() {
+        c.version = limits::readable(&c.version).into();
+        if let Some(MaskReason::Failed(why) | MaskReason::Unavailable(why)) = &mut c.reason {
+            *why = limits::readable(why);
+        }
+    }
+    b
+}
+
 impl Handler {
+    /// Refuses a submission for what it holds: the group is made again, and the worker is told.
+    fn reject(&self, worker: &str, lease: &str, id: &GroupId, why: &str) -> v1::SubmitResponse {
+        tracing::error!(
+            worker,
+            record = id.record,
+            pass = id.pass,
+            "a submission is refused, its group is made again: {why}"
+        );
+        let mut state = self.shared.lock();
+        let quarantined = state.machine.rejected(worker, lease, id, why, self.shared.now());
+        *state.rejected.entry(worker.to_owned()).or_default() += 1;
+        drop(state);
+        self.shared.work.notify_waiters();
+        let mut why = format!("worker `{worker}`: {why}");
+        if let Some(quarantined) = quarantined {
+            why = format!("{why}; it gets no more groups: {quarantined}");
+        }
+        v1::SubmitResponse { verdict: v1::submit_response::Verdict::Rejected.into(), why }
+    }
+
     /// Checks the weights that made a group. Where they are not what was published, the group returns to the queue; versions
     /// that this learner does not know are left to the accounting.
     fn made_by(&self, worker: &str, lease: &str, group: &TrainGroup, told: &[v1::HeldWeights]) -> Result<(), Status> {
@@ -126,7 +164,11 @@ impl Service for Handler {
         if let Some(held) = &r.weights {
             self.shared.lock().trust(&r.worker, held)?;
         }
-        self.shared.lock().welcome(&r.worker, r.session, self.shared.now());
+        {
+            let mut state = self.shared.lock();
+            state.welcome(&r.worker, r.session, self.shared.now());
+            state.admit(&r.worker)?;
+        }
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(LONGEST_WAIT);
         let ask = Ask { worker: &r.worker, call: r.call, max: r.max_groups as usize };
         let (taken, version, finished) = self.shared.take(ask, r.session, Instant::now() + wait).await?;
@@ -144,12 +186,14 @@ impl Service for Handler {
         let mut state = self.shared.lock();
         let now = self.shared.now();
         state.welcome(&r.worker, r.session, now);
+        state.admit(&r.worker)?;
         let held = state.machine.leased_by(&r.worker);
         let lost = state.machine.heartbeat(&beat, now);
         if state.machine.leased_by(&r.worker) < held {
             self.shared.work.notify_waiters();
         }
-        Ok(Answer::new(v1::HeartbeatResponse { lost }))
+        let finished = state.finished || state.machine.finished();
+        Ok(Answer::new(v1::HeartbeatResponse { lost, finished }))
     }
 
     type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
@@ -188,7 +232,11 @@ impl Service for Handler {
             Some(input) => input,
             None => Arc::new(nothing()?),
         };
-        let group = self.group(r, id.clone(), input)?;
+        if let Err(why) = limits::numbers(&r) {
+            span.record("verdict", v1::submit_response::Verdict::Rejected.as_str_name());
+            return Ok(Answer::new(self.reject(&worker, &lease, &id, &why)));
+        }
+        let group = self.group(r, id.clone(), &worker, input)?;
         let versions = VersionSpan::of(&group.responses)
             .ok_or_else(|| Status::invalid_argument(format!("group {} has not one token", id.record)))?;
         self.made_by(&worker, &lease, &group, &told)?;
@@ -214,14 +262,23 @@ impl Service for Handler {
             Verdict::Expired => v1::submit_response::Verdict::Expired,
         };
         span.record("verdict", verdict.as_str_name());
-        Ok(Answer::new(v1::SubmitResponse { verdict: verdict.into() }))
+        Ok(Answer::new(v1::SubmitResponse { verdict: verdict.into(), why: String::new() }))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Answer<v1::ReleaseResponse>, Status> {
         let r = request.into_inner();
         limits::release(&r)?;
         let now = self.shared.now();
-        let released = self.shared.lock().machine.release(&r.worker, &r.leases, now);
+        let cause = match r.cause() {
+            v1::release_request::Cause::Unspecified => Return::Handed,
+            v1::release_request::Cause::Unscored => Return::Unscored,
+            v1::release_request::Cause::Failed => Return::Failed,
+        };
+        let why = limits::readable(&r.why);
+        if cause != Return::Handed {
+            tracing::warn!(worker = r.worker, groups = r.leases.len(), "groups came back unfinished: {why}");
+        }
+        let released = self.shared.lock().machine.give_back_for(&r.worker, &r.leases, cause, &why, now);
         if released > 0 {
             self.shared.work.notify_waiters();
         }
@@ -278,7 +335,9 @@ impl Service for Handler {
                 }
                 if state.finished || Instant::now() >= until {
                     if full {
-                        return Err(Status::resource_exhausted("too many workers fetch weights already: try again later"));
+                        return Err(Status::resource_exhausted(
+                            "too many workers fetch weights already: try again later",
+                        ));
                     }
                     if newest || base.is_some() {
                         return Ok(Answer::new(Box::pin(tokio_stream::empty())));

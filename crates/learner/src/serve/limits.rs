@@ -18,7 +18,9 @@ const TOKEN_TEXT: usize = 1024;
 const PARTS: usize = 256;
 /// Lesions of a component.
 const LESIONS: usize = 1024;
-/// Bytes of the name of a component or detail, and of a scorer's version.
+/// Bytes of the name of a component or detail.
+const KEY: usize = 64;
+/// Bytes of a scorer's version, and of other words.
 const WORD: usize = 4096;
 /// Bytes of a mask's reason.
 const REASON: usize = 1 << 16;
@@ -39,12 +41,26 @@ fn worker(name: &str) -> Checked {
         return refuse("worker", "is empty: give each worker a name of its own");
     }
     at_most("worker", name.len(), NAME, "bytes")?;
-    if name.chars().any(char::is_control) { refuse("worker", "holds control characters") } else { Ok(()) }
+    plain("worker", name, "._#:@-")
 }
 
-/// A number that goes into metrics and reports.
-fn finite(field: &str, value: f64) -> Checked {
-    if value.is_finite() { Ok(()) } else { refuse(field, format_args!("is {value}, which is no number")) }
+/// Letters, digits, `_` and the characters of `also`: what can stand in a log line, a metric, a page, a file name.
+fn plain(field: &str, text: &str, also: &str) -> Checked {
+    match text.chars().find(|c| !(c.is_ascii_alphanumeric() || *c == '_' || also.contains(*c))) {
+        Some(c) => refuse(field, format_args!("holds {c:?}: use letters, digits, _ and {also}")),
+        None => Ok(()),
+    }
+}
+
+/// The name of a component or of a detail.
+fn key(field: &str, name: &str) -> Checked {
+    at_most(field, name.len(), KEY, "bytes in a name")?;
+    if name.is_empty() { refuse(field, "holds an empty name") } else { plain(field, name, ".-") }
+}
+
+/// Text that somebody may read, without what could change a line or a terminal.
+pub(super) fn readable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 pub(super) fn lease(r: &v1::LeaseRequest) -> Checked {
@@ -68,7 +84,10 @@ pub(super) fn image(r: &v1::ImageRequest) -> Checked {
 
 pub(super) fn weights(r: &v1::WeightsRequest) -> Checked {
     worker(&r.worker)?;
-    at_most("joins.backend", r.joins.as_ref().map_or(0, |j| j.backend.len()), WORD, "bytes")
+    r.joins.as_ref().map_or(Ok(()), |j| {
+        at_most("joins.backend", j.backend.len(), KEY, "bytes")?;
+        plain("joins.backend", &j.backend, "")
+    })
 }
 
 pub(super) fn follow(r: &v1::FollowRequest) -> Checked {
@@ -78,6 +97,7 @@ pub(super) fn follow(r: &v1::FollowRequest) -> Checked {
 pub(super) fn release(r: &v1::ReleaseRequest) -> Checked {
     worker(&r.worker)?;
     at_most("leases", r.leases.len(), GROUPS, "entries")?;
+    at_most("why", r.why.len(), REASON, "bytes")?;
     r.leases.iter().try_for_each(|l| at_most("leases", l.len(), LEASE, "bytes in an entry"))
 }
 
@@ -85,6 +105,7 @@ pub(super) fn release(r: &v1::ReleaseRequest) -> Checked {
 pub(super) fn submit(r: &v1::SubmitRequest) -> Checked {
     worker(&r.worker)?;
     at_most("lease", r.lease.len(), LEASE, "bytes")?;
+    plain("lease", &r.lease, "-")?;
     at_most("group.record", r.group.as_ref().map_or(0, |g| g.record.len()), RECORD, "bytes")?;
     at_most("weights", r.weights.len(), GROUPS, "entries")?;
     for (field, ms) in [("generate_ms", r.generate_ms), ("reward_ms", r.reward_ms)] {
@@ -115,23 +136,48 @@ fn response(field: &str, r: &v1::Response) -> Checked {
 }
 
 fn breakdown(field: &str, b: &v1::Breakdown) -> Checked {
-    finite(&format!("{field}.total"), b.total.unwrap_or(0.0))?;
     at_most(&format!("{field}.components"), b.components.len(), PARTS, "entries")?;
     for (name, c) in &b.components {
-        at_most(&format!("{field}.components"), name.len(), WORD, "bytes in a name")?;
+        key(&format!("{field}.components"), name)?;
         let field = format!("{field}.components[{name}]");
-        finite(&format!("{field}.value"), c.value.unwrap_or(0.0))?;
         at_most(&format!("{field}.reason"), c.reason.len(), REASON, "bytes")?;
         at_most(&format!("{field}.version"), c.version.len(), WORD, "bytes")?;
         at_most(&format!("{field}.detail"), c.detail.len(), PARTS, "entries")?;
         at_most(&format!("{field}.lesions"), c.lesions.len(), LESIONS, "entries")?;
-        for detail in c.detail.keys() {
-            at_most(&format!("{field}.detail"), detail.len(), WORD, "bytes in a name")?;
+        c.detail.keys().try_for_each(|detail| key(&format!("{field}.detail"), detail))?;
+    }
+    Ok(())
+}
+
+/// Whether every number of a submission is one. What is not comes from a machine that computes wrongly, or from a model that has come
+/// apart; it is named, and the group is made again.
+pub(super) fn numbers(r: &v1::SubmitRequest) -> Result<(), String> {
+    let finite = |field: &dyn Fn() -> String, value: f64| {
+        if value.is_finite() { Ok(()) } else { Err(format!("`{}` is {value}, which is no number", field())) }
+    };
+    for (at, one) in r.responses.iter().enumerate() {
+        for (token, v) in one.logprobs.iter().enumerate() {
+            finite(&|| format!("responses[{at}].logprobs[{token}]"), f64::from(*v))?;
         }
-        c.lesions.iter().try_for_each(|l| {
-            finite(&format!("{field}.lesions"), l.iou)?;
-            finite(&format!("{field}.lesions"), l.counted)
-        })?;
+        let rows = one.attention.as_ref().map_or(&[][..], |a| &a.rows);
+        for (i, b) in rows.chunks_exact(4).enumerate() {
+            let value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            finite(&|| format!("responses[{at}].attention.rows, value {i}"), f64::from(value))?;
+        }
+    }
+    for (at, one) in r.breakdowns.iter().enumerate() {
+        finite(&|| format!("breakdowns[{at}].total"), one.total.unwrap_or(0.0))?;
+        for (name, c) in &one.components {
+            let field = || format!("breakdowns[{at}].components[{name}]");
+            finite(&|| format!("{}.value", field()), c.value.unwrap_or(0.0))?;
+            for (detail, value) in &c.detail {
+                finite(&|| format!("{}.detail[{detail}]", field()), *value)?;
+            }
+            for l in &c.lesions {
+                finite(&|| format!("{}.lesions", field()), l.iou)?;
+                finite(&|| format!("{}.lesions", field()), l.counted)?;
+            }
+        }
     }
     Ok(())
 }
@@ -174,11 +220,43 @@ mod tests {
     }
 
     #[test]
+    fn every_number_is_one() {
+        numbers(&good()).unwrap();
+        let mut whole = good();
+        whole.responses[0].logprobs = vec![-0.5, -1.0];
+        numbers(&whole).unwrap();
+        type Change = fn(&mut v1::SubmitRequest, f32);
+        let cases: [(&str, Change); 7] = [
+            ("responses[0].logprobs[1]", |r, v| r.responses[0].logprobs[1] = v),
+            ("responses[0].attention.rows, value 0", |r, v| {
+                r.responses[0].attention.as_mut().unwrap().rows = v.to_le_bytes().to_vec().into();
+            }),
+            ("breakdowns[0].total", |r, v| r.breakdowns[0].total = Some(v.into())),
+            ("breakdowns[0].components[iou].value", |r, v| first(r).value = Some(v.into())),
+            ("breakdowns[0].components[iou].detail[lift]", |r, v| {
+                first(r).detail.insert("lift".into(), v.into());
+            }),
+            ("breakdowns[0].components[iou].lesions", |r, v| first(r).lesions[0].iou = v.into()),
+            ("breakdowns[0].components[iou].lesions", |r, v| first(r).lesions[0].counted = v.into()),
+        ];
+        for (field, change) in cases {
+            for v in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut r = whole.clone();
+                change(&mut r, v);
+                let why = numbers(&r).unwrap_err();
+                assert!(why.starts_with(&format!("`{field}` is ")), "{field}: {why}");
+                submit(&r).unwrap();
+            }
+        }
+        assert_eq!(readable("a\nb\u{1b}[31mc"), "a b [31mc");
+    }
+
+    #[test]
     fn each_field_has_a_bound() {
         submit(&good()).unwrap();
         type Change = fn(&mut v1::SubmitRequest);
         let long = || "x".repeat(5000);
-        let cases: [(&str, Change); 22] = [
+        let cases: [(&str, Change); 25] = [
             ("worker", |r| r.worker.clear()),
             ("worker", |r| r.worker = "x".repeat(NAME + 1)),
             ("worker", |r| r.worker = "a\nb".into()),
@@ -192,24 +270,35 @@ mod tests {
             ("responses[0].spans[1]", |r| r.responses[0].spans[1].end = 3),
             ("responses[0].attention.tokens", |r| r.responses[0].attention.as_mut().unwrap().tokens = vec![0; 3]),
             ("responses[0].attention.tokens[0]", |r| r.responses[0].attention.as_mut().unwrap().tokens = vec![2]),
-            ("breakdowns[0].total", |r| r.breakdowns[0].total = Some(f64::INFINITY)),
             ("breakdowns[0].components", |r| {
                 let many = (0..=PARTS).map(|i| (i.to_string(), v1::Component::default()));
                 r.breakdowns[0].components = many.collect();
             }),
-            ("breakdowns[0].components[iou].value", |r| first(r).value = Some(f64::NAN)),
             ("breakdowns[0].components[iou].reason", |r| first(r).reason = "x".repeat(REASON + 1)),
             ("breakdowns[0].components[iou].version", |r| first(r).version = "x".repeat(WORD + 1)),
             ("breakdowns[0].components[iou].detail", |r| {
                 first(r).detail = (0..=PARTS).map(|i| (i.to_string(), 0.0)).collect();
             }),
             ("breakdowns[0].components[iou].detail", |r| {
-                first(r).detail.insert("x".repeat(WORD + 1), 0.0);
+                first(r).detail.insert("x".repeat(KEY + 1), 0.0);
             }),
+            ("breakdowns[0].components[iou].detail", |r| {
+                first(r).detail.insert("a b".into(), 0.0);
+            }),
+            ("breakdowns[0].components", |r| {
+                r.breakdowns[0].components.insert("<img src=x onerror=alert(1)>".into(), v1::Component::default());
+            }),
+            ("breakdowns[0].components", |r| {
+                r.breakdowns[0].components.insert("x".repeat(KEY + 1), v1::Component::default());
+            }),
+            ("breakdowns[0].components", |r| {
+                r.breakdowns[0].components.insert(String::new(), v1::Component::default());
+            }),
+            ("worker", |r| r.worker = "a<b".into()),
+            ("lease", |r| r.lease = "1 1".into()),
             ("breakdowns[0].components[iou].lesions", |r| {
                 first(r).lesions = vec![v1::LesionScore::default(); LESIONS + 1];
             }),
-            ("breakdowns[0].components[iou].lesions", |r| first(r).lesions[0].iou = f64::NAN),
         ];
         for (field, change) in cases {
             let mut r = good();
@@ -234,7 +323,7 @@ mod tests {
         assert!(image(&v1::ImageRequest { worker: "w".into(), lease: long() }).is_err());
         weights(&v1::WeightsRequest { worker: "w".into(), ..Default::default() }).unwrap();
         assert!(weights(&v1::WeightsRequest { worker: long(), ..Default::default() }).is_err());
-        let mut r = v1::ReleaseRequest { worker: "w".into(), leases: vec!["1-1".into()] };
+        let mut r = v1::ReleaseRequest { worker: "w".into(), leases: vec!["1-1".into()], ..Default::default() };
         release(&r).unwrap();
         r.leases.push(long());
         assert!(release(&r).unwrap_err().message().contains("leases"));

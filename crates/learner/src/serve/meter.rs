@@ -40,6 +40,7 @@ impl Collector for Queue {
         let Some(shared) = self.0.upgrade() else { return Ok(()) };
         let state = shared.lock();
         let (now, leasable, n) = (shared.now(), state.machine.leasable(), state.machine.stats());
+        let rejected: Vec<(String, u64)> = state.rejected.iter().map(|(w, n)| (w.clone(), *n)).collect();
         let heard = state.workers.values().filter(|heard| now.saturating_sub(**heard) < SILENT).count();
         drop(state);
         let (streams, dropped) = shared.streams.counts();
@@ -48,12 +49,25 @@ impl Collector for Queue {
         let groups = groups.map(|(state, n)| (state, n as f64));
         let help = "Groups by state; leasable is the queue that waits for rollout workers";
         s.gauges("groups", help, None, "state", groups)?;
-        let lost = [("stale", n.stale), ("expired", n.expired), ("duplicate", n.duplicates), ("refused", n.refused)];
+        let lost = [
+            ("stale", n.stale),
+            ("expired", n.expired),
+            ("duplicate", n.duplicates),
+            ("refused", n.refused),
+            ("rejected", n.rejected),
+            ("unscored", n.unscored),
+            ("failed", n.failed),
+        ];
         s.counters("lost_groups", "Groups whose work did not count, by reason", "reason", lost)?;
         s.counter("trained_groups", "Groups trained since the start of the run", None, n.trained as f64)?;
         s.gauge("weight_streams", "Streams of weights under way", None, streams as f64)?;
         let help = "Streams of weights that were dropped: superseded, or read too slowly";
         s.counter("dropped_weight_streams", help, None, dropped as f64)?;
+        let untrained = [("dropped", n.dropped), ("skipped", n.skipped), ("wholly_masked", n.wholly_masked)];
+        let help = "Groups that trained nothing since the start of the run, by reason";
+        s.counters("untrained_groups", help, "reason", untrained)?;
+        let help = "Submissions refused for what they hold, by worker";
+        s.counters("rejected_submissions", help, "worker", rejected.iter().map(|(w, n)| (w.as_str(), *n)))?;
         s.gauge("weight_version", "Published weight version, the update's number", None, n.version as f64)?;
         s.gauge("workers", "Rollout workers heard of in the last 5 s", None, heard as f64)
     }

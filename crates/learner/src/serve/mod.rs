@@ -14,7 +14,7 @@ use tokio::sync::{Notify, Semaphore};
 use tonic::Status;
 use unveil_collective::Backend;
 use unveil_core::{GroupId, Sampling, WeightVersion};
-use unveil_experience::{Event, Experience, ExperienceError, Snapshot, Stats};
+use unveil_experience::{Event, Experience, ExperienceError, Fate, Snapshot, Stats};
 use unveil_proto::v1::experience_server::ExperienceServer;
 use unveil_service::{Access, CancellationToken, Guard, Routes, Running, ServeOptions, limited};
 
@@ -40,6 +40,7 @@ mod rounds;
 mod streams;
 mod traces;
 mod weights;
+mod workers;
 
 pub use broadcast::Broadcasting;
 pub use rounds::Sent;
@@ -93,6 +94,8 @@ struct State {
     /// The last two versions that this process sent to a worker.
     sent: HashMap<String, [Option<WeightVersion>; 2]>,
     told: BTreeSet<String>,
+    /// Submissions that were refused for what they hold, by worker.
+    rejected: BTreeMap<String, u64>,
     /// None where weights are not broadcast.
     rounds: Option<Rounds>,
     traces: Traces,
@@ -100,74 +103,6 @@ struct State {
     fault: Option<LearnerError>,
     /// Why nothing can be leased any more.
     broken: Option<String>,
-}
-
-impl State {
-    /// Notes a sign of life; tells whether the worker was known.
-    fn hear(&mut self, worker: &str, now: Duration) -> bool {
-        self.machine.hear(worker, now);
-        self.workers.insert(worker.to_owned(), now).is_some()
-    }
-
-    /// Notes a worker. Another session, or a name `base#k`, stands for a process that was started again: what the one before, or
-    /// other incarnations of `base`, hold is free at once.
-    fn welcome(&mut self, worker: &str, session: u64, now: Duration) {
-        if session != 0 && self.sessions.insert(worker.to_owned(), session).is_some_and(|before| before != session) {
-            self.gone(worker, now);
-        }
-        if self.hear(worker, now) {
-            return;
-        }
-        let Some((base, _)) = worker.rsplit_once('#') else { return };
-        let gone: Vec<String> = self
-            .workers
-            .keys()
-            .filter(|w| *w != worker && w.rsplit_once('#').is_some_and(|(b, _)| b == base))
-            .cloned()
-            .collect();
-        for name in gone {
-            self.gone(&name, now);
-            self.workers.remove(&name);
-            self.sessions.remove(&name);
-            self.sent.remove(&name);
-        }
-    }
-
-    /// The process behind a name has ended.
-    fn gone(&mut self, worker: &str, now: Duration) {
-        let held = self.machine.worker_lost(worker, now);
-        tracing::warn!(worker, held, "the worker was started again: its groups return to the queue");
-        if let Some(rounds) = &mut self.rounds {
-            rounds.lost(worker);
-        }
-    }
-
-    /// Refuses a process whose name another one has taken over.
-    fn is_one(&self, worker: &str, session: u64) -> Result<(), Status> {
-        if session == 0 || self.sessions.get(worker).is_none_or(|s| *s == session) {
-            return Ok(());
-        }
-        Err(Status::already_exists(format!(
-            "another process has taken over the name `{worker}`: give each worker a name of its own"
-        )))
-    }
-
-    /// Groups that `worker` may take of `most` that it asks for. Where leases have a fixed size, that many, one lease at a time. Else
-    /// one that has nothing in hand gets all; one that looks ahead
-    /// leaves a share of the same size to each that has nothing.
-    fn share(&self, worker: &str, most: usize, fixed: Option<usize>, now: Duration) -> usize {
-        let free = self.machine.leased_by(worker) == 0;
-        if let Some(size) = fixed {
-            return if free { size } else { 0 };
-        }
-        if free {
-            return most;
-        }
-        let idle = self.workers.iter().filter(|(name, heard)| {
-            *name != worker && now.saturating_sub(**heard) < SILENT && self.machine.leased_by(name) == 0
-        });
-        most.min(self.machine.leasable().saturating_sub(idle.count().saturating_mul(most)))
-    }
 }
 
 struct Shared {
@@ -285,6 +220,7 @@ impl Host {
             sessions: HashMap::new(),
             sent: HashMap::new(),
             told: BTreeSet::new(),
+            rejected: BTreeMap::new(),
             rounds: options.broadcast.map(|how| Rounds::new(Backend::of(how.device).name())),
             traces: Traces::default(),
             finished: false,
@@ -390,6 +326,9 @@ impl Host {
                 // Groups that have grown too old can be leased again.
                 self.shared.work.notify_waiters();
             }
+            if state.machine.barren() {
+                return Err(nothing_left(&state.machine.snapshot()));
+            }
             if let Some(batch) = batch {
                 for (id, _) in &batch {
                     state.inputs.remove(id);
@@ -413,15 +352,24 @@ impl Host {
         self.shared.lock().traces.train(step, batch.iter().map(|g| &g.id))
     }
 
-    /// Counts a batch as trained by update `step`.
+    /// [`Host::settled`] with every group trained.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
+        let groups: Vec<_> = groups.iter().map(|g| (g.clone(), Fate::Trained)).collect();
+        self.settled(step, &groups)
+    }
+
+    /// Counts what update `step` made of its batch.
     ///
     /// # Errors
     /// It is not the batch that was taken.
-    pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
+    pub fn settled(&self, step: u64, groups: &[(GroupId, Fate)]) -> Result<()> {
         let now = self.shared.now();
         let mut state = self.shared.lock();
-        state.machine.trained(step, groups, now)?;
-        state.traces.end(groups);
+        state.machine.settled(step, groups, now)?;
+        state.traces.end(groups.iter().map(|(id, _)| id));
         Ok(())
     }
 
@@ -474,6 +422,13 @@ impl Host {
             }
         }
     }
+}
+
+/// Every record is set aside: with the reason of the last one.
+fn nothing_left(snapshot: &Snapshot) -> LearnerError {
+    let before = snapshot.ledger.set_aside().last().map(|d| d.why.clone());
+    let why = snapshot.aside.last().map(|(_, why)| why.clone()).or(before).unwrap_or_default();
+    LearnerError::NothingLeft { records: snapshot.records, why }
 }
 
 impl Drop for Host {

@@ -29,8 +29,8 @@ impl Traces {
         ids.filter_map(|id| self.0.get(id)).map(|group| span!(parent: group, "train", step)).collect()
     }
 
-    /// These groups are trained: their traces are whole.
-    pub fn end(&mut self, ids: &[GroupId]) {
-        ids.iter().for_each(|id| drop(self.0.remove(id)));
+    /// These groups are done: their traces are whole.
+    pub fn end<'a>(&mut self, ids: impl Iterator<Item = &'a GroupId>) {
+        ids.for_each(|id| drop(self.0.remove(id)));
     }
 }

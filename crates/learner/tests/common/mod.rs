@@ -113,6 +113,7 @@ pub fn rollout(
             let breakdowns = responses.iter().map(|r| breakdown(&id.record, r.index, reward(&r.tokens))).collect();
             TrainGroup {
                 id,
+                worker: "w".into(),
                 input: Arc::new(input),
                 responses,
                 spans,

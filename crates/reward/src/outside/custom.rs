@@ -14,6 +14,7 @@ use unveil_proto::v1::reward_client::RewardClient;
 use unveil_service::{HttpClient, lazy_channel, limited, with_deadline};
 
 use crate::RewardError;
+use crate::client::{Unscored, is_away};
 use crate::score::GroupInput;
 
 /// Where a user's scorer is, and what to expect of it.
@@ -73,11 +74,15 @@ impl CustomScorer {
     pub async fn score(&self, group: &GroupInput) -> Vec<Component> {
         let said = match timeout(self.deadline, self.ask(group)).await {
             Ok(said) => said,
-            Err(_) => Err(format!("no answer within {:.1} s", self.deadline.as_secs_f64())),
+            Err(_) => Err(Unscored::Away(format!("no answer within {:.1} s", self.deadline.as_secs_f64()))),
         };
         let failed = |why: String| Component::masked(MaskReason::Failed(format!("{}: {why}", self.name)));
         match said {
-            Err(why) => group.responses.iter().map(|_| failed(why.clone())).collect(),
+            Err(Unscored::Refused(why)) => group.responses.iter().map(|_| failed(why.clone())).collect(),
+            Err(Unscored::Away(why)) => {
+                let reason = MaskReason::Unavailable(format!("{}: {why}", self.name));
+                group.responses.iter().map(|_| Component::masked(reason.clone())).collect()
+            }
             Ok((values, version)) => {
                 let [low, high] = self.range;
                 let component = |value: Option<f64>| match value {
@@ -90,35 +95,42 @@ impl CustomScorer {
         }
     }
 
-    async fn ask(&self, group: &GroupInput) -> Result<Said, String> {
+    async fn ask(&self, group: &GroupInput) -> Result<Said, Unscored> {
         let (values, version) = match &self.peer {
             Peer::Http(http) => self.over_http(http, group).await?,
             Peer::Grpc(client) => self.over_grpc(client.clone(), group).await?,
         };
         if values.len() != group.responses.len() {
-            return Err(format!("{} values for {} responses", values.len(), group.responses.len()));
+            let what = format!("{} values for {} responses", values.len(), group.responses.len());
+            return Err(Unscored::Refused(what));
         }
         Ok((values, version.chars().filter(|c| !c.is_control()).take(80).collect()))
     }
 
-    async fn over_http(&self, http: &HttpClient, group: &GroupInput) -> Result<Said, String> {
+    async fn over_http(&self, http: &HttpClient, group: &GroupInput) -> Result<Said, Unscored> {
         let responses: Vec<_> = group.responses.iter().map(|r| json!({"index": r.index, "text": r.text})).collect();
         let body = json!({"name": self.name, "record": group.record, "responses": responses});
-        let answer = http.post(body.to_string()).await?;
+        let answer = http.post(body.to_string()).await.map_err(Unscored::Away)?;
         if answer.code != 200 {
-            return Err(format!("answered {}: {}", answer.code, http.excerpt(&answer.body)));
+            let what = format!("answered {}: {}", answer.code, http.excerpt(&answer.body));
+            let away = matches!(answer.code, 401 | 403 | 404 | 408 | 429) || answer.code >= 500;
+            return Err(if away { Unscored::Away(what) } else { Unscored::Refused(what) });
         }
-        let said: Scores =
-            serde_json::from_slice(&answer.body).map_err(|e| format!("the answer holds no scores: {e}"))?;
+        let unread = |e| Unscored::Refused(format!("the answer holds no scores: {e}"));
+        let said: Scores = serde_json::from_slice(&answer.body).map_err(unread)?;
         Ok((said.scores, said.version))
     }
 
-    async fn over_grpc(&self, mut client: RewardClient<Channel>, group: &GroupInput) -> Result<Said, String> {
-        let request = with_deadline(request(group)?, self.deadline);
-        let said = client.score(request).await.map_err(|s| format!("{:?}: {}", s.code(), s.message()))?.into_inner();
+    async fn over_grpc(&self, mut client: RewardClient<Channel>, group: &GroupInput) -> Result<Said, Unscored> {
+        let request = with_deadline(request(group).map_err(Unscored::Refused)?, self.deadline);
+        let said = client.score(request).await.map_err(|s| {
+            let what = format!("{:?}: {}", s.code(), s.message());
+            if is_away(s.code()) { Unscored::Away(what) } else { Unscored::Refused(what) }
+        });
+        let said = said?.into_inner();
         let indices = said.breakdowns.iter().map(|b| b.index as usize);
         if !indices.eq(group.responses.iter().map(|r| r.index)) {
-            return Err("it answered for other responses than were sent".to_owned());
+            return Err(Unscored::Refused("it answered for other responses than were sent".to_owned()));
         }
         let value = |b: &v1::Breakdown| match b.components.get(&self.name) {
             Some(c) => c.value.filter(|_| !c.masked),

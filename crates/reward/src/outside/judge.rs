@@ -91,18 +91,18 @@ impl Judge {
         open.dedup();
         let calls = open.iter().map(|answer| self.ask(record, answer));
         let said = futures::future::join_all(calls).await;
-        let asked: HashMap<&str, Result<f64, String>> = open.into_iter().zip(said).collect();
+        let asked: HashMap<&str, Result<f64, MaskReason>> = open.into_iter().zip(said).collect();
         let component = |answer: &Option<String>| match answer.as_deref().map(|a| asked.get(a)) {
             None => Component::value(0.0).with("no_span", 1.0),
             Some(Some(Ok(value))) => Component::value(*value),
-            Some(Some(Err(why))) => Component::masked(MaskReason::Failed(why.clone())),
+            Some(Some(Err(why))) => Component::masked(why.clone()),
             Some(None) => Component::masked(MaskReason::Failed("was not asked".to_owned())),
         };
         answers.iter().map(component).collect()
     }
 
-    async fn ask(&self, record: &Record, answer: &str) -> Result<f64, String> {
-        let messages = self.prompt.fill(record, answer, self.scale)?;
+    async fn ask(&self, record: &Record, answer: &str) -> Result<f64, MaskReason> {
+        let messages = self.prompt.fill(record, answer, self.scale).map_err(MaskReason::Failed)?;
         let key = self.key(&messages);
         if let Some(known) = self.cache.as_ref().and_then(|c| lock(c).get(&key).copied()) {
             return Ok(known);
@@ -114,8 +114,11 @@ impl Judge {
         list.push(ChatMessage::text(ChatRole::User, messages.user));
         let (max_tokens, temperature) = (self.max_tokens, self.temperature);
         let request = ChatRequest { messages: list, max_tokens, temperature, seed: None, json: true };
-        let reply = self.client.chat(&request, self.deadline).await.map_err(|e| format!("the judge: {e}"))?;
-        let value = read_score(&reply.text, self.scale)?;
+        let reply = self.client.chat(&request, self.deadline).await.map_err(|e| {
+            let why = format!("the judge: {e}");
+            if e.is_away() { MaskReason::Unavailable(why) } else { MaskReason::Failed(why) }
+        })?;
+        let value = read_score(&reply.text, self.scale).map_err(MaskReason::Failed)?;
         if let Some(cache) = &self.cache {
             lock(cache).put(key, value);
         }

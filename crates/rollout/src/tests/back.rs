@@ -24,7 +24,7 @@ async fn beside(stage: &Stage, script: impl Future<Output = ()> + Send + 'static
     report
 }
 
-async fn until(fake: &Fake, what: impl Fn(&mut super::State) -> bool) {
+async fn until(fake: &Fake, what: impl Fn(&mut super::fake::State) -> bool) {
     while !fake.with(|s| what(s)) {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }

@@ -2,32 +2,114 @@
 
 use std::time::{Duration, Instant};
 
-use unveil_service::CancellationToken;
+use tonic::Status;
+use unveil_proto::v1::release_request::Cause;
+use unveil_proto::v1::reward_server::RewardServer;
+use unveil_service::{CancellationToken, Health, READY, Routes, ServeOptions, check_health, start};
+use unveil_testkit::MetricsPage;
 
-use super::{answer, stage};
+use super::{answer, free, stage};
 use crate::run;
 
+/// Groups that wait longer than their scores may take go back and are made again once there are scores; meanwhile the worker is not
+/// ready, and asks no more for groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_reward_service_groups_are_masked() {
+async fn without_a_reward_service_groups_go_back_and_come_again() {
     let stage = stage().await;
-    stage.fake.with(|s| s.leases = [answer(&[0, 1], 0)].into());
-    let mut options = stage.options();
-    options.config.reward.deadline_s = 0.3;
-    options.reward = "http://127.0.0.1:9".into();
-    let report = run(options.clone(), CancellationToken::new()).await.unwrap();
-    assert_eq!(report.accepted, 2);
     stage.fake.with(|s| {
-        for b in s.submitted.iter().flat_map(|g| &g.breakdowns) {
-            assert_eq!(b.total, None);
-            assert!(
-                b.components.len() == 4
-                    && b.components.values().all(|c| c.masked && c.value.is_none() && c.reason.contains("failed"))
-            );
+        s.leases = [answer(&[0, 1], 0), answer(&[0, 1], 0)].into();
+        s.endless = true;
+    });
+    let stop = CancellationToken::new();
+    let (health, address) = Health::start("127.0.0.1:0", stop.clone()).await.unwrap();
+    let address = address.unwrap().to_string();
+    let ready = async || check_health(&address, READY, Duration::from_secs(5)).await.unwrap();
+    let (mut options, reward, page) = (stage.options(), free(), free());
+    options.config.reward.deadline_s = 0.3;
+    options.config.rollout.metrics_listen = page.to_string();
+    (options.reward, options.health) = (format!("http://{reward}"), health);
+    let worker = tokio::spawn(run(options.clone(), stop.clone()));
+    let begun = Instant::now();
+    let until = async |what: &str, done: &dyn Fn() -> bool| {
+        while !done() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    };
+    until("groups go back", &|| stage.fake.with(|s| s.given_back.len() >= 2)).await;
+    while ready().await {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is not ready");
+    }
+    // One lease may have been under way; nothing is leased beyond it.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let leased = stage.fake.with(|s| s.leased);
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    stage.fake.with(|s| {
+        assert_eq!((s.leased, s.submitted.len()), (leased, 0), "nothing is trained as nothing");
+        for g in &s.given_back {
+            assert_eq!((g.worker.as_str(), g.cause()), ("w0", Cause::Unscored));
+            assert!(g.why.contains(&reward.to_string()), "{}", g.why);
+        }
+    });
+    let told = tokio::task::spawn_blocking(move || MetricsPage::get(page)).await.unwrap();
+    assert!(told.of("unveil_rollout_groups_total{verdict=\"unscored\"}") >= 2.0);
+    assert_eq!(told.of("unveil_rollout_rewards_away"), 1.0);
+    // It comes back: the worker is ready again before it has scored anything.
+    let routes = Routes::new(RewardServer::new(stage.fake.clone()));
+    let _served = start(&reward.to_string(), routes, ServeOptions::default(), stage.stop.clone()).await.unwrap();
+    while !ready().await {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is ready again");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    stage.fake.with(|s| {
+        s.leases.push_back(answer(&[2, 3], 0));
+        s.endless = false;
+    });
+    let report = worker.await.unwrap().unwrap();
+    assert!(report.accepted >= 2 && report.refused >= 2 && report.finished, "{report:?}");
+    stage.fake.with(|s| {
+        assert!(s.submitted.iter().flat_map(|g| &g.breakdowns).all(|b| b.total == Some(0.25)));
     });
     options.reward = "nowhere".into();
     let text = run(options, CancellationToken::new()).await.unwrap_err().to_string();
     assert!(text.contains("reward") && text.contains("nowhere"), "{text}");
+}
+
+/// Whatever keeps scores away for all groups sends them back; what is wrong with one group alone says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_reward_service_says_decides_why_a_group_goes_back() {
+    for (status, cause) in [
+        (Status::unauthenticated("the bearer token is missing or wrong"), Cause::Unscored),
+        (Status::permission_denied("another role's certificate"), Cause::Unscored),
+        (Status::unimplemented("no such service"), Cause::Unscored),
+        (Status::invalid_argument("`record_json` is not valid"), Cause::Failed),
+        (Status::out_of_range("the message is too large"), Cause::Failed),
+        (Status::internal("scoring failed"), Cause::Failed),
+    ] {
+        let stage = stage().await;
+        stage.fake.with(|s| {
+            s.leases = [answer(&[0], 0)].into();
+            s.unscored = [status.clone()].into();
+        });
+        let report = stage.run().await.unwrap();
+        assert_eq!((report.accepted, report.refused, report.finished), (0, 1, true), "{status}");
+        stage.fake.with(|s| {
+            assert_eq!((s.submitted.len(), s.given_back.len()), (0, 1), "{status}");
+            assert_eq!(s.given_back[0].cause(), cause, "{status}");
+            assert!(s.given_back[0].why.contains(status.message()), "{}", s.given_back[0].why);
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_rejected_is_not_the_end() {
+    let stage = stage().await;
+    stage.fake.with(|s| {
+        s.leases = [answer(&[0], 0), answer(&[1], 0)].into();
+        s.rejected = ["worker `w0`: a log-probability is NaN".to_owned()].into();
+    });
+    let report = stage.run().await.unwrap();
+    assert_eq!((report.accepted, report.refused, report.finished), (1, 1, true));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -55,13 +137,18 @@ async fn a_stop_hands_leases_back_and_is_no_error() {
     });
 }
 
+/// A record that cannot be made is not the end of the worker, nor of the groups beside it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_image_names_the_record_and_goes_back() {
     let stage = stage().await;
-    let mut broken = answer(&[0], 0);
+    let mut broken = answer(&[0, 1], 0);
     broken.groups[0].image = vec![1, 2, 3].into();
     stage.fake.with(|s| s.leases = [broken].into());
-    let text = stage.run().await.unwrap_err().to_string();
-    assert!(text.contains("r0"), "{text}");
-    stage.fake.with(|s| assert_eq!(s.released, ["lease-0"]));
+    let report = stage.run().await.unwrap();
+    assert_eq!((report.accepted, report.refused, report.finished), (1, 1, true));
+    stage.fake.with(|s| {
+        assert_eq!(s.released, ["lease-0"]);
+        assert_eq!(s.given_back[0].cause(), Cause::Failed);
+        assert!(s.given_back[0].why.contains("r0"), "{}", s.given_back[0].why);
+    });
 }

@@ -57,6 +57,15 @@ impl ChatError {
         }
     }
 
+    /// The endpoint could not be had: it is away, overloaded, too slow, or it does not let us in.
+    pub fn is_away(&self) -> bool {
+        match self {
+            Self::Deadline { .. } | Self::Transport(_) => true,
+            Self::Status { code, .. } => matches!(code, 401 | 403 | 404 | 408 | 429) || *code >= 500,
+            Self::Malformed(_) | Self::Options { .. } | Self::Budget { .. } => false,
+        }
+    }
+
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
