@@ -101,7 +101,8 @@ mod tests {
             &prediction(true, None, 1.0, None),
             &prediction(false, None, 0.1, Some(6.0)),
         ]);
-        let by_hand = Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4, n_text: 0 };
+        let by_hand =
+            Metrics { accuracy: 0.5, mean_iou: 0.25, acc50: 0.5, soft_f1: 0.4, vision_lift: 3.0, n: 4, n_text: 0 };
         assert_eq!(m, by_hand);
         assert!(!serde_json::to_string(&m).unwrap().contains("n_text"));
         // An answer in text counts apart, whatever its numbers would be.

@@ -146,7 +146,8 @@ fn grounding(judged: &[&Judged], bootstrap: &Bootstrap) -> Grounding {
         let name = json!(fault).as_str().unwrap_or_default().to_owned();
         *faults.entry(name).or_default() += 1;
     }
-    let metric = |(name, of): &(&'static str, Measure)| (*name, bootstrap.mean(&by_record(judged.iter().copied(), *of)));
+    let metric =
+        |(name, of): &(&'static str, Measure)| (*name, bootstrap.mean(&by_record(judged.iter().copied(), *of)));
     Grounding {
         metrics: GROUNDING.iter().map(metric).collect(),
         faults,
@@ -200,8 +201,10 @@ pub fn measure(
     let found = match suite {
         Suite::Grounding => Found::Grounding {
             shown: grounding(&judged, bootstrap),
-            withheld: withheld
-                .map(|w| Withheld { image: "black, of the same size", grounding: grounding(&of_regions(w), bootstrap) }),
+            withheld: withheld.map(|w| Withheld {
+                image: "black, of the same size",
+                grounding: grounding(&of_regions(w), bootstrap),
+            }),
         },
         Suite::Mau => mau(&judged, bootstrap),
     };

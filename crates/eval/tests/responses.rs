@@ -63,10 +63,15 @@ fn answers_in_text_are_left_out_of_every_number_and_counted() {
         .to_string()
             + "\n"
     };
-    let file = write(dir.path(), "r.jsonl", &(line("a", 0, "[10,20,50,60] mass") + &text(0, "MRI") + &text(1, "no finding")));
+    let file =
+        write(dir.path(), "r.jsonl", &(line("a", 0, "[10,20,50,60] mass") + &text(0, "MRI") + &text(1, "no finding")));
     let judged = judge_responses(&Config::default(), &file, "").unwrap();
     let m = json!(Evaluation::new(judged.clone()).metrics);
-    assert_eq!((&m["accuracy"], &m["soft_f1"], &m["n"], &m["n_text"]), (&json!(0.0), &json!(1.0), &json!(1), &json!(2)), "{m}");
+    assert_eq!(
+        (&m["accuracy"], &m["soft_f1"], &m["n"], &m["n_text"]),
+        (&json!(0.0), &json!(1.0), &json!(1), &json!(2)),
+        "{m}"
+    );
     let found = measure(Suite::Grounding, &judged, Some(&judged), &Bootstrap::default()).unwrap();
     let shown = json!(found);
     assert_eq!((&shown["n"], &shown["n_text"], &shown["records"]), (&json!(1), &json!(2), &json!(1)), "{shown}");
@@ -78,7 +83,10 @@ fn answers_in_text_are_left_out_of_every_number_and_counted() {
     let only = write(dir.path(), "t.jsonl", &text(0, "no finding"));
     let judged = judge_responses(&Config::default(), &only, "").unwrap();
     let shown = json!(measure(Suite::Mau, &judged, None, &Bootstrap::default()).unwrap());
-    assert_eq!((&shown["n"], &shown["n_text"], &shown["accuracy"]["value"]), (&json!(0), &json!(1), &serde_json::Value::Null));
+    assert_eq!(
+        (&shown["n"], &shown["n_text"], &shown["accuracy"]["value"]),
+        (&json!(0), &json!(1), &serde_json::Value::Null)
+    );
 }
 
 #[test]

@@ -77,7 +77,8 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
     }
     if config.learner.steps > 0 {
         let trained = file.records.iter().filter(|r| r.split == d.train_split);
-        unveil_reward::require(config, trained).map_err(|e| LaunchError::Data(format!("{}: {e}", records.display())))?;
+        unveil_reward::require(config, trained)
+            .map_err(|e| LaunchError::Data(format!("{}: {e}", records.display())))?;
     }
     note(&format!("data: {} train, {} val, {} test", count(&d.train_split), count(&d.val_split), count(&d.test_split)));
     Ok(())
@@ -98,7 +99,9 @@ mod tests {
             (0..96).for_each(|x| image.set_pixel(x, x, [shade, shade, 200]));
             std::fs::write(dir.path().join(format!("{split}.png")), image.to_png().unwrap()).unwrap();
         }
-        let line = |id: &str, split: &str, rest: &str| format!(r#"{{"id":"{id}","image":"{split}.png","split":"{split}",{rest}}}"#);
+        let line = |id: &str, split: &str, rest: &str| {
+            format!(r#"{{"id":"{id}","image":"{split}.png","split":"{split}",{rest}}}"#)
+        };
         let lesion = r#""category":"nodule","boxes":[[1,2,30,40]]"#;
         let asked = r#""task":"vqa","question":"What modality?","answer":"MRI","boxes":[]"#;
         let lines = [

@@ -74,7 +74,10 @@ mod tests {
         assert!(category(&read("x"), &KnownClass::new(&[""], &[], ClassMatch::Equal), true).masked);
         let class = KnownClass::new(&["nodule"], &["mass"], ClassMatch::Contains);
         let c = |t: &str| category(&read(t), &class, true).value.unwrap();
-        assert_eq!((c("A nodule at [1,2,3,4]."), c("[1,2,3,4] a nodule or mass"), c("<think>nodule</think>mass")), (1.0, 0.0, 0.0));
+        assert_eq!(
+            (c("A nodule at [1,2,3,4]."), c("[1,2,3,4] a nodule or mass"), c("<think>nodule</think>mass")),
+            (1.0, 0.0, 0.0)
+        );
         assert_eq!(c(r#"[{"bbox_2d":[1,2,3,4],"label":"a small nodule"}]"#), 1.0);
     }
 }

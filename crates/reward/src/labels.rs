@@ -21,8 +21,7 @@ impl Labels {
     /// The label of a box is its own where it has one: `answer.labels`, `record.labels`. Otherwise it is the category of its side; of the
     /// record's, any part between commas may be meant. `names_of` gives a label's synonyms, itself among them.
     pub fn new(answer: &GroundedAnswer, record: &Record, names_of: impl Fn(&str) -> Vec<String>) -> Self {
-        let names =
-            |label: &str| names_of(label).iter().map(|n| fold(n)).filter(|n| !n.is_empty()).collect::<Vec<_>>();
+        let names = |label: &str| names_of(label).iter().map(|n| fold(n)).filter(|n| !n.is_empty()).collect::<Vec<_>>();
         let whole = std::iter::once(record.category.as_str());
         let of_category: Vec<String> = whole.chain(record.category.split(',')).flat_map(names).collect();
         let of_truth = |at: usize| match record.labels.get(at).filter(|l| !l.trim().is_empty()) {

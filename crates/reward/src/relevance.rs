@@ -127,7 +127,11 @@ mod tests {
         assert_eq!(scores(RelevanceKind::RougeL, unnamed, &["x"]), [None], "nothing to compare with");
         assert_eq!(scores(RelevanceKind::RougeL, r#"{"id":"a"}"#, &["no finding"]), [Some(1.0)]);
         let unanswered = r#"{"id":"a","task":"vqa"}"#;
-        assert_eq!(scores(RelevanceKind::RougeL, unanswered, &["no finding"]), [None], "asked in text, and never answered");
+        assert_eq!(
+            scores(RelevanceKind::RougeL, unanswered, &["no finding"]),
+            [None],
+            "asked in text, and never answered"
+        );
         assert_eq!(scores(RelevanceKind::Embedding, open, &["x"]), [None], "no model");
     }
 }

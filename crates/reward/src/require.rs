@@ -30,7 +30,8 @@ pub fn require<'a>(config: &Config, records: impl IntoIterator<Item = &'a Record
         if !applies(&scoring, record) {
             return Err(refuse(why(&scoring, record)));
         }
-        let looked_for = scoring.reading.matching == ClassMatch::Contains && !record.is_text() && !record.boxes.is_empty();
+        let looked_for =
+            scoring.reading.matching == ClassMatch::Contains && !record.is_text() && !record.boxes.is_empty();
         if looked_for && !record.category.trim().is_empty() && !known.contains(&fold(&record.category)) {
             return Err(refuse(format!(
                 "its class `{}` is not in data.synonyms, which answer.match = \"contains\" takes the known classes from: add it, with [] \
@@ -104,7 +105,10 @@ mod tests {
             assert_eq!(fault(&c, fine), "");
         }
         let e = fault(&c, text);
-        assert!(["q7", "localization", "reward.relevance.weight", "data.train_split"].iter().all(|w| e.contains(w)), "{e}");
+        assert!(
+            ["q7", "localization", "reward.relevance.weight", "data.train_split"].iter().all(|w| e.contains(w)),
+            "{e}"
+        );
         c.reward.relevance.weight = 1.0;
         for kind in [RelevanceKind::Judge, RelevanceKind::Exact, RelevanceKind::Embedding] {
             c.reward.relevance.kind = kind;
@@ -117,8 +121,7 @@ mod tests {
         assert_eq!(fault(&c, r#"{"id":"q","task":"vqa","answer":"B","options":["CT","MRI"]}"#), "");
         // A gate on what does not apply holds nothing back.
         c.reward.relevance.kind = RelevanceKind::Exact;
-        c.reward.gates =
-            vec![serde_json::from_str(r#"{"component":"relevance","needs":"localization"}"#).unwrap()];
+        c.reward.gates = vec![serde_json::from_str(r#"{"component":"relevance","needs":"localization"}"#).unwrap()];
         assert_eq!(fault(&c, text), "");
         (c.reward.relevance.weight, c.reward.length.weight) = (0.0, 0.1);
         assert_eq!(fault(&c, text), "", "its length is judged");

@@ -212,7 +212,8 @@ impl Shared<'_> {
 
     /// The same for a record that is answered in text: none of them applies.
     fn masked_regions(&self) -> Components {
-        let configured = OF_REGIONS.iter().filter(|n| **n != "abstention" || self.scoring.reward.abstention.weight > 0.0);
+        let configured =
+            OF_REGIONS.iter().filter(|n| **n != "abstention" || self.scoring.reward.abstention.weight > 0.0);
         configured.map(|n| ((*n).to_owned(), Component::masked(MaskReason::NotApplicable))).collect()
     }
 

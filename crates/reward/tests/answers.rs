@@ -17,7 +17,12 @@ fn group(record: &Value, texts: &[&str]) -> GroupInput {
         let spans: Vec<(usize, usize)> = t.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect();
         ResponseInput { index, text: (*t).to_owned(), spans, ..Default::default() }
     };
-    GroupInput { record, sizes: SIZES, boxes: BoxForm::Absolute, responses: texts.iter().enumerate().map(response).collect() }
+    GroupInput {
+        record,
+        sizes: SIZES,
+        boxes: BoxForm::Absolute,
+        responses: texts.iter().enumerate().map(response).collect(),
+    }
 }
 
 fn score(c: &Config, record: &Value, texts: &[&str]) -> Vec<Breakdown> {
@@ -47,7 +52,9 @@ fn what_published_models_write_is_read() {
     let object = r#"{"bbox_2d": [100, 100, 200, 200], "label": "nodule"}"#;
     let whole = [1.0, 1.0];
     let huge = format!("[{},0,5,5] nodule", "9".repeat(400));
-    let spray: Vec<String> = (0..96).map(|i| format!("[{0},{1},{2},{3}]", i / 8 * 50, i % 8 * 50, i / 8 * 50 + 100, i % 8 * 50 + 100)).collect();
+    let spray: Vec<String> = (0..96)
+        .map(|i| format!("[{0},{1},{2},{3}]", i / 8 * 50, i % 8 * 50, i / 8 * 50 + 100, i % 8 * 50 + 100))
+        .collect();
     let spray = format!("{} nodule", spray.join(", "));
     for (name, text, want) in [
         ("bracket", "[100,100,200,200] nodule".to_owned(), whole),
@@ -112,7 +119,15 @@ fn what_says_that_nothing_is_there() {
             assert_eq!(names.map(|n| b.components[n].value), [Some(want); 3], "{text} {record}");
         }
     }
-    for text in ["", " ", "nodule", "No finding, but [100,100,200,200] nodule", "<think>no finding", "no finding [", "[1,1,5,5]"] {
+    for text in [
+        "",
+        " ",
+        "nodule",
+        "No finding, but [100,100,200,200] nodule",
+        "<think>no finding",
+        "no finding [",
+        "[1,1,5,5]",
+    ] {
         let b = &score(&c, &empty(), &[text])[0];
         assert_eq!(names.map(|n| b.components[n].value), [Some(0.0); 3], "{text}");
     }
@@ -171,7 +186,11 @@ fn components_of_regions_do_not_speak_of_answers_in_text() {
         assert_eq!(b.components["relevance"].value, Some(relevance), "{response:?} to {record}");
         let weight = 1.0 + 0.5 + 0.1 + 0.2 + 1.0 + 0.3;
         if of_regions.is_none() {
-            assert!((b.total.unwrap() - weight * relevance).abs() < 1e-9, "the others' weights go to what is left: {:?}", b.total);
+            assert!(
+                (b.total.unwrap() - weight * relevance).abs() < 1e-9,
+                "the others' weights go to what is left: {:?}",
+                b.total
+            );
         }
     }
     // The text of a record may have boxes, and a class: it still is a text.
@@ -194,7 +213,9 @@ fn offline_scoring_reads_alike() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("r.jsonl");
     let mut lines = String::new();
-    for (index, text) in ["<think>[1,1,5,5]</think><answer>[100,100,200,200] Nodule.</answer>", "no finding"].iter().enumerate() {
+    for (index, text) in
+        ["<think>[1,1,5,5]</think><answer>[100,100,200,200] Nodule.</answer>", "no finding"].iter().enumerate()
+    {
         for mut record in [lesion(), question()] {
             (record["index"], record["response"]) = (json!(index), json!(text));
             lines += &format!("{record}\n");
@@ -207,7 +228,10 @@ fn offline_scoring_reads_alike() {
     let of = |i: usize, n: &str| out[i]["components"][n]["value"].clone();
     assert_eq!((of(0, "localization"), of(0, "category"), of(2, "localization")), (json!(1.0), json!(1.0), json!(0.0)));
     for at in [1, 3] {
-        assert_eq!((&out[at]["total"], &out[at]["components"]["category"]["reason"]), (&Value::Null, &json!("not_applicable")));
+        assert_eq!(
+            (&out[at]["total"], &out[at]["components"]["category"]["reason"]),
+            (&Value::Null, &json!("not_applicable"))
+        );
     }
 }
 

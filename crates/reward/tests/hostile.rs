@@ -104,8 +104,9 @@ fn text(rng: &mut ChaCha8Rng) -> String {
     let mut out = String::new();
     match rng.random_range(0..200) {
         0 => {
-            out = ["[", "{\"a\":", "(", "<answer>", "[1,2,3,4]", "nodule ", "[{\"a\":", "```json"][rng.random_range(0..8)]
-                .repeat(rng.random_range(1..50_000))
+            out = ["[", "{\"a\":", "(", "<answer>", "[1,2,3,4]", "nodule ", "[{\"a\":", "```json"]
+                [rng.random_range(0..8)]
+            .repeat(rng.random_range(1..50_000))
         }
         1 => (0..rng.random_range(1..3000)).for_each(|_| one_box(rng, &mut out)),
         2 => {

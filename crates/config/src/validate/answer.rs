@@ -27,12 +27,17 @@ pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
     );
     need(
         !marks.iter().any(|m| !m.trim().is_empty() && m.trim().chars().all(|c| OF_BOXES.contains(c))),
-        format!("reward.relevance.span is {marks:?}: answers give their boxes with these characters; use a tag (answer.span)"),
+        format!(
+            "reward.relevance.span is {marks:?}: answers give their boxes with these characters; use a tag (answer.span)"
+        ),
     );
     let tag = [format!("<{}>", a.span), format!("</{}>", a.span)];
     need(
         a.span.is_empty() || marks.is_empty() || *marks == tag,
-        format!("reward.relevance.span is {marks:?} and answer.span is `{}`: both name the same span, so leave one out", a.span),
+        format!(
+            "reward.relevance.span is {marks:?} and answer.span is `{}`: both name the same span, so leave one out",
+            a.span
+        ),
     );
     need(
         a.no_finding.iter().all(|p| !unveil_core::answer::fold(p).is_empty()),

@@ -118,8 +118,8 @@ impl KnownClass {
 
 /// Words that deny what follows them in their sentence, and what stands right before them.
 const DENY: [&str; 22] = [
-    "no", "not", "without", "never", "neither", "nor", "none", "free", "absence", "absent", "negative", "unlikely", "excluded",
-    "excludes", "isn", "aren", "wasn", "don", "doesn", "didn", "cannot", "rules",
+    "no", "not", "without", "never", "neither", "nor", "none", "free", "absence", "absent", "negative", "unlikely",
+    "excluded", "excludes", "isn", "aren", "wasn", "don", "doesn", "didn", "cannot", "rules",
 ];
 const DENY_BEHIND: [&str; 11] =
     ["not", "absent", "excluded", "ruled", "unlikely", "negative", "isn", "aren", "wasn", "cannot", "never"];
@@ -181,12 +181,21 @@ mod tests {
 
     #[test]
     fn folded_on_both_sides() {
-        for same in
-            ["Lung  Nodule", "lung nodule.", "**Lung nodule**", "\"lung nodule\"", "“Lung” `nodule`!", " _lung nodule_ \n", "**\"lung nodule.\"**"]
-        {
+        for same in [
+            "Lung  Nodule",
+            "lung nodule.",
+            "**Lung nodule**",
+            "\"lung nodule\"",
+            "“Lung” `nodule`!",
+            " _lung nodule_ \n",
+            "**\"lung nodule.\"**",
+        ] {
             assert_eq!(fold(same), "lung nodule", "{same}");
         }
-        assert_eq!((fold("Crohn's disease"), fold("HÖHLE …"), fold(" *. ")), ("crohn's disease".into(), "höhle".into(), String::new()));
+        assert_eq!(
+            (fold("Crohn's disease"), fold("HÖHLE …"), fold(" *. ")),
+            ("crohn's disease".into(), "höhle".into(), String::new())
+        );
         assert_eq!(fold("lung_nodule"), "lung_nodule");
         let c = KnownClass::new(&["Nodule.", "lung nodule"], &[], ClassMatch::Equal);
         for right in ["nodule", "Nodule.", "**lung  nodule**"] {

@@ -371,9 +371,17 @@ mod tests {
 
     #[test]
     fn other_texts_are_left_alone() {
-        for text in
-            ["[1,2,3,4] polyp", "no finding", "", "[{", "{}", "[[1,2,3,4]]", "[{\"a\":1}] x", "{a}", "```json\n[1,2,3,4]```"]
-        {
+        for text in [
+            "[1,2,3,4] polyp",
+            "no finding",
+            "",
+            "[{",
+            "{}",
+            "[[1,2,3,4]]",
+            "[{\"a\":1}] x",
+            "{a}",
+            "```json\n[1,2,3,4]```",
+        ] {
             assert_eq!(find(text), None, "{text}");
         }
     }

@@ -156,7 +156,12 @@ mod tests {
         for (text, boxes, class, none) in [
             ("[1,2,3,4] Nodule.", 1, "nodule", false),
             ("<think>maybe [1,1,5,5] mass</think><answer>[1,2,3,4] nodule</answer>", 1, "nodule", false),
-            ("<think>I would write ```json\n[{\"bbox_2d\":[1,1,9,9],\"label\":\"mass\"}]\n```</think>\n<answer>\n```json\n[{\"bbox_2d\":[1,2,3,4],\"label\":\"nodule\"}]\n```\n</answer>", 1, "nodule", false),
+            (
+                "<think>I would write ```json\n[{\"bbox_2d\":[1,1,9,9],\"label\":\"mass\"}]\n```</think>\n<answer>\n```json\n[{\"bbox_2d\":[1,2,3,4],\"label\":\"nodule\"}]\n```\n</answer>",
+                1,
+                "nodule",
+                false,
+            ),
             ("The edge [1,1,5,5] is dense. {\"bbox_2d\":[1,2,3,4],\"label\":\"nodule\"}", 1, "nodule", false),
             ("No finding.", 0, "", true),
             ("no findings", 0, "", true),
@@ -187,7 +192,8 @@ mod tests {
         for fine in ["no finding", "No finding.", "**No Finding**", "[1,2,3,4] nodule", " [1,2,3,4] nodule\n"] {
             assert_eq!(f(&free, fine), None, "{fine}");
         }
-        for other in ["[]", "No abnormality is seen.", "<answer>no finding</answer>", "<think></think>[1,2,3,4] nodule"] {
+        for other in ["[]", "No abnormality is seen.", "<answer>no finding</answer>", "<think></think>[1,2,3,4] nodule"]
+        {
             assert_eq!(f(&free, other), Some(ParseFault::OtherForm), "{other}");
         }
         assert_eq!(f(&free, "<think>[1,2,3,4] nodule"), Some(ParseFault::NoSpan));

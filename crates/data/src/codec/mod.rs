@@ -293,7 +293,12 @@ mod tests {
 
     #[test]
     fn every_form_reads_json_and_what_stands_around_an_answer() {
-        let numbers = [[64.0, 24.0, 128.0, 48.0], [500.0, 250.0, 1000.0, 500.0], [500.0, 250.0, 1000.0, 500.0], [0.5, 0.25, 1.0, 0.5]];
+        let numbers = [
+            [64.0, 24.0, 128.0, 48.0],
+            [500.0, 250.0, 1000.0, 500.0],
+            [500.0, 250.0, 1000.0, 500.0],
+            [0.5, 0.25, 1.0, 0.5],
+        ];
         for (codec, n) in each().zip(numbers) {
             let json = format!("[{{\"bbox_2d\": {n:?}, \"label\": \"polyp\"}}]");
             let native = codec.write(&[codec.encode(&[320.0, 120.0, 640.0, 240.0].into(), &SIZES)], "polyp");
@@ -323,9 +328,34 @@ mod tests {
     #[test]
     fn reading_is_linear() {
         for unit in [
-            "[", "(", "[1,2,3,4]", "a(1,2)", "(1,2),(3,4)", "<|", "```", "```json", "{\"bbox_2d\":", "{\"bbox_2d\":[", "[{", "[ ", "{ ",
-            "{\"a\":", "{\"a", "\"{", "\\", "{}", "[]", "{\"label\":\"x\"}", "{\"label\":\"x\"} a", "<think>", "</think>", "<answer>",
-            "</answer>", "<answer>a</answer>", "no finding ", "<|box_start|>",
+            "[",
+            "(",
+            "[1,2,3,4]",
+            "a(1,2)",
+            "(1,2),(3,4)",
+            "<|",
+            "```",
+            "```json",
+            "{\"bbox_2d\":",
+            "{\"bbox_2d\":[",
+            "[{",
+            "[ ",
+            "{ ",
+            "{\"a\":",
+            "{\"a",
+            "\"{",
+            "\\",
+            "{}",
+            "[]",
+            "{\"label\":\"x\"}",
+            "{\"label\":\"x\"} a",
+            "<think>",
+            "</think>",
+            "<answer>",
+            "</answer>",
+            "<answer>a</answer>",
+            "no finding ",
+            "<|box_start|>",
         ] {
             let text = unit.repeat(1_000_000 / unit.len());
             for codec in each() {
