@@ -123,7 +123,8 @@ pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.predictions {
         let lines = evaluation.judged.iter().map(|j| serde_json::to_string(&j.prediction));
         let lines = lines.collect::<Result<Vec<String>, _>>()?;
-        unveil_core::write_atomic(path, (lines.join("\n") + "\n").as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
+        unveil_core::write_atomic(path, (lines.join("\n") + "\n").as_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     let (table, found) = match args.suite {
         Chosen::Summary => (evaluation.metrics.table(), serde_json::to_string(&evaluation.metrics)?),
@@ -194,7 +195,8 @@ fn answers(
 /// Where a run's images lie, by the configuration that it has kept.
 fn image_folders(run: &Path) -> ImageFolders {
     let kept = std::fs::read_to_string(run.join("config.toml")).ok();
-    kept.and_then(|text| unveil_config::read("config.toml", &text).ok()).map_or_else(ImageFolders::default, |c| run_images(&c))
+    kept.and_then(|text| unveil_config::read("config.toml", &text).ok())
+        .map_or_else(ImageFolders::default, |c| run_images(&c))
 }
 
 /// Where the images of a configuration's records lie.

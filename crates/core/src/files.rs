@@ -29,7 +29,8 @@ pub fn replace_file(path: &Path, mode: u32, write: impl FnOnce(&Path) -> io::Res
     let prefix = format!(".{}.", name.to_string_lossy());
     let permissions = Permissions::from_mode(mode);
     let mut builder = tempfile::Builder::new();
-    let temporary = builder.prefix(&prefix).suffix(".tmp").permissions(permissions).tempfile_in(folder)?.into_temp_path();
+    let temporary =
+        builder.prefix(&prefix).suffix(".tmp").permissions(permissions).tempfile_in(folder)?.into_temp_path();
     write(&temporary)?;
     File::open(&temporary)?.sync_all()?;
     temporary.persist(path).map_err(|e| e.error)?;
@@ -55,7 +56,8 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         write_atomic(&path, b"new").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
-        let names: Vec<_> = std::fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let names: Vec<_> =
+            std::fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["a.json"], "nothing is left beside it");
         assert!(write_atomic(Path::new("/"), b"").is_err());
     }

@@ -42,7 +42,9 @@ pub enum LaunchError {
         difference: String,
     },
     /// The configuration that a run has kept cannot be read.
-    #[error("{path} is damaged: {why}. Remove that file alone: the run then goes on with the configuration that is given")]
+    #[error(
+        "{path} is damaged: {why}. Remove that file alone: the run then goes on with the configuration that is given"
+    )]
     DamagedConfig {
         /// The file.
         path: PathBuf,

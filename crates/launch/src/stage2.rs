@@ -67,8 +67,7 @@ impl Stage2<'_> {
             None => going(),
         };
         let learner_address = format!("{}://{}", self.scheme, learner.address(READY * 5, &mut together)?);
-        let mut workers: Vec<Worker> =
-            (0..self.placement.workers.len()).map(Worker::new).collect();
+        let mut workers: Vec<Worker> = (0..self.placement.workers.len()).map(Worker::new).collect();
         let mut told = BTreeSet::new();
         let outcome = loop {
             if stop() {

@@ -233,7 +233,10 @@ mod tests {
         let html = std::fs::read_to_string(write_report(run, 4, 0, &folders).unwrap()).unwrap();
         assert!(html.contains("&lt;script&gt;") && !html.contains("<script") && !html.contains("<img"), "{html}");
         assert!(html.contains("&lt;img src=x onerror=alert(1)&gt;") && html.contains("a&lt;b"), "{html}");
-        assert!(html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src &#x27;none&#x27;"), "{html}");
+        assert!(
+            html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src &#x27;none&#x27;"),
+            "{html}"
+        );
         assert!(html.contains("href=\"samples.html\"") && run.join("samples.html").exists());
         assert!(html.contains("reward by component") && html.contains("class=\"true\""));
         assert!(!html.contains("http://") && !html.contains("https://"), "the page must not load anything");

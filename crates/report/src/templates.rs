@@ -9,7 +9,8 @@ use crate::ReportError;
 /// What a page without a script may load: images that are data, its own style.
 pub(crate) const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
 /// The same of a page with a script of its own.
-pub(crate) const SCRIPT_POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
+pub(crate) const SCRIPT_POLICY: &str =
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
 
 /// Fills the template `name`.
 ///

@@ -114,7 +114,8 @@ mod tests {
         for (steps, factor) in [(1..=18, 1.0), (11..=20, 100.0)] {
             let mut b = TensorBoard::create(dir.path()).unwrap();
             for step in steps {
-                b.scalars(step, &[("train/loss".into(), step as f32 * factor), ("train/reward/total".into(), 0.0)]).unwrap();
+                b.scalars(step, &[("train/loss".into(), step as f32 * factor), ("train/reward/total".into(), 0.0)])
+                    .unwrap();
             }
         }
         let want: Vec<String> =

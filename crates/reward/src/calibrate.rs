@@ -187,7 +187,8 @@ impl HeadChoice {
     pub fn save(&self, path: &Path) -> Result<(), RewardError> {
         let io = |source| RewardError::Io { path: path.to_owned(), source };
         let text = toml::to_string(self).map_err(|e| io(std::io::Error::other(e)))?;
-        unveil_core::write_atomic(path, format!("# Written by unveil-reward calibrate; frozen.\n{text}").as_bytes()).map_err(io)
+        unveil_core::write_atomic(path, format!("# Written by unveil-reward calibrate; frozen.\n{text}").as_bytes())
+            .map_err(io)
     }
 }
 

@@ -147,7 +147,8 @@ pub async fn serve_with(
     let s = &config.reward.service;
     let call = Duration::from_secs_f64(s.call_s);
     let access = Access::of(config, Role::Reward)?;
-    let guard = Guard::new(access.token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH]).admitting(access.callers.clone());
+    let guard = Guard::new(access.token.as_ref(), s.max_in_flight, Some(call), &[STREAM_PATH])
+        .admitting(access.callers.clone());
     // Beside the runtime's threads: whoever asks how the service is gets an answer meanwhile.
     let named = config.clone();
     let loading = tokio::task::spawn_blocking(move || Scorers::load(&named));

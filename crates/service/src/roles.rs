@@ -31,12 +31,7 @@ impl Access {
             client_ca: config.tls.mutual.then_some(files.ca),
         };
         let tls = config.tls_files(role).map(server);
-        Ok(Self {
-            tls,
-            token: config.token()?,
-            callers: Callers::of(config, role),
-            insecure: config.tls.insecure,
-        })
+        Ok(Self { tls, token: config.token()?, callers: Callers::of(config, role), insecure: config.tls.insecure })
     }
 }
 

@@ -186,7 +186,9 @@ async fn the_matrix_of_roles_and_services() {
     let learner = [(Role::Rollout, true), (Role::Learner, false), (Role::Reward, false), (Role::Client, false)];
     let reward = [(Role::Rollout, true), (Role::Learner, true), (Role::Reward, false), (Role::Client, true)];
     let renamed = [(Role::Rollout, false), (Role::Learner, false), (Role::Reward, false), (Role::Client, true)];
-    for (serving, c, callers) in [(Role::Learner, &c, learner), (Role::Reward, &c, reward), (Role::Learner, &named, renamed)] {
+    for (serving, c, callers) in
+        [(Role::Learner, &c, learner), (Role::Reward, &c, reward), (Role::Learner, &named, renamed)]
+    {
         let (running, stop) = serve_at("127.0.0.1:0", c, serving).await.unwrap();
         let address = format!("https://localhost:{}", running.address.port());
         for (role, may) in callers {

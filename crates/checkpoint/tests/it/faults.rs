@@ -306,12 +306,17 @@ async fn names_that_could_lead_elsewhere_are_refused() {
 
 #[tokio::test]
 async fn a_store_that_knows_no_conditional_writes_is_refused_before_anything_is_written() {
-    for (fault, word) in [(Fault::Unconditional, "writes over it"), (Fault::NoConditions, "does not know the condition")] {
+    for (fault, word) in
+        [(Fault::Unconditional, "writes over it"), (Fault::NoConditions, "does not know the condition")]
+    {
         let w = World::memory();
         w.fault(fault, "runs/a/", usize::MAX);
         let e = Checkpoints::claim(w.store.clone(), retention(1)).await.unwrap_err();
         let said = e.to_string();
-        assert!(matches!(e, Error::NoCondition { .. }) && said.contains(word) && said.contains("mem://runs/a"), "{said}");
+        assert!(
+            matches!(e, Error::NoCondition { .. }) && said.contains(word) && said.contains("mem://runs/a"),
+            "{said}"
+        );
         assert!(said.contains("If-None-Match") && !said.contains("<Code>"), "{said}");
         let left: Vec<_> = w.raw.list(None).try_collect().await.unwrap();
         assert!(left.is_empty(), "{left:?}");

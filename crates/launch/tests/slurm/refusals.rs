@@ -52,9 +52,7 @@ fn seeds_are_numbers_and_ranges() {
 
 #[test]
 fn options_of_sbatch_that_would_break_the_script() {
-    for own in
-        ["nodes=3", "array=1-2", "output=/tmp/x", "signal=USR1@1", "wrap=ls", "no-requeue", "hetjob"]
-    {
+    for own in ["nodes=3", "array=1-2", "output=/tmp/x", "signal=USR1@1", "wrap=ls", "no-requeue", "hetjob"] {
         refused(&["--sbatch", own], &[], &["--sbatch", own, "the script sets"]);
     }
     for bad in

@@ -98,7 +98,10 @@ impl Published {
     }
 
     /// What a worker needs that holds `base` (whole, and of this run), or nothing; and how many bytes of tensors that is.
-    pub fn stream(&self, base: Option<v1::HeldWeights>) -> (u64, impl Iterator<Item = v1::WeightsChunk> + Send + use<>) {
+    pub fn stream(
+        &self,
+        base: Option<v1::HeldWeights>,
+    ) -> (u64, impl Iterator<Item = v1::WeightsChunk> + Send + use<>) {
         let held = base.as_ref().map(|b| b.version);
         let sent: Vec<Arc<Packed>> =
             self.tensors.iter().filter(|t| held.is_none_or(|held| t.since > held)).cloned().collect();
