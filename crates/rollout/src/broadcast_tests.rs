@@ -81,16 +81,6 @@ impl Experience for Fake {
         Err(Status::unimplemented("no leases"))
     }
 
-    async fn heartbeat(&self, _: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatResponse>, Status> {
-        Err(Status::unimplemented("no leases"))
-    }
-
-    type ImageStream = Pin<Box<dyn Stream<Item = Result<v1::ImageChunk, Status>> + Send>>;
-
-    async fn image(&self, _: Request<v1::ImageRequest>) -> Result<Response<Self::ImageStream>, Status> {
-        Err(Status::unimplemented("no leases"))
-    }
-
     type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
 
     async fn follow(&self, r: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
