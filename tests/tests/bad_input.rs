@@ -133,7 +133,7 @@ fn records_that_do_not_fit_the_model() {
     checked.says(1, &["bad.jsonl", "3 of ", "are errors"]);
     let run = s.unveil(&train_on(&config, &format!("data.root={shown}")));
     assert!(odd.iter().all(|(_, what)| run.stderr.contains(what)), "{}", run.stderr);
-    run.says(1, &["sft"]);
+    assert!(run.exits(1).stderr.contains("error: sft ended"));
     let events = std::fs::read_to_string(s.path("run/events.jsonl")).unwrap_or_default();
     assert!(!events.contains("\"kind\":\"sft\""), "no update was made: {events}");
     // What can be answered is, all the same.

@@ -202,7 +202,7 @@ fn transformers_loads_the_model_and_answers_the_same() {
         let (data, model, out) = (s.synth("data", 3, 4), s.tiny_model_of(family, "model", 2), s.path("exported"));
         let (data, model, out) = (data.to_string_lossy(), model.to_string_lossy(), out.to_string_lossy());
         let described = s.unveil(&["model", "export", &model, "--out", &out]).ok().json();
-        assert_eq!((&described[0]["family"], &described[0]["dtype"]), (&json!(family), &json!("Float")));
+        assert_eq!((&described[0]["family"], &described[0]["dtype"]), (&json!(family), &json!("float32")));
         let theirs = s.python(TRANSFORMERS, &[&out, &data]).ok().json();
         let args = ["generate", "--model", &model, "--data", &data, "--temperature", "0", "--max-new-tokens", "24"];
         let ours = s.unveil(&args).ok().json();

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -44,7 +45,10 @@ impl Cases {
 
     /// Runs `script` on all of them; results are under `name/key` again.
     pub fn run(&self, script: &str) -> Results {
-        let dir = std::env::temp_dir().join(format!("unveil-algo-{}-{script}-{}", std::process::id(), seed(0)));
+        // Tests of one process run at once.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let run = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("unveil-algo-{}-{script}-{}-{run}", std::process::id(), seed(0)));
         std::fs::create_dir_all(&dir).unwrap();
         let (src, dst, set) = (dir.join("in.safetensors"), dir.join("out.safetensors"), dir.join("settings.json"));
         Tensor::write_safetensors(&self.tensors, &src).unwrap();

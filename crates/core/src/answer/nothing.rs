@@ -117,7 +117,7 @@ impl Phrases {
         }
         let folded = fold(text);
         let known = |t: &str| self.all.binary_search_by(|p| p.as_str().cmp(t)).is_ok();
-        let bare = BEFORE.iter().find_map(|b| Some(folded.strip_prefix(b)?.strip_prefix(' ')?)).unwrap_or(&folded);
+        let bare = BEFORE.iter().find_map(|b| folded.strip_prefix(b)?.strip_prefix(' ')).unwrap_or(&folded);
         [folded.as_str(), bare].into_iter().any(|mut t| {
             loop {
                 if known(t) {

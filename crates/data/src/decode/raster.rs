@@ -12,12 +12,13 @@ const MAX_BESIDE: u64 = 32 << 20;
 
 /// Decodes either format.
 pub(super) fn decode(bytes: &[u8]) -> Result<Image, Fault> {
-    let decoder = open(bytes)?;
-    let (width, height) = decoder.dimensions();
-    check_size(width, height)?;
+    // First of all: a decoder names what it lacks, and not that the file was cut.
     if is_jpeg(bytes) {
         jpeg::walk(bytes)?;
     }
+    let decoder = open(bytes)?;
+    let (width, height) = decoder.dimensions();
+    check_size(width, height)?;
     let rgb = DynamicImage::from_decoder(decoder).map_err(fail)?.into_rgb8().into_raw();
     Image::from_rgb(width, height, rgb).ok_or_else(|| fail("it does not hold as many pixels as its header says"))
 }

@@ -314,6 +314,7 @@ mod tests {
         let e = release.install("a: 1\n", &dir.join("v.yaml")).unwrap_err().to_string();
         assert!(e.contains("upgrade --install demo") && e.contains('3'), "{e}");
         assert!(matches!(release.manifests("a: 1\n"), Err(KubernetesError::Refused { .. })));
+        std::fs::write(dir.join("none"), "no folder").unwrap();
         let e = release.install("a: 1\n", &dir.join("none/v.yaml")).unwrap_err().to_string();
         assert!(e.contains("none/v.yaml") && e.contains("--write"), "{e}");
         release.helm = dir.join("no-helm").into();
