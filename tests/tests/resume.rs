@@ -47,7 +47,8 @@ fn updates(run: &Path) -> Vec<Value> {
     let mut all = events_of(run, "train");
     for event in &mut all {
         let fields = event.as_object_mut().expect("an object");
-        fields.retain(|key, _| !key.ends_with("_ms") && key != "term");
+        // Which worker made which group is not the same again.
+        fields.retain(|key, _| !key.ends_with("_ms") && !matches!(key.as_str(), "term" | "agreement_by_worker"));
     }
     all
 }

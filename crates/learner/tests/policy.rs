@@ -178,7 +178,7 @@ fn disagreement_stops_the_run_and_names_the_worst() {
     let report = learner.update(&batch).unwrap();
     assert!(report.agreement.is_some_and(|a| a < 1e-5) && report.agreement_by_worker.is_empty());
     // The same tokens by an older version are drift, not disagreement.
-    let mut stale: Vec<TrainGroup> = rollout(learner.vlm(), 2, 4, 0, &low_tokens);
+    let mut stale: Vec<TrainGroup> = rollout(learner.vlm(), 2, 4, 1, &low_tokens);
     learner.update(&stale).unwrap();
     stale.truncate(2);
     let report = learner.update(&stale).unwrap();
