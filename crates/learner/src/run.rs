@@ -1,5 +1,6 @@
 //! Stage 2 from start to end: take up a checkpoint or the model of stage 1, serve experience, update, publish, evaluate, save.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -98,6 +99,8 @@ struct Run {
     best: Option<Best>,
     /// The best step that there is a checkpoint of.
     best_saved: Option<Best>,
+    /// Scores of steps whose saves have not ended.
+    scores: BTreeMap<u64, f64>,
     responses: u64,
     /// Of these, the ones that an earlier process saw.
     before: u64,
@@ -164,6 +167,7 @@ impl Run {
             base,
             best,
             best_saved: best,
+            scores: BTreeMap::new(),
             responses,
             before: responses,
             meter,
@@ -283,6 +287,7 @@ impl Run {
 
     fn judge(&mut self, step: u64, found: Option<&Evaluation>) -> bool {
         let Some(score) = found.map(|e| e.score).filter(|s| s.is_finite()) else { return false };
+        self.scores.insert(step, score);
         let better = self.best.is_none_or(|b| score > b.score);
         if better {
             self.best = Some(Best { step, score });
@@ -290,14 +295,27 @@ impl Run {
         better
     }
 
-    /// Tells what came of a save. Where it failed, the best step is again the one before, which there is a checkpoint of.
+    /// Tells what came of a save. Where it failed, the best step is again the best of those that there are checkpoints of.
     fn ended(&mut self, stage: &mut Stage<'_>, ended: Option<Ended>) -> Result<()> {
         let Some(ended) = ended else { return Ok(()) };
         match &ended {
-            Ended::Saved(saved) if self.best.is_some_and(|b| b.step == saved.step()) => self.best_saved = self.best,
-            Ended::Saved(_) => {}
-            Ended::Failed(failed) if self.best.is_some_and(|b| b.step == failed.step()) => self.best = self.best_saved,
-            Ended::Failed(_) => {}
+            Ended::Saved(saved) => {
+                let step = saved.step();
+                let score = self.scores.remove(&step);
+                if let Some(score) = score.filter(|s| self.best_saved.is_none_or(|b| *s > b.score)) {
+                    self.best_saved = Some(Best { step, score });
+                }
+                let better = |b: Best| self.best_saved.is_some_and(|saved| saved.score > b.score);
+                if self.best.is_some_and(better) {
+                    self.best = self.best_saved;
+                }
+            }
+            Ended::Failed(failed) => {
+                self.scores.remove(&failed.step());
+                if self.best.is_some_and(|b| b.step == failed.step()) {
+                    self.best = self.best_saved;
+                }
+            }
         }
         stage.event(&ended.event("rl"))
     }

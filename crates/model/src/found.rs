@@ -13,9 +13,8 @@ use crate::{ModelError, Result};
 /// How a Git LFS pointer begins.
 const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-/// Parts of names that wrappers around a model leave in its state, and what to do.
+/// Parts of names that wrappers around a model leave in its state, and what to do; one that ends another stands behind it.
 const WRAPPERS: [(&str, &str); 5] = [
-    ("module.", "torch's DataParallel: save `model.module`"),
     ("_orig_mod.", "torch.compile: save `model._orig_mod`"),
     ("_fsdp_wrapped_module.", "torch's FSDP: save a full state dict"),
     ("_checkpoint_wrapped_module.", "torch's activation checkpointing: save the module inside"),
@@ -23,6 +22,7 @@ const WRAPPERS: [(&str, &str); 5] = [
         "base_model.model.",
         "peft: merge the adapters (`merge_and_unload`) and save that, or keep base model and adapters apart",
     ),
+    ("module.", "torch's DataParallel: save `model.module`"),
 ];
 
 /// Ends of the names of tensors that only quantised weights have.

@@ -261,9 +261,3 @@ fn published(model: &Path, root: &Path) {
         std::fs::copy(model.join(file), out.join(file)).expect("copies");
     }
 }
-
-/// Other rounding than this machine's own.
-#[test]
-fn numbers_hold_under_every_dispatch() {
-    unveil_testkit::under_every_dispatch(&[]);
-}

@@ -392,8 +392,8 @@ fn a_fingerprint_names_what_is_in_a_directory() {
     assert_ne!(of(&a), of(&b));
 }
 
-/// Other rounding than this machine's own.
+/// Other rounding than this machine's own. What is bit-equal by one code of libtorch need not be by another.
 #[test]
 fn numbers_hold_under_every_dispatch() {
-    unveil_testkit::under_every_dispatch(&[]);
+    unveil_testkit::under_every_dispatch(&["equals_peft_in_both_directions", "recomputed_gradients_are_the_same"]);
 }

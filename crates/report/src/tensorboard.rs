@@ -41,8 +41,9 @@ struct Summary {
 struct SummaryValue {
     #[prost(string, tag = "1")]
     tag: String,
-    #[prost(float, tag = "2")]
-    simple_value: f32,
+    /// Written where it is 0, too: a value that is left out is none.
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
 }
 
 /// Writes scalars to one event file.
@@ -71,7 +72,7 @@ impl TensorBoard {
             let session_log = Some(SessionLog { status: START });
             self.record(&Event { wall_time: now(), step, session_log, ..Event::default() })?;
         }
-        let value = scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: *v }).collect();
+        let value = scalars.iter().map(|(tag, v)| SummaryValue { tag: tag.clone(), simple_value: Some(*v) }).collect();
         self.record(&Event { wall_time: now(), step, summary: Some(Summary { value }), ..Event::default() })
     }
 
