@@ -273,7 +273,7 @@ async fn a_token_is_needed_where_one_is_set() {
     let client = RewardClient::connect_with(&address, &options, WAIT).await.unwrap();
     assert!(client.score(request("a"), WAIT).await[0].total.is_some());
     let without = RewardClient::connect(&address, WAIT).await.unwrap().score(request("a"), WAIT).await;
-    assert!(matches!(&without[0].components["format"].reason, Some(MaskReason::Failed(w)) if w.contains("token")));
+    assert!(matches!(&without[0].components["format"].reason, Some(MaskReason::Unavailable(w)) if w.contains("token")));
     served.stop.cancel();
 }
 

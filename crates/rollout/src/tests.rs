@@ -76,9 +76,10 @@ impl Stage {
     }
 }
 
-/// A port that nobody has.
+/// A port that nobody has, below those that the system hands out: a connection would take one of them before it is listened on.
 fn free() -> std::net::SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).ok()?.local_addr().ok();
+    (0..1000).find_map(|_| free(rand::random_range(12_000..30_000))).expect("a free port")
 }
 
 fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {

@@ -88,7 +88,8 @@ async fn progress_grows_with_decode_steps() {
     }
     stop.cancel();
     worker.await.unwrap().unwrap();
-    assert!(all.is_sorted() && all.last() > all.first(), "{all:?}");
+    // A lease without decode steps would count its preparation, scoring and submission alone.
+    assert!(all.is_sorted() && all.last().is_some_and(|steps| *steps > 20), "{all:?}");
     let last = stage.fake.with(|s| s.beats.pop()).unwrap();
     assert!(last.in_hand.is_empty(), "the last one tells that nothing is in hand: {last:?}");
 }
