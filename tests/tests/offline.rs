@@ -213,7 +213,7 @@ fn transformers_loads_the_model_and_answers_the_same() {
             assert_eq!((&a["id"], &a["tokens"], &a["text"]), (&b["id"], &b["tokens"], &b["text"]));
         }
         let half = s.unveil(&["model", "export", &model, "--out", &format!("{out}-half"), "--dtype", "bfloat16"]).ok();
-        assert_eq!(half.json()[0]["dtype"], "BFloat16");
+        assert_eq!(half.json()[0]["dtype"], "bfloat16");
         let refused = s.unveil(&["model", "export", &model, "--out", &model]).exits(1);
         assert!(refused.stderr.contains("onto itself"), "{}", refused.stderr);
     }

@@ -70,6 +70,8 @@ async fn without_a_reward_service_groups_go_back_and_come_again() {
     stage.fake.with(|s| {
         assert!(s.submitted.iter().flat_map(|g| &g.breakdowns).all(|b| b.total == Some(0.25)));
     });
+    // The page of the worker before may still be there.
+    options.config.rollout.metrics_listen.clear();
     options.reward = "nowhere".into();
     let text = run(options, CancellationToken::new()).await.unwrap_err().to_string();
     assert!(text.contains("reward") && text.contains("nowhere"), "{text}");
