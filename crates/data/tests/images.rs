@@ -41,6 +41,7 @@ fn every_form_is_read_and_bad_files_are_refused() {
     bombs(root);
     let listed = listed.as_array().unwrap();
     assert!(listed.len() > 60, "{}", listed.len());
+    let mut faults = Vec::new();
     for item in listed {
         let file = item["file"].as_str().unwrap();
         let (w, h) = (item["width"].as_u64().unwrap() as u32, item["height"].as_u64().unwrap() as u32);
@@ -51,11 +52,14 @@ fn every_form_is_read_and_bad_files_are_refused() {
         assert_eq!(image.rgb().len(), theirs.len(), "{file}");
         let worst = image.rgb().iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
         // Decoders of lossy JPEG may round their transforms and colours differently.
-        let lossy_colour = ["jpeg_colour.dcm", "jfif_labelled_rgb.dcm", "jfif_labelled_422.dcm"];
-        let limit = if file.ends_with(".jpg") || lossy_colour.contains(&file) { 3 } else { 1 };
-        assert!(worst <= limit, "{file}: differs by {worst}");
+        let lossy = ["jpeg_colour.dcm", "jpeg_grey.dcm", "jfif_labelled_rgb.dcm", "jfif_labelled_422.dcm"];
+        let limit = if file.ends_with(".jpg") || lossy.contains(&file) { 3 } else { 1 };
+        if worst > limit {
+            faults.push(format!("{file}: differs by {worst}"));
+        }
         println!("{file}: differs by {worst} at most");
     }
+    assert!(faults.is_empty(), "{faults:?}");
     checked(root);
     damaged(root);
 }
