@@ -114,6 +114,7 @@ mod tests {
         let records = dir.path().join("records.jsonl");
         std::fs::write(&records, lines.join("\n")).unwrap();
         let mut config = Config::default();
+        config.run.dir = dir.path().join("run").display().to_string();
         (config.data.kind, config.data.root) = (DataKind::Jsonl, records.display().to_string());
         let prepared = |c: &Config| prepare_data(c, &|_| ()).map_err(|e| e.to_string());
         let e = prepared(&config).unwrap_err();
