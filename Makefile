@@ -27,9 +27,10 @@ build: setup ## both binaries
 train: build ## the main job: stage 1, stage 2, evaluation, report (CONFIG=… ARGS="--set a.b=c")
 	target/debug/unveil train --config $(CONFIG) $(ARGS)
 
+# Binaries and tests in one build: what tests depend on has features of its own, with which everything would be compiled twice.
 test: ## all tests
 	@.ci/setup --tests
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --bins --tests --examples
 	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): its tests are left out (UNVEIL_BCCD=DIR names it)")
 	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: the tests on a real Slurm are left out")
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
