@@ -13,6 +13,7 @@ use unveil_core::Record;
 
 use crate::check::{Finding, Severity};
 use crate::decode;
+use crate::files::open_regular;
 use crate::prepare::{PrepareError, Preparer};
 use crate::records::RecordFile;
 use crate::root::Root;
@@ -185,7 +186,7 @@ fn said(why: &Misfit, record: &Record) -> String {
 fn header_size(path: &Path) -> Result<(u32, u32), ImageError> {
     let name = path.display().to_string();
     let mut head = Vec::with_capacity(HEADER);
-    let file = std::fs::File::open(path).map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
+    let file = open_regular(path).map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
     let read = file.take(HEADER as u64).read_to_end(&mut head);
     read.map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
     match decode::size(&head, &name) {

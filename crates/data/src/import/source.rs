@@ -8,6 +8,7 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::Value;
 
 use super::{ImportError, encoding};
+use crate::files::open_regular;
 
 /// Longest annotation file that is read, in bytes.
 const MAX_TEXT: u64 = 2 << 30;
@@ -63,7 +64,7 @@ impl Source {
     pub(super) fn bytes(&self, path: &Path, most: u64) -> Result<Vec<u8>, ImportError> {
         let io = |cause| ImportError::Io { path: path.to_owned(), cause };
         let mut bytes = Vec::new();
-        let file = std::fs::File::open(path).map_err(io)?;
+        let file = open_regular(path).map_err(io)?;
         if file.take(most + 1).read_to_end(&mut bytes).map_err(io)? as u64 > most {
             return Err(wrong_file(path, format!("the file is longer than {most} bytes")));
         }

@@ -153,3 +153,19 @@ fn a_folder_that_links_to_itself_ends() {
     std::os::unix::fs::symlink(set.src(), set.src().join("round")).unwrap();
     set.import(Format::NihChestXray, &ImportOptions::default());
 }
+
+/// Also where a file of a set is no file: nobody writes to a FIFO that lies in a folder of data.
+#[test]
+fn a_fifo_among_the_files_is_not_waited_for() {
+    for format in Format::ALL {
+        let set = fixtures::of(format);
+        for file in annotations(&set) {
+            let content = std::fs::read(&file).unwrap();
+            std::fs::remove_file(&file).unwrap();
+            nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            sound(&set, format);
+            std::fs::remove_file(&file).unwrap();
+            std::fs::write(&file, content).unwrap();
+        }
+    }
+}
