@@ -96,14 +96,25 @@ fn ranks_that_make_different_calls_are_told() {
 
 #[test]
 fn missing_ranks_are_named_to_all() {
-    let short = |rank| Spec { join_ms: 2500, ..Spec::new(rank, 4, GLOO, &Task::Meet) };
-    let first = short(0).start();
-    let address = address_of(&first);
-    let second = Spec { address, ..short(2) }.start();
-    for mut rank in [first, second] {
-        let error = rank.outcome(LIMIT).error.unwrap();
-        assert!(error.starts_with("ranks 1, 3 of 4 did not come to 127.0.0.1:"), "{error}");
-        rank.ended(LIMIT);
+    // On a busy machine rank 2 may start too late to be met: it is then given longer.
+    for join_ms in [2500, 10_000, 40_000] {
+        let limit = LIMIT + Duration::from_millis(join_ms);
+        let short = |rank| Spec { join_ms, ..Spec::new(rank, 4, GLOO, &Task::Meet) };
+        let first = short(0).start();
+        let address = address_of(&first);
+        let second = Spec { address, ..short(2) }.start();
+        let mut errors = Vec::new();
+        for mut rank in [first, second] {
+            errors.push(rank.outcome(limit).error.unwrap());
+            rank.ended(limit);
+        }
+        if errors[0].starts_with("ranks 1, 2, 3 of 4 ") && join_ms < 40_000 {
+            continue;
+        }
+        for error in errors {
+            assert!(error.starts_with("ranks 1, 3 of 4 did not come to 127.0.0.1:"), "{error}");
+        }
+        return;
     }
 }
 

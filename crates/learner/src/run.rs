@@ -344,8 +344,9 @@ impl Run {
         let mut event = with_kind("train", report)?;
         // By its term an event of a learner that was paused and overtaken is told from those of its successor.
         event["term"] = self.saver.term.into();
-        stage.event(&event)?;
+        // The metrics first: who reads the event finds it counted in them.
         self.meter.updated(report, batch, gpu_memory(self.learner.vlm().device()));
+        stage.event(&event)?;
         let reading = &self.learner.settings().scoring.reading;
         kept::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data, reading)?;
         self.responses += report.responses as u64;

@@ -112,11 +112,12 @@ fn a_worker_killed_in_the_middle_holds_nobody_up_for_long() {
     std::thread::sleep(Duration::from_millis(300));
     let begin = Instant::now();
     s.publish(1);
-    assert!(begin.elapsed() < LIMIT / 2, "the learner does not wait for a broadcast");
+    // The victim stands still until the limit of the broadcast.
+    assert!(begin.elapsed() < LIMIT, "the learner does not wait for a broadcast");
     assert!(lines.any(|l| l.contains("MIDDLE")), "the victim takes part");
     drop(victim);
     survivor.has_right(1);
-    assert!(begin.elapsed() < LIMIT * 3, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
     assert!(s.host.drain_broadcasts().is_empty());
     // The next version has a new world, without the dead.
     s.publish(2);
@@ -147,7 +148,7 @@ fn a_worker_that_does_not_come_is_done_without() {
     let begin = Instant::now();
     s.publish(1);
     present.has_right(1);
-    assert!(begin.elapsed() < LIMIT * 3, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
     assert!(s.host.drain_broadcasts().is_empty());
     s.publish(2);
     assert_eq!(s.sent(), (2, 2, 1, DIFFERENCE));

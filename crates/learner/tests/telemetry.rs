@@ -22,17 +22,23 @@ fn free() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// Keeps events, and the pages of metrics as they are after the last update.
+/// Keeps events, the pages of metrics as they are at the last update, and the learner's at the first checkpoint.
 struct Watched {
     seen: Vec<Value>,
     last: u64,
     at: [SocketAddr; 3],
     pages: Vec<MetricsPage>,
+    at_checkpoint: Option<MetricsPage>,
 }
 
 impl EventSink for Watched {
     fn append(&mut self, event: &Value) -> std::io::Result<()> {
-        if event["kind"] == "checkpoint" && event["step"] == self.last {
+        if event["kind"] == "checkpoint" && self.at_checkpoint.is_none() {
+            self.at_checkpoint = Some(MetricsPage::get(self.at[0]));
+        }
+        if event["kind"] == "train" && event["step"] == self.last {
+            // The worker counts a group when it hears the answer to its submission.
+            becomes(self.at[1], "unveil_rollout_groups_total{verdict=\"accepted\"}", 2.0 * self.last as f64);
             self.pages = self.at.iter().map(|at| MetricsPage::get(*at)).collect();
         }
         self.seen.push(event.clone());
@@ -99,7 +105,7 @@ fn metrics_are_the_events_and_a_group_is_one_trace() {
     let tracing = init_tracing(&options).unwrap();
     let (stop, mut worker) = (CancellationToken::new(), None);
     let reward = rewards(&small.config, &stop);
-    let mut events = Watched { seen: vec![], last: 2, at: pages, pages: vec![] };
+    let mut events = Watched { seen: vec![], last: 3, at: pages, pages: vec![], at_checkpoint: None };
     let (model, out, mut silent) = (small.model(), small.dir.path().join("rl-out"), Silent);
     let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
     let outcome = run_rl(stage, |ready| {
@@ -116,7 +122,6 @@ fn metrics_are_the_events_and_a_group_is_one_trace() {
     each_group_is_one_trace(&collector.spans(), &events.seen);
 }
 
-/// The checkpoint of update 2 is told of with update 3: all three are in the pages.
 fn the_numbers_are_the_events(events: &Watched) {
     let [learner, rollout, reward] = &events.pages[..] else { panic!("{:?}", events.seen) };
     learner.is_listed("learner");
@@ -144,8 +149,9 @@ fn the_numbers_are_the_events(events: &Watched) {
     close("unveil_learner_staleness_versions_bucket{le=\"0.0\"}", 6.0);
     close("unveil_learner_groups{state=\"leasable\"}", 0.0);
     close("unveil_learner_workers", 1.0);
-    assert!(learner.of("unveil_learner_checkpoint_save_seconds_count") >= 1.0);
-    assert!(learner.of("unveil_learner_checkpoint_age_seconds") < 30.0);
+    let saved = events.at_checkpoint.as_ref().unwrap();
+    assert!(saved.of("unveil_learner_checkpoint_save_seconds_count") >= 1.0);
+    assert!(saved.of("unveil_learner_checkpoint_age_seconds") < 30.0);
     let scored = reward.of("unveil_reward_responses_total");
     assert_eq!((scored, rollout.of("unveil_rollout_groups_total{verdict=\"accepted\"}")), (sum("responses"), 6.0));
     assert_eq!(rollout.of("unveil_rollout_tokens_total"), sum("tokens"));
