@@ -110,6 +110,7 @@ mod tests {
         let items = [json!({"id": "</script><script>alert(1)</script>", "key": "k", "note": "<!-- x"})];
         let html = page(&items, 1, 1);
         assert_eq!(html.matches("<script").count(), 2);
+        assert!(html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:;"));
         assert!(!html.contains("alert(1)</script>") && !html.contains("<!-- x"));
         let start = html.find("id=\"items\">").unwrap() + 11;
         let back: Value = serde_json::from_str(&html[start..][..html[start..].find("</script>").unwrap()]).unwrap();

@@ -280,6 +280,17 @@ mod tests {
     }
 
     #[test]
+    fn a_file_over_the_limit_is_refused_before_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("long.png");
+        // Sparse: it takes no room on the disk.
+        std::fs::File::create(&path).unwrap().set_len(MAX_FILE + 1).unwrap();
+        let e = read_file(&path).map(drop).unwrap_err();
+        assert!(matches!(e, ImageError::TooLarge { limit: MAX_FILE, .. }), "{e}");
+        assert!(e.to_string().contains("long.png"), "{e}");
+    }
+
+    #[test]
     fn store_keeps_once_and_checks() {
         let dir = tempfile::tempdir().unwrap();
         let s = ImageStore::open(&dir.path().join("s")).unwrap();

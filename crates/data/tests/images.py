@@ -242,7 +242,11 @@ def tables(u8, u12, s16):
         item = Dataset()
         item.add_new(0x00283002, vr, [len(entries) % 65536, first, bits])
         item.add_new(0x00283006, "OW", np.asarray(entries, "<u2").tobytes())
-        return {"VOILUTSequence": Sequence([item, item])}
+        # The first one counts.
+        other = Dataset()
+        other.add_new(0x00283002, vr, [len(entries) % 65536, first, bits])
+        other.add_new(0x00283006, "OW", np.asarray(entries, "<u2")[::-1].tobytes())
+        return {"VOILUTSequence": Sequence([item, other])}
 
     falling = np.linspace(4095, 0, 4096).astype("u2")
     grey("table12.dcm", u12, BitsStored=12, **table(12, 0, falling))

@@ -151,6 +151,13 @@ fn bombs(root: &Path) {
     let at = bytes.windows(8).rposition(|w| w[..6] == [0xe0, 0x7f, 0x10, 0, b'O', b'B']).unwrap();
     bytes[at + 8..at + 12].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
     assert!(Image::decode(&bytes, "lying").unwrap_err().to_string().contains("lying"));
+    // A number that is two million numbers: those that images need are a few words, longer ones are passed over unread.
+    let whole = std::fs::read(root.join("whole_implicit.dcm")).unwrap();
+    let at = whole.windows(4).rposition(|w| w == [0xe0, 0x7f, 0x10, 0]).unwrap();
+    let value = b"1\\".repeat(2 << 20);
+    let centre = [&[0x28, 0, 0x50, 0x10], &(value.len() as u32).to_le_bytes()[..], &value].concat();
+    let long = [&whole[..at], &centre, &whole[at..]].concat();
+    assert_eq!(Image::decode(&long, "long").unwrap(), Image::decode(&whole, "whole").unwrap());
     let grown = peak() - before;
     println!("refusing bombs took {grown} KiB");
     assert!(grown < SPARE, "refusing took {grown} KiB");

@@ -266,3 +266,49 @@ fn forget_end(config: &Config, run: &Path) -> Result<(), LaunchError> {
     let model = config.final_model();
     gone(&model, std::fs::remove_dir_all(&model))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(run: &Path) -> Config {
+        let mut config = Config::default();
+        config.run.dir = run.display().to_string();
+        config
+    }
+
+    /// A crash or a full disk in the middle of a write: such a file is not one of defaults, nor of another run.
+    #[test]
+    fn a_kept_configuration_that_is_empty_or_cut_is_damaged_and_not_another_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path());
+        config.data.synth.size = 64;
+        let path = write_config(&config, dir.path(), &|_| {}).unwrap();
+        let whole = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(write_config(&config, dir.path(), &|_| {}).unwrap(), path);
+        let within = whole.rfind(" = ").unwrap() + 3;
+        for cut in ["", " \n", &whole[..within]] {
+            std::fs::write(&path, cut).unwrap();
+            let e = write_config(&config, dir.path(), &|_| {}).unwrap_err().to_string();
+            assert!(e.contains("config.toml is damaged") && e.contains("Remove that file alone"), "{e}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), cut, "it stays as it was");
+        }
+        std::fs::remove_file(&path).unwrap();
+        write_config(&config, dir.path(), &|_| {}).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
+    }
+
+    #[test]
+    fn the_kept_configuration_is_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config(dir.path());
+        let path = write_config(&config, dir.path(), &|_| {}).unwrap();
+        let (before, whole) = (dir.path().join("before"), std::fs::read_to_string(&path).unwrap());
+        // Whoever has the file that is replaced has all of it.
+        std::fs::hard_link(&path, &before).unwrap();
+        config.learner.steps += 1;
+        write_config(&config, dir.path(), &|_| {}).unwrap();
+        assert_eq!(std::fs::read_to_string(&before).unwrap(), whole);
+        assert_ne!(std::fs::read_to_string(&path).unwrap(), whole);
+    }
+}

@@ -217,3 +217,54 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
     r.stopped = stopped as f64 / r.responses.max(1) as f64;
     r
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use unveil_core::{Breakdown, Finish, Grid, Response};
+
+    use super::*;
+    use crate::batch::GroupInput;
+
+    fn group(record: &str, total: Option<f64>) -> TrainGroup {
+        let input = GroupInput {
+            record: serde_json::from_value(serde_json::json!({"id": record})).unwrap(),
+            image_size: (8, 8),
+            prompt: Default::default(),
+            patches: vec![],
+            merged: Grid { rows: 1, cols: 1 },
+            encoded: Default::default(),
+        };
+        TrainGroup {
+            id: GroupId { pass: 0, position: 0, record: record.into() },
+            worker: "w".into(),
+            input: Arc::new(input),
+            responses: vec![Response {
+                index: 0,
+                tokens: vec![1],
+                text: "x".into(),
+                logprobs: vec![-0.5],
+                versions: vec![0],
+                finish: Finish::Stop,
+            }],
+            spans: vec![],
+            breakdowns: vec![Breakdown { id: record.into(), index: 0, total, components: Default::default() }],
+            attention: vec![],
+            generate_ms: 0.0,
+            reward_ms: 0.0,
+        }
+    }
+
+    #[test]
+    fn what_an_update_made_of_each_group_is_told_apart() {
+        let batch = [group("a", Some(0.5)), group("b", None)];
+        let fates = |skipped: Option<&str>| {
+            let report = UpdateReport { skipped: skipped.map(str::to_owned), ..Default::default() };
+            report.fates(&batch).into_iter().map(|(id, fate)| (id.record, fate)).collect::<Vec<_>>()
+        };
+        assert_eq!(fates(None), [("a".to_owned(), Fate::Trained), ("b".to_owned(), Fate::Masked)]);
+        let skipped = fates(Some("the loss is not finite"));
+        assert_eq!(skipped, [("a".to_owned(), Fate::Skipped), ("b".to_owned(), Fate::Masked)]);
+    }
+}

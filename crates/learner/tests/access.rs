@@ -117,6 +117,15 @@ fn the_experience_service_knows_its_callers() {
         assert!(e.contains(&address) && e.contains(why) && !e.contains("token of"), "{e}");
     }
 
+    // So is who shows a certificate of ours that is another role's.
+    let options = client_options(&c, Role::Client).unwrap();
+    let fetched = runtime.block_on(async {
+        let mut receiver = WeightReceiver::connect_with(&address, "w", &options, SOON).await?;
+        receiver.fetch(Duration::ZERO).await
+    });
+    let e = fetched.err().unwrap().to_string();
+    assert!(e.contains("may call the learner service"), "{e}");
+
     // One of ours that sends too much is refused too, and the others are served on.
     let options = client_options(&c, Role::Rollout).unwrap();
     let channel = runtime.block_on(connect_with(&address, &options, SOON)).unwrap();

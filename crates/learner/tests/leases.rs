@@ -21,14 +21,18 @@ use unveil_service::limited;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// Images of given sizes, each made in `takes`.
+/// Images of given sizes, each made in `takes`, of records with a note of so many bytes.
 struct Source {
     takes: Duration,
+    note: usize,
     bytes: Vec<usize>,
     made: Arc<AtomicUsize>,
     now: AtomicUsize,
     most: Arc<AtomicUsize>,
 }
+
+/// An image of so many bytes takes long.
+const LATE: usize = 77_777;
 
 fn image(bytes: usize, index: usize) -> Bytes {
     (0..bytes).map(|at| (at * (index + 3) % 251) as u8).collect::<Vec<u8>>().into()
@@ -38,11 +42,16 @@ impl LeaseSource for Source {
     fn lease(&self, index: usize, group: &GroupId) -> Result<Leased, LearnerError> {
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
-        std::thread::sleep(self.takes);
+        let late = self.bytes[index % self.bytes.len()] == LATE;
+        std::thread::sleep(if late { Duration::from_secs(8) } else { self.takes });
         self.now.fetch_sub(1, Ordering::SeqCst);
         self.made.fetch_add(1, Ordering::SeqCst);
+        let mut record = record(&group.record);
+        if self.note > 0 {
+            record.extra.insert("note".into(), "x".repeat(self.note).into());
+        }
         let input = GroupInput {
-            record: record(&group.record),
+            record,
             image_size: (64, 64),
             prompt: unveil_model::Prompt { tokens: vec![1, index as u32], grids: vec![] },
             patches: vec![],
@@ -65,6 +74,17 @@ struct Served {
 impl Served {
     /// A host with one batch of `records` groups, whose images have the sizes of `bytes` in turns.
     fn new(records: usize, takes: Duration, bytes: &[usize], change: impl FnOnce(&mut Settings)) -> Self {
+        Self::with_notes(records, 0, takes, bytes, change)
+    }
+
+    /// The same, of records with a note of `note` bytes.
+    fn with_notes(
+        records: usize,
+        note: usize,
+        takes: Duration,
+        bytes: &[usize],
+        change: impl FnOnce(&mut Settings),
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut settings = Settings {
             groups_per_step: records,
@@ -81,7 +101,7 @@ impl Served {
         let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
         let (made, most) = (Arc::<AtomicUsize>::default(), Arc::<AtomicUsize>::default());
         let (bytes, now) = (bytes.to_vec(), AtomicUsize::new(0));
-        let source = Source { takes, bytes, made: made.clone(), now, most: most.clone() };
+        let source = Source { takes, note, bytes, made: made.clone(), now, most: most.clone() };
         let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
         let options = HostOptions {
             listen: "127.0.0.1:0".into(),
@@ -206,6 +226,36 @@ fn heartbeats_renew_what_moves_and_nothing_else() {
         assert!(ids(&s.lease("u", 1, beats, 0)).iter().all(|l| l.1 == got[1].1));
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// One image that takes long holds nothing else up: what is ready when the call is over is leased, the rest with a later one.
+#[test]
+fn a_slow_image_holds_up_nothing_else() {
+    if std::thread::available_parallelism().unwrap().get() == 1 {
+        return; // There one is prepared after another.
+    }
+    let mut s = Served::new(3, Duration::ZERO, &[3, LATE, 3], |_| ());
+    let begun = Instant::now();
+    assert_eq!(s.lease("w", 1, 1, 0).len(), 2);
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(s.lease("w", 1, 2, 20_000).len(), 1);
+}
+
+/// Records of six MiB each: a lease has those that fit into a quarter of a message, and the others are free for the next call.
+#[test]
+fn records_beyond_a_message_stay_in_the_queue() {
+    let mut s = Served::with_notes(8, 6 << 20, Duration::ZERO, &[3], |_| ());
+    let mut all = Vec::new();
+    for call in 1..=4 {
+        let groups = s.lease("w", 1, call, 20_000);
+        let texts: usize = groups.iter().map(|g| g.record_json.len()).sum();
+        assert!(groups.len() == 2 && texts <= 16 << 20, "{} groups, {texts} bytes", groups.len());
+        all.extend(groups.into_iter().map(|g| g.group.unwrap().record));
+        assert_eq!(s.host.stats().leased, all.len(), "what did not fit is not in its hands");
+    }
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 8, "each of them once: {all:?}");
 }
 
 #[test]

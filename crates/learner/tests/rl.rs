@@ -7,7 +7,7 @@ mod stage;
 use std::path::Path;
 
 use serde_json::Value;
-use stage::{Small, StopAt, experience, work};
+use stage::{BLIND, PICKY, Small, StopAt, experience, work};
 use unveil_checkpoint::{Access, Store};
 use unveil_config::schema::Algorithm;
 use unveil_learner::{Evaluation, LearnerError, Outcome, Silent, run_rl};
@@ -169,6 +169,34 @@ fn the_last_save_has_to_work() {
     let e = outcome.unwrap_err();
     assert!(matches!(e, LearnerError::Saves { step: 4, .. }), "{e}");
     assert!(saves(&events).starts_with(&[(1, true), (2, true), (3, true)]), "{events:?}");
+}
+
+/// What a run with this worker ends with.
+fn fault(small: &Small, worker: &'static str) -> LearnerError {
+    let (model, out) = (small.model(), small.dir.path().join("rl-out"));
+    let (mut events, mut silent) = (Vec::<Value>::new(), Silent);
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    let mut at_work = None;
+    let ended = run_rl(stage, |ready| at_work = Some(work(experience(ready), small.model(), worker)));
+    // It may have been in the middle of a call.
+    let _whatever = at_work.unwrap().join();
+    ended.expect_err("the run goes on without rewards")
+}
+
+#[test]
+fn rewards_that_are_mostly_missing_and_records_that_are_set_aside_end_the_run() {
+    let mut blind = small(Algorithm::Grpo, 10);
+    (blind.config.learner.groups, blind.config.learner.max_masked) = (16, 0.5);
+    let e = fault(&blind, BLIND);
+    let found =
+        matches!(&e, LearnerError::Masked { step: 4, component, masked: 64, groups: 64, .. } if component == "format");
+    assert!(found, "{e}");
+    // Four of five records are set aside, and what is left trains well.
+    let mut picky = small(Algorithm::Grpo, 40);
+    (picky.config.rollout.max_losses, picky.config.learner.max_masked) = (1, 0.5);
+    let e = fault(&picky, PICKY);
+    assert!(matches!(&e, LearnerError::Masked { component, .. } if component == "total"), "{e}");
+    assert!(e.to_string().contains("it cannot be made"), "{e}");
 }
 
 #[test]

@@ -192,6 +192,31 @@ mod tests {
     use serde_json::json;
     use unveil_core::Grid;
 
+    /// A line of predictions or of kept responses can name any file of the machine: what lies outside the run's folders is in no page.
+    #[test]
+    fn images_outside_the_folders_are_in_neither_page() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let run = dir.path();
+        let outside = other.path().join("a.png");
+        std::fs::write(&outside, unveil_data::store::Image::new(8, 8).to_png().unwrap()).unwrap();
+        std::fs::create_dir(run.join("eval")).unwrap();
+        std::fs::create_dir(run.join("rollouts")).unwrap();
+        std::fs::write(run.join("events.jsonl"), "").unwrap();
+        let answer = json!({"id": "a", "image": outside, "size": [8, 8], "category": "c", "truth": [], "boxes": [], "text": "x",
+            "correct": false, "soft_f1": 0.0, "grid": {"rows": 0, "cols": 0}, "heat": []});
+        std::fs::write(run.join("eval/after.jsonl"), format!("{answer}\n")).unwrap();
+        let kept = json!({"step": 1, "id": "a", "index": 0, "text": "x", "category": "c", "boxes": [], "image_size": [8, 8],
+            "total": 1.0, "seen": outside});
+        std::fs::write(run.join("rollouts/step-1.jsonl"), format!("{kept}\n")).unwrap();
+        let images = |folders: &ImageFolders| {
+            write_report(run, 4, 0, folders).unwrap();
+            let page = |name: &str| std::fs::read_to_string(run.join(name)).unwrap();
+            ["report.html", "samples.html"].map(|name| page(name).matches(";base64,").count())
+        };
+        assert_eq!(images(&ImageFolders::default()), [0, 0]);
+        assert_eq!(images(&ImageFolders::new([other.path()])), [1, 1]);
+    }
+
     #[test]
     fn page_is_self_contained_and_safe() {
         let dir = tempfile::tempdir().unwrap();

@@ -145,6 +145,8 @@ mod tests {
         assert_eq!(page.matches("<script").count(), 2, "nothing of a response becomes a script");
         assert!(page.contains("run &lt;1&gt;") && !page.contains("<b>7") && !page.contains("<img src"));
         assert!(!page.contains("http://") && !page.contains("https://"), "the page must not load anything");
+        let policy = "http-equiv=\"Content-Security-Policy\" content=\"default-src &#x27;none&#x27;; img-src data:;";
+        assert!(page.contains(policy), "{}", &page[..1000]);
         let list = between(&page, "<ol id=\"list\">", "</ol>");
         assert_eq!(list.matches("<li data-i=").count(), 1000);
         assert!(page.contains(

@@ -361,6 +361,15 @@ mod tests {
     }
 
     #[test]
+    fn what_is_answered_in_text_mentions_no_class() {
+        let mut record = input(&["x"]).record;
+        let said = |record: &Record| Scoring::default().mention(record, "[10,5,30,15] nodule");
+        assert!(said(&record).is_some());
+        record.task = unveil_core::Task::Vqa;
+        assert_eq!(said(&record), None);
+    }
+
+    #[test]
     fn synonyms_count() {
         let mut s = Scoring::default();
         s.synonyms.insert("Nodule".into(), vec!["tumour".into()]);

@@ -311,6 +311,12 @@ async fn tls_with_and_without_certificates_of_callers() {
     score(&format!("http://{}", served.address), &c).await.unwrap_err();
     served.stop.cancel();
 
+    // A certificate of the authority is not enough: its name must be that of a role that may call.
+    let served = serve(&with(&|c| drop(c.tls.names.insert("rollout".into(), vec!["somebody".into()])))).await;
+    let e = score(&format!("https://localhost:{}", served.address.port()), &c).await.unwrap_err();
+    assert!(e.contains("may call the reward service"), "{e}");
+    served.stop.cancel();
+
     let open = with(&|c| c.tls.mutual = false);
     let served = serve(&open).await;
     let https = format!("https://localhost:{}", served.address.port());

@@ -254,20 +254,28 @@ mod tests {
             w.distrust(epoch, Distrust::Foreign("other".into())).unwrap();
             assert_eq!((w.era(), w.present()), (epoch + 1, None));
         }
+        // What leases of the one before asked for is asked for no more.
         assert!(w.take(10, held(8, 1), Duration::ZERO));
-        let waiting = tokio::spawn({
+        let waits = |era| {
             let w = w.clone();
-            async move { w.at_least(9, 10).await.unwrap() }
-        });
+            tokio::spawn(async move { w.at_least(9, era).await.unwrap() })
+        };
+        let waiting = waits(10);
+        tokio::task::yield_now().await;
+        assert_eq!(w.needed(), 9);
+        w.distrust(10, Distrust::Foreign("other".into())).unwrap();
+        assert!(!waiting.await.unwrap() && w.needed() == 0);
+        assert!(w.take(11, held(8, 1), Duration::ZERO));
+        let waiting = waits(11);
         tokio::task::yield_now().await;
         assert_eq!((w.needed(), waiting.is_finished()), (9, false));
         w.start_over(8);
         assert!(!waiting.await.unwrap(), "nobody waits for what the old lease asked for");
-        assert_eq!((w.needed(), w.present(), w.era(), w.epoch()), (0, Some(held(8, 1)), 11, 11));
-        assert_eq!(w.told(10, [8].into_iter()), None, "what was made before belongs to the old learner");
-        assert_eq!(w.told(11, [8].into_iter()), Some(vec![held(8, 1)]));
-        assert!(!w.at_least(9, 10).await.unwrap() && w.needed() == 0);
-        assert!(w.at_least(8, 11).await.unwrap());
+        assert_eq!((w.needed(), w.present(), w.era(), w.epoch()), (0, Some(held(8, 1)), 12, 12));
+        assert_eq!(w.told(11, [8].into_iter()), None, "what was made before belongs to the old learner");
+        assert_eq!(w.told(12, [8].into_iter()), Some(vec![held(8, 1)]));
+        assert!(!w.at_least(9, 11).await.unwrap() && w.needed() == 0);
+        assert!(w.at_least(8, 12).await.unwrap());
     }
 
     #[tokio::test]

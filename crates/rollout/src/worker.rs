@@ -456,3 +456,16 @@ async fn one_delivery(
     shared.hand.remove(&leased.lease);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_has_the_configured_patience() {
+        let mut config = Config::default();
+        config.rollout.patience_s = 7.5;
+        let options = WorkerOptions::new(config, "m".into(), "http://a".into(), "http://b".into(), "w".into());
+        assert_eq!(options.patience, Duration::from_millis(7500));
+    }
+}

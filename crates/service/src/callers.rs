@@ -96,6 +96,7 @@ mod tests {
             ("*-rollout", "rollout", false),
             ("gpu-*.lab", "gpu-7.lab", true),
             ("gpu-*.lab", "gpu-.la", false),
+            ("gpu-*.lab", "cpu-7.lab", false),
         ] {
             assert_eq!(matches(pattern, name), same, "{pattern} {name}");
         }

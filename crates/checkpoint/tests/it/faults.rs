@@ -306,9 +306,11 @@ async fn names_that_could_lead_elsewhere_are_refused() {
 
 #[tokio::test]
 async fn a_store_that_knows_no_conditional_writes_is_refused_before_anything_is_written() {
-    for (fault, word) in
-        [(Fault::Unconditional, "writes over it"), (Fault::NoConditions, "does not know the condition")]
-    {
+    for (fault, word) in [
+        (Fault::Unconditional, "writes over it"),
+        (Fault::NoConditions, "does not know the condition"),
+        (Fault::NoneBuilt, "does not know the condition"),
+    ] {
         let w = World::memory();
         w.fault(fault, "runs/a/", usize::MAX);
         let e = Checkpoints::claim(w.store.clone(), retention(1)).await.unwrap_err();

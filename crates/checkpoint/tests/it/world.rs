@@ -32,6 +32,8 @@ pub enum Fault {
     Unconditional,
     /// The write is refused for its condition.
     NoConditions,
+    /// The client itself knows no conditional write to this store.
+    NoneBuilt,
     /// The write never returns.
     Hang,
     /// The read fails.
@@ -79,6 +81,10 @@ impl ObjectStore for Faulty {
             Some(Fault::NoConditions) => {
                 let what = "501 Not Implemented: <Code>NotImplemented</Code> A header you provided implies functionality that is not implemented";
                 Err(generic(std::io::Error::other(what)))
+            }
+            Some(Fault::NoneBuilt) => {
+                let (operation, implementer) = ("put_opts with a condition".to_owned(), "Faulty".to_owned());
+                Err(object_store::Error::NotImplemented { operation, implementer })
             }
             Some(Fault::DoneButFailed) => {
                 self.inner.put_opts(location, payload, opts).await?;

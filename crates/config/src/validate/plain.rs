@@ -67,6 +67,7 @@ mod tests {
             "HTTP://judge",
             "http://[2001:db8::1]:80",
             "http://127.0.0.1.evil/v1",
+            "http://localhost.evil/v1",
         ] {
             let said = of(|c| (c.reward.judge.base_url, c.reward.judge.key_env) = (url.into(), "K".into()));
             assert!(said.starts_with("reward.judge.base_url is") && said.contains("https://"), "{url}: {said}");

@@ -183,6 +183,8 @@ fn sizes_that_are_remembered_are_compared() {
     other.records[2].category = "x".into();
     let e = require(&other, Some(&memory)).unwrap_err();
     assert!(e.first.id == "2" && e.first.what.contains("outside"), "{e}");
+    other.records[2].boxes = vec![[0.0, 0.0, 19.0, 9.0].into()];
+    assert_eq!(require(&other, Some(&memory)).map(|r| r.known), Ok(4), "inside of the size that it had");
 }
 
 #[test]

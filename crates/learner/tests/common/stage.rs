@@ -114,6 +114,11 @@ impl EventSink for StopAt {
     }
 }
 
+/// A worker of this name sends groups whose `format` is masked.
+pub const BLIND: &str = "blind";
+/// A worker of this name cannot make any record but the first.
+pub const PICKY: &str = "picky";
+
 /// Leases, generates and submits until the run is over or the service is gone. Returns how many groups were accepted.
 pub fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::JoinHandle<u64> {
     let name = name.to_owned();
@@ -147,7 +152,17 @@ async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
             receiver.taken(update);
         }
         let held = receiver.held().unwrap();
-        for submission in generate_groups(&mut engine, &preparer, answer.groups, name, held) {
+        let first = |g: &v1::LeasedGroup| g.group.as_ref().is_some_and(|g| g.record.ends_with("-000000"));
+        let (made, failed): (Vec<_>, Vec<_>) = answer.groups.into_iter().partition(|g| name != PICKY || first(g));
+        for group in failed {
+            let (cause, why) = (v1::release_request::Cause::Failed.into(), "it cannot be made".to_owned());
+            let back = v1::ReleaseRequest { worker: name.into(), leases: vec![group.lease], cause, why };
+            let Ok(_) = client.release(back).await else { return accepted };
+        }
+        if made.is_empty() {
+            continue;
+        }
+        for submission in generate_groups(&mut engine, &preparer, made, name, held) {
             let Ok(verdict) = client.submit(submission).await else { return accepted };
             accepted += u64::from(verdict.into_inner().verdict() == v1::submit_response::Verdict::Accepted);
         }
@@ -186,7 +201,12 @@ fn generate_groups(
         let (mut responses, mut breakdowns) = (Vec::new(), Vec::new());
         for r in out.responses {
             let text = preparer.tokenizer().decode(&r.tokens).unwrap();
-            breakdowns.push(breakdown_to_wire(&breakdown(&id, r.index, low_tokens(&r.tokens))));
+            let mut scored = breakdown(&id, r.index, low_tokens(&r.tokens));
+            if name == BLIND {
+                let masked = unveil_core::Component::masked(unveil_core::MaskReason::NoAttention);
+                scored.components.insert("format".into(), masked);
+            }
+            breakdowns.push(breakdown_to_wire(&scored));
             let (index, finish) = (r.index, r.finish);
             let r = unveil_core::Response {
                 index,

@@ -103,6 +103,23 @@ async fn what_the_reward_service_says_decides_why_a_group_goes_back() {
     }
 }
 
+/// The service answers, but those that it asks are away: such a group is not trained as nothing either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_whose_scores_are_out_of_reach_goes_back() {
+    let stage = stage().await;
+    stage.fake.with(|s| {
+        s.leases = [answer(&[0], 0)].into();
+        s.out_of_reach = 1;
+    });
+    let report = stage.run().await.unwrap();
+    assert_eq!((report.accepted, report.refused, report.finished), (0, 1, true));
+    stage.fake.with(|s| {
+        assert_eq!((s.submitted.len(), s.given_back.len()), (0, 1));
+        assert_eq!(s.given_back[0].cause(), Cause::Unscored);
+        assert!(s.given_back[0].why.contains("`format`: the judge: 503"), "{}", s.given_back[0].why);
+    });
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_group_that_is_rejected_is_not_the_end() {
     let stage = stage().await;
@@ -112,6 +129,23 @@ async fn a_group_that_is_rejected_is_not_the_end() {
     });
     let report = stage.run().await.unwrap();
     assert_eq!((report.accepted, report.refused, report.finished), (1, 1, true));
+}
+
+/// A group that the engine fails at ends the worker, which says so first: it may be what the next worker dies of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_the_engine_fails_at_is_told_before_the_worker_ends() {
+    let stage = stage().await;
+    let mut bad = answer(&[0, 1], 0);
+    bad.groups[1].n = 0;
+    stage.fake.with(|s| s.leases = [bad].into());
+    let text = stage.run().await.unwrap_err().to_string();
+    assert!(text.contains("r1") && text.contains("at least 1"), "{text}");
+    stage.fake.with(|s| {
+        assert_eq!((s.submitted.len(), s.given_back.len()), (0, 1));
+        let back = &s.given_back[0];
+        assert_eq!((back.cause(), back.leases.len()), (Cause::Failed, 2));
+        assert!(back.why.contains("r1"), "{}", back.why);
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

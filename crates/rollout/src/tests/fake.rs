@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use safetensors::SafeTensors;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
-use unveil_core::{Breakdown, Component};
+use unveil_core::{Breakdown, Component, MaskReason};
 use unveil_proto::v1::experience_server::Experience;
 use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::reward_server::Reward;
@@ -56,6 +56,8 @@ pub(super) struct State {
     pub given_back: Vec<v1::ReleaseRequest>,
     /// What the reward service answers to the next calls instead of scores.
     pub unscored: VecDeque<Status>,
+    /// Calls that are answered without any score, since those who make them are away themselves.
+    pub out_of_reach: usize,
     /// What the answer to the next submissions is instead of `accepted`.
     pub rejected: VecDeque<String>,
     pub scored: Vec<v1::ScoreRequest>,
@@ -216,9 +218,16 @@ impl Reward for Fake {
         if let Some(status) = self.with(|s| s.unscored.pop_front()) {
             return Err(status);
         }
+        let away = self.with(|s| {
+            let away = s.out_of_reach > 0;
+            s.out_of_reach = s.out_of_reach.saturating_sub(1);
+            away
+        });
         let one = |r: &v1::Response| {
-            let components = [("format".to_owned(), Component::value(0.25))].into();
-            breakdown_to_wire(&Breakdown { id: String::new(), index: r.index as usize, total: Some(0.25), components })
+            let masked = || Component::masked(MaskReason::Unavailable("the judge: 503".into()));
+            let (total, format) = if away { (None, masked()) } else { (Some(0.25), Component::value(0.25)) };
+            let components = [("format".to_owned(), format)].into();
+            breakdown_to_wire(&Breakdown { id: String::new(), index: r.index as usize, total, components })
         };
         let breakdowns = request.responses.iter().map(one).collect();
         self.with(|s| s.scored.push(request));

@@ -155,6 +155,12 @@ fn texts_in_other_encodings_are_said() {
     set.write("classes.txt", b"\xcf\xa2\xc8\xe2\n").write("images/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let e = error(&set, Format::Yolo);
     assert!(e.contains("classes.txt: the file is not UTF-8: convert it") && e.contains("iconv -f GBK"), "{e}");
+    // Labels that cannot be read are no "no finding".
+    set.write("classes.txt", "polyp\n").image("images/b.jpg", (64, 48), 9);
+    set.write("images/b.txt", b"0 0.5 0.5 0.2 0.2 \xff\n");
+    let (report, r) = set.import(Format::Yolo, &options());
+    assert_eq!(r.keys().collect::<Vec<_>>(), ["images/a"]);
+    assert_eq!(reasons(&report), [("its label file is not UTF-8", 1), (UNREAD, 1)]);
 }
 
 const OBJECT: &str = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>25</xmax><ymax>25</ymax></bndbox></object>";
