@@ -30,6 +30,21 @@ async fn until(fake: &Fake, what: impl Fn(&mut super::fake::State) -> bool) {
     }
 }
 
+/// Gives one lease after another until a group is submitted: what is leased before the worker hears of the other learner is handed
+/// back. `before` acts before each lease.
+async fn lease_until_one_counts(fake: &Fake, before: impl Fn(&mut super::fake::State)) {
+    for k in 0.. {
+        fake.with(|s| {
+            before(s);
+            s.leases.push_back(answer(&[k % 20], 8));
+        });
+        until(fake, |s| s.leases.is_empty() || !s.submitted.is_empty()).await;
+        if fake.with(|s| !s.submitted.is_empty()) {
+            break;
+        }
+    }
+}
+
 /// The only group that counts is `lease`, made by `version`.
 fn only(stage: &Stage, lease: &str, version: u64) {
     stage.fake.with(|s| {
@@ -111,14 +126,7 @@ async fn when_it_asks_for_a_lease() {
     let report = beside(&stage, async move {
         until(&fake, |s| s.foreign.0 == 0).await;
         fake.with(|s| s.weights = (8, weights(2)));
-        // What is leased before the worker hears of the older weights is handed back: another one follows until one counts.
-        for k in 0.. {
-            fake.with(|s| s.leases.push_back(answer(&[k % 20], 8)));
-            until(&fake, |s| s.leases.is_empty() || !s.submitted.is_empty()).await;
-            if fake.with(|s| !s.submitted.is_empty()) {
-                break;
-            }
-        }
+        lease_until_one_counts(&fake, |_| {}).await;
     })
     .await;
     assert!(report.weights >= 6, "each time they are fetched whole: {report:?}");
@@ -168,19 +176,12 @@ async fn when_it_submits() {
     });
     let fake = stage.fake.clone();
     let report = beside(&stage, async move {
-        // What is leased while the worker hears of the other learner is handed back: another one follows until one counts.
-        for k in 0.. {
-            fake.with(|s| {
-                if s.foreign.1 == 0 {
-                    s.weights = (8, weights(2));
-                }
-                s.leases.push_back(answer(&[k % 20], 8));
-            });
-            until(&fake, |s| s.leases.is_empty() || !s.submitted.is_empty()).await;
-            if fake.with(|s| !s.submitted.is_empty()) {
-                break;
+        lease_until_one_counts(&fake, |s| {
+            if s.foreign.1 == 0 {
+                s.weights = (8, weights(2));
             }
-        }
+        })
+        .await;
     })
     .await;
     assert!(report.accepted >= 1 && report.refused >= 4, "{report:?}");
