@@ -255,6 +255,41 @@ pub(crate) fn mentions(members: &[&Member<'_>], scoring: &Scoring, width: i64, d
     })
 }
 
+/// A group of one response, for tests of what becomes of groups.
+#[cfg(test)]
+pub(crate) fn one_response(
+    record: &str,
+    total: Option<f64>,
+    components: std::collections::BTreeMap<String, unveil_core::Component>,
+) -> TrainGroup {
+    let input = GroupInput {
+        record: serde_json::from_value(serde_json::json!({"id": record})).unwrap(),
+        image_size: (8, 8),
+        prompt: Default::default(),
+        patches: vec![],
+        merged: Grid { rows: 1, cols: 1 },
+        encoded: Default::default(),
+    };
+    TrainGroup {
+        id: GroupId { pass: 0, position: 0, record: record.into() },
+        worker: "w".into(),
+        input: Arc::new(input),
+        responses: vec![Response {
+            index: 0,
+            tokens: vec![1],
+            text: "x".into(),
+            logprobs: vec![-0.5],
+            versions: vec![0],
+            finish: unveil_core::Finish::Stop,
+        }],
+        spans: vec![],
+        breakdowns: vec![Breakdown { id: record.into(), index: 0, total, components }],
+        attention: vec![],
+        generate_ms: 0.0,
+        reward_ms: 0.0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use rand::{Rng, SeedableRng};

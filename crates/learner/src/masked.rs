@@ -123,42 +123,14 @@ fn commonest<'a>(reasons: &[&'a str]) -> &'a str {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use unveil_core::{Breakdown, Component, Finish, Grid, GroupId, Record, Response};
+    use unveil_core::Component;
 
     use super::*;
-    use crate::batch::GroupInput;
+    use crate::batch::one_response;
 
     fn group(total: Option<f64>, components: &[(&str, Component)]) -> TrainGroup {
-        let record: Record = serde_json::from_str(r#"{"id":"r"}"#).unwrap();
-        let input = GroupInput {
-            record,
-            image_size: (8, 8),
-            prompt: Default::default(),
-            patches: vec![],
-            merged: Grid { rows: 1, cols: 1 },
-            encoded: Default::default(),
-        };
         let components = components.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect();
-        TrainGroup {
-            id: GroupId { pass: 0, position: 0, record: "r".into() },
-            worker: "w".into(),
-            input: Arc::new(input),
-            responses: vec![Response {
-                index: 0,
-                tokens: vec![1],
-                text: "x".into(),
-                logprobs: vec![-0.5],
-                versions: vec![0],
-                finish: Finish::Stop,
-            }],
-            spans: vec![],
-            breakdowns: vec![Breakdown { id: "r".into(), index: 0, total, components }],
-            attention: vec![],
-            generate_ms: 0.0,
-            reward_ms: 0.0,
-        }
+        one_response("r", total, components)
     }
 
     fn window(limit: f64) -> Window {

@@ -220,40 +220,11 @@ pub(crate) fn describe(groups: &[TrainGroup], version: WeightVersion) -> UpdateR
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use unveil_core::{Breakdown, Finish, Grid, Response};
-
     use super::*;
-    use crate::batch::GroupInput;
+    use crate::batch::one_response;
 
     fn group(record: &str, total: Option<f64>) -> TrainGroup {
-        let input = GroupInput {
-            record: serde_json::from_value(serde_json::json!({"id": record})).unwrap(),
-            image_size: (8, 8),
-            prompt: Default::default(),
-            patches: vec![],
-            merged: Grid { rows: 1, cols: 1 },
-            encoded: Default::default(),
-        };
-        TrainGroup {
-            id: GroupId { pass: 0, position: 0, record: record.into() },
-            worker: "w".into(),
-            input: Arc::new(input),
-            responses: vec![Response {
-                index: 0,
-                tokens: vec![1],
-                text: "x".into(),
-                logprobs: vec![-0.5],
-                versions: vec![0],
-                finish: Finish::Stop,
-            }],
-            spans: vec![],
-            breakdowns: vec![Breakdown { id: record.into(), index: 0, total, components: Default::default() }],
-            attention: vec![],
-            generate_ms: 0.0,
-            reward_ms: 0.0,
-        }
+        one_response(record, total, Default::default())
     }
 
     #[test]
