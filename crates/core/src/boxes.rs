@@ -1,8 +1,8 @@
-//! The forms in which models write boxes, by name. How each is written and read is the codecs' work.
+//! Names of the notations in which models write boxes. The codecs write and parse them.
 
 use serde::{Deserialize, Serialize};
 
-/// How boxes are written in answers.
+/// Notation of boxes in answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BoxForm {
@@ -17,16 +17,16 @@ pub enum BoxForm {
     Llava,
 }
 
-/// A name that is not that of a box form.
+/// Error for a name that is not a box form.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no box form: use absolute, per_mille, qwen2_vl or llava")]
+#[error("`{0}` is not a box form: use absolute, per_mille, qwen2_vl or llava")]
 pub struct UnknownBoxForm(pub String);
 
 impl BoxForm {
-    /// All of them.
+    /// All box forms.
     pub const ALL: [Self; 4] = [Self::Absolute, Self::PerMille, Self::Qwen2Vl, Self::Llava];
 
-    /// Its name in configurations.
+    /// Returns the name used in configurations.
     pub fn name(self) -> &'static str {
         match self {
             Self::Absolute => "absolute",
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_serde() {
+    fn names_match_serde() {
         for form in BoxForm::ALL {
             assert_eq!(serde_json::to_value(form).unwrap(), form.name());
             assert_eq!(form.name().parse(), Ok(form));

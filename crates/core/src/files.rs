@@ -1,4 +1,4 @@
-//! Writing files whole or not at all.
+//! Atomic file writes.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Write};
@@ -8,20 +8,20 @@ use std::path::Path;
 /// Mode of new files, less the umask.
 pub const FILE_MODE: u32 = 0o666;
 
-/// Replaces `path` by a file of `bytes`: whoever reads it, also after a crash or on a full disk, finds the old file or the new one.
-/// Makes missing folders.
+/// Replaces `path` by a file with the content `bytes` and creates missing directories. A reader finds either the old file or the new one,
+/// also after a crash or on a full disk.
 ///
 /// # Errors
-/// The file system's; `path` is as it was.
+/// Returns the error of the file system; `path` is then unchanged.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_file(path, FILE_MODE, |temporary| File::options().write(true).open(temporary)?.write_all(bytes))
 }
 
-/// [`write_atomic`] with the bytes that `write` puts into the file it is given, which is empty, lies beside `path` and has `mode` less
-/// the umask.
+/// Replaces `path` atomically by the file that `write` fills. `write` is given the path of an empty temporary file in the same directory,
+/// with `mode` less the umask.
 ///
 /// # Errors
-/// Those of `write`, and the file system's; `path` is as it was.
+/// Returns the error of `write` or of the file system; `path` is then unchanged.
 pub fn replace_file(path: &Path, mode: u32, write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
@@ -34,7 +34,7 @@ pub fn replace_file(path: &Path, mode: u32, write: impl FnOnce(&Path) -> io::Res
     write(&temporary)?;
     File::open(&temporary)?.sync_all()?;
     temporary.persist(path).map_err(|e| e.error)?;
-    // The name itself is safe once the folder is.
+    // The new name is durable only once the directory is synced.
     File::open(folder)?.sync_all()
 }
 
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_old_file_stays_until_the_new_one_is_whole() {
+    fn failed_writes_keep_the_old_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/folder/a.json");
         write_atomic(&path, b"old").unwrap();
@@ -58,14 +58,15 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"new");
         let names: Vec<_> =
             std::fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(names, ["a.json"], "nothing is left beside it");
+        assert_eq!(names, ["a.json"], "no temporary file is left");
         assert!(write_atomic(Path::new("/"), b"").is_err());
     }
 
     #[test]
-    fn others_may_read_what_is_no_secret() {
+    fn new_files_get_the_requested_mode() {
         let dir = tempfile::tempdir().unwrap();
-        let (open, closed) = (dir.path().join("open"), dir.path().join("closed"));
+        let open = dir.path().join("open");
+        let closed = dir.path().join("closed");
         write_atomic(&open, b"").unwrap();
         replace_file(&closed, 0o600, |_| Ok(())).unwrap();
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;

@@ -1,10 +1,10 @@
-//! Boxes in original-image pixels and the image-token grid they are compared with. Owns box validity, IoU and cell coverage.
+//! Boxes in original-image pixels and the grid of image tokens. Owns box validity, IoU and cell coverage.
 
 use serde::{Deserialize, Serialize};
 
 /// An axis-aligned box `[x1, y1, x2, y2]` in pixels of the original image, f32, `x2`/`y2` exclusive.
 ///
-/// A `BBox` may hold any numbers, also impossible ones: what a model said is never repaired. Ask [`BBox::fault`].
+/// A `BBox` may hold any numbers, valid or not: boxes of a model are never repaired. Use [`BBox::fault`] to validate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(from = "[f32; 4]", into = "[f32; 4]")]
 pub struct BBox {
@@ -30,7 +30,7 @@ impl From<BBox> for [f32; 4] {
     }
 }
 
-/// Why a box is not valid for an image of a given size.
+/// Reason why a box is invalid for an image of a given size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BoxFault {
@@ -40,23 +40,24 @@ pub enum BoxFault {
     /// `x1 > x2` or `y1 > y2`.
     #[error("is inverted")]
     Inverted,
-    /// Zero width or height.
+    /// The width or height is zero.
     #[error("has no area")]
     Empty,
-    /// Part of it lies outside the image.
+    /// Part of the box is outside the image.
     #[error("lies outside the image")]
     Outside,
 }
 
 impl BBox {
-    /// Width times height; 0 for inverted or non-finite boxes.
+    /// Returns width times height in square pixels; 0 for inverted or non-finite boxes.
     pub fn area(&self) -> f64 {
-        let (w, h) = (f64::from(self.x2) - f64::from(self.x1), f64::from(self.y2) - f64::from(self.y1));
+        let w = f64::from(self.x2) - f64::from(self.x1);
+        let h = f64::from(self.y2) - f64::from(self.y1);
         if w > 0.0 && h > 0.0 && w.is_finite() && h.is_finite() { w * h } else { 0.0 }
     }
 
-    /// The first fault of this box in an image of `width` x `height` pixels. One pixel of slack is allowed at the borders,
-    /// so that a codec's rounding does not make a true box invalid.
+    /// Returns the first reason why this box is invalid in an image of `width` x `height` pixels. Overhang of up to one pixel is allowed,
+    /// so that the rounding of a codec does not invalidate a true box.
     pub fn fault(&self, width: f32, height: f32) -> Option<BoxFault> {
         let c = [self.x1, self.y1, self.x2, self.y2];
         if c.iter().any(|v| !v.is_finite()) {
@@ -72,9 +73,10 @@ impl BBox {
         }
     }
 
-    /// Intersection over union in `[0, 1]`; 0 when either box has no area. Same definition as `torchvision.ops.box_iou`.
+    /// Returns the intersection over union in `[0, 1]`; 0 when either box has no area. Same definition as `torchvision.ops.box_iou`.
     pub fn iou(&self, other: &BBox) -> f64 {
-        let (a, b) = (self.area(), other.area());
+        let a = self.area();
+        let b = other.area();
         if a == 0.0 || b == 0.0 {
             return 0.0;
         }
@@ -82,21 +84,22 @@ impl BBox {
         (i / (a + b - i)).clamp(0.0, 1.0)
     }
 
-    /// Generalised IoU in `[-1, 1]`, at most the IoU: `IoU - (C - U) / C` with C the area of the smallest box around both; -1 when
-    /// either box has no area. Source: Rezatofighi et al., arXiv 1902.09630; as `torchvision.ops.generalized_box_iou`.
+    /// Returns the generalised IoU in `[-1, 1]`, at most the IoU: `IoU - (C - U) / C` with C the area of the smallest enclosing box; -1
+    /// when either box has no area. Source: Rezatofighi et al., arXiv 1902.09630; same as `torchvision.ops.generalized_box_iou`.
     pub fn giou(&self, other: &BBox) -> f64 {
-        let (a, b) = (self.area(), other.area());
+        let a = self.area();
+        let b = other.area();
         if a == 0.0 || b == 0.0 {
             return -1.0;
         }
         let i = self.intersection(other);
         let union = a + b - i;
-        let [w, h] = self.around(other);
+        let [w, h] = self.hull_sides(other);
         (i / union - (w * h - union) / (w * h)).clamp(-1.0, 1.0)
     }
 
-    /// Complete IoU in `[-1.5, 1]`, at most the IoU: it also charges for the distance of the centres and for the difference of the
-    /// aspect ratios; -1.5 when either box has no area. Source: Zheng et al., arXiv 1911.08287, equations 8 to 11; as
+    /// Returns the complete IoU in `[-1.5, 1]`, at most the IoU: it also penalises the distance of the centres and the difference of the
+    /// aspect ratios; -1.5 when either box has no area. Source: Zheng et al., arXiv 1911.08287, equations 8 to 11; same as
     /// `torchvision.ops.complete_box_iou` with its epsilon of 1e-7.
     pub fn ciou(&self, other: &BBox) -> f64 {
         const EPS: f64 = 1e-7;
@@ -104,16 +107,17 @@ impl BBox {
             return -1.5;
         }
         let iou = self.iou(other);
-        let [w, h] = self.around(other);
-        let ([ax, ay, aw, ah], [bx, by, bw, bh]) = (self.centre_and_sides(), other.centre_and_sides());
+        let [w, h] = self.hull_sides(other);
+        let [ax, ay, aw, ah] = self.centre_and_sides();
+        let [bx, by, bw, bh] = other.centre_and_sides();
         let distance = ((ax - bx).powi(2) + (ay - by).powi(2)) / (w * w + h * h + EPS);
         let v = 4.0 / std::f64::consts::PI.powi(2) * ((bw / bh).atan() - (aw / ah).atan()).powi(2);
         let alpha = v / (1.0 - iou + v + EPS);
         (iou - distance - alpha * v).clamp(-1.5, 1.0)
     }
 
-    /// Sides of the smallest box around both.
-    fn around(&self, other: &BBox) -> [f64; 2] {
+    /// Returns the sides of the smallest box that encloses both.
+    fn hull_sides(&self, other: &BBox) -> [f64; 2] {
         let span = |a1: f32, a2: f32, b1: f32, b2: f32| f64::from(a2.max(b2)) - f64::from(a1.min(b1));
         [span(self.x1, self.x2, other.x1, other.x2), span(self.y1, self.y2, other.y1, other.y2)]
     }
@@ -123,67 +127,69 @@ impl BBox {
         [(x1 + x2) / 2.0, (y1 + y2) / 2.0, x2 - x1, y2 - y1]
     }
 
-    /// Area shared by the two boxes in square pixels.
+    /// Returns the area shared by the two boxes in square pixels.
     pub fn intersection(&self, other: &BBox) -> f64 {
         let w = f64::from(self.x2.min(other.x2)) - f64::from(self.x1.max(other.x1));
         let h = f64::from(self.y2.min(other.y2)) - f64::from(self.y1.max(other.y1));
         if w > 0.0 && h > 0.0 { w * h } else { 0.0 }
     }
 
-    /// The box scaled by `sx`, `sy` (for example from original to resized pixels).
+    /// Returns the box scaled by `sx`, `sy` (for example from original to resized pixels).
     pub fn scaled(&self, sx: f32, sy: f32) -> BBox {
         BBox { x1: self.x1 * sx, y1: self.y1 * sy, x2: self.x2 * sx, y2: self.y2 * sy }
     }
 }
 
-/// The merged image-token grid of one image: `rows` x `cols` cells, row-major, covering the whole image.
+/// Grid of the merged image tokens of one image: `rows` x `cols` cells, row-major, covering the whole image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grid {
-    /// Cells from top to bottom.
+    /// Number of cells from top to bottom.
     pub rows: usize,
-    /// Cells from left to right.
+    /// Number of cells from left to right.
     pub cols: usize,
 }
 
 impl Grid {
-    /// Number of image tokens.
+    /// Returns the number of image tokens.
     pub fn tokens(&self) -> usize {
         self.rows * self.cols
     }
 
-    /// `M_j`: share of cell `j` covered by the *union* of `boxes`, `rows * cols` values in `[0, 1]`, row-major.
+    /// Returns `M_j`, the fraction of cell `j` covered by the *union* of `boxes`: `rows * cols` values in `[0, 1]`, row-major.
     ///
-    /// `width` and `height` are those of the original image in which the boxes are given. Boxes with a fault other than a
-    /// slight overhang contribute only what lies inside the image.
+    /// `width` and `height` are the size in pixels of the original image, in which the boxes are given. Only the part of a box inside the
+    /// image counts.
     pub fn coverage(&self, boxes: &[BBox], width: f32, height: f32) -> Vec<f32> {
         let mut out = vec![0.0; self.tokens()];
         if boxes.is_empty() || !(width > 0.0 && height > 0.0) {
             return out;
         }
-        let (cw, ch) = (f64::from(width) / self.cols as f64, f64::from(height) / self.rows as f64);
+        let cw = f64::from(width) / self.cols as f64;
+        let ch = f64::from(height) / self.rows as f64;
         let mut touched = vec![0_u8; out.len()];
         for b in boxes.iter().filter(|b| b.area() > 0.0) {
             let across = overlaps(f64::from(b.x1), f64::from(b.x2), cw, self.cols);
             let down = overlaps(f64::from(b.y1), f64::from(b.y2), ch, self.rows);
             for &(r, high) in &down {
                 for &(c, wide) in &across {
-                    let at = r * self.cols + c;
-                    out[at] = (wide * high / (cw * ch)).clamp(0.0, 1.0) as f32;
-                    touched[at] = touched[at].saturating_add(1);
+                    let index = r * self.cols + c;
+                    out[index] = (wide * high / (cw * ch)).clamp(0.0, 1.0) as f32;
+                    touched[index] = touched[index].saturating_add(1);
                 }
             }
         }
-        // Where boxes meet, their areas do not add up.
-        for (at, _) in touched.iter().enumerate().filter(|(_, n)| **n > 1) {
-            let (r, c) = (at / self.cols, at % self.cols);
+        // In cells touched by several boxes, overlaps must be counted once.
+        for (index, _) in touched.iter().enumerate().filter(|(_, n)| **n > 1) {
+            let r = index / self.cols;
+            let c = index % self.cols;
             let cell = [c as f64 * cw, r as f64 * ch, (c + 1) as f64 * cw, (r + 1) as f64 * ch];
-            out[at] = (union_in_cell(boxes, cell) / (cw * ch)).clamp(0.0, 1.0) as f32;
+            out[index] = (union_in_cell(boxes, cell) / (cw * ch)).clamp(0.0, 1.0) as f32;
         }
         out
     }
 }
 
-/// The cells of size `size` that `lo..hi` overlaps, with the length of each overlap.
+/// Returns the cells of length `size` that `lo..hi` overlaps, with the length of each overlap.
 fn overlaps(lo: f64, hi: f64, size: f64, cells: usize) -> Vec<(usize, f64)> {
     let first = ((lo / size).floor().max(0.0) as usize).min(cells);
     let last = ((hi / size).ceil().max(0.0) as usize).min(cells);
@@ -191,7 +197,7 @@ fn overlaps(lo: f64, hi: f64, size: f64, cells: usize) -> Vec<(usize, f64)> {
     (first..last).map(|i| (i, length(i))).filter(|(_, l)| *l > 0.0).collect()
 }
 
-/// Area of the union of `boxes` inside `cell` by coordinate compression (exact up to rounding).
+/// Computes the area of the union of `boxes` inside `cell` by coordinate compression (exact up to rounding).
 fn union_in_cell(boxes: &[BBox], cell: [f64; 4]) -> f64 {
     let clipped: Vec<[f64; 4]> = boxes
         .iter()
@@ -214,7 +220,8 @@ fn union_in_cell(boxes: &[BBox], cell: [f64; 4]) -> f64 {
         let mut spans: Vec<(f64, f64)> =
             clipped.iter().filter(|b| b[0] <= w[0] && b[2] >= w[1]).map(|b| (b[1], b[3])).collect();
         spans.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let (mut covered, mut end) = (0.0, f64::NEG_INFINITY);
+        let mut covered = 0.0;
+        let mut end = f64::NEG_INFINITY;
         for (lo, hi) in spans {
             covered += (hi - lo.max(end)).max(0.0);
             end = end.max(hi);
@@ -250,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn coverage_equals_the_union_cell_by_cell() {
+    fn coverage_equals_the_union_in_each_cell() {
         let mut seed = 7_u64;
         let mut next = |n: u64| {
             seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -260,35 +267,38 @@ mod tests {
             let g = Grid { rows: 1 + next(9) as usize, cols: 1 + next(9) as usize };
             let boxes: Vec<BBox> = (0..next(5))
                 .map(|_| {
-                    let (x, y) = (next(90) as f32 - 5.0, next(90) as f32 - 5.0);
+                    let x = next(90) as f32 - 5.0;
+                    let y = next(90) as f32 - 5.0;
                     [x, y, x + next(60) as f32 + 0.5, y + next(60) as f32 + 0.25].into()
                 })
                 .collect();
-            let (cw, ch) = (100.0 / g.cols as f64, 80.0 / g.rows as f64);
-            for (at, m) in g.coverage(&boxes, 100.0, 80.0).into_iter().enumerate() {
-                let (r, c) = ((at / g.cols) as f64, (at % g.cols) as f64);
+            let cw = 100.0 / g.cols as f64;
+            let ch = 80.0 / g.rows as f64;
+            for (index, m) in g.coverage(&boxes, 100.0, 80.0).into_iter().enumerate() {
+                let r = (index / g.cols) as f64;
+                let c = (index % g.cols) as f64;
                 let expected = union_in_cell(&boxes, [c * cw, r * ch, (c + 1.0) * cw, (r + 1.0) * ch]) / (cw * ch);
-                assert!((f64::from(m) - expected).abs() < 1e-6, "{boxes:?} {at}: {m} {expected}");
+                assert!((f64::from(m) - expected).abs() < 1e-6, "{boxes:?} {index}: {m} {expected}");
             }
         }
     }
 
     #[test]
-    fn generalised_and_complete_by_hand() {
+    fn giou_and_ciou_by_hand() {
         let a = BBox::from([0.0, 0.0, 10.0, 10.0]);
         assert_eq!((a.giou(&a), a.ciou(&a)), (1.0, 1.0));
         // Ten apart: union 200, hull 300, centres 20 apart, diagonal^2 = 900 + 100.
         let b = BBox::from([20.0, 0.0, 30.0, 10.0]);
         assert!((a.giou(&b) + 100.0 / 300.0).abs() < 1e-12 && (a.ciou(&b) + 0.4).abs() < 1e-9);
-        for bad in
+        for degenerate in
             [[9.0, 9.0, 1.0, 1.0], [f32::NAN, 0.0, 1.0, 1.0], [0.0, 0.0, f32::INFINITY, 1.0], [3.0, 3.0, 3.0, 9.0]]
         {
-            assert_eq!((a.giou(&bad.into()), a.ciou(&bad.into())), (-1.0, -1.5));
+            assert_eq!((a.giou(&degenerate.into()), a.ciou(&degenerate.into())), (-1.0, -1.5));
         }
     }
 
     #[test]
-    fn coverage_is_the_union() {
+    fn coverage_counts_overlaps_once() {
         let g = Grid { rows: 2, cols: 2 };
         let whole: BBox = [0.0, 0.0, 20.0, 20.0].into();
         assert_eq!(g.coverage(&[whole, whole], 20.0, 20.0), vec![1.0; 4]);

@@ -1,42 +1,42 @@
-//! Groups and responses as they travel from the engine to the learner.
+//! Groups and responses, as sent from the engine to the learner.
 
 use serde::{Deserialize, Serialize};
 
-/// Number of a set of weights; the weights that stage 2 starts from are version 0, each update adds one.
+/// Version of the weights: 0 at the start of stage 2, plus one per update.
 pub type WeightVersion = u64;
 
-/// One prompt's turn in one pass over the data: unique within a run.
+/// Identifies one prompt in one pass over the data; unique within a run.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct GroupId {
     /// Pass over the data, from 0.
     pub pass: u64,
     /// Position in that pass's order, from 0.
     pub position: u64,
-    /// The record's id.
+    /// Id of the record.
     pub record: String,
 }
 
-/// How responses are sampled. `top_k`, `top_p` and `min_p` are applied in this order to the tempered distribution, as in
-/// Hugging Face transformers; they decide what can be drawn, not what is recorded as its log-probability.
+/// Sampling settings. `top_k`, `top_p` and `min_p` are applied in this order to the tempered distribution, as in Hugging Face
+/// transformers; they limit which tokens can be drawn and do not change the recorded log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Sampling {
     /// Responses per prompt.
     pub n: usize,
-    /// 0 is greedy.
+    /// Temperature; 0 is greedy decoding.
     pub temperature: f64,
-    /// Only the k most probable tokens; 0 = all.
+    /// Samples from the k most probable tokens only; 0 disables the filter.
     pub top_k: usize,
-    /// Only the most probable tokens that together reach this probability; 1 = all.
+    /// Samples from the smallest set of most probable tokens that reaches this probability; 1 disables the filter.
     pub top_p: f64,
-    /// Only tokens with at least this share of the most probable token's probability; 0 = all.
+    /// Samples only tokens with at least this fraction of the most probable token's probability; 0 disables the filter.
     pub min_p: f64,
-    /// Length cap in tokens, end token included.
+    /// Maximum response length in tokens, including the end token.
     pub max_new_tokens: usize,
-    /// Run seed; the random numbers of a response are a function of (seed, group, index, position) alone.
+    /// Seed of the run; the random numbers of a response depend on (seed, group, index, position) only.
     pub seed: u64,
-    /// Which distribution log-probabilities are of.
-    pub logprobs: Logprobs,
+    /// Distribution whose log-probabilities are recorded.
+    pub logprobs: LogprobKind,
 }
 
 impl Default for Sampling {
@@ -49,39 +49,39 @@ impl Default for Sampling {
             min_p: 0.0,
             max_new_tokens: 64,
             seed: 0,
-            logprobs: Logprobs::Tempered,
+            logprobs: LogprobKind::Tempered,
         }
     }
 }
 
-/// Which distribution recorded log-probabilities are of, always without the banned tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Distribution whose log-probabilities are recorded, always without the banned tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Logprobs {
-    /// The one that was sampled from: logits divided by the temperature (a temperature of 0 counts as 1).
+pub enum LogprobKind {
+    /// The sampled distribution: logits divided by the temperature (a temperature of 0 counts as 1).
     #[default]
     Tempered,
-    /// The model's own: temperature 1.
+    /// The model's distribution at temperature 1.
     Untempered,
 }
 
-impl Logprobs {
-    /// The temperature of the recorded distribution.
-    pub fn temperature(self, sampled_at: f64) -> f64 {
+impl LogprobKind {
+    /// Returns the temperature of the recorded distribution.
+    pub fn temperature(self, sampling_temperature: f64) -> f64 {
         match self {
-            Self::Tempered if sampled_at > 0.0 => sampled_at,
+            Self::Tempered if sampling_temperature > 0.0 => sampling_temperature,
             _ => 1.0,
         }
     }
 }
 
-/// Why a response ended.
+/// Reason for the end of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// The end token was produced.
     Stop,
-    /// The length cap was reached.
+    /// The maximum length was reached.
     Length,
     /// The caller cancelled it.
     Cancelled,
@@ -96,10 +96,10 @@ pub struct Response {
     pub tokens: Vec<u32>,
     /// Text without special tokens.
     pub text: String,
-    /// Log-probability of each token under the weights that made it.
+    /// Log-probability of each token under the weights that generated it.
     pub logprobs: Vec<f32>,
-    /// Weight version that made each token.
+    /// Weight version that generated each token.
     pub versions: Vec<WeightVersion>,
-    /// Why it ended.
+    /// Reason for the end of the response.
     pub finish: Finish,
 }

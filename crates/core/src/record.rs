@@ -1,27 +1,27 @@
-//! The dataset record (one JSON line) and its rules. Owns field names and validity; knows no file system.
+//! The dataset record (one JSON line): field names and validity rules. Does no file access.
 
 mod keys;
-mod read;
+mod parse;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use keys::meant;
+pub use keys::intended_key;
 
 use crate::geometry::{BBox, BoxFault};
 use crate::task::Task;
 
-/// Stands in [`Record::answer`] for boxes and category, which each model family writes in its own way.
+/// Placeholder in [`Record::answer`] for boxes and category, which each model family writes in its own notation.
 pub const REGION: &str = "<region>";
 
 /// One dataset record: an image, a question, the abnormal class and its boxes in original-image pixels.
 ///
-/// `boxes: []` means "no finding"; where something is asked for, a category without the key is an error. A null counts as an absent key, a
-/// number as an id is its digits. Keys that Unveil does not know are kept in [`Record::extra`].
+/// `boxes: []` means "no finding"; a grounding record with a category but without `boxes` is an error. A null counts as an absent key, a
+/// number as `id` is read as its digits. Unknown keys are kept in [`Record::extra`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "read::Fields")]
+#[serde(try_from = "parse::Fields")]
 pub struct Record {
-    /// Unique id, also the group key.
+    /// Unique id; also the group key.
     pub id: String,
     /// Path relative to the record file, or an object URL. May be empty when `image_size` is given.
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -29,24 +29,24 @@ pub struct Record {
     /// `[width, height]` in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<[u32; 2]>,
-    /// What is asked.
+    /// Question to the model.
     pub question: String,
-    /// Reference answer in free text; may be empty, then the training answer is made from boxes and category. It is the training answer
-    /// itself where it holds [`REGION`] (boxes and category go there), and where [`Record::is_text`].
+    /// Reference answer in free text. If empty, the training answer is built from boxes and category. It is itself the training answer
+    /// if it contains [`REGION`] (replaced by boxes and category) or if [`Record::is_text`].
     pub answer: String,
-    /// The abnormal class, in words.
+    /// Name of the abnormal class.
     pub category: String,
     /// True boxes.
     pub boxes: Vec<BBox>,
-    /// A label per box, or empty.
+    /// One label per box, or empty.
     pub labels: Vec<String>,
-    /// CT, X-ray, endoscopy…
+    /// Imaging modality (CT, X-ray, endoscopy…).
     pub modality: String,
-    /// The data set it comes from.
+    /// Source data set.
     pub source: String,
-    /// `train`, `val` or `test`.
+    /// Split: `train`, `val` or `test`.
     pub split: String,
-    /// What kind of answer is asked for. Absent: where something is.
+    /// Kind of answer that is asked for; grounding if the key is absent.
     #[serde(skip_serializing_if = "Task::is_default")]
     pub task: Task,
     /// Keys that Unveil does not interpret.
@@ -54,26 +54,26 @@ pub struct Record {
     pub extra: Map<String, Value>,
 }
 
-/// Why a text is no record.
+/// Error for a text that is not a record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{what}", match .id.as_str() { "" => String::new(), id => format!("record \"{id}\": ") })]
 pub struct RecordError {
-    /// Its id, where there is one.
+    /// Id of the record; empty if it cannot be read.
     pub id: String,
-    /// What is wrong, with the key.
+    /// Description of the problem, naming the key.
     pub what: String,
 }
 
-/// What is wrong with a record.
+/// Problem of a record.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum RecordFault {
     /// The id is missing or empty.
     #[error("the record has no id")]
     NoId,
-    /// Neither an image nor its size.
+    /// Both `image` and `image_size` are missing.
     #[error("the record has neither `image` nor `image_size`")]
     NoImage,
-    /// Labels do not match the boxes.
+    /// The number of labels differs from the number of boxes.
     #[error("{labels} labels for {boxes} boxes: give one label per box, or none")]
     Labels {
         /// Number of labels.
@@ -81,33 +81,33 @@ pub enum RecordFault {
         /// Number of boxes.
         boxes: usize,
     },
-    /// One box is not valid.
+    /// A box is invalid.
     #[error("box {index} {coords:?} {fault}")]
     Box {
-        /// Which box.
+        /// Index of the box.
         index: usize,
-        /// Its coordinates.
+        /// Coordinates of the box.
         coords: [f32; 4],
-        /// What is wrong.
+        /// Problem of the box.
         fault: BoxFault,
     },
 }
 
 impl Record {
-    /// Reads one line of a record file; a byte-order mark before it is dropped.
+    /// Parses one line of a record file, without a leading byte-order mark.
     ///
     /// # Errors
-    /// The id, where there is one, and the key that is wrong.
+    /// Returns a [`RecordError`] with the id, if there is one, and the invalid key.
     pub fn parse(line: &str) -> Result<Self, RecordError> {
-        read::parse(line)
+        parse::parse(line)
     }
 
-    /// The person whose image it is, where that is said: a text or a number, alike.
+    /// Returns the patient id of the image, if the record gives one as text or as a number.
     pub fn patient(&self) -> Option<String> {
         let text = match self.extra.get("patient")? {
             Value::String(s) => s.trim().to_owned(),
             Value::Number(n) => match n.as_f64() {
-                // 7.0 is what a table of numbers with gaps makes of 7.
+                // Tables with missing values store 7 as 7.0.
                 Some(x) if x.fract() == 0.0 && x.abs() < 1e15 => format!("{x:.0}"),
                 _ => n.to_string(),
             },
@@ -116,12 +116,13 @@ impl Record {
         (!text.is_empty()).then_some(text)
     }
 
-    /// Whether the question is answered in text rather than by a region.
+    /// Returns whether the answer is text rather than a region.
     pub fn is_text(&self) -> bool {
         self.task.is_text()
     }
 
-    /// Checks what can be checked without the image; `size` is `(width, height)` when known, else borders are not checked.
+    /// Returns the problems that can be found without reading the image. `size` is `(width, height)` in pixels; without it and without
+    /// `image_size`, image borders are not checked.
     pub fn faults(&self, size: Option<(u32, u32)>) -> Vec<RecordFault> {
         let mut out = Vec::new();
         if self.id.trim().is_empty() {
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_is_one_that_is_known() {
+    fn unknown_tasks_are_refused() {
         let read = |task: &str| serde_json::from_str::<Record>(&format!(r#"{{"id":"a"{task}}}"#));
         assert_eq!(read("").unwrap().task, Task::Grounding);
         assert!(!serde_json::to_string(&read("").unwrap()).unwrap().contains("task"));
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_category_without_boxes_is_refused_where_a_place_is_asked_for() {
+    fn grounding_categories_need_boxes() {
         for line in [
             r#"{"id":"a7","category":"nodule"}"#,
             r#"{"id":"a7","category":"nodule","boxes":null}"#,
@@ -207,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_of_other_tools_are_read() {
+    fn nulls_and_numeric_ids_are_accepted() {
         let r = Record::parse("\u{feff}{\"id\":17,\"answer\":null,\"labels\":null,\"modality\":null,\"image_size\":null,\"task\":null}\r\n")
             .unwrap();
         assert_eq!((r.id.as_str(), r.answer.as_str(), r.labels.len(), r.image_size), ("17", "", 0, None));
@@ -218,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_names_id_and_key() {
+    fn errors_name_id_and_key() {
         for (line, needles) in [
-            (r#"{"id":"a7","boxes":[["5","5","20","20"]]}"#, ["a7", "`boxes`[0] holds the text \"5\""]),
+            (r#"{"id":"a7","boxes":[["5","5","20","20"]]}"#, ["a7", "`boxes`[0] holds the string \"5\""]),
             (r#"{"id":"a7","boxes":[[1,2,3,4],[1,2,3]]}"#, ["a7", "`boxes`[1] is not of length 4"]),
             (r#"{"id":"a7","boxes":[1,2,3,4]}"#, ["a7", "`boxes`[0] is the number 1"]),
             (r#"{"id":"a7","boxes":{"x":1}}"#, ["a7", "`boxes` is an object"]),
@@ -230,9 +231,9 @@ mod tests {
             (r#"{"id":"a7","question":3}"#, ["a7", "`question` is the number 3"]),
             (r#"{"id":"a7","labels":["x",null]}"#, ["a7", "`labels`[1] is null"]),
             (r#"{"id":"a7","image_size":[5,-1]}"#, ["a7", "`image_size`"]),
-            (r#"{"id":"a7","task":"vga"}"#, ["a7", "`vga` is no task"]),
+            (r#"{"id":"a7","task":"vga"}"#, ["a7", "`vga` is not a task"]),
             (r#"{"id":[7]}"#, ["`id`", "a list of 1"]),
-            (r#"{"question":"x"}"#, ["missing field `id`", "of its own"]),
+            (r#"{"question":"x"}"#, ["missing field `id`", "unique id"]),
             (r#"{"id":"a7","boxes":[],"boxes":[]}"#, ["`boxes`", "twice"]),
             (r#"["a7"]"#, ["not a record", "JSON object"]),
             (r#"{"id":"a7""#, ["not JSON", "column"]),

@@ -1,4 +1,4 @@
-//! What a reward says of one response: components with value, mask and reason. Owns the JSON shape that scripts read.
+//! Reward of one response: components with value, mask and reason. Owns the JSON shape that scripts read.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ pub struct Attention {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Why a component has no value. Masked is never 0.
+/// Reason why a component has no value. A masked component is never 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskReason {
@@ -27,69 +27,81 @@ pub enum MaskReason {
     NotApplicable,
     /// Attention rows were not sent or do not match the response.
     NoAttention,
-    /// The scorer failed, or what it said cannot be used.
+    /// The scorer failed, or its result cannot be used.
     Failed(String),
-    /// Whoever computes it could not be had: away, overloaded, too slow, or it does not let us in. The same call may succeed later.
+    /// The external scorer is unreachable, overloaded, too slow, or rejects our credentials. The same call may succeed later.
     Unavailable(String),
     /// Another response of the group had this component masked.
     GroupMasked,
 }
 
-/// How one true lesion was met.
+/// Score of one true lesion.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LesionScore {
-    /// Which true box.
+    /// Index of the true box.
     pub truth: usize,
-    /// The box of the answer that it is matched with; absent when none is left for it.
+    /// Index of the answer's box matched with it; `None` if no box is left for it.
     pub predicted: Option<usize>,
-    /// IoU of the two, `[0, 1]`; 0 where there is no match.
+    /// IoU of the two boxes, `[0, 1]`; 0 without a match.
     pub iou: f64,
-    /// What the match adds to the score, in `[0, 1]`: the configured overlap, 0 below the threshold or under another label.
+    /// Contribution of the match to the score, in `[0, 1]`: the configured overlap, 0 below the threshold or under a different label.
     pub counted: f64,
 }
 
 /// One component of the reward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Component {
-    /// Raw value in the scorer's stated range; absent when masked.
+    /// Raw value in the scorer's stated range; `None` when masked.
     pub value: Option<f64>,
-    /// True when the value could not be computed.
+    /// Whether the component is masked (the value could not be computed).
     pub masked: bool,
-    /// Why it is masked, or what the scorer noticed.
+    /// Reason for the mask, or a remark of the scorer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<MaskReason>,
-    /// Side measurements (lift, matched boxes…), for logs.
+    /// Additional measurements (lift, matched boxes…), for logs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub detail: BTreeMap<String, f64>,
-    /// Localization: one entry per true lesion.
+    /// Scores per true lesion; localization only.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lesions: Vec<LesionScore>,
-    /// Which scorer (and prompt or table) made it; empty when nobody did.
+    /// Version of the scorer (and of its prompt or table); empty if no scorer ran.
     #[serde(default, skip_serializing_if = "str::is_empty")]
     pub version: Cow<'static, str>,
 }
 
 impl Component {
-    /// A component with a value.
+    /// Creates a component with a value.
     pub fn value(value: f64) -> Self {
-        let (detail, lesions) = (BTreeMap::new(), Vec::new());
-        Self { value: Some(value), masked: false, reason: None, detail, lesions, version: Cow::Borrowed("") }
+        Self {
+            value: Some(value),
+            masked: false,
+            reason: None,
+            detail: BTreeMap::new(),
+            lesions: Vec::new(),
+            version: Cow::Borrowed(""),
+        }
     }
 
-    /// A component that could not be computed.
+    /// Creates a masked component.
     pub fn masked(reason: MaskReason) -> Self {
-        let (detail, lesions) = (BTreeMap::new(), Vec::new());
-        Self { value: None, masked: true, reason: Some(reason), detail, lesions, version: Cow::Borrowed("") }
+        Self {
+            value: None,
+            masked: true,
+            reason: Some(reason),
+            detail: BTreeMap::new(),
+            lesions: Vec::new(),
+            version: Cow::Borrowed(""),
+        }
     }
 
-    /// Says who made it.
-    pub fn by(mut self, version: impl Into<Cow<'static, str>>) -> Self {
+    /// Sets the version of the scorer.
+    pub fn with_version(mut self, version: impl Into<Cow<'static, str>>) -> Self {
         self.version = version.into();
         self
     }
 
-    /// Adds a side measurement.
-    pub fn with(mut self, key: &str, value: f64) -> Self {
+    /// Adds an additional measurement.
+    pub fn with_detail(mut self, key: &str, value: f64) -> Self {
         self.detail.insert(key.to_owned(), value);
         self
     }
@@ -102,8 +114,8 @@ pub struct Breakdown {
     pub id: String,
     /// Position within the group.
     pub index: usize,
-    /// Weighted total; absent when every component of the group is masked.
+    /// Weighted total; `None` when every component of the group is masked.
     pub total: Option<f64>,
-    /// By component name.
+    /// Components by name.
     pub components: BTreeMap<String, Component>,
 }

@@ -1,55 +1,55 @@
-//! Texts that must not show in logs, errors, events or reports: keys and tokens. Every secret that this process has seen is known
-//! here, so that [`redact`] can take it out of whatever a peer or a library made of it.
+//! Keys and tokens, which must not appear in logs, errors, events or reports. This module remembers every secret that the process has
+//! read, so that [`redact`] can remove it from messages of peers and libraries.
 
 use std::borrow::Cow;
 use std::sync::{PoisonError, RwLock};
 
-use crate::locator::redact_urls;
+use crate::url_credentials::redact_urls;
 
-/// Secrets that were seen. Shorter ones than [`LEAST`] bytes are not remembered: they would stand in many words.
+/// Secrets read so far, longest first. Those below [`MIN_REDACTED_BYTES`] are not kept: they would match ordinary words.
 static SEEN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
-/// Bytes from which on a secret is looked for.
-const LEAST: usize = 8;
+/// Minimum length in bytes of a secret that [`redact`] looks for.
+const MIN_REDACTED_BYTES: usize = 8;
 
-/// What stands in a text where a secret was.
+/// Replacement for a secret.
 const HIDDEN: &str = "***";
 
-/// Holds a key or token; its debug form hides it, and it has no display form and no serialised form.
+/// A key or token. `Debug` hides it; there is no `Display` and no serialisation.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes `text` without the white space around it (files end with a line feed).
+    /// Wraps `text` without surrounding white space (files end with a line feed).
     pub fn new(text: &str) -> Self {
         let text = text.trim();
         let mut seen = SEEN.write().unwrap_or_else(PoisonError::into_inner);
-        if text.len() >= LEAST && !seen.iter().any(|s| s == text) {
-            // A secret that holds another one is looked for first.
-            let at = seen.partition_point(|s| s.len() >= text.len());
-            seen.insert(at, text.to_owned());
+        if text.len() >= MIN_REDACTED_BYTES && !seen.iter().any(|s| s == text) {
+            // Longest first: a secret that contains another one is replaced whole.
+            let index = seen.partition_point(|s| s.len() >= text.len());
+            seen.insert(index, text.to_owned());
         }
         Self(text.to_owned())
     }
 
-    /// The text itself: for the wire only.
+    /// Returns the secret in plain text; for sending only.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// `text` with every occurrence of the secret replaced: peers echo keys in their error messages.
+    /// Returns `text` with every occurrence of this secret replaced: peers echo keys in their error messages.
     pub fn scrub(&self, text: &str) -> String {
         if self.0.is_empty() { text.to_owned() } else { text.replace(&self.0, HIDDEN) }
     }
 }
 
-/// `text` with every secret that this process has seen replaced, also where it stands as JSON writes it, and with the credentials in
-/// URLs replaced whether they were seen or not. For everything that leaves a process in words: log lines, errors, events, reports.
+/// Returns `text` with every secret that this process has read replaced, raw or JSON-escaped, and with all credentials in URLs replaced.
+/// Applied to every text that leaves the process: log lines, errors, events, reports.
 pub fn redact(text: &str) -> Cow<'_, str> {
     let seen = SEEN.read().unwrap_or_else(PoisonError::into_inner);
     let mut out = redact_urls(text);
     for secret in seen.iter() {
-        for form in [Some(secret.clone()), quoted(secret)].into_iter().flatten() {
+        for form in [Some(secret.clone()), json_escaped(secret)].into_iter().flatten() {
             if out.contains(&form) {
                 out = Cow::Owned(out.replace(&form, HIDDEN));
             }
@@ -58,8 +58,8 @@ pub fn redact(text: &str) -> Cow<'_, str> {
     out
 }
 
-/// How JSON writes the secret, where that differs.
-fn quoted(secret: &str) -> Option<String> {
+/// Returns the secret as JSON writes it; `None` if that does not differ.
+fn json_escaped(secret: &str) -> Option<String> {
     secret.contains(['"', '\\']).then(|| secret.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_does_not_show() {
+    fn debug_hides_the_secret() {
         let s = Secret::new(" sk-123\n");
         assert_eq!(s.reveal(), "sk-123");
         assert_eq!(format!("{s:?}"), "Secret(***)");
@@ -83,9 +83,9 @@ mod tests {
     }
 
     #[test]
-    fn what_was_seen_is_redacted_wherever_it_stands() {
+    fn redaction_covers_seen_secrets_and_url_credentials() {
         let text = "token of-a-run-long and of-a-run, \"with \\\"q\\\"uote\"";
-        assert_eq!(redact(text), text, "nothing is known yet");
+        assert_eq!(redact(text), text, "no secret has been read yet");
         let _seen = ["of-a-run", "of-a-run-long", "with \"q\"uote", "run"].map(Secret::new);
         assert_eq!(redact(text), "token *** and ***, \"***\"");
         assert!(matches!(redact("nothing here"), Cow::Borrowed(_)));

@@ -1,8 +1,8 @@
-//! The kinds of answer that a record may ask for. What each is worth is the rewards' and the metrics' work.
+//! Kinds of answer that a record may ask for. Rewards and metrics decide how each is scored.
 
 use serde::{Deserialize, Serialize};
 
-/// What kind of answer a record asks for.
+/// Kind of answer that a record asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", rename_all = "lowercase")]
 pub enum Task {
@@ -17,16 +17,17 @@ pub enum Task {
     Caption,
     /// A report.
     Report,
-    /// Several answers in turn, one for each of the record's `turns`.
+    /// Several answers, one for each of the record's `turns`.
     Dialogue,
 }
 
-/// A name that is not that of a task.
+/// Error for a name that is not a task.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no task: use {known}", known = known())]
+#[error("`{0}` is not a task: use {known}", known = task_list())]
 pub struct UnknownTask(pub String);
 
-fn known() -> String {
+/// Lists the names of all tasks for a message.
+fn task_list() -> String {
     let names = Task::ALL.map(Task::name);
     match names.split_last() {
         Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
@@ -35,10 +36,10 @@ fn known() -> String {
 }
 
 impl Task {
-    /// All of them.
+    /// All tasks.
     pub const ALL: [Self; 6] = [Self::Grounding, Self::Vqa, Self::Choice, Self::Caption, Self::Report, Self::Dialogue];
 
-    /// Its name in records.
+    /// Returns the name used in records.
     pub fn name(self) -> &'static str {
         match self {
             Self::Grounding => "grounding",
@@ -50,12 +51,12 @@ impl Task {
         }
     }
 
-    /// Whether it is answered in text rather than by a region.
+    /// Returns whether the answer is text rather than a region.
     pub fn is_text(self) -> bool {
         self != Self::Grounding
     }
 
-    /// Whether it is the one that an absent key stands for.
+    /// Returns whether this is the default task, which records leave out.
     pub(crate) fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -88,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_those_of_serde() {
+    fn names_match_serde() {
         for task in Task::ALL {
             assert_eq!(serde_json::to_value(task).unwrap(), task.name());
             assert_eq!(serde_json::from_value::<Task>(task.name().into()).unwrap(), task);

@@ -1,25 +1,25 @@
-//! Class names as they are compared: folded on both sides, never where they are written.
+//! Comparison of class names. Names are folded on both sides for comparing only, never in output.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// Characters that set a word off without being part of it.
-fn is_dress(c: char) -> bool {
+/// Returns whether `c` is white space, a quote or an emphasis mark around a word.
+fn is_decoration(c: char) -> bool {
     matches!(c, '*' | '_' | '`' | '~' | '"' | '\'' | '“' | '”' | '„' | '‘' | '’' | '«' | '»') || c.is_whitespace()
 }
 
-fn is_end(c: char) -> bool {
+fn is_end_punctuation(c: char) -> bool {
     matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '…' | '。')
 }
 
-/// Folds a class name for comparing: lower case, single blanks, without emphasis and quotes around its words and without punctuation at
-/// its end.
-pub fn fold(name: &str) -> String {
-    let trimmed = name.trim_start_matches(is_dress).trim_end_matches(|c| is_dress(c) || is_end(c));
+/// Folds a class name for comparison: lower case, single spaces, no emphasis or quotes around words, no punctuation at the end.
+pub fn fold_class_name(name: &str) -> String {
+    let trimmed =
+        name.trim_start_matches(is_decoration).trim_end_matches(|c| is_decoration(c) || is_end_punctuation(c));
     let mut out = String::with_capacity(trimmed.len());
-    for word in trimmed.split_whitespace().map(|w| w.trim_matches(is_dress)).filter(|w| !w.is_empty()) {
+    for word in trimmed.split_whitespace().map(|w| w.trim_matches(is_decoration)).filter(|w| !w.is_empty()) {
         if !out.is_empty() {
             out.push(' ');
         }
@@ -32,36 +32,39 @@ pub fn fold(name: &str) -> String {
     out
 }
 
-/// How the category of an answer is compared with a class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Rule for comparing the category of an answer with a class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ClassMatch {
-    /// It is the class or a synonym, nothing more and nothing less.
+    /// The category equals the class or a synonym.
     #[default]
     Equal,
-    /// It holds the class or a synonym as whole words, not negated, and no other known class beside it.
+    /// The answer contains the class or a synonym as whole words, not negated, and no other known class.
     Contains,
 }
 
-/// A class under its names, ready to be looked for in answers.
+/// A class with its synonyms, prepared for matching against answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KnownClass {
-    folded: Vec<String>,
-    /// Words of every known class by their first; whether it is this one. Empty where names are compared whole.
+    /// Folded names, sorted.
+    names: Vec<String>,
+    /// Words of each name of every known class and whether it is this class, by first word; empty for [`ClassMatch::Equal`].
     words: HashMap<String, Vec<(Vec<String>, bool)>>,
     matching: ClassMatch,
 }
 
 impl KnownClass {
-    /// The class with these `names`; `others` are the names of other classes, which [`ClassMatch::Contains`] looks for besides.
+    /// Creates the class with the synonyms `names`; `others` are the names of other classes, which [`ClassMatch::Contains`] excludes.
     pub fn new<S: AsRef<str>>(names: &[S], others: &[S], matching: ClassMatch) -> Self {
-        let mut folded: Vec<String> = names.iter().map(|n| fold(n.as_ref())).filter(|n| !n.is_empty()).collect();
-        folded.sort_unstable();
-        folded.dedup();
+        let mut names: Vec<String> =
+            names.iter().map(|n| fold_class_name(n.as_ref())).filter(|n| !n.is_empty()).collect();
+        names.sort_unstable();
+        names.dedup();
         let mut words: HashMap<String, Vec<(Vec<String>, bool)>> = HashMap::new();
         if matching == ClassMatch::Contains {
-            let own = folded.iter().map(|n| (n.clone(), true));
-            let others = others.iter().map(|n| fold(n.as_ref())).filter(|n| !folded.contains(n)).map(|n| (n, false));
+            let own = names.iter().map(|n| (n.clone(), true));
+            let others =
+                others.iter().map(|n| fold_class_name(n.as_ref())).filter(|n| !names.contains(n)).map(|n| (n, false));
             for (name, is_own) in own.chain(others) {
                 let list: Vec<String> = Word::all(&name).into_iter().map(|w| w.text.to_owned()).collect();
                 if let Some(first) = list.first().cloned() {
@@ -69,88 +72,96 @@ impl KnownClass {
                 }
             }
         }
-        Self { folded, words, matching }
+        Self { names, words, matching }
     }
 
-    /// It has no name that could be looked for.
+    /// Returns whether the class has no name to match.
     pub fn is_unnamed(&self) -> bool {
-        self.folded.is_empty()
+        self.names.is_empty()
     }
 
-    /// Whether an answer names the class: its category is it, or, where that is how it is compared, its words hold it.
+    /// Returns whether an answer names the class: by its `category` for [`ClassMatch::Equal`], by all its `words` for
+    /// [`ClassMatch::Contains`].
     pub fn is_named(&self, category: &str, words: &str) -> bool {
         match self.matching {
             ClassMatch::Equal => {
-                let said = fold(category);
-                !said.is_empty() && self.folded.binary_search(&said).is_ok()
+                let category = fold_class_name(category);
+                !category.is_empty() && self.names.binary_search(&category).is_ok()
             }
-            ClassMatch::Contains => self.is_held(&words.to_lowercase()),
+            ClassMatch::Contains => self.is_contained_in(&words.to_lowercase()),
         }
     }
 
-    fn is_held(&self, text: &str) -> bool {
+    fn is_contained_in(&self, text: &str) -> bool {
         let words = Word::all(text);
         let mut hits: Vec<(Range<usize>, bool)> = Vec::new();
-        for (at, word) in words.iter().enumerate() {
-            // The longest name that begins here; one that lies within another is part of that one.
-            let here = self.words.get(word.text).into_iter().flatten().filter(|(name, _)| {
-                let there = words.get(at..at + name.len()).unwrap_or_default();
-                there.len() == name.len() && there.iter().zip(name).all(|(w, n)| w.text == n)
+        for (start, word) in words.iter().enumerate() {
+            // Takes the longest name that begins here; a name within another one is not a hit.
+            let candidates = self.words.get(word.text).into_iter().flatten().filter(|(name, _)| {
+                let window = words.get(start..start + name.len()).unwrap_or_default();
+                window.len() == name.len() && window.iter().zip(name).all(|(w, n)| w.text == n)
             });
-            let Some((name, own)) = here.max_by_key(|(name, _)| name.len()) else { continue };
-            let end = at + name.len();
+            let Some((name, own)) = candidates.max_by_key(|(name, _)| name.len()) else { continue };
+            let end = start + name.len();
             if hits.last().is_none_or(|(last, _)| end > last.end) {
-                hits.push((at..end, *own));
+                hits.push((start..end, *own));
             }
         }
-        let denied = denied(&words);
-        let mut found = false;
-        for (at, own) in hits {
-            match (own, denied[at.start] || denied_behind(&words, at.end)) {
-                (true, false) => found = true,
+        let negated = negated_before(&words);
+        let mut contained = false;
+        for (range, own) in hits {
+            match (own, negated[range.start] || is_negated_after(&words, range.end)) {
+                (true, false) => contained = true,
                 (true, true) | (false, false) => return false,
                 (false, true) => {}
             }
         }
-        found
+        contained
     }
 }
 
-/// Words that deny what follows them in their sentence, and what stands right before them.
-const DENY: [&str; 22] = [
+/// Words that negate the rest of their sentence.
+const NEGATIONS: [&str; 22] = [
     "no", "not", "without", "never", "neither", "nor", "none", "free", "absence", "absent", "negative", "unlikely",
     "excluded", "excludes", "isn", "aren", "wasn", "don", "doesn", "didn", "cannot", "rules",
 ];
-const DENY_BEHIND: [&str; 11] =
+/// Words that negate what directly precedes them.
+const NEGATIONS_AFTER: [&str; 11] =
     ["not", "absent", "excluded", "ruled", "unlikely", "negative", "isn", "aren", "wasn", "cannot", "never"];
-/// Words that begin a thought of their own.
-const TURN: [&str; 5] = ["but", "however", "though", "although", "yet"];
+/// Words that start a new clause and so end a negation.
+const CLAUSE_STARTS: [&str; 5] = ["but", "however", "though", "although", "yet"];
 
-/// A word, and how it is parted from the one before it.
+/// A word and its separation from the previous one.
 #[derive(Debug)]
 struct Word<'a> {
     text: &'a str,
-    /// A comma stands before it.
-    comma: bool,
-    /// A sentence begins with it.
-    begins: bool,
+    /// Whether a comma precedes it.
+    after_comma: bool,
+    /// Whether it starts a sentence or clause.
+    starts_clause: bool,
 }
 
 impl<'a> Word<'a> {
     fn all(text: &'a str) -> Vec<Self> {
         let mut out = Vec::new();
-        let (mut comma, mut begins) = (false, true);
+        let mut comma = false;
+        let mut boundary = true;
         let mut rest = text;
         while let Some(c) = rest.chars().next() {
             if c.is_alphanumeric() {
                 let end = rest.find(|c: char| !c.is_alphanumeric()).unwrap_or(rest.len());
                 let word = &rest[..end];
-                out.push(Self { text: word, comma, begins: begins || TURN.contains(&word) });
-                (comma, begins) = (false, false);
+                out.push(Self {
+                    text: word,
+                    after_comma: comma,
+                    starts_clause: boundary || CLAUSE_STARTS.contains(&word),
+                });
+                comma = false;
+                boundary = false;
                 rest = &rest[end..];
             } else {
                 comma |= c == ',';
-                begins |= matches!(c, '.' | ';' | ':' | '!' | '?' | '\n' | '(');
+                boundary |= matches!(c, '.' | ';' | ':' | '!' | '?' | '\n' | '(');
                 rest = &rest[c.len_utf8()..];
             }
         }
@@ -158,21 +169,21 @@ impl<'a> Word<'a> {
     }
 }
 
-/// For each word, whether one before it in its sentence denies it.
-fn denied(words: &[Word<'_>]) -> Vec<bool> {
-    let mut denies = false;
-    let each = words.iter().map(|w| {
-        denies &= !w.begins;
-        denies |= DENY.contains(&w.text);
-        denies
+/// Returns for each word whether it is, or follows, a negation in its clause.
+fn negated_before(words: &[Word<'_>]) -> Vec<bool> {
+    let mut negated = false;
+    let flags = words.iter().map(|w| {
+        negated &= !w.starts_clause;
+        negated |= NEGATIONS.contains(&w.text);
+        negated
     });
-    each.collect()
+    flags.collect()
 }
 
-/// Whether one of the three words from `at` on denies what stands before them ("is not seen", "absent").
-fn denied_behind(words: &[Word<'_>], at: usize) -> bool {
-    let rest = words.get(at..).unwrap_or_default();
-    rest.iter().take(3).take_while(|w| !w.comma && !w.begins).any(|w| DENY_BEHIND.contains(&w.text))
+/// Returns whether one of the three words from index `end` negates what precedes them ("is not seen", "absent").
+fn is_negated_after(words: &[Word<'_>], end: usize) -> bool {
+    let rest = words.get(end..).unwrap_or_default();
+    rest.iter().take(3).take_while(|w| !w.after_comma && !w.starts_clause).any(|w| NEGATIONS_AFTER.contains(&w.text))
 }
 
 #[cfg(test)]
@@ -180,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn folded_on_both_sides() {
+    fn names_are_folded_on_both_sides() {
         for same in [
             "Lung  Nodule",
             "lung nodule.",
@@ -190,13 +201,13 @@ mod tests {
             " _lung nodule_ \n",
             "**\"lung nodule.\"**",
         ] {
-            assert_eq!(fold(same), "lung nodule", "{same}");
+            assert_eq!(fold_class_name(same), "lung nodule", "{same}");
         }
         assert_eq!(
-            (fold("Crohn's disease"), fold("HÖHLE …"), fold(" *. ")),
+            (fold_class_name("Crohn's disease"), fold_class_name("HÖHLE …"), fold_class_name(" *. ")),
             ("crohn's disease".into(), "höhle".into(), String::new())
         );
-        assert_eq!(fold("lung_nodule"), "lung_nodule");
+        assert_eq!(fold_class_name("lung_nodule"), "lung_nodule");
         let c = KnownClass::new(&["Nodule.", "lung nodule"], &[], ClassMatch::Equal);
         for right in ["nodule", "Nodule.", "**lung  nodule**"] {
             assert!(c.is_named(right, ""), "{right}");
@@ -208,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn held_as_whole_words() {
+    fn containment_is_by_whole_words() {
         let c = KnownClass::new(&["nodule", "tumour"], &["mass", "lung nodule", "cyst"], ClassMatch::Contains);
-        let is = |words: &str| c.is_named("", words);
+        let is_named = |words: &str| c.is_named("", words);
         for right in [
             "nodule",
             "A Nodule is seen at .",
@@ -221,7 +232,7 @@ mod tests {
             "not clear, but nodule",
             "a nodule, not a mass",
         ] {
-            assert!(is(right), "{right}");
+            assert!(is_named(right), "{right}");
         }
         for wrong in [
             "",
@@ -237,7 +248,7 @@ mod tests {
             "nodule. No nodule.",
             "free of nodule",
         ] {
-            assert!(!is(wrong), "{wrong}");
+            assert!(!is_named(wrong), "{wrong}");
         }
         let c = KnownClass::new(&["lung nodule"], &["nodule"], ClassMatch::Contains);
         assert!(c.is_named("", "a lung-nodule") && !c.is_named("", "a nodule"));

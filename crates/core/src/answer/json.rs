@@ -1,117 +1,125 @@
-//! The JSON that published models write, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a fenced block or bare among words.
+//! JSON answers as published models write them, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a fenced block or bare in the text.
 //!
-//! A scanner of its own rather than a JSON parser: a list that is cut short or holds a trailing comma keeps its whole objects, numbers
-//! are read as in any other form (`NaN`, 400 digits), and the last value of a text is found in one pass. Time is linear.
+//! Uses a custom scanner instead of a JSON parser: a truncated list or one with a trailing comma keeps its complete objects, numbers are
+//! read as in the other forms (`NaN`, 400 digits), and the last value of a text is found in one pass, in linear time.
 
-use super::{Answer, ParseFault, Said, joined, numbers};
+use super::{Answer, JsonText, ParseFault, join_labels, parse_four_numbers};
 
 const FENCE: &str = "```";
 
-/// Objects within objects that are followed; what lies deeper is no answer.
-const DEEPEST: usize = 32;
+/// Maximum nesting depth that is parsed; deeper values are not answers.
+const MAX_DEPTH: usize = 32;
 
-/// Keys of a box and of a class, the best first.
+/// Keys of a box, in order of preference.
 const BOX_KEYS: [&str; 3] = ["bbox_2d", "bbox", "box"];
+/// Keys of a class, in order of preference.
 const CLASS_KEYS: [&str; 4] = ["label", "category", "class", "name"];
 
-/// What JSON in a text says.
+/// JSON answer in a text.
 #[derive(Debug, PartialEq)]
-pub(super) enum Found<'a> {
+pub(super) enum JsonAnswer<'a> {
     /// Objects that give a box or a class.
     Objects(Objects<'a>),
     /// A list without entries.
     EmptyList {
-        /// It stands in a fenced block.
+        /// Whether it is in a fenced block.
         fenced: bool,
     },
 }
 
-/// The objects of one list, or one that stands alone.
+/// Objects of a list, or a single object.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Objects<'a> {
     items: Vec<Item<'a>>,
-    /// The value ends before it is closed.
-    cut: bool,
+    /// Whether the value ends before it is closed.
+    truncated: bool,
 }
 
 #[derive(Debug, PartialEq)]
 struct Item<'a> {
-    place: Place,
-    class: Option<Said<'a>>,
+    coordinates: Coordinates,
+    class: Option<JsonText<'a>>,
 }
 
+/// Value of a box key.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Place {
+enum Coordinates {
+    /// Missing, null or an empty list.
     Absent,
     Four([f64; 4]),
-    /// Something stands where four numbers should.
-    Other,
+    /// Anything but four numbers.
+    Invalid,
 }
 
 impl Objects<'_> {
-    /// Boxes, labels and category; `says_nothing` tells a phrase such as "no finding" from a class.
-    pub(super) fn answer(&self, says_nothing: impl Fn(&str) -> bool) -> Answer {
+    /// Converts the objects to an answer; `is_no_finding` recognises labels such as "no finding".
+    pub(super) fn answer(&self, is_no_finding: impl Fn(&str) -> bool) -> Answer {
         let mut out = Answer { fault: Some(ParseFault::OtherForm), ..Answer::default() };
-        let nothing = |i: &&Item<'_>| i.place == Place::Absent && i.class.as_deref().is_some_and(&says_nothing);
-        out.no_finding = !self.cut && self.items.iter().all(|i| nothing(&i));
-        if self.cut || self.items.iter().any(|i| !matches!(i.place, Place::Four(_)) && !nothing(&i)) {
+        let nothing =
+            |i: &&Item<'_>| i.coordinates == Coordinates::Absent && i.class.as_deref().is_some_and(&is_no_finding);
+        out.no_finding = !self.truncated && self.items.iter().all(|i| nothing(&i));
+        if self.truncated || self.items.iter().any(|i| !matches!(i.coordinates, Coordinates::Four(_)) && !nothing(&i)) {
             out.fault = Some(ParseFault::Bracket);
         }
         for item in &self.items {
-            if let Place::Four(four) = item.place {
+            if let Coordinates::Four(four) = item.coordinates {
                 out.boxes.push(four);
                 out.labels.push(item.class.as_deref().unwrap_or("").trim().to_owned());
             }
         }
         let named = self.items.iter().filter(|i| !nothing(i)).filter_map(|i| i.class.as_deref());
-        out.category = joined(named);
+        out.category = join_labels(named);
         out.words.clone_from(&out.category);
         out
     }
 }
 
-/// The last closed fenced block that holds such JSON, else one that is not closed, else the last value that stands bare.
-pub(super) fn find(text: &str) -> Option<Found<'_>> {
+/// Finds the JSON answer of a text: the last closed fenced block that holds one, else an unclosed block, else the last bare value.
+pub(super) fn find_json_answer(text: &str) -> Option<JsonAnswer<'_>> {
     if !text.contains(['{', '[']) {
         return None;
     }
-    let (closed, open) = blocks(text);
+    let (closed, open) = fenced_blocks(text);
     let fenced = closed.iter().rev().chain(open.as_ref()).find_map(|block| match last_value(block)? {
-        Found::EmptyList { .. } => Some(Found::EmptyList { fenced: true }),
+        JsonAnswer::EmptyList { .. } => Some(JsonAnswer::EmptyList { fenced: true }),
         objects => Some(objects),
     });
     fenced.or_else(|| last_value(text))
 }
 
-/// The fenced blocks of a text, and what stands behind an opening that is not closed. A block is also closed by the opening of the
-/// next one, which names a language.
-fn blocks(text: &str) -> (Vec<&str>, Option<&str>) {
-    let (mut closed, mut open) = (Vec::new(), None);
-    for (at, _) in text.match_indices(FENCE) {
-        let behind = at + FENCE.len();
-        let word = text[behind..].bytes().take_while(|b| b.is_ascii_alphanumeric()).count();
+/// Returns the closed fenced blocks of a text, and the rest after an unclosed opening. The opening of the next block, which names a
+/// language, also closes a block.
+fn fenced_blocks(text: &str) -> (Vec<&str>, Option<&str>) {
+    let mut closed = Vec::new();
+    let mut open = None;
+    for (start, _) in text.match_indices(FENCE) {
+        let end = start + FENCE.len();
+        let language_bytes = text[end..].bytes().take_while(|b| b.is_ascii_alphanumeric()).count();
         if let Some(from) = open {
-            closed.push(&text[from..at]);
+            closed.push(&text[from..start]);
         }
-        open = if open.is_none() || word > 0 { Some(behind + word) } else { None };
+        open = if open.is_none() || language_bytes > 0 { Some(end + language_bytes) } else { None };
     }
     (closed, open.map(|from| &text[from..]))
 }
 
-/// The last value in `text` that holds objects; neighbours that only commas and blanks part are one list without brackets. An empty list
-/// where there is none.
-fn last_value(text: &str) -> Option<Found<'_>> {
-    let mut scan = Scan { text, at: 0, items: Vec::new() };
-    let (mut last, mut end, mut alone, mut empty) = (None::<Objects<'_>>, 0, false, false);
-    while let Some(start) = text[scan.at..].find(['{', '[']).map(|i| scan.at + i) {
+/// Returns the last value in `text` that holds objects, else an empty list if there is one. Objects separated only by commas and white
+/// space count as one list.
+fn last_value(text: &str) -> Option<JsonAnswer<'_>> {
+    let mut scan = Scanner { text, position: 0, items: Vec::new() };
+    let mut last = None::<Objects<'_>>;
+    let mut end = 0;
+    let mut after_object = false;
+    let mut has_empty_list = false;
+    while let Some(start) = text[scan.position..].find(['{', '[']).map(|i| scan.position + i) {
         let is_object = text.as_bytes()[start] == b'{';
-        scan.at = start + 1;
-        let whole = if is_object {
+        scan.position = start + 1;
+        let complete = if is_object {
             scan.object(0, true)
         } else {
             match scan.peek() {
                 Some(b']') => {
-                    empty = true;
+                    has_empty_list = true;
                     continue;
                 }
                 Some(b'{') => scan.list(0),
@@ -122,155 +130,162 @@ fn last_value(text: &str) -> Option<Found<'_>> {
         if items.is_empty() {
             continue;
         }
-        let cut = whole.is_none();
-        let between = |c: char| c.is_whitespace() || c == ',';
+        let truncated = complete.is_none();
+        let is_separator = |c: char| c.is_whitespace() || c == ',';
         match &mut last {
-            Some(before) if alone && is_object && text[end..start].chars().all(between) => {
-                before.items.extend(items);
-                before.cut |= cut;
+            Some(previous) if after_object && is_object && text[end..start].chars().all(is_separator) => {
+                previous.items.extend(items);
+                previous.truncated |= truncated;
             }
-            _ => last = Some(Objects { items, cut }),
+            _ => last = Some(Objects { items, truncated }),
         }
-        (end, alone) = (scan.at, is_object);
+        end = scan.position;
+        after_object = is_object;
     }
-    last.map(Found::Objects).or_else(|| empty.then_some(Found::EmptyList { fenced: false }))
+    last.map(JsonAnswer::Objects).or_else(|| has_empty_list.then_some(JsonAnswer::EmptyList { fenced: false }))
 }
 
-/// Reads values from `at` on. Where one fails, `at` stays at what cannot be read, and the objects that were whole are kept.
-struct Scan<'a> {
+/// Scanner of JSON values. On failure `position` stays at the unreadable byte and the complete objects are kept.
+struct Scanner<'a> {
     text: &'a str,
-    at: usize,
+    position: usize,
     items: Vec<Item<'a>>,
 }
 
-impl<'a> Scan<'a> {
-    /// The next byte that is not blank.
+impl<'a> Scanner<'a> {
+    /// Skips white space and returns the next byte without consuming it.
     fn peek(&mut self) -> Option<u8> {
-        let rest = &self.text.as_bytes()[self.at..];
-        self.at += rest.iter().take_while(|b| b.is_ascii_whitespace()).count();
-        self.text.as_bytes().get(self.at).copied()
+        let rest = &self.text.as_bytes()[self.position..];
+        self.position += rest.iter().take_while(|b| b.is_ascii_whitespace()).count();
+        self.text.as_bytes().get(self.position).copied()
     }
 
-    fn take(&mut self, wanted: u8) -> Option<()> {
-        (self.peek()? == wanted).then(|| self.at += 1)
+    /// Consumes the next byte if it is `expected`.
+    fn take(&mut self, expected: u8) -> Option<()> {
+        (self.peek()? == expected).then(|| self.position += 1)
     }
 
-    /// Behind a `{`. One that is the value of a key, not `listed`, is part of an answer only with a box.
+    /// Parses an object after its `{`. An object that is not `listed` but the value of a key counts only with a box.
     fn object(&mut self, depth: usize, listed: bool) -> Option<()> {
         let before = self.items.len();
-        let (mut place, mut place_rank) = (Place::Absent, BOX_KEYS.len());
-        let (mut class, mut class_rank) = (None, CLASS_KEYS.len());
+        let mut coordinates = Coordinates::Absent;
+        let mut box_rank = BOX_KEYS.len();
+        let mut class = None;
+        let mut class_rank = CLASS_KEYS.len();
         let rank = |keys: &[&str], key: &str| keys.iter().position(|k| k.eq_ignore_ascii_case(key));
         while self.peek()? != b'}' {
             let key = self.string()?;
             self.take(b':')?;
             let next = self.peek()?;
-            if let Some(r) = rank(&BOX_KEYS, &key).filter(|r| *r < place_rank) {
-                (place, place_rank) = (self.place(depth)?, r);
+            if let Some(r) = rank(&BOX_KEYS, &key).filter(|r| *r < box_rank) {
+                coordinates = self.coordinates(depth)?;
+                box_rank = r;
             } else if let Some(r) = rank(&CLASS_KEYS, &key).filter(|r| *r < class_rank && next == b'"') {
-                (class, class_rank) = (Some(self.string()?), r);
+                class = Some(self.string()?);
+                class_rank = r;
             } else {
                 self.value(depth, false)?;
             }
             match self.peek()? {
-                b',' => self.at += 1,
+                b',' => self.position += 1,
                 b'}' => {}
                 _ => return None,
             }
         }
-        self.at += 1;
-        let holds_others = self.items.len() > before;
-        if place != Place::Absent || (class.is_some() && listed && !holds_others) {
-            self.items.push(Item { place, class });
+        self.position += 1;
+        let has_inner_items = self.items.len() > before;
+        if coordinates != Coordinates::Absent || (class.is_some() && listed && !has_inner_items) {
+            self.items.push(Item { coordinates, class });
         }
         Some(())
     }
 
-    /// Four numbers in brackets; an empty list or null is no box.
-    fn place(&mut self, depth: usize) -> Option<Place> {
-        let from = self.at;
+    /// Parses the value of a box key.
+    fn coordinates(&mut self, depth: usize) -> Option<Coordinates> {
+        let from = self.position;
         if self.peek() == Some(b'[') {
             let inner = &self.text[from + 1..];
             let end = inner.find(['[', ']', '{', '}', '"'])?;
             if inner.as_bytes()[end] == b']' {
-                self.at = from + 1 + end + 1;
+                self.position = from + 1 + end + 1;
                 let inner = &inner[..end];
                 return Some(if inner.trim().is_empty() {
-                    Place::Absent
+                    Coordinates::Absent
                 } else {
-                    numbers(inner).map_or(Place::Other, Place::Four)
+                    parse_four_numbers(inner).map_or(Coordinates::Invalid, Coordinates::Four)
                 });
             }
         }
         self.value(depth, false)?;
-        Some(if &self.text[from..self.at] == "null" { Place::Absent } else { Place::Other })
+        Some(if &self.text[from..self.position] == "null" { Coordinates::Absent } else { Coordinates::Invalid })
     }
 
-    /// At a `[`, or behind it.
+    /// Parses the elements of a list up to its `]`, with `position` after its `[`.
     fn list(&mut self, depth: usize) -> Option<()> {
         while self.peek()? != b']' {
             self.value(depth, true)?;
             match self.peek()? {
-                b',' => self.at += 1,
+                b',' => self.position += 1,
                 b']' => {}
                 _ => return None,
             }
         }
-        self.at += 1;
+        self.position += 1;
         Some(())
     }
 
+    /// Parses any value.
     fn value(&mut self, depth: usize, listed: bool) -> Option<()> {
         let next = self.peek()?;
-        if matches!(next, b'{' | b'[') && depth >= DEEPEST {
+        if matches!(next, b'{' | b'[') && depth >= MAX_DEPTH {
             return None;
         }
         match next {
             b'{' => {
-                self.at += 1;
+                self.position += 1;
                 self.object(depth + 1, listed)
             }
             b'[' => {
-                self.at += 1;
+                self.position += 1;
                 self.list(depth + 1)
             }
             b'"' => self.string().map(drop),
             _ => {
-                let rest = &self.text.as_bytes()[self.at..];
-                let word = |b: &&u8| b.is_ascii_alphanumeric() || matches!(**b, b'+' | b'-' | b'.');
-                let length = rest.iter().take_while(word).count();
-                self.at += length;
+                let rest = &self.text.as_bytes()[self.position..];
+                let is_literal = |b: &&u8| b.is_ascii_alphanumeric() || matches!(**b, b'+' | b'-' | b'.');
+                let length = rest.iter().take_while(is_literal).count();
+                self.position += length;
                 (length > 0).then_some(())
             }
         }
     }
 
-    /// A quoted text. One that holds a line break is none: its end is missing.
-    fn string(&mut self) -> Option<Said<'a>> {
+    /// Parses a string. A control character means that its end is missing.
+    fn string(&mut self) -> Option<JsonText<'a>> {
         self.take(b'"')?;
-        let from = self.at;
+        let from = self.position;
         let mut escaped = false;
         loop {
-            let rest = &self.text.as_bytes()[self.at..];
-            self.at += rest.iter().position(|b| matches!(b, b'"' | b'\\') || *b < b' ').unwrap_or(rest.len());
-            match self.text.as_bytes().get(self.at)? {
+            let rest = &self.text.as_bytes()[self.position..];
+            self.position += rest.iter().position(|b| matches!(b, b'"' | b'\\') || *b < b' ').unwrap_or(rest.len());
+            match self.text.as_bytes().get(self.position)? {
                 b'"' => break,
                 b'\\' => {
                     escaped = true;
-                    self.at += 1;
-                    // One character, whatever it is: the next round looks at what follows it.
-                    self.at += self.text[self.at..].chars().next()?.len_utf8();
+                    self.position += 1;
+                    // Skips one character of any kind; the rest of an escape such as `\u00e9` needs no special handling.
+                    self.position += self.text[self.position..].chars().next()?.len_utf8();
                 }
                 _ => return None,
             }
         }
-        let inner = &self.text[from..self.at];
-        self.at += 1;
+        let inner = &self.text[from..self.position];
+        self.position += 1;
         Some(if escaped {
-            let quoted = &self.text[from - 1..self.at];
-            serde_json::from_str::<String>(quoted).map_or(Said::Borrowed(inner), Said::Owned)
+            let quoted = &self.text[from - 1..self.position];
+            serde_json::from_str::<String>(quoted).map_or(JsonText::Borrowed(inner), JsonText::Owned)
         } else {
-            Said::Borrowed(inner)
+            JsonText::Borrowed(inner)
         })
     }
 }
@@ -280,9 +295,9 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Option<Answer> {
-        match find(text)? {
-            Found::Objects(o) => Some(o.answer(|t| t == "no finding")),
-            Found::EmptyList { .. } => Some(Answer { no_finding: true, ..Answer::default() }),
+        match find_json_answer(text)? {
+            JsonAnswer::Objects(o) => Some(o.answer(|t| t == "no finding")),
+            JsonAnswer::EmptyList { .. } => Some(Answer { no_finding: true, ..Answer::default() }),
         }
     }
 
@@ -320,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_keeps_its_whole_objects() {
+    fn truncated_lists_keep_their_complete_objects() {
         let whole = r#"[{"bbox_2d":[1,2,3,4],"label":"a"},{"bbox_2d":[5,6,7,8],"label":"b"}]"#;
         for end in 1..whole.len() {
             let text = &whole[..end];
@@ -334,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_box_is_a_fault_and_takes_no_label() {
+    fn invalid_boxes_are_faults_without_a_label() {
         let odd = r#"[{"bbox_2d":[1,2,3],"label":"a"},{"bbox_2d":[1,2,3,4]},{"bbox_2d":[1,2,3,5],"label":"c"}]"#;
         let a = read(odd).unwrap();
         assert_eq!((a.boxes.len(), a.labels.as_slice()), (2, &[String::new(), "c".to_owned()][..]));
@@ -352,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_there() {
+    fn no_finding_is_recognised() {
         for text in [
             "[]",
             "```json\n[]\n```",
@@ -370,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_left_alone() {
+    fn other_texts_are_not_json_answers() {
         for text in [
             "[1,2,3,4] polyp",
             "no finding",
@@ -382,7 +397,7 @@ mod tests {
             "{a}",
             "```json\n[1,2,3,4]```",
         ] {
-            assert_eq!(find(text), None, "{text}");
+            assert_eq!(find_json_answer(text), None, "{text}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The answer text: boxes, then the category; or "no finding". Owns writing it and reading it back from anything a model may say.
+//! The answer text: boxes followed by the category, or "no finding". Owns formatting it and parsing it from arbitrary model output.
 //!
-//! Coordinates here are whatever the model family's codec uses; mapping to original pixels is the codec's work. [`Reading`] is the one
-//! way in which an answer is read, for rewards, gradients, evaluation and pages.
+//! Coordinates are in the units of the model family's codec, which maps them to original pixels. Rewards, gradients, evaluation and pages
+//! all parse answers with [`AnswerReader`].
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -12,43 +12,42 @@ use serde::{Deserialize, Serialize};
 mod class;
 mod json;
 mod native;
-mod nothing;
-mod reading;
+mod no_finding;
+mod reader;
 
-pub use class::{ClassMatch, KnownClass, fold};
+pub use class::{ClassMatch, KnownClass, fold_class_name};
 pub use native::parse_answer;
-pub use nothing::NO_FINDING_PHRASES;
-pub use reading::Reading;
+pub use no_finding::NO_FINDING_PHRASES;
+pub use reader::AnswerReader;
 
-/// What an answer says, in the coordinates of the text.
+/// A parsed answer, in the coordinates of the text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Answer {
-    /// Every group of four numbers, as written (never repaired, never dropped).
+    /// All groups of four numbers, as written (never repaired, never dropped).
     pub boxes: Vec<[f64; 4]>,
-    /// What the boxes are said to hold, as written: the text behind them, or their labels joined by commas.
+    /// Category as written: the text after the boxes, or their labels joined by commas.
     pub category: String,
-    /// What each box is said to hold, where the form says it box by box: as many as boxes, "" = nothing is said of this one. Empty where
-    /// the form does not.
+    /// One label per box, "" for a box without one, in notations that label each box; empty in other notations.
     pub labels: Vec<String>,
-    /// All words beside the boxes, wherever they stand.
+    /// All text outside of the boxes.
     pub words: String,
-    /// The text says that nothing is there.
+    /// Whether the answer is "no finding".
     pub no_finding: bool,
-    /// First deviation from the form, if any.
+    /// First deviation from the expected form, if any.
     pub fault: Option<ParseFault>,
-    /// Bytes of the text that were read; none where it holds no answer.
+    /// Byte range of the text that was parsed; `None` if the text holds no answer.
     pub span: Option<Range<usize>>,
 }
 
-/// Deviation from the answer's form.
+/// Deviation of an answer from the expected form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ParseFault {
-    /// Nothing was said.
+    /// The text is empty.
     Empty,
-    /// The span that holds the answer is not closed, or the reasoning before it never ends.
+    /// The answer span is not closed, or the reasoning before it never ends.
     NoSpan,
-    /// A bracket does not hold four numbers, or is not closed.
+    /// A bracket does not hold four numbers or is not closed.
     Bracket,
     /// Boxes without a category.
     NoCategory,
@@ -56,14 +55,14 @@ pub enum ParseFault {
     NoBox,
     /// Words before or between the boxes, or brackets after the category.
     Order,
-    /// It reads well, but is written in another form than was asked for, or with more around it.
+    /// The answer is readable but in another form than expected, or with text around it.
     OtherForm,
 }
 
-/// The words that stand for an empty answer.
+/// Answer text for "no box".
 pub const NO_FINDING: &str = "no finding";
 
-/// Writes an answer: `[x1,y1,x2,y2], [..] category`, or `no finding` when there is no box.
+/// Formats an answer: `[x1,y1,x2,y2], [..] category`, or `no finding` without boxes.
 pub fn format_answer<N: std::fmt::Display>(boxes: &[[N; 4]], category: &str) -> String {
     if boxes.is_empty() {
         return NO_FINDING.to_owned();
@@ -72,15 +71,15 @@ pub fn format_answer<N: std::fmt::Display>(boxes: &[[N; 4]], category: &str) -> 
     format!("{} {category}", list.join(", "))
 }
 
-/// Joins several labels to one category: each once, in their order.
-pub fn joined<'a>(labels: impl Iterator<Item = &'a str>) -> String {
+/// Joins labels to one category: each label once, in order of first occurrence.
+pub fn join_labels<'a>(labels: impl Iterator<Item = &'a str>) -> String {
     let mut seen = HashSet::new();
-    let each: Vec<&str> = labels.map(str::trim).filter(|l| !l.is_empty() && seen.insert(*l)).collect();
-    each.join(", ")
+    let unique: Vec<&str> = labels.map(str::trim).filter(|l| !l.is_empty() && seen.insert(*l)).collect();
+    unique.join(", ")
 }
 
-/// Four numbers between commas, with nothing else.
-fn numbers(inner: &str) -> Option<[f64; 4]> {
+/// Parses exactly four numbers separated by commas.
+fn parse_four_numbers(inner: &str) -> Option<[f64; 4]> {
     let mut out = [0.0; 4];
     let mut parts = inner.split(',');
     for slot in &mut out {
@@ -89,5 +88,5 @@ fn numbers(inner: &str) -> Option<[f64; 4]> {
     parts.next().is_none().then_some(out)
 }
 
-/// A text of the model's, borrowed where nothing in it is escaped.
-type Said<'a> = Cow<'a, str>;
+/// String of a model's JSON, borrowed unless it contains escapes.
+type JsonText<'a> = Cow<'a, str>;

@@ -1,10 +1,10 @@
-//! The form that stage 1 teaches most families: boxes in square brackets, then the category.
+//! Native answer form, which stage 1 teaches most families: boxes in square brackets, then the category.
 
-use super::{Answer, ParseFault, numbers};
+use super::{Answer, ParseFault, parse_four_numbers};
 
-/// Reads boxes in square brackets and the category behind them from any text, in one pass, time linear in its length.
+/// Parses boxes in square brackets and the category after them, in one pass over the text.
 ///
-/// Says nothing of phrases such as "no finding": to tell them from a category is [`Reading`](super::Reading)'s work.
+/// Does not recognise phrases such as "no finding"; [`AnswerReader`](super::AnswerReader) does.
 pub fn parse_answer(text: &str) -> Answer {
     let mut out = Answer::default();
     let mut words_before_box = false;
@@ -15,7 +15,7 @@ pub fn parse_answer(text: &str) -> Answer {
         let inner = &rest[open + 1..];
         let end = inner.find(['[', ']']).unwrap_or(inner.len());
         let closed = inner[end..].starts_with(']');
-        match numbers(&inner[..end]).filter(|_| closed) {
+        match parse_four_numbers(&inner[..end]).filter(|_| closed) {
             Some(b) => out.boxes.push(b),
             None => out.fault = out.fault.or(Some(ParseFault::Bracket)),
         }
@@ -38,7 +38,7 @@ pub fn parse_answer(text: &str) -> Answer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::answer::{Reading, format_answer};
+    use crate::answer::{AnswerReader, format_answer};
 
     #[test]
     fn round_trip() {
@@ -47,12 +47,12 @@ mod tests {
         let a = parse_answer(&t);
         assert_eq!(a.boxes, vec![[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]);
         assert_eq!((a.category.as_str(), a.fault), ("white blood cell", None));
-        let none = Reading::default().read(&format_answer::<i64>(&[], "x"), parse_answer);
+        let none = AnswerReader::default().read(&format_answer::<i64>(&[], "x"), parse_answer);
         assert!(none.no_finding && none.fault.is_none());
     }
 
     #[test]
-    fn faults_are_named() {
+    fn malformed_answers_report_their_fault() {
         let f = |t: &str| parse_answer(t).fault;
         assert_eq!(f(""), Some(ParseFault::Empty));
         assert_eq!(f("nodule"), Some(ParseFault::NoBox));

@@ -1,7 +1,7 @@
-//! The keys of a record, and which of them somebody meant who wrote another.
+//! Keys of a record, and suggestions for unknown keys.
 
 /// Keys that are fields of [`Record`](super::Record).
-pub(super) const OWN: [&str; 12] = [
+pub(super) const FIELDS: [&str; 12] = [
     "id",
     "image",
     "image_size",
@@ -16,11 +16,11 @@ pub(super) const OWN: [&str; 12] = [
     "task",
 ];
 
-/// Keys that are kept among the others and read somewhere; a key close to one of them may be a slip as well.
-const READ: [&str; 8] = ["patient", "options", "turns", "images", "box_image", "mask", "pair", "suite_task"];
+/// Keys in [`Record::extra`](super::Record::extra) that some part of Unveil reads; misspellings of them are recognised too.
+const EXTRA_KEYS: [&str; 8] = ["patient", "options", "turns", "images", "box_image", "mask", "pair", "suite_task"];
 
-/// Keys of other formats, and of people who did not look it up, with what they stand for here.
-const OTHERS: [(&str, &str); 45] = [
+/// Common keys of other formats, folded, and the key they correspond to.
+const ALIASES: [(&str, &str); 45] = [
     ("bbox", "boxes"),
     ("bboxes", "boxes"),
     ("bbox2d", "boxes"),
@@ -68,29 +68,30 @@ const OTHERS: [(&str, &str); 45] = [
     ("conversations", "turns"),
 ];
 
-/// The key that `key` is likely a slip for; none where it is one that is read, or close to none.
-pub fn meant(key: &str) -> Option<&'static str> {
-    let known = || OWN.into_iter().chain(READ);
+/// Returns the key that `key` is probably meant to be; `None` if `key` is a known key or close to none.
+pub fn intended_key(key: &str) -> Option<&'static str> {
+    let known = || FIELDS.into_iter().chain(EXTRA_KEYS);
     if known().any(|k| k == key) {
         return None;
     }
-    let plain = folded(key);
-    if let Some((_, stands_for)) = OTHERS.into_iter().find(|(other, _)| *other == plain) {
-        return Some(stands_for);
+    let key_folded = fold_key(key);
+    if let Some((_, field)) = ALIASES.into_iter().find(|(alias, _)| *alias == key_folded) {
+        return Some(field);
     }
-    // One letter more, less, wrong or out of place; two in a long word. Short words are close to too many.
+    // Allows one edit, two in a long word, and none in a short one, which is close to too many words.
     known().find(|k| {
-        let k = folded(k);
-        let most = match k.len() {
+        let k = fold_key(k);
+        let max_distance = match k.len() {
             ..4 => 0,
             4..8 => 1,
             _ => 2,
         };
-        strsim::osa_distance(&plain, &k) <= most
+        strsim::osa_distance(&key_folded, &k) <= max_distance
     })
 }
 
-fn folded(key: &str) -> String {
+/// Returns the letters and digits of a key in lower case.
+fn fold_key(key: &str) -> String {
     key.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
 }
 
@@ -99,8 +100,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slips_are_told_from_other_words() {
-        for (key, stands_for) in [
+    fn misspelled_keys_are_recognised() {
+        for (key, field) in [
             ("bbox", "boxes"),
             ("bboxes", "boxes"),
             ("bbox_2d", "boxes"),
@@ -118,10 +119,10 @@ mod tests {
             ("anwser", "answer"),
             ("ID", "id"),
         ] {
-            assert_eq!(meant(key), Some(stands_for), "{key}");
+            assert_eq!(intended_key(key), Some(field), "{key}");
         }
-        // What is read, what importers write, and what is none of the record's business.
-        for key in OWN.into_iter().chain(READ).chain([
+        // Known keys, keys that importers write, and unrelated words are left alone.
+        for key in FIELDS.into_iter().chain(EXTRA_KEYS).chain([
             "answer_type",
             "question_type",
             "answer_option",
@@ -143,7 +144,7 @@ mod tests {
             "comment",
             "url",
         ]) {
-            assert_eq!(meant(key), None, "{key}");
+            assert_eq!(intended_key(key), None, "{key}");
         }
     }
 }

@@ -1,19 +1,19 @@
-//! From JSON to a [`Record`]: forgiving in what cannot be misread (a null text, a number for an id), strict in what can, and every error
+//! Conversion from JSON to a [`Record`]. Accepts unambiguous variants (a null text, a numeric id) and refuses ambiguous ones; every error
 //! names the record and the key.
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::keys::{OWN, meant};
+use super::keys::{FIELDS, intended_key};
 use super::{Record, RecordError};
 use crate::answer::NO_FINDING;
 use crate::geometry::BBox;
 use crate::task::Task;
 
-/// Begins what stands in for a number that JSON does not have, while the place of one is sought.
-const STRAY: &str = "\0";
+/// Prefix of the strings that replace `NaN` and `Infinity` while the key that holds one is sought.
+const NON_JSON_PREFIX: &str = "\0";
 
-/// The keys of a record with their values, as they stand in JSON; none of the record's own keys stands twice.
+/// Keys and values of a record as in the JSON; no record field occurs twice.
 pub(super) struct Fields(Map<String, Value>);
 
 impl<'de> Deserialize<'de> for Fields {
@@ -29,8 +29,8 @@ impl<'de> Deserialize<'de> for Fields {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
                 let mut out = Map::new();
                 while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    if out.contains_key(&key) && OWN.contains(&key.as_str()) {
-                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                    if out.contains_key(&key) && FIELDS.contains(&key.as_str()) {
+                        return Err(A::Error::custom(format!("the key `{key}` appears twice")));
                     }
                     out.insert(key, value);
                 }
@@ -41,39 +41,40 @@ impl<'de> Deserialize<'de> for Fields {
     }
 }
 
-/// Reads one line; a byte-order mark before it is dropped.
+/// Parses one line, without a leading byte-order mark.
 pub(super) fn parse(text: &str) -> Result<Record, RecordError> {
     let text = text.trim_start_matches('\u{feff}').trim();
     match serde_json::from_str::<Fields>(text) {
         Ok(fields) => fields.try_into(),
-        Err(e) => Err(no_json(text, &e)),
+        Err(e) => Err(json_error(text, &e)),
     }
 }
 
-/// Says why a text is no JSON object; of a number that JSON does not have, where it stands.
-fn no_json(text: &str, e: &serde_json::Error) -> RecordError {
-    let said = e.to_string();
-    let cause = said.rsplit_once(" at line ").map_or(said.as_str(), |(head, _)| head);
+/// Describes why a text is not a JSON object; for `NaN` and `Infinity`, names the key that holds it.
+fn json_error(text: &str, e: &serde_json::Error) -> RecordError {
+    let message = e.to_string();
+    let cause = message.rsplit_once(" at line ").map_or(message.as_str(), |(head, _)| head);
     let what = match e.classify() {
         serde_json::error::Category::Data => format!("not a record: {cause}"),
         _ => format!("not JSON: {cause} at column {}", e.column()),
     };
     let plain = RecordError { id: String::new(), what };
-    let Ok(Fields(fields)) = serde_json::from_str(&with_strays_marked(text)) else { return plain };
-    let Some((key, stray)) = fields.iter().find_map(|(key, v)| Some((key, stray(v)?))) else { return plain };
+    let Ok(Fields(fields)) = serde_json::from_str(&quote_non_json_numbers(text)) else { return plain };
+    let Some((key, number)) = fields.iter().find_map(|(key, v)| Some((key, non_json_number(v)?))) else { return plain };
     RecordError {
         id: fields.get("id").and_then(Value::as_str).unwrap_or_default().to_owned(),
-        what: format!("not JSON: `{key}` holds {stray}; write a number, or null where there is none"),
+        what: format!("not JSON: `{key}` holds {number}; write a number, or null if there is none"),
     }
 }
 
-/// The text with `NaN`, `Infinity` and `-Infinity` outside of strings as marked strings.
-fn with_strays_marked(text: &str) -> String {
+/// Returns the text with `NaN`, `Infinity` and `-Infinity` outside of strings replaced by marked strings.
+fn quote_non_json_numbers(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 16);
-    let (mut rest, mut quoted) = (text, false);
+    let mut rest = text;
+    let mut quoted = false;
     while let Some(c) = rest.chars().next() {
-        let found = ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| !quoted && rest.starts_with(word));
-        let taken = match (found, c) {
+        let number = ["NaN", "Infinity", "-Infinity"].into_iter().find(|word| !quoted && rest.starts_with(word));
+        let length = match (number, c) {
             (Some(word), _) => {
                 out.push_str(&format!("\"\\u0000{word}\""));
                 rest = &rest[word.len()..];
@@ -85,17 +86,18 @@ fn with_strays_marked(text: &str) -> String {
                 c.len_utf8()
             }
         };
-        out.push_str(&rest[..taken]);
-        rest = &rest[taken..];
+        out.push_str(&rest[..length]);
+        rest = &rest[length..];
     }
     out
 }
 
-fn stray(value: &Value) -> Option<&str> {
+/// Returns the first marked number in a value, as it was written.
+fn non_json_number(value: &Value) -> Option<&str> {
     match value {
-        Value::String(s) => s.strip_prefix(STRAY),
-        Value::Array(list) => list.iter().find_map(stray),
-        Value::Object(map) => map.values().find_map(stray),
+        Value::String(s) => s.strip_prefix(NON_JSON_PREFIX),
+        Value::Array(list) => list.iter().find_map(non_json_number),
+        Value::Object(map) => map.values().find_map(non_json_number),
         _ => None,
     }
 }
@@ -108,11 +110,11 @@ impl TryFrom<Fields> for Record {
             Some(Value::String(id)) => id,
             Some(Value::Number(n)) => n.to_string(),
             None | Some(Value::Null) => {
-                let what = "missing field `id`: give every record an id of its own".to_owned();
+                let what = "missing field `id`: give every record a unique id".to_owned();
                 return Err(RecordError { id: String::new(), what });
             }
             Some(other) => {
-                let what = format!("`id` is {}, a text or a number is needed", named(&other));
+                let what = format!("`id` is {}, expected a string or a number", describe(&other));
                 return Err(RecordError { id: String::new(), what });
             }
         };
@@ -125,30 +127,39 @@ fn from_fields(id: String, mut map: Map<String, Value>) -> Result<Record, String
     let mut text = |key: &str| match take(key) {
         None => Ok(String::new()),
         Some(Value::String(s)) => Ok(s),
-        Some(other) => Err(format!("`{key}` is {}, a text is needed", named(&other))),
+        Some(other) => Err(format!("`{key}` is {}, expected a string", describe(&other))),
     };
-    let [image, question, answer] = [text("image")?, text("question")?, text("answer")?];
-    let [category, modality, source, split] = [text("category")?, text("modality")?, text("source")?, text("split")?];
+    let image = text("image")?;
+    let question = text("question")?;
+    let answer = text("answer")?;
+    let category = text("category")?;
+    let modality = text("modality")?;
+    let source = text("source")?;
+    let split = text("split")?;
     let task = match text("task")?.as_str() {
         "" => Task::default(),
         name => name.parse().map_err(|e| format!("`task`: {e}"))?,
     };
-    let image_size = take("image_size").map(size).transpose()?;
+    let image_size = take("image_size").map(parse_size).transpose()?;
     let labels = match take("labels") {
         None => Vec::new(),
-        Some(value) => {
-            list("labels", value)?.into_iter().enumerate().map(|(i, v)| label(i, v)).collect::<Result<_, _>>()?
-        }
+        Some(value) => parse_list("labels", value)?
+            .into_iter()
+            .enumerate()
+            .map(|(i, v)| parse_label(i, v))
+            .collect::<Result<_, _>>()?,
     };
     let boxes = take("boxes");
     if boxes.is_none() && task == Task::Grounding {
-        boxes_may_be_absent(&category, &map)?;
+        check_absent_boxes(&category, &map)?;
     }
     let boxes = match boxes {
         None => Vec::new(),
-        Some(value) => {
-            list("boxes", value)?.into_iter().enumerate().map(|(i, v)| one_box(i, v)).collect::<Result<_, _>>()?
-        }
+        Some(value) => parse_list("boxes", value)?
+            .into_iter()
+            .enumerate()
+            .map(|(i, v)| parse_box(i, v))
+            .collect::<Result<_, _>>()?,
     };
     Ok(Record {
         id,
@@ -167,19 +178,19 @@ fn from_fields(id: String, mut map: Map<String, Value>) -> Result<Record, String
     })
 }
 
-/// Refuses a record that asks where something is, names what, and does not say where: it would be trained as "no finding".
-fn boxes_may_be_absent(category: &str, extra: &Map<String, Value>) -> Result<(), String> {
+/// Refuses a grounding record that names a category but gives no boxes: it would be trained as "no finding".
+fn check_absent_boxes(category: &str, extra: &Map<String, Value>) -> Result<(), String> {
     let empty = |v: &Value| match v {
         Value::Null => true,
         Value::Array(list) => list.is_empty(),
         Value::String(s) => s.trim().is_empty(),
         _ => false,
     };
-    let other = extra.iter().find(|(key, v)| meant(key) == Some("boxes") && !empty(v)).map(|(key, _)| key);
+    let other = extra.iter().find(|(key, v)| intended_key(key) == Some("boxes") && !empty(v)).map(|(key, _)| key);
     let category = category.trim();
     let nothing = category.is_empty() || category.eq_ignore_ascii_case(NO_FINDING);
     match other {
-        Some(key) => Err(format!("it has no `boxes`, but `{key}`, which is not read: rename that key to `boxes`")),
+        Some(key) => Err(format!("it has no `boxes` but has `{key}`, which is ignored: rename that key to `boxes`")),
         None if nothing => Ok(()),
         None => Err(format!(
             "its category is {category:?}, but it has no `boxes`: give them, or `\"boxes\": []` if the image shows no finding"
@@ -187,49 +198,49 @@ fn boxes_may_be_absent(category: &str, extra: &Map<String, Value>) -> Result<(),
     }
 }
 
-fn list(key: &str, value: Value) -> Result<Vec<Value>, String> {
+fn parse_list(key: &str, value: Value) -> Result<Vec<Value>, String> {
     match value {
         Value::Array(list) => Ok(list),
-        other => Err(format!("`{key}` is {}, a list is needed", named(&other))),
+        other => Err(format!("`{key}` is {}, expected a list", describe(&other))),
     }
 }
 
-fn label(index: usize, value: Value) -> Result<String, String> {
+fn parse_label(index: usize, value: Value) -> Result<String, String> {
     match value {
         Value::String(s) => Ok(s),
-        other => Err(format!("`labels`[{index}] is {}, a text is needed", named(&other))),
+        other => Err(format!("`labels`[{index}] is {}, expected a string", describe(&other))),
     }
 }
 
-fn one_box(index: usize, value: Value) -> Result<BBox, String> {
-    let place = format!("boxes`[{index}]");
+fn parse_box(index: usize, value: Value) -> Result<BBox, String> {
+    let position = format!("boxes`[{index}]");
     let Value::Array(list) = value else {
-        return Err(format!("`{place} is {}, a list of four numbers is needed (x1, y1, x2, y2)", named(&value)));
+        return Err(format!("`{position} is {}, expected a list of four numbers (x1, y1, x2, y2)", describe(&value)));
     };
     let Ok(four) = <[Value; 4]>::try_from(list) else {
-        return Err(format!("`{place} is not of length 4: four numbers are needed (x1, y1, x2, y2)"));
+        return Err(format!("`{position} is not of length 4: expected four numbers (x1, y1, x2, y2)"));
     };
     let mut out = [0.0_f32; 4];
     for (slot, v) in out.iter_mut().zip(&four) {
-        *slot = v.as_f64().ok_or_else(|| format!("`{place} holds {}, a number is needed", named(v)))? as f32;
+        *slot = v.as_f64().ok_or_else(|| format!("`{position} holds {}, expected a number", describe(v)))? as f32;
     }
     Ok(out.into())
 }
 
-fn size(value: Value) -> Result<[u32; 2], String> {
+fn parse_size(value: Value) -> Result<[u32; 2], String> {
     serde_json::from_value(value.clone())
-        .map_err(|_| format!("`image_size` is {}, two whole numbers are needed (width, height)", named(&value)))
+        .map_err(|_| format!("`image_size` is {}, expected two integers (width, height)", describe(&value)))
 }
 
-/// A value in words, for messages: what it is, and the value itself where that is short.
-fn named(value: &Value) -> String {
+/// Describes a value for messages: its kind, and the value itself if that is short.
+fn describe(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
         Value::Bool(b) => b.to_string(),
         Value::Number(n) => format!("the number {n}"),
         Value::String(s) => {
             let short: String = s.chars().take(40).collect();
-            format!("the text {short:?}")
+            format!("the string {short:?}")
         }
         Value::Array(list) => format!("a list of {}", list.len()),
         Value::Object(_) => "an object".to_owned(),

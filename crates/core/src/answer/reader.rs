@@ -1,89 +1,94 @@
-//! The one way in which an answer is read: where in a response it stands, then what it says.
+//! Parsing of a response: finds the answer span, then parses the answer in it.
 
 use std::ops::Range;
 
-use super::json::{Found, find};
-use super::nothing::{NO_FINDING_PHRASES, Phrases};
-use super::{Answer, ClassMatch, NO_FINDING, ParseFault, fold};
+use super::json::{JsonAnswer, find_json_answer};
+use super::no_finding::{NO_FINDING_PHRASES, NoFindingPhrases};
+use super::{Answer, ClassMatch, NO_FINDING, ParseFault, fold_class_name};
 
-const THINK: [&str; 2] = ["<think>", "</think>"];
-const ANSWER: [&str; 2] = ["<answer>", "</answer>"];
+const REASONING_TAGS: [&str; 2] = ["<think>", "</think>"];
+const ANSWER_TAGS: [&str; 2] = ["<answer>", "</answer>"];
 
-/// How answers are read (`[answer]` of a configuration).
+/// Parser of answers, as configured in section `[answer]`.
 ///
 /// 1. Everything up to the last `</think>` is dropped; a `<think>` that is never closed leaves no answer.
-/// 2. Of the rest the last closed span counts, where one is configured; without one, a pair of `<answer>` where there is one.
-/// 3. Inside: the last closed fence that holds JSON, else one that is not closed, else the last JSON value that stands bare, else the
-///    model family's own form.
-/// 4. No box, and nothing but a phrase such as "no finding" or an empty list: nothing is there. Boxes win over such phrases.
+/// 2. The answer is the last closed span in the rest if a span is configured; otherwise the last `<answer>` pair if there is one, or all
+///    of the rest.
+/// 3. Inside it counts the last closed fence that holds JSON, else an unclosed fence, else the last bare JSON value, else the model
+///    family's native form.
+/// 4. Without boxes, a phrase such as "no finding" or an empty list means "no finding". Boxes win over such phrases.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Reading {
+pub struct AnswerReader {
+    /// Opening and closing tag of the answer span, if one is configured.
     marks: Option<[String; 2]>,
-    nothing: Phrases,
-    /// How the category of an answer is compared with a class.
+    no_finding: NoFindingPhrases,
+    /// Rule for comparing the category of an answer with a class.
     pub matching: ClassMatch,
 }
 
-impl Default for Reading {
+impl Default for AnswerReader {
     fn default() -> Self {
         Self::new(None, &NO_FINDING_PHRASES, ClassMatch::Equal)
     }
 }
 
-impl Reading {
-    /// A reading of answers that stand between `marks`, if there are any, and of phrases that say that nothing is there ("no finding"
-    /// always does).
+impl AnswerReader {
+    /// Creates a reader for answers between the opening and closing tag `marks`, if given. `no_finding` lists the phrases that mean "no
+    /// finding", besides "no finding" itself.
     pub fn new<S: AsRef<str>>(marks: Option<[String; 2]>, no_finding: &[S], matching: ClassMatch) -> Self {
-        Self { marks, nothing: Phrases::new(no_finding), matching }
+        Self { marks, no_finding: NoFindingPhrases::new(no_finding), matching }
     }
 
-    /// Bytes of `text` in which the answer stands; none where it holds no answer: its reasoning never ends, or a span that is
-    /// configured is not closed.
+    /// Returns the byte range of the answer in `text`; `None` if there is no answer because the reasoning never ends or the configured span
+    /// is not closed.
     pub fn span(&self, text: &str) -> Option<Range<usize>> {
-        // Without this byte there is no tag.
+        // Fast path: without this byte there is no tag.
         if self.marks.is_none() && !text.contains('<') {
             return Some(0..text.len());
         }
-        let [think, thought] = THINK;
-        let from = text.rfind(thought).map_or(0, |at| at + thought.len());
+        let [open_reasoning, close_reasoning] = REASONING_TAGS;
+        let from = text.rfind(close_reasoning).map_or(0, |start| start + close_reasoning.len());
         let rest = &text[from..];
-        if rest.contains(think) {
+        if rest.contains(open_reasoning) {
             return None;
         }
         let inside = match &self.marks {
-            Some([open, close]) => last_closed(rest, open, close)?,
-            None => last_closed(rest, ANSWER[0], ANSWER[1]).unwrap_or(0..rest.len()),
+            Some([open, close]) => last_closed_span(rest, open, close)?,
+            None => last_closed_span(rest, ANSWER_TAGS[0], ANSWER_TAGS[1]).unwrap_or(0..rest.len()),
         };
         Some(from + inside.start..from + inside.end)
     }
 
-    /// Reads a response in time linear in its length; `native` reads the model family's own form.
+    /// Parses a response in time linear in its length; `native` parses the model family's native form.
     pub fn read(&self, text: &str, native: impl FnOnce(&str) -> Answer) -> Answer {
         let Some(span) = self.span(text) else {
             let fault = if text.trim().is_empty() { ParseFault::Empty } else { ParseFault::NoSpan };
             return Answer { fault: Some(fault), ..Answer::default() };
         };
         let inside = &text[span.clone()];
-        let mut out = match find(inside) {
-            Some(Found::Objects(objects)) => objects.answer(|t| self.nothing.hold(t)),
-            Some(Found::EmptyList { fenced: true }) => nothing(ParseFault::OtherForm),
-            found => {
+        let mut out = match find_json_answer(inside) {
+            Some(JsonAnswer::Objects(objects)) => objects.answer(|t| self.no_finding.matches(t)),
+            Some(JsonAnswer::EmptyList { fenced: true }) => no_finding_answer(ParseFault::OtherForm),
+            bare_list => {
                 let read = native(inside);
                 if !read.boxes.is_empty() {
                     read
-                } else if found.is_some() {
-                    nothing(ParseFault::OtherForm)
-                } else if read.fault == Some(ParseFault::NoBox) && self.nothing.hold(inside) {
-                    let plain = fold(inside) == NO_FINDING;
-                    Answer { fault: (!plain).then_some(ParseFault::OtherForm), ..nothing(ParseFault::OtherForm) }
+                } else if bare_list.is_some() {
+                    no_finding_answer(ParseFault::OtherForm)
+                } else if read.fault == Some(ParseFault::NoBox) && self.no_finding.matches(inside) {
+                    let plain = fold_class_name(inside) == NO_FINDING;
+                    Answer {
+                        fault: (!plain).then_some(ParseFault::OtherForm),
+                        ..no_finding_answer(ParseFault::OtherForm)
+                    }
                 } else {
                     read
                 }
             }
         };
-        // What stands around an answer is part of its form only where a span is asked for.
-        let around = || [&text[..span.start], &text[span.end..]].concat().trim().is_empty();
-        if self.marks.is_none() && span.len() < text.len() && !around() {
+        // Text around the answer is expected only if a span is configured.
+        let alone = || [&text[..span.start], &text[span.end..]].concat().trim().is_empty();
+        if self.marks.is_none() && span.len() < text.len() && !alone() {
             out.fault = out.fault.or(Some(ParseFault::OtherForm));
         }
         out.span = Some(span);
@@ -91,12 +96,12 @@ impl Reading {
     }
 }
 
-fn nothing(fault: ParseFault) -> Answer {
+fn no_finding_answer(fault: ParseFault) -> Answer {
     Answer { no_finding: true, fault: Some(fault), ..Answer::default() }
 }
 
-/// Bytes between the last pair of `open` and `close`, up to the first `close` behind the opening.
-fn last_closed(text: &str, open: &str, close: &str) -> Option<Range<usize>> {
+/// Returns the byte range between the last `open` that is followed by a `close`, and the first `close` after it.
+fn last_closed_span(text: &str, open: &str, close: &str) -> Option<Range<usize>> {
     let last = text.rfind(close)?;
     let from = text[..last].rfind(open)? + open.len();
     let end = from + text[from..].find(close)?;
@@ -108,15 +113,16 @@ mod tests {
     use super::*;
     use crate::answer::parse_answer;
 
-    fn spanned(tag: &str) -> Reading {
+    fn spanned(tag: &str) -> AnswerReader {
         let marks = [format!("<{tag}>"), format!("</{tag}>")];
-        Reading::new(Some(marks), &NO_FINDING_PHRASES, ClassMatch::Equal)
+        AnswerReader::new(Some(marks), &NO_FINDING_PHRASES, ClassMatch::Equal)
     }
 
     #[test]
-    fn where_the_answer_stands() {
-        let at = |r: &Reading, t: &str| r.span(t).map(|s| t[s].to_owned());
-        let (free, strict) = (Reading::default(), spanned("box"));
+    fn answer_span() {
+        let span = |r: &AnswerReader, t: &str| r.span(t).map(|s| t[s].to_owned());
+        let free = AnswerReader::default();
+        let strict = spanned("box");
         for (text, want, want_box) in [
             ("x", Some("x"), None),
             ("", Some(""), None),
@@ -138,21 +144,21 @@ mod tests {
             ("<box>é</box>", Some("<box>é</box>"), Some("é")),
             ("<think><box>a</box>", None, None),
         ] {
-            assert_eq!(at(&free, text).as_deref(), want, "{text}");
-            assert_eq!(at(&strict, text).as_deref(), want_box, "{text}");
+            assert_eq!(span(&free, text).as_deref(), want, "{text}");
+            assert_eq!(span(&strict, text).as_deref(), want_box, "{text}");
         }
-        let same = Reading::new(Some(["##".into(), "##".into()]), &NO_FINDING_PHRASES, ClassMatch::Equal);
-        assert_eq!(at(&same, "x ##a## y").as_deref(), Some("a"));
+        let same = AnswerReader::new(Some(["##".into(), "##".into()]), &NO_FINDING_PHRASES, ClassMatch::Equal);
+        assert_eq!(span(&same, "x ##a## y").as_deref(), Some("a"));
     }
 
-    /// Boxes, class, and whether it says that nothing is there.
-    fn said(text: &str) -> (usize, String, bool) {
-        let a = Reading::default().read(text, parse_answer);
-        (a.boxes.len(), fold(&a.category), a.no_finding)
+    /// Returns the number of boxes, the class, and whether the answer is "no finding".
+    fn parsed(text: &str) -> (usize, String, bool) {
+        let a = AnswerReader::default().read(text, parse_answer);
+        (a.boxes.len(), fold_class_name(&a.category), a.no_finding)
     }
 
     #[test]
-    fn what_it_says() {
+    fn answer_content() {
         for (text, boxes, class, none) in [
             ("[1,2,3,4] Nodule.", 1, "nodule", false),
             ("<think>maybe [1,1,5,5] mass</think><answer>[1,2,3,4] nodule</answer>", 1, "nodule", false),
@@ -189,14 +195,14 @@ mod tests {
             ("nodule", 0, "nodule", false),
             ("", 0, "", false),
         ] {
-            assert_eq!(said(text), (boxes, class.to_owned(), none), "{text}");
+            assert_eq!(parsed(text), (boxes, class.to_owned(), none), "{text}");
         }
     }
 
     #[test]
-    fn faults_of_form() {
-        let f = |r: &Reading, t: &str| r.read(t, parse_answer).fault;
-        let free = Reading::default();
+    fn deviations_from_the_form() {
+        let f = |r: &AnswerReader, t: &str| r.read(t, parse_answer).fault;
+        let free = AnswerReader::default();
         for fine in ["no finding", "No finding.", "**No Finding**", "[1,2,3,4] nodule", " [1,2,3,4] nodule\n"] {
             assert_eq!(f(&free, fine), None, "{fine}");
         }

@@ -1,25 +1,25 @@
-//! Credentials inside URLs: before the host, and in the query. They are refused where a configuration holds them, and taken out of
-//! whatever is said about a URL.
+//! Credentials inside URLs: before the host, and in the query. Configurations that contain them are refused, and they are redacted from
+//! every message that quotes a URL.
 
 use std::borrow::Cow;
 
-/// What stands in a text where a credential was.
+/// Replacement for a credential.
 const HIDDEN: &str = "***";
 
-/// Parameters that are credentials by their whole name.
-const NAMES: [&str; 10] = ["auth", "bearer", "code", "jwt", "key", "pass", "pwd", "sas", "sid", "sig"];
-/// Parameters that are credentials by a part of their name, without `-` and `_`.
-const PARTS: [&str; 9] =
+/// Names of parameters that are credentials.
+const CREDENTIAL_NAMES: [&str; 10] = ["auth", "bearer", "code", "jwt", "key", "pass", "pwd", "sas", "sid", "sig"];
+/// Substrings of the names of parameters that are credentials; compared without `-`, `_` and `.`.
+const CREDENTIAL_SUBSTRINGS: [&str; 9] =
     ["accesskey", "apikey", "authorization", "credential", "passwd", "password", "secret", "signature", "token"];
 
-/// Returns the first credential in the URLs of a text, by what it is called: `user:password@`, or the name of a parameter.
+/// Returns the name of the first credential in the URLs of a text: `user:password@`, or the name of a query parameter.
 ///
 /// # Examples
 /// ```
-/// assert_eq!(unveil_core::url_credential("https://host/a?api-version=1&sig=abc").as_deref(), Some("sig"));
-/// assert_eq!(unveil_core::url_credential("https://host/a?version=1"), None);
+/// assert_eq!(unveil_core::find_url_credential("https://host/a?api-version=1&sig=abc").as_deref(), Some("sig"));
+/// assert_eq!(unveil_core::find_url_credential("https://host/a?version=1"), None);
 /// ```
-pub fn url_credential(text: &str) -> Option<String> {
+pub fn find_url_credential(text: &str) -> Option<String> {
     urls(text).find_map(|url| {
         let user = user_info(url).map(|_| "user:password@".to_owned());
         user.or_else(|| parameters(url).find(|(name, _)| is_credential(name)).map(|(name, _)| name.to_owned()))
@@ -34,24 +34,25 @@ pub(crate) fn redact_urls(text: &str) -> Cow<'_, str> {
     let start = text.as_ptr() as usize;
     let mut hidden: Vec<(usize, usize)> = Vec::new();
     for url in urls(text) {
-        let found = user_info(url).into_iter().chain(parameters(url).filter(|(n, _)| is_credential(n)).map(|(_, v)| v));
-        hidden.extend(found.filter(|v| !v.is_empty()).map(|v| (v.as_ptr() as usize - start, v.len())));
+        let credentials =
+            user_info(url).into_iter().chain(parameters(url).filter(|(n, _)| is_credential(n)).map(|(_, v)| v));
+        hidden.extend(credentials.filter(|v| !v.is_empty()).map(|v| (v.as_ptr() as usize - start, v.len())));
     }
     if hidden.is_empty() {
         return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(text.len());
     let mut done = 0;
-    for (at, length) in hidden {
-        out.push_str(&text[done..at]);
+    for (offset, length) in hidden {
+        out.push_str(&text[done..offset]);
         out.push_str(HIDDEN);
-        done = at + length;
+        done = offset + length;
     }
     out.push_str(&text[done..]);
     Cow::Owned(out)
 }
 
-/// What stands behind each `scheme://`, as far as a URL goes in running text.
+/// Returns the rest of each URL after `scheme://`, up to the first character that ends a URL in running text.
 fn urls(text: &str) -> impl Iterator<Item = &str> {
     let mut from = 0;
     std::iter::from_fn(move || {
@@ -64,13 +65,13 @@ fn urls(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// What stands before the `@` of the host (RFC 3986, section 3.2.1).
+/// Returns the user information before the `@` of the host (RFC 3986, section 3.2.1).
 fn user_info(url: &str) -> Option<&str> {
     let authority = &url[..url.find(['/', '?', '#', '\\']).unwrap_or(url.len())];
     authority.rsplit_once('@').map(|(user, _)| user)
 }
 
-/// Names and values of the query and of the fragment.
+/// Returns the names and values in the query and the fragment.
 fn parameters(url: &str) -> impl Iterator<Item = (&str, &str)> {
     let query = url.find(['?', '#']).map_or("", |at| &url[at + 1..]);
     query.split(['&', ';', '?', '#']).filter_map(|pair| pair.split_once('='))
@@ -78,7 +79,7 @@ fn parameters(url: &str) -> impl Iterator<Item = (&str, &str)> {
 
 fn is_credential(name: &str) -> bool {
     let name = name.to_ascii_lowercase().replace(['-', '_', '.'], "");
-    NAMES.contains(&name.as_str()) || PARTS.iter().any(|part| name.contains(part))
+    CREDENTIAL_NAMES.contains(&name.as_str()) || CREDENTIAL_SUBSTRINGS.iter().any(|part| name.contains(part))
 }
 
 #[cfg(test)]
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn credentials_are_found_by_their_place_or_name() {
+    fn credentials_are_found_by_position_or_name() {
         for (text, name) in [
             ("https://me:pw@host/v1", "user:password@"),
             ("s3://key@bucket/a", "user:password@"),
@@ -98,17 +99,17 @@ mod tests {
             ("https://host/x#access_token=abc", "access_token"),
             ("see http://ok/ and http://host?key=1", "key"),
         ] {
-            assert_eq!(url_credential(text).as_deref(), Some(name), "{text}");
+            assert_eq!(find_url_credential(text).as_deref(), Some(name), "{text}");
         }
         for text in
             ["https://host:1/v1/@me", "http://[::1]:80/?version=2&monkey=3", "a@b?token=1", "s3://bucket/a@b", ""]
         {
-            assert_eq!(url_credential(text), None, "{text}");
+            assert_eq!(find_url_credential(text), None, "{text}");
         }
     }
 
     #[test]
-    fn they_are_taken_out_and_nothing_else_is() {
+    fn redaction_replaces_only_credentials() {
         for (text, clean) in [
             ("GET https://me:pw@host:1/a?b=1", "GET https://***@host:1/a?b=1"),
             ("\"https://h/a?sig=a%2Fb&se=2030&token=x\": 403", "\"https://h/a?sig=***&se=2030&token=***\": 403"),

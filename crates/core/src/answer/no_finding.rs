@@ -1,8 +1,8 @@
-//! Phrases by which an answer says that nothing is there.
+//! Phrases that mean "no finding".
 
-use super::class::fold;
+use super::class::fold_class_name;
 
-/// Phrases that say so where a configuration names none of its own; compared after folding case, blanks, emphasis and punctuation.
+/// Default phrases that mean "no finding"; compared after folding case, white space, emphasis and punctuation.
 pub const NO_FINDING_PHRASES: [&str; 24] = [
     "no finding",
     "no findings",
@@ -30,8 +30,8 @@ pub const NO_FINDING_PHRASES: [&str; 24] = [
     "normal",
 ];
 
-/// What may stand before a phrase, and behind it.
-const BEFORE: [&str; 14] = [
+/// Introductions allowed before a phrase.
+const INTRODUCTIONS: [&str; 14] = [
     "there is",
     "there are",
     "there's",
@@ -47,7 +47,8 @@ const BEFORE: [&str; 14] = [
     "the answer is",
     "answer:",
 ];
-const BEHIND: [&str; 30] = [
+/// Predicates allowed after a phrase.
+const PREDICATES: [&str; 30] = [
     "is seen",
     "are seen",
     "was seen",
@@ -79,7 +80,8 @@ const BEHIND: [&str; 30] = [
     "are noted",
     "is there",
 ];
-const PLACES: [&str; 9] = [
+/// Locations allowed after a phrase or a predicate.
+const LOCATIONS: [&str; 9] = [
     "in the image",
     "in this image",
     "on the image",
@@ -91,39 +93,40 @@ const PLACES: [&str; 9] = [
     "here",
 ];
 
-/// Phrases that say that nothing is there, folded.
+/// Set of folded phrases that mean "no finding".
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Phrases {
-    all: Vec<String>,
-    /// Bytes of the longest.
-    longest: usize,
+pub(super) struct NoFindingPhrases {
+    /// Sorted.
+    phrases: Vec<String>,
+    /// Length of the longest phrase in bytes.
+    max_bytes: usize,
 }
 
-impl Phrases {
+impl NoFindingPhrases {
     pub(super) fn new<S: AsRef<str>>(phrases: &[S]) -> Self {
-        let folded = phrases.iter().map(|p| fold(p.as_ref())).chain([super::NO_FINDING.to_owned()]);
-        let mut all: Vec<String> = folded.filter(|p| !p.is_empty()).collect();
-        all.sort_unstable();
-        all.dedup();
-        let longest = all.iter().map(String::len).max().unwrap_or(0);
-        Self { all, longest }
+        let folded = phrases.iter().map(|p| fold_class_name(p.as_ref())).chain([super::NO_FINDING.to_owned()]);
+        let mut phrases: Vec<String> = folded.filter(|p| !p.is_empty()).collect();
+        phrases.sort_unstable();
+        phrases.dedup();
+        let max_bytes = phrases.iter().map(String::len).max().unwrap_or(0);
+        Self { phrases, max_bytes }
     }
 
-    /// Whether `text` is one of the phrases, alone or after "there is" and before "is seen" and their like.
-    pub(super) fn hold(&self, text: &str) -> bool {
-        // What may stand around a phrase is short; a long text is not one, and is not folded.
-        if text.trim().len() > self.longest + 160 {
+    /// Returns whether `text` is one of the phrases, alone or with an introduction ("there is") or a predicate ("is seen").
+    pub(super) fn matches(&self, text: &str) -> bool {
+        // Introductions and predicates are short: a long text cannot match and need not be folded.
+        if text.trim().len() > self.max_bytes + 160 {
             return false;
         }
-        let folded = fold(text);
-        let known = |t: &str| self.all.binary_search_by(|p| p.as_str().cmp(t)).is_ok();
-        let bare = BEFORE.iter().find_map(|b| folded.strip_prefix(b)?.strip_prefix(' ')).unwrap_or(&folded);
+        let folded = fold_class_name(text);
+        let known = |t: &str| self.phrases.binary_search_by(|p| p.as_str().cmp(t)).is_ok();
+        let bare = INTRODUCTIONS.iter().find_map(|b| folded.strip_prefix(b)?.strip_prefix(' ')).unwrap_or(&folded);
         [folded.as_str(), bare].into_iter().any(|mut t| {
             loop {
                 if known(t) {
                     return true;
                 }
-                let shorter = PLACES.iter().chain(&BEHIND).find_map(|b| t.strip_suffix(b)?.strip_suffix(' '));
+                let shorter = LOCATIONS.iter().chain(&PREDICATES).find_map(|b| t.strip_suffix(b)?.strip_suffix(' '));
                 match shorter {
                     Some(s) => t = s.trim_end_matches([',', ' ']),
                     None => return false,
@@ -138,8 +141,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn phrases_and_what_stands_around_them() {
-        let p = Phrases::new(&NO_FINDING_PHRASES);
+    fn phrases_match_with_introductions_and_predicates() {
+        let phrases = NoFindingPhrases::new(&NO_FINDING_PHRASES);
         for yes in [
             "no finding",
             " No Finding. ",
@@ -156,7 +159,7 @@ mod tests {
             "_No lesions were found in the scan._",
             "Nothing is there.",
         ] {
-            assert!(p.hold(yes), "{yes}");
+            assert!(phrases.matches(yes), "{yes}");
         }
         let long = "no finding ".repeat(100);
         for no in [
@@ -174,9 +177,9 @@ mod tests {
             "no finding. no finding.",
             &long,
         ] {
-            assert!(!p.hold(no), "{no}");
+            assert!(!phrases.matches(no), "{no}");
         }
-        let own = Phrases::new(&["All CLEAR."]);
-        assert!(own.hold("all clear") && own.hold("no finding") && !own.hold("no abnormality"));
+        let custom = NoFindingPhrases::new(&["All CLEAR."]);
+        assert!(custom.matches("all clear") && custom.matches("no finding") && !custom.matches("no abnormality"));
     }
 }
