@@ -1,10 +1,10 @@
-//! Configurations key by key, and which keys a run that goes on may have changed.
+//! Differences between configurations, and the keys that may change when a run is resumed.
 
 use crate::schema::Config;
 
-/// Sections and keys that do not say what is trained: where and how fast a run goes, what is watched and kept, and the two that a
-/// person turns while a run goes on, the learning rate and the end. A name stands for itself and all below it.
-const MAY_CHANGE: &[&str] = &[
+/// Sections and keys that may change on resume: they do not define what is trained (locations, speed, monitoring, retention), or are meant
+/// to be adjusted during a run (learning rate, number of steps). A section includes all keys below it.
+const CHANGEABLE: &[&str] = &[
     "run.dir",
     "run.resume",
     "run.device",
@@ -50,16 +50,16 @@ const MAY_CHANGE: &[&str] = &[
     "auth",
 ];
 
-/// One key that differs.
+/// A key whose value differs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
-    /// The key, `section.key`.
+    /// Dotted key, `section.key`.
     pub key: String,
-    /// Its value before, as it is written in a file; `none` where there was no such key.
+    /// Previous value in TOML; `none` if the key did not exist.
     pub before: String,
-    /// Its value now.
+    /// Current value in TOML; `none` if the key no longer exists.
     pub now: String,
-    /// Whether a run that goes on may have it changed.
+    /// Whether the key may change when a run is resumed.
     pub allowed: bool,
 }
 
@@ -69,7 +69,7 @@ impl std::fmt::Display for Change {
     }
 }
 
-/// Every key with its value as it is written in a file, in the order of the schema.
+/// Returns every dotted key with its value in TOML, in the order of the schema.
 pub fn entries(config: &Config) -> Vec<(String, String)> {
     let mut out = Vec::new();
     if let Ok(value) = toml::Value::try_from(config) {
@@ -90,15 +90,16 @@ fn flatten(prefix: &str, value: &toml::Value, out: &mut Vec<(String, String)>) {
     }
 }
 
-/// The keys whose values differ.
+/// Returns the keys whose values differ.
 pub fn changes(before: &Config, now: &Config) -> Vec<Change> {
     changes_since(&entries(before), now)
 }
 
-/// The keys whose values differ from [`entries`] that were written before, maybe by another version: a key that is not among them
-/// had its default then.
+/// Returns the keys whose values differ from saved [`entries`], possibly written by another version: keys missing there count as having
+/// their default.
 pub fn changes_since(before: &[(String, String)], now: &Config) -> Vec<Change> {
-    let (new, defaults) = (entries(now), entries(&Config::default()));
+    let new = entries(now);
+    let defaults = entries(&Config::default());
     let find = |all: &[(String, String)], key: &str| all.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
     let mut keys: Vec<&String> = new.iter().map(|(k, _)| k).collect();
     keys.extend(before.iter().map(|(k, _)| k).filter(|k| new.iter().all(|(n, _)| n != *k)));
@@ -107,7 +108,7 @@ pub fn changes_since(before: &[(String, String)], now: &Config) -> Vec<Change> {
         let before = find(before, key).or_else(|| find(&defaults, key)).unwrap_or_else(none);
         let now = find(&new, key).unwrap_or_else(none);
         let allowed =
-            MAY_CHANGE.iter().any(|m| key.strip_prefix(m).is_some_and(|r| r.is_empty() || r.starts_with('.')));
+            CHANGEABLE.iter().any(|m| key.strip_prefix(m).is_some_and(|r| r.is_empty() || r.starts_with('.')));
         (before != now).then(|| Change { key: key.clone(), before, now, allowed })
     };
     keys.into_iter().filter_map(change).collect()
@@ -118,37 +119,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_on_the_list_is_a_key() {
+    fn changeable_names_are_keys() {
         let all = entries(&Config::default());
-        for name in MAY_CHANGE {
+        for name in CHANGEABLE {
             assert!(all.iter().any(|(k, _)| k == name || k.starts_with(&format!("{name}."))), "{name}");
         }
     }
 
     #[test]
-    fn what_may_change_and_what_may_not() {
+    fn changes_are_allowed_or_refused_by_key() {
         let before = Config::default();
         assert_eq!(changes(&before, &before), []);
         let mut now = before.clone();
         (now.learner.optimizer.lr, now.learner.parallel.ranks, now.rollout.n) = (0.5, 4, 3);
-        let found: Vec<(String, bool)> = changes(&before, &now).into_iter().map(|c| (c.key, c.allowed)).collect();
-        let wanted = [("learner.optimizer.lr", true), ("learner.parallel.ranks", true), ("rollout.n", false)];
-        let mut found: Vec<(&str, bool)> = found.iter().map(|(k, a)| (k.as_str(), *a)).collect();
-        found.sort_unstable();
-        assert_eq!(found, wanted);
+        let changed: Vec<(String, bool)> = changes(&before, &now).into_iter().map(|c| (c.key, c.allowed)).collect();
+        let expected = [("learner.optimizer.lr", true), ("learner.parallel.ranks", true), ("rollout.n", false)];
+        let mut changed: Vec<(&str, bool)> = changed.iter().map(|(k, a)| (k.as_str(), *a)).collect();
+        changed.sort_unstable();
+        assert_eq!(changed, expected);
         let shown = changes(&before, &now).iter().find(|c| c.key == "rollout.n").map(ToString::to_string);
         assert_eq!(shown, Some(format!("rollout.n = 3, was {}", before.rollout.n)));
     }
 
     #[test]
-    fn what_another_version_wrote_is_compared_by_key() {
+    fn saved_entries_of_other_versions_are_compared_by_key() {
         let now = Config::default();
         let mut before = entries(&now);
         before.retain(|(k, _)| k != "rollout.min_p");
         assert_eq!(changes_since(&before, &now), [], "the key is new and has its default");
-        before.push(("rollout.gone".to_owned(), "3".to_owned()));
-        let found = changes_since(&before, &now);
-        assert_eq!(found.iter().map(ToString::to_string).collect::<Vec<_>>(), ["rollout.gone = none, was 3"]);
-        assert!(!found[0].allowed);
+        before.push(("rollout.removed".to_owned(), "3".to_owned()));
+        let changed = changes_since(&before, &now);
+        assert_eq!(changed.iter().map(ToString::to_string).collect::<Vec<_>>(), ["rollout.removed = none, was 3"]);
+        assert!(!changed[0].allowed);
     }
 }

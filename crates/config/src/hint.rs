@@ -1,21 +1,18 @@
-//! What a key that does not exist was meant to be: a neighbour that is written alike, or the key that does what another trainer's
-//! key of that name does. No hint is better than a wrong one.
+//! Suggestions for unknown keys: a similar key nearby, or the equivalent of another trainer's key. No suggestion is better than a wrong one.
 
 use toml::Table;
 
 use crate::layer::leaves;
-use crate::words::either;
 
-/// How alike a key of the same section must be (Jaro-Winkler).
-const NEAR: f64 = 0.8;
-/// How alike a key of another section must be, and how few of its letters may differ (normalised Damerau-Levenshtein).
-const ELSEWHERE: (f64, f64) = (0.85, 0.75);
+/// Minimum similarity of a key in the same section (Jaro-Winkler).
+const MIN_SIMILARITY: f64 = 0.8;
+/// Minimum similarities of a key in another section (Jaro-Winkler, normalised Damerau-Levenshtein).
+const MIN_SIMILARITY_ELSEWHERE: (f64, f64) = (0.85, 0.75);
 
-/// How many keys of one name are proposed.
-const MOST: usize = 3;
+/// Maximum number of keys suggested.
+const MAX_SUGGESTIONS: usize = 3;
 
-/// Names that other trainers have for what is named otherwise here. Where there are several keys, those of the section that is written
-/// in are meant.
+/// Keys of other trainers with their equivalents here. Of several equivalents, those in the section of the unknown key are suggested.
 const ALIASES: &[(&str, &[&str])] = &[
     // TRL, ms-swift
     ("learning_rate", &["learner.optimizer.lr", "sft.optimizer.lr"]),
@@ -98,39 +95,40 @@ const ALIASES: &[(&str, &[&str])] = &[
     ("world_size", &["learner.parallel.ranks"]),
 ];
 
-/// The known keys, to look for near ones among them.
+/// Known keys, searched for similar ones.
 pub(crate) struct Hints {
-    /// Sections and keys, dotted.
+    /// Dotted sections and keys.
     known: Vec<String>,
 }
 
 impl Hints {
-    /// Those of the defaults.
+    /// Collects the known keys from the defaults.
     pub fn new(defaults: &Table) -> Self {
-        let mut found = Vec::new();
-        leaves(defaults, "", &mut found);
-        let mut known: Vec<String> = found.into_iter().map(|(key, _)| key).collect();
-        let sections = |key: &String| key.match_indices('.').map(|(at, _)| key[..at].to_owned()).collect::<Vec<_>>();
+        let mut keys = Vec::new();
+        leaves(defaults, "", &mut keys);
+        let mut known: Vec<String> = keys.into_iter().map(|(key, _)| key).collect();
+        let sections = |key: &String| key.match_indices('.').map(|(dot, _)| key[..dot].to_owned()).collect::<Vec<_>>();
         known.extend(known.iter().flat_map(sections).collect::<Vec<_>>());
         known.sort_unstable();
         known.dedup();
         Self { known }
     }
 
-    /// `: did you mean …?` for a key that does not exist beside `siblings`, or nothing. A section is compared with sections.
-    pub fn of(&self, key: &str, siblings: &[&str], section: bool) -> String {
-        let meant = self.meant(key, siblings, section);
-        let quoted: Vec<String> = meant.iter().map(|k| format!("`{k}`")).collect();
+    /// Returns `: did you mean …?` for an unknown key with the given `siblings`, or an empty string. Sections are compared with sections only.
+    pub fn suggest(&self, key: &str, siblings: &[&str], section: bool) -> String {
+        let similar = self.similar_keys(key, siblings, section);
+        let quoted: Vec<String> = similar.iter().map(|k| format!("`{k}`")).collect();
         let quoted: Vec<&str> = quoted.iter().map(String::as_str).collect();
-        if quoted.is_empty() { String::new() } else { format!(": did you mean {}?", either(&quoted)) }
+        if quoted.is_empty() { String::new() } else { format!(": did you mean {}?", join_with_or(&quoted)) }
     }
 
-    fn meant(&self, key: &str, siblings: &[&str], section: bool) -> Vec<String> {
+    /// Returns the keys that an unknown key may be meant to be, from the most to the least specific rule.
+    fn similar_keys(&self, key: &str, siblings: &[&str], section: bool) -> Vec<String> {
         let (parent, last) = key.rsplit_once('.').unwrap_or(("", key));
         let last = &last.to_lowercase().replace('-', "_");
         if key.contains('[') {
-            // In a list of sections the keys of one are all that is known.
-            let near = nearest(last, siblings.iter().copied(), NEAR);
+            // Within a list of sections, only the keys of the section are known.
+            let near = nearest(last, siblings.iter().copied(), MIN_SIMILARITY);
             return near.map(|k| format!("{parent}.{k}")).into_iter().collect();
         }
         let many =
@@ -151,16 +149,19 @@ impl Hints {
         let words = |key: &str| key.to_lowercase().replace('.', "_");
         let flat = || self.known.iter().find(|k| k.contains('.') && words(k) == words(key)).map(String::as_str);
         let depth = key.matches('.').count();
-        let beside = || nearest(last, below(parent).into_iter().filter(|k| k.matches('.').count() == depth), NEAR);
-        let within =
-            |around: &str| if around.is_empty() { None } else { nearest(last, below(around).into_iter(), NEAR) };
+        let beside =
+            || nearest(last, below(parent).into_iter().filter(|k| k.matches('.').count() == depth), MIN_SIMILARITY);
+        let within = |around: &str| {
+            if around.is_empty() { None } else { nearest(last, below(around).into_iter(), MIN_SIMILARITY) }
+        };
         let word = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
         let anywhere = || {
             let all = below("");
-            let best = nearest(last, all.iter().copied(), ELSEWHERE.0).map(word)?;
-            let near = strsim::normalized_damerau_levenshtein(last, &best) >= ELSEWHERE.1;
-            // Of two stages that have such a key the wrong one is worse than none: all are named, or nothing is.
-            many(all.into_iter().filter(|k| near && word(k) == best).collect()).filter(|keys| keys.len() <= MOST)
+            let best = nearest(last, all.iter().copied(), MIN_SIMILARITY_ELSEWHERE.0).map(word)?;
+            let near = strsim::normalized_damerau_levenshtein(last, &best) >= MIN_SIMILARITY_ELSEWHERE.1;
+            // If several sections have such a key, suggest all of them or none: a key of the wrong stage is worse than none.
+            many(all.into_iter().filter(|k| near && word(k) == best).collect())
+                .filter(|keys| keys.len() <= MAX_SUGGESTIONS)
         };
         one(flat())
             .or_else(own)
@@ -178,13 +179,22 @@ impl Hints {
     }
 }
 
-/// The key whose last word is most like `word`, and like enough.
-fn nearest<'a>(word: &str, keys: impl Iterator<Item = &'a str>, least: f64) -> Option<&'a str> {
+/// Returns the key whose last part is most similar to `word`, with at least the given similarity.
+fn nearest<'a>(word: &str, keys: impl Iterator<Item = &'a str>, min_similarity: f64) -> Option<&'a str> {
     let score = |key: &str| strsim::jaro_winkler(word, key.rsplit('.').next().unwrap_or(key));
     keys.map(|key| (key, score(key)))
-        .filter(|(_, s)| *s >= least)
+        .filter(|(_, s)| *s >= min_similarity)
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .map(|(key, _)| key)
+}
+
+/// Joins names as `a, b or c`.
+pub(crate) fn join_with_or(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [one] => (*one).to_owned(),
+        [all @ .., last] => format!("{} or {last}", all.join(", ")),
+    }
 }
 
 #[cfg(test)]
@@ -197,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn every_alias_names_keys_that_exist_and_none_that_is_one() {
+    fn aliases_name_existing_keys_once() {
         let hints = hints();
         for (name, keys) in ALIASES {
             assert!(!keys.is_empty(), "{name}");
@@ -210,9 +220,9 @@ mod tests {
     }
 
     #[test]
-    fn the_same_section_comes_first() {
+    fn keys_of_the_same_section_come_first() {
         let hints = hints();
-        for (key, meant) in [
+        for (key, expected) in [
             ("learner.lr", ": did you mean `learner.optimizer.lr`?"),
             ("sft.lr", ": did you mean `sft.optimizer.lr`?"),
             ("learner.optimizer.learning_rate", ": did you mean `learner.optimizer.lr`?"),
@@ -231,14 +241,14 @@ mod tests {
             ("learner_steps", ": did you mean `learner.steps`?"),
             ("max_staleness", ": did you mean `rollout.max_staleness`?"),
         ] {
-            assert_eq!(hints.of(key, &[], false), meant, "{key}");
+            assert_eq!(hints.suggest(key, &[], false), expected, "{key}");
         }
     }
 
     #[test]
-    fn names_of_other_trainers_are_known() {
+    fn keys_of_other_trainers_are_known() {
         let hints = hints();
-        for (key, meant) in [
+        for (key, expected) in [
             ("learner.num_generations", "rollout.n"),
             ("num_generations", "rollout.n"),
             ("learner.beta", "learner.kl_coef"),
@@ -248,35 +258,38 @@ mod tests {
             ("learner.max_grad_norm", "learner.optimizer.clip_norm"),
             ("learner.LEARNING-RATE", "learner.optimizer.lr"),
         ] {
-            assert_eq!(hints.of(key, &[], false), format!(": did you mean `{meant}`?"), "{key}");
+            assert_eq!(hints.suggest(key, &[], false), format!(": did you mean `{expected}`?"), "{key}");
         }
         assert_eq!(
-            hints.of("learner.clip_ratio", &[], false),
+            hints.suggest("learner.clip_ratio", &[], false),
             ": did you mean `learner.clip_low` or `learner.clip_high`?"
         );
     }
 
     #[test]
-    fn what_is_like_nothing_gets_no_hint() {
+    fn unrelated_keys_get_no_suggestion() {
         let hints = hints();
         for key in
             ["actor", "wandb", "trainer", "critic_model", "learner.wandb", "vllm", "learner.actor", "deepspeed", "peft"]
         {
-            assert_eq!(hints.of(key, &[], false), "", "{key}");
-            assert_eq!(hints.of(key, &[], true), "", "{key}");
+            assert_eq!(hints.suggest(key, &[], false), "", "{key}");
+            assert_eq!(hints.suggest(key, &[], true), "", "{key}");
         }
-        assert_eq!(hints.of("weight", &[], false), "", "there are too many");
+        assert_eq!(hints.suggest("weight", &[], false), "", "too many candidates");
         let both = ": did you mean `learner.optimizer` or `sft.optimizer`?";
-        assert_eq!(hints.of("optimiser", &[], true), both, "not that of one stage alone");
-        assert_eq!(hints.of("rewards", &[], true), ": did you mean `reward`?");
-        assert_eq!(hints.of("learner.optim", &[], true), ": did you mean `learner.optimizer`?");
+        assert_eq!(hints.suggest("optimiser", &[], true), both, "both stages are suggested");
+        assert_eq!(hints.suggest("rewards", &[], true), ": did you mean `reward`?");
+        assert_eq!(hints.suggest("learner.optim", &[], true), ": did you mean `learner.optimizer`?");
     }
 
     #[test]
-    fn in_a_list_the_keys_of_its_sections_are_looked_at() {
+    fn keys_in_lists_of_sections_are_suggested() {
         let hints = hints();
         let siblings = ["name", "address", "weight", "deadline_s"];
-        assert_eq!(hints.of("reward.custom[0].wieght", &siblings, false), ": did you mean `reward.custom[0].weight`?");
-        assert_eq!(hints.of("reward.custom[0].lr", &siblings, false), "");
+        assert_eq!(
+            hints.suggest("reward.custom[0].wieght", &siblings, false),
+            ": did you mean `reward.custom[0].weight`?"
+        );
+        assert_eq!(hints.suggest("reward.custom[0].lr", &siblings, false), "");
     }
 }

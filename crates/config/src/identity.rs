@@ -1,17 +1,17 @@
-//! Who a process is among the roles of a run, and which files and token prove it.
+//! Roles of a run, and the certificates and the token that authenticate them.
 
 use std::path::{Path, PathBuf};
 
 use unveil_core::Secret;
 
-use crate::load::ConfigError;
-use crate::outside::secret;
+use crate::error::ConfigError;
+use crate::external::read_secret;
 use crate::schema::Config;
 
-/// Shortest token that is taken, in characters: shorter ones can be guessed.
-pub const TOKEN_LEAST: usize = 16;
+/// Minimum length of a token in characters; shorter ones can be guessed.
+pub const MIN_TOKEN_CHARS: usize = 16;
 
-/// What a process is to the others.
+/// Role of a process in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
     /// The learner: serves, and is called by rollout workers.
@@ -20,15 +20,15 @@ pub enum Role {
     Rollout,
     /// The reward service: serves, and is called by rollout workers.
     Reward,
-    /// Anybody else who calls: probes, scripts.
+    /// Any other caller: probes, scripts.
     Client,
 }
 
 impl Role {
-    /// All of them.
+    /// All roles.
     pub const ALL: [Self; 4] = [Self::Learner, Self::Rollout, Self::Reward, Self::Client];
 
-    /// Its name: that of its folder of certificates.
+    /// Returns the name of the role, which is also the name of its certificate directory.
     pub fn name(self) -> &'static str {
         match self {
             Self::Learner => "learner",
@@ -38,56 +38,57 @@ impl Role {
         }
     }
 
-    /// Whether it is called by others.
+    /// Returns whether the role runs a service.
     pub fn serves(self) -> bool {
         matches!(self, Self::Learner | Self::Reward)
     }
 }
 
-/// The files of a role, PEM each.
+/// Certificate files of a role, in PEM format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// Its certificate chain, leaf first.
+    /// Certificate chain, leaf first.
     pub certificate: PathBuf,
-    /// Its key.
+    /// Private key.
     pub key: PathBuf,
-    /// The authority that signed the certificates of all roles.
+    /// Certificate authority of all roles.
     pub ca: PathBuf,
 }
 
 impl TlsFiles {
-    /// Those of one folder, by the names that Kubernetes gives them.
-    pub fn below(folder: &Path) -> Self {
-        Self { certificate: folder.join("tls.crt"), key: folder.join("tls.key"), ca: folder.join("ca.crt") }
+    /// Returns the files of one directory, with the names used by Kubernetes.
+    pub fn in_dir(dir: &Path) -> Self {
+        Self { certificate: dir.join("tls.crt"), key: dir.join("tls.key"), ca: dir.join("ca.crt") }
     }
 }
 
 impl Config {
-    /// The files by which `role` speaks TLS; none where it does not. They need not exist: who uses them says so.
+    /// Returns the certificate files of `role`; `None` without TLS. Existence is checked when they are used.
     pub fn tls_files(&self, role: Role) -> Option<TlsFiles> {
         if self.tls.dir.is_empty() {
             return None;
         }
-        let all = Path::new(&self.tls.dir);
-        let own = all.join(role.name());
-        Some(TlsFiles::below(if own.is_dir() { &own } else { all }))
+        let shared_dir = Path::new(&self.tls.dir);
+        let role_dir = shared_dir.join(role.name());
+        Some(TlsFiles::in_dir(if role_dir.is_dir() { &role_dir } else { shared_dir }))
     }
 
-    /// How addresses of services begin that are started here.
+    /// Returns the URL scheme of services that are started here.
     pub fn scheme(&self) -> &'static str {
         if self.tls.dir.is_empty() { "http" } else { "https" }
     }
 
-    /// The run's token; none where none is named.
+    /// Reads the token of the run; `None` if none is configured.
     ///
     /// # Errors
-    /// The variable or file that is named is not there, or holds less than [`TOKEN_LEAST`] characters.
+    /// Returns [`ConfigError::Invalid`] if the variable or file does not exist, or the token has fewer than [`MIN_TOKEN_CHARS`]
+    /// characters.
     pub fn token(&self) -> Result<Option<Secret>, ConfigError> {
-        let token = secret("auth.token_env or auth.token_file", &self.auth.token_env, &self.auth.token_file)?;
+        let token = read_secret("auth.token_env or auth.token_file", &self.auth.token_env, &self.auth.token_file)?;
         match &token {
-            Some(t) if t.reveal().chars().count() < TOKEN_LEAST => Err(ConfigError::Invalid(vec![format!(
-                "the token that auth.token_env or auth.token_file names is too short: use {TOKEN_LEAST} characters or more, for \
-                 instance of `openssl rand -hex 32`"
+            Some(t) if t.reveal().chars().count() < MIN_TOKEN_CHARS => Err(ConfigError::Invalid(vec![format!(
+                "the token that auth.token_env or auth.token_file names is too short: use at least {MIN_TOKEN_CHARS} characters, for \
+                 example from `openssl rand -hex 32`"
             )])),
             _ => Ok(token),
         }
@@ -99,19 +100,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_role_has_its_own_folder_or_the_only_one() {
+    fn a_role_uses_its_own_directory_or_the_shared_one() {
         let dir = std::env::temp_dir().join(format!("unveil-identity-{}", std::process::id()));
         std::fs::create_dir_all(dir.join("learner")).unwrap();
         let mut c = Config::default();
         assert_eq!((c.tls_files(Role::Learner), c.scheme()), (None, "http"));
         c.tls.dir = dir.display().to_string();
-        assert_eq!(c.tls_files(Role::Learner), Some(TlsFiles::below(&dir.join("learner"))));
+        assert_eq!(c.tls_files(Role::Learner), Some(TlsFiles::in_dir(&dir.join("learner"))));
         assert_eq!(c.tls_files(Role::Rollout).unwrap().key, dir.join("tls.key"));
         assert_eq!(c.scheme(), "https");
     }
 
     #[test]
-    fn a_token_that_can_be_guessed_is_refused() {
+    fn short_tokens_are_refused() {
         let file = std::env::temp_dir().join(format!("unveil-token-{}", std::process::id()));
         let mut c = Config::default();
         assert_eq!(c.token().unwrap(), None);

@@ -1,28 +1,32 @@
-//! Typed configuration: defaults < file < environment (`UNVEIL__SECTION__KEY`) < `--set section.key=value`.
+//! Typed configuration in layers, later ones override: defaults, file, environment (`UNVEIL__SECTION__KEY`), `--set section.key=value`.
 //!
-//! The only room that reads environment variables. Must not know: tokio, tch.
+//! The only crate that reads environment variables. Must not depend on tokio and tch.
 
-mod auto;
+mod box_form;
 mod change;
+mod error;
+mod external;
 mod hint;
 mod identity;
 mod layer;
+mod learning_rates;
 mod load;
-mod outside;
+mod path_checks;
 mod paths;
-mod places;
-mod rates;
+mod reference;
 pub mod schema;
 mod size;
-mod text;
+mod to_toml;
+mod type_errors;
 mod validate;
-mod words;
 
 pub use change::{Change, changes, changes_since, entries};
-pub use identity::{Role, TOKEN_LEAST, TlsFiles};
-pub use load::{ConfigError, Loaded, environment, load, load_from, read};
-pub use outside::secret;
-pub use places::{directory_fault, model_fault};
-pub use rates::Stage;
+pub use error::ConfigError;
+pub use external::read_secret;
+pub use identity::{MIN_TOKEN_CHARS, Role, TlsFiles};
+pub use learning_rates::TrainingStage;
+pub use load::{Loaded, environment, load, load_from, parse};
+pub use path_checks::{directory_problem, model_dir_problem};
+pub use reference::{json_schema, reference_page};
 pub use schema::Config;
-pub use size::{parameters, shown_count};
+pub use size::{count_parameters, format_count};

@@ -1,4 +1,4 @@
-//! The one loader: layers, then types, then combinations. Owns the wording of every configuration error.
+//! Loading of configurations: merges layers, checks types, then values and combinations.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -7,64 +7,27 @@ use std::path::Path;
 use config::{Value as Located, ValueKind};
 use toml::Table;
 
+use crate::error::ConfigError;
 use crate::hint::Hints;
 use crate::layer::{Layer, join};
 use crate::schema::Config;
-use crate::{outside, validate, words};
+use crate::{external, type_errors, validate};
 
-/// What is wrong with a configuration; each message names the key and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Read {
-        /// The file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Not TOML.
-    #[error("{path} is not valid TOML: {message}")]
-    Syntax {
-        /// The file.
-        path: String,
-        /// Line, column and what was expected.
-        message: String,
-    },
-    /// Keys that do not exist and values of the wrong type, one message each.
-    #[error("{}", listed("the configuration cannot be read", .0))]
-    Keys(Vec<String>),
-    /// `--set` without `=`.
-    #[error("`--set {0}`: write it as section.key=value")]
-    Set(String),
-    /// Values that cannot work, one message each.
-    #[error("the configuration cannot run:\n  {}", .0.join("\n  "))]
-    Invalid(Vec<String>),
-}
-
-/// One fault on the line of the error, several below it.
-fn listed(what: &str, faults: &[String]) -> String {
-    match faults {
-        [one] => one.clone(),
-        all => format!("{what}:\n  {}", all.join("\n  ")),
-    }
-}
-
-/// A configuration, and where each of its values comes from.
+/// Loaded configuration with the origins of its values.
 #[derive(Debug, Clone)]
 pub struct Loaded {
-    /// The configuration itself.
+    /// The configuration.
     pub config: Config,
-    /// Where the value of each key comes from that a layer names: `FILE:LINE`, `--set` or `the environment (NAME)`.
+    /// Origin of each key that is set by a layer: `FILE:LINE`, `--set` or `the environment (NAME)`.
     origins: BTreeMap<String, String>,
 }
 
 impl Loaded {
-    /// Loads a configuration: defaults, then `file`, then variables of the environment that begin with `UNVEIL__`, then `sets`
-    /// (`a.b=c`), and checks it.
+    /// Loads and checks a configuration from the defaults, then `file`, then the variables in `environment` that start with `UNVEIL__`, then
+    /// `sets` (`a.b=c`).
     ///
     /// # Errors
-    /// Whatever is wrong with it, all faults of a kind at once.
+    /// Returns a [`ConfigError`] with all problems of one kind.
     pub fn new(
         file: Option<&Path>,
         environment: impl Iterator<Item = (String, String)>,
@@ -77,14 +40,14 @@ impl Loaded {
             layers.push(Layer::file(path, known)?);
         }
         let mut variables: Vec<(String, String)> = environment.collect();
-        let headers = outside::header_variable(&variables);
+        let headers = external::header_variable(&variables);
         variables.retain(|(name, _)| name.starts_with("UNVEIL_"));
         variables.sort();
-        let mut faults = outside::misnamed(variables.iter().map(|(name, _)| name.as_str()), known);
+        let mut problems = external::misnamed_variables(variables.iter().map(|(name, _)| name.as_str()), known);
         for (name, value) in variables {
             let Some(key) = name.strip_prefix("UNVEIL__") else { continue };
             let key = key.to_lowercase().replace("__", ".");
-            layers.push(Layer::text(format!("the environment ({name})"), &key, &value, known));
+            layers.push(Layer::single(format!("the environment ({name})"), &key, &value, known));
         }
         for set in sets {
             let (key, value) = set.split_once('=').ok_or_else(|| ConfigError::Set(set.clone()))?;
@@ -92,86 +55,87 @@ impl Loaded {
             if key.split('.').any(str::is_empty) {
                 return Err(ConfigError::Set(set.clone()));
             }
-            layers.push(Layer::text("--set".to_owned(), key, value.trim(), known));
+            layers.push(Layer::single("--set".to_owned(), key, value.trim(), known));
         }
         let hints = Hints::new(known);
-        faults.extend(layers.iter().flat_map(|layer| words::faults(layer, &hints)));
-        if !faults.is_empty() {
-            return Err(ConfigError::Keys(faults));
+        problems.extend(layers.iter().flat_map(|layer| type_errors::problems(layer, &hints)));
+        if !problems.is_empty() {
+            return Err(ConfigError::Keys(problems));
         }
-        let invalid = |what: String| ConfigError::Invalid(vec![what]);
+        let invalid = |message: String| ConfigError::Invalid(vec![message]);
         let mut builder = config::Config::builder().add_source(defaults);
         for layer in layers {
             builder = builder.add_source(layer);
         }
         let merged = builder.build().map_err(|e| invalid(e.to_string()))?;
         let mut origins = BTreeMap::new();
-        note_origins(&merged.cache, "", &mut origins);
-        // By a table, whose values are taken as they are; the crate itself would round numbers and read words as truth values.
+        collect_origins(&merged.cache, "", &mut origins);
+        // Through a TOML table, which keeps values unchanged; the `config` crate would round numbers and read words as booleans.
         let table: Table = merged.try_deserialize().map_err(|e| invalid(e.to_string()))?;
-        let mut loaded = Self { config: words::typed(table).map_err(|e| invalid(e.message().to_owned()))?, origins };
-        let heads = outside::fill_heads(&mut loaded.config);
-        heads.map_err(|what| loaded.refuse(vec![what]))?;
-        let mut faults = validate::faults(&loaded.config);
-        faults.extend(headers.and_then(|variable| validate::plain::collector(&loaded.config, variable)));
-        if faults.is_empty() { Ok(loaded) } else { Err(loaded.refuse(faults)) }
+        let mut loaded =
+            Self { config: type_errors::deserialize(table).map_err(|e| invalid(e.message().to_owned()))?, origins };
+        let heads = external::fill_heads(&mut loaded.config);
+        heads.map_err(|message| loaded.invalid(vec![message]))?;
+        let mut problems = validate::problems(&loaded.config);
+        problems.extend(headers.and_then(|variable| validate::plaintext::collector_problem(&loaded.config, variable)));
+        if problems.is_empty() { Ok(loaded) } else { Err(loaded.invalid(problems)) }
     }
 
-    /// Where the value of a key comes from; none where it is the default that nothing names.
+    /// Returns the origin of a key's value; `None` if it is a default.
     pub fn origin(&self, key: &str) -> Option<&str> {
         self.origins.get(key).map(String::as_str)
     }
 
-    /// How many keys are named by a layer.
-    pub fn named(&self) -> usize {
+    /// Returns the number of keys that are set by a layer.
+    pub fn set_key_count(&self) -> usize {
         self.origins.len()
     }
 
-    /// Faults of values, each with where the values of the keys that it names come from.
-    pub fn refuse(&self, faults: Vec<String>) -> ConfigError {
-        ConfigError::Invalid(faults.into_iter().map(|fault| self.with_origins(fault)).collect())
+    /// Returns [`ConfigError::Invalid`] with each problem extended by the origins of the keys that it names.
+    pub fn invalid(&self, problems: Vec<String>) -> ConfigError {
+        ConfigError::Invalid(problems.into_iter().map(|problem| self.with_origins(problem)).collect())
     }
 
-    fn with_origins(&self, fault: String) -> String {
-        let tokens = fault.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'));
+    fn with_origins(&self, problem: String) -> String {
+        let tokens = problem.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'));
         let mut keys: Vec<&str> = Vec::new();
         for key in tokens.map(|t| t.trim_matches('.')).filter(|t| self.origins.contains_key(*t)) {
             if !keys.contains(&key) {
                 keys.push(key);
             }
         }
-        let place = |key: &&str| self.origin(key).unwrap_or_default().to_owned();
-        let said = match &keys[..] {
-            [] => return fault,
-            [one] => format!("in {}", place(one)),
-            all => all.iter().map(|k| format!("{k} in {}", place(k))).collect::<Vec<_>>().join(", "),
+        let origin = |key: &&str| self.origin(key).unwrap_or_default().to_owned();
+        let origins = match &keys[..] {
+            [] => return problem,
+            [one] => format!("in {}", origin(one)),
+            all => all.iter().map(|k| format!("{k} in {}", origin(k))).collect::<Vec<_>>().join(", "),
         };
-        format!("{fault} ({said})")
+        format!("{problem} ({origins})")
     }
 }
 
-/// Loads a configuration: defaults, then `file`, then the environment, then `sets` (`a.b=c`), and checks it.
+/// Loads and checks a configuration from the defaults, then `file`, then the environment, then `sets` (`a.b=c`).
 ///
 /// # Errors
-/// Whatever is wrong with it, all faults of a kind at once.
+/// Returns a [`ConfigError`] with all problems of one kind.
 pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Config, ConfigError> {
     load_from(file, environment().into_iter(), sets)
 }
 
-/// The environment, for libraries that read their own variables from it (object store credentials). What of it is a credential is
-/// remembered as a secret, so that [`unveil_core::redact`] knows it.
+/// Returns the environment variables, also for libraries that have their own (object store credentials). Registers the credentials among
+/// them for [`unveil_core::redact`].
 pub fn environment() -> Vec<(String, String)> {
     let text =
         |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned()));
     let all: Vec<(String, String)> = std::env::vars_os().filter_map(text).collect();
-    all.iter().for_each(|(name, value)| outside::remember(name, value));
+    all.iter().for_each(|(name, value)| external::remember_secrets(name, value));
     all
 }
 
-/// [`load`] with the environment given.
+/// Loads and checks a configuration like [`load`], with the given environment.
 ///
 /// # Errors
-/// As [`load`].
+/// Returns a [`ConfigError`] with all problems of one kind.
 pub fn load_from(
     file: Option<&Path>,
     environment: impl Iterator<Item = (String, String)>,
@@ -180,26 +144,27 @@ pub fn load_from(
     Loaded::new(file, environment, sets).map(|loaded| loaded.config)
 }
 
-/// The configuration that a text is, strict about keys and types alone: what was effective once may not be any more. `name` is what
-/// messages call the text.
+/// Parses a complete configuration, checking only keys and types: a configuration saved by another version may be invalid by the rules of
+/// this one. `name` is its origin in messages.
 ///
 /// # Errors
-/// It is not TOML, or holds keys or kinds of values that this version does not know.
-pub fn read(name: &str, text: &str) -> Result<Config, ConfigError> {
+/// Returns [`ConfigError::Syntax`] if the text is not TOML and [`ConfigError::Keys`] for unknown keys and wrong types.
+pub fn parse(name: &str, text: &str) -> Result<Config, ConfigError> {
     let defaults = Layer::defaults()?;
-    let layer = Layer::written(name.to_owned(), text, &defaults.table)?;
-    match words::faults(&layer, &Hints::new(&defaults.table)) {
-        faults if faults.is_empty() => {
-            words::typed(layer.table).map_err(|e| ConfigError::Keys(vec![e.message().to_owned()]))
+    let layer = Layer::parse(name.to_owned(), text, &defaults.table)?;
+    match type_errors::problems(&layer, &Hints::new(&defaults.table)) {
+        problems if problems.is_empty() => {
+            type_errors::deserialize(layer.table).map_err(|e| ConfigError::Keys(vec![e.message().to_owned()]))
         }
-        faults => Err(ConfigError::Keys(faults)),
+        problems => Err(ConfigError::Keys(problems)),
     }
 }
 
-fn note_origins(value: &Located, key: &str, origins: &mut BTreeMap<String, String>) {
+/// Collects the origins of all keys below `key`.
+fn collect_origins(value: &Located, key: &str, origins: &mut BTreeMap<String, String>) {
     match &value.kind {
         ValueKind::Table(table) if !table.is_empty() => {
-            table.iter().for_each(|(name, value)| note_origins(value, &join(key, name), origins));
+            table.iter().for_each(|(name, value)| collect_origins(value, &join(key, name), origins));
         }
         _ => {
             if let Some(origin) = value.origin() {

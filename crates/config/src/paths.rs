@@ -1,16 +1,16 @@
-//! Where the files of a run lie. One place, so that roles started apart find each other's files.
+//! Locations of the files of a run, so that roles that are started separately find each other's files.
 
 use std::path::PathBuf;
 
 use crate::schema::{Config, DataKind};
 
 impl Config {
-    /// The run directory.
+    /// Returns the run directory.
     pub fn run_dir(&self) -> PathBuf {
         PathBuf::from(&self.run.dir)
     }
 
-    /// The record file that training and evaluation read.
+    /// Returns the record file for training and evaluation.
     pub fn records(&self) -> PathBuf {
         match self.data.kind {
             DataKind::Jsonl => PathBuf::from(&self.data.root),
@@ -18,27 +18,27 @@ impl Config {
         }
     }
 
-    /// The model that stage 1 starts from.
+    /// Returns the directory of the model that stage 1 starts from.
     pub fn initial_model(&self) -> PathBuf {
         if self.model.dir.is_empty() { self.run_dir().join("model-init") } else { PathBuf::from(&self.model.dir) }
     }
 
-    /// The model that stage 1 made, and stage 2 starts from.
+    /// Returns the directory of the model that stage 1 produces and stage 2 starts from.
     pub fn stage1_model(&self) -> PathBuf {
         if self.sft.steps == 0 { self.initial_model() } else { self.run_dir().join("stage1") }
     }
 
-    /// The best model of stage 2.
+    /// Returns the directory of the best model of stage 2.
     pub fn final_model(&self) -> PathBuf {
         self.run_dir().join("model")
     }
 
-    /// Path or URL of stage 2's log and checkpoints.
+    /// Returns the path or URL of the log and checkpoints of stage 2.
     pub fn checkpoint_url(&self) -> String {
         if self.checkpoint.url.is_empty() { self.run.dir.clone() } else { self.checkpoint.url.clone() }
     }
 
-    /// Path or URL of stage 1's log and checkpoints.
+    /// Returns the path or URL of the log and checkpoints of stage 1.
     pub fn sft_checkpoint_url(&self) -> String {
         format!("{}/sft", self.checkpoint_url().trim_end_matches('/'))
     }

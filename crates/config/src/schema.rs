@@ -1,7 +1,10 @@
-//! The typed configuration. Every key has a default or is checked when the file is loaded; unknown keys are refused.
+//! The typed configuration. Unknown keys are refused; every key has a default or is checked when the configuration is loaded.
+//!
+//! The doc comments of sections and keys are the text of the configuration reference.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use unveil_core::{BoxForm, Logprobs};
+use unveil_core::{BoxForm, LogprobKind};
 
 mod access;
 mod answer;
@@ -19,12 +22,12 @@ mod telemetry;
 pub use access::{Auth, Tls};
 pub use answer::Answer;
 pub use collect::Collect;
-pub(crate) use endpoint::Endpoint;
+pub(crate) use endpoint::ChatEndpoint;
 pub use health::Health;
 pub use launch::Launch;
 pub use learner::{
-    Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlace, Learner, LossMean, RatioBase, RatioLevel,
-    Whiten,
+    Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlacement, Learner, LossReduction, RatioBase,
+    RatioLevel, Whiten,
 };
 pub use lora::Lora;
 pub use parallel::Parallel;
@@ -33,78 +36,80 @@ pub use reward::{
     Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
 };
 pub use reward_service::{Judge, RewardService};
-pub use telemetry::{LogForm, Telemetry};
+pub use telemetry::{LogFormat, Telemetry};
 
-/// The whole configuration of a run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+/// Complete configuration of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Default)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Run directory, seed, resources.
+    /// Run directory, seed, device and precision.
     pub run: Run,
-    /// Where the model comes from.
+    /// Initial model.
     pub model: Model,
-    /// How answers are read.
+    /// Parsing of answers.
     pub answer: Answer,
     /// Training and held-out data.
     pub data: Data,
-    /// Stage 1.
+    /// Stage 1: supervised fine-tuning.
     pub sft: Sft,
-    /// Sampling in stage 2.
+    /// Sampling and rollout workers in stage 2.
     pub rollout: Rollout,
-    /// Reward components.
+    /// Reward components and the reward service.
     pub reward: Reward,
-    /// Stage 2.
+    /// Stage 2: reinforcement learning.
     pub learner: Learner,
-    /// Held-out evaluation.
+    /// Evaluation on held-out data.
     pub eval: Eval,
-    /// Checkpoints.
+    /// Checkpoint location and retention.
     pub checkpoint: Checkpoint,
-    /// Processes on one machine.
+    /// Placement of the processes on one machine.
     pub launch: Launch,
-    /// Collecting answers from a vision model.
+    /// Collection of answers from a vision model.
     pub collect: Collect,
-    /// Signs of life for whoever started the process.
+    /// Health endpoint for probes.
     pub health: Health,
     /// Logs and traces.
     pub telemetry: Telemetry,
     /// TLS between the roles.
     pub tls: Tls,
-    /// The token that the roles share.
+    /// Token shared by the roles.
     pub auth: Auth,
 }
 
-/// Run directory, seed, resources.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Run directory, seed, device and precision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Run {
-    /// Local directory of the run.
+    /// Local directory of the run; created if missing.
     pub dir: String,
-    /// Seed of everything random.
+    /// Seed of all random numbers of the run.
     pub seed: u64,
-    /// `auto` (newest checkpoint that verifies, or start), `never`, or a step number.
+    /// Checkpoint to resume from: `auto` (the newest valid checkpoint, or a fresh start if there is none), `never` (a fresh start), or a
+    /// step number.
     pub resume: String,
-    /// Directory that every batch of stage 2 is written to before its update, as `step-N`; empty = none.
+    /// Directory for dumps of the stage 2 batches: each batch is written to `step-N` before its update. Empty: no dumps.
     pub dump_batch: String,
-    /// Threads of stage 1 and of the evaluations before and after stage 2 (0 = all cores).
+    /// CPU threads of stage 1 and of the evaluations before and after stage 2; 0 uses all cores.
     pub threads: usize,
-    /// `cpu`, `cuda`, `cuda:N`, or `auto`.
+    /// Device: `cpu`, `cuda` (the first GPU), `cuda:N` (GPU N, from 0), or `auto` (a GPU if one is available, else the CPU).
     pub device: String,
-    /// Repeat a run bit for bit on machines of one kind: only algorithms of libtorch that give the same again, and leases of exactly
-    /// `rollout.groups_per_lease` groups, each generated on its own. Needs `rollout.max_staleness = 0`.
+    /// Makes a run repeatable bit for bit on machines of the same kind: libtorch uses deterministic algorithms only, and every lease holds
+    /// exactly `rollout.groups_per_lease` groups, each generated separately. Requires `rollout.max_staleness = 0` and a
+    /// `rollout.groups_per_lease` that divides `learner.groups`.
     pub deterministic: bool,
-    /// Weights that are computed with. The learner of stage 2 keeps its master weights in fp32, stage 1 is fp32 whole, and so are
-    /// activations always.
+    /// Data type of the weights in computation: `float32` or `bfloat16`. Activations are always fp32, the stage 2 learner keeps fp32 master
+    /// weights, and stage 1 runs entirely in fp32.
     pub dtype: Dtype,
 }
 
-/// Kind of numbers that weights are held in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Data type of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
-    /// 4 bytes.
+    /// 32-bit floating point (4 bytes per weight).
     #[default]
     Float32,
-    /// 2 bytes.
+    /// bfloat16 (2 bytes per weight).
     Bfloat16,
 }
 
@@ -123,19 +128,20 @@ impl Default for Run {
     }
 }
 
-/// Where the model comes from: a directory, or a preset written from scratch.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Initial model: a model directory, or a preset that is initialised with random weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Model {
-    /// Hugging Face model directory; empty = `family` and `preset` from scratch.
+    /// Model directory in Hugging Face layout. Empty: a model with random weights is created from `family` and `preset`.
     pub dir: String,
-    /// Model family.
+    /// Model family of a model created from scratch; ignored if `dir` is set.
     pub family: String,
-    /// Preset of that family.
+    /// Size preset of the family for a model created from scratch; ignored if `dir` is set.
     pub preset: String,
-    /// How boxes are written in answers: `auto` (as the model's family does), `absolute` (pixels of the resized image), `per_mille`
-    /// (thousandths of the sides), `qwen2_vl` (thousandths between box tokens), `llava` (fractions with three decimals).
-    #[serde(with = "crate::auto")]
+    /// Notation of boxes in answers: `auto` (the notation of the model family), `absolute` (pixels of the resized image), `per_mille`
+    /// (thousandths of the image sides), `qwen2_vl` (thousandths between box tokens), or `llava` (fractions with three decimals).
+    #[serde(with = "crate::box_form")]
+    #[schemars(with = "String")]
     pub boxes: Option<BoxForm>,
 }
 
@@ -145,45 +151,45 @@ impl Default for Model {
     }
 }
 
-/// Kind of data source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Source of the training data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataKind {
-    /// Generated by `data synth`.
+    /// Synthetic images, generated as by `unveil data synth`.
     Synth,
-    /// Pascal VOC directory at `root`.
+    /// Pascal VOC directory `data.root`.
     Voc,
-    /// Record file at `root`.
+    /// Record file `data.root` (JSON lines).
     Jsonl,
 }
 
 /// Training and held-out data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
-    /// Source.
+    /// Source: `synth` (generated images), `voc` (a Pascal VOC directory) or `jsonl` (a record file).
     pub kind: DataKind,
-    /// Directory (voc) or file (jsonl).
+    /// Path of the data: a directory for `voc`, a file for `jsonl`; not used for `synth`.
     pub root: String,
-    /// Class to look for in a VOC directory.
+    /// Class name in the VOC annotations whose objects are the findings; required for `voc`.
     pub class: String,
-    /// Category name in words for that class.
+    /// Category written in questions and answers for that VOC class.
     pub category: String,
-    /// Images may lie outside the folder of their record file: absolute paths, `..`, and links that leave it.
+    /// Allows images outside the directory of the record file: absolute paths, `..`, and symbolic links that lead out of it.
     pub outside: bool,
-    /// Question asked of every image when records have none.
+    /// Question for records without one.
     pub question: String,
-    /// Synthetic data.
+    /// Synthetic data; used if `kind = "synth"`.
     pub synth: Synth,
-    /// Split to train on.
+    /// Name of the split to train on.
     pub train_split: String,
-    /// Split for evaluation during training and to choose the best checkpoint.
+    /// Name of the split for evaluation during training and for choosing the best checkpoint; must differ from `train_split`.
     pub val_split: String,
-    /// Split that summary.json speaks of; used once before and once after stage 2.
+    /// Name of the split reported in summary.json; evaluated once before and once after stage 2; must differ from `train_split`.
     pub test_split: String,
-    /// Augmentation of training images.
+    /// Random augmentation of training images.
     pub augment: Augment,
-    /// Categories in words and their synonyms that count as a mention: `{"nodule" = ["nodules"]}`.
+    /// Known categories with the synonyms that count as naming them: `{"nodule" = ["nodules"]}`.
     pub synonyms: std::collections::BTreeMap<String, Vec<String>>,
 }
 
@@ -206,19 +212,20 @@ impl Default for Data {
     }
 }
 
-/// Synthetic data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Size and seed of the synthetic data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Synth {
-    /// Training images.
+    /// Number of training images.
     pub train: usize,
-    /// Validation images.
+    /// Number of validation images.
     pub val: usize,
-    /// Test images.
+    /// Number of test images.
     pub test: usize,
-    /// Seed of the data (not of the run).
+    /// Seed of the data, independent of `run.seed`.
     pub seed: u64,
-    /// Side in pixels.
+    /// Side length of the images in pixels; a multiple of 16 from 48 to 448.
+    #[schemars(range(min = 48, max = 448))]
     pub size: u32,
 }
 
@@ -228,17 +235,19 @@ impl Default for Synth {
     }
 }
 
-/// Augmentation of training images.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Random augmentation of training images.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Augment {
-    /// Smallest crop as a fraction of the side; 1 = no cropping.
+    /// Smallest side of a random crop, as a fraction of the image side, above 0 up to 1; 1 disables cropping.
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
     pub crop_min: f32,
-    /// Mirror left-right at random.
+    /// Mirrors images left to right with probability 1/2.
     pub flip_horizontal: bool,
-    /// Mirror top-bottom at random.
+    /// Mirrors images top to bottom with probability 1/2.
     pub flip_vertical: bool,
-    /// Brightness and contrast change, as a fraction; 0 = none.
+    /// Maximum relative change of brightness and contrast, from 0 up to below 1; 0 disables it.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub jitter: f32,
 }
 
@@ -248,27 +257,31 @@ impl Default for Augment {
     }
 }
 
-/// AdamW and its schedule.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// AdamW and its learning rate schedule.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Optimizer {
-    /// Peak learning rate. The default is for models of some million parameters: above half a billion it must be set.
+    /// Peak learning rate, above 0. The default suits models of a few million parameters; for models above 500 million parameters it must
+    /// be set explicitly.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub lr: f64,
-    /// A rate above 5e-5 is meant, though all weights of a model above half a billion parameters are trained.
+    /// Confirms a learning rate above 5e-5 for full training of a model above 500 million parameters, which is otherwise refused.
     pub allow_high_lr: bool,
-    /// Steps of linear warm-up; then the rate is constant.
+    /// Number of updates of linear warm-up; afterwards the rate is constant until it decays.
     pub warmup: u64,
-    /// Share of all steps, at the end, over which the rate falls linearly to `lr_end` times `lr`; 0 = stays constant.
+    /// Fraction of all updates, at the end, over which the rate falls linearly to `lr * lr_end`, 0 to 1; 0 keeps the rate constant.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub decay: f64,
-    /// Learning rate at the end, as a fraction of `lr`.
+    /// Final learning rate as a fraction of `lr`, 0 to 1.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub lr_end: f64,
-    /// Adam's betas.
+    /// Decay rates of Adam's first and second moment, each from 0 up to below 1.
     pub betas: [f64; 2],
     /// Adam's epsilon.
     pub eps: f64,
-    /// Decoupled weight decay of matrices.
+    /// Decoupled weight decay; applied to matrices only (parameters with two or more dimensions).
     pub weight_decay: f64,
-    /// Gradient clipping by global norm; 0 = none.
+    /// Maximum global norm of the gradient; larger gradients are scaled down. 0 disables clipping.
     pub clip_norm: f64,
 }
 
@@ -288,19 +301,20 @@ impl Default for Optimizer {
     }
 }
 
-/// Stage 1: cross-entropy on answers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Stage 1: supervised fine-tuning by cross-entropy on the reference answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sft {
-    /// Updates; 0 skips stage 1.
+    /// Number of updates; 0 skips stage 1.
     pub steps: u64,
     /// Images per update.
+    #[schemars(range(min = 1))]
     pub batch: usize,
-    /// Optimiser.
+    /// Optimiser of stage 1.
     pub optimizer: Optimizer,
-    /// Held-out evaluation every so many steps; 0 = only at the end.
+    /// Updates between evaluations on the validation split; 0 evaluates at the end only.
     pub eval_every: u64,
-    /// Checkpoint every so many steps; 0 = only at the end.
+    /// Updates between checkpoints; 0 saves at the end only.
     pub checkpoint_every: u64,
 }
 
@@ -310,69 +324,85 @@ impl Default for Sft {
     }
 }
 
-/// Sampling in stage 2.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Sampling and rollout workers in stage 2.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Rollout {
-    /// Responses per group.
+    /// Responses per group (prompt), 1 to 1024; algorithms that compare responses need at least 2.
+    #[schemars(range(min = 1))]
     pub n: usize,
-    /// Sampling temperature.
+    /// Sampling temperature, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub temperature: f64,
-    /// Draw among the k most probable tokens only; 0 = all.
+    /// Samples from the k most probable tokens only; 0 disables the filter.
     pub top_k: usize,
-    /// Draw among the most probable tokens that together reach this probability; 1 = all.
+    /// Samples from the smallest set of most probable tokens that reaches this probability, above 0 up to 1; 1 disables the filter.
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
     pub top_p: f64,
-    /// Draw among tokens with at least this share of the most probable one's probability; 0 = all.
+    /// Samples only tokens with at least this fraction of the most probable token's probability, 0 to 1; 0 disables the filter.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub min_p: f64,
-    /// The distribution that log-probabilities are of, on both sides: `tempered` (the one sampled from, without the three
-    /// filters) or `untempered`.
-    pub logprobs: Logprobs,
-    /// Texts that end a response besides the end token.
+    /// Distribution of the log-probabilities in rollout and learner: `tempered` (the distribution at `temperature`, before the three
+    /// filters) or `untempered` (at temperature 1).
+    pub logprobs: LogprobKind,
+    /// Strings that end a response, in addition to the end token. Empty: the end token only.
     pub stop: Vec<String>,
-    /// Length cap in tokens.
+    /// Maximum length of a response in tokens.
+    #[schemars(range(min = 1))]
     pub max_new_tokens: usize,
-    /// Groups a worker leases and generates at once.
+    /// Groups that a worker leases and generates at a time, 1 to 4096.
+    #[schemars(range(min = 1))]
     pub groups_per_lease: usize,
-    /// Weight versions that a trajectory's oldest token may be behind the learner; 0 = strictly on-policy: batch after batch, and
-    /// the same result whatever the timing. Above 0, rollout goes on while the learner trains, and weights change under it.
+    /// Maximum age of the oldest token of a response, in weight versions behind the learner; 0 to 1000 and at most `learner.steps`. With 0,
+    /// training is strictly on-policy: generation and training alternate, and the result does not depend on timing. Above 0, workers
+    /// generate while the learner trains, and receive new weights in the middle of responses.
+    #[schemars(range(min = 0, max = 1000))]
     pub max_staleness: u64,
-    /// Seconds until a lease goes to another worker that its worker's heartbeat does not renew. Heartbeats renew it for as long as
-    /// the work goes on, so it need not last for the work.
+    /// Seconds after the last heartbeat at which a lease expires and its groups are leased to another worker. Heartbeats renew a lease
+    /// during work, so it may be shorter than the work takes.
+    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
     pub lease_s: f64,
-    /// Seconds without a decode step, an arriving part of weights or of an image, or a scored group after which a worker's groups go
-    /// to others, though it lives. Above `reward.deadline_s`, and longer than the prefill of a whole lease takes.
+    /// Seconds without progress after which the groups of a live worker are leased to others. Progress is a decode step, a received part of
+    /// weights or of an image, or a scored group. Must be above `reward.deadline_s` and longer than the prefill of a whole lease.
+    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
     pub stall_s: f64,
-    /// Seconds that a worker waits for a learner that cannot be reached before it gives up.
+    /// Seconds that a worker retries to reach the learner before it exits.
+    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
     pub patience_s: f64,
-    /// Workers that are lost with a group in hand, or cannot make it, before the group is set aside as dropped and its record named;
-    /// 0 = none ever is.
+    /// Failed attempts at a group (workers lost while holding it, or unable to generate it) after which the group is set aside and its
+    /// record reported; 0 retries without limit.
     pub max_losses: u32,
-    /// Threads of each rollout worker (0 = all cores).
+    /// CPU threads of each rollout worker; 0 uses all cores.
     pub threads: usize,
-    /// Rollout workers that `train` starts.
+    /// Number of rollout workers that `unveil train` starts.
+    #[schemars(range(min = 1))]
     pub workers: usize,
-    /// Responses that a worker decodes at once.
+    /// Maximum number of responses that a worker decodes in parallel; at least `n`.
+    #[schemars(range(min = 1))]
     pub max_rows: usize,
-    /// GiB that keys, values and work may take in a worker; 0 = what is free.
+    /// Memory limit of a worker for KV cache and activations, in GiB; 0 uses the memory that is free at start.
+    #[schemars(range(min = 0.0))]
     pub memory_gib: f64,
-    /// How new weights come to the workers.
+    /// Transport of new weights to the workers: `grpc` (each worker fetches them) or `broadcast` (the learner broadcasts them over NCCL or
+    /// Gloo).
     pub weight_sync: WeightSync,
-    /// Seconds that workers have to come to a broadcast, and that each of its calls may take (1 to 600); who is later takes the
-    /// gRPC stream. A worker that died meanwhile holds the others up for so long.
+    /// Timeout in seconds (1 to 600) for workers to join a broadcast, and for each of its collective calls; a worker that is late fetches
+    /// the weights over gRPC. If a worker dies, the others wait this long for it.
+    #[schemars(range(min = 1.0, max = 600.0))]
     pub broadcast_s: f64,
-    /// Listen address of a worker's Prometheus page (`/metrics`); empty = none. Workers on one machine need different ports.
+    /// Listen address `host:port` of a worker's Prometheus page (`/metrics`); workers on one machine need different ports. Empty: no page.
     pub metrics_listen: String,
 }
 
-/// How new weights come to the workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Transport of new weights to the workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightSync {
-    /// Each worker fetches them over gRPC.
+    /// Each worker fetches the weights over gRPC.
     Grpc,
-    /// The learner broadcasts them to all workers that follow it, over NCCL where its device is a GPU, over Gloo on CPUs; other
-    /// workers, and those whose broadcast fails, fetch them over gRPC. On GPUs both ends hold what is sent once more in device
-    /// memory; where there is no room for it, it passes through host memory.
+    /// The learner broadcasts the weights to all subscribed workers: over NCCL if its device is a GPU, over Gloo on CPUs. Other workers,
+    /// and those whose broadcast fails, fetch them over gRPC. On GPUs both ends keep a second copy of the sent weights in device memory; if
+    /// it does not fit, they go through host memory.
     Broadcast,
 }
 
@@ -384,7 +414,7 @@ impl Default for Rollout {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
-            logprobs: Logprobs::Tempered,
+            logprobs: LogprobKind::Tempered,
             stop: Vec::new(),
             max_new_tokens: 40,
             groups_per_lease: 16,
@@ -404,18 +434,18 @@ impl Default for Rollout {
     }
 }
 
-/// Held-out evaluation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Evaluation on held-out data.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Eval {
-    /// Images of the validation split that are used during training; 0 = all.
+    /// Number of validation images evaluated during training; 0 uses all.
     pub val_limit: usize,
     /// Images per batch.
     pub batch: usize,
-    /// Held-out images shown in the report.
+    /// Number of held-out images shown in the report.
     pub report_images: usize,
-    /// Suites that validation during training measures besides the summary; their numbers are in the `eval` events and in the
-    /// report. `grounding` answers every image a second time, with the image withheld.
+    /// Additional metric suites of the validation during training: `grounding`, `mau`. Their results are in the `eval` events and in the
+    /// report. `grounding` answers every image a second time, with the image withheld. Empty: the summary metrics only.
     pub suites: Vec<Suite>,
 }
 
@@ -425,21 +455,21 @@ impl Default for Eval {
     }
 }
 
-/// A suite of held-out metrics beyond the summary.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Suite of held-out metrics in addition to the summary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Suite {
-    /// Where boxes lie and where the model looks, with and without the image.
+    /// Quality of boxes and attention, with the image and with the image withheld.
     Grounding,
-    /// Accuracy per source and on average over the sources.
+    /// Accuracy per data source, and averaged over the sources.
     Mau,
 }
 
 impl Suite {
-    /// All of them.
+    /// All suites.
     pub const ALL: [Self; 2] = [Self::Grounding, Self::Mau];
 
-    /// Its name in configurations and on the command line.
+    /// Returns the name used in configurations and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Grounding => "grounding",
@@ -448,18 +478,19 @@ impl Suite {
     }
 }
 
-/// Checkpoints.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Checkpoint location and retention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
-    /// Path or URL (`s3://bucket/prefix`) that holds `log/` and `checkpoints/`; empty = the run directory.
+    /// Path or URL (`s3://bucket/prefix`) for `log/` and `checkpoints/`. Empty: the run directory.
     pub url: String,
-    /// Newest checkpoints that are kept (the best one is kept besides).
+    /// Number of newest checkpoints to keep; the best checkpoint is kept in addition.
     pub keep: usize,
-    /// Checkpoints whose step is a multiple of this are kept besides (0 = none).
+    /// Keeps, in addition, every checkpoint whose step is a multiple of this; 0 keeps none in addition.
     pub keep_every: u64,
-    /// Saves that may fail in a row, at least 1: the older checkpoint stays and training goes on, until so many have. A failed save at
-    /// the end of a run, and another learner that holds it, are errors at once.
+    /// Number of consecutive failed saves, at least 1, that ends the run; until then training continues and the previous checkpoint
+    /// remains. A failed save at the end of a run, or a second learner writing to the same location, ends it immediately.
+    #[schemars(range(min = 1))]
     pub max_failures: u32,
 }
 

@@ -1,4 +1,4 @@
-//! Layers, types and combinations together: what loads, and what is said of what does not.
+//! Tests of the loader as a whole: layers, types, combinations and error messages.
 
 use super::*;
 use crate::schema::WeightSync;
@@ -14,7 +14,7 @@ fn with(text: &str, env: &[(&str, &str)], sets: &[&str]) -> Result<Config, Confi
 }
 
 #[test]
-fn layers_in_order() {
+fn later_layers_override_earlier_ones() {
     let text = "[run]\nseed = 1\ndir = \"a\"\n[learner]\nsteps = 5";
     let c = with(text, &[("UNVEIL__RUN__SEED", "2"), ("UNVEIL__RUN__DIR", "b")], &["run.seed=3"]).unwrap();
     assert_eq!((c.run.seed, c.run.dir.as_str(), c.learner.steps), (3, "b", 5));
@@ -22,7 +22,7 @@ fn layers_in_order() {
 }
 
 #[test]
-fn staleness_that_makes_no_sense_is_refused() {
+fn invalid_staleness_is_refused() {
     let e = |sets: &[&str]| with("", &[], sets).unwrap_err().to_string();
     for (sets, word) in [
         (&["rollout.max_staleness=-1"][..], "max_staleness"),
@@ -39,7 +39,7 @@ fn staleness_that_makes_no_sense_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_the_same_again_is_refused() {
+fn nondeterministic_settings_are_refused() {
     let fault = |sets: &[&str]| {
         let sets = [&["run.deterministic=true"][..], sets].concat();
         with("", &[], &sets).unwrap_err().to_string()
@@ -52,7 +52,7 @@ fn what_cannot_be_the_same_again_is_refused() {
 }
 
 #[test]
-fn weight_sync_is_one_of_two() {
+fn weight_sync_is_checked() {
     let c = with("", &[], &["rollout.weight_sync=broadcast", "rollout.broadcast_s=2.5"]).unwrap();
     assert_eq!((c.rollout.weight_sync, c.rollout.broadcast_s), (WeightSync::Broadcast, 2.5));
     assert_eq!(with("", &[], &[]).unwrap().rollout.weight_sync, WeightSync::Grpc);
@@ -86,7 +86,7 @@ fn errors_name_the_key() {
 }
 
 #[test]
-fn choices_of_the_learner_are_read_and_checked() {
+fn learner_choices_are_checked() {
     let text = "[learner]\nalgorithm = \"reinforce_plus_plus_baseline\"\nratio = \"sequence\"\nratio_to = \"learner\"\nimportance = \"mask\"\nloss_mean = \"sequence_max_length\"\nkl_form = \"k2\"\nkl_in = \"reward\"\nwhiten = \"always\"";
     let l = with(text, &[], &["learner.clip_dual=3", "learner.kl_coef=0.1", "learner.kl_target=6"]).unwrap().learner;
     use crate::schema::*;
@@ -97,10 +97,10 @@ fn choices_of_the_learner_are_read_and_checked() {
             RatioLevel::Sequence,
             RatioBase::Learner,
             Importance::Mask,
-            LossMean::SequenceMaxLength
+            LossReduction::SequenceMaxLength
         )
     );
-    assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlace::Reward, Whiten::Always, 3.0));
+    assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlacement::Reward, Whiten::Always, 3.0));
     let faults: [(&[&str], &[&str]); 30] = [
         (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
         (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
@@ -145,10 +145,10 @@ fn choices_of_the_learner_are_read_and_checked() {
 }
 
 #[test]
-fn suites_are_read_and_checked() {
+fn eval_suites_are_checked() {
     use crate::schema::Suite;
-    let found = with("[eval]\nsuites = [\"grounding\", \"mau\"]", &[], &[]).unwrap().eval.suites;
-    assert_eq!(found, Suite::ALL);
+    let suites = with("[eval]\nsuites = [\"grounding\", \"mau\"]", &[], &[]).unwrap().eval.suites;
+    assert_eq!(suites, Suite::ALL);
     for suite in Suite::ALL {
         let text = format!("[eval]\nsuites = [\"{}\"]", suite.name());
         assert_eq!(with(&text, &[], &[]).unwrap().eval.suites, [suite]);
@@ -160,7 +160,7 @@ fn suites_are_read_and_checked() {
 }
 
 #[test]
-fn numbers_and_options() {
+fn numbers_and_options_are_parsed() {
     let c = with("[learner.optimizer]\nlr = 1", &[], &["reward.vision_relevance.layers=[2]", "run.resume=40"]).unwrap();
     assert_eq!(c.learner.optimizer.lr, 1.0);
     assert_eq!(c.reward.vision_relevance.layers, [2]);
@@ -175,7 +175,7 @@ fn numbers_and_options() {
 }
 
 #[test]
-fn choices_of_the_reward_are_read_and_checked() {
+fn reward_choices_are_checked() {
     let text = r#"
         [reward.localization]
         overlap = "giou"
@@ -199,7 +199,7 @@ fn choices_of_the_reward_are_read_and_checked() {
     let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
     assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
     let faults: [(&[&str], &[&str]); 18] = [
-        (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "rise"]),
+        (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "increase"]),
         (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
         (&["localization.overlap=diou"], &["diou", "ciou"]),
         (&["vision_relevance.sink=0.5"], &["sink", "above 1"]),
@@ -227,7 +227,7 @@ fn choices_of_the_reward_are_read_and_checked() {
 }
 
 #[test]
-fn faults_of_collecting_are_named() {
+fn collect_settings_are_checked() {
     for (sets, words) in [
         (&["collect.base_url=http://x/v1"][..], &["collect.base_url", "collect.model"][..]),
         (&["collect.max_side=8"], &["collect.max_side", "64 to 8192"]),
@@ -236,7 +236,7 @@ fn faults_of_collecting_are_named() {
         (&["collect.attempt_s=0", "collect.deadline_s=-1"], &["collect.attempt_s", "collect.deadline_s"]),
         (&["collect.per_minute=-1", "collect.temperature=-1"], &["collect.per_minute", "collect.temperature"]),
         (&["collect.price_prompt=-1", "collect.price_answer=-2"], &["collect.price_prompt", "collect.price_answer"]),
-        (&["collect.budget=5"], &["collect.budget", "without a price"]),
+        (&["collect.budget=5"], &["collect.budget", "without prices"]),
     ] {
         let m = with("", &[], sets).unwrap_err().to_string();
         assert!(words.iter().all(|w| m.contains(w)), "{sets:?}: {m}");
@@ -252,7 +252,7 @@ fn calibrated_heads_are_read_and_frozen() {
     let file = format!("reward.vision_relevance.heads_file={}", path.display());
     let c = with("", &[], &[&file]).unwrap();
     assert_eq!(c.reward.vision_relevance.heads, [[3, 1], [4, 0]]);
-    assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c, "what is effective loads again");
+    assert_eq!(with(&toml::to_string(&c).unwrap(), &[], &[]).unwrap(), c, "the effective configuration loads again");
     for other in ["reward.vision_relevance.heads=[[0,0]]", "reward.vision_relevance.layers=[1]"] {
         let e = with("", &[], &[&file, other]).unwrap_err().to_string();
         assert!(e.contains("heads_file") && e.contains("other heads"), "{e}");
@@ -271,8 +271,8 @@ fn shown_defaults_load_back() {
     assert_eq!(with(&text, &[], &[]).unwrap(), Config::default());
 }
 
-/// The message for a file `c.toml` with this text, without the folder.
-fn said(text: &str, env: &[(&str, &str)], sets: &[&str]) -> String {
+/// Returns the error message for a file `c.toml` with this text, without the directory.
+fn error_message(text: &str, env: &[(&str, &str)], sets: &[&str]) -> String {
     let message = with(text, env, sets).unwrap_err().to_string();
     let file = message.find("/unveil-config-").and_then(|at| Some((at, at + message[at..].find("c.toml")?)));
     let Some((at, end)) = file else { return message };
@@ -281,41 +281,38 @@ fn said(text: &str, env: &[(&str, &str)], sets: &[&str]) -> String {
 }
 
 #[test]
-fn all_wrong_keys_of_all_layers_are_named_at_once_with_their_lines() {
+fn problems_of_all_layers_are_reported_with_their_lines() {
     let text = "[run]\nsede = 1\n\n[learner]\nlr = 1\nsteps = \"many\"\n\n[wandb]\nproject = 1\n\n[[reward.custom]]\nname = \"a\"\n\
                 address = \"http://x\"\nwieght = 2\nrnage = [0, 1]\n";
-    let found = said(text, &[("UNVEIL__SFT__STEP", "4"), ("UNVEIL_LEARNER_STEPS", "5")], &["actor=3", "rollout.n=x"]);
-    let wanted = "the configuration cannot be read:
-  the environment variable UNVEIL_LEARNER_STEPS sets nothing: write UNVEIL__LEARNER__STEPS, with two underscores between the parts
+    let message =
+        error_message(text, &[("UNVEIL__SFT__STEP", "4"), ("UNVEIL_LEARNER_STEPS", "5")], &["actor=3", "rollout.n=x"]);
+    let expected = "the configuration cannot be read:
+  the environment variable UNVEIL_LEARNER_STEPS has no effect: write UNVEIL__LEARNER__STEPS, with two underscores between the parts
   unknown key `learner.lr` in c.toml:5: did you mean `learner.optimizer.lr`?
-  `learner.steps` in c.toml:6 is a string (\"many\"); an integer is needed
+  `learner.steps` in c.toml:6 is a string (\"many\"); expected an integer
   unknown key `reward.custom[0].rnage` in c.toml:15: did you mean `reward.custom[0].range`?
   unknown key `reward.custom[0].wieght` in c.toml:14: did you mean `reward.custom[0].weight`?
   unknown key `run.sede` in c.toml:2: did you mean `run.seed`?
   unknown key `wandb` in c.toml:8
   unknown key `sft.step` in the environment (UNVEIL__SFT__STEP): did you mean `sft.steps`?
   unknown key `actor` in --set
-  `rollout.n` in --set is a string (\"x\"); an integer is needed";
-    assert_eq!(found, wanted);
+  `rollout.n` in --set is a string (\"x\"); expected an integer";
+    assert_eq!(message, expected);
 }
 
 #[test]
-fn wrong_values_are_said_in_words_with_key_layer_and_what_is_allowed() {
-    for (text, sets, wanted) in [
+fn wrong_values_are_reported_with_key_origin_and_expectation() {
+    for (text, sets, expected) in [
         ("", &["learner.steps=-3"][..], "`learner.steps` in --set is -3: use 0 or more"),
         ("", &["learner.parallel.zero=256"], "`learner.parallel.zero` in --set is 256: use 0 to 255"),
-        (
-            "",
-            &["rollout.max_staleness=1.5"],
-            "`rollout.max_staleness` in --set is a number (1.5); an integer is needed",
-        ),
+        ("", &["rollout.max_staleness=1.5"], "`rollout.max_staleness` in --set is a number (1.5); expected an integer"),
         (
             "",
             &["learner.optimizer.lr=fast"],
-            "`learner.optimizer.lr` in --set is a string (\"fast\"); a number is needed",
+            "`learner.optimizer.lr` in --set is a string (\"fast\"); expected a number",
         ),
-        ("", &["learner.recompute=1"], "`learner.recompute` in --set is an integer (1); true or false is needed"),
-        ("", &["learner.recompute=yes"], "`learner.recompute` in --set is a string (\"yes\"); true or false is needed"),
+        ("", &["learner.recompute=1"], "`learner.recompute` in --set is an integer (1); expected true or false"),
+        ("", &["learner.recompute=yes"], "`learner.recompute` in --set is a string (\"yes\"); expected true or false"),
         (
             "[learner]\nalgorithm = \"dapo\"",
             &[],
@@ -325,19 +322,19 @@ fn wrong_values_are_said_in_words_with_key_layer_and_what_is_allowed() {
         (
             "",
             &["learner.frozen=vision_tower"],
-            "`learner.frozen` in --set is a string (\"vision_tower\"); a list is needed: write it as [\"vision_tower\"]",
+            "`learner.frozen` in --set is a string (\"vision_tower\"); expected a list: write it as [\"vision_tower\"]",
         ),
         (
             "",
             &["learner.optimizer.betas=[0.9]"],
-            "`learner.optimizer.betas` in --set is a list ([0.9]); a list of 2 values is needed",
+            "`learner.optimizer.betas` in --set is a list ([0.9]); expected a list of 2 values",
         ),
-        ("sft = 3", &[], "`sft` in c.toml:1 is an integer (3); a section with keys of its own is needed"),
-        ("[model]\ndir = [\"a\"]", &[], "`model.dir` in c.toml:2 is a list ([\"a\"]); a string is needed"),
+        ("sft = 3", &[], "`sft` in c.toml:1 is an integer (3); expected a section"),
+        ("[model]\ndir = [\"a\"]", &[], "`model.dir` in c.toml:2 is a list ([\"a\"]); expected a string"),
         (
             "[model]\nboxes = \"pixels\"",
             &[],
-            "`model.boxes` in c.toml:2: `pixels` is no box form: use absolute, per_mille, qwen2_vl or llava, or auto",
+            "`model.boxes` in c.toml:2: `pixels` is not a box form: use absolute, per_mille, qwen2_vl or llava, or auto",
         ),
         ("", &["reward.custom=[{name=\"a\"}]"], "`reward.custom[0]` in --set has no `address`"),
         (
@@ -345,38 +342,39 @@ fn wrong_values_are_said_in_words_with_key_layer_and_what_is_allowed() {
             &["learner.algorithm=3"],
             "`learner.algorithm` in --set is \"3\": use grpo, ppo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline",
         ),
-        ("", &["learner.algorithm=[3]"], "`learner.algorithm` in --set is a list ([3]); a string is needed"),
-        ("", &["learner.algorithm={}"], "`learner.algorithm` in --set is a section; a string is needed"),
-        ("", &["reward=3"], "`reward` in --set is an integer (3); a section with keys of its own is needed"),
+        ("", &["learner.algorithm=[3]"], "`learner.algorithm` in --set is a list ([3]); expected a string"),
+        ("", &["learner.algorithm={}"], "`learner.algorithm` in --set is a section; expected a string"),
+        ("", &["reward=3"], "`reward` in --set is an integer (3); expected a section"),
     ] {
-        assert_eq!(said(text, &[], sets), wanted);
+        assert_eq!(error_message(text, &[], sets), expected);
     }
-    let long = said("", &[], &[&format!("learner.steps={}", "x".repeat(500))]);
+    let long = error_message("", &[], &[&format!("learner.steps={}", "x".repeat(500))]);
     assert!(long.len() < 160 && long.contains("…"), "{long}");
 }
 
 #[test]
-fn what_a_later_layer_hides_is_checked_too() {
-    let m = said("[sft]\nsteps = \"many\"", &[], &["sft.steps=5"]);
-    assert_eq!(m, "`sft.steps` in c.toml:2 is a string (\"many\"); an integer is needed");
+fn overridden_values_are_checked_too() {
+    let m = error_message("[sft]\nsteps = \"many\"", &[], &["sft.steps=5"]);
+    assert_eq!(m, "`sft.steps` in c.toml:2 is a string (\"many\"); expected an integer");
     assert_eq!(
-        said("sft = 3", &[], &["sft.steps=5"]),
-        "`sft` in c.toml:1 is an integer (3); a section with keys of its own is needed"
+        error_message("sft = 3", &[], &["sft.steps=5"]),
+        "`sft` in c.toml:1 is an integer (3); expected a section"
     );
 }
 
 #[test]
-fn values_out_of_range_are_said_with_where_they_come_from() {
-    let m = said("[rollout]\ntop_p = 2.0\nmax_rows = 2\n", &[("UNVEIL__ROLLOUT__N", "4")], &["run.device=tpu"]);
-    let wanted = "the configuration cannot run:
+fn values_out_of_range_are_reported_with_their_origin() {
+    let m =
+        error_message("[rollout]\ntop_p = 2.0\nmax_rows = 2\n", &[("UNVEIL__ROLLOUT__N", "4")], &["run.device=tpu"]);
+    let expected = "the configuration is invalid:
   run.device is `tpu`: use auto, cpu, cuda or cuda:N (in --set)
-  rollout.top_p is 2: use a share above 0 up to 1 (in c.toml:2)
+  rollout.top_p is 2: use a number above 0 up to 1 (in c.toml:2)
   rollout.max_rows (2) must hold one group of rollout.n (4) (rollout.max_rows in c.toml:3, rollout.n in the environment (UNVEIL__ROLLOUT__N))";
-    assert_eq!(m, wanted);
+    assert_eq!(m, expected);
 }
 
 #[test]
-fn a_section_that_is_begun_keeps_its_other_defaults() {
+fn partial_sections_keep_their_other_defaults() {
     let c = with("[reward.format]\nnormalise = \"max\"", &[], &["learner.optimizer.lr=1e-4"]).unwrap();
     let defaults = Config::default();
     assert_eq!(c.learner.optimizer.lr, 1e-4);
@@ -386,7 +384,7 @@ fn a_section_that_is_begun_keeps_its_other_defaults() {
 }
 
 #[test]
-fn words_are_taken_as_they_are_written_where_words_are_wanted() {
+fn strings_are_kept_as_written_for_string_keys() {
     let c = with(
         "",
         &[("UNVEIL__RUN__DIR", "007")],
@@ -407,7 +405,7 @@ fn words_are_taken_as_they_are_written_where_words_are_wanted() {
 }
 
 #[test]
-fn lists_and_tables_of_several_layers_are_put_together_as_before() {
+fn tables_are_merged_and_lists_replaced() {
     let text = "[data.synonyms]\nnodule = [\"nodules\"]\n[rollout]\nstop = [\"a\", \"b\"]";
     let c = with(text, &[], &["data.synonyms.mass=[\"masses\"]", "rollout.stop=[\"c\"]"]).unwrap();
     assert_eq!(c.data.synonyms.keys().collect::<Vec<_>>(), ["mass", "nodule"]);
@@ -415,10 +413,10 @@ fn lists_and_tables_of_several_layers_are_put_together_as_before() {
 }
 
 #[test]
-fn keys_for_a_collector_in_the_clear_are_refused() {
+fn otlp_headers_over_plaintext_are_refused() {
     let sets = ["telemetry.otlp_endpoint=http://collector:4317"];
     let headers = ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20abcdefgh");
-    let m = said("", &[headers], &sets);
+    let m = error_message("", &[headers], &sets);
     assert!(m.contains("telemetry.otlp_endpoint") && m.contains("OTEL_EXPORTER_OTLP_HEADERS"), "{m}");
     assert!(!m.contains("abcdefgh"), "{m}");
     with("", &[], &sets).unwrap();
@@ -427,7 +425,7 @@ fn keys_for_a_collector_in_the_clear_are_refused() {
 }
 
 #[test]
-fn a_credential_is_in_no_message() {
+fn messages_contain_no_credentials() {
     let secret = "hunter2hunter2";
     for set in [
         "telemetry.otlp_endpoint=http://me:SECRET@collector",
@@ -437,22 +435,22 @@ fn a_credential_is_in_no_message() {
         "learner.steps=https://me:SECRET@host",
         "reward.relevance.kind=https://host?sig=SECRET",
     ] {
-        let m = said("", &[], &[&set.replace("SECRET", secret)]);
+        let m = error_message("", &[], &[&set.replace("SECRET", secret)]);
         assert!(!unveil_core::redact(&m).contains(secret), "{m}");
     }
 }
 
 #[test]
-fn what_was_effective_once_is_read_without_being_checked() {
+fn saved_configurations_are_parsed_without_validation() {
     let mut c = Config::default();
     c.rollout.top_p = 7.0;
-    assert_eq!(read("config.toml", &c.to_toml().unwrap()).unwrap(), c);
-    let m = read("config.toml", "[rollout]\ngone = 3\ntop_p = 1").unwrap_err().to_string();
-    assert_eq!(m, "unknown key `rollout.gone` in config.toml:2");
+    assert_eq!(parse("config.toml", &c.to_toml().unwrap()).unwrap(), c);
+    let m = parse("config.toml", "[rollout]\nremoved = 3\ntop_p = 1").unwrap_err().to_string();
+    assert_eq!(m, "unknown key `rollout.removed` in config.toml:2");
 }
 
 #[test]
-fn times_of_leases_are_checked_and_scoring_is_no_stall() {
+fn lease_times_are_checked() {
     let c = with("", &[], &[]).unwrap();
     assert_eq!((c.rollout.lease_s, c.rollout.stall_s, c.rollout.patience_s), (60.0, 300.0, 60.0));
     for key in ["lease_s", "stall_s", "patience_s"] {

@@ -1,22 +1,24 @@
-//! The sections `[tls]` and `[auth]`: how roles prove who they are to each other, and what they say is kept from others.
+//! Sections `[tls]` and `[auth]`: authentication and encryption between the roles.
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// TLS between the roles: one place for all of them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// TLS between the roles; the same settings for all of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tls {
-    /// Directory with `tls.crt`, `tls.key` and `ca.crt` of a role, or with a folder of these per role (`learner`, `rollout`, `reward`,
-    /// `client`), as `unveil tls init` makes it; empty = no TLS.
+    /// Directory with `tls.crt`, `tls.key` and `ca.crt` of a role, or with one subdirectory of these per role (`learner`, `rollout`,
+    /// `reward`, `client`), as written by `unveil tls init`. Empty: no TLS.
     pub dir: String,
-    /// Services want a certificate of the same authority from whoever calls.
+    /// Services require a client certificate signed by the same authority.
     pub mutual: bool,
-    /// Services listen beyond loopback without TLS, and tokens travel so: only for networks that encrypt by themselves.
+    /// Allows services to listen on non-loopback addresses without TLS, and tokens to be sent over such connections; only for networks that
+    /// encrypt themselves.
     pub insecure: bool,
-    /// Names of certificates by which a role is known, where they are others than the role's own name or ones that end with `-ROLE`:
-    /// by role (`learner`, `rollout`, `reward`, `client`), common names or DNS names, with one `*` for anything.
+    /// Certificate names accepted for a role (`learner`, `rollout`, `reward`, `client`), in addition to the role's name and names that end
+    /// with `-ROLE`: common names or DNS names, with at most one `*` that matches any text.
     pub names: BTreeMap<String, Vec<String>>,
 }
 
@@ -26,12 +28,12 @@ impl Default for Tls {
     }
 }
 
-/// The token that the roles of a run share. A service that has one answers nobody who does not send it.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// Token shared by the roles of a run. A service with a token rejects calls without it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Auth {
-    /// Environment variable that holds the token; empty = none.
+    /// Environment variable that holds the token (at least 16 characters); excludes `token_file`. Empty: no token from the environment.
     pub token_env: String,
-    /// File that holds the token; empty = none.
+    /// File that holds the token (at least 16 characters); excludes `token_env`. Empty: no token file.
     pub token_file: String,
 }

@@ -1,22 +1,23 @@
-//! The section `[answer]`: how answers are read, by rewards, gradients, evaluation and pages alike.
+//! Section `[answer]`: parsing of answers, shared by rewards, gradients, evaluation and pages.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use unveil_core::answer::NO_FINDING_PHRASES;
-use unveil_core::{ClassMatch, Reading};
+use unveil_core::{AnswerReader, ClassMatch};
 
 use super::Config;
 
-/// How answers are read.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Parsing of answers; the same in every role.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Answer {
-    /// Name of the tag that an answer has to stand in: `answer` for `<answer>…</answer>`. The last closed pair counts, a response without
-    /// one holds no answer. Empty = the whole response, or a pair of `<answer>` where there is one.
+    /// Name of the tag that encloses an answer: `answer` for `<answer>…</answer>`. The last closed pair counts; a response without one has
+    /// no answer. Empty: the whole response, or the last `<answer>` pair if there is one.
     pub span: String,
-    /// Phrases by which an answer says that nothing is there, besides "no finding"; case, emphasis and punctuation do not count.
+    /// Phrases that mean "no finding", in addition to "no finding" itself; compared without case, emphasis and punctuation.
     pub no_finding: Vec<String>,
-    /// How the category of an answer is compared with the class: `equal` (it is the class or a synonym), `contains` (it holds one as whole
-    /// words, not denied, and no other class that `data.synonyms` knows beside it).
+    /// Rule for comparing the category of an answer with the class: `equal` (it is the class or a synonym) or `contains` (the answer
+    /// contains one as whole words, not negated, and no other class listed in `data.synonyms`).
     #[serde(rename = "match")]
     pub matching: ClassMatch,
 }
@@ -32,7 +33,8 @@ impl Default for Answer {
 }
 
 impl Config {
-    /// The marks that an answer has to stand between: those of `answer.span`, or of its alias `reward.relevance.span`.
+    /// Returns the opening and closing mark around an answer, from `answer.span` or its alias `reward.relevance.span`; `None` if neither is
+    /// set.
     pub fn answer_marks(&self) -> Option<[String; 2]> {
         match (self.answer.span.as_str(), self.reward.relevance.span.as_slice()) {
             ("", [open, close]) => Some([open.clone(), close.clone()]),
@@ -41,8 +43,8 @@ impl Config {
         }
     }
 
-    /// The reading of answers that this configuration asks for, the same in every role.
-    pub fn reading(&self) -> Reading {
-        Reading::new(self.answer_marks(), &self.answer.no_finding, self.answer.matching)
+    /// Returns the configured parser of answers, the same in every role.
+    pub fn answer_reader(&self) -> AnswerReader {
+        AnswerReader::new(self.answer_marks(), &self.answer.no_finding, self.answer.matching)
     }
 }

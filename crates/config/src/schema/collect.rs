@@ -1,46 +1,60 @@
-//! The section `[collect]`: the vision model that `unveil data collect` asks, the prompts, and what it may cost.
+//! Section `[collect]`: vision model, prompts and budget of `unveil data collect`.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A vision model behind an OpenAI-compatible chat endpoint, and how it is asked.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Vision model behind an OpenAI-compatible chat endpoint, prompts and budget of `unveil data collect`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Collect {
-    /// Everything before `/chat/completions`, e.g. `https://host/v1`.
+    /// URL of the endpoint without `/chat/completions`, for example `https://host/v1`.
     pub base_url: String,
-    /// Name of the environment variable that holds the key; empty = no key is sent.
+    /// Environment variable that holds the API key. Empty: no key is sent.
     pub key_env: String,
-    /// PEM file of certificate authorities trusted beside the system's; empty = none.
+    /// PEM file of certificate authorities to trust in addition to the system's. Empty: the system's only.
     pub ca: String,
-    /// Name of the model.
+    /// Model name sent to the endpoint.
     pub model: String,
-    /// File of the first prompt (a minijinja template; what stands above a line `===` is the system message); empty = the built-in one.
+    /// File of the first prompt, a minijinja template; text above a line `===` is the system message. Empty: the built-in prompt.
     pub diagnosis_prompt: String,
-    /// The same of the second prompt, which rewrites the diagnosis as detect, localise, recognise.
+    /// File of the second prompt, which rewrites the diagnosis as detect, localise, recognise; same form as `diagnosis_prompt`. Empty: the
+    /// built-in prompt.
     pub reflection_prompt: String,
-    /// Longer side of the image that is sent, in pixels; larger images are shrunk.
+    /// Longer side of the image that is sent, in pixels, 64 to 8192; larger images are scaled down.
+    #[schemars(range(min = 64, max = 8192))]
     pub max_side: u32,
-    /// Length cap of an answer in tokens.
+    /// Maximum length of an answer in tokens.
+    #[schemars(range(min = 1))]
     pub max_tokens: u32,
-    /// Sampling temperature.
+    /// Sampling temperature, 0 to 2.
+    #[schemars(range(min = 0.0, max = 2.0))]
     pub temperature: f64,
-    /// Seconds for one answer, all tries and waits for the rate included.
+    /// Seconds for one answer, including all retries and waits for the rate limit.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub deadline_s: f64,
-    /// Seconds for one request; then it is tried again.
+    /// Timeout of one request in seconds; afterwards it is retried.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub attempt_s: f64,
-    /// Tries per answer.
+    /// Maximum number of requests per answer, at least 1.
+    #[schemars(range(min = 1))]
     pub tries: u32,
-    /// Requests at once.
+    /// Maximum number of concurrent requests, at least 1.
+    #[schemars(range(min = 1))]
     pub concurrency: usize,
-    /// Requests per minute; 0 = no limit.
+    /// Maximum number of requests per minute; 0 sets no limit.
+    #[schemars(range(min = 0.0))]
     pub per_minute: f64,
-    /// Price of a million prompt tokens, in the currency of `budget`.
+    /// Price of one million prompt tokens, in the currency of `budget`.
+    #[schemars(range(min = 0.0))]
     pub price_prompt: f64,
-    /// Price of a million answer tokens.
+    /// Price of one million answer tokens, in the currency of `budget`.
+    #[schemars(range(min = 0.0))]
     pub price_answer: f64,
-    /// What all runs on one journal may cost; 0 = no limit.
+    /// Maximum total cost of all runs on one journal; needs a price. 0 sets no limit.
+    #[schemars(range(min = 0.0))]
     pub budget: f64,
-    /// Answers on one review page.
+    /// Answers per review page, at least 1.
+    #[schemars(range(min = 1))]
     pub page_size: usize,
 }
 

@@ -1,10 +1,10 @@
-//! What the sections that name a chat endpoint have in common: `[reward.judge]` and `[collect]`.
+//! Settings shared by the sections with a chat endpoint: `[reward.judge]` and `[collect]`.
 
 use super::{Collect, Judge};
 
-/// An OpenAI-compatible endpoint as a section names it; the keys are described there.
+/// OpenAI-compatible endpoint of a section; the keys are documented in [`Judge`] and [`Collect`].
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Endpoint<'a> {
+pub(crate) struct ChatEndpoint<'a> {
     pub section: &'static str,
     pub base_url: &'a str,
     pub model: &'a str,
@@ -17,12 +17,12 @@ pub(crate) struct Endpoint<'a> {
     pub per_minute: f64,
 }
 
-/// The view of a section whose keys have these names.
+/// Implements `endpoint()` for a section with these keys.
 macro_rules! endpoint {
     ($config:ident, $section:literal) => {
         impl $config {
-            pub(crate) fn endpoint(&self) -> Endpoint<'_> {
-                Endpoint {
+            pub(crate) fn endpoint(&self) -> ChatEndpoint<'_> {
+                ChatEndpoint {
                     section: $section,
                     base_url: &self.base_url,
                     model: &self.model,

@@ -1,12 +1,13 @@
-//! The section `[health]`: where a role tells whoever started it how it is.
+//! Section `[health]`: health endpoint for probes.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// gRPC health of this process, for probes of Kubernetes, of containers and of load balancers. It is plain HTTP/2 whatever the
-/// other listeners speak, and says nothing but whether the process is alive and whether it is ready.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// gRPC health endpoint of a process, for probes of Kubernetes, containers and load balancers. It is always plaintext HTTP/2, independent
+/// of `[tls]`, and reports only whether the process is alive and ready.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Health {
-    /// Listen address, `host:port`; empty = none. Processes on one machine need different ports.
+    /// Listen address `host:port`; processes on one machine need different ports. Empty: no endpoint.
     pub listen: String,
 }

@@ -1,12 +1,12 @@
-//! The section `[launch]`: how `unveil train` puts its processes on one machine.
+//! Section `[launch]`: placement of the processes of `unveil train` on one machine.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Processes of a run on one machine.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Placement of the processes of a run on one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Launch {
-    /// Several processes may have one GPU. Without it `unveil train` wants a GPU for each rank of the learner and each rollout
-    /// worker.
+    /// Allows several processes to share a GPU. If false, `unveil train` needs one GPU for each learner rank and each rollout worker.
     pub share_gpus: bool,
 }

@@ -1,250 +1,272 @@
-//! The section `[learner]`: the algorithm of stage 2, its loss, and how the learner runs.
+//! Section `[learner]`: the algorithm of stage 2, its loss, and the learner process.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Lora, Optimizer, Parallel};
 
-/// How rewards become advantages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Advantage estimator: computes advantages from rewards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Algorithm {
-    /// Reward minus the group's mean, over its deviation where `scale_by_std`; no value head (arXiv 2402.03300).
+    /// GRPO: reward minus the group's mean, divided by its standard deviation if `scale_by_std`; no value head (arXiv 2402.03300).
     Grpo,
-    /// Value head and GAE (arXiv 1707.06347, 1506.02438).
+    /// PPO: value head and generalised advantage estimation (arXiv 1707.06347, 1506.02438).
     Ppo,
-    /// Reward minus the mean of the group's other rewards (arXiv 2402.14740).
+    /// RLOO: reward minus the mean of the other rewards of the group (arXiv 2402.14740).
     Rloo,
-    /// Discounted returns, normalised over the batch; no baseline of the prompt (REINFORCE++, arXiv 2501.03262).
+    /// REINFORCE++: discounted returns, normalised over the batch, without a baseline per prompt (arXiv 2501.03262).
     ReinforcePlusPlus,
-    /// Reward minus the group's mean, normalised over the batch (the baseline variant of REINFORCE++).
+    /// REINFORCE++ with baseline: reward minus the group's mean, normalised over the batch.
     ReinforcePlusPlusBaseline,
 }
 
 impl Algorithm {
-    /// Whether it compares the responses to one prompt, so that a group needs two of them.
-    pub fn compares(self) -> bool {
+    /// Returns whether the algorithm compares the responses to one prompt, so that a group needs at least two.
+    pub fn compares_responses(self) -> bool {
         matches!(self, Self::Grpo | Self::Rloo | Self::ReinforcePlusPlusBaseline)
     }
 
-    /// Whether advantages are normalised over the batch when `whiten = "auto"`.
-    pub fn whitens(self) -> bool {
+    /// Returns whether advantages are normalised over the batch with `whiten = "auto"`.
+    pub fn whitens_by_default(self) -> bool {
         matches!(self, Self::Ppo | Self::ReinforcePlusPlus | Self::ReinforcePlusPlusBaseline)
     }
 }
 
-/// What values are computed from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Model that computes the values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Critic {
-    /// The policy's own hidden states; the value loss trains the policy's weights too.
+    /// The policy: values are read from its hidden states, and the value loss trains its weights too.
     Shared,
-    /// Those of a second model, which starts as a copy of the stage 1 model and is trained by the value loss alone.
+    /// A second model, which starts as a copy of the stage 1 model and is trained by the value loss alone.
     Separate,
 }
 
-/// Whether advantages are shifted to mean 0 and scaled to variance 1 over the tokens of the batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Whitening of advantages: shifting to mean 0 and scaling to variance 1 over the tokens of the batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Whiten {
-    /// As the algorithm has it: with ppo and both forms of reinforce_plus_plus, not with grpo and rloo.
+    /// As usual for the algorithm: on for ppo and both reinforce_plus_plus, off for grpo and rloo.
     Auto,
-    /// Always.
+    /// On.
     Always,
-    /// Never.
+    /// Off.
     Never,
 }
 
-/// What a ratio of probabilities is taken over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Unit over which a probability ratio is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RatioLevel {
     /// Each token.
     Token,
-    /// A whole response: the geometric mean of its tokens' ratios (GSPO, arXiv 2507.18071). Clip ranges of some 1e-4 to 1e-3
-    /// belong to it.
+    /// A whole response: the geometric mean of the ratios of its tokens (GSPO, arXiv 2507.18071). Use clip ranges of about 1e-4 to 1e-3.
     Sequence,
 }
 
-/// The denominator of the ratio.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Denominator of the probability ratio.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RatioBase {
-    /// The log-probabilities that the rollout recorded, of the weights that made each token.
+    /// The log-probabilities recorded by the rollout, of the weights that generated each token.
     Rollout,
-    /// The learner's own before the update (the proximal policy); `importance` says what becomes of the difference.
+    /// The learner's log-probabilities before the update (the proximal policy); `importance` sets the correction for their difference to
+    /// the rollout's.
     Learner,
 }
 
-/// Weight `w = exp(learner before the update - rollout)` of each token's surrogate, where `ratio_to = "learner"`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Importance weight `w = exp(learner before the update - rollout)` of each token's surrogate; used if `ratio_to = "learner"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Importance {
-    /// 1.
+    /// No weight (1).
     None,
     /// w: the decoupled objective for stale data (AReaL, arXiv 2505.24298).
     Full,
     /// min(w, `importance_cap`): truncated importance sampling.
     Truncate,
-    /// w within [1 / `importance_cap`, `importance_cap`], else 0: the token is dropped.
+    /// w if it is within [1 / `importance_cap`, `importance_cap`], else 0: the token is dropped.
     Mask,
 }
 
-/// What weighs the same in the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Reduction of the loss over the tokens of a mini-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum LossMean {
-    /// Tokens: mean over all tokens of a mini-batch (DAPO).
+pub enum LossReduction {
+    /// Mean over all tokens of a mini-batch (DAPO).
     Token,
-    /// Responses: mean over responses of the mean over their tokens (GRPO).
+    /// Mean over responses of the mean over their tokens (GRPO).
     SequenceTokenMean,
-    /// Responses: mean over responses of the sum over their tokens.
+    /// Mean over responses of the sum over their tokens.
     SequenceTokenSum,
-    /// Responses: mean over responses of the sum over their tokens divided by `rollout.max_new_tokens` (Dr. GRPO).
+    /// Mean over responses of the sum over their tokens divided by `rollout.max_new_tokens` (Dr. GRPO).
     SequenceMaxLength,
-    /// Prompts: mean over groups of the mean over a group's tokens.
+    /// Mean over groups of the mean over the group's tokens.
     GroupTokenMean,
 }
 
-/// Estimate of KL to the reference per token, with d = log policy - log reference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Estimator of the KL divergence to the reference per token, with d = log policy - log reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KlForm {
-    /// d. The form for the reward; its own gradient in the loss is 0 in expectation.
+    /// d. The form for the reward; in the loss, its gradient is 0 in expectation.
     K1,
-    /// d^2 / 2. In the loss it has the gradient of KL(policy || reference).
+    /// d^2 / 2. In the loss, it has the gradient of KL(policy || reference).
     K2,
-    /// exp(-d) - 1 + d, never negative. In the loss it has the gradient of KL(reference || policy), that of k2 to first order.
+    /// exp(-d) - 1 + d, never negative. In the loss, it has the gradient of KL(reference || policy), equal to the gradient of k2 to first order.
     K3,
 }
 
-/// Where KL to the reference enters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Place where the KL divergence to the reference enters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum KlPlace {
-    /// As a term of the loss.
+pub enum KlPlacement {
+    /// A term of the loss.
     Loss,
-    /// Subtracted from the rewards: token by token with ppo and reinforce_plus_plus, summed over the response with grpo and rloo.
+    /// Subtracted from the rewards: per token with ppo and reinforce_plus_plus, summed over the response with grpo and rloo.
     Reward,
 }
 
-/// Gradient of a KL term in the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Gradient of the KL term in the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KlGradient {
-    /// That of `kl_form`.
+    /// Gradient of `kl_form`.
     Own,
-    /// That of KL(policy || reference), whatever form is reported.
+    /// Gradient of KL(policy || reference), independent of `kl_form`.
     Reverse,
 }
 
-/// Parameters that are left as they are for some updates.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Parameters that are frozen for a range of updates.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Freeze {
-    /// `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
+    /// Parameters to freeze: `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
     pub parameters: Vec<String>,
-    /// The first update that leaves them as they are, from 0.
+    /// First update that leaves them unchanged, from 0.
     #[serde(default)]
     pub from: u64,
-    /// The first update that trains them again.
+    /// First update that trains them again; above `from`.
     pub until: u64,
 }
 
-/// Stage 2: policy updates. The loss is the clipped surrogate times `policy_coef`, plus the value loss times `value_coef`, minus
-/// entropy times `entropy_coef`, plus KL times `kl_coef`; the first three weights are the paper's c1, c2 and c3.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Stage 2: reinforcement learning. The loss is the clipped surrogate times `policy_coef`, plus the value loss times `value_coef`, minus
+/// the entropy times `entropy_coef`, plus the KL divergence times `kl_coef`; the first three weights are c1, c2 and c3 of the paper.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Learner {
-    /// Algorithm.
+    /// Advantage estimator: `grpo`, `ppo`, `rloo`, `reinforce_plus_plus` or `reinforce_plus_plus_baseline`.
     pub algorithm: Algorithm,
-    /// Updates; 0 skips stage 2.
+    /// Number of updates; 0 skips stage 2.
     pub steps: u64,
-    /// Groups per update.
+    /// Groups per update, at least 1.
+    #[schemars(range(min = 1))]
     pub groups: usize,
-    /// Passes over a collected batch.
+    /// Number of times that a collected batch is trained on, at least 1.
+    #[schemars(range(min = 1))]
     pub inner_epochs: usize,
-    /// Mini-batches per inner epoch.
+    /// Mini-batches per inner epoch; must divide `groups`.
+    #[schemars(range(min = 1))]
     pub minibatches: usize,
-    /// Optimiser.
+    /// Optimiser of stage 2.
     pub optimizer: Optimizer,
-    /// c1: scale of the advantages, applied after any normalisation of them.
+    /// c1, weight of the policy loss, above 0: scale of the advantages, applied after their normalisation.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub policy_coef: f64,
-    /// Clip range of the ratio below 1.
+    /// Clip range of the ratio below 1, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub clip_low: f64,
-    /// Clip range of the ratio above 1.
+    /// Clip range of the ratio above 1, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub clip_high: f64,
-    /// Dual clip: for a negative advantage A the objective is at least this times A (arXiv 1912.09729); above 1, 0 = off.
+    /// Dual clip: the objective of a token with negative advantage A is at least this times A (arXiv 1912.09729); above 1, or 0 to disable
+    /// it.
     pub clip_dual: f64,
-    /// What a ratio is taken over.
+    /// Unit of the probability ratio: `token` or `sequence`.
     pub ratio: RatioLevel,
-    /// What a ratio is taken to.
+    /// Denominator of the ratio: `rollout` (log-probabilities of the rollout) or `learner` (the learner's before the update).
     pub ratio_to: RatioBase,
-    /// Weight for the difference between rollout and learner.
+    /// Importance weight of each token for the difference between rollout and learner: `none`, `full`, `truncate` or `mask`; all but `none`
+    /// need `ratio_to = "learner"`.
     pub importance: Importance,
-    /// Bound of that weight with `truncate` and `mask`; above 1.
+    /// Bound of the importance weight with `truncate` and `mask`, above 1.
+    #[schemars(extend("exclusiveMinimum" = 1.0))]
     pub importance_cap: f64,
-    /// What weighs the same in the loss.
-    pub loss_mean: LossMean,
-    /// Divide group advantages by their standard deviation (grpo).
+    /// Reduction of the loss: `token`, `sequence_token_mean`, `sequence_token_sum`, `sequence_max_length` or `group_token_mean`.
+    pub loss_mean: LossReduction,
+    /// Divides group advantages by their standard deviation (grpo).
     pub scale_by_std: bool,
-    /// Normalise advantages over the batch.
+    /// Normalises advantages over the batch: `auto` (as usual for the algorithm), `always` or `never`.
     pub whiten: Whiten,
-    /// What values are computed from (ppo).
+    /// Model that computes values (ppo): `shared` (the policy) or `separate` (a second model).
     pub critic: Critic,
-    /// c2: weight of the value loss (ppo).
+    /// c2, weight of the value loss (ppo), 0 or more.
+    #[schemars(range(min = 0.0))]
     pub value_coef: f64,
-    /// Clip range of the value loss; 0 = none (ppo).
+    /// Clip range of the value loss (ppo); 0 disables clipping.
+    #[schemars(range(min = 0.0))]
     pub value_clip: f64,
-    /// Updates at the start in which only the value loss is trained (ppo).
+    /// Number of updates at the start that train the value loss only (ppo).
     pub critic_warmup: u64,
-    /// c3: weight of the entropy bonus.
+    /// c3, weight of the entropy bonus.
     pub entropy_coef: f64,
-    /// Discount (ppo, reinforce_plus_plus).
+    /// Discount factor (ppo, reinforce_plus_plus), 0 to 1.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub gamma: f64,
-    /// GAE lambda (ppo).
+    /// Lambda of generalised advantage estimation (ppo), 0 to 1.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub lambda: f64,
-    /// Weight of KL to the stage 1 model; 0 = no reference. With adapters the reference is the model without them.
+    /// Weight of the KL divergence to the reference, the stage 1 model (with adapters, the model without them); 0 loads no reference.
+    #[schemars(range(min = 0.0))]
     pub kl_coef: f64,
-    /// Estimate of that KL.
+    /// Estimator of the KL divergence: `k1`, `k2` or `k3`.
     pub kl_form: KlForm,
-    /// Loss or reward.
-    pub kl_in: KlPlace,
-    /// Its gradient in the loss.
+    /// Place of the KL divergence: `loss` or `reward`.
+    pub kl_in: KlPlacement,
+    /// Gradient of the KL term in the loss: `own` (of `kl_form`) or `reverse` (of KL(policy || reference)).
     pub kl_gradient: KlGradient,
-    /// KL per response in nats that `kl_coef` is steered towards (arXiv 1909.08593); 0 = `kl_coef` stays as it is.
+    /// Target KL divergence per response in nats; `kl_coef` is adapted towards it (arXiv 1909.08593). 0 keeps `kl_coef` constant.
+    #[schemars(range(min = 0.0))]
     pub kl_target: f64,
-    /// Relative change of `kl_coef` per update at a relative error of 1; errors count up to 0.2.
+    /// Gain of that adaptation, above 0: relative change of `kl_coef` per update at a relative error of 1; errors are clipped to 0.2.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub kl_gain: f64,
-    /// Throw activations away in the forward pass and compute them again, layer by layer, in the backward pass: about a third more
-    /// work for a fraction of the memory.
+    /// Discards activations in the forward pass and recomputes them layer by layer in the backward pass (activation checkpointing): about a
+    /// third more computation for a fraction of the memory.
     pub recompute: bool,
-    /// Adapters instead of all weights.
+    /// Low-rank adapters instead of full training.
     pub lora: Lora,
-    /// What stage 2 never trains: `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
+    /// Parameters that stage 2 never trains: `vision_tower`, `merger`, `language_model`, or prefixes of parameter names.
     pub frozen: Vec<String>,
-    /// What stage 2 does not train for some of its updates.
+    /// Parameters that stage 2 freezes for a range of updates.
     pub freeze: Vec<Freeze>,
-    /// Largest mean |delta log p| between rollout and learner on tokens of the same version; 0 = 1e-5, or 1e-3 where weights are
-    /// bf16.
+    /// Maximum mean |delta log p| between rollout and learner on tokens of the same weight version; above it the run stops. 0 selects the
+    /// default: 1e-5, or 1e-3 with bf16 weights.
+    #[schemars(range(min = 0.0))]
     pub agreement_limit: f64,
-    /// Share of the last 64 groups (or of four updates, where those are more) for which a reward component with a weight, or the whole
-    /// reward, may be masked though it applies, or that may be set aside; above it the run stops. 1 = never.
+    /// Maximum fraction (0 to 1) of recent groups in which an applicable component with a weight, or the whole reward, is masked, or that
+    /// were set aside; above it the run stops. The window is the last 64 groups or four updates, whichever is more. 1 never stops.
+    #[schemars(range(min = 0.0, max = 1.0))]
     pub max_masked: f64,
-    /// Held-out evaluation every so many steps; 0 = only at the end.
+    /// Updates between evaluations on the validation split; 0 evaluates at the end only.
     pub eval_every: u64,
-    /// Checkpoint every so many steps; 0 = only at the end.
+    /// Updates between checkpoints; 0 saves at the end only.
     pub checkpoint_every: u64,
-    /// Listen address of the experience service; port 0 = any free one.
+    /// Listen address `host:port` of the experience service; port 0 picks a free one.
     pub listen: String,
-    /// Where rollout workers find it (`http://host:port`); empty = the one that `train` starts.
+    /// Address of the experience service for rollout workers (`http://host:port` or `https://host:port`). Empty: the service that `unveil
+    /// train` starts.
     pub address: String,
-    /// Rank 0: listen address of the Prometheus page (`/metrics`); empty = none.
+    /// Listen address `host:port` of the Prometheus page (`/metrics`) of rank 0. Empty: no page.
     pub metrics_listen: String,
-    /// The learner's ranks.
+    /// Ranks of the learner.
     pub parallel: Parallel,
-    /// Padded positions of one forward and backward pass; a larger batch takes several. Lower it where memory is short.
+    /// Maximum number of padded positions in one forward and backward pass; larger mini-batches are split into several. Lower it to save
+    /// memory.
+    #[schemars(range(min = 1))]
     pub token_budget: usize,
-    /// Threads of the learner (0 = all cores); leave some to the rollout workers that run beside it.
+    /// CPU threads of the learner; 0 uses all cores. Leave some to rollout workers on the same machine.
     pub threads: usize,
 }
 
@@ -265,7 +287,7 @@ impl Default for Learner {
             ratio_to: RatioBase::Rollout,
             importance: Importance::None,
             importance_cap: 2.0,
-            loss_mean: LossMean::Token,
+            loss_mean: LossReduction::Token,
             scale_by_std: true,
             whiten: Whiten::Auto,
             critic: Critic::Shared,
@@ -277,7 +299,7 @@ impl Default for Learner {
             lambda: 0.95,
             kl_coef: 0.0,
             kl_form: KlForm::K3,
-            kl_in: KlPlace::Loss,
+            kl_in: KlPlacement::Loss,
             kl_gradient: KlGradient::Own,
             kl_target: 0.0,
             kl_gain: 0.1,

@@ -1,20 +1,22 @@
-//! The section `[learner.lora]`: low-rank adapters in place of all weights.
+//! Section `[learner.lora]`: low-rank adapters instead of full training.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Low-rank adapters (LoRA, arXiv 2106.09685): stage 2 trains `B A` beside matrices that stay as they are. There is no dropout,
-/// which only one of rollout and learner would see.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Low-rank adapters (LoRA, arXiv 2106.09685): stage 2 trains `B A` in addition to frozen matrices. There is no dropout, because rollout
+/// and learner must compute the same function.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lora {
-    /// Rank of the adapters; 0 = none, all weights are trained.
+    /// Rank of the adapters; 0 disables them and trains all weights.
     pub rank: usize,
-    /// What an adapter adds is multiplied by `alpha / rank`.
+    /// Scale of the adapters, above 0: their output is multiplied by `alpha / rank`.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub alpha: f64,
-    /// Multiply by `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
+    /// Multiplies the output by `alpha / sqrt(rank)` instead (rsLoRA, arXiv 2312.03732).
     pub rslora: bool,
-    /// Linear layers that get one, by name or the end of it behind a dot, `*` being any text. A name means layers of the decoder;
-    /// those of the vision tower begin with `visual.`.
+    /// Linear layers that get an adapter: a full name or the last parts of a dotted name, with `*` matching any text. Names refer to layers
+    /// of the decoder; names in the vision tower start with `visual.`.
     pub targets: Vec<String>,
 }
 

@@ -1,28 +1,35 @@
-//! The section `[learner.parallel]`: the learner's ranks.
+//! Section `[learner.parallel]`: ranks of the learner.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// The ranks of the learner: one process each, with a GPU each where there are some. `run.device` says whether they talk by NCCL
-/// (GPUs) or Gloo (CPUs). Every rank is started with the same configuration but for `rank`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Ranks of the learner: one process each, one GPU each if there are GPUs. The ranks communicate over NCCL on GPUs and over Gloo on CPUs,
+/// by `run.device`. All ranks are started with the same configuration except for `rank`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Parallel {
-    /// Ranks in all.
+    /// Number of ranks, at least 1.
+    #[schemars(range(min = 1))]
     pub ranks: usize,
-    /// This rank, from 0; rank 0 hosts the experience service, evaluates and saves.
+    /// Rank of this process, from 0. Rank 0 hosts the experience service, evaluates and saves.
     pub rank: usize,
-    /// Where the ranks meet, `host:port`: an address of rank 0 that the others reach. With port 0 `train` tells the others.
+    /// Rendezvous address of the ranks, `host:port`: an address of rank 0 that the others can reach. With port 0 `unveil train` picks a
+    /// free port and passes it to the other ranks.
     pub rendezvous: String,
-    /// What is divided over the shards of a replica (ZeRO, arXiv 1910.02054): 0 = nothing, 1 = moments and master weights, 2 =
-    /// gradients too, 3 = parameters too.
+    /// ZeRO stage (arXiv 1910.02054), the state that is sharded within a replica: 0 nothing, 1 moments and master weights, 2 also
+    /// gradients, 3 also parameters.
+    #[schemars(range(min = 0, max = 3))]
     pub zero: u8,
-    /// Ranks of a replica that share one copy of what is divided; 0 = all ranks. Must divide `ranks`.
+    /// Number of ranks per replica that share one sharded copy; must divide `ranks`. 0 shards over all ranks.
     pub shards: usize,
-    /// Seconds for all ranks to come together.
+    /// Timeout in seconds for all ranks to join, above 0 up to a day.
+    #[schemars(range(max = 86400.0), extend("exclusiveMinimum" = 0.0))]
     pub join_s: f64,
-    /// Seconds that a call among ranks may take; rank 0 evaluates and saves in less.
+    /// Timeout in seconds of a collective call, above 0 up to a day; evaluation and saves of rank 0 must take less.
+    #[schemars(range(max = 86400.0), extend("exclusiveMinimum" = 0.0))]
     pub call_s: f64,
-    /// A rank without a sign of life for so many seconds is gone, and all ranks end.
+    /// Seconds without a heartbeat (5 to 3600) after which a rank counts as failed and all ranks exit.
+    #[schemars(range(min = 5.0, max = 3600.0))]
     pub lost_s: f64,
 }
 

@@ -1,29 +1,31 @@
-//! The section `[reward]`: components, their weights and normalisation, and how they make a total.
+//! Section `[reward]`: components, their weights and normalisation, and gates.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Judge, RewardService};
 
-/// How a component is normalised over its group before weighting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Normalisation of a component over its group, applied before the weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalise {
-    /// As it is.
+    /// No normalisation.
     #[default]
     None,
-    /// Divided by the group's maximum; all below epsilon -> 0 (the paper's form).
+    /// Division by the group's maximum (the paper's form); all 0 if the maximum is below `reward.max_eps`.
     Max,
-    /// Minus the group's mean, over its standard deviation; 0 when they are all equal.
+    /// Difference to the group's mean, divided by its standard deviation; 0 if all values are equal.
     Zscore,
 }
 
-/// What every component has.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Settings of a component without options.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ComponentConfig {
-    /// Weight in the total; 0 = off (not computed into the total, still logged).
+    /// Weight in the total, 0 or more; with 0 the component is computed and logged only.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
 }
 
@@ -33,32 +35,35 @@ impl Default for ComponentConfig {
     }
 }
 
-/// How two boxes are compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Measure of agreement between two boxes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
     /// Intersection over union, `[0, 1]`.
     #[default]
     Iou,
-    /// Generalised IoU, mapped by (1 + x) / 2: boxes apart still differ by their distance.
+    /// Generalised IoU, mapped to `[0, 1]` by (1 + x) / 2; it still varies with the distance of disjoint boxes.
     Giou,
-    /// Complete IoU, mapped by (1.5 + x) / 2.5: also centres and aspect ratios.
+    /// Complete IoU, mapped to `[0, 1]` by (1.5 + x) / 2.5; it also compares centres and aspect ratios.
     Ciou,
 }
 
-/// Localization.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Agreement of the answer's boxes with the true ones.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Localization {
-    /// Weight in the total; 0 = only logged.
+    /// Weight in the total, 0 or more; with 0 the component is computed and logged only.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// How a box of the answer is compared with a true one.
+    /// Measure of agreement between a box of the answer and a true box: `iou`, `giou` or `ciou`.
     pub overlap: Overlap,
-    /// Two boxes are matched only where they bear the same label or a synonym. The label of a box is its own, else its side's category.
+    /// Matches two boxes only if their labels are equal or synonyms. A box without a label has the category of its answer or record as
+    /// label.
     pub label_aware: bool,
-    /// `[version, IoU]`: from that weight version on, a match below that IoU counts 0. Versions rise from 0; before the first, no threshold.
+    /// List of `[version, threshold]`: from that weight version on, matches with an IoU below the threshold (0 to 1) count as 0. Versions
+    /// must increase. Empty, and before the first version: no threshold.
     pub curriculum: Vec<(u64, f64)>,
 }
 
@@ -74,36 +79,40 @@ impl Default for Localization {
     }
 }
 
-/// Form of the vision relevance reward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// Formula of the vision relevance reward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum VisionMode {
-    /// Softmax over all image tokens, mean over mention tokens, chance-corrected.
+    /// Softmax over all image tokens, mean over the mention tokens, corrected for chance.
     AllTokens,
-    /// As printed: softmax over the abnormal patches only, summed; identically the number of mention tokens.
+    /// The formula as printed in the paper: softmax over the abnormal patches only, summed; always equal to the number of mention tokens.
     PaperLiteral,
 }
 
-/// Vision relevance.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Attention of the tokens that name the class to the true boxes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct VisionRelevance {
-    /// Weight in the total; 0 switches the component off whole, its differentiable term too.
+    /// Weight in the total, 0 or more; 0 disables the component, including its differentiable term.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// Form.
+    /// Formula: `all_tokens` or `paper_literal`.
     pub mode: VisionMode,
-    /// Decoder layers whose attention is read, all heads of each (0-based); with `heads` empty too, the layer floor(2L/3).
+    /// Decoder layers whose attention is read, all heads of each, from 0. If `heads` is empty too: layer floor(2L/3) of L.
     pub layers: Vec<usize>,
-    /// Single heads that are read besides: `[layer, head]`. Rows are averaged over all that is read.
+    /// Single attention heads to read, `[layer, head]`, in addition to `layers`. The attention is averaged over everything that is read.
     pub heads: Vec<[usize; 2]>,
-    /// File that `unveil-reward calibrate` wrote: its heads become `heads` when the configuration is loaded; empty = none.
+    /// File written by `unveil-reward calibrate`; its heads become `heads` when the configuration is loaded. Empty: no file.
     pub heads_file: String,
-    /// A cell outside the boxes that every token without a letter or digit (two at least) gives so many times its fair share is a sink, and
-    /// left out of the reward and of what `generate` and `score` print; 0 = none is. `gradient` and `eval` look at all cells.
+    /// Filter of attention sinks, image cells that attract attention regardless of the text: a factor above 1, or 0 to disable it. A cell
+    /// outside the true boxes is a sink if every token without letters or digits gives it at least this many times its fair share of
+    /// attention (1 / number of cells); at least two such tokens are needed. Sinks are ignored by the reward and by the `vision_relevance`
+    /// of `generate` and `score`; `gradient` and `eval` use all cells.
     pub sink: f64,
-    /// Scale of the differentiable attention term in the learner's loss, times `weight`; 0 = reward only.
+    /// Scale of the differentiable attention term in the learner's loss, 0 or more, multiplied by `weight`; 0 uses the reward only.
+    #[schemars(range(min = 0.0))]
     pub gradient: f64,
 }
 
@@ -122,45 +131,46 @@ impl Default for VisionRelevance {
     }
 }
 
-/// Who says how well an answer agrees with the reference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Method of comparing an answer with the reference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RelevanceKind {
-    /// An external language model (`[reward.judge]`).
+    /// Score of an external language model (`[reward.judge]`).
     #[default]
     Judge,
-    /// Cosine of sentence embeddings (`embedding_dir`).
+    /// Cosine similarity of sentence embeddings (`embedding_dir`).
     Embedding,
-    /// Equal after SQuAD's normalisation.
+    /// Equality after SQuAD normalisation.
     Exact,
-    /// F1 over SQuAD's tokens.
+    /// F1 score over SQuAD tokens.
     TokenF1,
     /// ROUGE-L F-measure.
     RougeL,
     /// Sentence BLEU.
     Bleu,
-    /// The right choice letter.
+    /// Correctness of the choice letter.
     Choice,
-    /// The most similar of the record's options is the right one.
+    /// Whether the most similar of the record's options is the correct one.
     Options,
 }
 
-/// Relevance of an answer: does it say what the reference says.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Agreement of an answer with the reference answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Relevance {
-    /// Weight in the total; 0 = not computed.
+    /// Weight in the total, 0 or more; with 0 the component is not computed.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// Who says it.
+    /// Method of comparison: `judge`, `embedding`, `exact`, `token_f1`, `rouge_l`, `bleu`, `choice` or `options`.
     pub kind: RelevanceKind,
-    /// `[open, close]`: another way to write `answer.span`, with marks of any kind; it holds for all components. Empty = as `answer.span`
-    /// says.
+    /// Alias of `answer.span` with arbitrary marks, `[open, close]`; applies to all components. Empty: `answer.span` applies.
     pub span: Vec<String>,
-    /// Characters of an answer that are looked at.
+    /// Maximum number of characters of an answer that are compared.
+    #[schemars(range(min = 1))]
     pub max_chars: usize,
-    /// Directory of a sentence embedding model (BERT, mean pooling) for `kind = "embedding"`.
+    /// Directory of a sentence embedding model (BERT, mean pooling); required for `kind = "embedding"`.
     pub embedding_dir: String,
 }
 
@@ -177,19 +187,20 @@ impl Default for Relevance {
     }
 }
 
-/// Length of an answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Length of an answer: 1 within the bounds, falling linearly to 0 outside.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Length {
-    /// Weight in the total; 0 = not computed.
+    /// Weight in the total, 0 or more; with 0 the component is not computed.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// Shortest answer that scores 1, in characters.
+    /// Minimum length that scores 1, in characters.
     pub min_chars: usize,
-    /// Longest answer that scores 1, in characters.
+    /// Maximum length that scores 1, in characters.
     pub max_chars: usize,
-    /// Characters beyond either over which the score falls to 0.
+    /// Characters beyond either bound over which the score falls to 0.
     pub slack_chars: usize,
 }
 
@@ -199,15 +210,17 @@ impl Default for Length {
     }
 }
 
-/// Repetition in an answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Penalty for repeated n-grams in an answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Repetition {
-    /// Weight in the total; 0 = not computed.
+    /// Weight in the total, 0 or more; with 0 the component is not computed.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// Words per n-gram.
+    /// Words per n-gram, at least 1.
+    #[schemars(range(min = 1))]
     pub ngram: usize,
 }
 
@@ -217,113 +230,124 @@ impl Default for Repetition {
     }
 }
 
-/// The right to say "no finding".
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// Correctness of saying "no finding", or of not saying it.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Abstention {
-    /// Weight in the total; 0 = not computed.
+    /// Weight in the total, 0 or more; with 0 the component is not computed.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
 }
 
-/// Symbolic checks of multi-step answers.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// Symbolic checks of answers with several fields.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Symbolic {
-    /// Weight in the total; 0 = not computed.
+    /// Weight in the total, 0 or more; with 0 the component is not computed.
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     pub normalise: Normalise,
-    /// Rule table (TOML).
+    /// Rule table (TOML file); required if `weight` is above 0.
     pub table: String,
 }
 
-/// A scorer of the user's own, behind gRPC (`grpc://`, `grpcs://`: the same protocol) or HTTP (`http://`, `https://`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// User-defined scorer behind gRPC (`grpc://`, `grpcs://`, Unveil's reward protocol) or HTTP (`http://`, `https://`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Custom {
-    /// Name of the component.
+    /// Name of the component: letters, digits and `_`, and not the name of another component.
     pub name: String,
-    /// Where it is.
+    /// URL of the scorer.
     pub address: String,
-    /// Weight in the total; 0 = only logged.
-    #[serde(default = "one")]
+    /// Weight in the total, 0 or more; with 0 the component is computed and logged only.
+    #[serde(default = "default_weight")]
+    #[schemars(range(min = 0.0))]
     pub weight: f64,
-    /// Normalisation over the group.
+    /// Normalisation over the group: `none`, `max` or `zscore`.
     #[serde(default)]
     pub normalise: Normalise,
-    /// Seconds to wait for a group before masking it.
-    #[serde(default = "five")]
+    /// Seconds to wait for the scores of a group before they are masked.
+    #[serde(default = "default_deadline_s")]
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub deadline_s: f64,
-    /// `[lowest, highest]` value; one outside is masked.
-    #[serde(default = "unit")]
+    /// `[lowest, highest]` valid value; values outside are masked.
+    #[serde(default = "unit_range")]
     pub range: [f64; 2],
-    /// PEM file of certificate authorities trusted beside the system's; empty = none.
+    /// PEM file of certificate authorities to trust in addition to the system's. Empty: the system's only.
     #[serde(default)]
     pub ca: String,
 }
 
-fn one() -> f64 {
+fn default_weight() -> f64 {
     1.0
 }
 
-fn five() -> f64 {
+fn default_threshold() -> f64 {
+    1.0
+}
+
+fn default_deadline_s() -> f64 {
     5.0
 }
 
-fn unit() -> [f64; 2] {
+fn unit_range() -> [f64; 2] {
     [0.0, 1.0]
 }
 
-/// A component that counts only where another one is high enough.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Condition that sets one component to 0 unless another one is high enough.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Gate {
-    /// The component that is let through or set to 0.
+    /// Name of the component that is set to 0 while the gate is closed.
     pub component: String,
-    /// The component that decides.
+    /// Name of the component that opens the gate.
     pub needs: String,
-    /// Its lowest raw value that lets through.
-    #[serde(default = "one")]
+    /// Minimum raw value of `needs` that opens the gate.
+    #[serde(default = "default_threshold")]
     pub at_least: f64,
 }
 
-/// Reward components and the service around them.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Reward components and the reward service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Reward {
     /// Box agreement: soft F1 over matched boxes.
     pub localization: Localization,
-    /// Attention of the class tokens on the lesion.
+    /// Attention of the class tokens to the lesion.
     pub vision_relevance: VisionRelevance,
-    /// The answer has the form that was asked for.
+    /// Whether the answer has the expected form.
     pub format: ComponentConfig,
-    /// The abnormal class is named right.
+    /// Whether the answer names the abnormal class correctly.
     pub category: ComponentConfig,
-    /// The answer says what the reference says.
+    /// Whether the answer agrees with the reference answer.
     pub relevance: Relevance,
-    /// The external judge of `relevance.kind = "judge"`.
+    /// External judge for `relevance.kind = "judge"`.
     pub judge: Judge,
-    /// The answer is neither too short nor too long.
+    /// Whether the answer is neither too short nor too long.
     pub length: Length,
-    /// The answer does not repeat itself.
+    /// Whether the answer avoids repeating itself.
     pub repetition: Repetition,
-    /// "No finding" is said where nothing is to be found, and only there.
+    /// Whether the answer says "no finding" exactly if there is none.
     pub abstention: Abstention,
-    /// Several fields of an answer are right, and go together.
+    /// Whether several fields of an answer are correct and consistent.
     pub symbolic: Symbolic,
-    /// Scorers of the user's own.
+    /// User-defined scorers.
     pub custom: Vec<Custom>,
-    /// Components that count only where another one is high enough.
+    /// Components that count only if another component is high enough.
     pub gates: Vec<Gate>,
-    /// Epsilon of `normalise = "max"`.
+    /// Epsilon of `normalise = "max"`: a group whose maximum is below it scores 0.
+    #[schemars(range(min = 0.0))]
     pub max_eps: f64,
-    /// Listen address of `reward serve`; port 0 = any free one.
+    /// Listen address `host:port` of `unveil reward serve`; port 0 picks a free one.
     pub listen: String,
-    /// Where rollout workers find the service (`http://host:port`, or `https://`); empty = the one that `train` starts.
+    /// Address of the reward service for rollout workers (`http://host:port` or `https://host:port`). Empty: the service that `unveil
+    /// train` starts.
     pub address: String,
-    /// Seconds a rollout worker waits for a group's scores before masking them.
+    /// Seconds that a rollout worker waits for the scores of a group before it masks them, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub deadline_s: f64,
     /// Limits of the service.
     pub service: RewardService,
@@ -354,8 +378,8 @@ impl Default for Reward {
 }
 
 impl Reward {
-    /// Name, weight and normalisation of every component that is computed under this configuration, in a fixed order: the first
-    /// four always, the others where they have a weight, then the user's own.
+    /// Returns name, weight and normalisation of every component that is computed under this configuration, in a fixed order: the first
+    /// four always, the others if they have a weight, then the custom ones.
     pub fn components(&self) -> Vec<(&str, f64, Normalise)> {
         let mut out = vec![
             ("localization", self.localization.weight, self.localization.normalise),

@@ -1,44 +1,54 @@
-//! `[reward.judge]` and `[reward.service]`: the external judge, and the limits of the service.
+//! Sections `[reward.judge]` and `[reward.service]`: the external judge, and the limits of the service.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// A language model behind an OpenAI-compatible chat endpoint.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Language model behind an OpenAI-compatible chat endpoint that scores relevance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Judge {
-    /// Everything before `/chat/completions`, e.g. `https://host/v1`.
+    /// URL of the endpoint without `/chat/completions`, for example `https://host/v1`.
     pub base_url: String,
-    /// Name of the environment variable that holds the key; empty = no key is sent.
+    /// Environment variable that holds the API key. Empty: no key is sent.
     pub key_env: String,
-    /// PEM file of certificate authorities trusted beside the system's; empty = none.
+    /// PEM file of certificate authorities to trust in addition to the system's. Empty: the system's only.
     pub ca: String,
-    /// Name of the model.
+    /// Model name sent to the endpoint.
     pub model: String,
-    /// File of the prompt (a minijinja template; what stands above a line `===` is the system message); empty = the built-in one.
+    /// File of the prompt, a minijinja template; text above a line `===` is the system message. Empty: the built-in prompt.
     pub prompt: String,
-    /// `[lowest, highest]` score that the prompt asks for; mapped to 0 and 1.
+    /// `[lowest, highest]` score that the prompt asks for; mapped linearly to 0 and 1.
     pub scale: [f64; 2],
-    /// Length cap of the judge's answer in tokens.
+    /// Maximum length of the judge's answer in tokens.
+    #[schemars(range(min = 1))]
     pub max_tokens: u32,
-    /// Sampling temperature of the judge.
+    /// Sampling temperature of the judge, 0 to 2.
+    #[schemars(range(min = 0.0, max = 2.0))]
     pub temperature: f64,
-    /// Seconds in all for the answers of one group; what is missing then is masked.
+    /// Seconds for all answers of one group; missing ones are masked.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub deadline_s: f64,
-    /// Seconds for one request; then it is tried again.
+    /// Timeout of one request in seconds; afterwards it is retried.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub attempt_s: f64,
-    /// Tries per answer.
+    /// Maximum number of requests per answer, at least 1.
+    #[schemars(range(min = 1))]
     pub tries: u32,
-    /// Requests at once.
+    /// Maximum number of concurrent requests, at least 1.
+    #[schemars(range(min = 1))]
     pub concurrency: usize,
-    /// Requests per minute; 0 = no limit.
+    /// Maximum number of requests per minute; 0 sets no limit.
+    #[schemars(range(min = 0.0))]
     pub per_minute: f64,
-    /// Quantile of the latencies after which a second request goes out; 0 = never.
+    /// Hedging of slow requests: a second request is sent once the first takes longer than this quantile of the recent latencies, 0 up to
+    /// below 1; 0 disables hedging.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub hedge: f64,
-    /// Requests in all while the service runs; 0 = no limit.
+    /// Maximum number of requests in the lifetime of the service; 0 sets no limit.
     pub max_requests: u64,
-    /// Tokens in all while the service runs; 0 = no limit.
+    /// Maximum number of tokens in the lifetime of the service; 0 sets no limit.
     pub max_total_tokens: u64,
-    /// Scores that are remembered by content; 0 = none.
+    /// Number of scores cached by content; 0 disables the cache.
     pub cache: usize,
 }
 
@@ -67,18 +77,23 @@ impl Default for Judge {
 }
 
 /// Limits of the reward service.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardService {
-    /// Calls at once; more are refused with RESOURCE_EXHAUSTED. Times `max_message_mib`, this bounds the memory for requests.
+    /// Maximum number of concurrent calls, at least 1; further calls are rejected with RESOURCE_EXHAUSTED. Together with `max_message_mib`
+    /// it bounds the memory for requests.
+    #[schemars(range(min = 1))]
     pub max_in_flight: usize,
-    /// Largest message in MiB.
+    /// Maximum message size in MiB, 1 to 1024.
+    #[schemars(range(min = 1, max = 1024))]
     pub max_message_mib: usize,
-    /// Seconds that a call, or the wait for a stream's next message, may take; then DEADLINE_EXCEEDED.
+    /// Timeout in seconds of a call, and of the wait for the next message of a stream; exceeding it fails with DEADLINE_EXCEEDED.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
     pub call_s: f64,
-    /// Seconds that running calls may take to finish after shutdown was asked for.
+    /// Seconds after a shutdown request for running calls to finish.
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1e6))]
     pub drain_s: f64,
-    /// Listen address of the Prometheus page (`/metrics`); empty = none.
+    /// Listen address `host:port` of the Prometheus page (`/metrics`). Empty: no page.
     pub metrics_listen: String,
 }
 

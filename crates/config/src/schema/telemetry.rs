@@ -1,25 +1,26 @@
-//! The section `[telemetry]`: what a process tells about its work, besides the pages of metrics that each role has.
+//! Section `[telemetry]`: logs and traces. The metrics pages of the roles are configured in their own sections.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Logs and traces of every role.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Telemetry {
-    /// Form of the log lines on stderr.
-    pub log: LogForm,
-    /// OpenTelemetry collector that takes traces by OTLP over gRPC (`http://host:4317`, or `https://` with the system's authorities);
-    /// empty = none are made.
+    /// Format of log lines on stderr: `human` or `json`.
+    pub log: LogFormat,
+    /// OpenTelemetry collector for traces by OTLP over gRPC: `http://host:4317`, or `https://` with the system's certificate authorities.
+    /// Empty: no traces.
     pub otlp_endpoint: String,
 }
 
-/// Form of log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Format of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum LogForm {
-    /// For people: role, time, level, message.
+pub enum LogFormat {
+    /// Readable text: role, time, level, message.
     #[default]
     Human,
-    /// One JSON object a line, with `role` and `run` in each.
+    /// One JSON object per line, each with `role` and `run`.
     Json,
 }

@@ -1,95 +1,99 @@
-//! Faults of the section `[answer]`, and of the span that `[reward.relevance]` names for it.
+//! Checks of the section `[answer]` and of its alias `reward.relevance.span`.
 
 use unveil_core::ClassMatch;
 
 use crate::schema::Config;
 
-/// Characters that boxes and JSON are written with: a mark made of them would cut them.
-const OF_BOXES: &str = "[](){},:\"";
+/// Characters used by boxes and JSON; marks made of them only would split answers.
+const BOX_CHARACTERS: &str = "[](){},:\"";
 
-/// Adds every fault to `out`.
-pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
-    let mut need = |ok: bool, what: String| {
+/// Adds a message to `out` for every problem.
+pub(super) fn check(c: &Config, out: &mut Vec<String>) {
+    let mut require = |ok: bool, message: String| {
         if !ok {
-            out.push(what);
+            out.push(message);
         }
     };
-    let (a, marks) = (&c.answer, &c.reward.relevance.span);
+    let a = &c.answer;
+    let marks = &c.reward.relevance.span;
     let plain = a.span.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
-    need(plain, format!("answer.span is `{}`: give the tag's name alone, such as `answer` for <answer>", a.span));
-    need(
+    require(
+        plain,
+        format!("answer.span is `{}`: give the name of the tag only, such as `answer` for <answer>", a.span),
+    );
+    require(
         !a.span.eq_ignore_ascii_case("think"),
-        "answer.span is `think`: what stands there is never read; use another tag, such as `answer`".into(),
+        "answer.span is `think`: reasoning is never read as an answer; use another tag, such as `answer`".into(),
     );
-    need(
+    require(
         marks.is_empty() || (marks.len() == 2 && marks.iter().all(|s| !s.trim().is_empty())),
-        format!("reward.relevance.span is {marks:?}: give the opening and the closing mark, or nothing"),
+        format!("reward.relevance.span is {marks:?}: give the opening and the closing mark, or leave it empty"),
     );
-    need(
-        !marks.iter().any(|m| !m.trim().is_empty() && m.trim().chars().all(|c| OF_BOXES.contains(c))),
+    require(
+        !marks.iter().any(|m| !m.trim().is_empty() && m.trim().chars().all(|c| BOX_CHARACTERS.contains(c))),
         format!(
-            "reward.relevance.span is {marks:?}: answers give their boxes with these characters; use a tag (answer.span)"
+            "reward.relevance.span is {marks:?}: answers write boxes with these characters; use a tag (answer.span)"
         ),
     );
     let tag = [format!("<{}>", a.span), format!("</{}>", a.span)];
-    need(
+    require(
         a.span.is_empty() || marks.is_empty() || *marks == tag,
         format!(
-            "reward.relevance.span is {marks:?} and answer.span is `{}`: both name the same span, so leave one out",
+            "reward.relevance.span is {marks:?} and answer.span is `{}`: both define the answer span; remove one",
             a.span
         ),
     );
-    need(
-        a.no_finding.iter().all(|p| !unveil_core::answer::fold(p).is_empty()),
-        "answer.no_finding holds a phrase without a word: leave it out".into(),
+    require(
+        a.no_finding.iter().all(|p| !unveil_core::answer::fold_class_name(p).is_empty()),
+        "answer.no_finding contains a phrase without words: remove it".into(),
     );
-    need(
+    require(
         a.matching != ClassMatch::Contains || !c.data.synonyms.is_empty(),
-        "answer.match = \"contains\" has to know every class, or an answer could name them all: list them in data.synonyms, with [] \
-         where one has no synonym"
+        "answer.match = \"contains\" needs the list of all classes, or an answer could name them all: list them in data.synonyms, \
+         with [] for a class without synonyms"
             .into(),
     );
 }
 
 #[cfg(test)]
 mod tests {
-    use unveil_core::Reading;
+    use unveil_core::AnswerReader;
 
     use super::*;
 
     #[test]
     fn the_span_and_its_alias() {
         let mut c = Config::default();
-        assert_eq!((c.answer_marks(), c.reading()), (None, Reading::default()));
+        assert_eq!((c.answer_marks(), c.answer_reader()), (None, AnswerReader::default()));
         let tag = || Some(["<box>".to_owned(), "</box>".to_owned()]);
         c.answer.span = "box".into();
         assert_eq!(c.answer_marks(), tag());
         c.reward.relevance.span = tag().unwrap().to_vec();
         assert_eq!(c.answer_marks(), tag());
-        let faults = |c: &Config| {
+        let problems = |c: &Config| {
             let mut out = Vec::new();
-            super::faults(c, &mut out);
+            super::check(c, &mut out);
             out.join("\n")
         };
-        assert_eq!(faults(&c), "");
+        assert_eq!(problems(&c), "");
         c.answer.span = String::new();
-        assert_eq!((c.answer_marks(), faults(&c)), (tag(), String::new()));
+        assert_eq!((c.answer_marks(), problems(&c)), (tag(), String::new()));
         c.answer.span = "answer".into();
-        assert!(faults(&c).contains("leave one out"), "{}", faults(&c));
+        assert!(problems(&c).contains("remove one"), "{}", problems(&c));
         for (marks, word) in [(vec!["<a>"], "closing"), (vec!["<a>", " "], "closing"), (vec!["[", "]"], "boxes")] {
             let mut c = Config::default();
             c.reward.relevance.span = marks.into_iter().map(str::to_owned).collect();
-            assert!(faults(&c).contains(word), "{}", faults(&c));
+            assert!(problems(&c).contains(word), "{}", problems(&c));
         }
-        for (span, word) in [("<answer>", "name alone"), ("Think", "never read")] {
+        for (span, word) in [("<answer>", "name of the tag"), ("Think", "never read")] {
             let mut c = Config::default();
             c.answer.span = span.into();
-            assert!(faults(&c).contains(word), "{}", faults(&c));
+            assert!(problems(&c).contains(word), "{}", problems(&c));
         }
     }
 
     #[test]
-    fn it_is_part_of_a_run_as_any_other_section() {
+    fn the_section_is_loaded_and_compared_like_others() {
         let load = |sets: &[&str]| {
             let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
             crate::load::load_from(None, std::iter::empty(), &sets).map_err(|e| e.to_string())
@@ -98,7 +102,7 @@ mod tests {
         assert_eq!((c.answer.matching, c.answer.span.as_str()), (ClassMatch::Contains, "box"));
         assert!(load(&["answer.match=contain"]).unwrap_err().contains("contain"));
         assert!(load(&["answer.span=<a>"]).unwrap_err().contains("answer.span"));
-        // What an earlier version wrote has no such keys; a change of one is a change of what is trained.
+        // Configurations of versions without these keys count as having the defaults.
         let mut before = crate::change::entries(&Config::default());
         before.retain(|(key, _)| !key.starts_with("answer."));
         assert_eq!(crate::change::changes_since(&before, &Config::default()), []);
@@ -108,18 +112,18 @@ mod tests {
     }
 
     #[test]
-    fn containing_needs_the_classes() {
+    fn match_contains_needs_the_classes() {
         let mut c = Config::default();
         c.answer.matching = ClassMatch::Contains;
-        let faults = |c: &Config| {
+        let problems = |c: &Config| {
             let mut out = Vec::new();
-            super::faults(c, &mut out);
+            super::check(c, &mut out);
             out.join("\n")
         };
-        assert!(faults(&c).contains("data.synonyms"), "{}", faults(&c));
+        assert!(problems(&c).contains("data.synonyms"), "{}", problems(&c));
         c.data.synonyms.insert("nodule".into(), vec![]);
-        assert_eq!(faults(&c), "");
+        assert_eq!(problems(&c), "");
         c.answer.no_finding = vec!["all clear".into(), " ** ".into()];
-        assert!(faults(&c).contains("answer.no_finding"), "{}", faults(&c));
+        assert!(problems(&c).contains("answer.no_finding"), "{}", problems(&c));
     }
 }

@@ -1,23 +1,23 @@
-//! Faults of the section `[collect]`.
+//! Checks of the section `[collect]`.
 
 use crate::schema::Config;
 
-/// Adds every fault to `out`. An empty section is none: only one command needs it.
-pub(super) fn faults(c: &Config, out: &mut Vec<String>) {
-    let mut need = |ok: bool, what: String| {
+/// Adds a message to `out` for every problem. An empty section is valid: only one command needs it.
+pub(super) fn check(c: &Config, out: &mut Vec<String>) {
+    let mut require = |ok: bool, message: String| {
         if !ok {
-            out.push(what);
+            out.push(message);
         }
     };
     let s = &c.collect;
-    super::endpoint::faults(s.endpoint(), &mut need);
-    need((64..=8192).contains(&s.max_side), format!("collect.max_side is {}: use 64 to 8192 pixels", s.max_side));
-    need(s.page_size > 0, "collect.page_size is 0: use 1 or more".into());
+    super::endpoint::check(s.endpoint(), &mut require);
+    require((64..=8192).contains(&s.max_side), format!("collect.max_side is {}: use 64 to 8192 pixels", s.max_side));
+    require(s.page_size > 0, "collect.page_size is 0: use 1 or more".into());
     for (name, v) in [("price_prompt", s.price_prompt), ("price_answer", s.price_answer), ("budget", s.budget)] {
-        need(v >= 0.0 && v.is_finite(), format!("collect.{name} is {v}: use 0 or more"));
+        require(v >= 0.0 && v.is_finite(), format!("collect.{name} is {v}: use 0 or more"));
     }
-    need(
+    require(
         s.budget == 0.0 || s.price_prompt > 0.0 || s.price_answer > 0.0,
-        "collect.budget needs collect.price_prompt or collect.price_answer: without a price nothing costs".into(),
+        "collect.budget needs collect.price_prompt or collect.price_answer: without prices the cost is always 0".into(),
     );
 }
