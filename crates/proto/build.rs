@@ -1,4 +1,4 @@
-//! Compiles proto/ into OUT_DIR with protox, so that no `protoc` has to be installed.
+//! Compiles proto/ into OUT_DIR with protox, so that `protoc` need not be installed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");

@@ -1,47 +1,52 @@
-//! Domain types to wire types and back. What comes from the wire is checked here.
+//! Conversions between domain types and wire types; input from the wire is validated.
 
-use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, GroupId, LesionScore, MaskReason, Response};
+use unveil_core::{
+    Attention, BoxForm, Breakdown, Component, Finish, GroupId, LesionScore, LogprobKind, MaskReason, Response, Sampling,
+};
 
 use crate::v1;
 
-/// The peer sent something that does not hold together.
+/// Error for an invalid message of a peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConvertError {
-    /// A required message is absent.
-    #[error("the message has no `{0}`")]
+    /// A required field is absent or unspecified.
+    #[error("required field `{0}` is not set")]
     Missing(&'static str),
-    /// Lengths that must agree do not.
-    #[error("`{field}` has {found} entries where {expected} are needed")]
+    /// A field has the wrong length.
+    #[error("`{field}` has {found} entries, but {expected} are needed")]
     Length {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// Entries found.
+        /// Number of entries found.
         found: usize,
-        /// Entries needed.
+        /// Number of entries needed.
         expected: usize,
     },
-    /// A word that is not one of the known ones.
-    #[error("`{field}` is `{found}`, which is not known")]
+    /// A field has an unknown value.
+    #[error("`{field}` is `{found}`, which is unknown")]
     Unknown {
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// What it said.
+        /// The unknown value.
         found: String,
     },
 }
 
-/// Group id to the wire.
+/// Converts a group id to its wire type.
 pub fn group_to_wire(g: &GroupId) -> v1::GroupKey {
     v1::GroupKey { pass: g.pass, position: g.position, record: g.record.clone() }
 }
 
-/// Group id from the wire.
+/// Converts a group id from its wire type.
+///
+/// # Errors
+/// Returns [`ConvertError::Missing`] if there is none.
 pub fn group_from_wire(g: Option<v1::GroupKey>) -> Result<GroupId, ConvertError> {
     let g = g.ok_or(ConvertError::Missing("group"))?;
     Ok(GroupId { pass: g.pass, position: g.position, record: g.record })
 }
 
-/// Box form to the wire.
+/// Converts a box form to its wire type.
 pub fn box_form_to_wire(form: BoxForm) -> v1::BoxForm {
     match form {
         BoxForm::Absolute => v1::BoxForm::Absolute,
@@ -51,9 +56,13 @@ pub fn box_form_to_wire(form: BoxForm) -> v1::BoxForm {
     }
 }
 
-/// Box form from the wire; a message without one speaks of absolute pixels.
+/// Converts a box form from its wire type.
+///
+/// # Errors
+/// Returns [`ConvertError::Missing`] if the form is unspecified and [`ConvertError::Unknown`] if its number is unknown.
 pub fn box_form_from_wire(form: i32) -> Result<BoxForm, ConvertError> {
     match v1::BoxForm::try_from(form) {
+        Ok(v1::BoxForm::Unspecified) => Err(ConvertError::Missing("box_form")),
         Ok(v1::BoxForm::Absolute) => Ok(BoxForm::Absolute),
         Ok(v1::BoxForm::PerMille) => Ok(BoxForm::PerMille),
         Ok(v1::BoxForm::Qwen2Vl) => Ok(BoxForm::Qwen2Vl),
@@ -62,7 +71,45 @@ pub fn box_form_from_wire(form: i32) -> Result<BoxForm, ConvertError> {
     }
 }
 
-/// A response to the wire; spans are byte ranges of `text`, one per token, or empty.
+/// Converts sampling parameters to their wire type.
+pub fn sampling_to_wire(s: &Sampling) -> v1::Sampling {
+    v1::Sampling {
+        n: s.n as u32,
+        temperature: s.temperature,
+        max_new_tokens: s.max_new_tokens as u32,
+        seed: s.seed,
+        top_k: s.top_k as u32,
+        top_p: s.top_p,
+        min_p: s.min_p,
+        untempered: s.logprobs == LogprobKind::Untempered,
+    }
+}
+
+/// Converts sampling parameters from their wire type; a `top_p` of 0 means 1, all tokens.
+///
+/// # Errors
+/// Returns [`ConvertError::Missing`] if there are none.
+pub fn sampling_from_wire(s: Option<v1::Sampling>) -> Result<Sampling, ConvertError> {
+    let s = s.ok_or(ConvertError::Missing("sampling"))?;
+    Ok(Sampling {
+        n: s.n as usize,
+        temperature: s.temperature,
+        top_k: s.top_k as usize,
+        top_p: if s.top_p > 0.0 { s.top_p } else { 1.0 },
+        min_p: s.min_p,
+        max_new_tokens: s.max_new_tokens as usize,
+        seed: s.seed,
+        logprobs: if s.untempered { LogprobKind::Untempered } else { LogprobKind::Tempered },
+    })
+}
+
+/// Returns a verdict's name without the prefix of its enum, for logs and traces.
+pub fn verdict_name(verdict: v1::submit_response::Verdict) -> &'static str {
+    let name = verdict.as_str_name();
+    name.strip_prefix("VERDICT_").unwrap_or(name)
+}
+
+/// Converts a response to its wire type. `spans` are byte ranges of `text`, one per token, or empty.
 pub fn response_to_wire(r: &Response, spans: &[(usize, usize)], attention: Option<&Attention>) -> v1::Response {
     let finish = match r.finish {
         Finish::Stop => "stop",
@@ -81,7 +128,11 @@ pub fn response_to_wire(r: &Response, spans: &[(usize, usize)], attention: Optio
     }
 }
 
-/// A response from the wire; log-probabilities and versions must match the tokens.
+/// Converts a response from its wire type.
+///
+/// # Errors
+/// Returns [`ConvertError::Length`] unless there is one log-probability and version per token, and
+/// [`ConvertError::Unknown`] for an unknown finish reason.
 pub fn response_from_wire(r: v1::Response) -> Result<Response, ConvertError> {
     let expected = r.tokens.len();
     for (field, found) in [("logprobs", r.logprobs.len()), ("versions", r.versions.len())] {
@@ -105,7 +156,7 @@ pub fn response_from_wire(r: v1::Response) -> Result<Response, ConvertError> {
     })
 }
 
-/// Attention rows to the wire.
+/// Converts attention rows to their wire type.
 pub fn attention_to_wire(a: &Attention) -> v1::Attention {
     v1::Attention {
         grid_rows: a.grid[0] as u32,
@@ -115,7 +166,10 @@ pub fn attention_to_wire(a: &Attention) -> v1::Attention {
     }
 }
 
-/// Attention rows from the wire; the byte count must be tokens x cells x 4.
+/// Converts attention rows from their wire type.
+///
+/// # Errors
+/// Returns [`ConvertError::Length`] if the byte count is not tokens x cells x 4, or there are no cells.
 pub fn attention_from_wire(a: v1::Attention) -> Result<Attention, ConvertError> {
     let cells = (a.grid_rows as usize).saturating_mul(a.grid_cols as usize);
     let expected = a.tokens.len().saturating_mul(cells).saturating_mul(4);
@@ -130,7 +184,7 @@ pub fn attention_from_wire(a: v1::Attention) -> Result<Attention, ConvertError> 
     })
 }
 
-/// A breakdown to the wire.
+/// Converts a breakdown to its wire type.
 pub fn breakdown_to_wire(b: &Breakdown) -> v1::Breakdown {
     let component = |c: &Component| v1::Component {
         value: c.value,
@@ -157,7 +211,7 @@ fn lesion_from_wire(l: &v1::LesionScore) -> LesionScore {
     LesionScore { truth: l.truth as usize, predicted, iou: l.iou, counted: l.counted }
 }
 
-/// A breakdown from the wire.
+/// Converts a breakdown of record `id` from its wire type.
 pub fn breakdown_from_wire(id: &str, b: v1::Breakdown) -> Breakdown {
     let reason = |s: &str| match s {
         "" => None,
@@ -184,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attention_round_trip_and_bad_length() {
+    fn attention_round_trips_and_lengths_are_checked() {
         let a = Attention { grid: [1, 2], tokens: vec![3, 5], rows: vec![vec![0.25, 0.75], vec![1.0, 0.0]] };
         let mut w = attention_to_wire(&a);
         assert_eq!(attention_from_wire(w.clone()).unwrap(), a);
@@ -195,10 +249,10 @@ mod tests {
     }
 
     #[test]
-    fn breakdown_keeps_the_mask() {
+    fn breakdowns_round_trip_with_masks() {
         let mut b = Breakdown { id: "a".into(), index: 1, total: None, components: Default::default() };
         b.components.insert("x".into(), Component::masked(MaskReason::Failed("late".into())));
-        let mut y = Component::value(0.5).with("lift", 2.0).by("y-1");
+        let mut y = Component::value(0.5).with_detail("lift", 2.0).with_version("y-1");
         y.lesions.push(LesionScore { truth: 0, predicted: Some(3), iou: 0.5, counted: 0.25 });
         y.lesions.push(LesionScore { truth: 1, predicted: None, iou: 0.0, counted: 0.0 });
         b.components.insert("y".into(), y);
@@ -206,16 +260,45 @@ mod tests {
     }
 
     #[test]
-    fn every_box_form_travels_and_none_is_absolute() {
+    fn box_forms_round_trip_and_unspecified_is_refused() {
         for form in BoxForm::ALL {
             assert_eq!(box_form_from_wire(box_form_to_wire(form).into()), Ok(form));
         }
-        assert_eq!(box_form_from_wire(v1::ScoreRequest::default().box_form), Ok(BoxForm::Absolute));
+        let unspecified = box_form_from_wire(v1::ScoreRequest::default().box_form);
+        assert_eq!(unspecified, Err(ConvertError::Missing("box_form")));
+        assert_eq!(unspecified.unwrap_err().to_string(), "required field `box_form` is not set");
         assert!(box_form_from_wire(99).unwrap_err().to_string().contains("box_form"));
     }
 
     #[test]
-    fn lengths_are_checked() {
+    fn sampling_round_trips_and_is_required() {
+        let sampling = Sampling {
+            n: 3,
+            temperature: 0.7,
+            top_k: 20,
+            top_p: 0.9,
+            min_p: 0.05,
+            max_new_tokens: 12,
+            seed: u64::MAX,
+            logprobs: LogprobKind::Untempered,
+        };
+        for s in [sampling, Sampling::default()] {
+            assert_eq!(sampling_from_wire(Some(sampling_to_wire(&s))), Ok(s));
+        }
+        assert_eq!(sampling_from_wire(Some(v1::Sampling::default())).map(|s| s.top_p), Ok(1.0));
+        let absent = sampling_from_wire(v1::LeasedGroup::default().sampling);
+        assert_eq!(absent, Err(ConvertError::Missing("sampling")));
+        assert_eq!(absent.unwrap_err().to_string(), "required field `sampling` is not set");
+    }
+
+    #[test]
+    fn verdict_names_have_no_prefix() {
+        assert_eq!(verdict_name(v1::submit_response::Verdict::Accepted), "ACCEPTED");
+        assert_eq!(verdict_name(v1::submit_response::Verdict::Unspecified), "UNSPECIFIED");
+    }
+
+    #[test]
+    fn response_lengths_are_checked() {
         let r = Response {
             index: 0,
             tokens: vec![1, 2],
