@@ -1,4 +1,4 @@
-//! Which roles may call a service, told by the names in the certificates that they show. Must not know: what the services do.
+//! Authorization of callers by the names in their certificates.
 
 use tonic::codegen::http::Request;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
@@ -6,17 +6,17 @@ use unveil_config::{Config, Role};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// The roles that may call a service, and the names by which their certificates are known.
+/// The roles that may call a service and the certificate names that identify them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Callers {
-    /// What is called, for messages.
+    /// Name of the service, for messages.
     service: &'static str,
     roles: Vec<(Role, Vec<String>)>,
 }
 
 impl Callers {
-    /// Returns who may call the service of `role`: rollout workers the learner's; rollout workers, learners and clients the reward
-    /// service. None where callers show no certificate.
+    /// Returns the roles that may call the service of `role`: rollout workers for the learner; rollout workers, learners and clients for the
+    /// reward service. Returns `None` if callers present no certificate.
     pub fn of(config: &Config, role: Role) -> Option<Self> {
         if config.tls.dir.is_empty() || !config.tls.mutual {
             return None;
@@ -26,36 +26,40 @@ impl Callers {
             _ => &[Role::Rollout, Role::Learner, Role::Client],
         };
         let names = |r: &Role| {
-            let own = config.tls.names.get(r.name()).cloned();
-            (*r, own.unwrap_or_else(|| vec![r.name().to_owned(), format!("*-{}", r.name())]))
+            let configured = config.tls.names.get(r.name()).cloned();
+            (*r, configured.unwrap_or_else(|| vec![r.name().to_owned(), format!("*-{}", r.name())]))
         };
         Some(Self { service: role.name(), roles: roles.iter().map(names).collect() })
     }
 
-    /// Checks the certificate that came with a call.
+    /// Checks the certificate of a call.
     ///
     /// # Errors
-    /// What was shown instead, who may call, and where that is configured.
+    /// Returns a message with the presented names, the allowed roles and the relevant configuration key.
     pub(crate) fn admit<B>(&self, request: &Request<B>) -> Result<(), String> {
-        let shown = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
-        let names = shown.as_ref().and_then(|chain| chain.first()).map(|leaf| names(leaf.as_ref())).unwrap_or_default();
-        let known = |pattern: &String| names.iter().any(|name| matches(pattern, name));
-        if self.roles.iter().any(|(_, patterns)| patterns.iter().any(known)) {
+        let chain = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
+        let names = chain
+            .as_ref()
+            .and_then(|chain| chain.first())
+            .map(|leaf| certificate_names(leaf.as_ref()))
+            .unwrap_or_default();
+        let has_match = |pattern: &String| names.iter().any(|name| matches(pattern, name));
+        if self.roles.iter().any(|(_, patterns)| patterns.iter().any(has_match)) {
             return Ok(());
         }
         let roles: Vec<&str> = self.roles.iter().map(|(r, _)| r.name()).collect();
         let shown = if names.is_empty() { "no name".to_owned() } else { format!("`{}`", names.join("`, `")) };
         Err(format!(
-            "the certificate of the caller has {shown}, but only {} may call the {} service; tls.names says by which names of \
-             certificates a role is known",
+            "the caller's certificate has {shown}, but only {} may call the {} service; tls.names configures the certificate names of \
+             each role",
             roles.join(", "),
             self.service
         ))
     }
 }
 
-/// The names of a certificate: its common names, and its DNS names whole and by their first label.
-fn names(der: &[u8]) -> Vec<String> {
+/// Returns the names in a certificate: its common names and its DNS names, the latter both complete and as first label.
+fn certificate_names(der: &[u8]) -> Vec<String> {
     let Ok((_, certificate)) = X509Certificate::from_der(der) else { return Vec::new() };
     let mut out: Vec<String> =
         certificate.subject().iter_common_name().filter_map(|n| n.as_str().ok()).map(str::to_owned).collect();
@@ -71,12 +75,14 @@ fn names(der: &[u8]) -> Vec<String> {
     out
 }
 
-/// Whether `name` is `pattern`, in which one `*` stands for anything.
+/// Returns whether `name` matches `pattern`, in which a single `*` matches any text.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern.eq_ignore_ascii_case(name),
         Some((begin, end)) => {
-            let (name, begin, end) = (name.to_ascii_lowercase(), begin.to_ascii_lowercase(), end.to_ascii_lowercase());
+            let name = name.to_ascii_lowercase();
+            let begin = begin.to_ascii_lowercase();
+            let end = end.to_ascii_lowercase();
             name.len() >= begin.len() + end.len() && name.starts_with(&begin) && name.ends_with(&end)
         }
     }
@@ -87,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patterns() {
+    fn name_patterns() {
         for (pattern, name, same) in [
             ("rollout", "rollout", true),
             ("rollout", "Rollout", true),
@@ -103,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_asked_for_a_name_where_none_is_shown() {
+    fn callers_are_unrestricted_without_mutual_tls() {
         let mut c = Config::default();
         assert_eq!(Callers::of(&c, Role::Learner), None);
         c.tls.dir = "tls".into();

@@ -1,108 +1,108 @@
-//! What goes wrong between roles, and whether trying again can help.
+//! Errors of serving and calling, and whether a retry can help.
 
 use std::error::Error as _;
 use std::time::Duration;
 
 use tonic::{Code, Status};
 
-/// A failure of serving or calling.
+/// Error of serving or calling.
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
-    /// Another process listens there.
+    /// Another process listens on the address.
     #[error(
-        "cannot listen on {address}: the port is in use. Stop the process that holds it (`ss -ltnp` shows it), choose another port, or use port 0 for any free one"
+        "cannot listen on {address}: the port is in use. Stop the process that uses it (see `ss -ltnp`), choose another port, or use port 0 for any free port"
     )]
     AddressInUse {
         /// The listen address.
         address: String,
     },
-    /// The address cannot be listened on for another reason.
+    /// Listening on the address failed for another reason.
     #[error("cannot listen on {address}: {source}")]
     Listen {
         /// The listen address.
         address: String,
-        /// Why.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// Not an address.
+    /// The address is invalid.
     #[error("`{address}` is not an address: {reason}. Write {form}")]
     Address {
-        /// What was given.
+        /// The invalid address.
         address: String,
-        /// Why it is not.
+        /// Why it is invalid.
         reason: String,
-        /// The form that is needed.
+        /// The required form.
         form: &'static str,
     },
-    /// Others could listen in, or anybody could call.
+    /// The listener would be unencrypted or open to any caller.
     #[error("refuses to listen on {address}: {why}")]
     Exposed {
         /// The listen address.
         address: String,
-        /// What is missing, and how to get it.
+        /// Description of the missing setting.
         why: &'static str,
     },
-    /// A token would travel in the clear.
+    /// A token would be sent unencrypted.
     #[error(
         "refuses to send the token to {address} without TLS: set tls.dir and write https://, or, where the network itself encrypts, tls.insecure = true"
     )]
     Plain {
-        /// The address.
+        /// Address of the service.
         address: String,
     },
-    /// The server ended with an error.
+    /// The server stopped with an error.
     #[error("the server at {address} failed: {source}")]
     Server {
-        /// Where it listened.
+        /// The listen address.
         address: String,
-        /// Why.
+        /// The transport error.
         source: tonic::transport::Error,
     },
     /// The server could not be set up.
     #[error("cannot set up the server: {0}")]
     Setup(String),
-    /// A secret that the configuration names is not there.
+    /// A secret named in the configuration is missing.
     #[error(transparent)]
     Config(#[from] unveil_config::ConfigError),
-    /// Nobody answered in time.
+    /// There was no success within the deadline.
     #[error("{what}: no success within {:.1} s; last: {last}", .waited.as_secs_f64())]
     Deadline {
-        /// What was tried.
+        /// The attempted operation.
         what: String,
-        /// How long.
+        /// Time spent.
         waited: Duration,
-        /// The last failure.
+        /// The last error.
         last: String,
     },
-    /// The peer answered with an error.
+    /// The peer returned an error.
     #[error("{what}: {:?}: {}", .status.code(), .status.message())]
     Call {
-        /// What was called.
+        /// The attempted call.
         what: String,
-        /// The answer.
+        /// The returned status.
         status: Box<Status>,
     },
 }
 
 impl ServiceError {
-    /// The same call may succeed later, with nothing changed by hand.
+    /// Returns whether the same call may succeed later without intervention.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Deadline { .. } | Self::Server { .. } => true,
-            Self::Call { status, .. } => retryable(status),
+            Self::Call { status, .. } => is_retryable(status),
             Self::AddressInUse { .. } | Self::Listen { .. } | Self::Address { .. } | Self::Setup(_) => false,
             Self::Exposed { .. } | Self::Plain { .. } | Self::Config(_) => false,
         }
     }
 
-    /// Trying again without a change cannot help.
+    /// Returns whether a retry without intervention cannot help.
     pub fn is_permanent(&self) -> bool {
         !self.is_retryable()
     }
 }
 
-/// Whether a call that ended so may be repeated. Broken transports carry their cause as `source`.
-pub(crate) fn retryable(status: &Status) -> bool {
+/// Returns whether a call with this status may be retried. Transport errors have their cause as `source`.
+pub(crate) fn is_retryable(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::ResourceExhausted | Code::Aborted => true,
         Code::Unknown | Code::Cancelled | Code::Internal => status.source().is_some(),
@@ -115,10 +115,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds() {
-        assert!(retryable(&Status::unavailable("x")));
-        assert!(!retryable(&Status::invalid_argument("x")));
-        assert!(!retryable(&Status::internal("x")));
+    fn retryable_statuses() {
+        assert!(is_retryable(&Status::unavailable("x")));
+        assert!(!is_retryable(&Status::invalid_argument("x")));
+        assert!(!is_retryable(&Status::internal("x")));
         let e = ServiceError::AddressInUse { address: "127.0.0.1:80".into() };
         assert!(e.is_permanent() && e.to_string().contains("127.0.0.1:80") && e.to_string().contains("port 0"));
     }

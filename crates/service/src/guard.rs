@@ -1,6 +1,6 @@
-//! What stands before every service: the bearer token, the caller's certificate, the number of calls at once, and the time that one may take.
+//! Admission of calls: bearer token, caller's certificate, number of concurrent calls, and time per call.
 //!
-//! A call is admitted before its message is read, so that calls that are too many cost no memory.
+//! A call is admitted before its message is read, so that excess calls cost no memory.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -18,12 +18,12 @@ use unveil_core::Secret;
 
 use crate::Callers;
 
-/// Paths that need no token and no place: whoever watches a service has neither.
+/// Prefix of the health service, which needs neither token nor permit because probes have none.
 const HEALTH: &str = "/grpc.health.v1.Health/";
-/// Reflection needs the token, but no place among the calls.
+/// Prefix of the reflection services, which need the token but no permit.
 const REFLECTION: &str = "/grpc.reflection.";
 
-/// Rules for the calls of a server. Clones share the counts.
+/// Admission rules for the calls of a server. Clones share the counters.
 #[derive(Debug, Clone)]
 pub struct Guard {
     shared: Arc<Shared>,
@@ -33,103 +33,108 @@ pub struct Guard {
 #[derive(Debug)]
 struct Shared {
     token: Option<blake3::Hash>,
-    slots: Arc<Semaphore>,
-    most: usize,
-    call: Option<Duration>,
+    permits: Arc<Semaphore>,
+    max_calls: usize,
+    call_timeout: Option<Duration>,
     streams: BTreeSet<&'static str>,
     refused: AtomicU64,
     unauthenticated: AtomicU64,
-    late: AtomicU64,
+    timed_out: AtomicU64,
 }
 
-/// A place among the calls at once; a handler of a stream takes it from the request's extensions and keeps it while the stream
+/// Permit for one of the concurrent calls. The handler of a stream takes it from the request's extensions and keeps it while the stream
 /// lives.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct CallPermit {
     _permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// What a guard has counted.
+/// Counters of a guard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GuardCounts {
-    /// Calls under way.
+    /// Calls in progress.
     pub in_flight: usize,
-    /// Calls that were refused because too many were under way.
+    /// Calls refused because too many were in progress.
     pub refused: u64,
-    /// Calls without the right token, or with a certificate of another role.
+    /// Calls with a missing or wrong token or with the certificate of a role that may not call.
     pub unauthenticated: u64,
-    /// Calls that took too long.
-    pub late: u64,
+    /// Calls that exceeded the time per call.
+    pub timed_out: u64,
 }
 
 impl Default for Guard {
-    /// Lets everything through.
+    /// Returns a guard that admits every call.
     fn default() -> Self {
         Self::new(None, Semaphore::MAX_PERMITS, None, &[])
     }
 }
 
 impl Guard {
-    /// Calls need `token` where there is one, at most `most` are under way at once, and each may take `call`. `streams` are paths
-    /// (`/package.Service/Method`) of streaming calls, whose handlers keep the [`Place`] and bound their own waits.
-    pub fn new(token: Option<&Secret>, most: usize, call: Option<Duration>, streams: &[&'static str]) -> Self {
-        let most = most.min(Semaphore::MAX_PERMITS);
+    /// Creates a guard that requires `token` (if any) and limits the number of concurrent calls and the time per call. `streams` are paths
+    /// (`/package.Service/Method`) of streaming calls, whose handlers keep the [`CallPermit`] and limit their own waits.
+    pub fn new(
+        token: Option<&Secret>,
+        max_calls: usize,
+        call_timeout: Option<Duration>,
+        streams: &[&'static str],
+    ) -> Self {
+        let max_calls = max_calls.min(Semaphore::MAX_PERMITS);
         Self {
             callers: None,
             shared: Arc::new(Shared {
                 token: token.map(|t| blake3::hash(format!("Bearer {}", t.reveal()).as_bytes())),
-                slots: Arc::new(Semaphore::new(most)),
-                most,
-                call,
+                permits: Arc::new(Semaphore::new(max_calls)),
+                max_calls,
+                call_timeout,
                 streams: streams.iter().copied().collect(),
                 refused: AtomicU64::new(0),
                 unauthenticated: AtomicU64::new(0),
-                late: AtomicU64::new(0),
+                timed_out: AtomicU64::new(0),
             }),
         }
     }
 
-    /// Lets in only the roles that `callers` names, where there are any.
-    pub fn admitting(mut self, callers: Option<Callers>) -> Self {
+    /// Restricts callers to the roles in `callers`; `None` admits any role.
+    pub fn with_callers(mut self, callers: Option<Callers>) -> Self {
         self.callers = callers.map(Arc::new);
         self
     }
 
-    /// Whether calls need a token.
-    pub fn wants_token(&self) -> bool {
+    /// Returns whether calls need a token.
+    pub fn requires_token(&self) -> bool {
         self.shared.token.is_some()
     }
 
-    /// What was counted so far.
+    /// Returns the current counters.
     pub fn counts(&self) -> GuardCounts {
         let s = &self.shared;
         GuardCounts {
-            in_flight: s.most - s.slots.available_permits(),
+            in_flight: s.max_calls - s.permits.available_permits(),
             refused: s.refused.load(Ordering::Relaxed),
             unauthenticated: s.unauthenticated.load(Ordering::Relaxed),
-            late: s.late.load(Ordering::Relaxed),
+            timed_out: s.timed_out.load(Ordering::Relaxed),
         }
     }
 }
 
 impl Shared {
-    /// Hashes are compared in constant time.
-    fn knows<B>(&self, request: &Request<B>) -> bool {
+    /// Returns whether the request has the right token; hashes are compared in constant time.
+    fn has_token<B>(&self, request: &Request<B>) -> bool {
         let Some(token) = &self.token else { return true };
-        let said = request.headers().get("authorization").map(|v| blake3::hash(v.as_bytes()));
-        let right = said.is_some_and(|s| s == *token);
-        if !right {
+        let presented = request.headers().get("authorization").map(|v| blake3::hash(v.as_bytes()));
+        let matches = presented.is_some_and(|hash| hash == *token);
+        if !matches {
             self.unauthenticated.fetch_add(1, Ordering::Relaxed);
         }
-        right
+        matches
     }
 
-    fn place(&self) -> Option<Place> {
-        let slot = Arc::clone(&self.slots).try_acquire_owned().ok();
-        if slot.is_none() {
+    fn try_acquire(&self) -> Option<CallPermit> {
+        let permit = Arc::clone(&self.permits).try_acquire_owned().ok();
+        if permit.is_none() {
             self.refused.fetch_add(1, Ordering::Relaxed);
         }
-        slot.map(|s| Place { _permit: Arc::new(s) })
+        permit.map(|permit| CallPermit { _permit: Arc::new(permit) })
     }
 }
 
@@ -141,7 +146,7 @@ impl<S> Layer<S> for Guard {
     }
 }
 
-/// A service behind a [`Guard`].
+/// A service protected by a [`Guard`].
 #[derive(Debug, Clone)]
 pub struct Guarded<S> {
     inner: S,
@@ -169,7 +174,7 @@ where
         if path.starts_with(HEALTH) {
             return Box::pin(self.inner.call(request));
         }
-        if !self.shared.knows(&request) {
+        if !self.shared.has_token(&request) {
             return refuse(Status::unauthenticated("the bearer token is missing or wrong"));
         }
         if path.starts_with(REFLECTION) {
@@ -180,19 +185,21 @@ where
             return refuse(Status::permission_denied(why));
         }
         let is_stream = self.shared.streams.contains(path);
-        let Some(place) = self.shared.place() else {
-            let most = self.shared.most;
-            return refuse(Status::resource_exhausted(format!("{most} calls are under way already: try again later")));
+        let Some(permit) = self.shared.try_acquire() else {
+            let max_calls = self.shared.max_calls;
+            return refuse(Status::resource_exhausted(format!(
+                "{max_calls} calls are already in progress: retry later"
+            )));
         };
-        request.extensions_mut().insert(place.clone());
+        request.extensions_mut().insert(permit.clone());
         let answer = self.inner.call(request);
         let shared = Arc::clone(&self.shared);
         Box::pin(async move {
-            let _place = place;
-            let Some(call) = shared.call.filter(|_| !is_stream) else { return answer.await };
-            tokio::time::timeout(call, answer).await.unwrap_or_else(|_| {
-                shared.late.fetch_add(1, Ordering::Relaxed);
-                let what = format!("the call took longer than {:.1} s", call.as_secs_f64());
+            let _permit = permit;
+            let Some(timeout) = shared.call_timeout.filter(|_| !is_stream) else { return answer.await };
+            tokio::time::timeout(timeout, answer).await.unwrap_or_else(|_| {
+                shared.timed_out.fetch_add(1, Ordering::Relaxed);
+                let what = format!("the call took longer than {:.1} s", timeout.as_secs_f64());
                 Ok(Status::deadline_exceeded(what).into_http())
             })
         })
@@ -227,11 +234,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tokens_places_and_times() {
+    async fn token_concurrency_and_timeout() {
         let guard = Guard::new(Some(&Secret::new("abc")), 2, Some(Duration::from_secs(1)), &["/p.S/Stream"]);
         let service = guard.layer(tower::service_fn(slow));
         let call = |path: &str, token: &str, ms: u64| {
-            let (mut service, request) = (service.clone(), request(path, token, ms));
+            let mut service = service.clone();
+            let request = request(path, token, ms);
             tokio::spawn(async move { service.call(request).await.unwrap() })
         };
         for wrong in ["", "abc", "Bearer abd", "bearer abc"] {
@@ -244,11 +252,11 @@ mod tests {
         let refused = call("/p.S/M", "Bearer abc", 0).await.unwrap();
         assert_eq!(code(&refused), Some("8"), "RESOURCE_EXHAUSTED");
         for h in held {
-            assert_eq!(code(&h.await.unwrap()), None, "a stream is not timed here");
+            assert_eq!(code(&h.await.unwrap()), None, "streams have no time limit");
         }
         let late = call("/p.S/M", "Bearer abc", 5000).await.unwrap();
         assert_eq!(code(&late), Some("4"), "DEADLINE_EXCEEDED");
         let counts = guard.counts();
-        assert_eq!(counts, GuardCounts { in_flight: 0, refused: 1, unauthenticated: 4, late: 1 });
+        assert_eq!(counts, GuardCounts { in_flight: 0, refused: 1, unauthenticated: 4, timed_out: 1 });
     }
 }

@@ -1,8 +1,7 @@
-//! Certificates for the roles of a run: an authority of its own, and a certificate and key per role that it signs.
+//! Certificates for the roles of a run: a dedicated authority, and a certificate and key per role signed by it.
 //!
-//! Services (learner, reward) get the names by which they are reached, and may serve and call; the others may only call, so that a
-//! key that leaks from a rollout worker cannot stand in for a service (extended key usage, RFC 5280 section 4.2.1.12).
-//! Must not know: configurations.
+//! Certificates of services (learner, reward) contain their host names and permit serving and calling; those of other roles permit only
+//! calling, so that a key leaked from a rollout worker cannot impersonate a service (extended key usage, RFC 5280 section 4.2.1.12).
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, OpenOptions, Permissions};
@@ -18,101 +17,101 @@ use serde::Serialize;
 use unveil_config::{Role, TlsFiles};
 use x509_parser::time::ASN1Time;
 
-/// Days that an authority lasts.
+/// Validity of an authority in days.
 const CA_DAYS: u32 = 3650;
-/// Clocks of machines differ: a certificate holds from a little before it was made.
-const BEFORE: Duration = Duration::from_secs(3600);
-/// Longest life of a role's certificate in days: half of an authority's.
-pub const MOST_DAYS: u32 = CA_DAYS / 2;
+/// Time before creation at which a certificate becomes valid, because clocks of machines differ.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(3600);
+/// Maximum validity of a role's certificate in days: half of an authority's.
+pub const MAX_CERTIFICATE_DAYS: u32 = CA_DAYS / 2;
 
-/// What to do with what is there already.
+/// How to treat existing certificates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Existing {
-    /// Nothing may be there.
+    /// Fail if there are any.
     #[default]
     Refuse,
-    /// The authority stays, the roles get new certificates and keys.
+    /// Keep the authority and create new certificates and keys for the roles.
     Renew,
-    /// Everything is made anew: what the old authority signed is not trusted any more.
+    /// Replace everything: certificates of the old authority are no longer trusted.
     Replace,
 }
 
-/// What is made.
+/// Options for issuing certificates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IssueOptions {
-    /// Names and addresses by which others reach the services, besides the roles' own names and loopback. `*.name` is all of a domain.
+    /// Host names and addresses of the services, in addition to the role names and loopback. `*.name` matches a whole domain.
     pub hosts: Vec<String>,
-    /// Days that the roles' certificates last, 1 to [`MOST_DAYS`].
+    /// Validity of the roles' certificates in days, 1 to [`MAX_CERTIFICATE_DAYS`].
     pub days: u32,
-    /// What to do with what is there already.
+    /// How to treat existing certificates.
     pub existing: Existing,
 }
 
-/// A certificate that was made, or the authority that was used.
+/// A new certificate, or the authority that signed it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Issued {
-    /// The certificate's file.
+pub struct IssuedCertificate {
+    /// Certificate file.
     pub certificate: PathBuf,
-    /// The key's file, which only its owner may read.
+    /// Key file, readable only by its owner.
     pub key: PathBuf,
-    /// Names and addresses of a service; none for who only calls, and the authority.
+    /// Names and addresses of a service; empty for the authority and for roles that only call.
     pub names: Vec<String>,
-    /// The last day on which it holds, `YYYY-MM-DD` in UTC.
+    /// Last day of validity, `YYYY-MM-DD` in UTC.
     pub not_after: String,
 }
 
-/// All that is in a directory.
+/// All certificates in a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct IssuedAll {
-    /// The authority.
-    pub ca: Issued,
-    /// The roles by name.
-    pub roles: BTreeMap<&'static str, Issued>,
+pub struct IssuedCertificates {
+    /// Certificate of the authority.
+    pub ca: IssuedCertificate,
+    /// Certificates of the roles by role name.
+    pub roles: BTreeMap<&'static str, IssuedCertificate>,
 }
 
-/// Why certificates could not be made.
+/// Why certificates could not be issued.
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
-    /// Something is there already.
+    /// A file already exists.
     #[error(
-        "{} is there already: --renew makes new certificates of the roles by the same authority, --force replaces the authority too", .0.display()
+        "{} already exists: --renew issues new role certificates from the same authority, --force replaces the authority as well", .0.display()
     )]
     Exists(PathBuf),
-    /// There is no authority to renew by.
-    #[error("{} cannot be used: {why}. Without --renew a new authority is made", file.display())]
+    /// There is no usable authority for renewal.
+    #[error("{} cannot be used: {why}. Without --renew a new authority is created", file.display())]
     Authority {
-        /// Its certificate or key.
+        /// Certificate or key of the authority.
         file: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         why: String,
     },
-    /// A host that no certificate can name.
-    #[error("`{0}` is no name or address of a host")]
+    /// A host name is invalid.
+    #[error("`{0}` is not a host name or address")]
     Host(String),
-    /// A life that makes no sense.
-    #[error("--days is {days}: use 1 to {most}, {why}")]
+    /// The validity is out of range.
+    #[error("--days is {days}: use 1 to {max_days}, {why}")]
     Days {
-        /// What was asked for.
+        /// Requested validity in days.
         days: u32,
-        /// What there can be.
-        most: u32,
-        /// Why.
+        /// Maximum validity in days.
+        max_days: u32,
+        /// Reason for the maximum.
         why: &'static str,
     },
     /// A file or directory cannot be written.
     #[error("{}: {source}", path.display())]
     Write {
-        /// Which.
+        /// The file or directory.
         path: PathBuf,
-        /// Why.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// A certificate cannot be made.
+    /// A certificate cannot be created.
     #[error("certificate of {what}: {source}")]
     Make {
-        /// Whose.
+        /// Owner of the certificate.
         what: &'static str,
-        /// Why.
+        /// The underlying error.
         source: rcgen::Error,
     },
 }
@@ -120,98 +119,106 @@ pub enum IssueError {
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pem: String,
-    ends: SystemTime,
-    shown: Issued,
+    expires: SystemTime,
+    certificate: IssuedCertificate,
 }
 
-/// Makes `dir/ca.crt`, `dir/ca.key`, and `dir/ROLE/tls.crt`, `tls.key`, `ca.crt` for every role. Only the certificates of the roles
-/// need to leave the machine: who has `ca.key` can be anybody.
+/// Creates `dir/ca.crt`, `dir/ca.key`, and `dir/ROLE/tls.crt`, `tls.key`, `ca.crt` for every role. Only the role folders need to leave the
+/// machine: `ca.key` allows its holder to impersonate any role.
 ///
 /// # Errors
-/// See [`IssueError`]; a file is written whole or not at all.
-pub fn issue(dir: &Path, options: &IssueOptions) -> Result<IssuedAll, IssueError> {
-    if !(1..=MOST_DAYS).contains(&options.days) {
-        return Err(IssueError::Days { days: options.days, most: MOST_DAYS, why: "five years" });
+/// Returns an [`IssueError`]; each file is written completely or not at all.
+pub fn issue(dir: &Path, options: &IssueOptions) -> Result<IssuedCertificates, IssueError> {
+    if !(1..=MAX_CERTIFICATE_DAYS).contains(&options.days) {
+        return Err(IssueError::Days { days: options.days, max_days: MAX_CERTIFICATE_DAYS, why: "five years" });
     }
-    if let Some(bad) = options.hosts.iter().find(|h| !is_host(h)) {
-        return Err(IssueError::Host(bad.clone()));
+    if let Some(invalid) = options.hosts.iter().find(|h| !is_host(h)) {
+        return Err(IssueError::Host(invalid.clone()));
     }
-    folder(dir)?;
-    let (certificate, key) = (dir.join("ca.crt"), dir.join("ca.key"));
+    create_private_folder(dir)?;
+    let certificate = dir.join("ca.crt");
+    let key = dir.join("ca.key");
     let authority = match options.existing {
         Existing::Renew => read_authority(certificate, key)?,
         Existing::Replace => make_authority(certificate, key)?,
         Existing::Refuse => {
-            let mut all = Role::ALL.iter().flat_map(|r| {
-                let files = TlsFiles::below(&dir.join(r.name()));
+            let mut role_files = Role::ALL.iter().flat_map(|r| {
+                let files = TlsFiles::in_dir(&dir.join(r.name()));
                 [files.certificate, files.key, files.ca]
             });
-            let found = [&certificate, &key].into_iter().cloned().chain(&mut all).find(|p| p.exists());
-            match found {
-                Some(there) => return Err(IssueError::Exists(there)),
+            let existing = [&certificate, &key].into_iter().cloned().chain(&mut role_files).find(|p| p.exists());
+            match existing {
+                Some(path) => return Err(IssueError::Exists(path)),
                 None => make_authority(certificate, key)?,
             }
         }
     };
-    let ends = SystemTime::now() + days(options.days);
-    if ends > authority.ends {
-        let left = authority.ends.duration_since(SystemTime::now()).unwrap_or_default();
-        let most = u32::try_from(left.as_secs() / 86400).unwrap_or(0);
-        let why = "for the authority ends then; --force makes a new one";
-        return Err(IssueError::Days { days: options.days, most, why });
+    let expires = SystemTime::now() + days(options.days);
+    if expires > authority.expires {
+        let left = authority.expires.duration_since(SystemTime::now()).unwrap_or_default();
+        let max_days = u32::try_from(left.as_secs() / 86400).unwrap_or(0);
+        let why = "because the authority expires then; --force creates a new one";
+        return Err(IssueError::Days { days: options.days, max_days, why });
     }
     let mut roles = BTreeMap::new();
     for role in Role::ALL {
         roles.insert(role.name(), make_role(dir, role, options, &authority)?);
     }
-    Ok(IssuedAll { ca: authority.shown, roles })
+    Ok(IssuedCertificates { ca: authority.certificate, roles })
 }
 
 fn make_authority(certificate: PathBuf, key: PathBuf) -> Result<Authority, IssueError> {
     let fail = |source| IssueError::Make { what: "the authority", source };
     let pair = KeyPair::generate().map_err(fail)?;
     let mut params = CertificateParams::default();
-    let ends = SystemTime::now() + days(CA_DAYS);
-    (params.not_before, params.not_after) = ((SystemTime::now() - BEFORE).into(), ends.into());
+    let expires = SystemTime::now() + days(CA_DAYS);
+    params.not_before = (SystemTime::now() - CLOCK_TOLERANCE).into();
+    params.not_after = expires.into();
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    // Two authorities of one name could be mistaken for each other.
+    // Two authorities with the same name could be confused.
     let number: u32 = rand::random();
     params.distinguished_name.push(DnType::CommonName, format!("Unveil roles {number:08x}"));
     let pem = params.self_signed(&pair).map_err(fail)?.pem();
     write(&key, pair.serialize_pem().as_bytes(), 0o600)?;
     write(&certificate, pem.as_bytes(), 0o644)?;
-    let shown = Issued { certificate, key, names: Vec::new(), not_after: date(ends) };
-    Ok(Authority { issuer: Issuer::new(params, pair), pem, ends, shown })
+    let certificate = IssuedCertificate { certificate, key, names: Vec::new(), not_after: date(expires) };
+    Ok(Authority { issuer: Issuer::new(params, pair), pem, expires, certificate })
 }
 
 fn read_authority(certificate: PathBuf, key: PathBuf) -> Result<Authority, IssueError> {
-    let bad = |file: &Path, why: String| IssueError::Authority { file: file.to_owned(), why };
-    let read = |file: &Path| std::fs::read_to_string(file).map_err(|e| bad(file, e.to_string()));
-    let pair = KeyPair::from_pem(&read(&key)?).map_err(|e| bad(&key, e.to_string()))?;
+    let unusable = |file: &Path, why: String| IssueError::Authority { file: file.to_owned(), why };
+    let read = |file: &Path| std::fs::read_to_string(file).map_err(|e| unusable(file, e.to_string()));
+    let pair = KeyPair::from_pem(&read(&key)?).map_err(|e| unusable(&key, e.to_string()))?;
     let pem = read(&certificate)?;
-    let not_one = || bad(&certificate, "it is no PEM certificate".to_owned());
-    let (_, block) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|_| not_one())?;
-    let parsed = block.parse_x509().map_err(|_| not_one())?;
+    let not_a_certificate = || unusable(&certificate, "it is not a PEM certificate".to_owned());
+    let (_, block) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|_| not_a_certificate())?;
+    let parsed = block.parse_x509().map_err(|_| not_a_certificate())?;
     if !parsed.is_ca() {
-        return Err(bad(&certificate, "it is no certificate of an authority".to_owned()));
+        return Err(unusable(&certificate, "it is not the certificate of an authority".to_owned()));
     }
     if parsed.public_key().subject_public_key.data.as_ref() != pair.public_key_raw() {
-        return Err(bad(&key, "it is not the key of ca.crt".to_owned()));
+        return Err(unusable(&key, "it is not the key of ca.crt".to_owned()));
     }
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
-    let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-    let not_after = date(ends);
-    let issuer = Issuer::from_ca_cert_pem(&pem, pair).map_err(|e| bad(&certificate, e.to_string()))?;
-    Ok(Authority { issuer, ends, shown: Issued { certificate, key, names: Vec::new(), not_after }, pem })
+    let expires = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let not_after = date(expires);
+    let issuer = Issuer::from_ca_cert_pem(&pem, pair).map_err(|e| unusable(&certificate, e.to_string()))?;
+    let certificate = IssuedCertificate { certificate, key, names: Vec::new(), not_after };
+    Ok(Authority { issuer, expires, certificate, pem })
 }
 
-fn make_role(dir: &Path, role: Role, options: &IssueOptions, authority: &Authority) -> Result<Issued, IssueError> {
+fn make_role(
+    dir: &Path,
+    role: Role,
+    options: &IssueOptions,
+    authority: &Authority,
+) -> Result<IssuedCertificate, IssueError> {
     let fail = |source| IssueError::Make { what: role.name(), source };
     let mut names = Vec::new();
     if role.serves() {
-        let own = [role.name(), "localhost", "127.0.0.1", "::1"].map(str::to_owned);
-        for name in own.into_iter().chain(options.hosts.iter().cloned()) {
+        let default_names = [role.name(), "localhost", "127.0.0.1", "::1"].map(str::to_owned);
+        for name in default_names.into_iter().chain(options.hosts.iter().cloned()) {
             if !names.contains(&name) {
                 names.push(name);
             }
@@ -219,9 +226,9 @@ fn make_role(dir: &Path, role: Role, options: &IssueOptions, authority: &Authori
     }
     let pair = KeyPair::generate().map_err(fail)?;
     let mut params = CertificateParams::new(names.clone()).map_err(fail)?;
-    params.not_before = (SystemTime::now() - BEFORE).into();
-    let ends = SystemTime::now() + days(options.days);
-    params.not_after = ends.into();
+    params.not_before = (SystemTime::now() - CLOCK_TOLERANCE).into();
+    let expires = SystemTime::now() + days(options.days);
+    params.not_after = expires.into();
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, role.name());
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -230,33 +237,33 @@ fn make_role(dir: &Path, role: Role, options: &IssueOptions, authority: &Authori
         params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
     }
     params.use_authority_key_identifier_extension = true;
-    let made = params.signed_by(&pair, &authority.issuer).map_err(fail)?;
-    let own = dir.join(role.name());
-    folder(&own)?;
-    let files = TlsFiles::below(&own);
+    let certificate = params.signed_by(&pair, &authority.issuer).map_err(fail)?;
+    let role_dir = dir.join(role.name());
+    create_private_folder(&role_dir)?;
+    let files = TlsFiles::in_dir(&role_dir);
     write(&files.key, pair.serialize_pem().as_bytes(), 0o600)?;
-    write(&files.certificate, made.pem().as_bytes(), 0o644)?;
+    write(&files.certificate, certificate.pem().as_bytes(), 0o644)?;
     write(&files.ca, authority.pem.as_bytes(), 0o644)?;
-    Ok(Issued { certificate: files.certificate, key: files.key, names, not_after: date(ends) })
+    Ok(IssuedCertificate { certificate: files.certificate, key: files.key, names, not_after: date(expires) })
 }
 
 fn days(n: u32) -> Duration {
     Duration::from_secs(u64::from(n) * 86400)
 }
 
-/// `YYYY-MM-DD`.
-fn date(at: SystemTime) -> String {
-    let seconds = at.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0));
+/// Formats a time as `YYYY-MM-DD` in UTC.
+fn date(time: SystemTime) -> String {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0));
     ASN1Time::from_timestamp(seconds).map_or_else(
         |_| format!("@{seconds}"),
-        |at| {
-            let at = at.to_datetime();
-            format!("{:04}-{:02}-{:02}", at.year(), u8::from(at.month()), at.day())
+        |time| {
+            let date = time.to_datetime();
+            format!("{:04}-{:02}-{:02}", date.year(), u8::from(date.month()), date.day())
         },
     )
 }
 
-/// A name of letters, digits, `-` and `_` between dots, `*.` before one, or an address.
+/// Returns whether a text is an IP address or a name of letters, digits, `-` and `_` between dots, optionally after `*.`.
 fn is_host(host: &str) -> bool {
     let label = |l: &str| {
         !l.is_empty() && l.len() <= 63 && l.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
@@ -265,17 +272,17 @@ fn is_host(host: &str) -> bool {
     host.parse::<std::net::IpAddr>().is_ok() || (host.len() <= 253 && name.split('.').all(label))
 }
 
-/// A folder that only its owner may enter; one that is there stays as it is.
-fn folder(path: &Path) -> Result<(), IssueError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|source| IssueError::Write { path: path.to_owned(), source })
+/// Creates a folder that only its owner may enter; an existing folder is left unchanged.
+fn create_private_folder(path: &Path) -> Result<(), IssueError> {
+    let created = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    created.map_err(|source| IssueError::Write { path: path.to_owned(), source })
 }
 
-/// Writes beside, then renames: a role that starts meanwhile finds the old file or the new one.
+/// Writes a temporary file and renames it, so that a role starting meanwhile finds either the old file or the new one.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), IssueError> {
-    let written = unveil_core::replace_file(path, mode, |beside| {
-        let mut file = OpenOptions::new().write(true).open(beside)?;
-        // The mode of a new file is cut by the umask.
+    let written = unveil_core::replace_file(path, mode, |temporary| {
+        let mut file = OpenOptions::new().write(true).open(temporary)?;
+        // The mode of a new file is subject to the umask.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(bytes)
     });

@@ -1,7 +1,7 @@
-//! Building blocks of every gRPC role: serving with TLS, tokens, limits, health, reflection and a graceful end; a metrics page; channels with retry, deadlines and
-//! keep-alive; the ready line; logs and traces. And a client of chat endpoints over HTTP.
+//! Building blocks of every gRPC role: serving with TLS, tokens, limits, health, reflection and graceful shutdown; a metrics page; channels
+//! with retry, deadlines and keep-alive; the ready line; logs and traces. Also a client for chat endpoints over HTTP.
 //!
-//! Must not know: tch, and what any service is about.
+//! Must not depend on: tch, and what the individual services do.
 
 mod callers;
 pub mod chat;
@@ -22,43 +22,43 @@ mod tls;
 mod trace;
 
 pub use callers::Callers;
-pub use client::{Backoff, ClientOptions, authorised, connect, connect_with, lazy_channel, retry, with_deadline};
+pub use client::{Backoff, ClientOptions, authorize, connect, connect_with, lazy_channel, retry, with_deadline};
 pub use error::ServiceError;
-pub use guard::{Guard, GuardCounts, Guarded, Place};
+pub use guard::{CallPermit, Guard, GuardCounts, Guarded};
 pub use health::{Health, READY, check_health};
-pub use http::{ANSWER_LIMIT, HttpAnswer, HttpClient};
-pub use page::metrics_page;
+pub use http::{HttpClient, HttpResponse, MAX_RESPONSE_BYTES};
+pub use page::serve_metrics;
 pub use ready::{Ready, announce, parse_ready};
-pub use roles::{Access, client_options};
+pub use roles::{ServiceAccess, client_options};
 pub use series::{Series, role_registry};
-pub use serve::{Running, ServeOptions, bind, cancel_on_signal, serve, start};
-pub use spans::{SPANS, carried, carry, context, continues};
+pub use serve::{RunningServer, ServeOptions, bind, cancel_on_signal, serve, start};
+pub use spans::{SPAN_TARGET, extract, inject, set_remote_parent, traceparent};
 pub use tls::{ClientTls, PemPair, ServerTls};
 pub use trace::{TraceOptions, Tracing, init_tracing};
 
-// Callers build routes and tokens with these.
+// Re-exported because callers build routes and tokens with them.
 pub use prometheus_client;
 pub use tokio_util::sync::CancellationToken;
 pub use tonic::service::{Routes, RoutesBuilder};
 #[doc(hidden)] // for `span!`
 pub use tracing;
 
-/// Largest message that is sent or taken by default, in bytes (64 MiB).
-pub const MESSAGE_LIMIT: usize = unveil_core::limits::MESSAGE;
+/// Default maximum size of a sent or received message in bytes (64 MiB).
+pub const MAX_MESSAGE_BYTES: usize = unveil_core::limits::MAX_MESSAGE_BYTES;
 
-/// Bytes of one stream that may be under way unread (HTTP/2 flow control, RFC 9113 section 5.2). The default of 64 KiB stops a
-/// sender of weights every few microseconds.
+/// Flow-control window of a stream in bytes (RFC 9113 section 5.2). With the default of 64 KiB a sender of weights would stall every few
+/// microseconds.
 pub(crate) const STREAM_WINDOW: u32 = 16 << 20;
 
-/// The same of all streams of a connection.
+/// Flow-control window of a connection in bytes, shared by all of its streams.
 pub(crate) const CONNECTION_WINDOW: u32 = 32 << 20;
 
-/// Sets the message size limit of a generated server or client, both ways: `limited!(RewardServer::new(x))`, or with a limit
-/// in bytes as second argument. gRPC's own default is 4 MiB, which one group with its image and attention can exceed.
+/// Sets the message size limit of a generated server or client in both directions: `limited!(RewardServer::new(x))`, optionally with a
+/// limit in bytes as second argument. gRPC's default of 4 MiB is too small for some groups with image and attention.
 #[macro_export]
 macro_rules! limited {
     ($service:expr) => {
-        $crate::limited!($service, $crate::MESSAGE_LIMIT)
+        $crate::limited!($service, $crate::MAX_MESSAGE_BYTES)
     };
     ($service:expr, $bytes:expr) => {{
         let bytes: usize = $bytes;

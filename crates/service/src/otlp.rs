@@ -1,5 +1,5 @@
-//! Where spans go: an OpenTelemetry collector, by OTLP over gRPC (<https://opentelemetry.io/docs/specs/otlp/>), in batches and from
-//! a thread of its own, so that no caller waits for it.
+//! Export of spans to an OpenTelemetry collector by OTLP over gRPC (<https://opentelemetry.io/docs/specs/otlp/>), in batches and on a
+//! separate thread, so that no caller waits for it.
 
 use std::time::Duration;
 
@@ -12,34 +12,35 @@ use tokio::runtime::Runtime;
 
 use crate::{ServiceError, lazy_channel};
 
-/// How long a batch may take.
-const SEND: Duration = Duration::from_secs(5);
-/// How long the last batch may take, when the process ends.
-const FLUSH: Duration = Duration::from_secs(2);
+/// Time limit for sending a batch.
+const BATCH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit for sending the last batch when the process ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The way to a collector. Dropping it sends what is left, for two seconds at most.
+/// Exporter to a collector. Dropping it sends the remaining spans, for at most two seconds.
 #[derive(Debug)]
 pub(crate) struct Exporter {
     provider: SdkTracerProvider,
-    /// Drives the connection; the roles' own runtimes come and go.
+    /// Drives the connection, because runtimes of roles are created and dropped.
     runtime: Option<Runtime>,
 }
 
 impl Exporter {
-    /// Connects when the first batch goes out. Spans are those of service `unveil-ROLE`, with the run's directory.
+    /// Creates an exporter that connects when it sends the first batch. Spans belong to the service `unveil-ROLE` and have the run directory
+    /// as attribute.
     ///
     /// # Errors
-    /// The address cannot be read.
+    /// Returns [`ServiceError::Address`] for an invalid address and [`ServiceError::Setup`] if the exporter cannot be created.
     pub fn open(endpoint: &str, role: &str, run: &str) -> Result<Self, ServiceError> {
         let setup = |e: String| ServiceError::Setup(format!("traces to {endpoint}: {e}"));
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(1).thread_name("spans").enable_all().build();
         let runtime = runtime.map_err(|e| setup(e.to_string()))?;
-        let inside = runtime.enter();
+        let context = runtime.enter();
         let channel = lazy_channel(endpoint, None)?;
-        let exporter = SpanExporter::builder().with_tonic().with_channel(channel).with_timeout(SEND).build();
+        let exporter = SpanExporter::builder().with_tonic().with_channel(channel).with_timeout(BATCH_TIMEOUT).build();
         let exporter = exporter.map_err(|e| setup(e.to_string()))?;
-        drop(inside);
+        drop(context);
         let resource = Resource::builder_empty()
             .with_service_name(format!("unveil-{role}"))
             .with_attribute(KeyValue::new("unveil.run", run.to_owned()))
@@ -55,8 +56,8 @@ impl Exporter {
 
 impl Drop for Exporter {
     fn drop(&mut self) {
-        if let Err(e) = self.provider.shutdown_with_timeout(FLUSH) {
-            tracing::warn!("the last spans did not reach the collector: {e}");
+        if let Err(e) = self.provider.shutdown_with_timeout(FLUSH_TIMEOUT) {
+            tracing::warn!("exporting the last spans failed: {e}");
         }
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
@@ -69,7 +70,7 @@ mod tests {
     use tonic::Request;
     use unveil_testkit::SpanCollector;
 
-    use crate::spans::{carried, carry, continues};
+    use crate::spans::{extract, inject, set_remote_parent};
     use crate::trace::{TraceOptions, dispatch};
 
     fn options<'a>(role: &'a str, collector: &'a str) -> TraceOptions<'a> {
@@ -77,41 +78,43 @@ mod tests {
     }
 
     #[test]
-    fn one_trace_goes_through_two_roles() {
+    fn trace_spans_two_roles() {
         let collector = SpanCollector::start();
-        let (learner, own) = dispatch(&options("learner", collector.endpoint()), std::io::sink).unwrap();
-        let (rollout, other) = dispatch(&options("rollout", collector.endpoint()), std::io::sink).unwrap();
+        let (learner, learner_tracing) = dispatch(&options("learner", collector.endpoint()), std::io::sink).unwrap();
+        let (rollout, rollout_tracing) = dispatch(&options("rollout", collector.endpoint()), std::io::sink).unwrap();
         let request = tracing::dispatcher::with_default(&learner, || {
             let lease = crate::span!(parent: None, "lease", record = "r7");
             tracing::info_span!("not for the collector").in_scope(|| tracing::info!("nor this"));
-            carry(Request::new(()), &lease)
+            inject(Request::new(()), &lease)
         });
         assert_eq!(request.metadata().len(), 1);
         tracing::dispatcher::with_default(&rollout, || {
             let generate = crate::span!("generate");
-            continues(&generate, &carried(&request));
+            set_remote_parent(&generate, &extract(&request));
             let stranger = crate::span!(parent: None, "stranger");
-            continues(&stranger, "no context");
+            set_remote_parent(&stranger, "no context");
         });
-        drop((own, other));
+        drop((learner_tracing, rollout_tracing));
         let spans = collector.spans();
         assert_eq!(spans.len(), 3, "{spans:?}");
         let find = |name: &str| spans.iter().find(|s| s.name == name).unwrap();
-        let (lease, generate) = (find("lease"), find("generate"));
+        let lease = find("lease");
+        let generate = find("generate");
         assert_eq!((lease.service.as_str(), generate.service.as_str()), ("unveil-learner", "unveil-rollout"));
         assert_eq!((generate.trace.as_str(), generate.parent.as_str()), (lease.trace.as_str(), lease.id.as_str()));
         assert_eq!((lease.parent.as_str(), lease.attribute("record")), ("", Some("r7")));
-        assert_ne!(find("stranger").trace, lease.trace, "what names no context is a trace of its own");
+        assert_ne!(find("stranger").trace, lease.trace, "an invalid context starts a new trace");
     }
 
     #[test]
-    fn a_collector_that_is_away_costs_no_more_than_the_last_flush() {
+    fn unreachable_collector_costs_only_the_last_flush() {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (learner, own) = dispatch(&options("learner", &format!("http://{address}")), std::io::sink).unwrap();
+        let (learner, learner_tracing) =
+            dispatch(&options("learner", &format!("http://{address}")), std::io::sink).unwrap();
         let start = std::time::Instant::now();
         tracing::dispatcher::with_default(&learner, || (0..10_000).for_each(|_| drop(crate::span!("x"))));
-        drop(own);
-        assert!(start.elapsed() < super::FLUSH * 2, "{:?}", start.elapsed());
+        drop(learner_tracing);
+        assert!(start.elapsed() < super::FLUSH_TIMEOUT * 2, "{:?}", start.elapsed());
         assert!(dispatch(&options("learner", "http://nowhere"), std::io::sink).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! A page of metrics in Prometheus' text format over HTTP, or HTTPS where the role speaks TLS.
+//! The metrics page in Prometheus text format, over HTTP or, if the role uses TLS, HTTPS.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,36 +14,36 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
-use crate::serve::{exposed, with_tls};
-use crate::{Access, ServerTls, ServiceError, bind};
+use crate::serve::{check_exposure, with_tls};
+use crate::{ServerTls, ServiceAccess, ServiceError, bind};
 
-/// Serves `/metrics` on `listen` until `shutdown`, in the background; the bound address comes back. `refresh` runs before each
-/// page, for values that are read rather than counted. Who reads it needs neither token nor certificate: there are counts on it,
-/// nothing of the data.
+/// Serves `/metrics` on `listen` in the background until `shutdown` and returns the bound address. `refresh` runs before each page, for
+/// values that are sampled rather than counted. Readers need neither token nor certificate, because the page contains no data.
 ///
 /// # Errors
-/// As [`bind`]; without TLS it listens on loopback only, unless `access` says otherwise.
-pub async fn metrics_page(
+/// See [`bind`]; also returns [`ServiceError::Exposed`] for a non-loopback address without TLS, unless `access` allows it.
+pub async fn serve_metrics(
     listen: &str,
     registry: Arc<Registry>,
     refresh: impl Fn() + Send + Sync + 'static,
-    access: &Access,
+    access: &ServiceAccess,
     shutdown: CancellationToken,
 ) -> Result<SocketAddr, ServiceError> {
     let (listener, address) = bind(listen).await?;
     let tls = access.tls.as_ref().map(|t| ServerTls { client_ca: None, ..t.clone() });
-    exposed(address, tls.is_some(), access.insecure)?;
+    check_exposure(address, tls.is_some(), access.insecure)?;
     let server = with_tls(Server::builder().accept_http1(true), tls.as_ref())?;
     let refresh = Arc::new(refresh);
     let page = move || {
-        let (registry, refresh) = (Arc::clone(&registry), Arc::clone(&refresh));
+        let registry = Arc::clone(&registry);
+        let refresh = Arc::clone(&refresh);
         async move {
             refresh();
             let mut text = String::new();
             match encode(&mut text, &registry) {
                 Ok(()) => {
-                    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-                    ([(CONTENT_TYPE, kind)], text).into_response()
+                    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+                    ([(CONTENT_TYPE, content_type)], text).into_response()
                 }
                 Err(_) => axum::http::StatusCode::INTERNAL_SERVER_ERROR.into_response(),
             }
@@ -55,7 +55,7 @@ pub async fn metrics_page(
         server.add_routes(routes).serve_with_incoming_shutdown(TcpIncoming::from(listener), shutdown.cancelled_owned());
     tokio::spawn(async move {
         if let Err(e) = served.await {
-            tracing::warn!(%address, "the metrics page ended: {e}");
+            tracing::warn!(%address, "metrics page failed: {e}");
         }
     });
     Ok(address)

@@ -1,16 +1,16 @@
-//! The ready line: how a role tells its supervisor which port it got. One JSON object on one line of stdout.
+//! The ready line, by which a role reports its port to its supervisor: one JSON object on one line of stdout.
 
 use std::io::Write;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-/// A role is up and serves at `address`.
+/// Content of the ready line: a role serves at `address`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
-    /// `reward`, `learner`…
+    /// Name of the role (`reward`, `learner`, …).
     pub role: String,
-    /// `host:port` with the real port.
+    /// Bound `host:port`.
     pub address: SocketAddr,
 }
 
@@ -22,7 +22,7 @@ pub fn announce(role: &str, address: SocketAddr) -> std::io::Result<()> {
     out.flush()
 }
 
-/// Reads a ready line; `None` for any other line.
+/// Parses a ready line; returns `None` for any other line.
 pub fn parse_ready(line: &str) -> Option<Ready> {
     serde_json::from_str(line.trim()).ok()
 }

@@ -1,30 +1,28 @@
-//! How a role of a configuration serves and calls: its certificate, the authority, the token. One place for all roles.
-//!
-//! Must not know: what the services do.
+//! TLS, token and caller settings of a role, derived from the configuration in one place for all roles.
 
 use unveil_config::{Config, Role, TlsFiles};
 use unveil_core::Secret;
 
 use crate::{Callers, ClientOptions, ClientTls, PemPair, ServerTls, ServiceError};
 
-/// How a service of a role is reached.
+/// Access settings of the service of a role.
 #[derive(Debug, Clone, Default)]
-pub struct Access {
-    /// TLS; none = plain HTTP/2.
+pub struct ServiceAccess {
+    /// TLS settings; `None`: plain HTTP/2.
     pub tls: Option<ServerTls>,
-    /// Token that callers must send; none = they need none.
+    /// Token that callers must send, if any.
     pub token: Option<Secret>,
-    /// The roles that may call it; none = whoever has a certificate, or the token.
+    /// Roles that may call the service; `None`: any caller with a certificate or the token.
     pub callers: Option<Callers>,
-    /// Beyond loopback, too, it may listen without TLS.
+    /// Allows listening on non-loopback addresses without TLS.
     pub insecure: bool,
 }
 
-impl Access {
-    /// That of the service of `role`.
+impl ServiceAccess {
+    /// Returns the access settings of the service of `role`.
     ///
     /// # Errors
-    /// The token that the configuration names is not there.
+    /// Returns [`ServiceError::Config`] if the token named in the configuration is missing.
     pub fn of(config: &Config, role: Role) -> Result<Self, ServiceError> {
         let server = |files: TlsFiles| ServerTls {
             identity: PemPair { certificate: files.certificate, key: files.key },
@@ -35,11 +33,11 @@ impl Access {
     }
 }
 
-/// How `role` calls the services of the others. Where callers need no certificate ([`unveil_config::schema::Tls::mutual`]) none is
-/// sent, and without a `ca.crt` the system's authorities are trusted.
+/// Returns the options with which `role` calls the services of other roles. Unless callers need certificates
+/// ([`unveil_config::schema::Tls::mutual`]) none is sent, and the system's authorities are trusted if there is no `ca.crt`.
 ///
 /// # Errors
-/// The token that the configuration names is not there.
+/// Returns [`ServiceError::Config`] if the token named in the configuration is missing.
 pub fn client_options(config: &Config, role: Role) -> Result<ClientOptions, ServiceError> {
     let mutual = config.tls.mutual;
     let client = |files: TlsFiles| ClientTls {

@@ -1,5 +1,4 @@
-//! Series that are read when a page of metrics is asked for, from the very values that they are about; and the one that every role
-//! has, its memory.
+//! Metric series that are read from their source whenever the metrics page is requested, and the memory metric of every role.
 
 use std::fmt;
 
@@ -10,25 +9,25 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-/// Writes series into a page; a [`Collector`] makes one of its encoder. Names get the registry's prefix, then the unit, then `_total`
-/// where it is a counter.
+/// Writes series to a metrics page; a [`Collector`] creates it from its encoder. Names get the registry's prefix, the unit and, for counters,
+/// `_total`.
 #[derive(Debug)]
 pub struct Series<'a>(pub DescriptorEncoder<'a>);
 
 impl Series<'_> {
-    /// A value that goes up and down.
+    /// Writes a gauge.
     pub fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: f64) -> fmt::Result {
         let encoder = self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?;
         ConstGauge::new(value).encode(encoder)
     }
 
-    /// A count since the process was started.
+    /// Writes a counter since process start.
     pub fn counter(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: f64) -> fmt::Result {
         let encoder = self.0.encode_descriptor(name, help, unit, MetricType::Counter)?;
         ConstCounter::new(value).encode(encoder)
     }
 
-    /// Gauges that differ in one label; none where there are no values.
+    /// Writes gauges that differ in one label; nothing if there are no values.
     pub fn gauges<'l>(
         &mut self,
         name: &str,
@@ -42,13 +41,13 @@ impl Series<'_> {
             return Ok(());
         }
         let mut family = self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?;
-        for (of, value) in values {
-            ConstGauge::new(value).encode(family.encode_family(&[(label, of)])?)?;
+        for (label_value, value) in values {
+            ConstGauge::new(value).encode(family.encode_family(&[(label, label_value)])?)?;
         }
         Ok(())
     }
 
-    /// Counters that differ in one label; none where there are no values.
+    /// Writes counters that differ in one label; nothing if there are no values.
     pub fn counters<'l>(
         &mut self,
         name: &str,
@@ -61,14 +60,14 @@ impl Series<'_> {
             return Ok(());
         }
         let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (of, value) in values {
-            ConstCounter::new(value).encode(family.encode_family(&[(label, of)])?)?;
+        for (label_value, value) in values {
+            ConstCounter::new(value).encode(family.encode_family(&[(label, label_value)])?)?;
         }
         Ok(())
     }
 }
 
-/// The registry of a role, `unveil_ROLE_…`, with the memory of this process in it.
+/// Creates the registry of a role, with prefix `unveil_ROLE_` and the memory metric of this process.
 pub fn role_registry(role: &str) -> Registry {
     let mut registry = Registry::with_prefix(format!("unveil_{role}"));
     registry.register_collector(Box::new(Memory));
@@ -90,7 +89,7 @@ impl Collector for Memory {
     }
 }
 
-/// `VmRSS` of proc_pid_status(5); none where the system does not say.
+/// Returns the resident memory in bytes (`VmRSS` of proc_pid_status(5)), if the system reports it.
 fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
@@ -104,9 +103,9 @@ mod tests {
     use super::*;
 
     #[derive(Debug)]
-    struct Some3;
+    struct Example;
 
-    impl Collector for Some3 {
+    impl Collector for Example {
         fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
             let mut s = Series(encoder);
             s.gauge("norm", "A norm", None, 2.5)?;
@@ -118,9 +117,9 @@ mod tests {
     }
 
     #[test]
-    fn names_units_and_labels_are_prometheus_own() {
+    fn names_units_and_labels_follow_prometheus() {
         let mut registry = role_registry("x");
-        registry.register_collector(Box::new(Some3));
+        registry.register_collector(Box::new(Example));
         let block = std::hint::black_box(vec![1u8; 32 << 20]);
         let mut page = String::new();
         encode(&mut page, &registry).unwrap();
@@ -134,7 +133,7 @@ mod tests {
             "unveil_x_lost_total{reason=\"stale\"} 7",
             "# TYPE unveil_x_resident_memory_bytes gauge",
         ] {
-            assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
+            assert!(page.lines().any(|l| l == line), "{line} is missing in\n{page}");
         }
         assert!(!page.contains("nothing"), "{page}");
         let bytes = page.lines().find_map(|l| l.strip_prefix("unveil_x_resident_memory_bytes ")).unwrap();

@@ -1,8 +1,7 @@
-//! Spans of a group's way through the roles, and how one role's span goes on in another: W3C trace context
+//! Spans that follow a group through the roles, and their propagation between roles as W3C trace context
 //! (<https://www.w3.org/TR/trace-context/>) in gRPC metadata or in a message.
 //!
-//! Where no collector is configured these spans are disabled: making one costs a comparison, and nothing is put into a call. Must not
-//! know: who collects them.
+//! Without a configured collector these spans are disabled: creating one costs a comparison, and nothing is added to a call.
 
 use std::collections::HashMap;
 
@@ -12,26 +11,26 @@ use tonic::Request;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-/// Target of every span that [`span!`](crate::span) makes: the one that a collector gets, and logs do not.
-pub const SPANS: &str = "unveil::spans";
+/// Target of all spans created by [`span!`](crate::span); they are exported to the collector but not logged.
+pub const SPAN_TARGET: &str = "unveil::spans";
 
-/// Metadata key of the context.
+/// Metadata key of the trace context.
 const TRACEPARENT: &str = "traceparent";
 
-/// A span for the collector: `span!("name", field = value…)` below the current one, `span!(parent: &other, "name", …)` below another,
-/// `span!(parent: None, …)` as the first of a trace.
+/// Creates a span for the collector: `span!("name", field = value…)` as child of the current span, `span!(parent: &other, "name", …)` as
+/// child of another one, and `span!(parent: None, …)` as root of a new trace.
 #[macro_export]
 macro_rules! span {
     (parent: $parent:expr, $name:literal $($fields:tt)*) => {
-        $crate::tracing::trace_span!(target: $crate::SPANS, parent: $parent, $name $($fields)*)
+        $crate::tracing::trace_span!(target: $crate::SPAN_TARGET, parent: $parent, $name $($fields)*)
     };
     ($name:literal $($fields:tt)*) => {
-        $crate::tracing::trace_span!(target: $crate::SPANS, $name $($fields)*)
+        $crate::tracing::trace_span!(target: $crate::SPAN_TARGET, $name $($fields)*)
     };
 }
 
-/// The context of a span, as a `traceparent`; empty where the span is disabled.
-pub fn context(span: &Span) -> String {
+/// Returns the context of a span as a `traceparent`, or an empty string if the span is disabled.
+pub fn traceparent(span: &Span) -> String {
     if span.is_disabled() {
         return String::new();
     }
@@ -40,30 +39,30 @@ pub fn context(span: &Span) -> String {
     carrier.remove(TRACEPARENT).unwrap_or_default()
 }
 
-/// Makes a span that was just made the child of the one that `traceparent` names. A text that names none changes nothing.
-pub fn continues(span: &Span, traceparent: &str) {
+/// Makes a new span a child of the remote span in `traceparent`. An invalid `traceparent` is ignored.
+pub fn set_remote_parent(span: &Span, traceparent: &str) {
     if span.is_disabled() || traceparent.is_empty() {
         return;
     }
     let carrier = HashMap::from([(TRACEPARENT.to_owned(), traceparent.to_owned())]);
     let parent = TraceContextPropagator::new().extract(&carrier);
     if let Err(e) = span.set_parent(parent) {
-        tracing::debug!("a span starts a trace of its own: {e}");
+        tracing::debug!("cannot set the remote parent of a span: {e}");
     }
 }
 
-/// Puts the context of a span into a request.
-pub fn carry<T>(mut request: Request<T>, span: &Span) -> Request<T> {
-    let context = context(span);
-    // A context is hexadecimal digits and hyphens, which any header can hold.
-    if let Some(value) = context.parse().ok().filter(|_| !context.is_empty()) {
+/// Adds the context of a span to a request.
+pub fn inject<T>(mut request: Request<T>, span: &Span) -> Request<T> {
+    let traceparent = traceparent(span);
+    // A trace context consists of hexadecimal digits and hyphens, which are valid in any header.
+    if let Some(value) = traceparent.parse().ok().filter(|_| !traceparent.is_empty()) {
         request.metadata_mut().insert(TRACEPARENT, value);
     }
     request
 }
 
-/// The context that came with a request; empty where there was none.
-pub fn carried<T>(request: &Request<T>) -> String {
+/// Returns the trace context of a request, or an empty string if it has none.
+pub fn extract<T>(request: &Request<T>) -> String {
     let value = request.metadata().get(TRACEPARENT);
     value.and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
 }
@@ -73,16 +72,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_a_collector_nothing_is_made_and_nothing_is_carried() {
+    fn nothing_is_propagated_without_a_collector() {
         let logs = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(std::io::sink).finish();
         tracing::subscriber::with_default(logs, || {
             let span = crate::span!("group", record = "a");
             assert!(span.is_disabled());
-            continues(&span, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
-            assert_eq!(context(&span), "");
-            let request = carry(Request::new(()), &span);
+            set_remote_parent(&span, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+            assert_eq!(traceparent(&span), "");
+            let request = inject(Request::new(()), &span);
             assert!(request.metadata().is_empty());
-            assert_eq!(carried(&request), "");
+            assert_eq!(extract(&request), "");
         });
     }
 }

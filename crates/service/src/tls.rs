@@ -1,4 +1,4 @@
-//! TLS of both sides from PEM files, by rustls.
+//! TLS settings of servers and clients, from PEM files.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,10 +7,10 @@ use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
 use crate::ServiceError;
 
-/// A TLS handshake that takes longer is given up.
-const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Time limit for a TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Certificate chain and key, as PEM files.
+/// PEM files of a certificate chain and its key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PemPair {
     /// Certificate chain, leaf first.
@@ -19,27 +19,27 @@ pub struct PemPair {
     pub key: PathBuf,
 }
 
-/// How a server speaks TLS.
+/// TLS settings of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerTls {
-    /// Its own certificate.
+    /// The server's certificate.
     pub identity: PemPair,
-    /// Authority whose client certificates are required; none = clients need none.
+    /// Authority that must have signed client certificates; `None`: clients need no certificate.
     pub client_ca: Option<PathBuf>,
 }
 
-/// How a client speaks TLS (`https://` addresses).
+/// TLS settings of a client (`https://` addresses).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ClientTls {
-    /// Authority that is trusted; none = the system's.
+    /// Trusted authority; `None`: the system's authorities.
     pub ca: Option<PathBuf>,
-    /// Its own certificate, where the server asks for one.
+    /// The client's certificate, if the server requires one.
     pub identity: Option<PemPair>,
 }
 
 impl ServerTls {
     pub(crate) fn load(&self) -> Result<ServerTlsConfig, ServiceError> {
-        let mut tls = ServerTlsConfig::new().identity(self.identity.load()?).timeout(HANDSHAKE);
+        let mut tls = ServerTlsConfig::new().identity(self.identity.load()?).timeout(HANDSHAKE_TIMEOUT);
         if let Some(ca) = &self.client_ca {
             tls = tls.client_ca_root(certificate(ca)?);
         }
@@ -49,7 +49,7 @@ impl ServerTls {
 
 impl ClientTls {
     pub(crate) fn load(&self) -> Result<ClientTlsConfig, ServiceError> {
-        let mut tls = ClientTlsConfig::new().timeout(HANDSHAKE);
+        let mut tls = ClientTlsConfig::new().timeout(HANDSHAKE_TIMEOUT);
         tls = match &self.ca {
             Some(ca) => tls.ca_certificate(certificate(ca)?),
             None => tls.with_native_roots(),
@@ -72,10 +72,9 @@ fn certificate(path: &Path) -> Result<Certificate, ServiceError> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, ServiceError> {
-    let hint =
-        "tls.dir names a folder with tls.crt, tls.key and ca.crt, or one of these per role, as `unveil tls init` makes";
+    let hint = "tls.dir must be a folder with tls.crt, tls.key and ca.crt, or with one such folder per role, as created by `unveil tls init`";
     let missing = |e| ServiceError::Setup(format!("TLS: {}: {e}; {hint}", path.display()));
     let bytes = std::fs::read(path).map_err(missing)?;
     let is_pem = bytes.windows(11).any(|w| w == b"-----BEGIN ");
-    if is_pem { Ok(bytes) } else { Err(ServiceError::Setup(format!("TLS: {} is no PEM file", path.display()))) }
+    if is_pem { Ok(bytes) } else { Err(ServiceError::Setup(format!("TLS: {} is not a PEM file", path.display()))) }
 }

@@ -1,5 +1,5 @@
-//! Logs of a role, on stderr, for people or as JSON; and the spans that go to a collector beside them. The level comes from the
-//! caller: environment variables are the config room's.
+//! Logs of a role on stderr, as text or JSON, and export of spans to a collector. The caller provides the log level, because only the
+//! config crate reads environment variables.
 
 use std::fmt;
 
@@ -13,44 +13,43 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 use crate::otlp::Exporter;
-use crate::{SPANS, ServiceError};
+use crate::{SPAN_TARGET, ServiceError};
 
-/// What a process tells, and whom.
+/// Options for logs and spans of a process.
 #[derive(Debug, Clone, Copy)]
 pub struct TraceOptions<'a> {
-    /// The role's name, in every line.
+    /// Name of the role, in every line.
     pub role: &'a str,
-    /// A tracing filter for log lines (`info`, `warn,unveil_reward=debug`).
+    /// Tracing filter for log lines (`info`, `warn,unveil_reward=debug`).
     pub level: &'a str,
-    /// Lines are JSON objects.
+    /// Whether lines are JSON objects.
     pub json: bool,
-    /// The run's directory, in every JSON line and with every span.
+    /// Run directory, in every JSON line and every span.
     pub run: &'a str,
-    /// `http://host:port` of an OTLP collector that gets spans; empty = none are made.
+    /// `http://host:port` of an OTLP collector; if empty, spans are disabled.
     pub collector: &'a str,
 }
 
-/// Keeps spans flowing. Drop it when the role has ended: what is left is sent then.
-#[must_use = "spans are lost where this is dropped early"]
+/// Guard of the span exporter. Drop it when the role ends to send the remaining spans.
+#[must_use = "spans are lost if this is dropped early"]
 #[derive(Debug)]
 pub struct Tracing {
     _exporter: Option<Exporter>,
 }
 
-/// Puts the role (and, in JSON, the run) into each line, so that the merged logs of several processes stay readable; takes
-/// secrets out of it.
-struct WithRole<F> {
-    lead: Lead,
+/// Adds the role (and, in JSON, the run) to each line, so that merged logs of several processes remain readable, and redacts secrets.
+struct RoleFormat<F> {
+    prefix: Prefix,
     inner: F,
 }
 
-enum Lead {
+enum Prefix {
     Role(String),
-    /// First members of the object.
+    /// First members of a JSON object.
     Members(String),
 }
 
-impl<S, N, F> FormatEvent<S, N> for WithRole<F>
+impl<S, N, F> FormatEvent<S, N> for RoleFormat<F>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
@@ -60,25 +59,26 @@ where
         let mut line = String::new();
         self.inner.format_event(ctx, Writer::new(&mut line), event)?;
         let line = unveil_core::redact(&line);
-        match (&self.lead, line.strip_prefix('{')) {
-            (Lead::Role(role), _) => write!(writer, "{role:<8} {line}"),
-            (Lead::Members(first), Some(rest)) => write!(writer, "{{{first},{rest}"),
-            (Lead::Members(_), None) => writer.write_str(&line),
+        match (&self.prefix, line.strip_prefix('{')) {
+            (Prefix::Role(role), _) => write!(writer, "{role:<8} {line}"),
+            (Prefix::Members(first), Some(rest)) => write!(writer, "{{{first},{rest}"),
+            (Prefix::Members(_), None) => writer.write_str(&line),
         }
     }
 }
 
-/// Sends this process's logs to stderr, and its spans to the collector where there is one.
+/// Installs logging to stderr and, if configured, export of spans to the collector.
 ///
 /// # Errors
-/// The level or the collector's address cannot be read, or logging is already set up.
+/// Returns [`ServiceError::Setup`] if the level is invalid or logging is already installed, and [`ServiceError::Address`] for an invalid
+/// collector address.
 pub fn init_tracing(options: &TraceOptions<'_>) -> Result<Tracing, ServiceError> {
     let (dispatch, tracing) = dispatch(options, std::io::stderr)?;
     dispatch.try_init().map_err(|e| ServiceError::Setup(format!("logging: {e}")))?;
     Ok(tracing)
 }
 
-/// What [`init_tracing`] installs, with lines going to `writer`.
+/// Creates the subscriber that [`init_tracing`] installs, with log lines written to `writer`.
 pub(crate) fn dispatch<W>(options: &TraceOptions<'_>, writer: W) -> Result<(Dispatch, Tracing), ServiceError>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
@@ -92,10 +92,10 @@ where
     let lines: Box<dyn Layer<Registry> + Send + Sync> = if json {
         let members = format!("\"role\":{},\"run\":{}", serde_json::json!(role), serde_json::json!(run));
         let inner = format.json().flatten_event(true).with_current_span(false).with_span_list(false);
-        let event = WithRole { lead: Lead::Members(members), inner };
+        let event = RoleFormat { prefix: Prefix::Members(members), inner };
         lines.fmt_fields(JsonFields::new()).event_format(event).with_filter(filter).boxed()
     } else {
-        let event = WithRole { lead: Lead::Role(role.to_owned()), inner: format };
+        let event = RoleFormat { prefix: Prefix::Role(role.to_owned()), inner: format };
         lines.event_format(event).with_filter(filter).boxed()
     };
     let lines = tracing_subscriber::registry().with(lines);
@@ -108,7 +108,7 @@ where
         .with_location(false)
         .with_threads(false)
         .with_tracked_inactivity(false)
-        .with_filter(Targets::new().with_target(SPANS, Level::TRACE));
+        .with_filter(Targets::new().with_target(SPAN_TARGET, Level::TRACE));
     Ok((lines.with(spans).into(), Tracing { _exporter: Some(exporter) }))
 }
 
@@ -131,21 +131,21 @@ mod tests {
         }
     }
 
-    fn said(json: bool, level: &str, say: impl FnOnce()) -> Vec<String> {
+    fn log_lines(json: bool, level: &str, log: impl FnOnce()) -> Vec<String> {
         let buffer = Buffer::default();
         let options = TraceOptions { role: "rollout", level, json, run: "runs/\"odd\"", collector: "" };
         let writer = buffer.clone();
         let (logs, _) = dispatch(&options, move || writer.clone()).unwrap();
-        tracing::dispatcher::with_default(&logs, say);
+        tracing::dispatcher::with_default(&logs, log);
         let bytes = buffer.0.lock().unwrap().clone();
         String::from_utf8(bytes).unwrap().lines().map(str::to_owned).collect()
     }
 
     #[test]
-    fn lines_for_people_begin_with_the_role() {
-        let lines = said(false, "info", || {
+    fn text_lines_start_with_the_role() {
+        let lines = log_lines(false, "info", || {
             tracing::info!(group = "a", "scored");
-            tracing::debug!("too fine");
+            tracing::debug!("below the level");
         });
         assert!(
             matches!(&lines[..], [l] if l.starts_with("rollout  ") && l.contains("INFO scored group=\"a\"")),
@@ -155,32 +155,32 @@ mod tests {
     }
 
     #[test]
-    fn json_lines_hold_role_and_run() {
-        let lines = said(true, "warn", || {
+    fn json_lines_contain_role_and_run() {
+        let lines = log_lines(true, "warn", || {
             let _inside = tracing::warn_span!("around", k = 1).entered();
             tracing::warn!(group = "a \"b\"", tokens = 3, "no reward,\nmasked");
-            tracing::info!("too fine");
+            tracing::info!("below the level");
         });
         assert_eq!(lines.len(), 1, "a line break in a message is escaped: {lines:?}");
         let line: serde_json::Value = serde_json::from_str(&lines[0]).unwrap();
-        let of = |key: &str| line[key].as_str().unwrap_or_default();
-        assert_eq!((of("role"), of("run"), of("level")), ("rollout", "runs/\"odd\"", "WARN"));
-        assert_eq!((of("message"), of("group"), &line["tokens"]), ("no reward,\nmasked", "a \"b\"", &3.into()));
-        assert!(of("timestamp").ends_with('Z'), "{line}");
+        let field = |key: &str| line[key].as_str().unwrap_or_default();
+        assert_eq!((field("role"), field("run"), field("level")), ("rollout", "runs/\"odd\"", "WARN"));
+        assert_eq!((field("message"), field("group"), &line["tokens"]), ("no reward,\nmasked", "a \"b\"", &3.into()));
+        assert!(field("timestamp").ends_with('Z'), "{line}");
     }
 
     #[test]
-    fn secrets_stay_out_of_log_lines() {
+    fn secrets_are_redacted_in_log_lines() {
         let secret = "a-secret-in-a-log";
         unveil_core::Secret::new(secret);
         for json in [false, true] {
-            let lines = said(json, "info", || tracing::info!(echoed = secret, "the peer said {secret}"));
+            let lines = log_lines(json, "info", || tracing::info!(echoed = secret, "the peer said {secret}"));
             assert!(matches!(&lines[..], [l] if l.contains("the peer said ***") && !l.contains(secret)), "{lines:?}");
         }
     }
 
     #[test]
-    fn bad_level_is_named() {
+    fn invalid_level_is_named() {
         let options = TraceOptions { role: "x", level: "loud=very", json: false, run: "", collector: "" };
         let e = init_tracing(&options).unwrap_err().to_string();
         assert!(e.contains("loud=very"), "{e}");

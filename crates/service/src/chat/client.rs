@@ -1,4 +1,4 @@
-//! The client: admission, tries, hedges, all under one deadline.
+//! The client: admission, retries and hedged requests under one deadline.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -7,11 +7,11 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::limits::{Budget, Latencies, Pace};
+use super::limits::{Budget, Latencies, RateLimiter};
 use super::{ChatError, ChatOptions, ChatReply, ChatRequest, ChatSpent, wire};
 use crate::http::HttpClient;
 
-/// A client of one endpoint and model. Cheap to clone; clones share connections, limits and budget.
+/// Client for one endpoint and model. Cheap to clone; clones share connections, limits and budget.
 #[derive(Debug, Clone)]
 pub struct ChatClient {
     inner: Arc<Inner>,
@@ -22,34 +22,34 @@ struct Inner {
     options: ChatOptions,
     http: HttpClient,
     slots: Arc<Semaphore>,
-    pace: Pace,
+    rate_limiter: RateLimiter,
     budget: Budget,
     latencies: Latencies,
 }
 
 impl ChatClient {
-    /// A client; nothing is sent yet.
+    /// Creates a client without sending anything.
     ///
     /// # Errors
-    /// [`ChatError::Options`] says what cannot work.
+    /// Returns [`ChatError::Options`] for invalid options.
     pub fn new(options: ChatOptions) -> Result<Self, ChatError> {
-        let bad = |what: String| ChatError::Options { url: options.base_url.clone(), what };
+        let invalid = |what: String| ChatError::Options { url: options.base_url.clone(), what };
         if options.concurrency == 0 || options.tries == 0 {
-            return Err(bad("concurrency and tries must be 1 or more".to_owned()));
+            return Err(invalid("concurrency and tries must be at least 1".to_owned()));
         }
         if !(options.per_minute >= 0.0 && options.per_minute.is_finite()) {
-            return Err(bad(format!("per_minute is {}: use 0 (no limit) or more", options.per_minute)));
+            return Err(invalid(format!("per_minute is {}: use 0 (no limit) or more", options.per_minute)));
         }
         if options.hedge.is_some_and(|q| !(q > 0.0 && q < 1.0)) {
-            return Err(bad("hedge must lie between 0 and 1".to_owned()));
+            return Err(invalid("hedge must be between 0 and 1".to_owned()));
         }
         let url = format!("{}/chat/completions", options.base_url.trim_end_matches('/'));
-        let http = HttpClient::new(&url, options.key.clone(), options.ca.as_deref()).map_err(bad)?;
+        let http = HttpClient::new(&url, options.key.clone(), options.ca.as_deref()).map_err(invalid)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 http,
                 slots: Arc::new(Semaphore::new(options.concurrency.min(Semaphore::MAX_PERMITS))),
-                pace: Pace::new(options.per_minute, options.concurrency),
+                rate_limiter: RateLimiter::new(options.per_minute, options.concurrency),
                 budget: Budget::new(options.max_requests, options.max_tokens),
                 latencies: Latencies::default(),
                 options,
@@ -57,73 +57,74 @@ impl ChatClient {
         })
     }
 
-    /// Asks, trying again after failures that may pass, and comes back before `deadline` whatever the endpoint does. Waiting
-    /// for a free slot and for the rate counts. Dropping the future gives up what is under way.
+    /// Sends a request, retrying after transient failures, and always returns before `deadline`. Time spent waiting for a free slot and for
+    /// the rate limit counts. Dropping the future cancels the requests in progress.
     ///
     /// # Errors
-    /// The last failure, [`ChatError::Deadline`] when time is up, [`ChatError::Budget`] when nothing may be spent any more.
+    /// Returns [`ChatError::Deadline`] when time is up, [`ChatError::Budget`] if the budget is exhausted, and otherwise the error of the last
+    /// attempt.
     pub async fn chat(&self, request: &ChatRequest, deadline: Duration) -> Result<ChatReply, ChatError> {
         let body = wire::body(&self.inner.options.model, request);
         let start = Instant::now();
         let end = start + deadline;
-        let mut wait = self.inner.options.backoff.first;
+        let mut bound = self.inner.options.backoff.initial;
         let mut last = "no answer".to_owned();
-        for left in (0..self.inner.options.tries).rev() {
-            let error = match timeout_at(end, self.inner.once(&body, end)).await {
+        for attempts_left in (0..self.inner.options.tries).rev() {
+            let error = match timeout_at(end, self.inner.attempt(&body, end)).await {
                 Ok(Ok(reply)) => return Ok(reply),
-                Ok(Err(e)) if !e.is_retryable() || left == 0 => return Err(e),
+                Ok(Err(e)) if !e.is_retryable() || attempts_left == 0 => return Err(e),
                 Ok(Err(e)) => e,
                 Err(_) => break,
             };
-            let pause = error.retry_after().unwrap_or_else(|| wait.mul_f64(rand::random_range(0.5..=1.0)));
+            let delay = error.retry_after().unwrap_or_else(|| bound.mul_f64(rand::random_range(0.5..=1.0)));
             last = error.to_string();
-            tracing::debug!("asked again in {:.2} s: {last}", pause.as_secs_f64());
-            if Instant::now() + pause >= end {
+            tracing::debug!(delay_s = delay.as_secs_f64(), "retrying chat request: {last}");
+            if Instant::now() + delay >= end {
                 break;
             }
-            sleep(pause).await;
-            wait = (wait * 2).min(self.inner.options.backoff.most);
+            sleep(delay).await;
+            bound = (bound * 2).min(self.inner.options.backoff.max);
         }
         Err(ChatError::Deadline { waited: start.elapsed(), last })
     }
 
-    /// What was spent so far.
+    /// Returns the usage so far.
     pub fn spent(&self) -> ChatSpent {
         self.inner.budget.spent()
     }
 
-    /// Name of the model that is asked.
+    /// Returns the name of the model.
     pub fn model(&self) -> &str {
         &self.inner.options.model
     }
 }
 
 impl Inner {
-    /// One try: admitted, sent, and sent once more where the first answer is late.
-    async fn once(&self, body: &str, end: Instant) -> Result<ChatReply, ChatError> {
+    /// Makes one attempt: waits for admission, sends the request, and hedges it if the response is late.
+    async fn attempt(&self, body: &str, end: Instant) -> Result<ChatReply, ChatError> {
         let closed = |_| ChatError::Transport("the client is closed".to_owned());
         let _slot = Arc::clone(&self.slots).acquire_owned().await.map_err(closed)?;
-        let patience = end.saturating_duration_since(Instant::now());
-        let Some(wait) = self.pace.reserve(patience) else {
+        let time_left = end.saturating_duration_since(Instant::now());
+        let Some(delay) = self.rate_limiter.reserve(time_left) else {
             return Err(ChatError::Transport(format!(
-                "the rate of {} requests per minute is used up",
+                "the rate limit of {} requests per minute leaves no slot before the deadline",
                 self.options.per_minute
             )));
         };
-        sleep(wait).await;
-        self.budget.take()?;
+        sleep(delay).await;
+        self.budget.take_request()?;
         let mut first = pin!(self.send(body));
-        let after = self.options.hedge.and_then(|q| self.latencies.quantile(q));
-        let Some(after) = after else {
+        let hedge_delay = self.options.hedge.and_then(|q| self.latencies.quantile(q));
+        let Some(hedge_delay) = hedge_delay else {
             return first.await;
         };
-        if let Ok(answer) = timeout(after, first.as_mut()).await {
+        if let Ok(answer) = timeout(hedge_delay, first.as_mut()).await {
             return answer;
         }
-        let Some(_spare) = self.spare() else {
+        let Some(_hedge_slot) = self.try_hedge_slot() else {
             return first.await;
         };
-        self.budget.hedged();
+        self.budget.count_hedge();
         let mut second = pin!(self.send(body));
         let (answer, first_ended) = tokio::select! {
             answer = first.as_mut() => (answer, true),
@@ -136,27 +137,28 @@ impl Inner {
         }
     }
 
-    /// A slot, a start and a request for a hedge, where they are free at once.
-    fn spare(&self) -> Option<OwnedSemaphorePermit> {
+    /// Acquires a slot, a start and a request for a hedge, if all are available immediately.
+    fn try_hedge_slot(&self) -> Option<OwnedSemaphorePermit> {
         let slot = Arc::clone(&self.slots).try_acquire_owned().ok()?;
-        self.pace.reserve(Duration::ZERO)?;
-        self.budget.take().ok()?;
+        self.rate_limiter.reserve(Duration::ZERO)?;
+        self.budget.take_request().ok()?;
         Some(slot)
     }
 
     async fn send(&self, body: &str) -> Result<ChatReply, ChatError> {
         let start = Instant::now();
         let answer = timeout(self.options.attempt, self.http.post(body.to_owned())).await;
-        let late = || ChatError::Transport(format!("no answer within {:.1} s", self.options.attempt.as_secs_f64()));
-        let answer = answer.map_err(|_| late())?.map_err(ChatError::Transport)?;
+        let timed_out =
+            || ChatError::Transport(format!("no answer within {:.1} s", self.options.attempt.as_secs_f64()));
+        let answer = answer.map_err(|_| timed_out())?.map_err(ChatError::Transport)?;
         if !(200..300).contains(&answer.code) {
             let body = self.http.excerpt(&answer.body);
             return Err(ChatError::Status { code: answer.code, body, retry_after: answer.retry_after });
         }
         let reply = wire::reply(&answer.body);
-        let guess = ((body.len() + answer.body.len()) / 4) as u64;
+        let estimate = ((body.len() + answer.body.len()) / 4) as u64;
         let usage = reply.as_ref().ok().and_then(|r| r.usage);
-        self.budget.spend(usage.map_or(guess, |[prompt, answer]| prompt.saturating_add(answer)));
+        self.budget.add_tokens(usage.map_or(estimate, |[prompt, answer]| prompt.saturating_add(answer)));
         if reply.is_ok() {
             self.latencies.add(start.elapsed());
         }

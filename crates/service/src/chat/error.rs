@@ -1,54 +1,54 @@
-//! What goes wrong between us and a chat endpoint, and whether trying again can help.
+//! Errors of a chat client and whether a retry can help.
 
 use std::time::Duration;
 
-/// A call that brought no answer.
+/// Why a call to a chat endpoint failed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ChatError {
-    /// The options cannot work.
+    /// The options are invalid.
     #[error("chat endpoint `{url}`: {what}")]
     Options {
-        /// The base URL.
+        /// Base URL of the endpoint.
         url: String,
-        /// What is wrong and what to do.
+        /// Description of the problem and its remedy.
         what: String,
     },
-    /// Time is up.
+    /// The deadline has passed.
     #[error("no answer within {:.1} s; last: {last}", .waited.as_secs_f64())]
     Deadline {
-        /// How long.
+        /// Time spent.
         waited: Duration,
-        /// The last failure.
+        /// The last error.
         last: String,
     },
-    /// The budget is spent.
+    /// The budget is exhausted.
     #[error("the budget of {limit} {what} is spent")]
     Budget {
         /// `requests` or `tokens`.
         what: &'static str,
-        /// How many there were.
+        /// The configured limit.
         limit: u64,
     },
-    /// The endpoint refused or failed.
+    /// The endpoint returned an error status.
     #[error("the endpoint answered {code}: {body}")]
     Status {
         /// HTTP status.
         code: u16,
-        /// The answer's beginning, without the key.
+        /// Beginning of the response body, without the key.
         body: String,
-        /// What `Retry-After` said.
+        /// Value of `Retry-After`.
         retry_after: Option<Duration>,
     },
-    /// The connection broke, or one request took longer than it may.
+    /// The connection failed, or a request exceeded its time limit.
     #[error("{0}")]
     Transport(String),
-    /// The answer is no chat completion.
-    #[error("the answer is no chat completion: {0}")]
+    /// The response is not a chat completion.
+    #[error("the response is not a chat completion: {0}")]
     Malformed(String),
 }
 
 impl ChatError {
-    /// The same call may succeed later, with nothing changed by hand.
+    /// Returns whether the same call may succeed later without intervention.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Deadline { .. } | Self::Transport(_) | Self::Malformed(_) => true,
@@ -57,8 +57,8 @@ impl ChatError {
         }
     }
 
-    /// The endpoint could not be had: it is away, overloaded, too slow, or it does not let us in.
-    pub fn is_away(&self) -> bool {
+    /// Returns whether the endpoint is unavailable: unreachable, overloaded, too slow, or denying access.
+    pub fn is_unavailable(&self) -> bool {
         match self {
             Self::Deadline { .. } | Self::Transport(_) => true,
             Self::Status { code, .. } => matches!(code, 401 | 403 | 404 | 408 | 429) || *code >= 500,
@@ -79,12 +79,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds() {
+    fn retryable_statuses() {
         let status = |code| ChatError::Status { code, body: String::new(), retry_after: None };
-        for (code, again) in
+        for (code, retryable) in
             [(400, false), (401, false), (404, false), (408, true), (429, true), (500, true), (529, true)]
         {
-            assert_eq!(status(code).is_retryable(), again, "{code}");
+            assert_eq!(status(code).is_retryable(), retryable, "{code}");
         }
         assert!(!ChatError::Budget { what: "requests", limit: 1 }.is_retryable());
     }

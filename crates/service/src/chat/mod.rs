@@ -1,8 +1,7 @@
 //! A client of OpenAI-compatible chat endpoints (`POST {base}/chat/completions`): rate and concurrency limits, retries with
-//! back-off, one deadline over everything, a hedge for stragglers, and a budget.
+//! back-off, one deadline per call, hedged requests for stragglers, and a budget.
 //!
-//! Source of the format: OpenAI API reference, "Create chat completion"; vLLM, SGLang, llama.cpp and Ollama speak it too.
-//! Must not know: what is asked, and what the answers are used for.
+//! Source of the format: OpenAI API reference, "Create chat completion"; vLLM, SGLang, llama.cpp and Ollama support it as well.
 
 mod client;
 mod error;
@@ -18,34 +17,34 @@ pub use error::ChatError;
 
 use crate::Backoff;
 
-/// How to reach an endpoint, and what may be spent there.
+/// Address, limits and budget of an endpoint.
 #[derive(Debug, Clone)]
 pub struct ChatOptions {
-    /// Everything before `/chat/completions`: `https://host/v1`, `http://127.0.0.1:8000/v1`.
+    /// URL up to `/chat/completions`: `https://host/v1`, `http://127.0.0.1:8000/v1`.
     pub base_url: String,
-    /// Sent as bearer token; none = no authorisation header.
+    /// Bearer token; `None`: no authorisation header.
     pub key: Option<Secret>,
-    /// PEM file of certificate authorities that are trusted beside those of the system.
+    /// PEM file of authorities trusted in addition to the system's.
     pub ca: Option<std::path::PathBuf>,
     /// Name of the model.
     pub model: String,
-    /// Requests that may be under way at once, 1 or more.
+    /// Maximum number of concurrent requests, at least 1.
     pub concurrency: usize,
-    /// Requests that may start per minute, evenly spread after a first burst of `concurrency`; 0 = no limit.
+    /// Maximum number of requests started per minute, evenly spread after a first burst of `concurrency`; 0 means no limit.
     pub per_minute: f64,
-    /// A request that takes longer is given up and counts as a failed try.
+    /// Time limit per request; a slower one counts as a failed attempt.
     pub attempt: Duration,
-    /// Tries per call, 1 or more.
+    /// Maximum number of attempts per call, at least 1.
     pub tries: u32,
-    /// Waits between tries; an answer's `Retry-After` (seconds) takes their place. Each is shortened by up to half at random.
+    /// Delays between attempts, each shortened by up to half at random. `Retry-After` (seconds) in a response takes precedence.
     pub backoff: Backoff,
-    /// Quantile in (0, 1) of the latencies seen so far, after which a second request goes out and the first success counts;
-    /// none = never. It starts after 20 successes, and only where concurrency, rate and budget allow it at once.
+    /// Quantile in (0, 1) of observed latencies after which a second request is sent and the first success counts; `None` disables hedging.
+    /// It needs 20 successes, and concurrency, rate and budget must allow the request immediately.
     pub hedge: Option<f64>,
-    /// Requests in all, hedges and retries included; 0 = no limit.
+    /// Maximum number of requests in total, including hedges and retries; 0 means no limit.
     pub max_requests: u64,
-    /// Tokens in all, prompts and answers, as the endpoint reports them (bytes / 4 where it does not); 0 = no limit. Checked
-    /// before a request is sent: those under way may pass it.
+    /// Maximum number of tokens in total, prompts and answers, as reported by the endpoint (otherwise bytes / 4); 0 means no limit. Checked
+    /// before each request, so concurrent requests may exceed it.
     pub max_tokens: u64,
 }
 
@@ -60,7 +59,7 @@ impl Default for ChatOptions {
             per_minute: 0.0,
             attempt: Duration::from_secs(30),
             tries: 4,
-            backoff: Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) },
+            backoff: Backoff { initial: Duration::from_millis(250), max: Duration::from_secs(10) },
             hedge: None,
             max_requests: 0,
             max_tokens: 0,
@@ -68,75 +67,75 @@ impl Default for ChatOptions {
     }
 }
 
-/// Who speaks.
+/// Author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChatRole {
-    /// Instructions.
+    /// Instructions to the model.
     System,
-    /// The asking side.
+    /// The user.
     User,
-    /// The answering side.
+    /// The model.
     Assistant,
 }
 
-/// A piece of a message.
+/// Part of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChatPart {
     /// Plain text.
     Text(String),
-    /// An image by URL; `data:image/png;base64,…` carries it along.
+    /// An image by URL, which may be a `data:image/png;base64,…` URL.
     ImageUrl(String),
 }
 
-/// One message.
+/// Message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChatMessage {
-    /// Who speaks.
+    /// Author of the message.
     pub role: ChatRole,
-    /// What is said, in order.
+    /// Parts of the message in order.
     pub parts: Vec<ChatPart>,
 }
 
 impl ChatMessage {
-    /// A message of text alone.
+    /// Creates a message with a single text part.
     pub fn text(role: ChatRole, text: impl Into<String>) -> Self {
         Self { role, parts: vec![ChatPart::Text(text.into())] }
     }
 }
 
-/// What is asked.
+/// Request for a chat completion.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChatRequest {
     /// The conversation so far.
     pub messages: Vec<ChatMessage>,
-    /// Length cap of the answer in tokens.
+    /// Maximum length of the answer in tokens.
     pub max_tokens: u32,
-    /// 0 or more.
+    /// Sampling temperature, at least 0.
     pub temperature: f64,
-    /// Sent where the endpoint knows it.
+    /// Sampling seed; endpoints may ignore it.
     pub seed: Option<u64>,
-    /// Asks for an answer that is one JSON object (`response_format`).
+    /// Whether to request a JSON object as answer (`response_format`).
     pub json: bool,
 }
 
-/// What came back.
+/// Reply of the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChatReply {
     /// Text of the first choice.
     pub text: String,
-    /// Why it ended: `stop`, `length`…; empty where the endpoint does not say.
+    /// Reason for the end (`stop`, `length`, …); empty if not reported.
     pub finish: String,
-    /// Tokens of the prompt and of the answer, as reported.
+    /// Numbers of prompt and answer tokens, if reported.
     pub usage: Option<[u64; 2]>,
 }
 
-/// What a client has spent so far.
+/// Usage of a client so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ChatSpent {
-    /// Requests sent.
+    /// Number of requests sent.
     pub requests: u64,
-    /// Tokens of the answers that came back and of their prompts.
+    /// Number of tokens in answered prompts and their answers.
     pub tokens: u64,
-    /// Requests that were hedges.
+    /// Number of hedged requests among them.
     pub hedges: u64,
 }

@@ -1,11 +1,11 @@
-//! Chat requests and answers as JSON.
+//! JSON encoding of chat requests and decoding of replies.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{ChatError, ChatMessage, ChatPart, ChatReply, ChatRequest, ChatRole};
 
-/// The body of a request.
+/// Encodes the body of a request.
 pub(crate) fn body(model: &str, request: &ChatRequest) -> String {
     let mut body = json!({
         "model": model,
@@ -22,7 +22,7 @@ pub(crate) fn body(model: &str, request: &ChatRequest) -> String {
     body.to_string()
 }
 
-/// Text alone goes as a string: not every endpoint takes lists of parts.
+/// Encodes a message. A single text is encoded as a string, because not every endpoint accepts lists of parts.
 fn message(m: &ChatMessage) -> Value {
     let role = match m.role {
         ChatRole::System => "system",
@@ -43,7 +43,7 @@ fn part(p: &ChatPart) -> Value {
     }
 }
 
-/// Reads an answer.
+/// Decodes a reply.
 pub(crate) fn reply(body: &[u8]) -> Result<ChatReply, ChatError> {
     #[derive(Deserialize)]
     struct Completion {
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bodies() {
+    fn request_bodies() {
         let mut r = ChatRequest {
             messages: vec![ChatMessage::text(ChatRole::System, "be short")],
             max_tokens: 9,
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn replies() {
+    fn reply_bodies() {
         let r =
             reply(br#"{"choices":[{"message":{"content":"x"},"finish_reason":"stop"}],"usage":{"prompt_tokens":3}}"#);
         assert_eq!(r, Ok(ChatReply { text: "x".into(), finish: "stop".into(), usage: Some([3, 0]) }));

@@ -1,5 +1,5 @@
-//! Certificates of roles and what they open: who may serve, who may call, where a listener may be. OpenSSL (by Python) judges the
-//! certificates too.
+//! Certificates of roles and what they permit: serving, calling, and listening addresses. OpenSSL (in Python) verifies the certificates as
+//! well.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,11 +9,11 @@ use tonic_health::pb::health_client::HealthClient;
 use unveil_config::{Config, Role};
 use unveil_service::issue::{Existing, IssueError, IssueOptions, issue};
 use unveil_service::{
-    Access, CancellationToken, Guard, Routes, Running, ServeOptions, ServiceError, authorised, client_options,
-    connect_with, metrics_page, start,
+    CancellationToken, Guard, Routes, RunningServer, ServeOptions, ServiceAccess, ServiceError, authorize,
+    client_options, connect_with, serve_metrics, start,
 };
 
-const SOON: Duration = Duration::from_millis(800);
+const TIMEOUT: Duration = Duration::from_millis(800);
 const TOKEN: &str = "the token of this run";
 
 fn options(existing: Existing, hosts: &[&str]) -> IssueOptions {
@@ -26,53 +26,55 @@ fn config(dir: &Path) -> Config {
     c
 }
 
-/// A service of `role` under a configuration.
-async fn serve_at(listen: &str, c: &Config, role: Role) -> Result<(Running, CancellationToken), ServiceError> {
-    let access = Access::of(c, role)?;
+/// Starts a service of `role` under a configuration.
+async fn serve_at(listen: &str, c: &Config, role: Role) -> Result<(RunningServer, CancellationToken), ServiceError> {
+    let access = ServiceAccess::of(c, role)?;
     let stop = CancellationToken::new();
-    let guard = Guard::new(access.token.as_ref(), 4, None, &[]).admitting(access.callers);
+    let guard = Guard::new(access.token.as_ref(), 4, None, &[]).with_callers(access.callers);
     let options = ServeOptions { tls: access.tls, guard, insecure: access.insecure, ..ServeOptions::default() };
     Ok((start(listen, Routes::default(), options, stop.clone()).await?, stop))
 }
 
-/// Whether `role` of a configuration gets through to a service: TLS, and a call that needs the token.
+/// Calls a service as `role` of a configuration, through TLS and with the token.
 async fn call(address: &str, c: &Config, role: Role) -> Result<(), String> {
     let options = client_options(c, role).map_err(|e| e.to_string())?;
-    let channel = connect_with(address, &options, SOON).await.map_err(|e| e.to_string())?;
+    let channel = connect_with(address, &options, TIMEOUT).await.map_err(|e| e.to_string())?;
     HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.map_err(|e| format!("{e:?}"))?;
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.map_err(|e| e.to_string())?;
     let codec = tonic_prost::ProstCodec::<(), ()>::default();
-    let request = authorised(tonic::Request::new(()), options.token.as_ref()).unwrap();
-    // There is no such service: who is let in is told so.
+    let request = authorize(tonic::Request::new(()), options.token.as_ref()).unwrap();
+    // There is no such service, so an admitted call is unimplemented.
     let status = grpc.unary(request, "/none.None/None".parse().unwrap(), codec).await.unwrap_err();
     if status.code() == tonic::Code::Unimplemented { Ok(()) } else { Err(format!("{status:?}")) }
 }
 
 #[test]
-fn what_is_there_stays_unless_it_is_said() {
+fn existing_certificates_need_renew_or_replace() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path().join("tls");
     let read = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap();
     let renewed = |e| issue(&dir, &options(e, &["learner.example", "10.1.2.3", "*.pods.cluster"]));
     let e = renewed(Existing::Renew).unwrap_err();
     assert!(matches!(&e, IssueError::Authority { file, .. } if file.ends_with("ca.key")), "{e}");
-    let made = renewed(Existing::Refuse).unwrap();
+    let first = renewed(Existing::Refuse).unwrap();
     assert_eq!(
-        made.roles["learner"].names,
+        first.roles["learner"].names,
         ["learner", "localhost", "127.0.0.1", "::1", "learner.example", "10.1.2.3", "*.pods.cluster"]
     );
-    assert_eq!(made.roles["rollout"].names, Vec::<String>::new());
-    assert!(made.roles["reward"].not_after < made.ca.not_after && made.ca.not_after.len() == 10);
+    assert_eq!(first.roles["rollout"].names, Vec::<String>::new());
+    assert!(first.roles["reward"].not_after < first.ca.not_after && first.ca.not_after.len() == 10);
     use std::os::unix::fs::PermissionsExt;
-    for key in made.roles.values().chain([&made.ca]).map(|m| &m.key) {
+    for key in first.roles.values().chain([&first.ca]).map(|m| &m.key) {
         assert_eq!(std::fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600, "{}", key.display());
     }
-    let (ca, leaf, key) = (read("ca.crt"), read("learner/tls.crt"), read("learner/tls.key"));
+    let ca = read("ca.crt");
+    let leaf = read("learner/tls.crt");
+    let key = read("learner/tls.key");
     assert!(matches!(renewed(Existing::Refuse).unwrap_err(), IssueError::Exists(_)));
     assert_eq!((read("ca.crt"), read("learner/tls.crt")), (ca.clone(), leaf.clone()), "a refusal changes nothing");
     let again = renewed(Existing::Renew).unwrap();
-    assert_eq!((again.ca, read("ca.crt"), read("rollout/ca.crt")), (made.ca, ca.clone(), ca.clone()));
+    assert_eq!((again.ca, read("ca.crt"), read("rollout/ca.crt")), (first.ca, ca.clone(), ca.clone()));
     assert!(read("learner/tls.crt") != leaf && read("learner/tls.key") != key);
     renewed(Existing::Replace).unwrap();
     assert!(read("ca.crt") != ca);
@@ -89,7 +91,7 @@ fn what_is_there_stays_unless_it_is_said() {
     }
 }
 
-/// Handshakes in memory by OpenSSL: `server client name` -> ok or the reason.
+/// In-memory handshakes by OpenSSL, each printing "ok" or the error.
 const OPENSSL: &str = r#"
 import ssl, sys
 def shake(root, server, client, name):
@@ -116,30 +118,32 @@ for server, client, name in [("learner", "rollout", "learner"), ("reward", "clie
 "#;
 
 #[test]
-fn openssl_takes_the_certificates_for_what_they_are() {
+fn openssl_accepts_certificates_for_their_purpose() {
     let dir = tempfile::tempdir().unwrap();
     issue(dir.path(), &options(Existing::Refuse, &["10.1.2.3", "*.pods.cluster"])).unwrap();
     let python =
         std::process::Command::new(unveil_testkit::python()).args(["-c", OPENSSL]).arg(dir.path()).output().unwrap();
-    let said = String::from_utf8_lossy(&python.stdout);
-    let lines: Vec<&str> = said.lines().collect();
-    assert_eq!(lines.len(), 5, "{said}{}", String::from_utf8_lossy(&python.stderr));
-    assert_eq!(lines[..3], ["ok"; 3], "{said}");
-    assert!(lines[3].contains("elsewhere") || lines[3].to_lowercase().contains("hostname mismatch"), "{said}");
-    assert!(lines[4].to_lowercase().contains("purpose") || lines[4].to_lowercase().contains("mismatch"), "{said}");
+    let output = String::from_utf8_lossy(&python.stdout);
+    let lines: Vec<&str> = output.lines().collect();
+    assert_eq!(lines.len(), 5, "{output}{}", String::from_utf8_lossy(&python.stderr));
+    assert_eq!(lines[..3], ["ok"; 3], "{output}");
+    assert!(lines[3].contains("elsewhere") || lines[3].to_lowercase().contains("hostname mismatch"), "{output}");
+    assert!(lines[4].to_lowercase().contains("purpose") || lines[4].to_lowercase().contains("mismatch"), "{output}");
 }
 
 #[tokio::test]
-async fn roles_know_each_other_by_their_certificates() {
+async fn roles_are_authenticated_by_certificates() {
     let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+    let ours = dir.path().join("ours");
+    let theirs = dir.path().join("theirs");
     for dir in [&ours, &theirs] {
         issue(dir, &options(Existing::Refuse, &[])).unwrap();
     }
     let c = config(&ours);
     let (running, stop) = serve_at("0.0.0.0:0", &c, Role::Learner).await.unwrap();
     let port = running.address.port();
-    let (plain, named) = (format!("127.0.0.1:{port}"), format!("https://localhost:{port}"));
+    let plain = format!("127.0.0.1:{port}");
+    let named = format!("https://localhost:{port}");
     for address in [&plain, &named] {
         call(address, &c, Role::Rollout).await.unwrap();
         for role in [Role::Client, Role::Reward, Role::Learner] {
@@ -148,7 +152,7 @@ async fn roles_know_each_other_by_their_certificates() {
             assert!(words.iter().all(|w| e.contains(w)), "{e}");
         }
     }
-    // A role's own folder, as a mounted secret is.
+    // The folder of a single role, as in a mounted secret.
     call(&named, &config(&ours.join("rollout")), Role::Rollout).await.unwrap();
     call(&named, &config(&ours.join("client")), Role::Rollout).await.unwrap_err();
     let mut bare = c.clone();
@@ -160,14 +164,14 @@ async fn roles_know_each_other_by_their_certificates() {
     // Another address of this machine, which the certificate does not name.
     let e = call(&format!("https://127.0.0.2:{port}"), &c, Role::Rollout).await.unwrap_err();
     assert!(e.contains("not valid for name \"127.0.0.2\""), "{e}");
-    // New certificates by the same authority open the same doors, those of a new authority do not.
+    // New certificates by the same authority are accepted, those of a new authority are not.
     issue(&ours, &options(Existing::Renew, &[])).unwrap();
     call(&named, &c, Role::Rollout).await.unwrap();
     issue(&ours, &options(Existing::Replace, &[])).unwrap();
     call(&named, &c, Role::Rollout).await.unwrap_err();
     stop.cancel();
 
-    // A rollout worker's key cannot stand in for a service, though the same authority signed it.
+    // A rollout worker's key cannot impersonate a service although the same authority signed it.
     let impostor = config(&ours.join("rollout"));
     let (running, stop) = serve_at("127.0.0.1:0", &impostor, Role::Learner).await.unwrap();
     let e = call(&format!("https://127.0.0.1:{}", running.address.port()), &c, Role::Rollout).await.unwrap_err();
@@ -175,9 +179,9 @@ async fn roles_know_each_other_by_their_certificates() {
     stop.cancel();
 }
 
-/// Which role may call which service, and what a configuration may add.
+/// Which role may call which service, and what the configuration may change.
 #[tokio::test]
-async fn the_matrix_of_roles_and_services() {
+async fn permitted_callers_by_service() {
     let dir = tempfile::tempdir().unwrap();
     issue(dir.path(), &options(Existing::Refuse, &[])).unwrap();
     let c = config(dir.path());
@@ -191,38 +195,42 @@ async fn the_matrix_of_roles_and_services() {
     {
         let (running, stop) = serve_at("127.0.0.1:0", c, serving).await.unwrap();
         let address = format!("https://localhost:{}", running.address.port());
-        for (role, may) in callers {
+        for (role, permitted) in callers {
             let called = call(&address, c, role).await;
-            assert_eq!(called.is_ok(), may, "{} calls {}: {called:?}", role.name(), serving.name());
+            assert_eq!(called.is_ok(), permitted, "{} calls {}: {called:?}", role.name(), serving.name());
         }
         stop.cancel();
     }
 }
 
 #[tokio::test]
-async fn beyond_loopback_a_listener_needs_tls_and_a_way_to_know_callers() {
+async fn non_loopback_listeners_need_tls_and_authentication() {
     let dir = tempfile::tempdir().unwrap();
     issue(dir.path(), &options(Existing::Refuse, &[])).unwrap();
     let token = dir.path().join("token");
     std::fs::write(&token, TOKEN).unwrap();
-    let with = |dir: &Path, mutual: bool, insecure: bool, token: &Path| {
+    let configured = |dir: &Path, mutual: bool, insecure: bool, token: &Path| {
         let mut c = Config::default();
-        (c.tls.mutual, c.tls.insecure) = (mutual, insecure);
+        c.tls.mutual = mutual;
+        c.tls.insecure = insecure;
         c.tls.dir = dir.display().to_string();
         c.auth.token_file = token.display().to_string();
         c
     };
-    let (no, tls) = (Path::new(""), dir.path());
+    let no = Path::new("");
+    let tls = dir.path();
     for (c, words) in [
-        (with(no, true, false, no), &["0.0.0.0", "loopback", "unveil tls init", "tls.insecure"][..]),
-        (with(no, true, false, &token), &["0.0.0.0", "loopback", "tls.dir"]),
-        (with(tls, false, false, no), &["auth.token_env", "tls.mutual"]),
-        (with(no, true, true, no), &["auth.token_env"]),
+        (configured(no, true, false, no), &["0.0.0.0", "loopback", "unveil tls init", "tls.insecure"][..]),
+        (configured(no, true, false, &token), &["0.0.0.0", "loopback", "tls.dir"]),
+        (configured(tls, false, false, no), &["auth.token_env", "tls.mutual"]),
+        (configured(no, true, true, no), &["auth.token_env"]),
     ] {
         let e = serve_at("0.0.0.0:0", &c, Role::Reward).await.unwrap_err();
         assert!(e.is_permanent() && words.iter().all(|w| e.to_string().contains(w)), "{e}");
     }
-    for c in [with(tls, true, false, no), with(tls, false, false, &token), with(no, true, true, &token)] {
+    for c in
+        [configured(tls, true, false, no), configured(tls, false, false, &token), configured(no, true, true, &token)]
+    {
         let (running, stop) = serve_at("0.0.0.0:0", &c, Role::Reward).await.unwrap();
         let address = format!("{}://127.0.0.1:{}", c.scheme(), running.address.port());
         call(&address, &c, Role::Rollout).await.unwrap();
@@ -240,30 +248,30 @@ async fn beyond_loopback_a_listener_needs_tls_and_a_way_to_know_callers() {
 }
 
 #[tokio::test]
-async fn the_metrics_page_speaks_tls_where_its_role_does() {
+async fn metrics_page_uses_tls_like_its_role() {
     let dir = tempfile::tempdir().unwrap();
     issue(dir.path(), &options(Existing::Refuse, &[])).unwrap();
-    let page = async |listen: &str, access: &Access| {
+    let page = async |listen: &str, access: &ServiceAccess| {
         let stop = CancellationToken::new();
-        metrics_page(listen, Default::default(), || (), access, stop.clone()).await.map(|a| (a, stop))
+        serve_metrics(listen, Default::default(), || (), access, stop.clone()).await.map(|a| (a, stop))
     };
-    let plain = Access::default();
+    let plain = ServiceAccess::default();
     let e = page("0.0.0.0:0", &plain).await.unwrap_err().to_string();
     assert!(e.contains("loopback") && e.contains("tls.dir"), "{e}");
-    page("0.0.0.0:0", &Access { insecure: true, ..plain.clone() }).await.unwrap();
-    let secured = Access::of(&config(dir.path()), Role::Reward).unwrap();
+    page("0.0.0.0:0", &ServiceAccess { insecure: true, ..plain.clone() }).await.unwrap();
+    let secured = ServiceAccess::of(&config(dir.path()), Role::Reward).unwrap();
     let ca = reqwest::Certificate::from_pem(&std::fs::read(dir.path().join("ca.crt")).unwrap()).unwrap();
     let trusting = reqwest::Client::builder().no_proxy().tls_certs_only([ca]).build().unwrap();
     let strange = reqwest::Client::builder().no_proxy().build().unwrap();
-    let (at, stop) = page("0.0.0.0:0", &secured).await.unwrap();
-    let url = format!("https://localhost:{}/metrics", at.port());
+    let (address, stop) = page("0.0.0.0:0", &secured).await.unwrap();
+    let url = format!("https://localhost:{}/metrics", address.port());
     let answer = trusting.get(&url).send().await.unwrap();
     assert_eq!(answer.status(), 200);
     assert!(answer.text().await.unwrap().contains("# EOF"));
     assert!(strange.get(&url).send().await.is_err());
     stop.cancel();
-    let (at, stop) = page("127.0.0.1:0", &plain).await.unwrap();
-    let answer = strange.get(format!("http://{at}/metrics")).send().await.unwrap();
+    let (address, stop) = page("127.0.0.1:0", &plain).await.unwrap();
+    let answer = strange.get(format!("http://{address}/metrics")).send().await.unwrap();
     assert_eq!(answer.status(), 200);
     stop.cancel();
 }
