@@ -1,4 +1,4 @@
-//! Draws synthetic records: `cargo run -p unveil-data --example synth -- OUT N SEED`.
+//! Generates synthetic records: `cargo run -p unveil-data --example synth -- OUT N SEED`.
 use std::path::Path;
 use std::time::Instant;
 

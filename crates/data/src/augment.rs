@@ -1,39 +1,41 @@
 //! Augmentation of an image and its boxes: crop, flips, quarter turns, brightness and contrast.
 //!
-//! A function of (seed, pass, record id): whoever computes it gets the same pixels. Resizing is the processor's work.
+//! The result is a function of (seed, pass, record id), so it is the same on every process. Resizing is left to the image processor.
 
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use unveil_core::{BBox, BoxFault};
 
-use crate::store::Image;
+use crate::image_store::Image;
 
-/// A box with at least this share of its area inside the crop is kept, clipped.
-pub const KEEP: f64 = 0.60;
-/// A box with less than this share inside is dropped; between the two, another crop is drawn.
-pub const DROP: f64 = 0.15;
-const TRIES: usize = 24;
-const SMALLEST: u32 = 16;
+/// Minimum share of a box's area inside the crop for the box to be kept (clipped).
+pub const MIN_KEPT_SHARE: f64 = 0.60;
+/// A box with less than this share of its area inside the crop is dropped; between the two limits, another crop is drawn.
+pub const MAX_DROPPED_SHARE: f64 = 0.15;
+/// Number of crops that are drawn before the image is left whole.
+const MAX_CROP_ATTEMPTS: usize = 24;
+/// Minimum side of a crop in pixels, unless the image is smaller.
+const MIN_CROP_SIDE: u32 = 16;
 
-/// What may be done to an image.
+/// Augmentations that may be applied to an image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AugmentSpec {
-    /// Smallest crop as a share of the side, `(0, 1]`; 1 turns cropping off.
+    /// Minimum side of a crop as a share of the image side, `(0, 1]`; 1 disables cropping.
     pub crop_min: f32,
-    /// Mirror left to right, half of the time.
+    /// Mirror left to right with probability 1/2.
     pub flip_h: bool,
-    /// Mirror top to bottom, half of the time.
+    /// Mirror top to bottom with probability 1/2.
     pub flip_v: bool,
-    /// Turn by 0, 90, 180 or 270 degrees, equally often. Changes the shape of images that are not square.
+    /// Rotate by 0, 90, 180 or 270 degrees with equal probability. This changes the shape of images that are not square.
     pub turn: bool,
-    /// Brightness shift and contrast change, each up to this share, `[0, 1)`.
+    /// Maximum brightness shift and contrast change, each as a share in `[0, 1)`.
     pub jitter: f32,
 }
 
 impl Default for AugmentSpec {
-    /// Nothing is changed.
+    /// Returns a specification that changes nothing.
     fn default() -> Self {
         Self { crop_min: 1.0, flip_h: false, flip_v: false, turn: false, jitter: 0.0 }
     }
@@ -42,17 +44,17 @@ impl Default for AugmentSpec {
 /// Why an image was not augmented.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum AugmentError {
-    /// The specification makes no sense.
+    /// A field of the specification is out of range.
     #[error("augmentation: {0}")]
     Spec(String),
     /// A box is not valid for the image.
     #[error("record \"{id}\": box {index} {fault}")]
     Box {
-        /// Record.
+        /// Id of the record.
         id: String,
-        /// Which box.
+        /// Index of the box.
         index: usize,
-        /// What is wrong with it.
+        /// Description of the problem.
         fault: BoxFault,
     },
 }
@@ -64,12 +66,15 @@ pub struct Augmented {
     pub image: Image,
     /// Boxes in the new image's pixels.
     pub boxes: Vec<BBox>,
-    /// For each box its index before; boxes may be lost to a crop, never all of them.
+    /// Original index of each box; a crop may drop some boxes but never all of them.
     pub kept: Vec<usize>,
 }
 
 impl AugmentSpec {
-    /// Says which field is out of range.
+    /// Checks the ranges of all fields.
+    ///
+    /// # Errors
+    /// Returns [`AugmentError::Spec`] naming the field that is out of range.
     pub fn validate(&self) -> Result<(), AugmentError> {
         if !(self.crop_min > 0.0 && self.crop_min <= 1.0) {
             Err(AugmentError::Spec(format!("crop_min = {} must be above 0 and at most 1", self.crop_min)))
@@ -80,19 +85,19 @@ impl AugmentSpec {
         }
     }
 
-    /// True when nothing is changed.
+    /// Returns whether the specification changes nothing.
     pub fn is_off(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Augments one image for one pass.
+/// Augments one image for one pass over the data.
 ///
-/// A crop keeps a box with at least [`KEEP`] of its area inside (clipped), drops one with less than [`DROP`], and is drawn
-/// again when a box lies between or when all boxes would be lost; after 24 tries the image stays whole.
+/// A crop keeps a box with at least [`MIN_KEPT_SHARE`] of its area inside (clipped) and drops one with less than [`MAX_DROPPED_SHARE`]. It
+/// is drawn again if a box is in between or if all boxes would be dropped; after 24 attempts the image stays whole.
 ///
 /// # Errors
-/// A specification out of range; a box that is not valid for the image.
+/// Returns [`AugmentError::Spec`] for a specification out of range and [`AugmentError::Box`] for a box that is invalid for the image.
 pub fn augment(
     spec: &AugmentSpec,
     seed: u64,
@@ -102,7 +107,8 @@ pub fn augment(
     boxes: &[BBox],
 ) -> Result<Augmented, AugmentError> {
     spec.validate()?;
-    let (w, h) = (image.width() as f32, image.height() as f32);
+    let w = image.width() as f32;
+    let h = image.height() as f32;
     let boxes =
         &clip_to(w, h, boxes).map_err(|(index, fault)| AugmentError::Box { id: id.to_owned(), index, fault })?[..];
     let mut key = blake3::Hasher::new();
@@ -122,18 +128,19 @@ pub fn augment(
     }
     if spec.turn {
         for _ in 0..rng.next_u32() & 3 {
-            turn(&mut out.image, &mut out.boxes);
+            rotate_clockwise(&mut out.image, &mut out.boxes);
         }
     }
     if spec.jitter > 0.0 {
-        let mut draw = || (2.0 * unit(&mut rng) - 1.0) * spec.jitter;
-        let (brightness, contrast) = (draw(), draw());
+        let mut random_share = || (2.0 * unit(&mut rng) - 1.0) * spec.jitter;
+        let brightness = random_share();
+        let contrast = random_share();
         jitter(&mut out.image, brightness, contrast);
     }
     Ok(out)
 }
 
-/// Boxes without the overhang of up to one pixel that [`BBox::fault`] grants.
+/// Clips the overhang of up to one pixel that [`BBox::fault`] permits.
 fn clip_to(w: f32, h: f32, boxes: &[BBox]) -> Result<Vec<BBox>, (usize, BoxFault)> {
     let clip = |(index, b): (usize, &BBox)| match b.fault(w, h) {
         Some(fault) => Err((index, fault)),
@@ -145,17 +152,20 @@ fn clip_to(w: f32, h: f32, boxes: &[BBox]) -> Result<Vec<BBox>, (usize, BoxFault
     boxes.iter().enumerate().map(clip).collect()
 }
 
+/// Draws a number in `[0, 1)`.
 fn unit(rng: &mut ChaCha8Rng) -> f32 {
     (rng.next_u32() >> 8) as f32 / (1u32 << 24) as f32
 }
 
 fn random_crop(crop_min: f32, rng: &mut ChaCha8Rng, image: &Image, boxes: &[BBox]) -> Option<Augmented> {
-    for _ in 0..TRIES {
+    for _ in 0..MAX_CROP_ATTEMPTS {
         let share = crop_min + (1.0 - crop_min) * unit(rng);
-        let side = |full: u32| ((full as f32 * share).round() as u32).clamp(SMALLEST.min(full), full);
-        let (w, h) = (side(image.width()), side(image.height()));
-        let start = |rng: &mut ChaCha8Rng, room: u32| ((unit(rng) * (room + 1) as f32) as u32).min(room);
-        let (x, y) = (start(rng, image.width() - w), start(rng, image.height() - h));
+        let side = |full: u32| ((full as f32 * share).round() as u32).clamp(MIN_CROP_SIDE.min(full), full);
+        let w = side(image.width());
+        let h = side(image.height());
+        let start = |rng: &mut ChaCha8Rng, slack: u32| ((unit(rng) * (slack + 1) as f32) as u32).min(slack);
+        let x = start(rng, image.width() - w);
+        let y = start(rng, image.height() - h);
         if let Some((boxes, kept)) = crop_boxes(boxes, [x, y, w, h]) {
             return Some(Augmented { image: crop(image, [x, y, w, h]), boxes, kept });
         }
@@ -163,25 +173,30 @@ fn random_crop(crop_min: f32, rng: &mut ChaCha8Rng, image: &Image, boxes: &[BBox
     None
 }
 
-/// Boxes after cropping to `[x, y, width, height]`; `None` when the crop would cut one in the middle, or lose all.
+/// Returns the boxes after cropping to `[x, y, width, height]` and their original indices, or `None` if the crop would cut through a box or
+/// drop all of them.
 fn crop_boxes(boxes: &[BBox], [x, y, w, h]: [u32; 4]) -> Option<(Vec<BBox>, Vec<usize>)> {
-    let (x, y, w, h) = (x as f32, y as f32, w as f32, h as f32);
+    let x = x as f32;
+    let y = y as f32;
+    let w = w as f32;
+    let h = h as f32;
     let frame = BBox { x1: x, y1: y, x2: x + w, y2: y + h };
-    let (mut out, mut kept) = (Vec::new(), Vec::new());
+    let mut out = Vec::new();
+    let mut kept = Vec::new();
     for (i, b) in boxes.iter().enumerate() {
         let inside = b.intersection(&frame) / b.area();
-        if inside >= KEEP {
+        if inside >= MIN_KEPT_SHARE {
             let clip = |v: f32, from: f32, top: f32| (v - from).clamp(0.0, top);
             out.push(BBox { x1: clip(b.x1, x, w), y1: clip(b.y1, y, h), x2: clip(b.x2, x, w), y2: clip(b.y2, y, h) });
             kept.push(i);
-        } else if inside >= DROP {
+        } else if inside >= MAX_DROPPED_SHARE {
             return None;
         }
     }
     (boxes.is_empty() || !out.is_empty()).then_some((out, kept))
 }
 
-/// The part `[x, y, width, height]` of an image, which must lie inside.
+/// Returns the part `[x, y, width, height]` of an image, which must be inside it.
 fn crop(image: &Image, [x, y, w, h]: [u32; 4]) -> Image {
     let mut out = Image::new(w, h);
     let stride = w as usize * 3;
@@ -192,11 +207,12 @@ fn crop(image: &Image, [x, y, w, h]: [u32; 4]) -> Image {
     out
 }
 
-/// Mirrors left to right.
+/// Mirrors image and boxes left to right.
 pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
     let stride = image.width() as usize * 3;
     for row in image.rgb_mut().chunks_exact_mut(stride) {
-        let (mut a, mut b) = (0, row.len());
+        let mut a = 0;
+        let mut b = row.len();
         while a + 3 < b {
             b -= 3;
             (0..3).for_each(|k| row.swap(a + k, b + k));
@@ -207,7 +223,7 @@ pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
     boxes.iter_mut().for_each(|b| (b.x1, b.x2) = (w - b.x2, w - b.x1));
 }
 
-/// Mirrors top to bottom.
+/// Mirrors image and boxes top to bottom.
 pub fn flip_v(image: &mut Image, boxes: &mut [BBox]) {
     let row = image.width() as usize * 3;
     let h = image.height() as usize;
@@ -219,9 +235,10 @@ pub fn flip_v(image: &mut Image, boxes: &mut [BBox]) {
     boxes.iter_mut().for_each(|b| (b.y1, b.y2) = (h - b.y2, h - b.y1));
 }
 
-/// Turns clockwise by 90 degrees; width and height change places.
-pub fn turn(image: &mut Image, boxes: &mut [BBox]) {
-    let (w, h) = (image.width(), image.height());
+/// Rotates image and boxes clockwise by 90 degrees, which swaps width and height.
+pub fn rotate_clockwise(image: &mut Image, boxes: &mut [BBox]) {
+    let w = image.width();
+    let h = image.height();
     let mut out = Image::new(h, w);
     for y in 0..h {
         for x in 0..w {
@@ -235,7 +252,7 @@ pub fn turn(image: &mut Image, boxes: &mut [BBox]) {
     }
 }
 
-/// Adds `brightness` (share of the full range) and scales about mid-grey by `1 + contrast`.
+/// Scales pixel values about mid-grey by `1 + contrast` and adds `brightness` (a share of the full range).
 pub fn jitter(image: &mut Image, brightness: f32, contrast: f32) {
     let table: [u8; 256] = std::array::from_fn(|v| {
         let v = (v as f32 - 127.5) * (1.0 + contrast) + 127.5 + 255.0 * brightness;

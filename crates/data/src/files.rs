@@ -1,19 +1,19 @@
-//! Opening files without waiting for what is no file.
+//! Opening regular files without blocking on anything else.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Opens a file for reading; a FIFO, a device or a folder is refused at once instead of being waited for.
+/// Opens a regular file for reading; a FIFO, a device or a folder is refused immediately instead of blocking.
 pub fn open_regular(path: &Path) -> std::io::Result<File> {
-    // Without O_NONBLOCK the opening of a FIFO waits for who writes to it; for regular files it says nothing.
+    // Without O_NONBLOCK, opening a FIFO blocks until it has a writer; the flag has no effect on regular files.
     let file = File::options().read(true).custom_flags(nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY).open(path)?;
     let kind = file.metadata()?.file_type();
-    if kind.is_file() { Ok(file) } else { Err(not_a_file(kind.is_dir())) }
+    if kind.is_file() { Ok(file) } else { Err(not_a_regular_file(kind.is_dir())) }
 }
 
-fn not_a_file(folder: bool) -> std::io::Error {
-    match folder {
+fn not_a_regular_file(is_folder: bool) -> std::io::Error {
+    match is_folder {
         true => std::io::Error::new(std::io::ErrorKind::IsADirectory, "it is a folder, not a file"),
         false => {
             std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is a FIFO, a socket or a device, not a file")
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_file_is_refused_without_waiting() {
+    fn special_files_are_refused_without_blocking() {
         let dir = tempfile::tempdir().unwrap();
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -1,22 +1,27 @@
-//! Data: records, importers, images and their store, processors and tokenizers, box codecs per model family, synthetic lesions.
+//! Data: record files, dataset importers, image decoding and storage, image processors and tokenizers, box codecs per model family, and
+//! synthetic lesions.
 //!
-//! Must not know: tch, tonic. Boxes are original-image pixels everywhere but inside a codec.
+//! Must not depend on: tch, tonic. Boxes are in original-image pixels everywhere except inside a codec.
 
 pub mod augment;
 pub mod chat;
 pub mod check;
 pub mod codec;
+pub mod context_fit;
 mod decode;
+mod family;
 pub mod files;
-pub mod fits;
+pub mod image_folder;
+mod image_path;
+pub mod image_root;
+pub mod image_store;
 pub mod import;
-mod near;
-pub mod prepare;
+mod near_duplicates;
+mod preprocess_error;
+pub mod preprocessor;
 pub mod processor;
-pub mod reach;
 pub mod records;
-pub mod root;
+mod rgb_image;
 pub mod stats;
-pub mod store;
 pub mod synth;
 pub mod tokenizer;

@@ -1,21 +1,21 @@
 //! Record files (JSON lines): reading with file and line in every error, safe image paths, atomic writing.
-//!
-//! Must not know: what the images show, model families, tch, tonic.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use unveil_core::{Record, RecordError};
 
 use crate::files::open_regular;
-use crate::root::{Reach, Root};
-use crate::store::{Image, ImageError};
+use crate::image_path::PathPolicy;
+pub use crate::image_path::{ImageRef, folder_of, path_problem};
+use crate::image_root::ImageRoot;
+use crate::image_store::{Image, ImageError};
 
-/// Longest line that is read, in bytes.
-pub const MAX_LINE: u64 = 64 << 20;
+/// Maximum length of a line in bytes.
+pub const MAX_LINE_BYTES: u64 = 64 << 20;
 
-/// Why records could not be read or written; each message starts with the file, and the line where there is one.
+/// Why records could not be read or written; each message starts with the file and, if known, the line.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordsError {
     /// The file cannot be read or written.
@@ -23,7 +23,7 @@ pub enum RecordsError {
     Io {
         /// The record file.
         file: PathBuf,
-        /// What the system said.
+        /// The I/O error.
         cause: std::io::Error,
     },
     /// A line is not a record.
@@ -33,11 +33,11 @@ pub enum RecordsError {
         file: PathBuf,
         /// Line number from 1.
         line: usize,
-        /// What is wrong with it.
+        /// Description of the problem.
         cause: RecordError,
     },
     /// Two lines have the same id.
-    #[error("{}:{line}: the id \"{id}\" is already on line {first}; give every record an id of its own", file.display())]
+    #[error("{}:{line}: the id \"{id}\" is already on line {first}; give every record its own id", file.display())]
     Duplicate {
         /// The record file.
         file: PathBuf,
@@ -59,102 +59,97 @@ pub enum RecordsError {
         id: String,
         /// The path as written.
         image: String,
-        /// What is wrong with it.
+        /// Description of the problem.
         cause: &'static str,
     },
-}
-
-/// Where the image of a record is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ImageRef {
-    /// A file, already joined with the folder of the record file.
-    File(PathBuf),
-    /// An object URL, to be fetched by whoever has an object store.
-    Url(String),
-    /// The record has a size only.
-    None,
 }
 
 /// A record file in memory.
 #[derive(Debug, Clone)]
 pub struct RecordFile {
-    /// The file as it was opened.
+    /// Path with which the file was opened.
     pub path: PathBuf,
-    /// Records in the order of the file.
+    /// Records in file order.
     pub records: Vec<Record>,
     /// Line number (from 1) of each record.
     pub lines: Vec<usize>,
-    /// How far the paths of its records may reach.
-    pub reach: Reach,
+    /// Which image paths its records may use.
+    pub path_policy: PathPolicy,
 }
 
 impl RecordFile {
     /// Reads a JSON-lines file; blank lines are skipped, unknown keys kept.
     ///
     /// # Errors
-    /// A line that is no record, a missing, empty or repeated id, an image path that is absolute or leaves the folder.
-    /// Boxes are not judged here: see [`crate::check`].
+    /// Returns [`RecordsError::Io`] if the file cannot be read, [`RecordsError::Line`] for a line that is not a record or has an empty id,
+    /// [`RecordsError::Duplicate`] for a repeated id, and [`RecordsError::ImagePath`] for an image path that is absolute or leaves the
+    /// folder. Boxes are not checked here: see [`crate::check`].
     pub fn load(path: &Path) -> Result<Self, RecordsError> {
-        Self::load_with(path, Reach::Folder)
+        Self::load_with(path, PathPolicy::Folder)
     }
 
-    /// [`RecordFile::load`] with paths that may reach so far.
+    /// Reads a file as [`RecordFile::load`] does, with image paths limited by `path_policy`.
     ///
     /// # Errors
-    /// As there.
-    pub fn load_with(path: &Path, reach: Reach) -> Result<Self, RecordsError> {
-        Self::scan(path, reach, Err)
+    /// See [`RecordFile::load`].
+    pub fn load_with(path: &Path, path_policy: PathPolicy) -> Result<Self, RecordsError> {
+        Self::scan(path, path_policy, Err)
     }
 
-    /// [`RecordFile::load_with`] without the lines that are no records, which `bad_line` hears of.
+    /// Reads a file as [`RecordFile::load_with`] does, but skips invalid lines and passes their errors to `on_invalid`.
     ///
     /// # Errors
-    /// The file cannot be read.
-    pub fn load_some(path: &Path, reach: Reach, mut bad_line: impl FnMut(RecordsError)) -> Result<Self, RecordsError> {
-        Self::scan(path, reach, |e| match e {
+    /// Returns [`RecordsError::Io`] if the file cannot be read.
+    pub fn load_lenient(
+        path: &Path,
+        path_policy: PathPolicy,
+        mut on_invalid: impl FnMut(RecordsError),
+    ) -> Result<Self, RecordsError> {
+        Self::scan(path, path_policy, |e| match e {
             io @ RecordsError::Io { .. } => Err(io),
-            bad => {
-                bad_line(bad);
+            invalid => {
+                on_invalid(invalid);
                 Ok(())
             }
         })
     }
 
-    /// Reads like [`RecordFile::load`], but hands each bad line to `bad_line`, which says whether to go on without it.
+    /// Reads a file as [`RecordFile::load_with`] does, but passes the error of each invalid line to `on_invalid`, which returns `Ok` to
+    /// skip the line.
     pub(crate) fn scan(
         path: &Path,
-        reach: Reach,
-        mut bad_line: impl FnMut(RecordsError) -> Result<(), RecordsError>,
+        path_policy: PathPolicy,
+        mut on_invalid: impl FnMut(RecordsError) -> Result<(), RecordsError>,
     ) -> Result<Self, RecordsError> {
         let io = |cause| RecordsError::Io { file: path.to_owned(), cause };
         let mut reader = BufReader::new(open_regular(path).map_err(io)?);
-        let mut out = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new(), reach };
-        let mut seen: HashMap<String, usize> = HashMap::new();
+        let mut file = Self { path: path.to_owned(), records: Vec::new(), lines: Vec::new(), path_policy };
+        let mut line_by_id: HashMap<String, usize> = HashMap::new();
         let mut bytes = Vec::new();
         for line in 1.. {
             bytes.clear();
-            if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut bytes).map_err(io)? == 0 {
+            if reader.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes).map_err(io)? == 0 {
                 break;
             }
-            if bytes.len() as u64 == MAX_LINE {
-                let what = format!("the line is longer than {MAX_LINE} bytes");
+            if bytes.len() as u64 == MAX_LINE_BYTES {
+                let what = format!("the line is longer than {MAX_LINE_BYTES} bytes");
                 let cause = RecordError { id: String::new(), what };
                 return Err(RecordsError::Line { file: path.to_owned(), line, cause });
             }
-            match parse_line(path, reach, line, &bytes, &seen) {
+            match parse_line(path, path_policy, line, &bytes, &line_by_id) {
                 Ok(None) => {}
                 Ok(Some(record)) => {
-                    seen.insert(record.id.clone(), line);
-                    out.records.push(record);
-                    out.lines.push(line);
+                    line_by_id.insert(record.id.clone(), line);
+                    file.records.push(record);
+                    file.lines.push(line);
                 }
-                Err(e) => bad_line(e)?,
+                Err(e) => on_invalid(e)?,
             }
         }
-        Ok(out)
+        Ok(file)
     }
 
-    /// Keeps the records of one split.
+    /// Keeps only the records of one split.
     pub fn split(mut self, split: &str) -> Self {
         let keep: Vec<bool> = self.records.iter().map(|r| r.split == split).collect();
         let mut flags = keep.iter();
@@ -164,19 +159,19 @@ impl RecordFile {
         self
     }
 
-    /// Folder that image paths are relative to.
+    /// Returns the folder that image paths are relative to.
     pub fn folder(&self) -> &Path {
         folder_of(&self.path)
     }
 
-    /// Where the image of `record` is.
+    /// Returns where the image of `record` is.
     pub fn image_ref(&self, record: &Record) -> ImageRef {
         self.root().image_ref(record)
     }
 
-    /// The folder of the file, and how far its records may reach.
-    pub fn root(&self) -> Root {
-        Root::of(&self.path, self.reach)
+    /// Returns the folder of the file together with its path policy.
+    pub fn root(&self) -> ImageRoot {
+        ImageRoot::of(&self.path, self.path_policy)
     }
 
     /// Reads and decodes the image of `record`; the error names record and path.
@@ -184,8 +179,8 @@ impl RecordFile {
         self.root().open(record)
     }
 
-    /// `file:line` of record number `index`, for messages.
-    pub fn place(&self, index: usize) -> String {
+    /// Returns `file:line` of record number `index`, for messages.
+    pub fn location(&self, index: usize) -> String {
         match self.lines.get(index) {
             Some(line) => format!("{}:{line}", self.path.display()),
             None => self.path.display().to_string(),
@@ -193,60 +188,33 @@ impl RecordFile {
     }
 }
 
-/// Folder that holds a record file.
-pub fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// What is wrong with an image path of a record as it is written, if anything; links are looked at when the image is read. URLs and
-/// empty paths pass.
-pub fn path_fault(image: &str, reach: Reach) -> Option<&'static str> {
-    if let Some((_, rest)) = image.split_once("://") {
-        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
-        host.contains('@').then_some("is a URL with credentials before the host; take them out")
-    } else if image.contains('\0') {
-        Some("holds a NUL character")
-    } else if reach == Reach::Anywhere {
-        None
-    } else if Path::new(image).components().any(|c| matches!(c, Component::RootDir | Component::Prefix(_))) {
-        Some("is an absolute path; write it relative to the record file, or allow it (data.outside = true)")
-    } else if Path::new(image).components().any(|c| c == Component::ParentDir) {
-        Some(
-            "leaves the folder of the record file with \"..\"; put the images beside or under it, or allow it (data.outside = true)",
-        )
-    } else {
-        None
-    }
-}
-
 fn parse_line(
     path: &Path,
-    reach: Reach,
+    path_policy: PathPolicy,
     line: usize,
     bytes: &[u8],
-    seen: &HashMap<String, usize>,
+    line_by_id: &HashMap<String, usize>,
 ) -> Result<Option<Record>, RecordsError> {
-    let bad = |cause| RecordsError::Line { file: path.to_owned(), line, cause };
-    let unnamed = |what: &str| bad(RecordError { id: String::new(), what: what.to_owned() });
-    let text = std::str::from_utf8(bytes).map_err(|_| unnamed("the line is not UTF-8"))?;
+    let line_error = |cause| RecordsError::Line { file: path.to_owned(), line, cause };
+    let anonymous = |what: &str| line_error(RecordError { id: String::new(), what: what.to_owned() });
+    let text = std::str::from_utf8(bytes).map_err(|_| anonymous("the line is not UTF-8"))?;
     if text.trim_start_matches('\u{feff}').trim().is_empty() {
         return Ok(None);
     }
-    let record = Record::parse(text).map_err(bad)?;
+    let record = Record::parse(text).map_err(line_error)?;
     if record.id.trim().is_empty() {
-        return Err(unnamed("the record's `id` is empty; give every record an id"));
+        return Err(anonymous("the record's `id` is empty; give every record an id"));
     }
-    if let Some(&first) = seen.get(&record.id) {
+    if let Some(&first) = line_by_id.get(&record.id) {
         return Err(RecordsError::Duplicate { file: path.to_owned(), line, first, id: record.id });
     }
-    if let Some(cause) = path_fault(&record.image, reach) {
-        let (id, image) = (record.id, record.image);
-        return Err(RecordsError::ImagePath { file: path.to_owned(), line, id, image, cause });
+    if let Some(cause) = path_problem(&record.image, path_policy) {
+        return Err(RecordsError::ImagePath { file: path.to_owned(), line, id: record.id, image: record.image, cause });
     }
     Ok(Some(record))
 }
 
-/// Writes records as JSON lines: into a temporary file beside `path`, then renamed, so that `path` is whole or untouched.
+/// Writes records as JSON lines to a temporary file next to `path` and renames it, so that `path` is either complete or untouched.
 pub fn write(path: &Path, records: &[Record]) -> Result<(), RecordsError> {
     let io = |cause| RecordsError::Io { file: path.to_owned(), cause };
     let mut bytes = Vec::new();
@@ -285,7 +253,7 @@ mod tests {
             (
                 "\u{feff}\n\u{feff}{\"id\":\"a\",\"task\":\"vga\"}\n",
                 "r.jsonl:2:",
-                "record \"a\": `task`: `vga` is no task",
+                "record \"a\": `task`: `vga` is not a task",
             ),
             ("{\"id\":\"a\",\"image\":\"../../etc/x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
             ("{\"id\":\"a\",\"image\":\"b/../../x.png\"}\n", "r.jsonl:1:", "leaves the folder"),
@@ -317,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_write_leaves_the_old_file() {
+    fn failed_writes_leave_the_old_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("taken");
         std::fs::create_dir(&path).unwrap();

@@ -1,14 +1,14 @@
-//! Numbers about a record file: what a person wants to see before training on it.
+//! Statistics of a record file: counts and distributions to look at before training on it.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use unveil_core::Record;
 
+use crate::image_store::image_size;
 use crate::records::{ImageRef, RecordFile};
-use crate::store::image_size;
 
-/// Quantiles of a distribution; `None` where there are no values.
+/// Quantiles of a distribution.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Quantiles {
     /// Smallest value.
@@ -30,13 +30,13 @@ pub struct Stats {
     pub records: usize,
     /// Number of boxes.
     pub boxes: usize,
-    /// Share of records without a box among those that ask where, `[0, 1]`; 0 where there are none.
+    /// Share of records without a box among the grounding records, in `[0, 1]`; 0 if there are none.
     pub no_finding: f64,
-    /// Records whose question is answered in text; they are not among those without a finding.
+    /// Records whose question is answered in text; they do not count as records without a finding.
     pub in_text: usize,
     /// Records by split.
     pub by_split: BTreeMap<String, usize>,
-    /// Records by source, and by split within it.
+    /// Records by source, then by split.
     pub by_source_and_split: BTreeMap<String, BTreeMap<String, usize>>,
     /// Records by category; those without a box count as "no finding".
     pub by_category: BTreeMap<String, usize>,
@@ -54,42 +54,45 @@ pub struct Stats {
     pub box_height: Option<Quantiles>,
     /// Box area as a share of the image's.
     pub box_area: Option<Quantiles>,
-    /// Images by size, `WxH`; those whose size could not be had are "unknown".
+    /// Images by size, `WxH`; images of unknown size are under "unknown".
     pub image_sizes: BTreeMap<String, usize>,
 }
 
-/// Counts; sizes come from `image_size` or the image's header. Faulty boxes count as boxes but enter no quantile.
+/// Computes the statistics of `file`. Sizes are taken from `image_size` or the image's header. Invalid boxes are counted as boxes but
+/// excluded from the quantiles.
 pub fn stats(file: &RecordFile) -> Stats {
-    let mut s = Stats { records: file.records.len(), ..Stats::default() };
-    let mut sides: [Vec<f64>; 3] = Default::default();
+    let mut out = Stats { records: file.records.len(), ..Stats::default() };
+    // Width, height and area of the boxes as shares of the image's.
+    let mut shares: [Vec<f64>; 3] = Default::default();
     for r in &file.records {
         let count = |map: &mut BTreeMap<String, usize>, key: &str| *map.entry(key.to_owned()).or_default() += 1;
-        count(&mut s.by_split, &r.split);
-        count(&mut s.by_modality, &r.modality);
-        count(&mut s.by_source, &r.source);
-        count(s.by_source_and_split.entry(r.source.clone()).or_default(), &r.split);
+        count(&mut out.by_split, &r.split);
+        count(&mut out.by_modality, &r.modality);
+        count(&mut out.by_source, &r.source);
+        count(out.by_source_and_split.entry(r.source.clone()).or_default(), &r.split);
         let size = size_of(file, r);
-        count(&mut s.image_sizes, &size.map_or("unknown".to_owned(), |(w, h)| format!("{w}x{h}")));
+        count(&mut out.image_sizes, &size.map_or("unknown".to_owned(), |(w, h)| format!("{w}x{h}")));
         if r.is_text() {
-            s.in_text += 1;
+            out.in_text += 1;
             continue;
         }
-        count(&mut s.by_category, if r.boxes.is_empty() { unveil_core::answer::NO_FINDING } else { &r.category });
+        count(&mut out.by_category, if r.boxes.is_empty() { unveil_core::answer::NO_FINDING } else { &r.category });
         for (i, _) in r.boxes.iter().enumerate() {
-            count(&mut s.by_label, r.labels.get(i).unwrap_or(&r.category));
+            count(&mut out.by_label, r.labels.get(i).unwrap_or(&r.category));
         }
-        *s.boxes_per_image.entry(r.boxes.len()).or_default() += 1;
-        s.boxes += r.boxes.len();
+        *out.boxes_per_image.entry(r.boxes.len()).or_default() += 1;
+        out.boxes += r.boxes.len();
         let Some((w, h)) = size.map(|(w, h)| (w as f32, h as f32)) else { continue };
         for b in r.boxes.iter().filter(|b| b.fault(w, h).is_none()) {
-            let (x, y) = (f64::from((b.x2 - b.x1) / w), f64::from((b.y2 - b.y1) / h));
-            sides.iter_mut().zip([x, y, x * y]).for_each(|(list, v)| list.push(v));
+            let x = f64::from((b.x2 - b.x1) / w);
+            let y = f64::from((b.y2 - b.y1) / h);
+            shares.iter_mut().zip([x, y, x * y]).for_each(|(list, v)| list.push(v));
         }
     }
-    let empty = s.boxes_per_image.get(&0).copied().unwrap_or(0);
-    s.no_finding = empty as f64 / (s.records - s.in_text).max(1) as f64;
-    [s.box_width, s.box_height, s.box_area] = sides.map(quantiles);
-    s
+    let empty = out.boxes_per_image.get(&0).copied().unwrap_or(0);
+    out.no_finding = empty as f64 / (out.records - out.in_text).max(1) as f64;
+    [out.box_width, out.box_height, out.box_area] = shares.map(quantiles);
+    out
 }
 
 fn size_of(file: &RecordFile, r: &Record) -> Option<(u32, u32)> {
@@ -100,12 +103,18 @@ fn size_of(file: &RecordFile, r: &Record) -> Option<(u32, u32)> {
     }
 }
 
-/// Nearest-rank quantiles.
+/// Computes nearest-rank quantiles; `None` without values.
 fn quantiles(mut values: Vec<f64>) -> Option<Quantiles> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
-    let at = |q: f64| values[(q * last as f64).round() as usize];
-    Some(Quantiles { min: at(0.0), p10: at(0.1), p50: at(0.5), p90: at(0.9), max: at(1.0) })
+    let quantile = |q: f64| values[(q * last as f64).round() as usize];
+    Some(Quantiles {
+        min: quantile(0.0),
+        p10: quantile(0.1),
+        p50: quantile(0.5),
+        p90: quantile(0.9),
+        max: quantile(1.0),
+    })
 }
 
 #[cfg(test)]
@@ -114,7 +123,7 @@ mod tests {
     use crate::synth::{RECORDS_FILE, SynthSpec, generate};
 
     #[test]
-    fn by_hand() {
+    fn counts_and_quantiles_match_by_hand() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("r.jsonl");
         let text = r#"{"id":"a","image_size":[100,50],"category":"x","boxes":[[0,0,10,25],[0,0,20,5]],"labels":["p","q"],"split":"train"}
@@ -136,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_and_synthetic() {
+    fn synthetic_and_empty_files() {
         let dir = tempfile::tempdir().unwrap();
         generate(&SynthSpec::new(60, 2), dir.path(), |_, _| {}).unwrap();
         let s = stats(&RecordFile::load(&dir.path().join(RECORDS_FILE)).unwrap());

@@ -1,6 +1,6 @@
-"""What transformers makes of the images, sizes and texts of a job: the other side of tests/golden.rs.
+"""Computes the results of transformers for the images, sizes and texts of a job, for tests/golden.rs.
 
-Usage: golden.py JOB_DIR. Reads JOB_DIR/job.json, writes JOB_DIR/out.json and raw pixel files beside it.
+Usage: golden.py JOB_DIR. Reads JOB_DIR/job.json, writes JOB_DIR/out.json and raw pixel files next to it.
 """
 
 import json

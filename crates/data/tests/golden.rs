@@ -1,6 +1,6 @@
-//! Processor, tokenizer, chat template and resize rule against transformers, on seeded random input (`UNVEIL_SEED` chooses another seed).
+//! Processor, tokenizer, chat template and resize rule against transformers on seeded random input (`UNVEIL_SEED` sets another seed).
 //!
-//! Each prompt is made with the template of the tiny processor and with templates of the structure of the published ones.
+//! Each prompt is rendered with the template of the tiny processor and with templates structured like the published ones.
 
 mod common;
 
@@ -9,9 +9,9 @@ use std::path::Path;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use unveil_data::prepare::{Family, Preparer};
+use unveil_data::image_store::Image;
+use unveil_data::preprocessor::{Family, Preprocessor};
 use unveil_data::processor::{Filter, ImageProcessor, resize, smart_resize};
-use unveil_data::store::Image;
 use unveil_data::tokenizer::Tokenizer;
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
@@ -57,9 +57,11 @@ const WORDS: [&str; 20] = [
     "½ ² Ⅳ ٣",
 ];
 
-fn draw(rng: &mut ChaCha8Rng, (w, h): (u32, u32)) -> Image {
+fn random_image(rng: &mut ChaCha8Rng, (w, h): (u32, u32)) -> Image {
     let mut image = Image::new(w, h);
-    let (fx, fy, sharp) = (rng.random_range(0.01..0.6), rng.random_range(0.01..0.6), rng.random_bool(0.4));
+    let fx = rng.random_range(0.01..0.6);
+    let fy = rng.random_range(0.01..0.6);
+    let sharp = rng.random_bool(0.4);
     for y in 0..h {
         for x in 0..w {
             let wave = 127.5 + 127.5 * (f64::from(x) * fx + f64::from(y) * fy).sin();
@@ -75,7 +77,7 @@ fn draw(rng: &mut ChaCha8Rng, (w, h): (u32, u32)) -> Image {
     image
 }
 
-fn text(rng: &mut ChaCha8Rng) -> String {
+fn random_text(rng: &mut ChaCha8Rng) -> String {
     let mut out = String::new();
     for _ in 0..rng.random_range(0..12) {
         match rng.random_range(0..4) {
@@ -88,18 +90,19 @@ fn text(rng: &mut ChaCha8Rng) -> String {
     out
 }
 
-/// What templates take from Python: defaults of `get`, formats, printed values, dates, methods.
-const PYTHON: &str = r#"{% for m in messages %}{{ '<|im_start|>%s\n' % m['role'] }}{% for c in m['content'] %}
+/// A template with Python features: defaults of `get`, formats, printed values, dates, methods.
+const PYTHON_TEMPLATE: &str = r#"{% for m in messages %}{{ '<|im_start|>%s\n' % m['role'] }}{% for c in m['content'] %}
 {%- if c.get('type', 'text') == 'image' %}{{ '<|vision_start|>%s<|vision_end|>' % '<|image_pad|>' }}
 {%- else %}{{ c.get('text', '').removeprefix(' ') }}{{ c.get('none', 7) }}{{ c.get('none') }}{% endif %}{% endfor %}
 {{- '%s%s' % ('<|im_end|>', '\n') }}{% endfor %}{{ true }} {{ none }} {{ ['a\'b', 1, none, 2.0] }} {{ missing }}
 {{ '%05.2f|%d|%s|%s' % (3.14159, loop_count|default(3), true, none) }}{{ ['<b>', {'k': 1}]|tojson }}
 {{ strftime_now('%d %b %Y') }}{% if add_generation_prompt %}{{ "<|im_start|>%s\n" % 'assistant'|upper|lower }}{% endif %}"#;
 
-/// Moves tokens from `tokenizer.json` to `tokenizer_config.json`, all but the first three.
-fn with_tokens_in_config(dir: &Path) {
+/// Moves all tokens but the first three from `tokenizer.json` to `tokenizer_config.json`.
+fn move_tokens_to_config(dir: &Path) {
     let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(dir.join(name)).unwrap()).unwrap() };
-    let (mut tokenizer, mut config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    let mut tokenizer = read("tokenizer.json");
+    let mut config = read("tokenizer_config.json");
     let added = tokenizer["added_tokens"].as_array_mut().unwrap();
     let mut listed = serde_json::Map::new();
     for mut token in added.clone() {
@@ -113,8 +116,8 @@ fn with_tokens_in_config(dir: &Path) {
     }
 }
 
-/// Processor directories of both families, with their own chat templates and with ones like the published.
-fn directories(root: &Path) -> Vec<&'static str> {
+/// Writes processor directories of both families, with their own chat templates and with ones like the published.
+fn write_directories(root: &Path) -> Vec<&'static str> {
     let templates = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/templates");
     let template = |name: &str| std::fs::read_to_string(templates.join(name)).unwrap();
     let numbered = |name: &str| format!("{{% set add_vision_id = true %}}{}", template(name));
@@ -123,7 +126,7 @@ fn directories(root: &Path) -> Vec<&'static str> {
         ("tiny25n", Family::Qwen2_5Vl, numbered("qwen2_5_vl.jinja")),
         ("tiny3", Family::Qwen3Vl, template("qwen3_vl.jinja")),
         ("tiny3n", Family::Qwen3Vl, numbered("qwen3_vl.jinja")),
-        ("python", Family::Qwen2_5Vl, PYTHON.to_owned()),
+        ("python", Family::Qwen2_5Vl, PYTHON_TEMPLATE.to_owned()),
         ("elsewhere", Family::Qwen3Vl, template("qwen3_vl.jinja")),
     ];
     let mut names = vec!["tiny"];
@@ -132,23 +135,23 @@ fn directories(root: &Path) -> Vec<&'static str> {
         std::fs::write(root.join(name).join("chat_template.jinja"), template).unwrap();
         names.push(name);
     }
-    with_tokens_in_config(&root.join("elsewhere"));
+    move_tokens_to_config(&root.join("elsewhere"));
     names
 }
 
-struct Job {
+struct Comparison {
     dir: tempfile::TempDir,
     images: Vec<(String, Image)>,
     job: Value,
     out: Value,
 }
 
-fn job() -> Job {
+fn comparison() -> Comparison {
     let mut rng = ChaCha8Rng::seed_from_u64(common::seed());
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
     let tiny = write_tiny(&root.join("tiny"), &TinyProcessorSpec::default()).unwrap();
-    let directories = directories(root);
+    let directories = write_directories(root);
     let configs = [
         (
             "published",
@@ -186,7 +189,7 @@ fn job() -> Job {
     let mut sizes = SIZES.to_vec();
     sizes.extend((0..8).map(|_| (rng.random_range(8..400), rng.random_range(8..400))));
     let images: Vec<(String, Image)> =
-        sizes.iter().enumerate().map(|(i, s)| (format!("{i}.rgb"), draw(&mut rng, *s))).collect();
+        sizes.iter().enumerate().map(|(i, s)| (format!("{i}.rgb"), random_image(&mut rng, *s))).collect();
     let listed: Vec<Value> = images
         .iter()
         .map(|(file, image)| {
@@ -203,7 +206,7 @@ fn job() -> Job {
         })
         .collect();
     let mut texts: Vec<String> = WORDS.iter().map(|w| (*w).to_owned()).collect();
-    texts.extend((0..600).map(|_| text(&mut rng)));
+    texts.extend((0..600).map(|_| random_text(&mut rng)));
     let ids: Vec<Vec<u32>> = (0..200)
         .map(|_| (0..rng.random_range(0..20)).map(|_| rng.random_range(0..tiny.vocab_size)).collect())
         .collect();
@@ -224,7 +227,7 @@ fn job() -> Job {
                      "prompts": prompts});
     std::fs::write(root.join("job.json"), job.to_string()).unwrap();
     let out = common::run("golden.py", root);
-    Job { images, job, out, dir }
+    Comparison { images, job, out, dir }
 }
 
 fn list<T: serde::de::DeserializeOwned>(v: &Value) -> T {
@@ -233,29 +236,31 @@ fn list<T: serde::de::DeserializeOwned>(v: &Value) -> T {
 
 #[test]
 fn equal_to_transformers() {
-    let job = job();
-    images(&job);
-    sizes(&job);
-    texts(&job);
-    prompts(&job);
+    let comparison = comparison();
+    images(&comparison);
+    sizes(&comparison);
+    texts(&comparison);
+    prompts(&comparison);
 }
 
-fn images(job: &Job) {
-    let (mut pixels, mut unequal) = (0usize, 0usize);
-    for item in job.out["images"].as_array().unwrap() {
-        let (name, file) = (item["processor"].as_str().unwrap(), item["file"].as_str().unwrap());
-        let image = &job.images.iter().find(|(f, _)| f == file).unwrap().1;
+fn images(comparison: &Comparison) {
+    let mut pixels = 0usize;
+    let mut unequal = 0usize;
+    for item in comparison.out["images"].as_array().unwrap() {
+        let name = item["processor"].as_str().unwrap();
+        let file = item["file"].as_str().unwrap();
+        let image = &comparison.images.iter().find(|(f, _)| f == file).unwrap().1;
         let what = format!("{name}, {} x {}", image.width(), image.height());
-        let ours = ImageProcessor::load(&job.dir.path().join(name)).unwrap();
-        let made = ours.process(image).unwrap();
-        assert_eq!(made.grid_thw.to_vec(), list::<Vec<usize>>(&item["grid"]), "{what}");
-        assert_eq!(vec![made.n_patches(), made.patch_dim], list::<Vec<usize>>(&item["shape"]), "{what}");
-        assert_eq!(made.resized, list::<(u32, u32)>(&item["resized"]), "{what}");
+        let ours = ImageProcessor::load(&comparison.dir.path().join(name)).unwrap();
+        let processed = ours.process(image).unwrap();
+        assert_eq!(processed.grid_thw.to_vec(), list::<Vec<usize>>(&item["grid"]), "{what}");
+        assert_eq!(vec![processed.n_patches(), processed.patch_dim], list::<Vec<usize>>(&item["shape"]), "{what}");
+        assert_eq!(processed.resized, list::<(u32, u32)>(&item["resized"]), "{what}");
 
         let filter = ours.config().filter;
-        let resized = resize(image, made.resized.0, made.resized.1, filter);
+        let resized = resize(image, processed.resized.0, processed.resized.1, filter);
         let resized = resized.rgb();
-        let theirs = std::fs::read(job.dir.path().join(format!("{name}-{file}.resized"))).unwrap();
+        let theirs = std::fs::read(comparison.dir.path().join(format!("{name}-{file}.resized"))).unwrap();
         assert_eq!(resized.len(), theirs.len(), "{what}");
         let off = resized.iter().zip(&theirs).filter(|(a, b)| a != b).count();
         let worst = resized.iter().zip(&theirs).map(|(a, b)| a.abs_diff(*b)).max().unwrap_or(0);
@@ -268,22 +273,22 @@ fn images(job: &Job) {
             (pixels, unequal) = (pixels + theirs.len(), unequal + off);
         }
 
-        let raw = std::fs::read(job.dir.path().join(format!("{name}-{file}.patches"))).unwrap();
+        let raw = std::fs::read(comparison.dir.path().join(format!("{name}-{file}.patches"))).unwrap();
         let patches: Vec<f32> = raw.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        assert_eq!(patches.len(), made.patches.len(), "{what}");
-        // One level of the widest channel, and nothing at all where the resized levels are equal.
+        assert_eq!(patches.len(), processed.patches.len(), "{what}");
+        // One level of the widest channel, and no difference if the resized levels are equal.
         let level = 1.0 / 255.0 / ours.config().image_std.iter().fold(1.0, |a: f64, b| a.min(*b)) as f32 + 1e-6;
         let limit = if off == 0 { 1e-6 } else { level };
-        for (i, (a, b)) in made.patches.iter().zip(&patches).enumerate() {
+        for (i, (a, b)) in processed.patches.iter().zip(&patches).enumerate() {
             assert!((a - b).abs() <= limit, "{what}: patch value {i} is {a}, transformers has {b}");
         }
     }
     println!("{unequal} of {pixels} bicubic levels differ");
 }
 
-fn sizes(job: &Job) {
-    let rules: Vec<[u64; 5]> = list(&job.job["sizes"]);
-    let theirs: Vec<Option<(u32, u32)>> = list(&job.out["sizes"]);
+fn sizes(comparison: &Comparison) {
+    let rules: Vec<[u64; 5]> = list(&comparison.job["sizes"]);
+    let theirs: Vec<Option<(u32, u32)>> = list(&comparison.out["sizes"]);
     assert!(theirs.iter().any(Option::is_none));
     for (r, t) in rules.iter().zip(&theirs) {
         let ours = smart_resize(r[0] as u32, r[1] as u32, r[2] as u32, r[3], r[4]);
@@ -291,36 +296,40 @@ fn sizes(job: &Job) {
     }
 }
 
-fn texts(job: &Job) {
-    let t = Tokenizer::load(&job.dir.path().join("tiny")).unwrap();
-    for (text, ids) in list::<Vec<String>>(&job.job["texts"]).iter().zip(list::<Vec<Vec<u32>>>(&job.out["texts"])) {
+fn texts(comparison: &Comparison) {
+    let t = Tokenizer::load(&comparison.dir.path().join("tiny")).unwrap();
+    for (text, ids) in
+        list::<Vec<String>>(&comparison.job["texts"]).iter().zip(list::<Vec<Vec<u32>>>(&comparison.out["texts"]))
+    {
         assert_eq!(t.encode(text).unwrap(), ids, "{text:?}");
     }
-    for (ids, text) in list::<Vec<Vec<u32>>>(&job.job["ids"]).iter().zip(list::<Vec<String>>(&job.out["decoded"])) {
+    for (ids, text) in
+        list::<Vec<Vec<u32>>>(&comparison.job["ids"]).iter().zip(list::<Vec<String>>(&comparison.out["decoded"]))
+    {
         assert_eq!(t.decode(ids).unwrap(), text, "{ids:?}");
         assert_eq!(t.decode_offsets(ids).text, text, "{ids:?}");
     }
-    let elsewhere = Tokenizer::load(&job.dir.path().join("elsewhere")).unwrap();
-    assert_eq!(job.out["elsewhere"], json!([elsewhere.vocab_size(), elsewhere.id("<|quad_start|>")]));
+    let elsewhere = Tokenizer::load(&comparison.dir.path().join("elsewhere")).unwrap();
+    assert_eq!(comparison.out["elsewhere"], json!([elsewhere.vocab_size(), elsewhere.id("<|quad_start|>")]));
     assert_eq!(elsewhere.special().image_pad, t.special().image_pad);
-    assert_eq!(job.out["vocab_size"], json!(t.vocab_size()));
-    assert_eq!(job.out["eos"], json!(t.special().im_end));
-    assert_eq!(job.out["pad"], json!(t.special().end_of_text));
-    assert_eq!(job.out["image_token_id"], json!(t.special().image_pad));
-    assert_eq!(job.out["video_token_id"], json!(t.special().video_pad));
-    for (dir, class) in job.out["classes"].as_object().unwrap() {
+    assert_eq!(comparison.out["vocab_size"], json!(t.vocab_size()));
+    assert_eq!(comparison.out["eos"], json!(t.special().im_end));
+    assert_eq!(comparison.out["pad"], json!(t.special().end_of_text));
+    assert_eq!(comparison.out["image_token_id"], json!(t.special().image_pad));
+    assert_eq!(comparison.out["video_token_id"], json!(t.special().video_pad));
+    for (dir, class) in comparison.out["classes"].as_object().unwrap() {
         assert_eq!(
-            Family::detect(&job.dir.path().join(dir)).unwrap().processor_class(),
+            Family::detect(&comparison.dir.path().join(dir)).unwrap().processor_class(),
             class.as_str().unwrap(),
             "{dir}"
         );
     }
 }
 
-fn prompts(job: &Job) {
-    let asked = job.job["prompts"].as_array().unwrap();
-    for (asked, made) in asked.iter().zip(job.out["prompts"].as_array().unwrap()) {
-        let p = Preparer::load(&job.dir.path().join(asked["dir"].as_str().unwrap())).unwrap();
+fn prompts(comparison: &Comparison) {
+    let asked = comparison.job["prompts"].as_array().unwrap();
+    for (asked, expected) in asked.iter().zip(comparison.out["prompts"].as_array().unwrap()) {
+        let p = Preprocessor::load(&comparison.dir.path().join(asked["dir"].as_str().unwrap())).unwrap();
         let grids: Vec<_> = asked["images"]
             .as_array()
             .unwrap()
@@ -328,9 +337,9 @@ fn prompts(job: &Job) {
             .map(|i| p.processor().merged_grid((list(&i["width"]), list(&i["height"]))).unwrap())
             .collect();
         let question = asked["question"].as_str().unwrap();
-        assert_eq!(p.chat().render(grids.len(), question).unwrap(), made["text"].as_str().unwrap());
+        assert_eq!(p.chat().render(grids.len(), question).unwrap(), expected["text"].as_str().unwrap());
         let mut ids = p.chat().prompt(p.tokenizer(), &grids, question).unwrap().ids;
         ids.extend(p.tokenizer().encode(asked["answer"].as_str().unwrap()).unwrap());
-        assert_eq!(ids, list::<Vec<u32>>(&made["ids"]), "{question:?} {}", asked["dir"]);
+        assert_eq!(ids, list::<Vec<u32>>(&expected["ids"]), "{question:?} {}", asked["dir"]);
     }
 }

@@ -1,6 +1,6 @@
-"""Images in forms that Rust does not write, and what Pillow and pydicom make of them: the other side of tests/images.rs.
+"""Writes images in formats that Rust does not write, with their pixels by Pillow and pydicom, for tests/images.rs.
 
-Usage: images.py DIR. Reads DIR/job.json ({"seed"}), writes files, NAME.rgb beside those with a reference, and DIR/out.json.
+Usage: images.py DIR. Reads DIR/job.json ({"seed"}), writes files, NAME.rgb next to those with a reference, and DIR/out.json.
 """
 
 import io
@@ -84,7 +84,7 @@ def rasters():
 
 
 def cut_short():
-    """JPEG files cut at several places, whole ones among them, and whether Pillow reads them."""
+    """Writes complete and truncated JPEG files, and whether Pillow reads them."""
     a = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
     verdicts = {}
     for form, options in {"base": {}, "420": {"subsampling": 2}, "progressive": {"progressive": True}}.items():
@@ -125,7 +125,7 @@ def bombs():
 
 
 def dicom(name, array, syntax=ExplicitVRLittleEndian, fragments=None, raw=None, **elements):
-    """A file with these pixels; elements override what follows from the array."""
+    """Writes a file with these pixels; elements override what follows from the array."""
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = syntax
@@ -135,7 +135,7 @@ def dicom(name, array, syntax=ExplicitVRLittleEndian, fragments=None, raw=None, 
     ds.PatientName = "Doe^J\u00e4ne"
     ds.SpecificCharacterSet = "ISO_IR 192"
     inner = Dataset()
-    # Inside of a sequence these are not the image's.
+    # Inside a sequence these do not belong to the image.
     inner.Rows, inner.WindowCenter, inner.WindowWidth = 1, 5, 6
     inner.IconImageSequence = Sequence([Dataset()])
     ds.ReferencedImageSequence = Sequence([inner, inner])
@@ -167,7 +167,7 @@ def dicom(name, array, syntax=ExplicitVRLittleEndian, fragments=None, raw=None, 
 
 
 def shown(ds, array):
-    """Grey as pydicom shows it: its modality and VOI functions, then the output range to 8 bits."""
+    """Returns grey as pydicom displays it: its modality and VOI functions, then the output range scaled to 8 bits."""
     values = apply_modality_lut(array, ds).astype(np.float64)
     if "WindowWidth" in ds:
         low, high = 0.0, 2.0**ds.BitsStored - 1
@@ -193,7 +193,7 @@ def grey(name, array, stored=None, **elements):
 
 
 def again(name, source, change, pixels=None):
-    """A file made of another one's bytes, that pydicom reads like these pixels."""
+    """Writes a file made of another one's bytes, which pydicom reads as these pixels."""
     with open(path(source), "rb") as f:
         data = f.read()
     with open(path(name), "wb") as f:
@@ -208,13 +208,13 @@ def again(name, source, change, pixels=None):
 
 
 def without_group_length(data):
-    """The file without the length of its file meta group."""
+    """Returns the file without the length of its file meta group."""
     assert data[132:140] == b"\x02\0\0\0UL\x04\0"
     return data[:132] + data[144:]
 
 
 def relabelled(data, old, new):
-    """The file with another transfer syntax named, whatever it is written in."""
+    """Returns the file with another transfer syntax in its header, regardless of its encoding."""
     old, new = [uid.encode() + b"\0" * (len(uid) % 2) for uid in (old, new)]
     at = data.index(b"\x02\0\x10\0UI") + 6
     assert data[at + 2 : at + 2 + len(old)] == old
@@ -222,7 +222,7 @@ def relabelled(data, old, new):
 
 
 def broken_headers(u12, s16):
-    """Files as scanners and exports leave them, without or with wrong headers."""
+    """Writes files as scanners and exports leave them, with missing or wrong headers."""
     grey("whole.dcm", u12, BitsStored=12)
     grey("whole_implicit.dcm", s16, syntax=ImplicitVRLittleEndian)
     for source in ("whole", "whole_implicit"):
@@ -236,13 +236,13 @@ def broken_headers(u12, s16):
 
 
 def tables(u8, u12, s16):
-    """Tables of interest: of several depths and lengths, beginning below and above 0, also behind a window and inverted."""
+    """Writes VOI lookup tables of several depths and lengths, starting below and above 0, also after a window and inverted."""
 
     def table(bits, first, entries, vr="US"):
         item = Dataset()
         item.add_new(0x00283002, vr, [len(entries) % 65536, first, bits])
         item.add_new(0x00283006, "OW", np.asarray(entries, "<u2").tobytes())
-        # The first one counts.
+        # Only the first one counts.
         other = Dataset()
         other.add_new(0x00283002, vr, [len(entries) % 65536, first, bits])
         other.add_new(0x00283006, "OW", np.asarray(entries, "<u2")[::-1].tobytes())
@@ -259,7 +259,7 @@ def tables(u8, u12, s16):
     grey("table_implicit.dcm", u12, syntax=ImplicitVRLittleEndian, BitsStored=12, **table(12, 0, falling))
     grey("table_rescaled.dcm", u12, BitsStored=12, RescaleSlope="2", RescaleIntercept="-1000", **table(11, 500, rng.integers(0, 2048, 5000)))
     grey("table_and_window.dcm", u12, BitsStored=12, WindowCenter=600, WindowWidth=900, **table(12, 0, falling))
-    # pydicom counts entries of 8 bits modulo 256; the standard's rule by hand. Once a word for each entry, once two in a word.
+    # pydicom counts entries of 8 bits modulo 256; the standard's rule by hand. Once with one word per entry, once with two entries per word.
     entries = rng.integers(0, 256, 4096).astype("u1")
     for name, data in (("table8_long.dcm", entries.astype("<u2").tobytes()), ("table8_packed.dcm", entries.tobytes())):
         item = Dataset()
@@ -273,7 +273,7 @@ def tables(u8, u12, s16):
 
 
 def streams(u8, u12, s16, a):
-    """JPEG whose markers and header disagree about colour, and JPEG 2000."""
+    """Writes JPEG whose markers and header disagree about colour, and JPEG 2000."""
 
     def stream(image, kind, **options):
         with io.BytesIO() as f:
@@ -327,7 +327,7 @@ def random(low, high, dtype, shape=(21, 34)):
 
 
 def lossless_jpeg(array, bits):
-    """A JPEG lossless stream (process 14, first-order prediction) with one Huffman code of five bits per category."""
+    """Returns a JPEG lossless stream (process 14, first-order prediction) with one Huffman code of five bits per category."""
     h, w = array.shape
     stream = bytearray(b"\xff\xd8\xff\xc3" + struct.pack(">HBHHB3B", 11, bits, h, w, 1, 1, 0x11, 0))
     stream += b"\xff\xc4" + struct.pack(">HB16B", 2 + 17 + 17, 0, *[0, 0, 0, 0, 17] + [0] * 11) + bytes(range(17))
@@ -401,7 +401,7 @@ def dicoms():
     broken_headers(u12, s16)
     tables(u8, u12, s16)
     streams(u8, u12, s16, a)
-    # Refused ones.
+    # Files that must be refused.
     odd = random(0, 256, "u1", (9, 9, 3))
     dicom("odd422.dcm", odd, PhotometricInterpretation="YBR_FULL_422")
     dicom("odd422_short.dcm", odd, raw=odd.tobytes()[:162], PhotometricInterpretation="YBR_FULL_422")

@@ -1,4 +1,6 @@
-//! Images in every form that is read, against Pillow and pydicom; and those that are refused, with what is said.
+//! Images in every supported format against Pillow and pydicom, and refused images with their error messages.
+//!
+//! This is a separate test binary because it measures the memory of its process.
 
 mod common;
 
@@ -6,20 +8,20 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use serde_json::Value;
-use unveil_data::store::{Image, ImageError, image_size};
+use unveil_data::image_store::{Image, ImageError, image_size};
 
-/// Memory that refusing a file may take beyond what the process had, in KiB.
-const SPARE: u64 = 48 << 10;
+/// Memory in KiB by which the process may grow while it refuses files.
+const MAX_REFUSAL_GROWTH: u64 = 48 << 10;
 
-fn made() -> (tempfile::TempDir, Value) {
+fn generate_images() -> (tempfile::TempDir, Value) {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("job.json"), serde_json::json!({"seed": common::seed()}).to_string()).unwrap();
     let listed = common::run("images.py", dir.path());
     (dir, listed)
 }
 
-/// Highest resident memory so far, in KiB.
-fn peak() -> u64 {
+/// Returns the highest resident memory so far in KiB.
+fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
@@ -28,23 +30,24 @@ fn peak() -> u64 {
 fn refusal(path: &Path) -> String {
     match Image::open(path) {
         Err(e) => e.to_string(),
-        Ok(i) => panic!("{} is read as {} x {}", path.display(), i.width(), i.height()),
+        Ok(i) => panic!("{} was decoded as {} x {}", path.display(), i.width(), i.height()),
     }
 }
 
 #[test]
-fn every_form_is_read_and_bad_files_are_refused() {
-    let (dir, listed) = made();
+fn formats_match_references_and_invalid_files_are_refused() {
+    let (dir, listed) = generate_images();
     let root = dir.path();
-    refused(root);
-    cut_short(root);
-    bombs(root);
+    refuses_unsupported_files(root);
+    refuses_truncated_jpegs(root);
+    refuses_decompression_bombs(root);
     let listed = listed.as_array().unwrap();
     assert!(listed.len() > 60, "{}", listed.len());
-    let mut faults = Vec::new();
+    let mut deviations = Vec::new();
     for item in listed {
         let file = item["file"].as_str().unwrap();
-        let (w, h) = (item["width"].as_u64().unwrap() as u32, item["height"].as_u64().unwrap() as u32);
+        let w = item["width"].as_u64().unwrap() as u32;
+        let h = item["height"].as_u64().unwrap() as u32;
         let image = Image::open(&root.join(file)).unwrap();
         assert_eq!((image.width(), image.height()), (w, h), "{file}");
         assert_eq!(image_size(&root.join(file)).unwrap(), (w, h), "{file}");
@@ -55,16 +58,16 @@ fn every_form_is_read_and_bad_files_are_refused() {
         let lossy = ["jpeg_colour.dcm", "jpeg_grey.dcm", "jfif_labelled_rgb.dcm", "jfif_labelled_422.dcm"];
         let limit = if file.ends_with(".jpg") || lossy.contains(&file) { 3 } else { 1 };
         if worst > limit {
-            faults.push(format!("{file}: differs by {worst}"));
+            deviations.push(format!("{file}: differs by {worst}"));
         }
         println!("{file}: differs by {worst} at most");
     }
-    assert!(faults.is_empty(), "{faults:?}");
-    checked(root);
-    damaged(root);
+    assert!(deviations.is_empty(), "{deviations:?}");
+    check_and_stats_read_dicom(root);
+    survives_damaged_files(root);
 }
 
-fn refused(root: &Path) {
+fn refuses_unsupported_files(root: &Path) {
     for (file, needle) in [
         ("other.gif", "GIF"),
         ("other.tiff", "TIFF"),
@@ -76,49 +79,49 @@ fn refused(root: &Path) {
         ("palette.dcm", "PALETTE COLOR"),
         ("deep.dcm", "32 bits"),
         ("jpeg2000.dcm", "JPEG 2000 stream ends within its header"),
-        ("j2k_smaller.dcm", "34 x 21 pixels, its header says 34 x 20"),
+        ("j2k_smaller.dcm", "34 x 21 pixels, but its header says 34 x 20"),
         ("j2k_colour.dcm", "3 components"),
-        ("cut_j2k_2.dcm", "cut short"),
-        ("cut_j2k_20.dcm", "cut short"),
-        ("cut_j2k_half.dcm", "cut short"),
-        ("cut_jpeg_2.dcm", "cut short"),
-        ("cut_jpeg_20.dcm", "cut short"),
-        ("cut_jpeg_half.dcm", "cut short"),
+        ("cut_j2k_2.dcm", "truncated"),
+        ("cut_j2k_20.dcm", "truncated"),
+        ("cut_j2k_half.dcm", "truncated"),
+        ("cut_jpeg_2.dcm", "truncated"),
+        ("cut_jpeg_20.dcm", "truncated"),
+        ("cut_jpeg_half.dcm", "truncated"),
         ("odd422.dcm", "9 columns, which is odd"),
         ("odd422_short.dcm", "9 columns, which is odd"),
         ("odd422_even_area.dcm", "9 columns, which is odd"),
-        ("table_short.dcm", "has 50 entries, its descriptor says 153"),
+        ("table_short.dcm", "has 50 entries, but its descriptor says 153"),
         ("table.dcm", "modality lookup table"),
         ("no_pixels.dcm", "no pixels"),
     ] {
-        let said = refusal(&root.join(file));
-        assert!(said.contains(file) && said.contains(needle), "{said}");
+        let message = refusal(&root.join(file));
+        assert!(message.contains(file) && message.contains(needle), "{message}");
         if file.starts_with("other") {
-            assert!(said.contains("PNG, JPEG and DICOM"), "{said}");
+            assert!(message.contains("PNG, JPEG and DICOM"), "{message}");
         }
     }
 }
 
-/// A whole JPEG is read, and one that is cut is named as such wherever that was: Pillow refuses it too, but for the last two bytes of
-/// small ones, which it may pass over.
-fn cut_short(root: &Path) {
+/// A complete JPEG is decoded, and one truncated anywhere is reported as such. Pillow refuses it as well, except that it may ignore the last
+/// two bytes of small files.
+fn refuses_truncated_jpegs(root: &Path) {
     let verdicts: std::collections::BTreeMap<String, bool> =
         serde_json::from_slice(&std::fs::read(root.join("cut.json")).unwrap()).unwrap();
     assert!(verdicts.len() > 40);
-    for (file, read) in verdicts {
+    for (file, accepted) in verdicts {
         let end: usize = file.trim_end_matches(".jpg").rsplit('-').next().unwrap().parse().unwrap();
-        assert!(read == (end == 0) || end < 3, "Pillow and {file}: {read}");
+        assert!(accepted == (end == 0) || end < 3, "Pillow and {file}: {accepted}");
         if end == 0 {
             Image::open(&root.join(&file)).unwrap();
         } else {
-            let said = refusal(&root.join(&file));
-            assert!(said.contains(&file) && said.contains("cut short"), "{said}");
+            let message = refusal(&root.join(&file));
+            assert!(message.contains(&file) && message.contains("truncated"), "{message}");
         }
     }
 }
 
-fn bombs(root: &Path) {
-    let before = peak();
+fn refuses_decompression_bombs(root: &Path) {
+    let before = peak_memory();
     for (file, needle) in [
         ("long.png", "20000"),
         ("claims.png", "60000"),
@@ -127,44 +130,44 @@ fn bombs(root: &Path) {
         ("area.dcm", "256000000 pixels"),
     ] {
         let path = root.join(file);
-        let said = refusal(&path);
-        assert!(said.contains(file) && said.contains(needle) && said.contains("limit"), "{said}");
-        assert!(matches!(Image::open(&path), Err(ImageError::TooLarge { .. })), "{said}");
+        let message = refusal(&path);
+        assert!(message.contains(file) && message.contains(needle) && message.contains("limit"), "{message}");
+        assert!(matches!(Image::open(&path), Err(ImageError::TooLarge { .. })), "{message}");
     }
-    // Data that unpacks to 400 MiB behind headers of a few pixels: what does not belong to the pixels is never unpacked whole.
+    // Data that unpacks to 400 MiB after headers of a few pixels: anything but pixels is never unpacked completely.
     for file in ["zip.png", "text.png", "profile.png"] {
         if let Ok(image) = Image::open(&root.join(file)) {
             assert!(image.width() <= 16 && image.height() <= 16);
         }
     }
-    // A run-length stream of a small image that claims to be a large one.
+    // A run-length stream of a small image whose header claims a large one.
     let path = root.join("bomb_rle.dcm");
     let mut bytes = std::fs::read(&path).unwrap();
     for tag in [[0x28, 0, 0x10, 0], [0x28, 0, 0x11, 0]] {
-        let at = bytes.windows(6).rposition(|w| w[..4] == tag && &w[4..] == b"US").unwrap();
-        bytes[at + 8..at + 10].copy_from_slice(&8000u16.to_le_bytes());
+        let position = bytes.windows(6).rposition(|w| w[..4] == tag && &w[4..] == b"US").unwrap();
+        bytes[position + 8..position + 10].copy_from_slice(&8000u16.to_le_bytes());
     }
     std::fs::write(&path, &bytes).unwrap();
     assert!(refusal(&path).contains("RLE"));
     // A length of almost 4 GiB in a file of a few hundred bytes.
     let mut bytes = std::fs::read(root.join("u8.dcm")).unwrap();
-    let at = bytes.windows(8).rposition(|w| w[..6] == [0xe0, 0x7f, 0x10, 0, b'O', b'B']).unwrap();
-    bytes[at + 8..at + 12].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
+    let position = bytes.windows(8).rposition(|w| w[..6] == [0xe0, 0x7f, 0x10, 0, b'O', b'B']).unwrap();
+    bytes[position + 8..position + 12].copy_from_slice(&0xffff_fff0u32.to_le_bytes());
     assert!(Image::decode(&bytes, "lying").unwrap_err().to_string().contains("lying"));
-    // A number that is two million numbers: those that images need are a few words, longer ones are passed over unread.
+    // An element with two million numbers: those that images need are a few words, and longer ones are skipped unread.
     let whole = std::fs::read(root.join("whole_implicit.dcm")).unwrap();
-    let at = whole.windows(4).rposition(|w| w == [0xe0, 0x7f, 0x10, 0]).unwrap();
+    let position = whole.windows(4).rposition(|w| w == [0xe0, 0x7f, 0x10, 0]).unwrap();
     let value = b"1\\".repeat(2 << 20);
     let centre = [&[0x28, 0, 0x50, 0x10], &(value.len() as u32).to_le_bytes()[..], &value].concat();
-    let long = [&whole[..at], &centre, &whole[at..]].concat();
+    let long = [&whole[..position], &centre, &whole[position..]].concat();
     assert_eq!(Image::decode(&long, "long").unwrap(), Image::decode(&whole, "whole").unwrap());
-    let grown = peak() - before;
-    println!("refusing bombs took {grown} KiB");
-    assert!(grown < SPARE, "refusing took {grown} KiB");
+    let grown = peak_memory() - before;
+    println!("memory grew by {grown} KiB");
+    assert!(grown < MAX_REFUSAL_GROWTH, "memory grew by {grown} KiB");
 }
 
-/// `data check` and `data stats` take DICOM like the other formats.
-fn checked(root: &Path) {
+/// `data check` and `data stats` accept DICOM like the other formats.
+fn check_and_stats_read_dicom(root: &Path) {
     use unveil_data::{check, records::RecordFile, stats};
     let line = |id: &str, image: &str| {
         let v = serde_json::json!({"id": id, "image": image, "category": "x", "boxes": [[1, 1, 30, 20]], "question": "q", "split": "train"});
@@ -173,17 +176,17 @@ fn checked(root: &Path) {
     let path = root.join("r.jsonl");
     std::fs::write(&path, [line("a", "s16_window.dcm"), line("b", "frames.dcm"), line("c", "other.gif")].join("\n"))
         .unwrap();
-    let found = check::check_file(&path, Default::default(), false).unwrap().findings;
-    let said: Vec<String> = found.iter().map(ToString::to_string).collect();
-    assert_eq!(said.len(), 2, "{said:?}");
-    assert!(said[0].contains("frames.dcm") && said[1].contains("other.gif"), "{said:?}");
+    let findings = check::check_file(&path, Default::default(), false).unwrap().findings;
+    let message: Vec<String> = findings.iter().map(ToString::to_string).collect();
+    assert_eq!(message.len(), 2, "{message:?}");
+    assert!(message[0].contains("frames.dcm") && message[1].contains("other.gif"), "{message:?}");
     let s = stats::stats(&RecordFile::load(&path).unwrap());
     assert_eq!((s.image_sizes["34x21"], s.image_sizes["unknown"]), (2, 1));
 }
 
-/// Damaged files are errors or other images, never a panic or much memory.
-fn damaged(root: &Path) {
-    let before = peak();
+/// Damaged files give errors or other images, never a panic or excessive memory use.
+fn survives_damaged_files(root: &Path) {
+    let before = peak_memory();
     let files = [
         "u8.dcm",
         "implicit.dcm",
@@ -212,11 +215,11 @@ fn damaged(root: &Path) {
     runner
         .run(&strategy, |(which, changes, end)| {
             let mut bytes = originals[which].clone();
-            for (at, value) in changes {
-                // Headers are where the structure is.
+            for (position, value) in changes {
+                // The structure is in the headers.
                 let span = if which < 6 { 132..bytes.len().min(900) } else { 0..bytes.len() };
-                let at = span.start + at.index(span.len());
-                bytes[at] = value;
+                let position = span.start + position.index(span.len());
+                bytes[position] = value;
             }
             if end.index(2) == 0 {
                 bytes.truncate(end.index(bytes.len()) + 1);
@@ -227,8 +230,8 @@ fn damaged(root: &Path) {
             Ok(())
         })
         .unwrap();
-    let grown = peak() - before;
-    assert!(grown < 1 << 20, "damaged files took {grown} KiB");
+    let grown = peak_memory() - before;
+    assert!(grown < 1 << 20, "memory grew by {grown} KiB");
 }
 
 #[test]

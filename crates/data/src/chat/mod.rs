@@ -1,7 +1,7 @@
-//! Prompts: the model's own chat template, rendered for one user message of images and a question, and its image tokens expanded.
+//! Prompts: renders the model's chat template for one user message of images and a question and expands the image tokens.
 //!
-//! Must not know: pixels, boxes, records. The template runs in minijinja with what it takes from Python; it can read no file. A date
-//! that it writes is that of when the directory was loaded.
+//! The template runs in minijinja with the Python features that templates use; it cannot read files. A date in the prompt is the time at
+//! which the model directory was loaded.
 
 mod python;
 
@@ -14,16 +14,16 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use unveil_core::Grid;
 
-use crate::prepare::PrepareError;
-use crate::prepare::error::{read, read_json};
+use crate::preprocess_error::PreprocessError;
+use crate::preprocess_error::{read, read_json};
 use crate::tokenizer::Tokenizer;
 
-/// A prompt whose image tokens are expanded.
+/// A prompt with expanded image tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
-    /// Token ids, generation prompt included.
+    /// Token ids, including the generation prompt.
     pub ids: Vec<u32>,
-    /// Positions of the image tokens in `ids`, ascending: the images in order, each row-major over its merged grid.
+    /// Positions of the image tokens in `ids`, ascending: images in order, each row-major over its merged grid.
     pub image_token_positions: Vec<usize>,
     /// Merged grid of each image.
     pub grids: Vec<Grid>,
@@ -34,14 +34,14 @@ pub struct Prompt {
 pub struct ChatTemplate {
     env: Environment<'static>,
     path: PathBuf,
-    /// `bos_token` and its like, which templates may write.
+    /// `bos_token`, `eos_token` and so on, which templates may write.
     tokens: Map<String, Value>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Stored {
-    One(String),
+enum StoredTemplate {
+    Single(String),
     Named(Vec<NamedTemplate>),
 }
 
@@ -51,28 +51,29 @@ struct NamedTemplate {
     template: String,
 }
 
-const NAME: &str = "chat";
+const TEMPLATE_NAME: &str = "chat";
 
 impl ChatTemplate {
-    /// Reads `chat_template.jinja`, else `chat_template.json`, else the template in `tokenizer_config.json`.
-    pub fn load(dir: &Path) -> Result<Self, PrepareError> {
+    /// Loads `chat_template.jinja`, else `chat_template.json`, else the template in `tokenizer_config.json`.
+    pub fn load(dir: &Path) -> Result<Self, PreprocessError> {
         let config_path = dir.join("tokenizer_config.json");
         let config: Map<String, Value> = if config_path.is_file() { read_json(&config_path)? } else { Map::new() };
-        let (plain, wrapped) = (dir.join("chat_template.jinja"), dir.join("chat_template.json"));
+        let plain = dir.join("chat_template.jinja");
+        let wrapped = dir.join("chat_template.json");
         let (path, source) = if plain.is_file() {
             let text = String::from_utf8(read(&plain)?)
-                .map_err(|e| PrepareError::Format { path: plain.clone(), cause: e.to_string() })?;
+                .map_err(|e| PreprocessError::Format { path: plain.clone(), cause: e.to_string() })?;
             (plain, text)
         } else if wrapped.is_file() {
             let map: Map<String, Value> = read_json(&wrapped)?;
-            let text = stored(&wrapped, map.get("chat_template"))?;
+            let text = template_text(&wrapped, map.get("chat_template"))?;
             (wrapped, text)
         } else if config_path.is_file() {
-            let text = stored(&config_path, config.get("chat_template"))?;
+            let text = template_text(&config_path, config.get("chat_template"))?;
             (config_path, text)
         } else {
             let cause = std::io::Error::new(std::io::ErrorKind::NotFound, "no chat template in the model directory");
-            return Err(PrepareError::File { path: plain, cause });
+            return Err(PreprocessError::File { path: plain, cause });
         };
         let tokens = config
             .iter()
@@ -82,55 +83,57 @@ impl ChatTemplate {
                 Some((k.clone(), Value::from(text)))
             })
             .collect();
-        let env = environment(&source).map_err(|e| PrepareError::Format { path: path.clone(), cause: describe(&e) })?;
+        let env =
+            environment(&source).map_err(|e| PreprocessError::Format { path: path.clone(), cause: describe(&e) })?;
         Ok(Self { env, path, tokens })
     }
 
-    /// Renders one user message of `images` images and then `question`, with the generation prompt. No tools, no system message
-    /// but the template's own.
-    pub fn render(&self, images: usize, question: &str) -> Result<String, PrepareError> {
+    /// Renders one user message of `images` images followed by `question`, with the generation prompt, without tools and with no system
+    /// message except the template's own.
+    pub fn render(&self, images: usize, question: &str) -> Result<String, PreprocessError> {
         let mut content = vec![json!({"type": "image"}); images];
         content.push(json!({"type": "text", "text": question}));
-        self.filled(&content.into()).map_err(|e| match images > 0 && self.is_for_text(question) {
-            true => PrepareError::TextTemplate { path: self.path.clone() },
-            false => PrepareError::Format { path: self.path.clone(), cause: describe(&e) },
+        self.render_content(&content.into()).map_err(|e| match images > 0 && self.is_text_only(question) {
+            true => PreprocessError::TextTemplate { path: self.path.clone() },
+            false => PreprocessError::Format { path: self.path.clone(), cause: describe(&e) },
         })
     }
 
-    /// The template with one user message of this content.
-    fn filled(&self, content: &Value) -> Result<String, Error> {
+    /// Renders the template with one user message of this content.
+    fn render_content(&self, content: &Value) -> Result<String, Error> {
         let mut context = self.tokens.clone();
         context.insert("messages".to_owned(), json!([{"role": "user", "content": content}]));
         context.insert("add_generation_prompt".to_owned(), Value::Bool(true));
-        self.env.get_template(NAME)?.render(Template::from_serialize(&context))
+        self.env.get_template(TEMPLATE_NAME)?.render(Template::from_serialize(&context))
     }
 
-    /// Whether the template takes messages whose content is a text; asked of one that makes nothing of an image.
-    fn is_for_text(&self, question: &str) -> bool {
-        self.filled(&question.into()).is_ok_and(|text| text.contains(question))
+    /// Returns whether the template accepts messages with plain text as content; used for a template that ignores images.
+    fn is_text_only(&self, question: &str) -> bool {
+        self.render_content(&question.into()).is_ok_and(|text| text.contains(question))
     }
 
-    /// The token ids of a question about images with these merged grids.
+    /// Builds the prompt of a question about images with these merged grids.
     ///
     /// # Errors
-    /// A question that holds a special token, or a template that writes another number of image placeholders than there are images.
-    pub fn prompt(&self, tokenizer: &Tokenizer, grids: &[Grid], question: &str) -> Result<Prompt, PrepareError> {
+    /// Returns [`PreprocessError::SpecialInText`] if the question contains a special token, [`PreprocessError::TextTemplate`] if the template
+    /// ignores images, and [`PreprocessError::ImageTokens`] if it does not write one placeholder per image.
+    pub fn prompt(&self, tokenizer: &Tokenizer, grids: &[Grid], question: &str) -> Result<Prompt, PreprocessError> {
         tokenizer.encode_plain(question)?;
-        let short = tokenizer.encode(&self.render(grids.len(), question)?)?;
+        let unexpanded = tokenizer.encode(&self.render(grids.len(), question)?)?;
         let pad = tokenizer.special().image_pad;
-        let found = short.iter().filter(|id| **id == pad).count();
-        if found == 0 && !grids.is_empty() && self.is_for_text(question) {
-            return Err(PrepareError::TextTemplate { path: self.path.clone() });
+        let found = unexpanded.iter().filter(|id| **id == pad).count();
+        if found == 0 && !grids.is_empty() && self.is_text_only(question) {
+            return Err(PreprocessError::TextTemplate { path: self.path.clone() });
         }
         if found != grids.len() {
-            return Err(PrepareError::ImageTokens { found, expected: grids.len() });
+            return Err(PreprocessError::ImageTokens { found, expected: grids.len() });
         }
         let total: usize = grids.iter().map(Grid::tokens).sum();
-        let mut ids = Vec::with_capacity(short.len() + total);
+        let mut ids = Vec::with_capacity(unexpanded.len() + total);
         let mut image_token_positions = Vec::with_capacity(total);
-        let mut next = grids.iter();
-        for id in short {
-            let copies = if id == pad { next.next().map_or(0, Grid::tokens) } else { 1 };
+        let mut remaining_grids = grids.iter();
+        for id in unexpanded {
+            let copies = if id == pad { remaining_grids.next().map_or(0, Grid::tokens) } else { 1 };
             if id == pad {
                 image_token_positions.extend(ids.len()..ids.len() + copies);
             }
@@ -140,19 +143,20 @@ impl ChatTemplate {
     }
 }
 
-fn stored(path: &Path, value: Option<&Value>) -> Result<String, PrepareError> {
-    let missing = || PrepareError::Config {
+/// Returns the template in the value of a `chat_template` key.
+fn template_text(path: &Path, value: Option<&Value>) -> Result<String, PreprocessError> {
+    let missing = || PreprocessError::Config {
         path: path.to_owned(),
         key: "chat_template",
         what: "is missing: the model directory has no chat template".to_owned(),
     };
     let value = value.filter(|v| !v.is_null()).ok_or_else(missing)?;
     match serde_json::from_value(value.clone()) {
-        Ok(Stored::One(text)) => Ok(text),
-        Ok(Stored::Named(list)) => {
+        Ok(StoredTemplate::Single(text)) => Ok(text),
+        Ok(StoredTemplate::Named(list)) => {
             list.into_iter().find(|t| t.name == "default").map(|t| t.template).ok_or_else(missing)
         }
-        Err(_) => Err(PrepareError::Config {
+        Err(_) => Err(PreprocessError::Config {
             path: path.to_owned(),
             key: "chat_template",
             what: "is neither a text nor a list of named templates".to_owned(),
@@ -160,20 +164,20 @@ fn stored(path: &Path, value: Option<&Value>) -> Result<String, PrepareError> {
     }
 }
 
-/// The environment that transformers gives chat templates, as far as one user message can use it.
+/// Creates the environment that transformers gives chat templates, as far as a single user message uses it.
 fn environment(source: &str) -> Result<Environment<'static>, Error> {
     let mut env = Environment::new();
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_fuel(Some(1_000_000));
-    python::teach(&mut env, Local::now());
-    env.add_template_owned(NAME, python::without_percent(&without_generation_marks(source)))?;
+    python::install(&mut env, Local::now());
+    env.add_template_owned(TEMPLATE_NAME, python::rewrite_percent_operators(&strip_generation_marks(source)))?;
     Ok(env)
 }
 
-/// `{% generation %}` blocks only mark text for training masks in transformers; here they stand for their content.
-fn without_generation_marks(source: &str) -> String {
+/// Replaces `{% generation %}` blocks by their content; in transformers they only mark text for training masks.
+fn strip_generation_marks(source: &str) -> String {
     match (Regex::new(r"\{%(-?)\s*generation\s*(-?)%\}"), Regex::new(r"\{%(-?)\s*endgeneration\s*(-?)%\}")) {
         (Ok(open), Ok(close)) => {
             let opened = open.replace_all(source, "{%$1 if true $2%}");
@@ -184,8 +188,8 @@ fn without_generation_marks(source: &str) -> String {
 }
 
 fn describe(e: &Error) -> String {
-    let place = e.line().map_or(String::new(), |l| format!(" (line {l})"));
-    format!("chat template: {}{place}", e.detail().map_or_else(|| e.to_string(), str::to_owned))
+    let location = e.line().map_or(String::new(), |l| format!(" (line {l})"));
+    format!("chat template: {}{location}", e.detail().map_or_else(|| e.to_string(), str::to_owned))
 }
 
 #[cfg(test)]
@@ -193,7 +197,7 @@ mod tests {
     use super::*;
     use crate::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
-    fn with_template(text: &str) -> (tempfile::TempDir, Result<ChatTemplate, PrepareError>) {
+    fn with_template(text: &str) -> (tempfile::TempDir, Result<ChatTemplate, PreprocessError>) {
         let dir = tempfile::tempdir().unwrap();
         write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
         std::fs::write(dir.path().join("chat_template.jinja"), text).unwrap();
@@ -205,7 +209,8 @@ mod tests {
     fn image_tokens_are_expanded_in_place() {
         let dir = tempfile::tempdir().unwrap();
         write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
-        let (chat, tokenizer) = (ChatTemplate::load(dir.path()).unwrap(), Tokenizer::load(dir.path()).unwrap());
+        let chat = ChatTemplate::load(dir.path()).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
         assert_eq!(
             chat.render(1, "Q?").unwrap(),
             "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Q?<|im_end|>\n<|im_start|>assistant\n"
@@ -213,9 +218,12 @@ mod tests {
         let grids = [Grid { rows: 2, cols: 3 }, Grid { rows: 1, cols: 2 }];
         let p = chat.prompt(&tokenizer, &grids, "What?").unwrap();
         let pad = tokenizer.special().image_pad;
-        let at: Vec<usize> = (0..p.ids.len()).filter(|i| p.ids[*i] == pad).collect();
-        assert_eq!((at.len(), &at), (8, &p.image_token_positions));
-        assert!(matches!(chat.prompt(&tokenizer, &grids, "a <|image_pad|>"), Err(PrepareError::SpecialInText { .. })));
+        let positions: Vec<usize> = (0..p.ids.len()).filter(|i| p.ids[*i] == pad).collect();
+        assert_eq!((positions.len(), &positions), (8, &p.image_token_positions));
+        assert!(matches!(
+            chat.prompt(&tokenizer, &grids, "a <|image_pad|>"),
+            Err(PreprocessError::SpecialInText { .. })
+        ));
     }
 
     #[test]
@@ -230,13 +238,13 @@ mod tests {
         let (dir, t) = with_template("no image");
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
         let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "x").unwrap_err();
-        assert!(matches!(e, PrepareError::ImageTokens { found: 0, expected: 1 }));
+        assert!(matches!(e, PreprocessError::ImageTokens { found: 0, expected: 1 }));
         std::fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
         assert!(ChatTemplate::load(dir.path()).unwrap_err().to_string().contains("chat_template"));
     }
 
     #[test]
-    fn templates_for_text_alone_are_named_as_such() {
+    fn text_only_templates_are_reported() {
         for text in [
             "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}",
             "{% for m in messages %}{{ m['content'] }}{% endfor %}",
@@ -245,8 +253,8 @@ mod tests {
             let (dir, t) = with_template(text);
             let tokenizer = Tokenizer::load(dir.path()).unwrap();
             let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "Where?").unwrap_err();
-            assert!(matches!(e, PrepareError::TextTemplate { .. }), "{e}");
-            assert!(e.to_string().contains("chat_template.jinja") && e.to_string().contains("text alone"), "{e}");
+            assert!(matches!(e, PreprocessError::TextTemplate { .. }), "{e}");
+            assert!(e.to_string().contains("chat_template.jinja") && e.to_string().contains("text only"), "{e}");
         }
     }
 

@@ -1,7 +1,5 @@
-//! What chat templates take from Python and minijinja does not have: how values are printed, `'…' % x`, methods of strings and
-//! mappings, the functions that transformers hands to templates.
-//!
-//! Must not know: messages, tokenizers, files.
+//! Python features that chat templates use and minijinja lacks: formatting of values, `'…' % x`, methods of strings and mappings, and the
+//! functions that transformers provides to templates.
 
 use std::fmt::Write;
 
@@ -10,31 +8,31 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 use minijinja_contrib::pycompat;
 
-/// Filter that stands for `'…' % x`.
-const PERCENT: &str = "python_percent";
+/// Name of the filter that replaces `'…' % x`.
+const PERCENT_FILTER: &str = "python_percent";
 
-/// Teaches an environment; `now` is what templates that write the date are told, each time.
-pub(super) fn teach(env: &mut Environment<'static>, now: DateTime<Local>) {
+/// Installs these features in an environment; `now` is the date that every rendering uses.
+pub(super) fn install(env: &mut Environment<'static>, now: DateTime<Local>) {
     env.set_formatter(|out, _, value| Ok(write!(out, "{}", text(value))?));
     env.set_unknown_method_callback(method);
-    env.add_filter(PERCENT, percent);
+    env.add_filter(PERCENT_FILTER, percent);
     env.add_filter("string", |value: &Value| text(value));
     env.add_filter("tojson", to_json);
-    env.add_function("raise_exception", |message: String| -> Result<String, Error> { Err(refuse(message)) });
+    env.add_function("raise_exception", |message: String| -> Result<String, Error> { Err(invalid(message)) });
     env.add_function("strftime_now", move |format: String| -> Result<String, Error> {
         let mut out = String::new();
         match write!(out, "{}", now.format(&format)) {
             Ok(()) => Ok(out),
-            Err(_) => Err(refuse(format!("strftime_now: {format:?} is no format of a date"))),
+            Err(_) => Err(invalid(format!("strftime_now: {format:?} is not a valid date format"))),
         }
     });
 }
 
-fn refuse(what: impl Into<String>) -> Error {
+fn invalid(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, what.into())
 }
 
-/// As `str` writes a value.
+/// Formats a value as Python's `str` does.
 fn text(value: &Value) -> String {
     match value.as_str() {
         Some(s) => s.to_owned(),
@@ -43,7 +41,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// As `repr` writes a value.
+/// Formats a value as Python's `repr` does.
 fn repr(value: &Value) -> String {
     let join = |parts: Vec<String>| parts.join(", ");
     match value.kind() {
@@ -82,12 +80,12 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// `json.dumps` as transformers calls it: no escapes for HTML, a blank behind commas and colons.
+/// Formats a value as `json.dumps` does when called by transformers: no HTML escapes, a space after commas and colons.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     for key in ["ensure_ascii", "separators", "sort_keys"] {
         if options.has(key) && options.get::<Value>(key)?.is_true() {
-            return Err(refuse(format!("tojson: `{key}` is not supported")));
+            return Err(invalid(format!("tojson: `{key}` is not supported")));
         }
     }
     options.assert_all_used()?;
@@ -108,7 +106,7 @@ fn json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) ->
         ValueKind::Map => ('{', '}'),
         ValueKind::Seq => ('[', ']'),
         _ => {
-            out.push_str(&serde_json::to_string(value).map_err(|e| refuse(format!("tojson: {e}")))?);
+            out.push_str(&serde_json::to_string(value).map_err(|e| invalid(format!("tojson: {e}")))?);
             return Ok(());
         }
     };
@@ -121,7 +119,7 @@ fn json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) ->
         empty = false;
         line(out, depth + 1);
         if open == '{' {
-            out.push_str(&serde_json::to_string(&text(&item)).map_err(|e| refuse(format!("tojson: {e}")))?);
+            out.push_str(&serde_json::to_string(&text(&item)).map_err(|e| invalid(format!("tojson: {e}")))?);
             out.push_str(": ");
             json(&value.get_item(&item)?, indent, depth + 1, out)?;
         } else {
@@ -135,7 +133,7 @@ fn json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) ->
     Ok(())
 }
 
-/// `format % arguments`.
+/// Evaluates `format % arguments`.
 fn percent(state: &State<'_, '_>, format: &str, arguments: Rest<Value>) -> Result<Value, Error> {
     let by_name = format.contains("%(");
     let plain = |v: &Value| match v.kind() {
@@ -148,40 +146,40 @@ fn percent(state: &State<'_, '_>, format: &str, arguments: Rest<Value>) -> Resul
     state.apply_filter("format", &all)
 }
 
-/// Methods that Python's values have and pycompat lacks.
+/// Calls a method that Python values have and pycompat lacks.
 fn method(state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     if value.kind() == ValueKind::Map && name == "get" && args.len() == 2 {
-        let found = value.get_item(&args[0])?;
-        return Ok(if found.is_undefined() { args[1].clone() } else { found });
+        let item = value.get_item(&args[0])?;
+        return Ok(if item.is_undefined() { args[1].clone() } else { item });
     }
     let Some(s) = value.as_str() else { return pycompat::unknown_method_callback(state, value, name, args) };
-    let one = || -> Result<String, Error> { from_args::<(String,)>(args).map(|(a,)| a) };
-    let parts = |found: Option<(&str, &str)>, at: &str, last: bool| {
-        let all = match (found, last) {
-            (Some((a, b)), _) => [a, at, b],
+    let argument = || -> Result<String, Error> { from_args::<(String,)>(args).map(|(a,)| a) };
+    let parts = |halves: Option<(&str, &str)>, separator: &str, from_end: bool| {
+        let all = match (halves, from_end) {
+            (Some((a, b)), _) => [a, separator, b],
             (None, false) => [s, "", ""],
             (None, true) => ["", "", s],
         };
         Value::from(all.map(Value::from).to_vec())
     };
     Ok(match name {
-        "removeprefix" => Value::from(s.strip_prefix(one()?.as_str()).unwrap_or(s)),
-        "removesuffix" => Value::from(s.strip_suffix(one()?.as_str()).unwrap_or(s)),
+        "removeprefix" => Value::from(s.strip_prefix(argument()?.as_str()).unwrap_or(s)),
+        "removesuffix" => Value::from(s.strip_suffix(argument()?.as_str()).unwrap_or(s)),
         "partition" => {
-            let at = one()?;
-            parts(s.split_once(at.as_str()), &at, false)
+            let separator = argument()?;
+            parts(s.split_once(separator.as_str()), &separator, false)
         }
         "rpartition" => {
-            let at = one()?;
-            parts(s.rsplit_once(at.as_str()), &at, true)
+            let separator = argument()?;
+            parts(s.rsplit_once(separator.as_str()), &separator, true)
         }
         "casefold" => Value::from(s.to_lowercase()),
         _ => return pycompat::unknown_method_callback(state, value, name, args),
     })
 }
 
-/// The template with each `'…' % operand` written as a filter, for minijinja's `%` knows numbers alone.
-pub(super) fn without_percent(source: &str) -> String {
+/// Rewrites each `'…' % operand` of a template as a filter, because `%` in minijinja accepts only numbers.
+pub(super) fn rewrite_percent_operators(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find('{') {
@@ -195,7 +193,7 @@ pub(super) fn without_percent(source: &str) -> String {
         out.push_str(&rest[..open]);
         let block = &rest[open..end];
         if code {
-            rewrite(block, &mut out)
+            rewrite_block(block, &mut out)
         } else {
             out.push_str(block)
         }
@@ -215,47 +213,47 @@ fn is_tag(block: &str, name: &str) -> bool {
     inner.is_some_and(|b| b.trim_matches(['-', '+']).trim() == name)
 }
 
-/// Where `{% endraw %}` begins.
+/// Returns the position of `{% endraw %}`.
 fn raw_end(text: &str) -> usize {
-    let mut at = 0;
-    while let Some(i) = text[at..].find("{%").map(|i| at + i) {
+    let mut position = 0;
+    while let Some(i) = text[position..].find("{%").map(|i| position + i) {
         let end = text[i..].find("%}").map_or(text.len(), |e| i + e + 2);
         if is_tag(&text[i..end], "endraw") {
             return i;
         }
-        at = end;
+        position = end;
     }
     text.len()
 }
 
-/// Behind the end of a block of code, which may hold texts and brackets.
-fn code_end(text: &str, mut at: usize, close: &str) -> Option<usize> {
+/// Returns the position after the end of a code block, which may contain string literals and brackets.
+fn code_end(text: &str, mut position: usize, close: &str) -> Option<usize> {
     let mut depth = 0usize;
-    while at < text.len() {
-        if depth == 0 && text[at..].starts_with(close) {
-            return Some(at + close.len());
+    while position < text.len() {
+        if depth == 0 && text[position..].starts_with(close) {
+            return Some(position + close.len());
         }
-        match text.as_bytes()[at] {
+        match text.as_bytes()[position] {
             b'\'' | b'"' => {
-                at = literal_end(text, at)?;
+                position = literal_end(text, position)?;
                 continue;
             }
             b'{' | b'(' | b'[' => depth += 1,
             b'}' | b')' | b']' => depth = depth.saturating_sub(1),
             _ => {}
         }
-        at += 1;
-        while !text.is_char_boundary(at) {
-            at += 1;
+        position += 1;
+        while !text.is_char_boundary(position) {
+            position += 1;
         }
     }
     None
 }
 
-/// Behind the text that begins at `at`.
-fn literal_end(text: &str, at: usize) -> Option<usize> {
-    let quote = text.as_bytes()[at];
-    let mut bytes = text.as_bytes().iter().enumerate().skip(at + 1);
+/// Returns the position after the string literal that begins at `position`.
+fn literal_end(text: &str, position: usize) -> Option<usize> {
+    let quote = text.as_bytes()[position];
+    let mut bytes = text.as_bytes().iter().enumerate().skip(position + 1);
     while let Some((i, b)) = bytes.next() {
         match b {
             b'\\' => _ = bytes.next(),
@@ -266,71 +264,74 @@ fn literal_end(text: &str, at: usize) -> Option<usize> {
     None
 }
 
-fn rewrite(block: &str, out: &mut String) {
-    let (mut at, mut copied) = (0, 0);
-    while let Some(begin) = block[at..].find(['\'', '"']).map(|i| at + i) {
+/// Appends a code block with its percent operators rewritten.
+fn rewrite_block(block: &str, out: &mut String) {
+    let mut position = 0;
+    let mut copied = 0;
+    while let Some(begin) = block[position..].find(['\'', '"']).map(|i| position + i) {
         let Some(end) = literal_end(block, begin) else { break };
-        at = end;
-        let sign = blank(block, end);
+        position = end;
+        let sign = skip_blanks(block, end);
         if !block[sign..].starts_with('%') || block[sign..].starts_with("%}") {
             continue;
         }
-        let from = blank(block, sign + 1);
+        let from = skip_blanks(block, sign + 1);
         let Some((to, bare)) = operand(block, from) else { continue };
-        let given = &block[from..to];
-        let inner = given.strip_prefix('(').and_then(|g| g.strip_suffix(')')).filter(|_| bare);
+        let argument = &block[from..to];
+        let inner = argument.strip_prefix('(').and_then(|g| g.strip_suffix(')')).filter(|_| bare);
         let list = inner.filter(|i| has_comma(i)).map(|i| i.trim_end().trim_end_matches(','));
         out.push_str(&block[copied..end]);
-        out.push_str(&format!("|{PERCENT}({})", without_percent_in(list.unwrap_or(given))));
-        (at, copied) = (to, to);
+        out.push_str(&format!("|{PERCENT_FILTER}({})", rewrite_expression(list.unwrap_or(argument))));
+        (position, copied) = (to, to);
     }
     out.push_str(&block[copied..]);
 }
 
-/// An operand may hold such an expression itself.
-fn without_percent_in(expression: &str) -> String {
+/// Rewrites the percent operators within an operand.
+fn rewrite_expression(expression: &str) -> String {
     let mut out = String::new();
-    rewrite(expression, &mut out);
+    rewrite_block(expression, &mut out);
     out
 }
 
-fn blank(text: &str, at: usize) -> usize {
-    at + text[at..].len() - text[at..].trim_start().len()
+fn skip_blanks(text: &str, position: usize) -> usize {
+    position + text[position..].len() - text[position..].trim_start().len()
 }
 
-/// Behind the operand that begins at `at`, with what is read, called or filtered of it; and whether it is one pair of brackets alone.
-fn operand(text: &str, at: usize) -> Option<(usize, bool)> {
+/// Returns the position after the operand that begins at `position`, including attributes, calls and filters, and whether it is a single pair
+/// of brackets.
+fn operand(text: &str, position: usize) -> Option<(usize, bool)> {
     let word = |from: usize| {
         let len = text[from..].find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(text.len() - from);
         (len > 0).then_some(from + len)
     };
-    let at = if text[at..].starts_with(['-', '+']) { blank(text, at + 1) } else { at };
-    let mut bare = text[at..].starts_with('(');
-    let mut end = match text.as_bytes().get(at)? {
-        b'\'' | b'"' => literal_end(text, at)?,
-        b'(' | b'[' | b'{' => bracket_end(text, at)?,
-        _ => word(at)?,
+    let position = if text[position..].starts_with(['-', '+']) { skip_blanks(text, position + 1) } else { position };
+    let mut bare = text[position..].starts_with('(');
+    let mut end = match text.as_bytes().get(position)? {
+        b'\'' | b'"' => literal_end(text, position)?,
+        b'(' | b'[' | b'{' => bracket_end(text, position)?,
+        _ => word(position)?,
     };
     loop {
-        let next = blank(text, end);
+        let next = skip_blanks(text, end);
         end = match text.as_bytes().get(next) {
             Some(b'.') => word(next + 1)?,
             Some(b'[' | b'(') => bracket_end(text, next)?,
-            Some(b'|') => word(blank(text, next + 1))?,
+            Some(b'|') => word(skip_blanks(text, next + 1))?,
             _ => return Some((end, bare)),
         };
         bare = false;
     }
 }
 
-/// Behind the bracket that closes the one at `at`.
-fn bracket_end(text: &str, at: usize) -> Option<usize> {
-    let close = match text.as_bytes()[at] {
+/// Returns the position after the bracket that closes the one at `position`.
+fn bracket_end(text: &str, position: usize) -> Option<usize> {
+    let close = match text.as_bytes()[position] {
         b'(' => ")",
         b'[' => "]",
         _ => "}",
     };
-    code_end(text, at + 1, close)
+    code_end(text, position + 1, close)
 }
 
 fn has_comma(text: &str) -> bool {
@@ -343,13 +344,13 @@ mod tests {
 
     fn render(source: &str) -> Result<String, Error> {
         let mut env = Environment::new();
-        teach(&mut env, DateTime::parse_from_rfc3339("2024-07-26T09:05:00Z").unwrap().into());
+        install(&mut env, DateTime::parse_from_rfc3339("2024-07-26T09:05:00Z").unwrap().into());
         let x = serde_json::json!({"d": {"a": 1, "none": null}, "l": ["x", true, null, "it's"], "n": 3, "t": "ab"});
-        env.render_str(&without_percent(source), x)
+        env.render_str(&rewrite_percent_operators(source), x)
     }
 
     #[test]
-    fn percent_is_rewritten_where_it_belongs_to_a_text() {
+    fn percent_after_a_string_is_rewritten() {
         for (source, want) in [
             ("{{ '%s and %s' % (t, n) }}", "ab and 3"),
             ("{{ '<%s>' % t ~ '!' }}", "<ab>!"),

@@ -1,7 +1,8 @@
-//! Judges record files: every fault with id and place, none repaired. What training refuses and what it only wonders at.
+//! Checks of record files. Problems are reported with record id and location and never repaired: errors make training refuse the file,
+//! warnings do not.
 
-mod look;
-mod memory;
+mod image_cache;
+mod image_scan;
 #[cfg(test)]
 mod tests;
 
@@ -9,35 +10,35 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use serde::Serialize;
-use unveil_core::record::meant;
+use unveil_core::record::intended_key;
 use unveil_core::{Record, Task, limits};
 
-use self::look::{Depth, Looked};
-use crate::near::nearest_before;
+use self::image_scan::{ImageScan, ScanDepth, scan_images};
+use crate::image_root::PathPolicy;
+use crate::image_store::ContentHash;
+use crate::near_duplicates::nearest_before;
 use crate::records::{ImageRef, RecordFile, RecordsError};
-use crate::root::Reach;
-use crate::store::ContentHash;
 
-/// How bad a finding is.
+/// Severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// Worth a look; training goes on.
+    /// Suspicious; training continues.
     Warning,
     /// The record cannot be used.
     Error,
 }
 
-/// One thing that is wrong.
+/// A problem of a record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// The record; empty when it has no id.
+    /// Id of the record; empty if it has none.
     pub id: String,
     /// `file:line`.
     pub file: String,
-    /// What is wrong with it.
+    /// Description of the problem.
     pub what: String,
-    /// How bad it is.
+    /// Severity of the problem.
     pub severity: Severity,
 }
 
@@ -47,40 +48,40 @@ impl std::fmt::Display for Finding {
     }
 }
 
-/// A record file that cannot be trained on.
+/// Error for a record file that cannot be used for training.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{first}{}", match .more { 0 => String::new(), n => format!(" (and {n} more: see `unveil data check`)") })]
 pub struct CheckError {
     /// The first error.
     pub first: Finding,
-    /// How many more there are.
+    /// Number of further errors.
     pub more: usize,
 }
 
-/// What was looked at, and what was found.
+/// Result of checking a file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Checked {
-    /// Everything that is wrong, in the order of the file.
+pub struct CheckReport {
+    /// All problems, in the order of the file.
     pub findings: Vec<Finding>,
-    /// Lines that are records.
+    /// Number of valid lines.
     pub records: usize,
-    /// Images that were decoded; one that several records show counts once.
+    /// Number of images decoded; an image of several records counts once.
     pub images: usize,
 }
 
-impl Checked {
-    /// How many findings are so bad.
+impl CheckReport {
+    /// Returns the number of findings of a severity.
     pub fn count(&self, severity: Severity) -> usize {
         self.findings.iter().filter(|f| f.severity == severity).count()
     }
 }
 
-/// Checks a record file from disk: also lines that are no records, missing and repeated ids. `near` also names images that look alike
-/// across splits. Every image is decoded, on all cores.
+/// Checks a record file on disk, including invalid lines and missing or repeated ids. With `near`, images that look alike across splits
+/// are reported, too. Decodes every image, on all cores.
 ///
 /// # Errors
-/// Only when the file itself cannot be read.
-pub fn check_file(path: &Path, reach: Reach, near: bool) -> Result<Checked, RecordsError> {
+/// Returns [`RecordsError::Io`] if the file cannot be read.
+pub fn check_file(path: &Path, reach: PathPolicy, near: bool) -> Result<CheckReport, RecordsError> {
     let mut out = Vec::new();
     let file = RecordFile::scan(path, reach, |e| {
         let (line, id, what) = match e {
@@ -92,42 +93,43 @@ pub fn check_file(path: &Path, reach: Reach, near: bool) -> Result<Checked, Reco
         out.push((line, Finding { id, file: format!("{}:{line}", path.display()), what, severity: Severity::Error }));
         Ok(())
     })?;
-    let looked = look::look(&file, Depth::pixels(near), None);
+    let scan = scan_images(&file, ScanDepth::pixels(near), None);
     let line_of: HashMap<String, usize> =
-        file.lines.iter().enumerate().map(|(i, line)| (file.place(i), *line)).collect();
-    out.extend(examine(&file, &looked).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)));
+        file.lines.iter().enumerate().map(|(i, line)| (file.location(i), *line)).collect();
+    out.extend(find_problems(&file, &scan).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)));
     out.sort_by_key(|(line, _)| *line);
     let findings = out.into_iter().map(|(_, f)| f).collect();
-    Ok(Checked { findings, records: file.records.len(), images: looked.decoded })
+    Ok(CheckReport { findings, records: file.records.len(), images: scan.decoded })
 }
 
-/// Joins findings of one file with more of the same, by line; a record that has an error already is not blamed twice.
-pub fn joined(mut findings: Vec<Finding>, more: Vec<Finding>) -> Vec<Finding> {
+/// Merges two lists of findings about one file, in the order of lines; drops those of `more` about records that already have an error.
+pub fn merge_findings(mut findings: Vec<Finding>, more: Vec<Finding>) -> Vec<Finding> {
     let line = |f: &Finding| f.file.rsplit(':').next().and_then(|l| l.parse::<usize>().ok()).unwrap_or(0);
-    let faulty: HashSet<String> =
+    let with_error: HashSet<String> =
         findings.iter().filter(|f| f.severity == Severity::Error).map(|f| f.file.clone()).collect();
-    findings.extend(more.into_iter().filter(|f| !faulty.contains(&f.file)));
+    findings.extend(more.into_iter().filter(|f| !with_error.contains(&f.file)));
     findings.sort_by_key(line);
     findings
 }
 
-/// Checks loaded records; decodes every image.
+/// Checks loaded records; decodes every image, on all cores.
 pub fn check(file: &RecordFile) -> Vec<Finding> {
-    examine(file, &look::look(file, Depth::pixels(false), None))
+    find_problems(file, &scan_images(file, ScanDepth::pixels(false), None))
 }
 
-/// What can be said of all records, given what was seen of their images.
-fn examine(file: &RecordFile, looked: &Looked) -> Vec<Finding> {
+/// Finds the problems of all records, given the scan of their images.
+fn find_problems(file: &RecordFile, scan: &ImageScan) -> Vec<Finding> {
     let mut out = Vec::new();
-    let mut seen: HashMap<(&(u32, u32), &ContentHash), usize> = HashMap::new();
+    // First record with an image or a patient.
+    let mut images: HashMap<(&(u32, u32), &ContentHash), usize> = HashMap::new();
     let mut patients: HashMap<String, usize> = HashMap::new();
     let mut hashes = vec![None; file.records.len()];
     for (i, r) in file.records.iter().enumerate() {
         let mut add = |severity, what: String| {
-            out.push(Finding { id: r.id.clone(), file: file.place(i), what, severity });
+            out.push(Finding { id: r.id.clone(), file: file.location(i), what, severity });
         };
         let mut size = None;
-        match looked.of(i) {
+        match scan.image_of(i) {
             None => {
                 if let ImageRef::Url(url) = file.image_ref(r) {
                     add(Severity::Warning, format!("image {url} is remote and was not checked"));
@@ -137,7 +139,7 @@ fn examine(file: &RecordFile, looked: &Looked) -> Vec<Finding> {
             Some(Ok(image)) => {
                 size = Some(image.size);
                 if let Some(pixels) = &image.pixels {
-                    let first = *seen.entry((&image.size, pixels)).or_insert(i);
+                    let first = *images.entry((&image.size, pixels)).or_insert(i);
                     let other = &file.records[first];
                     if other.split != r.split {
                         let what = format!("its image is also that of \"{}\" in split \"{}\"", other.id, other.split);
@@ -155,59 +157,62 @@ fn examine(file: &RecordFile, looked: &Looked) -> Vec<Finding> {
                 add(Severity::Warning, format!("{what} \"{}\" (\"{}\")", other.split, other.id));
             }
         }
-        judge(r, size, &mut add);
+        check_record(r, size, &mut add);
     }
     let differs = |i: usize, j: usize| file.records[i].split != file.records[j].split;
     for (i, near) in nearest_before(&hashes, differs).into_iter().enumerate() {
         let Some(other) = near.map(|j| &file.records[j]) else { continue };
         let what = format!("its image looks like that of \"{}\" in split \"{}\"", other.id, other.split);
-        let (id, file) = (file.records[i].id.clone(), file.place(i));
+        let id = file.records[i].id.clone();
+        let file = file.location(i);
         out.push(Finding { id, file, what, severity: Severity::Warning });
     }
-    out.extend(slips(file));
+    out.extend(find_misspelled_keys(file));
     out
 }
 
-/// Keys that are likely slips for others: each once, at the first record that has it.
-pub fn slips(file: &RecordFile) -> Vec<Finding> {
-    let mut found: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+/// Finds keys that are probably misspelled: each is reported once, at the first record with it.
+pub fn find_misspelled_keys(file: &RecordFile) -> Vec<Finding> {
+    // First record and number of records of each key.
+    let mut keys: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for (i, key) in file.records.iter().enumerate().flat_map(|(i, r)| r.extra.keys().map(move |key| (i, key))) {
-        found.entry(key).or_insert((i, 0)).1 += 1;
+        keys.entry(key).or_insert((i, 0)).1 += 1;
     }
-    let slip = |(key, (first, count)): (&str, (usize, usize))| {
-        let stands_for = meant(key)?;
+    let finding = |(key, (first, count)): (&str, (usize, usize))| {
+        let intended = intended_key(key)?;
         let others = match count {
             1 => String::new(),
             n => format!(" ({n} records have it)"),
         };
-        let what = format!("the key `{key}` is kept, but not read{others}: did you mean `{stands_for}`?");
-        let (id, file) = (file.records[first].id.clone(), file.place(first));
+        let what = format!("the key `{key}` is kept, but not used{others}: did you mean `{intended}`?");
+        let id = file.records[first].id.clone();
+        let file = file.location(first);
         Some(Finding { id, file, what, severity: Severity::Warning })
     };
-    found.into_iter().filter_map(slip).collect()
+    keys.into_iter().filter_map(finding).collect()
 }
 
-/// What can be said of one record, given the size of its image where that is known.
-fn judge(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, String)) {
+/// Finds the problems of one record, given the size of its image if known.
+fn check_record(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, String)) {
     if let (Some((w, h)), Some([sw, sh])) = (size, r.image_size)
         && (w, h) != (sw, sh)
     {
         add(Severity::Error, format!("image_size says {sw} x {sh}, the image has {w} x {h}"));
     }
-    for fault in r.faults(size) {
-        add(Severity::Error, fault.to_string());
+    for problem in r.faults(size) {
+        add(Severity::Error, problem.to_string());
     }
     let turns = || r.extra.get("turns").and_then(|t| t.as_array()).is_some_and(|t| !t.is_empty());
     if r.is_text() && r.answer.trim().is_empty() && !(r.task == Task::Dialogue && turns()) {
         add(Severity::Error, format!("its task is {}, which is answered in text, but it has no answer", r.task));
     }
     match serde_json::to_vec(r).map(|json| json.len()) {
-        Ok(bytes) if bytes <= limits::RECORD => {}
+        Ok(bytes) if bytes <= limits::MAX_RECORD_BYTES => {}
         Ok(bytes) => add(
             Severity::Error,
             format!(
-                "it has {bytes} bytes, but rollout workers are sent records of {} at most: take out what is not needed",
-                limits::RECORD
+                "it has {bytes} bytes, but rollout workers receive records of at most {}: remove what is not needed",
+                limits::MAX_RECORD_BYTES
             ),
         ),
         Err(e) => add(Severity::Error, format!("it cannot be written as JSON: {e}")),
@@ -221,37 +226,40 @@ fn judge(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, St
         && b.x2 >= w as f32
         && b.y2 >= h as f32
     {
-        add(Severity::Warning, "the box is the whole image: looking at it cannot be rewarded".to_owned());
+        add(Severity::Warning, "the box is the whole image: attention to it cannot be rewarded".to_owned());
     }
     if r.question.trim().is_empty() {
         add(Severity::Warning, "the question is empty".to_owned());
     }
     if !matches!(r.split.as_str(), "train" | "val" | "test") {
-        add(Severity::Warning, format!("the split \"{}\" is none of train, val, test", r.split));
+        add(Severity::Warning, format!("the split \"{}\" is not train, val or test", r.split));
     }
 }
 
-/// What a start looked at.
+/// Result of validating a record file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Required {
-    /// Images that were decoded now.
+pub struct ValidationSummary {
+    /// Number of images decoded.
     pub decoded: usize,
-    /// Images that an earlier start had found whole, and that have not changed since.
-    pub known: usize,
-    /// Keys that are likely slips for others.
-    pub slips: Vec<Finding>,
+    /// Number of unchanged images that an earlier run has decoded.
+    pub cached: usize,
+    /// Keys that are probably misspelled.
+    pub misspelled_keys: Vec<Finding>,
 }
 
-/// Refuses records that cannot be trained on. Images are decoded on all cores; with a `memory`, a file that says which images were found
-/// whole, those among them are not that are as large and as old as then.
+/// Validates records for training. Images are decoded on all cores; unchanged images in the cache file `cache` are not decoded again.
 ///
 /// # Errors
-/// The first finding of severity error, and how many more there are.
-pub fn require(file: &RecordFile, memory: Option<&Path>) -> Result<Required, CheckError> {
-    let looked = look::look(file, Depth::Whole, memory);
-    let mut errors = examine(file, &looked).into_iter().filter(|f| f.severity == Severity::Error);
+/// Returns the first finding of severity error, and the number of others.
+pub fn require_valid(file: &RecordFile, cache: Option<&Path>) -> Result<ValidationSummary, CheckError> {
+    let scan = scan_images(file, ScanDepth::Size, cache);
+    let mut errors = find_problems(file, &scan).into_iter().filter(|f| f.severity == Severity::Error);
     match errors.next() {
-        None => Ok(Required { decoded: looked.decoded, known: looked.known, slips: slips(file) }),
+        None => Ok(ValidationSummary {
+            decoded: scan.decoded,
+            cached: scan.cached,
+            misspelled_keys: find_misspelled_keys(file),
+        }),
         Some(first) => Err(CheckError { first, more: errors.count() }),
     }
 }

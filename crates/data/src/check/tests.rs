@@ -1,9 +1,9 @@
 //! Tests of the checks.
 
 use super::*;
+use crate::image_root::PathPolicy;
+use crate::image_store::Image;
 use crate::records::RecordFile;
-use crate::root::Reach;
-use crate::store::Image;
 use crate::synth::{RECORDS_FILE, SynthSpec, generate};
 
 #[test]
@@ -11,39 +11,40 @@ fn synthetic_data_is_clean() {
     let dir = tempfile::tempdir().unwrap();
     generate(&SynthSpec::new(40, 5), dir.path(), |_, _| {}).unwrap();
     let path = dir.path().join(RECORDS_FILE);
-    let clean = Checked { findings: vec![], records: 40, images: 40 };
-    assert_eq!(check_file(&path, Reach::Folder, false).unwrap(), clean);
-    let required = require(&RecordFile::load(&path).unwrap(), None).unwrap();
-    assert_eq!(required, Required { decoded: 40, ..Required::default() });
+    let clean = CheckReport { findings: vec![], records: 40, images: 40 };
+    assert_eq!(check_file(&path, PathPolicy::Folder, false).unwrap(), clean);
+    let required = require_valid(&RecordFile::load(&path).unwrap(), None).unwrap();
+    assert_eq!(required, ValidationSummary { decoded: 40, ..ValidationSummary::default() });
 }
 
 #[test]
-fn equal_pixels_and_likeness_across_splits() {
+fn equal_and_similar_images_across_splits_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let records = generate(&SynthSpec::new(3, 5), dir.path(), |_, _| {}).unwrap();
-    let image = crate::root::Root::of(&dir.path().join(RECORDS_FILE), Reach::Folder).open(&records[0]).unwrap();
+    let image =
+        crate::image_root::ImageRoot::of(&dir.path().join(RECORDS_FILE), PathPolicy::Folder).open(&records[0]).unwrap();
     let mut brighter = image.clone();
     brighter.rgb_mut().iter_mut().for_each(|v| *v = v.saturating_add(2));
     std::fs::write(dir.path().join("a.png"), image.to_png().unwrap()).unwrap();
     std::fs::write(dir.path().join("b.png"), brighter.to_png().unwrap()).unwrap();
-    // The same pixels as colour, in other bytes.
+    // The same pixels as an RGB file.
     let colour = image::RgbImage::from_raw(image.width(), image.height(), image.rgb().to_vec()).unwrap();
     colour.save(dir.path().join("c.png")).unwrap();
     let line =
         |name: &str, split: &str| format!(r#"{{"id":"{name}","image":"{name}.png","question":"q","split":"{split}"}}"#);
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
-    let told = |near: bool| {
-        let list = check_file(&path, Reach::Folder, near).unwrap().findings;
+    let findings_of = |near: bool| {
+        let list = check_file(&path, PathPolicy::Folder, near).unwrap().findings;
         list.into_iter().map(|f| format!("{} {}", f.id, f.what)).collect::<Vec<_>>()
     };
     let equal = "c its image is also that of \"a\" in split \"train\"";
-    assert_eq!(told(false), [equal]);
-    assert_eq!(told(true), ["b its image looks like that of \"a\" in split \"train\"", equal]);
+    assert_eq!(findings_of(false), [equal]);
+    assert_eq!(findings_of(true), ["b its image looks like that of \"a\" in split \"train\"", equal]);
 }
 
 #[test]
-fn every_fault_is_found_with_its_place() {
+fn every_problem_is_found_with_its_location() {
     let dir = tempfile::tempdir().unwrap();
     let png = Image::new(20, 10).to_png().unwrap();
     std::fs::write(dir.path().join("a.png"), &png).unwrap();
@@ -71,16 +72,16 @@ fn every_fault_is_found_with_its_place() {
         format!(r#"{{"id":"slips","image":"a.png","patient_id":"7","image_path":"b.png",{ok}}}"#),
         format!(r#"{{"id":"kind","image":"a.png","task":"vga",{ok}}}"#),
         format!(r#"{{"id":"talk","image":"a.png","task":"dialogue","turns":[{{"question":"q","answer":"a"}}],{ok}}}"#),
-        format!(r#"{{"id":"long","image":"a.png","note":"{}",{ok}}}"#, "x".repeat(limits::RECORD)),
+        format!(r#"{{"id":"long","image":"a.png","note":"{}",{ok}}}"#, "x".repeat(limits::MAX_RECORD_BYTES)),
     ];
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, lines.join("\n")).unwrap();
-    let found = check_file(&path, Reach::Folder, false).unwrap().findings;
-    let say: Vec<String> = found
+    let findings = check_file(&path, PathPolicy::Folder, false).unwrap().findings;
+    let lines_found: Vec<String> = findings
         .iter()
         .map(|f| format!("{} {} {:?} {}", f.file.rsplit(':').next().unwrap(), f.id, f.severity, f.what))
         .collect();
-    let want = [
+    let expected = [
         ("2  Error", "missing field `id`"),
         ("3 a Error", "already on line 1"),
         ("4 out Error", "box 0 [0.0, 0.0, 25.0, 5.0] lies outside the image"),
@@ -99,25 +100,25 @@ fn every_fault_is_found_with_its_place() {
         ("13 url Warning", "patient \"7\" is also in split \"test\""),
         ("14 text Error", "no answer"),
         ("15 also Error", "gone.png of record \"also\""),
-        ("16 typo Error", "`bboxes`, which is not read"),
+        ("16 typo Error", "`bboxes`, which is ignored"),
         ("17 absent Error", "has no `boxes`"),
-        ("18 slip Warning", "`patient_id` is kept, but not read (2 records have it): did you mean `patient`?"),
-        ("19 slips Warning", "`image_path` is kept, but not read: did you mean `image`?"),
-        ("20 kind Error", "`vga` is no task: use grounding, vqa, choice, caption, report or dialogue"),
-        ("22 long Error", "rollout workers are sent records of 16777216 at most"),
+        ("18 slip Warning", "`patient_id` is kept, but not used (2 records have it): did you mean `patient`?"),
+        ("19 slips Warning", "`image_path` is kept, but not used: did you mean `image`?"),
+        ("20 kind Error", "`vga` is not a task: use grounding, vqa, choice, caption, report or dialogue"),
+        ("22 long Error", "rollout workers receive records of at most 16777216"),
     ];
-    assert_eq!(say.len(), want.len(), "{say:#?}");
-    for (s, (head, tail)) in say.iter().zip(want) {
+    assert_eq!(lines_found.len(), expected.len(), "{lines_found:#?}");
+    for (s, (head, tail)) in lines_found.iter().zip(expected) {
         assert!(s.starts_with(head) && s.contains(tail), "{s}");
     }
     std::fs::write(&path, format!("{}\n{}\n{}", lines[0], lines[4], lines[5])).unwrap();
-    let e = require(&RecordFile::load(&path).unwrap(), None).unwrap_err().to_string();
+    let e = require_valid(&RecordFile::load(&path).unwrap(), None).unwrap_err().to_string();
     assert!(e.contains("r.jsonl:2: record \"gone\"") && e.contains("and 1 more"), "{e}");
 }
 
-/// Numbers and texts are the same patients; the leak is told either way.
+/// A patient may be a number or a text.
 #[test]
-fn a_patient_is_told_by_number_or_text() {
+fn patients_are_compared_as_number_or_text() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("r.jsonl");
     let line = |id: &str, patient: &str, split: &str| {
@@ -125,16 +126,19 @@ fn a_patient_is_told_by_number_or_text() {
     };
     for (train, test) in [("7", "7"), ("\"7\"", "\"7\""), ("7", "\"7\""), ("7.0", "7"), ("-3", "\" -3 \"")] {
         std::fs::write(&path, [line("a", train, "train"), line("b", test, "test")].join("\n")).unwrap();
-        let found = check_file(&path, Reach::Folder, false).unwrap().findings;
-        assert!(matches!(&found[..], [f] if f.id == "b" && f.what.contains("also in split \"train\"")), "{found:?}");
+        let findings = check_file(&path, PathPolicy::Folder, false).unwrap().findings;
+        assert!(
+            matches!(&findings[..], [f] if f.id == "b" && f.what.contains("also in split \"train\"")),
+            "{findings:?}"
+        );
     }
     std::fs::write(&path, [line("a", "7", "train"), line("b", "70", "test"), line("c", "null", "val")].join("\n"))
         .unwrap();
-    assert_eq!(check_file(&path, Reach::Folder, false).unwrap().findings, []);
+    assert_eq!(check_file(&path, PathPolicy::Folder, false).unwrap().findings, []);
 }
 
-/// Writes four images and a record file that shows the first one twice.
-fn five(dir: &Path) -> RecordFile {
+/// Writes four images and a record file with five records, which uses the first image twice.
+fn five_records(dir: &Path) -> RecordFile {
     let mut lines = Vec::new();
     for (i, name) in ["a", "b", "c", "d", "a"].iter().enumerate() {
         std::fs::write(dir.join(format!("{name}.png")), Image::new(20, 10).to_png().unwrap()).unwrap();
@@ -145,58 +149,61 @@ fn five(dir: &Path) -> RecordFile {
 }
 
 #[test]
-fn a_second_start_decodes_nothing_and_a_changed_image_is_looked_at_again() {
+fn restart_decodes_changed_images_only() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, memory) = (five(dir.path()), dir.path().join("run/data/images.json"));
-    let counts = || require(&file, Some(&memory)).map(|r| (r.decoded, r.known));
+    let file = five_records(dir.path());
+    let cache = dir.path().join("run/data/images.json");
+    let counts = || require_valid(&file, Some(&cache)).map(|r| (r.decoded, r.cached));
     assert_eq!((counts(), counts()), (Ok((4, 0)), Ok((0, 4))));
-    // As long and as old as before, and damaged: only the time of the change itself tells it.
+    // Damaged, with length and modification time unchanged: only the status change time reveals it.
     let path = dir.path().join("b.png");
-    let (mut bytes, old) = (std::fs::read(&path).unwrap(), std::fs::metadata(&path).unwrap().modified().unwrap());
+    let mut bytes = std::fs::read(&path).unwrap();
+    let old = std::fs::metadata(&path).unwrap().modified().unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0xff;
     std::fs::write(&path, &bytes).unwrap();
     std::fs::File::options().append(true).open(&path).unwrap().set_modified(old).unwrap();
     let e = counts().unwrap_err();
     assert!(e.first.id == "1" && e.first.what.contains("b.png") && e.more == 0, "{e}");
-    // What was whole is remembered all the same, and what was not is looked at until it is.
+    // Valid images are cached in spite of the error; the damaged one is decoded until it is valid.
     assert!(counts().is_err());
     std::fs::write(&path, Image::new(20, 10).to_png().unwrap()).unwrap();
     assert_eq!(counts(), Ok((1, 3)));
     std::fs::remove_file(dir.path().join("d.png")).unwrap();
     assert!(counts().unwrap_err().first.what.contains("d.png"));
     std::fs::write(dir.path().join("d.png"), Image::new(20, 10).to_png().unwrap()).unwrap();
-    // Whoever asks without a memory, or with one that is cut short, has everything looked at.
-    assert_eq!(require(&file, None).unwrap().decoded, 4);
-    std::fs::write(&memory, &std::fs::read(&memory).unwrap()[..40]).unwrap();
+    // Without a cache, or with a truncated one, all images are decoded.
+    assert_eq!(require_valid(&file, None).unwrap().decoded, 4);
+    std::fs::write(&cache, &std::fs::read(&cache).unwrap()[..40]).unwrap();
     assert_eq!(counts(), Ok((4, 0)));
-    assert_eq!(check_file(&file.path, Reach::Folder, false).unwrap().images, 4);
+    assert_eq!(check_file(&file.path, PathPolicy::Folder, false).unwrap().images, 4);
 }
 
 #[test]
-fn sizes_that_are_remembered_are_compared() {
+fn cached_sizes_are_compared() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, memory) = (five(dir.path()), dir.path().join("images.json"));
-    require(&file, Some(&memory)).unwrap();
+    let file = five_records(dir.path());
+    let cache = dir.path().join("images.json");
+    require_valid(&file, Some(&cache)).unwrap();
     let mut other = file.clone();
     other.records[2].boxes = vec![[0.0, 0.0, 30.0, 5.0].into()];
     other.records[2].category = "x".into();
-    let e = require(&other, Some(&memory)).unwrap_err();
+    let e = require_valid(&other, Some(&cache)).unwrap_err();
     assert!(e.first.id == "2" && e.first.what.contains("outside"), "{e}");
     other.records[2].boxes = vec![[0.0, 0.0, 19.0, 9.0].into()];
-    assert_eq!(require(&other, Some(&memory)).map(|r| r.known), Ok(4), "inside of the size that it had");
+    assert_eq!(require_valid(&other, Some(&cache)).map(|r| r.cached), Ok(4), "inside the cached size");
 }
 
 #[test]
-fn a_fifo_is_no_image_and_is_not_waited_for() {
+fn fifo_does_not_block() {
     let dir = tempfile::tempdir().unwrap();
-    let file = five(dir.path());
+    let file = five_records(dir.path());
     std::fs::remove_file(dir.path().join("c.png")).unwrap();
     nix::unistd::mkfifo(&dir.path().join("c.png"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let e = require(&file, Some(&dir.path().join("images.json"))).unwrap_err();
+    let e = require_valid(&file, Some(&dir.path().join("images.json"))).unwrap_err();
     assert!(e.first.id == "2" && e.first.what.contains("c.png") && e.first.what.contains("FIFO"), "{e}");
     let records = dir.path().join("fifo.jsonl");
     nix::unistd::mkfifo(&records, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let e = check_file(&records, Reach::Folder, false).unwrap_err().to_string();
+    let e = check_file(&records, PathPolicy::Folder, false).unwrap_err().to_string();
     assert!(e.contains("fifo.jsonl") && e.contains("FIFO"), "{e}");
 }

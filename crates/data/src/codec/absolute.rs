@@ -4,7 +4,7 @@ use unveil_core::BoxForm;
 
 use super::{BoxCodec, Sizes};
 
-/// Whole pixels of the resized image.
+/// Codec with integer pixels of the resized image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AbsoluteResized;
 

@@ -4,7 +4,7 @@ use unveil_core::{BoxForm, format_answer};
 
 use super::{BoxCodec, Sizes};
 
-/// Numbers from 0.0 to 1.0 as Python writes them: `[0.12,0.34,0.56,1.0]`.
+/// Codec with numbers from 0.0 to 1.0 as Python writes them: `[0.12,0.34,0.56,1.0]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fractions;
 

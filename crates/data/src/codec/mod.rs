@@ -1,6 +1,6 @@
-//! Box codecs: between boxes in original-image pixels and the numbers that a model family writes; and the answer text made of them.
+//! Box codecs: conversion between boxes in original-image pixels and the numbers that a model family writes, and the answer text.
 //!
-//! The only place where a box is anything but original pixels. Must not know: tokenizers, images, files.
+//! This is the only module in which a box is in anything but original-image pixels.
 
 mod absolute;
 mod llava;
@@ -11,81 +11,84 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use unveil_core::record::REGION;
-use unveil_core::{Answer, BBox, BoxForm, ParseFault, Reading, Record, format_answer, parse_answer};
+use unveil_core::{Answer, AnswerReader, BBox, BoxForm, ParseFault, Record, format_answer, parse_answer};
 
 pub use absolute::AbsoluteResized;
 pub use llava::Fractions;
 pub use per_mille::PerMille;
 pub use qwen2_vl::BoxTokens;
 
-use crate::prepare::PrepareError;
+use crate::preprocess_error::PreprocessError;
 
 /// Sizes `(width, height)` in pixels of an image before and after the processor's resize.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sizes {
-    /// As in the file.
+    /// Size of the image file.
     pub original: (u32, u32),
-    /// As the model sees it.
+    /// Size of the model's input.
     pub resized: (u32, u32),
 }
 
-/// How a model family writes boxes.
+/// Conversion of boxes to and from the text of a model family.
 pub trait BoxCodec: std::fmt::Debug + Send + Sync {
-    /// The form that this codec is of.
+    /// Returns the box form of this codec.
     fn form(&self) -> BoxForm;
 
-    /// Largest numbers `(x, y)` that stand for the right and bottom border; 0 stands for the left and top border.
+    /// Returns the numbers `(x, y)` of the right and bottom borders; 0 is the left and top border.
     fn extent(&self, sizes: &Sizes) -> (f64, f64);
 
-    /// Code steps that make 1 in the text.
+    /// Returns the number of code steps per unit in the text.
     fn steps_per_unit(&self) -> f64 {
         1.0
     }
 
-    /// Special tokens that answers are written with; they must not be banned from sampling.
+    /// Returns the special tokens that answers contain; they must not be banned from sampling.
     fn special_tokens(&self) -> &'static [&'static str] {
         &[]
     }
 
-    /// The answer text of boxes in code steps and a category; "no finding" when there is no box.
+    /// Formats the answer text from boxes in code steps and a category; "no finding" if there is no box.
     fn write(&self, codes: &[[i64; 4]], category: &str) -> String {
         format_answer(codes, category)
     }
 
-    /// Reads the form's own answers from any text, with or without special tokens, in time linear in its length. Boxes come back in the
-    /// text's numbers. A response is read by [`read_answer`], which knows where in it the answer stands.
-    fn native(&self, text: &str) -> Answer {
+    /// Parses an answer in the native form from any text, with or without special tokens, in linear time. Boxes are returned in the numbers
+    /// of the text. To read a whole response use [`read_answer`], which first locates the answer in it.
+    fn parse_native(&self, text: &str) -> Answer {
         parse_answer(text)
     }
 
-    /// Code steps of a box given in original pixels, clamped to the image. Each is within half a code step of the truth, except that a
-    /// box narrower than a step, which would lose its area, is widened to one step (then within one step).
+    /// Converts a box in original pixels to code steps, clamped to the image. Each is within half a code step of the true value, except
+    /// that a box narrower than a step, which would lose its area, is widened to one step (then within one step).
     fn encode(&self, b: &BBox, sizes: &Sizes) -> [i64; 4] {
         let ((ex, ey), steps) = (self.extent(sizes), self.steps_per_unit());
-        let (ex, ey) = (ex * steps, ey * steps);
-        let (w, h) = (f64::from(sizes.original.0), f64::from(sizes.original.1));
-        let (x1, x2) = interval(f64::from(b.x1) * ex / w, f64::from(b.x2) * ex / w, ex);
-        let (y1, y2) = interval(f64::from(b.y1) * ey / h, f64::from(b.y2) * ey / h, ey);
+        let ex = ex * steps;
+        let ey = ey * steps;
+        let w = f64::from(sizes.original.0);
+        let h = f64::from(sizes.original.1);
+        let (x1, x2) = rounded_interval(f64::from(b.x1) * ex / w, f64::from(b.x2) * ex / w, ex);
+        let (y1, y2) = rounded_interval(f64::from(b.y1) * ey / h, f64::from(b.y2) * ey / h, ey);
         [x1, y1, x2, y2]
     }
 
-    /// Box in original pixels of the numbers that a model wrote. Never repaired: what lies outside or is inverted stays so, and what
-    /// is too large for f32 becomes infinite.
+    /// Converts the numbers that a model wrote to a box in original pixels. Boxes are never repaired: one that is outside or inverted stays
+    /// so, and numbers too large for f32 become infinite.
     fn decode(&self, numbers: &[f64; 4], sizes: &Sizes) -> BBox {
         let (ex, ey) = self.extent(sizes);
-        let (sx, sy) = (f64::from(sizes.original.0) / ex, f64::from(sizes.original.1) / ey);
+        let sx = f64::from(sizes.original.0) / ex;
+        let sy = f64::from(sizes.original.1) / ey;
         let [x1, y1, x2, y2] = *numbers;
         [(x1 * sx) as f32, (y1 * sy) as f32, (x2 * sx) as f32, (y2 * sy) as f32].into()
     }
 
-    /// Original pixels per code step `(x, y)`.
+    /// Returns the original pixels per code step `(x, y)`.
     fn step(&self, sizes: &Sizes) -> (f64, f64) {
         let ((ex, ey), steps) = (self.extent(sizes), self.steps_per_unit());
         (f64::from(sizes.original.0) / (ex * steps), f64::from(sizes.original.1) / (ey * steps))
     }
 }
 
-/// The codec of a form.
+/// Returns the codec of a box form.
 pub fn codec(form: BoxForm) -> &'static dyn BoxCodec {
     match form {
         BoxForm::Absolute => &AbsoluteResized,
@@ -95,9 +98,10 @@ pub fn codec(form: BoxForm) -> &'static dyn BoxCodec {
     }
 }
 
-/// Rounds an interval to whole numbers in `0..=extent`; one that had a length keeps at least 1.
-fn interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
-    let (lo, hi) = (a.round().clamp(0.0, extent), b.round().clamp(0.0, extent));
+/// Rounds an interval to whole numbers in `0..=extent`; a non-empty one keeps a length of at least 1.
+fn rounded_interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
+    let lo = a.round().clamp(0.0, extent);
+    let hi = b.round().clamp(0.0, extent);
     if lo != hi || a >= b {
         return (lo as i64, hi as i64);
     }
@@ -105,71 +109,76 @@ fn interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
     if up { (lo as i64, hi as i64 + 1) } else { (lo as i64 - 1, hi as i64) }
 }
 
-/// What a model answered, in original pixels.
+/// A parsed response of a model, with boxes in original pixels.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct GroundedAnswer {
-    /// Every box that was written, as written (never repaired, never dropped).
+    /// All boxes as written, never repaired or dropped.
     pub boxes: Vec<BBox>,
-    /// What the boxes are said to hold; several labels are joined by commas.
+    /// Category of the boxes; several labels are joined by commas.
     pub category: String,
-    /// What each box is said to hold ([`Answer::labels`]); empty where the form does not say it box by box.
+    /// Label of each box ([`Answer::labels`]); empty if the form has no labels per box.
     pub labels: Vec<String>,
-    /// All words beside the boxes, wherever they stand.
+    /// All words apart from the boxes.
     pub words: String,
-    /// The text says that nothing is there.
+    /// Whether the text states that there is no finding.
     pub no_finding: bool,
-    /// First deviation from the answer's form, if any.
+    /// First deviation from the configured form of answers, if any.
     pub fault: Option<ParseFault>,
-    /// Bytes of the text that were read; none where it holds no answer.
+    /// Byte range of the text that was read; `None` if it contains no answer.
     pub span: Option<Range<usize>>,
 }
 
-/// The training answer of a record: its boxes in the family's numbers, sorted by (x1, y1), then its category; or "no finding". Where the
-/// record's answer holds `<region>`, that answer with all this in its place; a question in text has its answer as it is.
+/// Returns the training answer of a record: its boxes in the numbers of the form, sorted by (x1, y1), followed by its category; or "no
+/// finding". If the record's answer contains `<region>`, this text replaces it. A text task is answered verbatim.
 ///
 /// # Errors
-/// A record with boxes but no category, with a category that does not read back in this form, or with a box that is not valid for its
-/// image; a question in text without an answer; boxes that do not read back from the whole answer.
-pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Result<String, PrepareError> {
-    let bad = |what: String| PrepareError::Record { id: record.id.clone(), what };
-    let (category, told) = (record.category.trim(), record.answer.trim());
+/// Returns [`PreprocessError::Record`] for boxes without a category, a category that cannot be parsed back in this form, a box that is
+/// invalid for the image, a text task without an answer, or a complete answer from which the boxes cannot be parsed back.
+pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Result<String, PreprocessError> {
+    let record_error = |what: String| PreprocessError::Record { id: record.id.clone(), what };
+    let category = record.category.trim();
+    let answer = record.answer.trim();
     if record.is_text() {
-        return if told.is_empty() {
-            Err(bad("its question is one in text, but it has no answer".to_owned()))
+        return if answer.is_empty() {
+            Err(record_error("its task is answered in text, but it has no answer".to_owned()))
         } else {
-            Ok(told.to_owned())
+            Ok(answer.to_owned())
         };
     }
     if !record.boxes.is_empty() && category.is_empty() {
-        return Err(bad("it has boxes but no category".to_owned()));
+        return Err(record_error("it has boxes but no category".to_owned()));
     }
     let mut boxes = Vec::with_capacity(record.boxes.len());
     for (i, b) in record.boxes.iter().enumerate() {
         if let Some(fault) = b.fault(sizes.original.0 as f32, sizes.original.1 as f32) {
-            return Err(bad(format!("box {i} {:?} {fault}", <[f32; 4]>::from(*b))));
+            return Err(record_error(format!("box {i} {:?} {fault}", <[f32; 4]>::from(*b))));
         }
         boxes.push(codec.encode(b, sizes));
     }
     boxes.sort_unstable();
     let text = codec.write(&boxes, category);
-    let read = |text: &str| Reading::default().read(text, |inside| codec.native(inside));
-    let back = read(&text);
-    if back.boxes.len() != boxes.len() || back.fault.is_some() || (!boxes.is_empty() && back.category != category) {
-        return Err(bad(format!("the category {category:?} cannot be told from a box in the form `{}`", codec.form())));
+    let read = |text: &str| AnswerReader::default().read(text, |inside| codec.parse_native(inside));
+    let parsed = read(&text);
+    if parsed.boxes.len() != boxes.len() || parsed.fault.is_some() || (!boxes.is_empty() && parsed.category != category)
+    {
+        return Err(record_error(format!(
+            "the category {category:?} cannot be distinguished from a box in the form `{}`",
+            codec.form()
+        )));
     }
-    if !told.contains(REGION) {
+    if !answer.contains(REGION) {
         return Ok(text);
     }
-    let whole = told.replacen(REGION, &text, 1);
-    if read(&whole).boxes != back.boxes || whole.contains(REGION) {
-        return Err(bad(format!("its answer holds more than one {REGION}, or other boxes")));
+    let complete = answer.replacen(REGION, &text, 1);
+    if read(&complete).boxes != parsed.boxes || complete.contains(REGION) {
+        return Err(record_error(format!("its answer contains more than one {REGION}, or other boxes")));
     }
-    Ok(whole)
+    Ok(complete)
 }
 
-/// Reads a response as `reading` says; its boxes come back in original pixels. JSON gives them in the form's own numbers.
-pub fn read_answer(codec: &dyn BoxCodec, reading: &Reading, text: &str, sizes: &Sizes) -> GroundedAnswer {
-    let a = reading.read(text, |inside| codec.native(inside));
+/// Reads a response with `reader` and returns its boxes in original pixels. Boxes in JSON use the numbers of the native form.
+pub fn read_answer(codec: &dyn BoxCodec, reader: &AnswerReader, text: &str, sizes: &Sizes) -> GroundedAnswer {
+    let a = reader.read(text, |inside| codec.parse_native(inside));
     GroundedAnswer {
         boxes: a.boxes.iter().map(|b| codec.decode(b, sizes)).collect(),
         category: a.category,
@@ -195,14 +204,14 @@ mod tests {
     const SIZES: Sizes = Sizes { original: (640, 480), resized: (128, 96) };
 
     fn read_answer(codec: &dyn BoxCodec, text: &str, sizes: &Sizes) -> GroundedAnswer {
-        super::read_answer(codec, &Reading::default(), text, sizes)
+        super::read_answer(codec, &AnswerReader::default(), text, sizes)
     }
 
     fn read(codec: &dyn BoxCodec, text: &str) -> Answer {
-        Reading::default().read(text, |inside| codec.native(inside))
+        AnswerReader::default().read(text, |inside| codec.parse_native(inside))
     }
 
-    fn each() -> impl Iterator<Item = &'static dyn BoxCodec> {
+    fn all_codecs() -> impl Iterator<Item = &'static dyn BoxCodec> {
         BoxForm::ALL.into_iter().map(codec)
     }
 
@@ -216,7 +225,7 @@ mod tests {
              <|box_start|>(500,208),(625,417)<|box_end|>",
             "[0.016,0.01,0.031,1.0], [0.5,0.208,0.625,0.417] polyp",
         ];
-        for (codec, want) in each().zip(want) {
+        for (codec, want) in all_codecs().zip(want) {
             let text = answer_text(codec, &r, &SIZES).unwrap();
             assert_eq!(text, want);
             let back = read_answer(codec, &text, &SIZES);
@@ -228,17 +237,17 @@ mod tests {
     }
 
     #[test]
-    fn answers_in_text_are_the_targets() {
+    fn text_answers_are_trained_verbatim() {
         let r = record(vec![[320.0, 100.0, 400.0, 200.0].into()], "polyp");
-        for codec in each() {
+        for codec in all_codecs() {
             let plain = answer_text(codec, &r, &SIZES).unwrap();
-            let told = |answer: &str| answer_text(codec, &Record { answer: answer.into(), ..r.clone() }, &SIZES);
-            assert_eq!(told("Remarks without a place.").unwrap(), plain);
-            let whole = told("A raised lesion is seen.\n<region>").unwrap();
+            let written = |answer: &str| answer_text(codec, &Record { answer: answer.into(), ..r.clone() }, &SIZES);
+            assert_eq!(written("Remarks without a place.").unwrap(), plain);
+            let whole = written("A raised lesion is seen.\n<region>").unwrap();
             assert_eq!(whole, format!("A raised lesion is seen.\n{plain}"));
             let back = read_answer(codec, &whole, &SIZES);
             assert_eq!(back.boxes, read_answer(codec, &plain, &SIZES).boxes);
-            assert!(told("<region> and <region>").unwrap_err().to_string().contains("more than one"));
+            assert!(written("<region> and <region>").unwrap_err().to_string().contains("more than one"));
             let text = |answer: &str| {
                 let r = Record { answer: answer.into(), task: Task::Vqa, ..record(vec![], "") };
                 answer_text(codec, &r, &SIZES)
@@ -253,7 +262,7 @@ mod tests {
     #[test]
     fn bad_records_name_their_id() {
         let valid: BBox = [0.0, 0.0, 9.0, 9.0].into();
-        for codec in each() {
+        for codec in all_codecs() {
             let strange = if codec.form() == BoxForm::Qwen2Vl { "x (1,2)" } else { "x [1]" };
             for r in [
                 record(vec![valid], " "),
@@ -267,7 +276,7 @@ mod tests {
 
     #[test]
     fn impossible_numbers_stay_impossible() {
-        for codec in each() {
+        for codec in all_codecs() {
             for text in [
                 "[1000000,1000000,0,0], [nan,0,1,1], [0,0,1e308,1e308], [-inf,0,1,1] x",
                 "x(1000000,1000000),(0,0)(nan,0),(1,1)(0,0),(1e308,1e308)(-inf,0),(1,1)",
@@ -283,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn published_json_is_read_in_the_forms_own_numbers() {
+    fn json_boxes_use_the_numbers_of_the_form() {
         let text = "```json\n[{\"bbox_2d\": [64, 24, 128, 48], \"label\": \"polyp\"}]\n```";
         let a = read_answer(&AbsoluteResized, text, &SIZES);
         assert_eq!((a.boxes, a.category.as_str()), (vec![[320.0, 120.0, 640.0, 240.0].into()], "polyp"));
@@ -292,14 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn every_form_reads_json_and_what_stands_around_an_answer() {
+    fn every_form_reads_json_and_surrounding_text() {
         let numbers = [
             [64.0, 24.0, 128.0, 48.0],
             [500.0, 250.0, 1000.0, 500.0],
             [500.0, 250.0, 1000.0, 500.0],
             [0.5, 0.25, 1.0, 0.5],
         ];
-        for (codec, n) in each().zip(numbers) {
+        for (codec, n) in all_codecs().zip(numbers) {
             let json = format!("[{{\"bbox_2d\": {n:?}, \"label\": \"polyp\"}}]");
             let native = codec.write(&[codec.encode(&[320.0, 120.0, 640.0, 240.0].into(), &SIZES)], "polyp");
             let other = codec.write(&[codec.encode(&[0.0, 0.0, 64.0, 48.0].into(), &SIZES)], "cyst");
@@ -314,7 +323,7 @@ mod tests {
             ] {
                 let a = read_answer(codec, &text, &SIZES);
                 assert_eq!(a.boxes, [[320.0, 120.0, 640.0, 240.0].into()], "{codec:?} {text}");
-                assert_eq!(unveil_core::answer::fold(&a.category), "polyp", "{codec:?} {text}");
+                assert_eq!(unveil_core::answer::fold_class_name(&a.category), "polyp", "{codec:?} {text}");
             }
             for text in ["no finding", "No findings.", "[]", "```json\n[]\n```", "<think>polyp</think> no finding"] {
                 let a = read_answer(codec, text, &SIZES);
@@ -358,7 +367,7 @@ mod tests {
             "<|box_start|>",
         ] {
             let text = unit.repeat(1_000_000 / unit.len());
-            for codec in each() {
+            for codec in all_codecs() {
                 let start = std::time::Instant::now();
                 read(codec, &text);
                 assert!(start.elapsed().as_secs_f64() < 5.0, "{unit} {codec:?}");
@@ -374,19 +383,19 @@ mod tests {
                 "<|box_end|>", "<|object_ref_start|>", "```", "```json", "{", "}", "\"bbox_2d\":", "\"label\":", "é",
                 "<think>", "</think>", "<answer>", "</answer>", "\"", "\\", "[]", "[{\"bbox\":[1,2,3,4],\"class\":\"x\"}",
             ];
-            let made: String = pieces.iter().map(|i| PIECES[*i]).collect();
-            for codec in each() {
-                for t in [&text, &made, &format!("{made}{text}")] {
+            let assembled: String = pieces.iter().map(|i| PIECES[*i]).collect();
+            for codec in all_codecs() {
+                for t in [&text, &assembled, &format!("{assembled}{text}")] {
                     let a = read(codec, t);
                     prop_assert!(!a.no_finding || a.boxes.is_empty());
                     prop_assert!(!a.no_finding || matches!(a.fault, None | Some(ParseFault::OtherForm | ParseFault::Bracket)));
                     prop_assert!(a.fault.is_some() || a.no_finding || !(a.boxes.is_empty() || a.category.is_empty()));
                     prop_assert!(a.labels.is_empty() || a.labels.len() == a.boxes.len());
                     prop_assert!(a.span.is_some() || (a.boxes.is_empty() && !a.no_finding));
-                    // Whatever was thought before changes nothing of what is read.
+                    // A preceding thought does not change the parsed answer.
                     let thought = read(codec, &format!("<think>{}</think>{t}", t.replace("think>", "")));
-                    let said = |a: &Answer| format!("{:?} {:?} {:?} {}", a.boxes, a.category, a.labels, a.no_finding);
-                    prop_assert_eq!(said(&thought), said(&a));
+                    let content = |a: &Answer| format!("{:?} {:?} {:?} {}", a.boxes, a.category, a.labels, a.no_finding);
+                    prop_assert_eq!(content(&thought), content(&a));
                 }
             }
         }
@@ -397,14 +406,17 @@ mod tests {
             x in 0.0f64..1.0, y in 0.0f64..1.0, bw in 0.0f64..1.0, bh in 0.0f64..1.0,
         ) {
             let s = Sizes { original: (w, h), resized: (cols * 16, rows * 16) };
-            let (fw, fh) = (f64::from(w), f64::from(h));
-            let (x1, y1) = (x * fw * 0.99, y * fh * 0.99);
+            let fw = f64::from(w);
+            let fh = f64::from(h);
+            let x1 = x * fw * 0.99;
+            let y1 = y * fh * 0.99;
             let b: BBox = [x1 as f32, y1 as f32, (x1 + bw * (fw - x1)).max(x1 + 1e-3) as f32, (y1 + bh * (fh - y1)).max(y1 + 1e-3) as f32].into();
             prop_assume!(b.fault(w as f32, h as f32).is_none());
-            for codec in each() {
+            for codec in all_codecs() {
                 let code = codec.encode(&b, &s);
                 let (ex, ey) = codec.extent(&s);
-                let (ex, ey) = ((ex * codec.steps_per_unit()) as i64, (ey * codec.steps_per_unit()) as i64);
+                let ex = (ex * codec.steps_per_unit()) as i64;
+                let ey = (ey * codec.steps_per_unit()) as i64;
                 prop_assert!(code[0] < code[2] && code[1] < code[3] && code[0] >= 0 && code[1] >= 0);
                 prop_assert!(code[2] <= ex && code[3] <= ey);
                 let back = read_answer(codec, &codec.write(&[code], "cyst"), &s);

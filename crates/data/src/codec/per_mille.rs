@@ -1,10 +1,10 @@
-//! Qwen3-VL writes boxes as thousandths of the image's sides, whatever its size.
+//! Qwen3-VL writes boxes in thousandths of the image's sides, independent of its size.
 
 use unveil_core::BoxForm;
 
 use super::{BoxCodec, Sizes};
 
-/// Whole numbers from 0 to 1000.
+/// Codec with integers from 0 to 1000.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PerMille;
 

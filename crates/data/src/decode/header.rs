@@ -1,58 +1,59 @@
-//! What stands before the data set of a DICOM file: the preamble and the file meta group, as far as they are there.
+//! The part of a DICOM file before its data set: the preamble and the file meta group, either of which may be missing.
 //!
-//! Files of scanners and exports lack the preamble, lack the length of the group or have a wrong one, or name another transfer syntax
-//! than the one they are written in. All of that is read as pydicom reads it: the group ends where its elements end, and the first
-//! element shows how the data set is written.
+//! Files from scanners and exports may lack the preamble, lack the length of the group or have a wrong one, or name a transfer syntax other
+//! than the one in which they are written. All of them are read as pydicom reads them: the group ends where its elements end, and the first
+//! element shows how the data set is encoded.
 
-use super::{Fault, fail};
+use super::{DecodeError, fail};
 
-/// Bytes of the preamble and the magic word behind it.
-const PREAMBLE: usize = 132;
-/// Representations whose values have a length of four bytes, behind two that are unused.
-const LONG: [&[u8; 2]; 12] = [b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UT", b"UV"];
+/// Length in bytes of the preamble and the magic word after it.
+const PREAMBLE_BYTES: usize = 132;
+/// Value representations with a four-byte length after two unused bytes.
+const LONG_REPRESENTATIONS: [&[u8; 2]; 12] =
+    [b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UT", b"UV"];
 
 const IMPLICIT: &str = "1.2.840.10008.1.2";
 const EXPLICIT: &str = "1.2.840.10008.1.2.1";
 const BIG_ENDIAN: &str = "1.2.840.10008.1.2.2";
 
-/// What is to be known before the data set is read.
+/// The information needed to read the data set.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Header<'a> {
-    /// Unique identifier of the transfer syntax, guessed where the file names none.
+    /// Unique identifier of the transfer syntax; guessed if the file does not name one.
     pub syntax: &'a str,
-    /// The elements of the data set name their representation.
+    /// Whether the elements of the data set name their value representation.
     pub explicit: bool,
-    /// The data set.
+    /// Bytes of the data set.
     pub rest: &'a [u8],
 }
 
-/// Whether a file is DICOM: it has the magic word, or begins as a data set without a preamble does.
+/// Returns whether a file is DICOM: it has the magic word, or starts like a data set without a preamble.
 pub(super) fn is_dicom(bytes: &[u8]) -> bool {
-    has_preamble(bytes) || begins_bare(bytes)
+    has_preamble(bytes) || starts_without_preamble(bytes)
 }
 
 fn has_preamble(bytes: &[u8]) -> bool {
-    bytes.get(PREAMBLE - 4..PREAMBLE).is_some_and(|magic| magic == b"DICM")
+    bytes.get(PREAMBLE_BYTES - 4..PREAMBLE_BYTES).is_some_and(|magic| magic == b"DICM")
 }
 
-/// The first element is one of group 2 or of the first ones of group 8, with a representation or a length that fits.
-fn begins_bare(bytes: &[u8]) -> bool {
+/// Returns whether the first element is in group 2 or among the first ones of group 8 and has a valid value representation or length.
+fn starts_without_preamble(bytes: &[u8]) -> bool {
     let Some(&[group, 0, low, high, a, b, c, d]) = bytes.first_chunk::<8>() else { return false };
     let length = u32::from_le_bytes([a, b, c, d]) as usize;
-    let fits = names_representation([a, b]) || length <= bytes.len() - 8;
-    fits && high == 0 && (group == 2 || group == 8 && low <= 0x18)
+    let plausible = names_representation([a, b]) || length <= bytes.len() - 8;
+    plausible && high == 0 && (group == 2 || group == 8 && low <= 0x18)
 }
 
 fn names_representation([a, b]: [u8; 2]) -> bool {
     a.is_ascii_uppercase() && b.is_ascii_uppercase()
 }
 
-/// Reads up to the data set.
-pub(super) fn read(bytes: &[u8]) -> Result<Header<'_>, Fault> {
-    let mut rest = if has_preamble(bytes) { &bytes[PREAMBLE..] } else { bytes };
-    let mut named = None;
+/// Reads a file up to its data set.
+pub(super) fn read(bytes: &[u8]) -> Result<Header<'_>, DecodeError> {
+    let mut rest = if has_preamble(bytes) { &bytes[PREAMBLE_BYTES..] } else { bytes };
+    let mut named_syntax = None;
     while let Some(&[2, 0, low, high, a, b, c, d]) = rest.first_chunk::<8>() {
-        let long = LONG.contains(&&[a, b]);
+        let long = LONG_REPRESENTATIONS.contains(&&[a, b]);
         let (head, length) = match (names_representation([a, b]), long) {
             (true, false) => (8, u32::from(u16::from_le_bytes([c, d]))),
             (true, true) => match rest.get(8..12) {
@@ -64,14 +65,15 @@ pub(super) fn read(bytes: &[u8]) -> Result<Header<'_>, Fault> {
         let end = head + length as usize;
         let value = rest.get(head..end).ok_or_else(|| fail("it ends within its file meta group"))?;
         if (low, high) == (0x10, 0) {
-            named = std::str::from_utf8(value).ok().map(|v| v.trim_matches(|c: char| c.is_whitespace() || c == '\0'));
+            named_syntax =
+                std::str::from_utf8(value).ok().map(|v| v.trim_matches(|c: char| c.is_whitespace() || c == '\0'));
         }
         rest = &rest[end..];
     }
     let explicit = rest.get(4..6).is_some_and(|vr| names_representation([vr[0], vr[1]]));
-    // Low groups come first: one that looks high has its bytes the other way round.
+    // Low groups come first: one that looks high is in the opposite byte order.
     let swapped = rest.first_chunk::<2>().is_some_and(|g| u16::from_le_bytes(*g) >= 1024);
-    let syntax = match named.filter(|uid| !uid.is_empty()) {
+    let syntax = match named_syntax.filter(|uid| !uid.is_empty()) {
         Some(uid) => uid,
         None if !explicit => IMPLICIT,
         None if swapped => BIG_ENDIAN,
@@ -87,7 +89,7 @@ mod tests {
     /// An element of a file meta group.
     fn meta(element: u16, vr: &[u8; 2], value: &[u8]) -> Vec<u8> {
         let mut out = [&[2, 0][..], &element.to_le_bytes(), vr].concat();
-        match LONG.contains(&vr) {
+        match LONG_REPRESENTATIONS.contains(&vr) {
             true => out.extend([&[0, 0][..], &(value.len() as u32).to_le_bytes()].concat()),
             false => out.extend((value.len() as u16).to_le_bytes()),
         }
@@ -96,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_missing() {
+    fn preamble_and_group_length_may_be_missing() {
         let data = b"\x08\x00\x16\x00UI\x02\x001.";
         let syntax = meta(0x10, b"UI", b"1.2.840.10008.1.2.1\0");
         let version = meta(1, b"OB", &[0, 1]);
@@ -113,13 +115,13 @@ mod tests {
             assert_eq!(read(&file), Ok(Header { syntax: EXPLICIT, explicit: true, rest: data }), "{name}");
         }
         let cut = [&preamble[..], &syntax[..12]].concat();
-        assert!(matches!(read(&cut), Err(Fault::Decode(e)) if e.contains("within its file meta group")));
+        assert!(matches!(read(&cut), Err(DecodeError::Decode(e)) if e.contains("within its file meta group")));
         assert_eq!(read(b"\x08\x00\x16\x00\x02\0\0\x001.").unwrap().syntax, IMPLICIT);
         assert_eq!(read(b"\x00\x08\x00\x16UI\x00\x021.").unwrap().syntax, BIG_ENDIAN);
     }
 
     #[test]
-    fn other_files_are_no_dicom() {
+    fn other_formats_are_not_dicom() {
         for bytes in [
             &b""[..],
             b"\x89PNG\r\n\x1a\n",

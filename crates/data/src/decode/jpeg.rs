@@ -1,59 +1,59 @@
-//! JPEG streams, as files and within DICOM: whether one is whole, and what its markers say about colour.
+//! JPEG streams in files and within DICOM: detection of truncated streams, and the colour information in markers.
 //!
-//! Decoders fill what is missing of a stream with grey and say nothing. A stream that ends before its end marker was cut short and is
-//! refused, as Pillow refuses it; a tail of zeros in place of the rest is no end either.
+//! Decoders silently fill the missing part of a stream with grey. A stream that ends before its end marker is truncated and refused, as by
+//! Pillow; a tail of zeros instead of the rest is no end marker either.
 
 use jpeg_decoder::{ColorTransform, PixelFormat};
 
-use super::{Fault, fail};
+use super::{DecodeError, fail};
 
-/// What the segments before the first scan say.
+/// Colour information from the segments before the first scan.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Markers {
-    /// There is a JFIF segment: colours are YCbCr.
+    /// Whether there is a JFIF segment, which implies YCbCr colours.
     jfif: bool,
-    /// There is an Adobe segment, and whether it says that colours were transformed.
+    /// Whether the Adobe segment declares transformed colours; `None` without such a segment.
     adobe: Option<bool>,
-    /// Components are called R, G, B.
+    /// Whether the components are named R, G, B.
     rgb_ids: bool,
 }
 
-/// Walks over all markers.
+/// Scans all markers of a stream.
 ///
 /// # Errors
-/// The stream does not begin as a JPEG, or ends before its end marker.
-pub(super) fn walk(stream: &[u8]) -> Result<Markers, Fault> {
-    let cut = || fail("the JPEG ends before its end marker: it was cut short");
+/// Returns [`DecodeError::Decode`] if the stream does not start as a JPEG or ends before its end marker.
+pub(super) fn scan_markers(stream: &[u8]) -> Result<Markers, DecodeError> {
+    let truncated = || fail("the JPEG ends before its end marker: it is truncated");
     if !stream.starts_with(&[0xff, 0xd8]) {
-        return Err(fail("it does not begin as a JPEG does"));
+        return Err(fail("it does not start as a JPEG"));
     }
     let mut out = Markers::default();
-    let mut at = 2;
+    let mut position = 2;
     loop {
-        // Between segments, and within a scan, everything up to the next 0xff is passed over; so are fill bytes.
-        at += stream[at..].iter().position(|b| *b == 0xff).ok_or_else(cut)?;
-        at += stream[at..].iter().position(|b| *b != 0xff).ok_or_else(cut)?;
-        let marker = stream[at];
-        at += 1;
+        // Between segments and within a scan, everything up to the next 0xff is skipped, as are fill bytes.
+        position += stream[position..].iter().position(|b| *b == 0xff).ok_or_else(truncated)?;
+        position += stream[position..].iter().position(|b| *b != 0xff).ok_or_else(truncated)?;
+        let marker = stream[position];
+        position += 1;
         match marker {
-            // A stuffed byte, a private marker without a length, restarts, another beginning.
+            // A stuffed byte, a private marker without a length, restarts, another start.
             0x00 | 0x01 | 0xd0..=0xd8 => {}
             0xd9 => return Ok(out),
             _ => {
-                let length = match stream.get(at..at + 2) {
+                let length = match stream.get(position..position + 2) {
                     Some(&[high, low]) => usize::from(u16::from_be_bytes([high, low])),
-                    _ => return Err(cut()),
+                    _ => return Err(truncated()),
                 };
-                let body = stream.get(at + 2..at + length.max(2)).ok_or_else(cut)?;
-                out.note(marker, body);
-                at += length.max(2);
+                let body = stream.get(position + 2..position + length.max(2)).ok_or_else(truncated)?;
+                out.record(marker, body);
+                position += length.max(2);
             }
         }
     }
 }
 
 impl Markers {
-    fn note(&mut self, marker: u8, body: &[u8]) {
+    fn record(&mut self, marker: u8, body: &[u8]) {
         match marker {
             0xe0..=0xef if body.starts_with(b"JFIF") => self.jfif = true,
             0xee if body.starts_with(b"Adobe") => self.adobe = body.get(11).map(|t| *t != 0),
@@ -66,8 +66,8 @@ impl Markers {
         }
     }
 
-    /// How colours are to be read where the data set calls them `photometric`: the stream knows better, as pydicom holds it too.
-    fn colours(&self, photometric: &str) -> ColorTransform {
+    /// Returns the colour transform for a data set that declares `photometric`; as in pydicom, the stream takes precedence.
+    fn colour_transform(&self, photometric: &str) -> ColorTransform {
         let transformed = if self.rgb_ids && (photometric != "RGB" || !self.jfif) {
             false
         } else if photometric != "RGB" || self.jfif {
@@ -79,22 +79,32 @@ impl Markers {
     }
 }
 
-/// A stream within DICOM, whose header claims this size and so many samples a pixel; colour comes out as RGB.
-pub(super) fn decode(stream: &[u8], size: (u32, u32), samples: usize, photometric: &str) -> Result<Vec<u16>, Fault> {
-    let markers = walk(stream)?;
+/// Decodes a stream within DICOM whose header claims this size and `samples` samples per pixel. Colours are returned as RGB.
+pub(super) fn decode(
+    stream: &[u8],
+    size: (u32, u32),
+    samples: usize,
+    photometric: &str,
+) -> Result<Vec<u16>, DecodeError> {
+    let markers = scan_markers(stream)?;
     let mut decoder = jpeg_decoder::Decoder::new(stream);
     decoder.read_info().map_err(fail)?;
     let info = decoder.info().ok_or_else(|| fail("its JPEG stream has no header"))?;
-    let found = (u32::from(info.width), u32::from(info.height));
-    if found != size {
-        let ((fw, fh), (w, h)) = (found, size);
-        return Err(Fault::Decode(format!("its JPEG stream is of {fw} x {fh} pixels, its header says {w} x {h}")));
+    let stream_size = (u32::from(info.width), u32::from(info.height));
+    if stream_size != size {
+        let (stream_width, stream_height) = stream_size;
+        let (width, height) = size;
+        return Err(DecodeError::Decode(format!(
+            "its JPEG stream has {stream_width} x {stream_height} pixels, but its header says {width} x {height}"
+        )));
     }
     match (info.pixel_format, samples) {
         (PixelFormat::L8 | PixelFormat::L16, 1) => {}
-        (PixelFormat::RGB24, 3) => decoder.set_color_transform(markers.colours(photometric)),
+        (PixelFormat::RGB24, 3) => decoder.set_color_transform(markers.colour_transform(photometric)),
         (other, n) => {
-            return Err(Fault::Decode(format!("its JPEG stream is {other:?}, its header says {n} samples a pixel")));
+            return Err(DecodeError::Decode(format!(
+                "its JPEG stream is {other:?}, but its header says {n} samples per pixel"
+            )));
         }
     }
     let bytes = decoder.decode().map_err(fail)?;
@@ -120,10 +130,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_is_whole_where_its_end_marker_stands() {
-        // An end marker within a segment, as of a thumbnail, is none; nor are stuffed bytes and restarts.
+    fn streams_without_an_end_marker_are_truncated() {
+        // An end marker within a segment, e.g. of a thumbnail, does not count; nor do stuffed bytes and restarts.
         let head: &[(u8, &[u8])] = &[(0xe1, b"Exif\xff\xd9"), (0xda, b"\x01\x01\x00\x00\x3f\x00")];
-        assert!(walk(&stream(head, b"\x12\xff\x00\x34\xff\xd0\x56\xff\xff\xd9junk")).is_ok());
+        assert!(scan_markers(&stream(head, b"\x12\xff\x00\x34\xff\xd0\x56\xff\xff\xd9junk")).is_ok());
         for rest in [
             &b""[..],
             b"\x12\xff",
@@ -133,13 +143,16 @@ mod tests {
             b"\x12\xff\xc4\x00\x09ab",
             &[0; 99],
         ] {
-            assert!(matches!(walk(&stream(head, rest)), Err(Fault::Decode(e)) if e.contains("cut short")), "{rest:?}");
+            assert!(
+                matches!(scan_markers(&stream(head, rest)), Err(DecodeError::Decode(e)) if e.contains("truncated")),
+                "{rest:?}"
+            );
         }
-        assert!(walk(b"\xff").is_err() && walk(b"\xff\xd8").is_err());
+        assert!(scan_markers(b"\xff").is_err() && scan_markers(b"\xff\xd8").is_err());
     }
 
     #[test]
-    fn colours_are_those_of_the_stream() {
+    fn stream_determines_the_colour_transform() {
         let frame =
             |ids: &[u8; 3]| [&[8, 0, 1, 0, 1, 3][..], &[ids[0], 17, 0], &[ids[1], 17, 0], &[ids[2], 17, 0]].concat();
         let adobe = |transform: u8| [&b"Adobe\0\x64\0\0\0\0"[..], &[transform]].concat();
@@ -155,8 +168,8 @@ mod tests {
             (vec![(0xc0, frame(b"\x01\x02\x03"))], "RGB", false),
         ] {
             let list: Vec<(u8, &[u8])> = segments.iter().map(|(m, b)| (*m, b.as_slice())).collect();
-            let found = walk(&stream(&list, b"\xff\xd9")).unwrap().colours(photometric);
-            assert_eq!(matches!(found, ColorTransform::YCbCr), transformed, "{segments:?} {photometric}");
+            let transform = scan_markers(&stream(&list, b"\xff\xd9")).unwrap().colour_transform(photometric);
+            assert_eq!(matches!(transform, ColorTransform::YCbCr), transformed, "{segments:?} {photometric}");
         }
     }
 }

@@ -1,10 +1,8 @@
-//! From encoded bytes to an 8-bit RGB image: PNG, JPEG and DICOM, the format told by the content.
+//! Decoding of PNG, JPEG and DICOM to 8-bit RGB images; the format is detected from the content.
 //!
-//! What differs between decoders is settled as Pillow's `convert("RGB")` settles it: transparency is dropped, not composed; of an
-//! animated PNG the default image is taken; an EXIF orientation is not applied, so pixels and boxes are those of the file. Grey of 16
-//! bits is scaled to 8. Sizes are judged from the header, before pixels are unpacked.
-//!
-//! Must not know: records, model families.
+//! Where decoders differ, this module follows Pillow's `convert("RGB")`: transparency is dropped, not composed; the default image of an
+//! animated PNG is used; EXIF orientation is not applied, so that pixels and boxes match the file. 16-bit grey is scaled to 8 bits. Size
+//! limits are checked on the header, before pixels are decoded.
 
 mod dataset;
 mod dicom;
@@ -15,19 +13,22 @@ mod raster;
 mod rle;
 mod voi;
 
-use crate::store::{Image, ImageError, MAX_PIXELS, MAX_SIDE};
+use std::path::Path;
 
-/// Why bytes are no image, without the image's name.
+use crate::image_store::read_image_file;
+use crate::rgb_image::{Image, ImageError, MAX_PIXELS, MAX_SIDE};
+
+/// Decoding error without the image's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Fault {
-    /// They cannot be decoded.
+enum DecodeError {
+    /// The bytes cannot be decoded.
     Decode(String),
-    /// The image is over a limit.
+    /// The image exceeds a limit.
     TooLarge { what: String, limit: u64 },
 }
 
-impl Fault {
-    fn named(self, name: &str) -> ImageError {
+impl DecodeError {
+    fn with_name(self, name: &str) -> ImageError {
         let name = name.to_owned();
         match self {
             Self::Decode(cause) => ImageError::Decode { name, cause },
@@ -36,34 +37,51 @@ impl Fault {
     }
 }
 
-fn fail<E: std::fmt::Display>(cause: E) -> Fault {
-    Fault::Decode(cause.to_string())
+fn fail<E: std::fmt::Display>(cause: E) -> DecodeError {
+    DecodeError::Decode(cause.to_string())
+}
+
+impl Image {
+    /// Decodes PNG, JPEG or DICOM bytes; the format is detected from the content. `name` appears in errors.
+    pub fn decode(bytes: &[u8], name: &str) -> Result<Self, ImageError> {
+        decode(bytes, name)
+    }
+
+    /// Reads and decodes a file.
+    pub fn open(path: &Path) -> Result<Self, ImageError> {
+        Self::decode(&read_image_file(path)?, &path.display().to_string())
+    }
+}
+
+/// Returns width and height of a PNG, JPEG or DICOM file from its header, without decoding the pixels.
+pub fn image_size(path: &Path) -> Result<(u32, u32), ImageError> {
+    size(&read_image_file(path)?, &path.display().to_string())
 }
 
 /// Decodes an image; `name` appears in errors.
-pub(crate) fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
-    let made = if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
-    made.map_err(|fault| fault.named(name))
+fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
+    let image = if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
+    image.map_err(|e| e.with_name(name))
 }
 
-/// Width and height from the header alone.
+/// Returns width and height from the header.
 pub(crate) fn size(bytes: &[u8], name: &str) -> Result<(u32, u32), ImageError> {
-    let found = if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
-    found.map_err(|fault| fault.named(name))
+    let size = if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
+    size.map_err(|e| e.with_name(name))
 }
 
-/// Refuses what is too large to be unpacked, or has no pixels.
-fn check_size(width: u32, height: u32) -> Result<(), Fault> {
+/// Checks that an image has pixels and is not too large to be decoded.
+fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
     if width == 0 || height == 0 {
-        return Err(Fault::Decode(format!("it has {width} x {height} pixels")));
+        return Err(DecodeError::Decode(format!("it has {width} x {height} pixels")));
     }
     if let Some(side) = [width, height].into_iter().find(|s| *s > MAX_SIDE) {
         let what = format!("a side of {side} pixels ({width} x {height})");
-        return Err(Fault::TooLarge { what, limit: u64::from(MAX_SIDE) });
+        return Err(DecodeError::TooLarge { what, limit: u64::from(MAX_SIDE) });
     }
     let pixels = u64::from(width) * u64::from(height);
     if pixels > MAX_PIXELS {
-        return Err(Fault::TooLarge { what: format!("{width} x {height} = {pixels} pixels"), limit: MAX_PIXELS });
+        return Err(DecodeError::TooLarge { what: format!("{width} x {height} = {pixels} pixels"), limit: MAX_PIXELS });
     }
     Ok(())
 }

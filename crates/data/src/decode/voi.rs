@@ -1,44 +1,45 @@
-//! From stored values of one DICOM channel to 8 bits: rescale, window or table, polarity (DICOM PS3.3 C.11.1, C.11.2, C.7.6.3).
+//! Conversion of stored values of one DICOM channel to 8 bits: rescaling, window or lookup table, polarity (DICOM PS3.3 C.11.1, C.11.2,
+//! C.7.6.3).
 
-/// How stored values are shown.
+/// Conversion of stored values to brightness.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Display {
-    /// Bits of a stored value, 1 to 16.
+    /// Bits per stored value, 1 to 16.
     pub bits: u32,
-    /// Stored values are in two's complement.
+    /// Whether stored values are in two's complement.
     pub signed: bool,
     /// Rescale slope and intercept.
     pub rescale: (f64, f64),
-    /// What spans black to white.
-    pub shown: Shown,
-    /// The smallest value is white (MONOCHROME1).
+    /// Mapping of rescaled values to brightness.
+    pub mapping: ValueMapping,
+    /// Whether the smallest value is white (MONOCHROME1).
     pub inverted: bool,
 }
 
-/// What of the rescaled values is shown.
+/// Mapping of rescaled values to brightness.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Shown {
-    /// The values that occur, smallest to largest.
+pub(super) enum ValueMapping {
+    /// The smallest occurring value is black, the largest white.
     Range,
     Window(Window),
-    Table(Table),
+    LookupTable(LookupTable),
 }
 
-/// A table of interest: brightness by rescaled value.
+/// VOI lookup table: brightness by rescaled value.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Table {
-    /// The value that the first entry is for; lower ones have it too, and values beyond the table its last.
+pub(super) struct LookupTable {
+    /// Value of the first entry, which lower values use as well; values beyond the table use the last entry.
     pub first: i32,
-    /// Bits of an entry, 8 to 16.
+    /// Bits per entry, 8 to 16.
     pub bits: u32,
     pub entries: Vec<u16>,
 }
 
-impl Table {
-    /// Share of full brightness, `[0, 1]`.
-    fn at(&self, x: f64) -> f64 {
+impl LookupTable {
+    /// Returns the brightness of a rescaled value, in `[0, 1]`.
+    fn brightness(&self, x: f64) -> f64 {
         let last = self.entries.len().saturating_sub(1);
-        // As a cast does: what is negative or no number becomes 0.
+        // The cast maps negative values and NaN to 0.
         let entry = self.entries.get(((x - f64::from(self.first)) as usize).min(last)).copied().unwrap_or(0);
         (f64::from(entry) / f64::from((1u32 << self.bits) - 1)).min(1.0)
     }
@@ -61,9 +62,10 @@ pub(super) enum Function {
 }
 
 impl Window {
-    /// Share of full brightness, `[0, 1]`.
-    fn at(&self, x: f64) -> f64 {
-        let (c, w) = (self.centre, self.width);
+    /// Returns the brightness of a rescaled value, in `[0, 1]`.
+    fn brightness(&self, x: f64) -> f64 {
+        let c = self.centre;
+        let w = self.width;
         match self.function {
             Function::Linear if w > 1.0 => ((x - (c - 0.5)) / (w - 1.0) + 0.5).clamp(0.0, 1.0),
             Function::Linear => f64::from(u8::from(x > c - 0.5)),
@@ -74,24 +76,25 @@ impl Window {
 }
 
 impl Display {
-    /// Levels of raw values, whose bits above `bits` are 0.
+    /// Converts raw values, whose bits above `bits` are ignored, to 8-bit levels.
     pub(super) fn levels(&self, raw: &[u16]) -> Vec<u8> {
         let last = u16::MAX >> (16 - self.bits.clamp(1, 16));
         let rescaled = |v: u16| self.stored(v) * self.rescale.0 + self.rescale.1;
         let range = || {
             let values = || raw.iter().map(|v| self.stored(*v & last));
-            let (low, high) = (values().fold(f64::MAX, f64::min), values().fold(f64::MIN, f64::max));
+            let low = values().fold(f64::MAX, f64::min);
+            let high = values().fold(f64::MIN, f64::max);
             let ends = [low, high].map(|v| v * self.rescale.0 + self.rescale.1);
             (ends[0].min(ends[1]), ends[0].max(ends[1]))
         };
-        let (low, high) = if self.shown == Shown::Range { range() } else { (0.0, 0.0) };
+        let (low, high) = if self.mapping == ValueMapping::Range { range() } else { (0.0, 0.0) };
         let table: Vec<u8> = (0..=last)
             .map(|v| {
-                let share = match &self.shown {
-                    Shown::Window(window) => window.at(rescaled(v)),
-                    Shown::Table(table) => table.at(rescaled(v)),
-                    Shown::Range if high > low => ((rescaled(v) - low) / (high - low)).clamp(0.0, 1.0),
-                    Shown::Range => 0.0,
+                let share = match &self.mapping {
+                    ValueMapping::Window(window) => window.brightness(rescaled(v)),
+                    ValueMapping::LookupTable(table) => table.brightness(rescaled(v)),
+                    ValueMapping::Range if high > low => ((rescaled(v) - low) / (high - low)).clamp(0.0, 1.0),
+                    ValueMapping::Range => 0.0,
                 };
                 let share = if self.inverted { 1.0 - share } else { share };
                 (share * 255.0).round() as u8
@@ -100,7 +103,7 @@ impl Display {
         raw.iter().map(|v| table[usize::from(*v & last)]).collect()
     }
 
-    /// The number that a raw value stands for.
+    /// Returns the stored number that a raw value encodes.
     fn stored(&self, raw: u16) -> f64 {
         let sign = 1i32 << (self.bits.clamp(1, 16) - 1);
         let value = i32::from(raw);
@@ -112,31 +115,32 @@ impl Display {
 mod tests {
     use super::*;
 
-    fn display(shown: Shown) -> Display {
-        Display { bits: 12, signed: true, rescale: (2.0, -10.0), shown, inverted: false }
+    fn display(mapping: ValueMapping) -> Display {
+        Display { bits: 12, signed: true, rescale: (2.0, -10.0), mapping, inverted: false }
     }
 
     #[test]
-    fn by_hand() {
+    fn levels_by_hand() {
         let raw = [0, 1, 0xfff, 0x800, 0x7ff];
-        assert_eq!(display(Shown::Range).levels(&raw), [128, 128, 127, 0, 255]);
-        let window = |function| Shown::Window(Window { centre: -10.0, width: 11.0, function });
+        assert_eq!(display(ValueMapping::Range).levels(&raw), [128, 128, 127, 0, 255]);
+        let window = |function| ValueMapping::Window(Window { centre: -10.0, width: 11.0, function });
         // Rescaled: -10, -8, -12, very low, very high.
         assert_eq!(display(window(Function::Linear)).levels(&raw), [140, 191, 89, 0, 255]);
         assert_eq!(display(window(Function::LinearExact)).levels(&raw), [128, 174, 81, 0, 255]);
         assert_eq!(display(window(Function::Sigmoid)).levels(&raw), [128, 172, 83, 0, 255]);
         let inverted = Display { inverted: true, ..display(window(Function::Linear)) };
         assert_eq!(inverted.levels(&raw), [115, 64, 166, 255, 0]);
-        // Of the values -10, -8, -12 and the ends; the table begins at -11.
-        let table = |bits| Shown::Table(Table { first: -11, bits, entries: vec![10, 20, 30, 255] });
+        // The values are -10, -8, -12 and the extremes; the table starts at -11.
+        let table = |bits| ValueMapping::LookupTable(LookupTable { first: -11, bits, entries: vec![10, 20, 30, 255] });
         assert_eq!(display(table(8)).levels(&raw), [20, 255, 10, 10, 255]);
         assert_eq!(display(table(10)).levels(&raw), [5, 64, 2, 2, 64]);
         assert_eq!(Display { inverted: true, ..display(table(8)) }.levels(&raw), [235, 0, 245, 245, 0]);
     }
 
     #[test]
-    fn a_negative_slope_turns_and_a_flat_image_is_black() {
-        let d = Display { bits: 16, signed: false, rescale: (-1.0, 0.0), shown: Shown::Range, inverted: false };
+    fn negative_slope_inverts_and_flat_images_are_black() {
+        let d =
+            Display { bits: 16, signed: false, rescale: (-1.0, 0.0), mapping: ValueMapping::Range, inverted: false };
         assert_eq!(d.levels(&[0, 65535, 100]), [255, 0, 255]);
         assert_eq!(d.levels(&[7, 7]), [0, 0]);
         assert_eq!(d.levels(&[]), [0u8; 0]);

@@ -1,22 +1,28 @@
-//! Multiple choice: how a question with choices becomes a record. Pure.
+//! Multiple-choice questions: conversion to a record.
 //!
-//! The question holds the choices, one a line; `answer` is the text of the right one; `options` and `answer_option` keep both apart.
+//! The question lists the choices, one per line; `answer` is the text of the right one. The keys `options` and `answer_option` hold the
+//! choices by letter and the letter of the right one.
 
 use serde_json::{Map, Value, json};
 
-use super::item::Item;
+use super::draft::DraftRecord;
 
-/// The rule for a question whose answer is not among its choices.
+/// Reason for leaving out a question whose answer is not among its choices.
 pub(super) const NO_CHOICE: &str = "its answer is none of its choices";
 
 /// Letter and text of each choice.
 pub(super) type Choices = Vec<(char, String)>;
 
-/// Puts a question with choices into an item.
+/// Sets the question, answer and options of a draft.
 ///
 /// # Errors
-/// The rule by which it is left out: the right letter is not among the choices, or there is no question.
-pub(super) fn ask(item: &mut Item, question: &str, choices: &Choices, right: char) -> Result<(), &'static str> {
+/// Returns the reason for leaving it out: the right letter is not among the choices, or there is no question.
+pub(super) fn set_question(
+    item: &mut DraftRecord,
+    question: &str,
+    choices: &Choices,
+    right: char,
+) -> Result<(), &'static str> {
     let Some((_, answer)) = choices.iter().find(|(letter, _)| *letter == right) else { return Err(NO_CHOICE) };
     if question.trim().is_empty() {
         return Err("it has no question");
@@ -31,23 +37,24 @@ pub(super) fn ask(item: &mut Item, question: &str, choices: &Choices, right: cha
     Ok(())
 }
 
-/// The letter of the choice with this text; case, spaces and a full stop at the end do not count.
+/// Returns the letter of the choice with this text, ignoring case, outer spaces and a final full stop.
 pub(super) fn letter_of(choices: &Choices, answer: &str) -> Option<char> {
-    let plain = |t: &str| t.trim().trim_end_matches('.').trim().to_lowercase();
-    let want = plain(answer);
-    choices.iter().find(|(_, text)| plain(text) == want).map(|(letter, _)| *letter)
+    let normalized = |t: &str| t.trim().trim_end_matches('.').trim().to_lowercase();
+    let expected = normalized(answer);
+    choices.iter().find(|(_, text)| normalized(text) == expected).map(|(letter, _)| *letter)
 }
 
-/// The text of a choice without its own letter: ` A:Atelectasis ` is `Atelectasis`.
-pub(super) fn unlettered(letter: char, text: &str) -> String {
+/// Removes the leading letter of a choice: ` A:Atelectasis ` becomes `Atelectasis`.
+pub(super) fn strip_letter(letter: char, text: &str) -> String {
     let text = text.trim_matches(|c: char| c.is_whitespace() || c == '"' || c == '\u{a0}');
     let rest = text.strip_prefix(letter).and_then(|r| r.trim_start().strip_prefix([':', '.', ')']));
     rest.unwrap_or(text).trim().to_owned()
 }
 
-/// The choices of one text: `A: small. B: None of the above.`, also with `.` or `)` after the letters.
-pub(super) fn split(text: &str) -> Choices {
-    let (mut out, mut rest) = (Choices::new(), text.trim());
+/// Splits one text into its choices: `A: small. B: None of the above.`, also with `.` or `)` after the letters.
+pub(super) fn split_choices(text: &str) -> Choices {
+    let mut out = Choices::new();
+    let mut rest = text.trim();
     let Some(mark) = rest.strip_prefix('A').and_then(|r| r.chars().next()).filter(|c| [':', '.', ')'].contains(c))
     else {
         return out;
@@ -61,7 +68,7 @@ pub(super) fn split(text: &str) -> Choices {
     out
 }
 
-/// The letter that a text begins with, alone or before what is no letter: `C`, `C: text`, `A. Yes`.
+/// Returns the capital letter that a text begins with, if it stands alone: `C`, `C: text`, `A. Yes`.
 pub(super) fn first_letter(text: &str) -> Option<char> {
     let mut chars = text.trim().chars();
     let letter = chars.next().filter(char::is_ascii_uppercase)?;
@@ -73,27 +80,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn choices_of_one_text() {
-        let c = split("A:  One. B: left lower area and B vitamins. C: None of the above.");
+    fn choices_are_split_and_matched() {
+        let c = split_choices("A:  One. B: left lower area and B vitamins. C: None of the above.");
         assert_eq!(
             c,
             [('A', "One".into()), ('B', "left lower area and B vitamins".into()), ('C', "None of the above".into())]
         );
-        assert_eq!((split("no letters"), split("A"), split("")), (vec![], vec![], vec![]));
+        assert_eq!((split_choices("no letters"), split_choices("A"), split_choices("")), (vec![], vec![], vec![]));
         let yes_no = [('A', "no".to_owned()), ('B', "yes".to_owned())];
         for text in ["A: no, B: yes", "A: no. B: yes.", "A. no; B. yes", "A) no B) yes"] {
-            assert_eq!(split(text), yes_no, "{text}");
+            assert_eq!(split_choices(text), yes_no, "{text}");
         }
         assert_eq!(
             ["C", " A: Yes", "B.", "Yes", "a", "", "A_", "E: x"].map(first_letter),
             [Some('C'), Some('A'), Some('B'), None, None, None, None, Some('E')]
         );
         assert_eq!(letter_of(&c, " none of the ABOVE. "), Some('C'));
-        assert_eq!(unlettered('B', " B:Atelectasis "), "Atelectasis");
-        assert_eq!(unlettered('B', "Bronchitis"), "Bronchitis");
-        let mut item = Item::default();
-        assert_eq!(ask(&mut item, "What?", &c, 'D'), Err(NO_CHOICE));
-        ask(&mut item, "What? ", &c, 'A').unwrap();
+        assert_eq!(strip_letter('B', " B:Atelectasis "), "Atelectasis");
+        assert_eq!(strip_letter('B', "Bronchitis"), "Bronchitis");
+        let mut item = DraftRecord::default();
+        assert_eq!(set_question(&mut item, "What?", &c, 'D'), Err(NO_CHOICE));
+        set_question(&mut item, "What? ", &c, 'A').unwrap();
         assert!(item.question.unwrap().starts_with("What?\nA: One\nB: left"));
         assert_eq!((item.answer.as_str(), &item.extra["answer_option"]), ("One", &json!("A")));
     }

@@ -1,4 +1,4 @@
-//! Names of the formats that can be imported.
+//! Formats that can be imported, and their names on the command line.
 
 /// A data set or an annotation format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,13 +39,13 @@ pub enum Format {
     Llava,
 }
 
-/// No format has this name.
+/// Error for a name that is not a format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("there is no format \"{0}\"; the formats are {list}", list = Format::ALL.map(Format::name).join(", "))]
 pub struct UnknownFormat(String);
 
 impl Format {
-    /// All of them.
+    /// All formats.
     pub const ALL: [Self; 17] = [
         Self::Voc,
         Self::Coco,
@@ -66,7 +66,7 @@ impl Format {
         Self::Llava,
     ];
 
-    /// The name on the command line.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Voc => "voc",
@@ -89,12 +89,12 @@ impl Format {
         }
     }
 
-    /// Whether the annotations name their images, which may then lie elsewhere; else images are found by where they lie.
+    /// Returns whether the annotations name their images, which may then be in another folder; otherwise location decides.
     pub(super) fn names_images(self) -> bool {
         !matches!(self, Self::Voc | Self::Yolo | Self::KidneyStone | Self::Tbx11k)
     }
 
-    /// The formats that say nothing of what they hold are named by their folder in `source`; the data sets by their own name.
+    /// Returns whether this is an annotation format: its records get the folder's name as `source`, those of a data set the format's name.
     pub(super) fn is_generic(self) -> bool {
         matches!(self, Self::Voc | Self::Coco | Self::Yolo | Self::Via | Self::MsSwift | Self::Llava)
     }

@@ -1,32 +1,32 @@
-//! Importers: other annotation formats to record files. Each says what it left out, and why.
+//! Importers: they convert other annotation formats to record files and report what they left out, and why.
 //!
-//! Owns the formats and their rules: a module per format turns a folder into items, and the modules `finish`, `place`, `split` and
-//! `leaks` turn items into records in one way for all. Must not know: model families, what is done with the records.
+//! A module per format parses a folder into draft records; `record_builder`, `box_placement`, `split` and `leaks` turn drafts into records
+//! in the same way for all formats.
 //!
 //! Rules for all formats:
-//! - An image without a box says "no finding", so an image is left out when one of its objects could not be read or has no class, and
-//!   when all its boxes were left out. Objects of classes that were not asked for do not count.
-//! - A set without one object is an error: it would teach "no finding" for everything.
-//! - Texts are UTF-8, UTF-16 with a byte order mark, or (XML) what the declaration says. `._*` and `__MACOSX` are no data.
+//! - A record without a box means "no finding", so an image is left out if one of its objects could not be read or has no class, or if
+//!   all its boxes were left out. Objects of classes that were not asked for do not count.
+//! - A data set without any object is an error: it would teach "no finding" for everything.
+//! - Text files are UTF-8, UTF-16 with a byte order mark, or (XML) in the declared encoding. `._*` and `__MACOSX` are ignored.
 //!
-//! Rules for all formats but Pascal VOC, which is strict (what is missing or corrupt stops it, and nothing is clipped):
-//! - An image that is missing or corrupt, a path that leaves the source folder or is not UTF-8: left out, reported.
-//! - A box that overhangs the image is clipped to it when at least half of it lies inside, else left out. One without area, inverted or
-//!   not finite is left out.
-//! - Boxes are in the frame of the size that the annotation states. An image of another size but the same shape has them scaled; one of
-//!   another shape has them left out.
-//! - Splits are the published ones where there are any, else (or with `resplit`) eight tenths train, one val, one test by a hash of the
-//!   patient, or of the image's pixels where no patient is known.
+//! Rules for all formats except Pascal VOC, which is strict (a missing or corrupt file is an error, and nothing is clipped):
+//! - An image that is missing or corrupt, or whose path leaves the source folder or is not UTF-8, is left out and reported.
+//! - A box that overhangs the image is clipped to it if at least half of it is inside, else left out. A box that is inverted, not finite
+//!   or without area is left out.
+//! - Boxes refer to the image size that the annotation states. If the image has another size but the same shape, they are scaled; if it
+//!   has another shape, they are left out.
+//! - Splits are the published ones if there are any, else (or with `resplit`) 80 % train, 10 % val and 10 % test by a hash of the
+//!   patient, or of the image's pixels if no patient is known.
 
+mod box_placement;
 mod choices;
 mod coco;
 mod conversation;
 mod deeplesion;
+mod draft;
 mod encoding;
-mod finish;
 mod format;
 mod images;
-mod item;
 mod kidney_stone;
 mod kvasir;
 mod leaks;
@@ -36,8 +36,8 @@ mod medvh;
 mod ms_swift;
 mod nih;
 mod omnimedvqa;
-mod place;
 mod pmc_vqa;
+mod record_builder;
 mod report;
 mod slake;
 mod source;
@@ -58,33 +58,33 @@ use std::path::{Path, PathBuf};
 pub use format::{Format, UnknownFormat};
 pub use report::{ImportReport, Leak, LeftOut};
 
+use crate::image_store::ImageError;
 use crate::records::RecordsError;
-use crate::store::ImageError;
-use item::Found;
-use source::Source;
+use draft::ParsedDataset;
+use source::SourceFolder;
 
-/// What to take over, and how.
+/// Options of an import.
 #[derive(Debug, Clone, Default)]
 pub struct ImportOptions {
-    /// Only this split; all images otherwise.
+    /// Split to import; `None`: all.
     pub split: Option<String>,
-    /// Only this class's boxes; images without one become "no finding".
+    /// Class whose boxes are imported; images without one become "no finding". `None`: all classes.
     pub class: Option<ClassFilter>,
-    /// Written to every record in place of what the data set says.
+    /// Modality of every record, instead of the one in the data set.
     pub modality: Option<String>,
-    /// Asked of every image that brings no question of its own.
+    /// Question for every image that has none.
     pub question: Option<String>,
-    /// Splits by patient or image instead of the published ones.
+    /// Assigns splits by patient or image instead of using the published ones.
     pub resplit: bool,
-    /// Where images lie that are not in the source folder.
+    /// Folder of images that are not in the source folder.
     pub images: Option<PathBuf>,
-    /// Written to every record as its `suite_task`, in place of what the data set's file names say.
+    /// `suite_task` of every record, instead of the one in the data set's file names.
     pub task: Option<String>,
-    /// Leaves out an image whose pixels are also in another split: the copy in test stays before val before train.
+    /// Leaves out an image whose pixels are also in another split: the copy in test is kept, else in val, else in train.
     pub drop_leaks: bool,
 }
 
-/// One class of the data set and the words that it gets.
+/// A class of the data set, and what it is called in the records.
 #[derive(Debug, Clone)]
 pub struct ClassFilter {
     /// Name in the annotations.
@@ -93,31 +93,31 @@ pub struct ClassFilter {
     pub category: String,
 }
 
-/// Why an import stopped; nothing is written under the output's name then.
+/// Error of an import; the record file is not written then.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// The source folder, or that of the images, is not there.
+    /// The source folder or the folder of images does not exist or is not a folder.
     #[error("{} {what}", path.display())]
     NoFolder {
-        /// Which.
+        /// The folder.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         what: &'static str,
     },
     /// A file or folder cannot be read or written.
     #[error("{}: {cause}", path.display())]
     Io {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         cause: std::io::Error,
     },
-    /// An annotation cannot be understood.
+    /// An annotation file cannot be parsed.
     #[error("{}: {cause}", file.display())]
     Annotation {
         /// The annotation file.
         file: PathBuf,
-        /// What is wrong.
+        /// Description of the problem.
         cause: String,
     },
     /// The data set as a whole does not fit the request.
@@ -125,7 +125,7 @@ pub enum ImportError {
     Source {
         /// The data set's folder.
         src: PathBuf,
-        /// What is wrong and what would do.
+        /// Description of the problem, and what to do.
         what: String,
     },
     /// An image is missing or corrupt.
@@ -138,37 +138,37 @@ pub enum ImportError {
 
 /// Imports the folder `src` of the given format into the record file `out`.
 ///
-/// Images under the folder of `out` are used where they lie; others are hard-linked (copied where that fails) into
-/// `<stem of out>_images/` beside it, because an image path may not leave the folder of its record file.
+/// Images under the folder of `out` are used in place; others are hard-linked (copied if that fails) into `<stem of out>_images/` next to
+/// it, because an image path may not leave the folder of its record file.
 ///
 /// # Errors
-/// The folder is not there or not of the format, or the request does not fit it; what is wrong with single images or objects is
-/// reported instead.
+/// Returns an error if the folder does not exist, does not have this format, or does not fit the options. Problems with single images or
+/// objects are in the report instead.
 pub fn import(format: Format, src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
-    let mut found = Found::new(Source::new(src, options.images.as_deref())?);
+    let mut dataset = ParsedDataset::new(SourceFolder::new(src, options.images.as_deref())?);
     if options.images.is_some() && !format.names_images() {
-        return Err(found
+        return Err(dataset
             .source
-            .wrong(format!("images of {} lie beside their annotations: leave out --images", format.name())));
+            .dataset_error(format!("images of {} are next to their annotations: leave out --images", format.name())));
     }
     match format {
-        Format::Voc => voc::read(&mut found, options)?,
-        Format::Coco => coco::read(&mut found)?,
-        Format::Yolo => yolo::read(&mut found)?,
-        Format::Via => via::read(&mut found)?,
-        Format::DeepLesion => deeplesion::read(&mut found)?,
-        Format::NihChestXray => nih::read(&mut found)?,
-        Format::Tbx11k => tbx11k::read(&mut found)?,
-        Format::KvasirSeg => kvasir::read(&mut found)?,
-        Format::KidneyStone => kidney_stone::read(&mut found)?,
-        Format::MedGrit => med_grit::read(&mut found, options)?,
-        Format::Slake => slake::read(&mut found)?,
-        Format::VqaRad => vqa_rad::read(&mut found)?,
-        Format::PmcVqa => pmc_vqa::read(&mut found)?,
-        Format::OmniMedVqa => omnimedvqa::read(&mut found)?,
-        Format::MedVh => medvh::read(&mut found)?,
-        Format::MsSwift => ms_swift::read(&mut found)?,
-        Format::Llava => llava::read(&mut found)?,
+        Format::Voc => voc::read(&mut dataset, options)?,
+        Format::Coco => coco::read(&mut dataset)?,
+        Format::Yolo => yolo::read(&mut dataset)?,
+        Format::Via => via::read(&mut dataset)?,
+        Format::DeepLesion => deeplesion::read(&mut dataset)?,
+        Format::NihChestXray => nih::read(&mut dataset)?,
+        Format::Tbx11k => tbx11k::read(&mut dataset)?,
+        Format::KvasirSeg => kvasir::read(&mut dataset)?,
+        Format::KidneyStone => kidney_stone::read(&mut dataset)?,
+        Format::MedGrit => med_grit::read(&mut dataset, options)?,
+        Format::Slake => slake::read(&mut dataset)?,
+        Format::VqaRad => vqa_rad::read(&mut dataset)?,
+        Format::PmcVqa => pmc_vqa::read(&mut dataset)?,
+        Format::OmniMedVqa => omnimedvqa::read(&mut dataset)?,
+        Format::MedVh => medvh::read(&mut dataset)?,
+        Format::MsSwift => ms_swift::read(&mut dataset)?,
+        Format::Llava => llava::read(&mut dataset)?,
     }
-    finish::finish(found, format, out, options)
+    record_builder::build_records(dataset, format, out, options)
 }

@@ -1,5 +1,5 @@
-//! Reading a data set's folder: texts, JSON, CSV, images by name. Every path that an annotation names is kept inside the folder, or
-//! inside the one that `--images` names. What macOS leaves beside files (`._NAME`, `__MACOSX/`) is no data.
+//! Access to a data set's folder: text, JSON, CSV, images by name. A path named by an annotation must stay inside the folder or inside
+//! the one given with `--images`. Files that macOS adds (`._NAME`, `__MACOSX/`) are ignored.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
@@ -10,30 +10,32 @@ use serde_json::Value;
 use super::{ImportError, encoding};
 use crate::files::open_regular;
 
-/// Longest annotation file that is read, in bytes.
+/// Largest annotation file that is read, in bytes.
 const MAX_TEXT: u64 = 2 << 30;
-/// Folders are searched to this depth.
+/// Depth to which folders are searched.
 const MAX_DEPTH: usize = 8;
 
-/// Endings of the images that are read.
+/// File name extensions of images.
 pub(super) const IMAGES: [&str; 4] = ["jpg", "jpeg", "png", "dcm"];
 
-/// The rule for a path that an annotation should not name.
-pub(super) const LEAVES: &str = "its image path leaves the source folder";
-/// The rule for an image that is not there.
+/// Reason for leaving out an image whose path leaves the source folder.
+pub(super) const OUTSIDE: &str = "its image path leaves the source folder";
+/// Reason for leaving out an image that does not exist.
 pub(super) const MISSING: &str = "its image is missing";
 
 /// A data set's folder.
 #[derive(Debug, Clone)]
-pub(super) struct Source {
+pub(super) struct SourceFolder {
     pub(super) root: PathBuf,
-    /// Where images lie that are not in the folder.
+    /// Additional folder of images (`--images`).
     pub(super) images: Option<PathBuf>,
 }
 
-impl Source {
+impl SourceFolder {
+    /// Creates the folder after checking that it and `images` exist.
+    ///
     /// # Errors
-    /// One of the folders is not there, or is a file.
+    /// Returns [`ImportError::NoFolder`] if one of them does not exist or is a file, [`ImportError::Io`] if it cannot be read.
     pub(super) fn new(root: &Path, images: Option<&Path>) -> Result<Self, ImportError> {
         for folder in images.into_iter().chain([root]) {
             match std::fs::metadata(folder) {
@@ -50,77 +52,77 @@ impl Source {
         Ok(Self { root: root.to_owned(), images: images.map(Path::to_owned) })
     }
 
-    /// An error about the folder as a whole.
-    pub(super) fn wrong(&self, what: impl Into<String>) -> ImportError {
+    /// Returns an error about the data set as a whole.
+    pub(super) fn dataset_error(&self, what: impl Into<String>) -> ImportError {
         ImportError::Source { src: self.root.clone(), what: what.into() }
     }
 
     /// Reads a text file: UTF-8, or UTF-16 with a byte order mark.
-    pub(super) fn text(&self, path: &Path) -> Result<String, ImportError> {
-        encoding::text(self.bytes(path, MAX_TEXT)?).map_err(|cause| wrong_file(path, cause))
+    pub(super) fn read_text(&self, path: &Path) -> Result<String, ImportError> {
+        encoding::decode_text(self.read_bytes(path, MAX_TEXT)?).map_err(|cause| file_error(path, cause))
     }
 
-    /// Reads a file of at most this many bytes.
-    pub(super) fn bytes(&self, path: &Path, most: u64) -> Result<Vec<u8>, ImportError> {
+    /// Reads a file of at most `most` bytes.
+    pub(super) fn read_bytes(&self, path: &Path, most: u64) -> Result<Vec<u8>, ImportError> {
         let io = |cause| ImportError::Io { path: path.to_owned(), cause };
         let mut bytes = Vec::new();
         let file = open_regular(path).map_err(io)?;
         if file.take(most + 1).read_to_end(&mut bytes).map_err(io)? as u64 > most {
-            return Err(wrong_file(path, format!("the file is longer than {most} bytes")));
+            return Err(file_error(path, format!("the file is longer than {most} bytes")));
         }
         Ok(bytes)
     }
 
     /// Reads a file as one JSON value.
-    pub(super) fn json(&self, path: &Path) -> Result<Value, ImportError> {
-        serde_json::from_str(&self.text(path)?).map_err(|e| wrong_file(path, format!("not JSON: {e}")))
+    pub(super) fn read_json(&self, path: &Path) -> Result<Value, ImportError> {
+        serde_json::from_str(&self.read_text(path)?).map_err(|e| file_error(path, format!("not JSON: {e}")))
     }
 
     /// Reads a JSON array, or JSON lines, as a list of values.
-    pub(super) fn json_rows(&self, path: &Path) -> Result<Vec<Value>, ImportError> {
-        let text = self.text(path)?;
+    pub(super) fn read_json_rows(&self, path: &Path) -> Result<Vec<Value>, ImportError> {
+        let text = self.read_text(path)?;
         if text.trim_start().starts_with('[') {
             return match serde_json::from_str(&text) {
                 Ok(Value::Array(rows)) => Ok(rows),
-                Ok(_) => Err(wrong_file(path, "not a JSON array".to_owned())),
-                Err(e) => Err(wrong_file(path, format!("not JSON: {e}"))),
+                Ok(_) => Err(file_error(path, "not a JSON array".to_owned())),
+                Err(e) => Err(file_error(path, format!("not JSON: {e}"))),
             };
         }
         let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
         lines
             .map(|(i, l)| {
-                serde_json::from_str(l).map_err(|e| wrong_file(path, format!("line {}: not JSON: {e}", i + 1)))
+                serde_json::from_str(l).map_err(|e| file_error(path, format!("line {}: not JSON: {e}", i + 1)))
             })
             .collect()
     }
 
     /// Reads a CSV file by its header.
-    pub(super) fn csv(&self, path: &Path) -> Result<Table, ImportError> {
-        let text = self.text(path)?;
-        let bad = |e: csv::Error| wrong_file(path, format!("not CSV: {e}"));
+    pub(super) fn read_csv(&self, path: &Path) -> Result<Table, ImportError> {
+        let text = self.read_text(path)?;
+        let csv_error = |e: csv::Error| file_error(path, format!("not CSV: {e}"));
         let mut reader = csv::ReaderBuilder::new().flexible(true).trim(csv::Trim::All).from_reader(text.as_bytes());
-        let header = reader.headers().map_err(bad)?.iter().map(str::to_owned).collect();
-        let rows = reader.records().collect::<Result<Vec<_>, _>>().map_err(bad)?;
+        let header = reader.headers().map_err(csv_error)?.iter().map(str::to_owned).collect();
+        let rows = reader.records().collect::<Result<Vec<_>, _>>().map_err(csv_error)?;
         Ok(Table { file: path.to_owned(), header, rows })
     }
 
-    /// The file that an annotation names, relative to `folder`: a path that stays inside the source folder. Backslashes count as
-    /// slashes. An absolute path passes when it lies inside.
-    pub(super) fn inside(&self, folder: &Path, named: &str) -> Option<PathBuf> {
-        below(&self.root, folder, named)
+    /// Resolves a path named by an annotation, relative to `folder`; `None` if it leaves the source folder. Backslashes count as
+    /// slashes. An absolute path is accepted if it is inside.
+    pub(super) fn resolve_inside(&self, folder: &Path, named: &str) -> Option<PathBuf> {
+        resolve_below(&self.root, folder, named)
     }
 
-    /// The first of these folders (relative to the root, then to the folder of `--images`) that holds the named image; last, the
-    /// folder of `--images` itself.
+    /// Finds a named image in the first of `folders` that contains it: relative to the root, then to the folder of `--images`, and last
+    /// in the folder of `--images` itself.
     ///
     /// # Errors
-    /// The rule by which the item is left out: no path inside the folder, or no such file.
-    pub(super) fn image(&self, folders: &[&str], named: &str) -> Result<PathBuf, &'static str> {
-        let own = folders.iter().map(|f| (&self.root, *f));
-        let other = self.images.iter().flat_map(|root| folders.iter().copied().chain([""]).map(move |f| (root, f)));
-        let mut reason = LEAVES;
-        for (root, folder) in own.chain(other) {
-            if let Some(path) = below(root, &root.join(folder), named) {
+    /// Returns the reason for leaving the image out: its path leaves the folder, or there is no such file.
+    pub(super) fn find_image(&self, folders: &[&str], named: &str) -> Result<PathBuf, &'static str> {
+        let in_root = folders.iter().map(|f| (&self.root, *f));
+        let in_images = self.images.iter().flat_map(|root| folders.iter().copied().chain([""]).map(move |f| (root, f)));
+        let mut reason = OUTSIDE;
+        for (root, folder) in in_root.chain(in_images) {
+            if let Some(path) = resolve_below(root, &root.join(folder), named) {
                 if path.is_file() {
                     return Ok(path);
                 }
@@ -130,22 +132,23 @@ impl Source {
         Err(reason)
     }
 
-    /// Files below `folder` with one of these endings, down to `depth` folders, sorted.
-    pub(super) fn files(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
-        self.files_to(folder, endings, depth.min(MAX_DEPTH))
+    /// Returns the files below `folder` with one of these extensions, sorted; searches `depth` levels, at most eight.
+    pub(super) fn list_files(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
+        self.list_files_to_depth(folder, endings, depth.min(MAX_DEPTH))
     }
 
-    /// The same without a limit of depth but the given one.
-    pub(super) fn files_to(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
-        let (mut out, mut seen) = (Vec::new(), HashSet::new());
+    /// Returns the files below `folder` with one of these extensions, sorted; searches `depth` levels.
+    pub(super) fn list_files_to_depth(&self, folder: &Path, endings: &[&str], depth: usize) -> Vec<PathBuf> {
+        let mut out = Vec::new();
+        let mut seen = HashSet::new();
         let mut todo = vec![(folder.to_owned(), 0)];
         while let Some((dir, level)) = todo.pop() {
-            // A link to a folder above would otherwise lead round in circles.
+            // A link to a parent folder would otherwise loop.
             if !dir.canonicalize().is_ok_and(|full| seen.insert(full)) {
                 continue;
             }
             for path in std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|e| e.path()) {
-                if is_leftover(&path) {
+                if is_macos_leftover(&path) {
                     continue;
                 }
                 if path.is_dir() {
@@ -161,11 +164,11 @@ impl Source {
         out
     }
 
-    /// All images below the root, then below the folder of `--images`, by file name; the first of two with the same name counts.
+    /// Returns all images below the root and below the folder of `--images` by file name; the first of two with the same name wins.
     pub(super) fn images_by_name(&self) -> BTreeMap<String, PathBuf> {
         let mut out = BTreeMap::new();
-        let other = self.images.iter().flat_map(|folder| self.files(folder, &IMAGES, MAX_DEPTH));
-        for path in self.files(&self.root, &IMAGES, MAX_DEPTH).into_iter().chain(other) {
+        let other = self.images.iter().flat_map(|folder| self.list_files(folder, &IMAGES, MAX_DEPTH));
+        for path in self.list_files(&self.root, &IMAGES, MAX_DEPTH).into_iter().chain(other) {
             if let Some(name) = path.file_name() {
                 out.entry(name.to_string_lossy().into_owned()).or_insert(path);
             }
@@ -174,16 +177,16 @@ impl Source {
     }
 }
 
-/// The path `named` from `folder`, kept below `root`.
-fn below(root: &Path, folder: &Path, named: &str) -> Option<PathBuf> {
+/// Resolves `named` from `folder`; `None` if the path leaves `root`.
+fn resolve_below(root: &Path, folder: &Path, named: &str) -> Option<PathBuf> {
     let named = named.replace('\\', "/");
     if named.is_empty() || named.contains('\0') || named.contains("://") {
         return None;
     }
     let full = folder.join(&named);
     let mut out = PathBuf::new();
-    for part in full.strip_prefix(root).ok()?.components() {
-        match part {
+    for component in full.strip_prefix(root).ok()?.components() {
+        match component {
             Component::Normal(p) => out.push(p),
             Component::CurDir => {}
             Component::ParentDir if out.pop() => {}
@@ -193,22 +196,22 @@ fn below(root: &Path, folder: &Path, named: &str) -> Option<PathBuf> {
     Some(root.join(out))
 }
 
-/// Whether macOS left this beside a file: AppleDouble (`._NAME`), or the folder of such in its archives.
-pub(super) fn is_leftover(path: &Path) -> bool {
+/// Returns whether macOS created this entry: an AppleDouble file (`._NAME`) or the `__MACOSX` folder of its archives.
+pub(super) fn is_macos_leftover(path: &Path) -> bool {
     path.file_name().is_some_and(|n| n == "__MACOSX" || n.as_encoded_bytes().starts_with(b"._"))
 }
 
-/// An error about one annotation file.
-pub(super) fn wrong_file(file: &Path, cause: String) -> ImportError {
+/// Returns an error about one annotation file.
+pub(super) fn file_error(file: &Path, cause: String) -> ImportError {
     ImportError::Annotation { file: file.to_owned(), cause }
 }
 
-/// Whether a path ends in one of these endings, in either case.
+/// Returns whether a path has one of these extensions, ignoring case.
 pub(super) fn has_ending(path: &Path, endings: &[&str]) -> bool {
     path.extension().is_some_and(|e| endings.iter().any(|want| e.eq_ignore_ascii_case(want)))
 }
 
-/// The name of a file without folder and ending.
+/// Returns the name of a file without folder and extension.
 pub(super) fn stem(path: &Path) -> String {
     path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default()
 }
@@ -221,24 +224,24 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Position of a column.
+    /// Returns the index of a column.
     ///
     /// # Errors
-    /// There is none of this name.
+    /// Returns [`ImportError::Annotation`] if there is no such column.
     pub(super) fn column(&self, name: &str) -> Result<usize, ImportError> {
         self.find(name).ok_or_else(|| {
-            wrong_file(&self.file, format!("there is no column \"{name}\"; it has {}", self.header.join(", ")))
+            file_error(&self.file, format!("there is no column \"{name}\"; it has {}", self.header.join(", ")))
         })
     }
 
-    /// Position of a column that may be absent.
+    /// Returns the index of an optional column.
     pub(super) fn find(&self, name: &str) -> Option<usize> {
         self.header.iter().position(|h| h == name)
     }
 }
 
-/// A JSON value as text: strings trimmed, numbers and booleans written out, anything else empty.
-pub(super) fn text_of(value: &Value) -> String {
+/// Returns a JSON value as text: strings trimmed, numbers and booleans formatted, anything else empty.
+pub(super) fn json_text(value: &Value) -> String {
     match value {
         Value::String(s) => s.trim().to_owned(),
         Value::Number(n) => n.to_string(),
@@ -247,18 +250,18 @@ pub(super) fn text_of(value: &Value) -> String {
     }
 }
 
-/// Four numbers of a JSON array, also where they are written as strings.
-pub(super) fn four(value: &Value) -> Option<[f32; 4]> {
+/// Returns the four numbers of a JSON array; numbers written as strings are accepted.
+pub(super) fn four_numbers(value: &Value) -> Option<[f32; 4]> {
     let list = value.as_array().filter(|l| l.len() == 4)?;
     let mut out = [0.0; 4];
     for (slot, v) in out.iter_mut().zip(list) {
-        *slot = number(v)?;
+        *slot = json_number(v)?;
     }
     Some(out)
 }
 
-/// A JSON number, also where it is written as a string.
-pub(super) fn number(value: &Value) -> Option<f32> {
+/// Returns a JSON number; a number written as a string is accepted.
+pub(super) fn json_number(value: &Value) -> Option<f32> {
     match value {
         Value::Number(n) => n.as_f64().map(|v| v as f32),
         Value::String(s) => s.trim().parse().ok(),

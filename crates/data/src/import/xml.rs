@@ -1,18 +1,18 @@
-//! Reads one Pascal VOC annotation. Knows the XML, not what is done with it.
+//! Parser of Pascal VOC annotation files (XML).
 
 use quick_xml::Reader;
 use quick_xml::events::{BytesStart, Event};
 use serde::Deserialize;
 
-/// One annotation file.
+/// A parsed annotation file.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub(super) struct Annotation {
     pub(super) filename: String,
     size: Size,
-    /// In the file's order, whatever stands between them.
+    /// Objects in the order of the file; other elements may be between them.
     #[serde(rename = "object")]
-    pub(super) objects: Vec<Object>,
+    pub(super) objects: Vec<VocObject>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -22,10 +22,10 @@ struct Size {
     height: String,
 }
 
-/// One object: class and corners as written; either may be missing.
+/// An object: class and corners as text; either may be missing.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub(super) struct Object {
+pub(super) struct VocObject {
     name: String,
     bndbox: Corners,
 }
@@ -40,55 +40,59 @@ struct Corners {
 }
 
 impl Annotation {
-    /// Width and height as stated, if both are.
+    /// Returns the stated width and height in pixels; `None` if one is missing.
     pub(super) fn size(&self) -> Option<(u32, u32)> {
         let side = |text: &str| text.trim().parse().ok();
         side(&self.size.width).zip(side(&self.size.height))
     }
 }
 
-impl Object {
-    /// The class; empty where it is missing.
+impl VocObject {
+    /// Returns the class; empty if it is missing.
     pub(super) fn class(&self) -> &str {
         self.name.trim()
     }
 
-    /// `[xmin, ymin, xmax, ymax]`.
+    /// Returns `[xmin, ymin, xmax, ymax]` as written.
     ///
     /// # Errors
-    /// The rule by which the object is left out.
+    /// Returns the reason for leaving the object out.
     pub(super) fn corners(&self) -> Result<[f32; 4], &'static str> {
         let b = &self.bndbox;
         let mut out = [0.0; 4];
         for (side, text) in out.iter_mut().zip([&b.xmin, &b.ymin, &b.xmax, &b.ymax]) {
             *side = match text.trim() {
                 "" => return Err("a side is missing in its <bndbox>"),
-                number => number.parse().map_err(|_| "a side of its <bndbox> is no number")?,
+                number => number.parse().map_err(|_| "a side of its <bndbox> is not a number")?,
             };
         }
         Ok(out)
     }
 }
 
-/// Parses an annotation; the error says what is wrong, and where.
+/// Parses an annotation file.
+///
+/// # Errors
+/// Returns a message that says what is wrong.
 pub(super) fn parse(text: &str) -> Result<Annotation, String> {
     check_root(text)?;
     quick_xml::de::from_str(text).map_err(|e| format!("corrupt XML: {e}"))
 }
 
-/// Checks that the text is one `<annotation>` and nothing beside, for which deserialising does not look.
+/// Checks that the text consists of one `<annotation>`, which deserialisation does not check.
 fn check_root(text: &str) -> Result<(), String> {
     let mut reader = Reader::from_str(text);
-    let (mut depth, mut closed) = (0_usize, false);
+    let mut depth = 0_usize;
+    let mut closed = false;
     loop {
-        let at = reader.buffer_position();
-        let bad = |what: String| Err(format!("corrupt XML at byte {at}: {what}"));
+        let offset = reader.buffer_position();
+        let corrupt = |what: String| Err(format!("corrupt XML at byte {offset}: {what}"));
         let outside = |e: &BytesStart<'_>, closed: bool| closed || e.local_name().as_ref() != b"annotation";
         match reader.read_event() {
-            Err(e) => return bad(e.to_string()),
+            Err(e) => return corrupt(e.to_string()),
             Ok(Event::Start(e) | Event::Empty(e)) if depth == 0 && outside(&e, closed) => {
                 let name = String::from_utf8_lossy(e.local_name().as_ref()).into_owned();
-                return bad(format!("expected one <annotation>, found <{name}>"));
+                return corrupt(format!("expected one <annotation>, found <{name}>"));
             }
             Ok(Event::Start(_)) => depth += 1,
             Ok(Event::Empty(_)) => closed |= depth == 0,
@@ -97,10 +101,10 @@ fn check_root(text: &str) -> Result<(), String> {
                 closed |= depth == 0;
             }
             Ok(Event::Text(t)) if depth == 0 && !t.trim_ascii().is_empty() => {
-                return bad("text outside of the annotation".to_owned());
+                return corrupt("text outside of the annotation".to_owned());
             }
             Ok(Event::Eof) if closed && depth == 0 => return Ok(()),
-            Ok(Event::Eof) => return bad("the file ends in the middle of the annotation".to_owned()),
+            Ok(Event::Eof) => return corrupt("the file ends in the middle of the annotation".to_owned()),
             Ok(_) => {}
         }
     }
@@ -126,13 +130,13 @@ mod tests {
     }
 
     #[test]
-    fn empty_elements_say_nothing() {
+    fn empty_elements_are_missing_values() {
         let a = parse("<annotation><filename/><size/><object><name/><bndbox/></object></annotation>").unwrap();
         assert_eq!((a.filename.as_str(), a.size(), a.objects[0].class()), ("", None, ""));
         assert!(a.objects[0].corners().unwrap_err().contains("missing"));
         assert_eq!(parse("<annotation/>"), Ok(Annotation::default()));
         let a = parse("<annotation><object><bndbox><xmin>a</xmin></bndbox></object></annotation>").unwrap();
-        assert!(a.objects[0].corners().unwrap_err().contains("no number"));
+        assert!(a.objects[0].corners().unwrap_err().contains("not a number"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Reads the YAML that describes a data set, with every scalar as the text that was written. Knows no format.
+//! Parser for the YAML file that describes a data set. Scalars are kept as written.
 //!
-//! Written over the parser's events, for the loader of the library makes numbers of names (`1e3`, `010`) and clones what an alias
-//! names, so that a few hundred bytes fill the memory. Refused: aliases, nesting beyond [`DEPTH`].
+//! It is built on the parser's events because the library's loader turns names into numbers (`1e3`, `010`) and copies the value of every
+//! alias, so that a few hundred bytes can exhaust the memory. Aliases and nesting deeper than [`MAX_DEPTH`] are errors.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -9,87 +9,88 @@ use std::collections::btree_map::Entry;
 use yaml_rust2::parser::{Event, Parser};
 use yaml_rust2::scanner::TScalarStyle;
 
-/// Deepest nesting.
-const DEPTH: usize = 32;
+/// Maximum nesting of lists and maps.
+const MAX_DEPTH: usize = 32;
 
-/// A value.
+/// A YAML value.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Node {
-    /// Nothing, `~` or `null`, unquoted.
+    /// An empty value, `~` or `null`, unquoted.
     Null,
-    /// As written, without quotes.
+    /// A scalar as written, without quotes.
     Text(String),
     List(Vec<Node>),
-    /// Keys that are no scalars are dropped.
+    /// A map; keys that are not scalars are dropped.
     Map(BTreeMap<String, Node>),
 }
 
 impl Node {
-    /// The value of a key; null where there is none.
+    /// Returns the value of a key; null if there is none.
     pub(super) fn get(&self, key: &str) -> &Node {
         let Self::Map(map) = self else { return &Self::Null };
         map.get(key).unwrap_or(&Self::Null)
     }
 
-    /// The text, trimmed; none of lists, maps, nothing, and blanks.
+    /// Returns the trimmed text; `None` for lists, maps, null and blank text.
     pub(super) fn word(&self) -> Option<&str> {
         let Self::Text(text) = self else { return None };
         Some(text.trim()).filter(|t| !t.is_empty())
     }
 }
 
-/// What is being read: a list, or a map with the key that waits for its value.
-enum Open {
+/// A collection that is being parsed: a list, or a map with the key whose value comes next.
+enum OpenNode {
     List(Vec<Node>),
     Map(BTreeMap<String, Node>, Option<Node>),
 }
 
-/// The first document of a text; null where it holds nothing.
+/// Parses the first document of a text; null if it is empty.
 ///
 /// # Errors
-/// What is wrong, with the line.
+/// Returns a message that says what is wrong, with the line.
 pub(super) fn parse(text: &str) -> Result<Node, String> {
     let mut parser = Parser::new_from_str(text);
-    let (mut open, mut root) = (Vec::<Open>::new(), Node::Null);
+    let mut open = Vec::<OpenNode>::new();
+    let mut root = Node::Null;
     loop {
         let (event, mark) = parser.next_token().map_err(|e| format!("not YAML: {e}"))?;
         let refuse = |what: &str| format!("line {}: {what}", mark.line());
-        let done = match event {
+        let node = match event {
             Event::Alias(_) => {
-                return Err(refuse("aliases (*name) are not read: write the value out"));
+                return Err(refuse("aliases (*name) are not supported: write out the value"));
             }
             Event::Scalar(text, style, ..) => {
                 let plain = style == TScalarStyle::Plain && ["", "~", "null", "Null", "NULL"].contains(&text.as_str());
                 if plain { Node::Null } else { Node::Text(text) }
             }
-            Event::SequenceStart(..) | Event::MappingStart(..) if open.len() == DEPTH => {
-                return Err(refuse("nested too deep"));
+            Event::SequenceStart(..) | Event::MappingStart(..) if open.len() == MAX_DEPTH => {
+                return Err(refuse("nested too deeply"));
             }
             Event::SequenceStart(..) => {
-                open.push(Open::List(Vec::new()));
+                open.push(OpenNode::List(Vec::new()));
                 continue;
             }
             Event::MappingStart(..) => {
-                open.push(Open::Map(BTreeMap::new(), None));
+                open.push(OpenNode::Map(BTreeMap::new(), None));
                 continue;
             }
             Event::SequenceEnd | Event::MappingEnd => match open.pop() {
-                Some(Open::List(list)) => Node::List(list),
-                Some(Open::Map(map, _)) => Node::Map(map),
+                Some(OpenNode::List(list)) => Node::List(list),
+                Some(OpenNode::Map(map, _)) => Node::Map(map),
                 None => Node::Null,
             },
             Event::StreamEnd | Event::DocumentEnd => return Ok(root),
             Event::Nothing | Event::StreamStart | Event::DocumentStart => continue,
         };
         match open.last_mut() {
-            None => root = done,
-            Some(Open::List(list)) => list.push(done),
-            Some(Open::Map(_, key @ None)) => *key = Some(done),
-            Some(Open::Map(map, key)) => {
+            None => root = node,
+            Some(OpenNode::List(list)) => list.push(node),
+            Some(OpenNode::Map(_, key @ None)) => *key = Some(node),
+            Some(OpenNode::Map(map, key)) => {
                 if let Some(Node::Text(key)) = key.take() {
                     match map.entry(key) {
-                        Entry::Occupied(e) => return Err(refuse(&format!("the key \"{}\" is there twice", e.key()))),
-                        Entry::Vacant(e) => e.insert(done),
+                        Entry::Occupied(e) => return Err(refuse(&format!("the key \"{}\" is repeated", e.key()))),
+                        Entry::Vacant(e) => e.insert(node),
                     };
                 }
             }
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_grows_is_refused() {
+    fn aliases_and_deep_nesting_are_errors() {
         let bomb =
             (1..25).fold("a0: &a0 [x, x]\n".to_owned(), |b, k| format!("{b}a{k}: &a{k} [*a{0}, *a{0}]\n", k - 1));
         let e = parse(&bomb).unwrap_err();
@@ -131,7 +132,7 @@ mod tests {
         for deep in ["- ".repeat(200_000), "[".repeat(200_000), "{a: ".repeat(100_000), "? ".repeat(100_000)] {
             assert!(parse(&deep).is_err());
         }
-        assert!(parse("a: 1\na: 2").unwrap_err().contains("twice"));
+        assert!(parse("a: 1\na: 2").unwrap_err().contains("repeated"));
         assert!(parse("a: [1").unwrap_err().contains("not YAML"));
     }
 }

@@ -1,4 +1,4 @@
-//! The image part of `preprocessor_config.json`, read and checked once, and the rule that chooses the resized size.
+//! The image settings of `preprocessor_config.json`, validated at load time, and the rule for the resized size.
 //!
 //! Source: `Qwen2VLImageProcessor` and `smart_resize` of Hugging Face transformers 5.
 
@@ -7,42 +7,42 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Deserializer};
 
 use super::Filter;
-use crate::prepare::PrepareError;
-use crate::prepare::error::read_json;
-use crate::store::MAX_PIXELS;
+use crate::image_store::MAX_PIXELS;
+use crate::preprocess_error::PreprocessError;
+use crate::preprocess_error::read_json;
 
-/// Longest side over shortest side that the family accepts.
+/// Maximum ratio of longest to shortest side that the family accepts.
 const MAX_ASPECT: f64 = 200.0;
 
-/// Image processor classes that do the same: names that the class has had.
-const PROCESSORS: [&str; 3] = ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2_5_VLImageProcessor"];
+/// Accepted image processor classes; they are names of the same class in different releases.
+const PROCESSOR_CLASSES: [&str; 3] = ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2_5_VLImageProcessor"];
 
-/// Settings of an image processor, checked.
+/// Validated settings of an image processor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProcessorConfig {
     /// Side of a patch in pixels.
     pub patch_size: u32,
-    /// Frames per patch; a still image is repeated that often.
+    /// Frames per patch; a still image is repeated that many times.
     pub temporal_patch_size: u32,
     /// Patches along one side of a merged cell (image token).
     pub merge_size: u32,
-    /// Fewest pixels of a resized image.
+    /// Minimum number of pixels of a resized image.
     pub min_pixels: u64,
-    /// Most pixels of a resized image.
+    /// Maximum number of pixels of a resized image.
     pub max_pixels: u64,
     /// Whether images are resized at all.
     pub do_resize: bool,
-    /// How they are resampled.
+    /// Resampling filter.
     pub filter: Filter,
-    /// Whether levels are multiplied by `rescale_factor`.
+    /// Whether pixel values are multiplied by `rescale_factor`.
     pub do_rescale: bool,
-    /// Usually 1/255.
+    /// Factor for pixel values, usually 1/255.
     pub rescale_factor: f64,
-    /// Whether mean and deviation are taken out.
+    /// Whether pixel values are normalised by mean and standard deviation.
     pub do_normalize: bool,
-    /// Mean per channel, of rescaled levels.
+    /// Mean of the rescaled values per channel.
     pub image_mean: [f64; 3],
-    /// Standard deviation per channel, of rescaled levels.
+    /// Standard deviation of the rescaled values per channel.
     pub image_std: [f64; 3],
 }
 
@@ -61,99 +61,105 @@ struct RawSize {
     max_pixels: Option<u64>,
 }
 
-/// A key that may be absent (the default stands), null, or a value: in transformers null is a value of its own.
-type Given<T> = Option<Option<T>>;
+/// A key that may be absent (the default applies), null, or a value: transformers treats null differently from an absent key.
+type Nullable<T> = Option<Option<T>>;
 
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Given<T>, D::Error> {
+fn nullable<'de, D: Deserializer<'de>, T: Deserialize<'de>>(d: D) -> Result<Nullable<T>, D::Error> {
     Option::deserialize(d).map(Some)
 }
 
 #[derive(Deserialize)]
-struct Raw {
-    #[serde(default, deserialize_with = "given")]
-    patch_size: Given<u32>,
-    #[serde(default, deserialize_with = "given")]
-    temporal_patch_size: Given<u32>,
-    #[serde(default, deserialize_with = "given")]
-    merge_size: Given<u32>,
+struct RawConfig {
+    #[serde(default, deserialize_with = "nullable")]
+    patch_size: Nullable<u32>,
+    #[serde(default, deserialize_with = "nullable")]
+    temporal_patch_size: Nullable<u32>,
+    #[serde(default, deserialize_with = "nullable")]
+    merge_size: Nullable<u32>,
     min_pixels: Option<u64>,
     max_pixels: Option<u64>,
     size: Option<RawSize>,
     image_processor_type: Option<String>,
-    #[serde(default, deserialize_with = "given")]
-    do_resize: Given<bool>,
-    #[serde(default, deserialize_with = "given")]
-    resample: Given<u32>,
-    #[serde(default, deserialize_with = "given")]
-    do_rescale: Given<bool>,
-    #[serde(default, deserialize_with = "given")]
-    rescale_factor: Given<f64>,
-    #[serde(default, deserialize_with = "given")]
-    do_normalize: Given<bool>,
-    #[serde(default, deserialize_with = "given")]
-    image_mean: Given<PerChannel>,
-    #[serde(default, deserialize_with = "given")]
-    image_std: Given<PerChannel>,
+    #[serde(default, deserialize_with = "nullable")]
+    do_resize: Nullable<bool>,
+    #[serde(default, deserialize_with = "nullable")]
+    resample: Nullable<u32>,
+    #[serde(default, deserialize_with = "nullable")]
+    do_rescale: Nullable<bool>,
+    #[serde(default, deserialize_with = "nullable")]
+    rescale_factor: Nullable<f64>,
+    #[serde(default, deserialize_with = "nullable")]
+    do_normalize: Nullable<bool>,
+    #[serde(default, deserialize_with = "nullable")]
+    image_mean: Nullable<PerChannel>,
+    #[serde(default, deserialize_with = "nullable")]
+    image_std: Nullable<PerChannel>,
 }
 
 #[derive(Deserialize)]
-struct Nested {
-    image_processor: Option<Raw>,
+struct NestedConfig {
+    image_processor: Option<RawConfig>,
 }
 
 impl ProcessorConfig {
-    /// Reads `processor_config.json` if it holds an `image_processor`, else `preprocessor_config.json`, as transformers 5 does.
-    pub fn load(dir: &Path) -> Result<Self, PrepareError> {
+    /// Loads `processor_config.json` if it has an `image_processor`, otherwise `preprocessor_config.json`, as transformers 5 does.
+    pub fn load(dir: &Path) -> Result<Self, PreprocessError> {
         let nested = dir.join("processor_config.json");
         if nested.is_file()
-            && let Some(raw) = read_json::<Nested>(&nested)?.image_processor
+            && let Some(raw) = read_json::<NestedConfig>(&nested)?.image_processor
         {
-            return Self::check(raw, nested);
+            return Self::validate(raw, nested);
         }
         let path = dir.join("preprocessor_config.json");
-        Self::check(read_json(&path)?, path)
+        Self::validate(read_json(&path)?, path)
     }
 
-    fn check(raw: Raw, path: PathBuf) -> Result<Self, PrepareError> {
-        let bad =
-            |key: &'static str, what: &str| PrepareError::Config { path: path.clone(), key, what: what.to_owned() };
-        let null = |key| bad(key, "is null, it must have a value");
-        let side = |key: &'static str, value: Given<u32>, default: u32| match value.unwrap_or(Some(default)) {
+    fn validate(raw: RawConfig, path: PathBuf) -> Result<Self, PreprocessError> {
+        let invalid =
+            |key: &'static str, what: &str| PreprocessError::Config { path: path.clone(), key, what: what.to_owned() };
+        let null = |key| invalid(key, "is null, but it must have a value");
+        let side = |key: &'static str, value: Nullable<u32>, default: u32| match value.unwrap_or(Some(default)) {
             Some(v @ 1..=1024) => Ok(v),
-            Some(v) => Err(bad(key, &format!("is {v}, it must be from 1 to 1024"))),
+            Some(v) => Err(invalid(key, &format!("is {v}, but it must be from 1 to 1024"))),
             None => Err(null(key)),
         };
-        if let Some(other) = raw.image_processor_type.filter(|t| !PROCESSORS.contains(&t.as_str())) {
-            return Err(bad("image_processor_type", &format!("is {other}, supported are {}", PROCESSORS.join(", "))));
+        if let Some(other) = raw.image_processor_type.filter(|t| !PROCESSOR_CLASSES.contains(&t.as_str())) {
+            return Err(invalid(
+                "image_processor_type",
+                &format!("is {other}, but supported are {}", PROCESSOR_CLASSES.join(", ")),
+            ));
         }
-        let flag = |value: Given<bool>| value.unwrap_or(Some(true)).unwrap_or(false);
+        let flag = |value: Nullable<bool>| value.unwrap_or(Some(true)).unwrap_or(false);
         let (shortest, longest) = raw.size.map_or((Some(56 * 56), Some(28 * 28 * 1280)), |s| {
             (s.shortest_edge.or(s.min_pixels), s.longest_edge.or(s.max_pixels))
         });
         let min_pixels = raw.min_pixels.or(shortest).filter(|v| *v > 0);
         let max_pixels = raw.max_pixels.or(longest).filter(|v| *v > 0);
         let do_normalize = flag(raw.do_normalize);
-        let channels = |key, value: Given<PerChannel>, default: [f64; 3]| {
+        let channels = |key, value: Nullable<PerChannel>, default: [f64; 3]| {
             let v = match value {
                 Some(None) if do_normalize => return Err(null(key)),
                 None | Some(None) => default,
                 Some(Some(PerChannel::One(v))) => [v; 3],
                 Some(Some(PerChannel::Each(v))) => v,
             };
-            if v.iter().all(|x| x.is_finite()) { Ok(v) } else { Err(bad(key, "must be finite")) }
+            if v.iter().all(|x| x.is_finite()) { Ok(v) } else { Err(invalid(key, "must be finite")) }
         };
-        let out = Self {
+        let config = Self {
             patch_size: side("patch_size", raw.patch_size, 14)?,
             temporal_patch_size: side("temporal_patch_size", raw.temporal_patch_size, 2)?,
             merge_size: side("merge_size", raw.merge_size, 2)?,
             min_pixels: min_pixels
-                .ok_or_else(|| bad("size", "needs `shortest_edge` (the fewest pixels), at least 1"))?,
-            max_pixels: max_pixels.ok_or_else(|| bad("size", "needs `longest_edge` (the most pixels), at least 1"))?,
+                .ok_or_else(|| invalid("size", "needs `shortest_edge` (the minimum number of pixels), at least 1"))?,
+            max_pixels: max_pixels
+                .ok_or_else(|| invalid("size", "needs `longest_edge` (the maximum number of pixels), at least 1"))?,
             do_resize: flag(raw.do_resize),
             filter: match raw.resample.unwrap_or(Some(3)).ok_or_else(|| null("resample"))? {
                 2 => Filter::Bilinear,
                 3 => Filter::Bicubic,
-                v => return Err(bad("resample", &format!("is {v}, supported are 2 (bilinear) and 3 (bicubic)"))),
+                v => {
+                    return Err(invalid("resample", &format!("is {v}, but supported are 2 (bilinear) and 3 (bicubic)")));
+                }
             },
             do_rescale: flag(raw.do_rescale),
             rescale_factor: raw.rescale_factor.unwrap_or(Some(1.0 / 255.0)).ok_or_else(|| null("rescale_factor"))?,
@@ -161,22 +167,22 @@ impl ProcessorConfig {
             image_mean: channels("image_mean", raw.image_mean, [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
             image_std: channels("image_std", raw.image_std, [0.268_629_54, 0.261_302_58, 0.275_777_11])?,
         };
-        if !(out.rescale_factor.is_finite() && out.rescale_factor > 0.0) {
-            return Err(bad("rescale_factor", "must be a positive number"));
+        if !(config.rescale_factor.is_finite() && config.rescale_factor > 0.0) {
+            return Err(invalid("rescale_factor", "must be a positive number"));
         }
-        if out.do_normalize && out.image_std.contains(&0.0) {
-            return Err(bad("image_std", "must not be 0"));
+        if config.do_normalize && config.image_std.contains(&0.0) {
+            return Err(invalid("image_std", "must not be 0"));
         }
-        Ok(out)
+        Ok(config)
     }
 
-    /// Side of a merged cell in resized pixels.
+    /// Returns the side of a merged cell in resized pixels.
     pub fn factor(&self) -> u32 {
         self.patch_size * self.merge_size
     }
 
-    /// Size `(width, height)` that an image of size `(width, height)` is resized to.
-    pub fn resized_size(&self, (width, height): (u32, u32)) -> Result<(u32, u32), PrepareError> {
+    /// Returns the size `(width, height)` to which an image of size `(width, height)` is resized.
+    pub fn resized_size(&self, (width, height): (u32, u32)) -> Result<(u32, u32), PreprocessError> {
         let factor = self.factor();
         if self.do_resize {
             let (h, w) = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)?;
@@ -184,30 +190,33 @@ impl ProcessorConfig {
         }
         if width == 0 || height == 0 || !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
             let what = format!("is not a multiple of {factor} pixels on both sides, and `do_resize` is off");
-            return Err(PrepareError::Size { width, height, what });
+            return Err(PreprocessError::Size { width, height, what });
         }
         Ok((width, height))
     }
 }
 
-/// Size `(height, width)` near that of the image, multiples of `factor`, with `min_pixels` to `max_pixels` pixels where the
-/// rounding allows it. Equal to transformers' function of the same name.
+/// Returns a size `(height, width)` close to that of the image: multiples of `factor` with `min_pixels` to `max_pixels` pixels, if
+/// rounding permits. Equal to the function of the same name in transformers.
 pub fn smart_resize(
     height: u32,
     width: u32,
     factor: u32,
     min_pixels: u64,
     max_pixels: u64,
-) -> Result<(u32, u32), PrepareError> {
+) -> Result<(u32, u32), PreprocessError> {
     if height == 0 || width == 0 {
-        return Err(PrepareError::Size { width, height, what: "has no pixels".to_owned() });
+        return Err(PreprocessError::Size { width, height, what: "has no pixels".to_owned() });
     }
-    let (h, w, f) = (f64::from(height), f64::from(width), f64::from(factor));
+    let h = f64::from(height);
+    let w = f64::from(width);
+    let f = f64::from(factor);
     let ratio = h.max(w) / h.min(w);
     if ratio > MAX_ASPECT {
-        return Err(PrepareError::Aspect { width, height, ratio });
+        return Err(PreprocessError::Aspect { width, height, ratio });
     }
-    let (mut out_h, mut out_w) = ((h / f).round_ties_even() * f, (w / f).round_ties_even() * f);
+    let mut out_h = (h / f).round_ties_even() * f;
+    let mut out_w = (w / f).round_ties_even() * f;
     if out_h * out_w > max_pixels as f64 {
         let beta = (h * w / max_pixels as f64).sqrt();
         out_h = f.max((h / beta / f).floor() * f);
@@ -219,9 +228,9 @@ pub fn smart_resize(
     }
     if out_h * out_w > MAX_PIXELS as f64 {
         let what = format!(
-            "would be resized to {out_w} x {out_h} pixels, over the limit of {MAX_PIXELS}: lower `min_pixels` or `max_pixels`"
+            "would be resized to {out_w} x {out_h} pixels, which exceeds the limit of {MAX_PIXELS}: lower `min_pixels` or `max_pixels`"
         );
-        return Err(PrepareError::Size { width, height, what });
+        return Err(PreprocessError::Size { width, height, what });
     }
     Ok((out_h as u32, out_w as u32))
 }
@@ -230,14 +239,14 @@ pub fn smart_resize(
 mod tests {
     use super::*;
 
-    fn load(name: &str, text: &str) -> Result<ProcessorConfig, PrepareError> {
+    fn load(name: &str, text: &str) -> Result<ProcessorConfig, PreprocessError> {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(name), text).unwrap();
         ProcessorConfig::load(dir.path())
     }
 
     #[test]
-    fn defaults_and_both_spellings_of_the_limits() {
+    fn defaults_and_both_spellings_of_pixel_limits() {
         let c = load("preprocessor_config.json", "{}").unwrap();
         assert_eq!((c.patch_size, c.merge_size, c.min_pixels, c.max_pixels), (14, 2, 3136, 1_003_520));
         let c = load("preprocessor_config.json", r#"{"min_pixels":10,"size":{"shortest_edge":5,"longest_edge":99}}"#)
@@ -265,8 +274,8 @@ mod tests {
     }
 
     #[test]
-    fn faults_name_file_and_key() {
-        let text = |r: Result<ProcessorConfig, PrepareError>| r.unwrap_err().to_string();
+    fn errors_name_file_and_key() {
+        let text = |r: Result<ProcessorConfig, PreprocessError>| r.unwrap_err().to_string();
         let missing = text(ProcessorConfig::load(Path::new("/no/such")));
         assert!(missing.contains("/no/such/preprocessor_config.json"), "{missing}");
         for (json, needle) in [
@@ -291,8 +300,8 @@ mod tests {
         assert_eq!(smart_resize(96, 96, 16, 9216, 12288).unwrap(), (96, 96));
         assert_eq!(smart_resize(480, 640, 16, 9216, 12288).unwrap(), (96, 128));
         assert_eq!(smart_resize(1, 1, 28, 3136, 1_003_520).unwrap(), (56, 56));
-        assert!(matches!(smart_resize(1, 201, 28, 1, 100), Err(PrepareError::Aspect { .. })));
-        assert!(matches!(smart_resize(0, 5, 28, 1, 100), Err(PrepareError::Size { .. })));
-        assert!(matches!(smart_resize(10, 10, 28, u64::MAX, u64::MAX), Err(PrepareError::Size { .. })));
+        assert!(matches!(smart_resize(1, 201, 28, 1, 100), Err(PreprocessError::Aspect { .. })));
+        assert!(matches!(smart_resize(0, 5, 28, 1, 100), Err(PreprocessError::Size { .. })));
+        assert!(matches!(smart_resize(10, 10, 28, u64::MAX, u64::MAX), Err(PreprocessError::Size { .. })));
     }
 }

@@ -1,9 +1,7 @@
 //! Separable antialiased resampling of 8-bit RGB, in the fixed-point arithmetic of PyTorch's `interpolate(antialias=True)` on uint8
 //! (`UpSampleKernelAVXAntialias.h`, itself after Pillow): weights in double precision, rounded to 16-bit integers, columns first.
-//!
-//! Must not know: model families, configuration files.
 
-use crate::store::Image;
+use crate::image_store::Image;
 
 /// A resampling filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +13,7 @@ pub enum Filter {
 }
 
 impl Filter {
-    /// Pixels that the filter spans at scale 1.
+    /// Returns the number of pixels that the filter spans at scale 1.
     fn span(self) -> f64 {
         match self {
             Self::Bilinear => 2.0,
@@ -23,7 +21,7 @@ impl Filter {
         }
     }
 
-    fn at(self, x: f64) -> f64 {
+    fn weight(self, x: f64) -> f64 {
         let x = x.abs();
         match self {
             Self::Bilinear => (1.0 - x).max(0.0),
@@ -34,7 +32,7 @@ impl Filter {
     }
 }
 
-/// Integer weights of every output position along one axis.
+/// Integer filter weights for every output position along one axis.
 struct Taps {
     /// First input position and number of weights, per output position.
     ranges: Vec<(usize, usize)>,
@@ -59,7 +57,7 @@ impl Taps {
             let count = (((centre + support + 0.5) as i64).min(input as i64) - first).clamp(0, width as i64);
             let row = &mut row[..count as usize];
             for (j, w) in row.iter_mut().enumerate() {
-                *w = filter.at((j as f64 + first as f64 - centre + 0.5) * inverse);
+                *w = filter.weight((j as f64 + first as f64 - centre + 0.5) * inverse);
             }
             let total: f64 = row.iter().sum();
             if total != 0.0 {
@@ -77,7 +75,7 @@ impl Taps {
         Self { ranges, weights, width, precision }
     }
 
-    fn at(&self, i: usize) -> (usize, &[i32]) {
+    fn window(&self, i: usize) -> (usize, &[i32]) {
         let (first, count) = self.ranges[i];
         (first, &self.weights[i * self.width..i * self.width + count])
     }
@@ -91,7 +89,7 @@ impl Taps {
     }
 }
 
-/// Resizes to `width` x `height` pixels (both at least 1); the identity, without a rounding, along an axis that keeps its length.
+/// Resizes to `width` x `height` pixels (both at least 1). An axis that keeps its length is left exactly as it is.
 pub fn resize(image: &Image, width: u32, height: u32, filter: Filter) -> Image {
     let mut out = image.clone();
     if width != image.width() {
@@ -109,7 +107,7 @@ fn columns(image: &Image, width: usize, filter: Filter) -> Image {
     let lines = image.rgb().chunks_exact(image.width() as usize * 3);
     for (line, target) in lines.zip(out.rgb_mut().chunks_exact_mut(width * 3)) {
         for (i, pixel) in target.chunks_exact_mut(3).enumerate() {
-            let (first, weights) = taps.at(i);
+            let (first, weights) = taps.window(i);
             let mut sum = [taps.half(); 3];
             for (w, p) in weights.iter().zip(line[first * 3..].chunks_exact(3)) {
                 for c in 0..3 {
@@ -128,7 +126,7 @@ fn rows(image: &Image, height: usize, filter: Filter) -> Image {
     let mut out = Image::new(image.width(), height as u32);
     let mut sums = vec![0i32; stride];
     for (i, target) in out.rgb_mut().chunks_exact_mut(stride).enumerate() {
-        let (first, weights) = taps.at(i);
+        let (first, weights) = taps.window(i);
         sums.fill(taps.half());
         for (w, line) in weights.iter().zip(image.rgb()[first * stride..].chunks_exact(stride)) {
             for (s, p) in sums.iter_mut().zip(line) {
@@ -163,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flat_image_stays_flat() {
+    fn flat_images_stay_flat() {
         for v in [0u8, 1, 77, 254, 255] {
             let mut i = Image::new(13, 29);
             i.rgb_mut().fill(v);
@@ -176,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_single_pixel_fills_the_image() {
+    fn single_pixel_fills_the_image() {
         let out = resize(&noise(1, 1), 16, 32, Filter::Bicubic);
         assert!(out.rgb().chunks_exact(3).all(|p| p == noise(1, 1).rgb()));
     }

@@ -1,9 +1,9 @@
-//! Synthetic records: organ-like images with lesions whose boxes are exact. Owns what is drawn and how often.
+//! Synthetic records: organ-like images with lesions whose boxes are exact.
 //!
-//! Record `i` depends on (seed, i) alone: the same numbers give the same pixels and the same lines, whatever else is drawn.
-//! Must not know: model families, training.
+//! Record `i` is a function of (seed, i): the same numbers give the same pixels and the same line, however many records are drawn.
 
 mod lesion;
+mod modality;
 mod phantom;
 mod shape;
 #[cfg(test)]
@@ -17,35 +17,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use unveil_core::{BBox, Record, Task, answer::NO_FINDING};
 
-pub use lesion::{Category, Mask, Modality};
+pub use lesion::{Category, Mask};
+pub use modality::Modality;
 
+use crate::image_store::{Image, ImageError};
 use crate::records::{self, RecordsError};
-use crate::store::{Image, ImageError};
 use phantom::{Canvas, Scene};
-use shape::Dice;
+use shape::SampleRng;
 
-/// The question of every synthetic record.
+/// Question of every synthetic record.
 pub const QUESTION: &str = "What is abnormal, and where?";
-/// The record file inside the output folder.
+/// Name of the record file in the output folder.
 pub const RECORDS_FILE: &str = "records.jsonl";
 
-/// What to draw.
+/// Specification of a synthetic data set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SynthSpec {
-    /// Seed of everything.
+    /// Random seed.
     pub seed: u64,
-    /// Records of the train split (the first indices).
+    /// Number of train records (the first indices).
     pub train: usize,
-    /// Records of the val split (the next).
+    /// Number of val records (the next indices).
     pub val: usize,
-    /// Records of the test split (the last).
+    /// Number of test records (the last indices).
     pub test: usize,
     /// Side of the square images in pixels, 48 to 1024.
     pub size: u32,
     /// Probability of a record without a finding.
     pub no_finding: f64,
-    /// Probability of two or three lesions; what is left has exactly one.
+    /// Probability of two or three lesions; the other records have exactly one.
     pub several: f64,
     /// Strength of the lesions: 1 is clearly visible, 0.5 is hard.
     pub contrast: f32,
@@ -58,12 +59,12 @@ impl Default for SynthSpec {
 }
 
 impl SynthSpec {
-    /// `n` records: a tenth each for val and test, the rest for train.
+    /// Creates a specification of `n` records: a tenth each for val and test, the rest for train.
     pub fn new(n: usize, seed: u64) -> Self {
         Self { seed, train: n - 2 * (n / 10), val: n / 10, test: n / 10, ..Self::default() }
     }
 
-    /// Number of records.
+    /// Returns the number of records.
     pub fn n(&self) -> usize {
         self.train + self.val + self.test
     }
@@ -76,38 +77,41 @@ impl SynthSpec {
         }
     }
 
-    /// Says what cannot be drawn.
+    /// Checks the specification.
+    ///
+    /// # Errors
+    /// Returns [`SynthError::Spec`] for the first field that is out of range.
     pub fn validate(&self) -> Result<(), SynthError> {
-        let bad = |what: String| Err(SynthError::Spec { what });
+        let invalid = |what: String| Err(SynthError::Spec { what });
         let share = |p: f64| (0.0..=1.0).contains(&p);
         if !(48..=1024).contains(&self.size) {
-            bad(format!("size = {} must be from 48 to 1024", self.size))
+            invalid(format!("size = {} must be from 48 to 1024", self.size))
         } else if !share(self.no_finding) || !share(self.several) || self.no_finding + self.several > 1.0 {
-            bad(format!(
+            invalid(format!(
                 "no_finding = {} and several = {} must be shares that add up to at most 1",
                 self.no_finding, self.several
             ))
         } else if !(0.1..=1.0).contains(&self.contrast) {
-            bad(format!("contrast = {} must be from 0.1 to 1", self.contrast))
+            invalid(format!("contrast = {} must be from 0.1 to 1", self.contrast))
         } else {
             Ok(())
         }
     }
 }
 
-/// Why synthetic data could not be made.
+/// Error of generating synthetic data.
 #[derive(Debug, thiserror::Error)]
 pub enum SynthError {
-    /// The specification makes no sense.
+    /// The specification is invalid.
     #[error("synthetic data: {what}")]
     Spec {
-        /// Which field and why.
+        /// Which field, and why.
         what: String,
     },
-    /// No scene had room for the lesions.
-    #[error("synthetic data: record {index} found no room for its lesions")]
+    /// No scene had space for the lesions.
+    #[error("synthetic data: no scene had space for the lesions of record {index}")]
     NoRoom {
-        /// Which record.
+        /// Index of the record.
         index: usize,
     },
     /// An image could not be encoded.
@@ -121,14 +125,14 @@ pub enum SynthError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         cause: std::io::Error,
     },
 }
 
-/// What record `index` will show, before anything is drawn.
+/// Content of a record, decided before anything is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct SamplePlan {
     /// Kind of image.
     pub modality: Modality,
     /// Kind of lesion; `None` for no finding.
@@ -137,14 +141,14 @@ pub struct Plan {
     pub count: usize,
 }
 
-/// One drawn sample.
+/// A drawn sample.
 #[derive(Debug, Clone)]
-pub struct Sample {
-    /// What it shows.
-    pub plan: Plan,
+pub struct SynthSample {
+    /// Its content.
+    pub plan: SamplePlan,
     /// The image.
     pub image: Image,
-    /// The same image without its lesions.
+    /// The image without its lesions.
     pub clean: Image,
     /// One mask per lesion, in the order of `boxes`.
     pub masks: Vec<Mask>,
@@ -152,57 +156,63 @@ pub struct Sample {
     pub boxes: Vec<BBox>,
 }
 
-fn plan_with(spec: &SynthSpec, dice: &mut Dice) -> Plan {
-    let category = Category::ALL[dice.below(Category::ALL.len())];
-    let from = category.modalities();
-    let modality = from[dice.below(from.len())];
-    let share = f64::from(dice.unit());
-    let many = 2 + dice.below(2);
+/// Draws the content of a record by the probabilities of `spec`.
+fn draw_plan(spec: &SynthSpec, rng: &mut SampleRng) -> SamplePlan {
+    let category = Category::ALL[rng.below(Category::ALL.len())];
+    let modalities = category.modalities();
+    let modality = modalities[rng.below(modalities.len())];
+    let share = f64::from(rng.unit());
+    let count = 2 + rng.below(2);
     if share < spec.no_finding {
-        Plan { modality, category: None, count: 0 }
+        SamplePlan { modality, category: None, count: 0 }
     } else if share < spec.no_finding + spec.several {
-        Plan { modality, category: Some(category), count: many }
+        SamplePlan { modality, category: Some(category), count }
     } else {
-        Plan { modality, category: Some(category), count: 1 }
+        SamplePlan { modality, category: Some(category), count: 1 }
     }
 }
 
-/// What record `index` shows: counts are drawn by the shares of `spec`, and never changed afterwards.
-pub fn plan(spec: &SynthSpec, index: usize) -> Plan {
-    plan_with(spec, &mut Dice::new(spec.seed, index as u64))
+/// Returns the content of record `index`, drawn by the probabilities of `spec` and not changed afterwards.
+pub fn plan(spec: &SynthSpec, index: usize) -> SamplePlan {
+    draw_plan(spec, &mut SampleRng::new(spec.seed, index as u64))
 }
 
 /// Draws record `index`.
-pub fn sample(spec: &SynthSpec, index: usize) -> Result<Sample, SynthError> {
+///
+/// # Errors
+/// Returns [`SynthError::Spec`] if the specification is invalid, [`SynthError::NoRoom`] if no scene had space for the lesions.
+pub fn sample(spec: &SynthSpec, index: usize) -> Result<SynthSample, SynthError> {
     spec.validate()?;
-    let mut dice = Dice::new(spec.seed, index as u64);
-    let plan = plan_with(spec, &mut dice);
+    let mut rng = SampleRng::new(spec.seed, index as u64);
+    let plan = draw_plan(spec, &mut rng);
     let n = spec.size as usize;
     for _ in 0..200 {
-        let scene = Scene::new(&mut dice, plan.modality, n);
+        let scene = Scene::new(&mut rng, plan.modality, n);
         let Some(category) = plan.category else {
-            let image = develop(&scene.canvas, &scene.grain);
-            return Ok(Sample { plan, clean: image.clone(), image, masks: Vec::new(), boxes: Vec::new() });
+            let image = render(&scene.canvas, &scene.grain);
+            return Ok(SynthSample { plan, clean: image.clone(), image, masks: Vec::new(), boxes: Vec::new() });
         };
-        let Some(shapes) = lesion::place(&mut dice, &scene, category, plan.count) else { continue };
+        let Some(shapes) = lesion::place(&mut rng, &scene, category, plan.count) else { continue };
         let mut canvas = scene.canvas.clone();
-        let mut found: Vec<(BBox, Mask)> = shapes
+        let mut lesions: Vec<(BBox, Mask)> = shapes
             .iter()
-            .map(|s| lesion::draw(&mut dice, &mut canvas, s, category, spec.contrast))
+            .map(|s| lesion::draw(&mut rng, &mut canvas, s, category, spec.contrast))
             .filter_map(|m| m.bounds().map(|b| (b, m)))
             .collect();
-        if found.len() < plan.count {
+        if lesions.len() < plan.count {
             continue;
         }
-        found.sort_by(|(a, _), (b, _)| a.x1.total_cmp(&b.x1).then(a.y1.total_cmp(&b.y1)));
-        let (boxes, masks) = found.into_iter().unzip();
-        let (image, clean) = (develop(&canvas, &scene.grain), develop(&scene.canvas, &scene.grain));
-        return Ok(Sample { plan, image, clean, masks, boxes });
+        lesions.sort_by(|(a, _), (b, _)| a.x1.total_cmp(&b.x1).then(a.y1.total_cmp(&b.y1)));
+        let (boxes, masks) = lesions.into_iter().unzip();
+        let image = render(&canvas, &scene.grain);
+        let clean = render(&scene.canvas, &scene.grain);
+        return Ok(SynthSample { plan, image, clean, masks, boxes });
     }
     Err(SynthError::NoRoom { index })
 }
 
-fn develop(canvas: &Canvas, grain: &[f32]) -> Image {
+/// Adds grain and converts intensities to 8-bit pixels.
+fn render(canvas: &Canvas, grain: &[f32]) -> Image {
     let mut image = Image::new(canvas.n as u32, canvas.n as u32);
     for ((out, px), g) in image.rgb_mut().chunks_exact_mut(3).zip(&canvas.px).zip(grain) {
         for (o, v) in out.iter_mut().zip(px) {
@@ -212,8 +222,8 @@ fn develop(canvas: &Canvas, grain: &[f32]) -> Image {
     image
 }
 
-/// The record of a drawn sample; its image is `images/{id}.png`.
-pub fn record(spec: &SynthSpec, index: usize, sample: &Sample) -> Record {
+/// Returns the record of a drawn sample; its image is `images/{id}.png`.
+pub fn record(spec: &SynthSpec, index: usize, sample: &SynthSample) -> Record {
     let id = format!("synth-{}-{index:06}", spec.seed);
     let category = sample.plan.category.map_or("", Category::name).to_owned();
     let mut extra = Map::new();
@@ -242,9 +252,12 @@ pub fn record(spec: &SynthSpec, index: usize, sample: &Sample) -> Record {
     }
 }
 
-/// Draws everything into `out`: `images/*.png`, then `records.jsonl` last, so that a folder with records is whole.
+/// Draws all records into `out`: `images/*.png`, and `records.jsonl` last, so that a folder with a record file is complete.
 ///
 /// Uses all cores; `progress(done, total)` is called on this thread after each record.
+///
+/// # Errors
+/// Returns an error if the specification is invalid or a file cannot be written.
 pub fn generate(
     spec: &SynthSpec,
     out: &Path,
@@ -260,11 +273,12 @@ pub fn generate(
     std::thread::scope(|scope| {
         let (send, receive) = mpsc::channel();
         for _ in 0..workers {
-            let (send, next) = (send.clone(), &next);
+            let send = send.clone();
+            let next = &next;
             scope.spawn(move || {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
-                    if index >= total || send.send(write_one(spec, index, out).map(|r| (index, r))).is_err() {
+                    if index >= total || send.send(write_sample(spec, index, out).map(|r| (index, r))).is_err() {
                         break;
                     }
                 }
@@ -284,10 +298,10 @@ pub fn generate(
     Ok(list)
 }
 
-fn write_one(spec: &SynthSpec, index: usize, out: &Path) -> Result<Record, SynthError> {
-    let s = sample(spec, index)?;
-    let r = record(spec, index, &s);
-    let path = out.join(&r.image);
-    std::fs::write(&path, s.image.to_png()?).map_err(|cause| SynthError::Write { path, cause })?;
-    Ok(r)
+fn write_sample(spec: &SynthSpec, index: usize, out: &Path) -> Result<Record, SynthError> {
+    let drawn = sample(spec, index)?;
+    let record = record(spec, index, &drawn);
+    let path = out.join(&record.image);
+    std::fs::write(&path, drawn.image.to_png()?).map_err(|cause| SynthError::Write { path, cause })?;
+    Ok(record)
 }

@@ -6,10 +6,12 @@ fn spec(n: usize, seed: u64) -> SynthSpec {
 }
 
 #[test]
-fn shares_are_as_stated() {
+fn shares_match_the_specification() {
     let s = SynthSpec::default();
     let n = 20_000;
-    let (mut none, mut several, mut three) = (0, 0, 0);
+    let mut none = 0;
+    let mut several = 0;
+    let mut three = 0;
     let mut by = std::collections::BTreeMap::<_, usize>::new();
     for i in 0..n {
         let p = plan(&s, i);
@@ -26,7 +28,8 @@ fn shares_are_as_stated() {
     }
     // Four standard deviations of a binomial share.
     let near = |k: usize, of: usize, p: f64| {
-        let (x, sd) = (k as f64 / of as f64, (p * (1.0 - p) / of as f64).sqrt());
+        let x = k as f64 / of as f64;
+        let sd = (p * (1.0 - p) / of as f64).sqrt();
         assert!((x - p).abs() < 4.0 * sd, "{x} is not {p}");
     };
     near(none, n, 0.12);
@@ -37,7 +40,7 @@ fn shares_are_as_stated() {
 }
 
 #[test]
-fn drawing_keeps_the_plan_and_boxes_are_the_masks_bounds() {
+fn boxes_are_the_exact_bounds_of_the_masks() {
     let s = spec(0, 7);
     for i in 0..300 {
         let x = sample(&s, i).unwrap();
@@ -45,7 +48,7 @@ fn drawing_keeps_the_plan_and_boxes_are_the_masks_bounds() {
         assert_eq!((x.boxes.len(), x.masks.len()), (x.plan.count, x.plan.count));
         let mut any = vec![false; 96 * 96];
         for (b, m) in x.boxes.iter().zip(&x.masks) {
-            // The box again, by hand: tight on every side.
+            // Computes the box independently: tight on every side.
             let on = |x: usize, y: usize| m.inside[y * 96 + x];
             let cols: Vec<usize> = (0..96).filter(|&c| (0..96).any(|r| on(c, r))).collect();
             let rows: Vec<usize> = (0..96).filter(|&r| (0..96).any(|c| on(c, r))).collect();
@@ -62,14 +65,14 @@ fn drawing_keeps_the_plan_and_boxes_are_the_masks_bounds() {
                 assert!(x.boxes[a].iou(&x.boxes[b]) < 0.05);
             }
         }
-        // Nothing outside the masks is touched.
+        // Pixels outside the masks are unchanged.
         for (k, (p, q)) in x.image.rgb().chunks_exact(3).zip(x.clean.rgb().chunks_exact(3)).enumerate() {
             assert!(any[k] || p == q, "record {i}: pixel {k} outside the mask differs");
         }
     }
 }
 
-/// Mean difference that a lesion makes inside its mask must be plain to see, for every category.
+/// The mean difference that a lesion makes inside its mask must be clearly visible, for every category.
 #[test]
 fn lesions_are_visible() {
     let s = spec(0, 3);
@@ -78,7 +81,8 @@ fn lesions_are_visible() {
         let x = sample(&s, i).unwrap();
         let Some(c) = x.plan.category else { continue };
         for m in &x.masks {
-            let (mut sum, mut k) = (0.0, 0);
+            let mut sum = 0.0;
+            let mut k = 0;
             for (j, _) in m.inside.iter().enumerate().filter(|(_, on)| **on) {
                 let d = (0..3).map(|ch| x.image.rgb()[3 * j + ch].abs_diff(x.clean.rgb()[3 * j + ch])).max().unwrap();
                 sum += f64::from(d);
@@ -93,8 +97,9 @@ fn lesions_are_visible() {
 }
 
 #[test]
-fn a_record_depends_on_seed_and_index_alone() {
-    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+fn records_depend_on_seed_and_index_only() {
+    let a = tempfile::tempdir().unwrap();
+    let b = tempfile::tempdir().unwrap();
     let mut calls = Vec::new();
     let few = generate(&spec(10, 7), a.path(), |k, n| calls.push((k, n))).unwrap();
     assert_eq!((calls.len(), calls[9]), (10, (10, 10)));
@@ -117,7 +122,7 @@ fn a_record_depends_on_seed_and_index_alone() {
 }
 
 #[test]
-fn other_sizes_scale() {
+fn lesions_scale_with_the_image_size() {
     for size in [48, 112, 224] {
         let s = SynthSpec { size, ..spec(0, 1) };
         for i in 0..10 {
@@ -132,7 +137,7 @@ fn other_sizes_scale() {
 }
 
 #[test]
-fn impossible_specifications_are_named() {
+fn invalid_specifications_are_rejected() {
     let e = |s: SynthSpec| s.validate().unwrap_err().to_string();
     assert!(e(SynthSpec { size: 8, ..spec(1, 0) }).contains("size = 8"));
     assert!(e(SynthSpec { several: 0.9, no_finding: 0.3, ..spec(1, 0) }).contains("several = 0.9"));

@@ -1,6 +1,4 @@
-//! The tokenizer of a model directory: token ids equal to transformers', special ids by name, and which characters each token wrote.
-//!
-//! Must not know: images, records, chat templates.
+//! The tokenizer of a model directory: token ids equal to those of transformers, special ids by name, and the characters of each token.
 
 mod added;
 pub mod stop;
@@ -11,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use tokenizers::{DecoderWrapper, Tokenizer as Inner};
 
-use crate::prepare::PrepareError;
-use crate::prepare::error::read;
+use crate::preprocess_error::PreprocessError;
+use crate::preprocess_error::read;
 
 /// Ids of the special tokens of the Qwen families.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,19 +23,19 @@ pub struct SpecialTokens {
     pub vision_start: u32,
     /// `<|vision_end|>`.
     pub vision_end: u32,
-    /// `<|im_start|>`, begins a message.
+    /// `<|im_start|>`, starts a message.
     pub im_start: u32,
     /// `<|im_end|>`, ends a message: the end token of an answer.
     pub im_end: u32,
-    /// `<|endoftext|>`, also the padding.
+    /// `<|endoftext|>`, also used for padding.
     pub end_of_text: u32,
     /// Tokens that end a response.
     pub stop: Vec<u32>,
-    /// Tokens that are never sampled: everything that stands for vision or its markup.
+    /// Tokens that are never sampled: image and video placeholders and vision markup.
     pub banned: Vec<u32>,
 }
 
-/// Banned where the vocabulary has them, besides the four vision tokens that every tokenizer must have.
+/// Tokens banned if the vocabulary has them, in addition to the four vision tokens that every tokenizer must have.
 const BANNED_IF_PRESENT: [&str; 7] = [
     "<|vision_pad|>",
     "<|box_start|>",
@@ -48,47 +46,50 @@ const BANNED_IF_PRESENT: [&str; 7] = [
     "<|object_ref_end|>",
 ];
 
-/// Decoded text and the characters that each token wrote.
+/// Decoded text with the character range of each token.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Decoded {
-    /// Text without special tokens.
+    /// The text without special tokens.
     pub text: String,
-    /// `[start, end)` per token in *characters* of `text`; empty for a special or unknown token. A character made of several
+    /// `[start, end)` of each token in *characters* of `text`; empty for a special or unknown token. A character that spans several
     /// tokens belongs to each of them.
     pub spans: Vec<[usize; 2]>,
 }
 
-/// A loaded tokenizer; cheap to share between threads behind an `Arc`.
+/// A loaded tokenizer. Share it between threads in an `Arc`.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Inner,
     special: SpecialTokens,
-    /// Ids that decoding skips, with their text.
+    /// Text of the special tokens, which decoding skips, by id.
     hidden: HashMap<u32, String>,
-    /// The tokenizer file.
+    /// Path of `tokenizer.json`.
     path: PathBuf,
-    bytes: HashMap<char, u8>,
+    byte_by_char: HashMap<char, u8>,
     vocab_size: usize,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model directory, and what `tokenizer_config.json` adds to it.
+    /// Loads `tokenizer.json` of a model directory and the tokens that `tokenizer_config.json` adds.
     ///
     /// # Errors
-    /// A missing or malformed file, a missing special token (named), or a tokenizer that is not byte-level.
-    pub fn load(dir: &Path) -> Result<Self, PrepareError> {
+    /// Returns [`PreprocessError::File`] for a missing file, [`PreprocessError::Format`] for a malformed file or a tokenizer that is not
+    /// byte-level, [`PreprocessError::Config`] for conflicting added tokens, and [`PreprocessError::MissingToken`] for a missing special token.
+    pub fn load(dir: &Path) -> Result<Self, PreprocessError> {
         let path = dir.join("tokenizer.json");
-        let format = |cause: String| PrepareError::Format { path: path.clone(), cause };
+        let format = |cause: String| PreprocessError::Format { path: path.clone(), cause };
         let mut inner = Inner::from_bytes(read(&path)?).map_err(|e| format(e.to_string()))?;
         inner.with_truncation(None).map_err(|e| format(e.to_string()))?;
         inner.with_padding(None);
-        added::take(dir, &mut inner)?;
+        added::add_configured_tokens(dir, &mut inner)?;
         if !matches!(inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) {
-            return Err(format("its decoder is not ByteLevel, which the supported model families use".to_owned()));
+            return Err(format(
+                "its decoder is not ByteLevel, but the supported model families use byte-level tokenizers".to_owned(),
+            ));
         }
         let id = |token: &'static str| {
             let known = inner.token_to_id(token).filter(|_| inner.get_added_vocabulary().is_special_token(token));
-            known.ok_or_else(|| PrepareError::MissingToken { path: path.clone(), token })
+            known.ok_or_else(|| PreprocessError::MissingToken { path: path.clone(), token })
         };
         let mut special = SpecialTokens {
             image_pad: id("<|image_pad|>")?,
@@ -108,66 +109,66 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let hidden = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
-        let bytes = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
-        Ok(Self { special, hidden, path, bytes, vocab_size, inner })
+        let byte_by_char = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
+        Ok(Self { special, hidden, path, byte_by_char, vocab_size, inner })
     }
 
-    /// Takes special tokens that answers are written with off the list of banned ones.
+    /// Removes special tokens that answers are written with from the banned ones.
     ///
     /// # Errors
-    /// The vocabulary lacks one of them.
-    pub(crate) fn allow(&mut self, tokens: &[&'static str]) -> Result<(), PrepareError> {
+    /// Returns [`PreprocessError::MissingToken`] if the vocabulary lacks one of them.
+    pub(crate) fn allow(&mut self, tokens: &[&'static str]) -> Result<(), PreprocessError> {
         for token in tokens {
-            let missing = || PrepareError::MissingToken { path: self.path.clone(), token };
+            let missing = || PreprocessError::MissingToken { path: self.path.clone(), token };
             let id = self.id(token).filter(|id| self.hidden.contains_key(id)).ok_or_else(missing)?;
             self.special.banned.retain(|b| *b != id);
         }
         Ok(())
     }
 
-    /// Largest token id plus one.
+    /// Returns the largest token id plus one.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// Ids of the special tokens.
+    /// Returns the ids of the special tokens.
     pub fn special(&self) -> &SpecialTokens {
         &self.special
     }
 
-    /// Id of a token by its exact name.
+    /// Returns the id of a token by its exact text.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Text of a special token; `None` for any other id.
+    /// Returns the text of a special token, or `None` for any other id.
     pub fn special_name(&self, id: u32) -> Option<&str> {
         self.hidden.get(&id).map(String::as_str)
     }
 
-    /// Ids of a text; special tokens in it are recognised, none are added.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, PrepareError> {
-        let e = self.inner.encode_fast(text, false).map_err(|e| PrepareError::Tokenizer { cause: e.to_string() })?;
+    /// Encodes a text; special tokens in it are recognised, none are added.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, PreprocessError> {
+        let e = self.inner.encode_fast(text, false).map_err(|e| PreprocessError::Tokenizer { cause: e.to_string() })?;
         Ok(e.get_ids().to_vec())
     }
 
-    /// Ids of a text that must not hold special tokens (a question, a category).
-    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, PrepareError> {
+    /// Encodes a text that must not contain special tokens (a question, a category).
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, PreprocessError> {
         let ids = self.encode(text)?;
         match ids.iter().find_map(|id| self.special_name(*id)) {
             None => Ok(ids),
             Some(token) => {
-                Err(PrepareError::SpecialInText { text: text.chars().take(80).collect(), token: token.to_owned() })
+                Err(PreprocessError::SpecialInText { text: text.chars().take(80).collect(), token: token.to_owned() })
             }
         }
     }
 
-    /// Text of ids without special tokens; bytes that are not UTF-8 become U+FFFD.
-    pub fn decode(&self, ids: &[u32]) -> Result<String, PrepareError> {
-        self.inner.decode(ids, true).map_err(|e| PrepareError::Tokenizer { cause: e.to_string() })
+    /// Decodes ids without special tokens; invalid UTF-8 becomes U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, PreprocessError> {
+        self.inner.decode(ids, true).map_err(|e| PreprocessError::Tokenizer { cause: e.to_string() })
     }
 
-    /// Text of ids, equal to [`Tokenizer::decode`], and the characters of each token. Time linear in the text.
+    /// Decodes ids to the same text as [`Tokenizer::decode`] together with the characters of each token, in linear time.
     pub fn decode_offsets(&self, ids: &[u32]) -> Decoded {
         let mut bytes = Vec::new();
         let ends: Vec<usize> = ids
@@ -178,52 +179,56 @@ impl Tokenizer {
             })
             .collect();
         let mut text = String::with_capacity(bytes.len());
-        // Index of the character that each byte belongs to.
-        let mut owner = Vec::with_capacity(bytes.len());
+        // Index of the character to which each byte belongs.
+        let mut char_of_byte = Vec::with_capacity(bytes.len());
         let mut chars = 0;
         for chunk in bytes.utf8_chunks() {
             for c in chunk.valid().chars() {
                 text.push(c);
-                owner.resize(owner.len() + c.len_utf8(), chars);
+                char_of_byte.resize(char_of_byte.len() + c.len_utf8(), chars);
                 chars += 1;
             }
             if !chunk.invalid().is_empty() {
                 text.push(char::REPLACEMENT_CHARACTER);
-                owner.resize(owner.len() + chunk.invalid().len(), chars);
+                char_of_byte.resize(char_of_byte.len() + chunk.invalid().len(), chars);
                 chars += 1;
             }
         }
         let mut start = 0;
         let mut spans = Vec::with_capacity(ids.len());
         for end in ends {
-            let at = |i: usize| owner.get(i).copied().unwrap_or(chars);
-            spans.push(if end == start { [at(start); 2] } else { [at(start), at(end - 1) + 1] });
+            let char_index = |i: usize| char_of_byte.get(i).copied().unwrap_or(chars);
+            spans.push(if end == start {
+                [char_index(start); 2]
+            } else {
+                [char_index(start), char_index(end - 1) + 1]
+            });
             start = end;
         }
         Decoded { text, spans }
     }
 
-    /// The bytes that a token adds to the text; none for a special or unknown one.
+    /// Returns the bytes that a token adds to the text; none for a special or unknown token.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let mut out = Vec::new();
         self.append(id, &mut out);
         out
     }
 
-    /// Appends the bytes of a token as the byte-level decoder writes them; nothing for a special or unknown one.
+    /// Appends the bytes of a token as the byte-level decoder writes them; nothing for a special or unknown token.
     fn append(&self, id: u32, out: &mut Vec<u8>) {
         if self.hidden.contains_key(&id) {
             return;
         }
         let Some(token) = self.inner.id_to_token(id) else { return };
-        match token.chars().map(|c| self.bytes.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+        match token.chars().map(|c| self.byte_by_char.get(&c).copied()).collect::<Option<Vec<u8>>>() {
             Some(bytes) => out.extend(bytes),
             None => out.extend(token.as_bytes()),
         }
     }
 }
 
-/// The visible character that stands for a byte in a byte-level vocabulary (GPT-2's table).
+/// Returns the visible character that represents a byte in a byte-level vocabulary (GPT-2's table).
 pub(crate) fn byte_char(byte: u8) -> char {
     let visible = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     if visible(byte) {
@@ -258,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn split_characters_belong_to_every_token() {
+    fn split_characters_belong_to_each_token() {
         let t = Tokenizer::load(tiny_dir().path()).unwrap();
         let ids = t.encode("a\u{20ac}b").unwrap();
         assert_eq!(ids.len(), 5);
@@ -270,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_of_tokens_make_the_text() {
+    fn token_bytes_concatenate_to_the_text() {
         let t = Tokenizer::load(tiny_dir().path()).unwrap();
         let ids = t.encode("[1,2] \u{20ac}<|im_end|>no finding").unwrap();
         let bytes: Vec<u8> = ids.iter().flat_map(|id| t.token_bytes(*id)).collect();
@@ -282,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_name_file_and_token() {
+    fn errors_name_file_and_token() {
         let dir = tiny_dir();
         let path = dir.path().join("tokenizer.json");
         let good = std::fs::read_to_string(&path).unwrap();
@@ -296,9 +301,10 @@ mod tests {
     }
 
     #[test]
-    fn pointers_and_ids_that_disagree_are_named() {
+    fn lfs_pointers_and_conflicting_ids_are_named() {
         let dir = tiny_dir();
-        let (path, config) = (dir.path().join("tokenizer.json"), dir.path().join("tokenizer_config.json"));
+        let path = dir.path().join("tokenizer.json");
+        let config = dir.path().join("tokenizer_config.json");
         let text = std::fs::read_to_string(&config).unwrap();
         let with = |list: serde_json::Value| {
             let mut map: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -313,7 +319,10 @@ mod tests {
         let e = with(new(size + 7)).unwrap_err().to_string();
         assert!(e.contains("tokenizer_config.json") && e.contains(&format!("{}", size + 7)), "{e}");
         assert!(
-            with(serde_json::json!({"x": {"content": "<new>"}})).unwrap_err().to_string().contains("\"x\" is no id")
+            with(serde_json::json!({"x": {"content": "<new>"}}))
+                .unwrap_err()
+                .to_string()
+                .contains("\"x\" is not a token id")
         );
         std::fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7031645\n").unwrap();
         let e = Tokenizer::load(dir.path()).unwrap_err().to_string();
@@ -321,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn plain_text_holds_no_special_token() {
+    fn special_tokens_in_plain_text_are_refused() {
         let t = Tokenizer::load(tiny_dir().path()).unwrap();
         assert!(t.encode_plain("a <b> | nodule").is_ok());
         let e = t.encode_plain("a <|im_end|>").unwrap_err().to_string();

@@ -1,29 +1,27 @@
-//! Stop strings, found while a text grows token by token.
-//!
-//! Must not know: tokenizers, sampling; it sees bytes only.
+//! Detection of stop strings while a text grows token by token; it works on bytes.
 
-/// Tells when a growing text first holds one of some strings. Clone one per text; each token costs time linear in its own bytes (times
-/// the number of strings), whatever came before it.
+/// Detects when a growing text contains one of several strings. Clone one per text; each token costs time linear in its own bytes (times
+/// the number of strings), regardless of the text before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StopStrings {
     stops: Vec<Vec<u8>>,
-    /// Last bytes of the text, as many as a match may still begin in: one less than the longest string.
+    /// Last bytes of the text in which a match may still start: one fewer than the longest string has.
     tail: Vec<u8>,
 }
 
 impl StopStrings {
-    /// Looks for `stops`; empty strings are left out, they would be found in every text.
+    /// Creates a detector for `stops`; empty strings are ignored because every text contains them.
     pub fn new<S: AsRef<str>>(stops: impl IntoIterator<Item = S>) -> Self {
         let stops = stops.into_iter().map(|s| s.as_ref().as_bytes().to_vec()).filter(|s| !s.is_empty()).collect();
         Self { stops, tail: Vec::new() }
     }
 
-    /// There is nothing to look for.
+    /// Returns whether there is no string to detect.
     pub fn is_empty(&self) -> bool {
         self.stops.is_empty()
     }
 
-    /// Adds the bytes of the next token. True when they complete a stop string: one that ends in these bytes, wherever it began.
+    /// Appends the bytes of the next token and returns whether they complete a stop string, i.e. whether one ends within them.
     pub fn push(&mut self, piece: &[u8]) -> bool {
         let Some(longest) = self.stops.iter().map(Vec::len).max() else { return false };
         if piece.is_empty() {
@@ -32,9 +30,10 @@ impl StopStrings {
         let old = self.tail.len();
         self.tail.extend_from_slice(piece);
         let text = &self.tail;
-        // A match that is new ends behind `old`, so it begins no further before it than its length less one.
-        let new = |s: &Vec<u8>| text[(old + 1).saturating_sub(s.len())..].windows(s.len()).any(|w| w == &s[..]);
-        let found = self.stops.iter().any(new);
+        // A new match ends after `old`, so it starts at most its length minus one before it.
+        let ends_in_piece =
+            |s: &Vec<u8>| text[(old + 1).saturating_sub(s.len())..].windows(s.len()).any(|w| w == &s[..]);
+        let found = self.stops.iter().any(ends_in_piece);
         let spare = self.tail.len().saturating_sub(longest - 1);
         self.tail.drain(..spare);
         found
@@ -72,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_look_for() {
+    fn empty_strings_are_ignored() {
         let mut s = StopStrings::new(["", ""]);
         assert!(s.is_empty() && !s.push(b"abc"));
     }

@@ -1,7 +1,7 @@
-//! The small tokenizer and processor of a from-scratch model, in Hugging Face files that transformers' auto classes load.
+//! A small tokenizer and processor for models trained from scratch, as Hugging Face files that the auto classes of transformers load.
 //!
-//! Byte-level BPE in the form of Qwen2's tokenizer, made from a fixed list of words (no training, the same files every time), the
-//! Qwen special tokens, and one token per number 0..=1023: coordinates spelt digit by digit hardly learn at this size.
+//! Byte-level BPE in the form of Qwen2's tokenizer, built from a fixed list of words (no training, always the same files), the Qwen
+//! special tokens, and one token per number 0..=1023: models of this size hardly learn coordinates spelt digit by digit.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,12 +9,13 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{SpecialTokens, Tokenizer, byte_char};
-use crate::prepare::{Family, PrepareError};
+use crate::family::Family;
+use crate::preprocess_error::PreprocessError;
 
 /// Family and sizes of a tiny processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TinyProcessorSpec {
-    /// Family: names the processor class, and decides how levels are normalised.
+    /// Model family; it determines the processor class and the normalisation of pixel values.
     pub family: Family,
     /// Side of a patch in pixels.
     pub patch: u32,
@@ -22,20 +23,20 @@ pub struct TinyProcessorSpec {
     pub merge: u32,
     /// Frames per patch.
     pub temporal: u32,
-    /// Fewest pixels of a resized image.
+    /// Minimum number of pixels of a resized image.
     pub min_pixels: u64,
-    /// Most pixels of a resized image.
+    /// Maximum number of pixels of a resized image.
     pub max_pixels: u64,
 }
 
 impl Default for TinyProcessorSpec {
-    /// 96 x 96 stays (36 image tokens); 640 x 480 becomes 128 x 96 (48 image tokens).
+    /// Returns a specification that keeps 96 x 96 pixels (36 image tokens) and resizes 640 x 480 to 128 x 96 (48 image tokens).
     fn default() -> Self {
         Self { family: Family::Qwen2_5Vl, patch: 8, merge: 2, temporal: 2, min_pixels: 96 * 96, max_pixels: 128 * 96 }
     }
 }
 
-/// What a model's configuration must know of the tokenizer.
+/// The values of the tokenizer that a model's configuration needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TinyVocabulary {
     /// Number of tokens.
@@ -46,7 +47,7 @@ pub struct TinyVocabulary {
     pub numbers: std::ops::Range<u32>,
 }
 
-/// Largest number that is one token.
+/// Largest number represented by a single token.
 pub const LARGEST_NUMBER: u32 = 1023;
 
 const SPECIAL: [&str; 8] = [
@@ -60,7 +61,7 @@ const SPECIAL: [&str; 8] = [
     "<|video_pad|>",
 ];
 
-/// Each becomes one token.
+/// Words that become single tokens.
 const WORDS: [&str; 38] = [
     " nodule",
     " cyst",
@@ -102,10 +103,10 @@ const WORDS: [&str; 38] = [
     " box",
 ];
 
-/// Written between two boxes; one token.
+/// Text between two boxes, a single token.
 const BETWEEN_BOXES: &str = "], [";
 
-/// Qwen2's rule for cutting text into words.
+/// Qwen2's rule for splitting text into words.
 const WORD_RULE: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -118,37 +119,37 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 {% endif %}";
 
 /// Writes tokenizer, chat template and processor files into `dir` and reads the tokenizer back.
-pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary, PrepareError> {
+pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary, PreprocessError> {
     let files = [
-        ("tokenizer.json", text(&tokenizer_json())),
-        ("tokenizer_config.json", text(&tokenizer_config(spec.family))),
-        ("special_tokens_map.json", text(&json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))),
+        ("tokenizer.json", pretty_json(&tokenizer_json())),
+        ("tokenizer_config.json", pretty_json(&tokenizer_config(spec.family))),
+        ("special_tokens_map.json", pretty_json(&json!({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))),
         ("chat_template.jinja", CHAT_TEMPLATE.to_owned()),
-        ("preprocessor_config.json", text(&image_config(spec))),
-        ("video_preprocessor_config.json", text(&video_config(spec))),
+        ("preprocessor_config.json", pretty_json(&image_config(spec))),
+        ("video_preprocessor_config.json", pretty_json(&video_config(spec))),
     ];
     for (name, content) in files {
         let path = dir.join(name);
-        unveil_core::write_atomic(&path, content.as_bytes()).map_err(|cause| PrepareError::File { path, cause })?;
+        unveil_core::write_atomic(&path, content.as_bytes()).map_err(|cause| PreprocessError::File { path, cause })?;
     }
     let tokenizer = Tokenizer::load(dir)?;
     let vocab_size = tokenizer.vocab_size() as u32;
-    // The numbers are the last tokens of the list.
+    // The numbers are the last tokens of the vocabulary.
     let numbers = vocab_size - LARGEST_NUMBER - 1..vocab_size;
     Ok(TinyVocabulary { vocab_size, special: tokenizer.special().clone(), numbers })
 }
 
-fn text(value: &Value) -> String {
+fn pretty_json(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
-/// Bytes as visible characters, digits left out: they are always caught by the number tokens.
+/// Returns the bytes as visible characters, without digits, which the number tokens always match.
 fn alphabet() -> Vec<String> {
     (0..=u8::MAX).filter(|b| !b.is_ascii_digit()).map(|b| byte_char(b).to_string()).collect()
 }
 
-/// Merges that make every word one token, earlier words first; a later merge never undoes an earlier word, because BPE takes the
-/// earliest merge that applies.
+/// Returns merges that make every word a single token, earlier words first. A later merge never breaks an earlier word, because BPE applies
+/// the earliest applicable merge.
 fn merges() -> Vec<(String, String)> {
     let mut list: Vec<(String, String)> = Vec::new();
     let mut rank: HashMap<(String, String), usize> = HashMap::new();
@@ -164,7 +165,7 @@ fn merges() -> Vec<(String, String)> {
     list
 }
 
-/// BPE of one word.
+/// Applies BPE to one word.
 fn split(word: &str, rank: &HashMap<(String, String), usize>) -> Vec<String> {
     let mut parts: Vec<String> = word.bytes().map(|b| byte_char(b).to_string()).collect();
     loop {
@@ -255,7 +256,7 @@ fn image_config(spec: &TinyProcessorSpec) -> Value {
     })
 }
 
-/// Only so that transformers' processor loads; Unveil reads no videos.
+/// Returns the video settings, which only the processor of transformers needs; Unveil does not read videos.
 fn video_config(spec: &TinyProcessorSpec) -> Value {
     let mut config = image_config(spec);
     if let Some(map) = config.as_object_mut() {
@@ -274,8 +275,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_and_the_same_every_time() {
-        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fn vocabulary_is_small_and_deterministic() {
+        let a = tempfile::tempdir().unwrap();
+        let b = tempfile::tempdir().unwrap();
         let v = write_tiny(a.path(), &TinyProcessorSpec::default()).unwrap();
         assert_eq!(write_tiny(b.path(), &TinyProcessorSpec::default()).unwrap(), v);
         assert!((1300..1500).contains(&v.vocab_size), "{}", v.vocab_size);
@@ -285,9 +287,9 @@ mod tests {
         }
     }
 
-    /// Runs repeat only as long as these files stay as they are.
+    /// Runs are reproducible only as long as these files do not change.
     #[test]
-    fn the_default_files_do_not_change() {
+    fn default_files_do_not_change() {
         let dir = tempfile::tempdir().unwrap();
         write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
         let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unwritable_directory_is_named() {
+    fn unwritable_directories_are_named() {
         let e = write_tiny(Path::new("/proc/none"), &TinyProcessorSpec::default()).unwrap_err().to_string();
         assert!(e.contains("/proc/none"), "{e}");
     }

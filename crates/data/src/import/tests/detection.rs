@@ -1,4 +1,4 @@
-//! Annotation formats: COCO, YOLO, VIA, ms-swift.
+//! Tests of annotation formats: COCO, YOLO, VIA, ms-swift.
 
 use super::{Format, ImportOptions, UNREAD, boxes, fixtures, reasons};
 
@@ -8,7 +8,7 @@ fn options() -> ImportOptions {
 
 #[test]
 fn coco() {
-    let set = fixtures::of(Format::Coco);
+    let set = fixtures::dataset(Format::Coco);
     let (report, r) = set.import(Format::Coco, &options());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
     assert_eq!(
@@ -35,13 +35,13 @@ fn coco() {
     );
     let (report, r) = set.import(Format::Coco, &ImportOptions { split: Some("val".into()), ..options() });
     assert_eq!((report.records, r.len()), (1, 1));
-    let gone = set.try_import(Format::Coco, &ImportOptions { split: Some("test".into()), ..options() }).unwrap_err();
-    assert!(gone.to_string().contains("no record in split \"test\""), "{gone}");
+    let missing = set.try_import(Format::Coco, &ImportOptions { split: Some("test".into()), ..options() }).unwrap_err();
+    assert!(missing.to_string().contains("no record in split \"test\""), "{missing}");
 }
 
 #[test]
-fn coco_beside_its_images() {
-    let set = super::Set::new();
+fn coco_file_next_to_its_images() {
+    let set = super::DatasetFixture::new();
     let file = r#"{"images": [{"id": 0, "file_name": "x.jpg", "width": 10, "height": 10}],
         "annotations": [{"id": 0, "image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "area": 12, "segmentation": [], "iscrowd": 0}],
         "categories": [{"id": 0, "name": "all"}, {"id": 1, "name": "stone"}]}"#;
@@ -52,7 +52,7 @@ fn coco_beside_its_images() {
 
 #[test]
 fn yolo() {
-    let set = fixtures::of(Format::Yolo);
+    let set = fixtures::dataset(Format::Yolo);
     let (report, r) = set.import(Format::Yolo, &options());
     let a = &r["train/images/a"];
     assert_eq!(a.labels, ["cyst", "nodule", "nodule"]);
@@ -67,14 +67,14 @@ fn yolo() {
             ("its class has no name", 1),
             ("its folder is missing or outside", 1),
             (UNREAD, 1),
-            ("the line is no class and box", 2)
+            ("the line is not a class and a box", 2)
         ]
     );
 }
 
 #[test]
-fn yolo_by_map_list_and_classes_file() {
-    let set = super::Set::new();
+fn yolo_names_as_map_and_classes_file() {
+    let set = super::DatasetFixture::new();
     set.write("data.yaml", "path: .\ntrain: lists/train.txt\nval: [images/val]\nnames:\n  0: cyst\n  3: mass\n");
     set.write("lists/train.txt", "./images/train/a.png\nimages/train/gone.png\n../../etc/passwd\n");
     set.image("images/train/a.png", (10, 10), 1).write("labels/train/a.txt", "3 0.5 0.5 0.5 0.5");
@@ -91,23 +91,23 @@ fn yolo_by_map_list_and_classes_file() {
 
 #[test]
 fn via() {
-    let set = fixtures::of(Format::Via);
+    let set = fixtures::dataset(Format::Via);
     let (report, r) = set.import(Format::Via, &options());
     assert_eq!(r["a"].labels, ["mass", "mass", "cyst", "cyst"]);
     let got = boxes(&r["a"]);
     assert_eq!(got[..3], [[10.0, 20.0, 40.0, 60.0], [5.0, 7.0, 25.0, 30.0], [40.0, 40.0, 60.0, 60.0]]);
-    // A quarter turn swaps the radii.
+    // Rotation by a quarter swaps the radii.
     assert!(got[3].iter().zip([40.0, 30.0, 60.0, 70.0]).all(|(x, y)| (x - y).abs() < 1e-4), "{got:?}");
     assert_eq!((boxes(&r["b"]), boxes(&r["c"])), (vec![[1.0, 2.0, 4.0, 6.0]], vec![[2.0, 3.0, 6.0, 8.0]]));
     assert_eq!(
         reasons(&report),
-        [("a point is no box", 1), (UNREAD, 1), ("the region has no label", 1), ("the shape has no numbers", 1)]
+        [("a point is not a box", 1), (UNREAD, 1), ("the region has no label", 1), ("the shape has no numbers", 1)]
     );
 }
 
 #[test]
 fn ms_swift() {
-    let set = fixtures::of(Format::MsSwift);
+    let set = fixtures::dataset(Format::MsSwift);
     let (report, r) = set.import(Format::MsSwift, &options());
     let a = &r["train-0"];
     assert_eq!(a.labels, ["a cyst", "a mass"]);

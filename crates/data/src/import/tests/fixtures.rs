@@ -1,12 +1,12 @@
-//! One small folder per format. Layouts and field names as in the sources that each importer's module cites.
+//! A small data set per format, with the layout and field names of the sources cited by each importer's module.
 
 use image::{ImageBuffer, Luma};
 
-use super::{Format, Set};
+use super::{DatasetFixture, Format};
 
-/// The folder of a format.
-pub(super) fn of(format: Format) -> Set {
-    let set = Set::new();
+/// Creates a data set of a format.
+pub(super) fn dataset(format: Format) -> DatasetFixture {
+    let set = DatasetFixture::new();
     match format {
         Format::Voc => voc(&set),
         Format::Coco => coco(&set),
@@ -29,7 +29,7 @@ pub(super) fn of(format: Format) -> Set {
     set
 }
 
-fn voc(set: &Set) {
+fn voc(set: &DatasetFixture) {
     let object =
         "<object><name>cyst</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object>";
     set.image("JPEGImages/a.jpg", (20, 10), 1)
@@ -37,7 +37,7 @@ fn voc(set: &Set) {
         .write("ImageSets/Main/train.txt", "a\n");
 }
 
-fn coco(set: &Set) {
+fn coco(set: &DatasetFixture) {
     set.image("train2017/a.jpg", (40, 20), 1).image("train2017/b.jpg", (80, 40), 2).image("val2017/c.jpg", (40, 20), 3);
     set.image("train2017/d.jpg", (40, 20), 4);
     set.write(
@@ -66,7 +66,7 @@ fn coco(set: &Set) {
     set.write("annotations/captions_val2017.json", r#"{"images": [], "annotations": []}"#);
 }
 
-fn yolo(set: &Set) {
+fn yolo(set: &DatasetFixture) {
     set.write(
         "data.yaml",
         "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['nodule', 'cyst']\n",
@@ -78,7 +78,7 @@ fn yolo(set: &Set) {
     set.write("valid/labels/c.txt", "0 0.25 0.5 0.1 0.2 0.93\n\n");
 }
 
-fn via(set: &Set) {
+fn via(set: &DatasetFixture) {
     set.image("images/a.png", (100, 100), 1).image("images/b.png", (100, 100), 2).image("c.png", (100, 100), 3);
     set.image("images/d.png", (100, 100), 4);
     set.write(
@@ -106,7 +106,7 @@ fn via(set: &Set) {
     );
 }
 
-fn deeplesion(set: &Set) {
+fn deeplesion(set: &DatasetFixture) {
     let header = "File_name,Patient_index,Study_index,Series_ID,Key_slice_index,Measurement_coordinates,Bounding_boxes,\
                   Lesion_diameters_Pixel_,Normalized_lesion_location,Coarse_lesion_type,Possibly_noisy,Slice_range,Spacing_mm_px_,\
                   Image_size,DICOM_windows,Patient_gender,Patient_age,Train_Val_Test\n";
@@ -127,7 +127,7 @@ fn deeplesion(set: &Set) {
     ];
     set.write("DL_info.csv", format!("{header}{}", rows.concat()));
     for (name, tone) in [("000001_01_01/109.png", 50), ("000002_01_01/014.png", 100)] {
-        // Hounsfield units from left to right: -175, 50, 275, beyond.
+        // Hounsfield units from left to right: -175, 50, 275, above.
         let deep = ImageBuffer::from_fn(64, 64, |x, y| {
             Luma([32_768_u16 - 175 + 225 * ((x / 16) as u16) + tone * u16::from(y == 0)])
         });
@@ -137,7 +137,7 @@ fn deeplesion(set: &Set) {
     }
 }
 
-fn nih(set: &Set) {
+fn nih(set: &DatasetFixture) {
     set.write(
         "BBox_List_2017.csv",
         "Image Index,Finding Label,Bbox [x,y,w,h],,,\n\
@@ -162,7 +162,7 @@ fn nih(set: &Set) {
     set.image("images_002/images/00000014_000.png", (512, 512), 3);
 }
 
-fn tbx11k(set: &Set) {
+fn tbx11k(set: &DatasetFixture) {
     for (k, name) in
         ["tb/tb0005.png", "tb/tb1199.png", "tb/tb0007.png", "health/h0001.png", "sick/s0001.png"].iter().enumerate()
     {
@@ -195,7 +195,7 @@ fn tbx11k(set: &Set) {
     set.write("lists/TBX11K_val.txt", "imgs/tb/tb0007.png\n");
 }
 
-fn kvasir(set: &Set) {
+fn kvasir(set: &DatasetFixture) {
     set.write(
         "kavsir_bboxes.json",
         r#"{"cju0qkwl35piu0993l0dewei2": {"height": 52, "width": 62, "bbox": [{"label": "polyp", "xmin": 3, "ymin": 5, "xmax": 43, "ymax": 33},
@@ -213,7 +213,7 @@ fn kvasir(set: &Set) {
     set.write("train.txt", "cju0qkwl35piu0993l0dewei2\n").write("val.txt", "cju0roawvklrq0799vmjorwfv\n");
 }
 
-fn kidney_stone(set: &Set) {
+fn kidney_stone(set: &DatasetFixture) {
     set.write("data.yaml", "train: ../train/images\nval: ../valid/images\n\nnc: 1\nnames: ['Tas_Var']\n");
     let names =
         ["train/images/p1_12_jpg.rf.0a1.jpg", "valid/images/p1_12_jpg.rf.9ff.jpg", "valid/images/p2_3_jpg.rf.7e7.jpg"];
@@ -226,7 +226,7 @@ fn kidney_stone(set: &Set) {
         .write("valid/labels/p2_3_jpg.rf.7e7.txt", "");
 }
 
-fn med_grit(set: &Set) {
+fn med_grit(set: &DatasetFixture) {
     let name = "ct_00--AMOS2022--amos_0001--x_0010";
     set.image(&format!("images/{name}.png"), (200, 100), 1);
     set.write(
@@ -244,7 +244,7 @@ fn med_grit(set: &Set) {
     );
 }
 
-fn slake(set: &Set) {
+fn slake(set: &DatasetFixture) {
     set.image("imgs/xmlab0/source.jpg", (100, 80), 1).image("imgs/xmlab1/source.jpg", (100, 80), 2);
     set.image("imgs/xmlab2/source.jpg", (100, 80), 4);
     let question = |qid: u32, img: u32, q: &str, a: &str, lang: &str| {
@@ -268,12 +268,12 @@ fn slake(set: &Set) {
     set.write("imgs/xmlab0/detection.json", r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Cyst": [90, 70, 12, 12]}]"#);
     set.write("imgs/xmlab2/detection.json", r#"[{"Liver": [10.0, 20.0, 30.0, 40.0]}, {"Spleen": [1, 2, "x", 4]}]"#);
     set.write("imgs/xmlab1/detection.json", "[]");
-    // As published; the image is larger than what is in it.
+    // As published; the image is large enough for its boxes.
     set.image("imgs/xmlab169/source.jpg", (640, 800), 3);
     set.write("imgs/xmlab169/detection.json", r#"[{"Atelectasis": [212.0, 587.0, 247.0, 201.0]}]"#);
 }
 
-fn vqa_rad(set: &Set) {
+fn vqa_rad(set: &DatasetFixture) {
     set.image("VQA_RAD Image Folder/synpic1.jpg", (30, 30), 1).image("VQA_RAD Image Folder/synpic2.jpg", (30, 30), 2);
     set.write(
         "VQA_RAD Dataset Public.json",
@@ -289,7 +289,7 @@ fn vqa_rad(set: &Set) {
     );
 }
 
-fn pmc_vqa(set: &Set) {
+fn pmc_vqa(set: &DatasetFixture) {
     set.image("images/PMC1_fig1.jpg", (30, 20), 1).image("images/PMC2_fig1.jpg", (30, 20), 2);
     let header = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n";
     set.write(
@@ -309,7 +309,7 @@ fn pmc_vqa(set: &Set) {
     );
 }
 
-fn omnimedvqa(set: &Set) {
+fn omnimedvqa(set: &DatasetFixture) {
     set.image("Images/ACRIMA/Im553_g_ACRIMA.png", (30, 30), 1).image("Images/Chest CT Scan/test/a b.png", (30, 30), 2);
     set.write(
         "QA_information/Open-access/ACRIMA.json",
@@ -330,7 +330,7 @@ fn omnimedvqa(set: &Set) {
     );
 }
 
-fn medvh(set: &Set) {
+fn medvh(set: &DatasetFixture) {
     set.image("multi_choices/NOTA/medvh_1.jpg", (30, 30), 1).image(
         "multi_choices/wrongful_image/medvh_1.jpg",
         (30, 30),
@@ -366,7 +366,7 @@ fn medvh(set: &Set) {
     set.write("multi_choices/NOTA/test_nota_src.json", "[]");
 }
 
-fn ms_swift(set: &Set) {
+fn ms_swift(set: &DatasetFixture) {
     set.image("images/a.jpg", (200, 100), 1).image("images/b.jpg", (200, 100), 2);
     let lines = [
         r#"{"messages": [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": "<image>Describe the image."}, {"role": "assistant", "content": "<ref-object><bbox> and <ref-object><bbox> are seen"}], "images": ["images/a.jpg"], "objects": {"ref": ["a cyst", "a mass"], "bbox": [[31.5, 61.4, 53.5, 94.8], [76.5, 5.8, 99.5, 27.4]]}}"#,
@@ -380,7 +380,7 @@ fn ms_swift(set: &Set) {
     set.write("train.jsonl", lines.join("\n"));
 }
 
-fn llava(set: &Set) {
+fn llava(set: &DatasetFixture) {
     set.image("part-000001/a.jpg", (30, 20), 1);
     set.write(
         "train.json",

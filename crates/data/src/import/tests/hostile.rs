@@ -1,15 +1,15 @@
-//! Damaged and hostile annotation files: an import ends in an error or in records that are sound, never in a panic, and never reads or
-//! links what lies outside the source folder.
+//! Damaged and hostile annotation files: an import returns an error or valid records, never panics, and never reads or links files
+//! outside the source folder.
 
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 
-use super::{Format, ImportOptions, Set, fixtures};
+use super::{DatasetFixture, Format, ImportOptions, fixtures};
 use crate::records::RecordFile;
 
-/// All files of a set that are not images.
-fn annotations(set: &Set) -> Vec<PathBuf> {
+/// Returns all files of a data set that are not images.
+fn annotations(set: &DatasetFixture) -> Vec<PathBuf> {
     fn walk(folder: &Path, out: &mut Vec<PathBuf>) {
         for path in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
             if path.is_dir() {
@@ -25,8 +25,8 @@ fn annotations(set: &Set) -> Vec<PathBuf> {
     out
 }
 
-/// Imports; where that gives records, they must be sound and their images those of the set.
-fn sound(set: &Set, format: Format) {
+/// Imports; if that succeeds, the records must be valid and their images inside the data set.
+fn check_import(set: &DatasetFixture, format: Format) {
     let outside = set.dir.path().join("secret.png");
     let Ok(report) = set.try_import(format, &ImportOptions::default()) else { return };
     let file = RecordFile::load(&set.out()).unwrap();
@@ -40,7 +40,7 @@ fn sound(set: &Set, format: Format) {
             assert_ne!(
                 std::fs::read(&image).unwrap(),
                 std::fs::read(&outside).unwrap(),
-                "{} shows what is outside",
+                "{} shows a file from outside",
                 r.id
             );
         }
@@ -109,12 +109,12 @@ proptest! {
 
     #[test]
     fn damaged_annotations_never_panic(format in prop::sample::select(Format::ALL.to_vec()), which in 0.0f64..1.0, damage in damage()) {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         let files = annotations(&set);
         let file = &files[(files.len() as f64 * which) as usize];
         let content = std::fs::read(file).unwrap();
         std::fs::write(file, apply(&damage, content)).unwrap();
-        sound(&set, format);
+        check_import(&set, format);
     }
 }
 
@@ -122,9 +122,9 @@ proptest! {
 fn paths_that_leave_the_folder_are_refused() {
     for format in Format::ALL {
         for escape in ["../secret.png", "..\\\\secret.png", "/SECRET", "a/../../secret.png", "file:///SECRET"] {
-            let set = fixtures::of(format);
+            let set = fixtures::dataset(format);
             let secret = set.dir.path().join("secret.png");
-            std::fs::write(&secret, crate::store::Image::new(33, 44).to_png().unwrap()).unwrap();
+            std::fs::write(&secret, crate::image_store::Image::new(33, 44).to_png().unwrap()).unwrap();
             let escape = escape.replace("/SECRET", &secret.display().to_string());
             for file in annotations(&set) {
                 let mut text = String::from_utf8(std::fs::read(&file).unwrap()).unwrap();
@@ -142,28 +142,28 @@ fn paths_that_leave_the_folder_are_refused() {
                 }
                 std::fs::write(&file, text).unwrap();
             }
-            sound(&set, format);
+            check_import(&set, format);
         }
     }
 }
 
 #[test]
-fn a_folder_that_links_to_itself_ends() {
-    let set = fixtures::of(Format::NihChestXray);
+fn folder_with_a_link_to_itself_is_searched_once() {
+    let set = fixtures::dataset(Format::NihChestXray);
     std::os::unix::fs::symlink(set.src(), set.src().join("round")).unwrap();
     set.import(Format::NihChestXray, &ImportOptions::default());
 }
 
-/// Also where a file of a set is no file: nobody writes to a FIFO that lies in a folder of data.
+/// Opening a FIFO would block indefinitely.
 #[test]
-fn a_fifo_among_the_files_is_not_waited_for() {
+fn fifo_in_a_data_set_does_not_block() {
     for format in Format::ALL {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         for file in annotations(&set) {
             let content = std::fs::read(&file).unwrap();
             std::fs::remove_file(&file).unwrap();
             nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
-            sound(&set, format);
+            check_import(&set, format);
             std::fs::remove_file(&file).unwrap();
             std::fs::write(&file, content).unwrap();
         }

@@ -1,10 +1,10 @@
-//! Data sets with boxes: DeepLesion, NIH ChestX-ray, TBX11K, Kvasir-SEG, kidney stones.
+//! Tests of data sets with boxes: DeepLesion, NIH ChestX-ray, TBX11K, Kvasir-SEG, kidney stones.
 
 use super::{Format, ImportOptions, boxes, fixtures, pixels, reasons};
 
 #[test]
 fn deeplesion() {
-    let set = fixtures::of(Format::DeepLesion);
+    let set = fixtures::dataset(Format::DeepLesion);
     let (report, r) = set.import(Format::DeepLesion, &ImportOptions::default());
     let a = &r["000001_01_01_109"];
     assert_eq!(a.labels, ["mediastinal lesion", "lung lesion"]);
@@ -28,7 +28,7 @@ fn deeplesion() {
 
 #[test]
 fn nih() {
-    let set = fixtures::of(Format::NihChestXray);
+    let set = fixtures::dataset(Format::NihChestXray);
     let (report, r) = set.import(Format::NihChestXray, &ImportOptions::default());
     let a = &r["00000013_005"];
     assert_eq!(a.labels, ["atelectasis", "infiltration"]);
@@ -42,12 +42,12 @@ fn nih() {
     );
     std::fs::remove_file(set.src().join("Data_Entry_2017.csv")).unwrap();
     let (_, alone) = set.import(Format::NihChestXray, &ImportOptions::default());
-    assert_eq!((alone.len(), &alone["00000013_005"].split), (1, &a.split), "the patient is in the file's name, too");
+    assert_eq!((alone.len(), &alone["00000013_005"].split), (1, &a.split), "the file name also contains the patient");
 }
 
 #[test]
 fn tbx11k() {
-    let set = fixtures::of(Format::Tbx11k);
+    let set = fixtures::dataset(Format::Tbx11k);
     let (report, r) = set.import(Format::Tbx11k, &ImportOptions::default());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["h0001", "tb0005", "tb0007"]);
     assert_eq!(r["tb0005"].labels, ["active tuberculosis", "latent tuberculosis"]);
@@ -67,7 +67,7 @@ fn tbx11k() {
 
 #[test]
 fn kvasir() {
-    let set = fixtures::of(Format::KvasirSeg);
+    let set = fixtures::dataset(Format::KvasirSeg);
     let (report, r) = set.import(Format::KvasirSeg, &ImportOptions::default());
     assert_eq!(boxes(&r["cju0qkwl35piu0993l0dewei2"]), [[3.0, 5.0, 43.0, 33.0], [50.0, 40.0, 62.0, 52.0]]);
     // Stated as 31 x 26, stored as 62 x 52.
@@ -78,7 +78,7 @@ fn kvasir() {
 
 #[test]
 fn kidney_stone() {
-    let set = fixtures::of(Format::KidneyStone);
+    let set = fixtures::dataset(Format::KidneyStone);
     let (report, r) = set.import(Format::KidneyStone, &ImportOptions::default());
     let a = &r["train/images/p1_12_jpg.rf.0a1"];
     assert_eq!(

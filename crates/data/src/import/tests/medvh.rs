@@ -1,14 +1,14 @@
-//! MedVH in both layouts, with images in the folder and in the data sets that they were taken from.
+//! Tests of MedVH in both layouts, with images in the folder and in the data sets they were taken from.
 
 use std::path::PathBuf;
 
-use super::{Format, ImportOptions, Set, fixtures, pixels, reasons};
+use super::{DatasetFixture, Format, ImportOptions, fixtures, pixels, reasons};
 
-const ELSEWHERE: &str = "its image is of another data set (--images says where that lies)";
+const IN_OTHER_DATASET: &str = "its image belongs to another data set (give that with --images)";
 
-/// The folder as the repository has it: rows as published, words changed. Only the wrongful images are in it.
-fn repository() -> Set {
-    let set = Set::new();
+/// Creates the folder as the repository has it, with published rows in other words. Only the wrongful images are in it.
+fn repository() -> DatasetFixture {
+    let set = DatasetFixture::new();
     let row = |n: u32, question: &str, choices: &str, rest: &str| {
         format!(
             r#"{{"question_id": {n}, "img_id": {n}, "img_name": "medvh_{n}.jpg", "question": "{question}", "choices": "{choices}", {rest}}}"#
@@ -66,8 +66,8 @@ fn repository() -> Set {
     set
 }
 
-/// Writes the images of the other data sets; their folder.
-fn others(set: &Set) -> PathBuf {
+/// Writes the images of the other data sets and returns their folder.
+fn write_other_datasets(set: &DatasetFixture) -> PathBuf {
     let mimic = |id: &str| format!("../others/mimic-cxr-jpg/2.0.0/files/p10/p1000/s500/{id}.jpg");
     for (k, name) in ["aaaa-1111", "bbbb-2222", "cccc-3333", "dddd-4444", "eeee-5555"].iter().enumerate() {
         set.image(&mimic(name), (30, 30), 10 + k as u8);
@@ -79,9 +79,9 @@ fn others(set: &Set) -> PathBuf {
 }
 
 #[test]
-fn the_repository_with_the_images_of_other_sets() {
+fn repository_with_images_of_other_data_sets() {
     let set = repository();
-    let images = Some(others(&set));
+    let images = Some(write_other_datasets(&set));
     let (report, r) = set.import(Format::MedVh, &ImportOptions { images, ..ImportOptions::default() });
     let rows = [
         // id, task, baseline, pair, answer, option
@@ -103,18 +103,28 @@ fn the_repository_with_the_images_of_other_sets() {
         assert_eq!((&q.extra["pair"], q.answer.as_str()), (&pair.into(), answer), "{id}");
         assert_eq!((&q.extra["answer_option"], q.split.as_str()), (&option.into(), "test"), "{id}");
     }
-    let told = &r["report_generation-0"];
+    let report_record = &r["report_generation-0"];
     assert_eq!(
-        (told.answer.as_str(), told.extra["gt_labels"][1].as_str()),
+        (report_record.answer.as_str(), report_record.extra["gt_labels"][1].as_str()),
         ("Cardiomegaly, Pleural Other", Some("Pleural Other"))
     );
-    assert_eq!((&told.extra["suite_task"], told.extra.get("pair")), (&"report_generation".into(), None));
+    assert_eq!(
+        (&report_record.extra["suite_task"], report_record.extra.get("pair")),
+        (&"report_generation".into(), None)
+    );
     assert_eq!(r["FCJ-1"].extra["suggested_answer"], "B: No.");
     assert_eq!(r.len(), rows.len() + 1);
-    assert_eq!(reasons(&report), [(ELSEWHERE, 1)], "no image of xmlab304, and xmlab344's does not stand for it");
+    assert_eq!(
+        reasons(&report),
+        [(IN_OTHER_DATASET, 1)],
+        "xmlab304 has no image, and the one of xmlab344 does not replace it"
+    );
     let same = |a: &str, b: &str| pixels(&set, &r[a]) == pixels(&set, &r[b]);
-    assert!(same("nota-1", "nota_baseline-1") && same("pre-1", "pre_baseline-1"), "twins of one image");
-    assert!(!same("cli-1", "cli_baseline-1") && !same("wrongful_image-1", "wrongful_image_baseline-1"), "of two");
+    assert!(same("nota-1", "nota_baseline-1") && same("pre-1", "pre_baseline-1"), "twins share one image");
+    assert!(
+        !same("cli-1", "cli_baseline-1") && !same("wrongful_image-1", "wrongful_image_baseline-1"),
+        "twins with two images"
+    );
     assert!(same("wrongful_image_baseline-1", "FCJ-1"));
     let all =
         ["nota-1", "nota-2", "cli-1", "cli_baseline-1", "pre-1", "wrongful_image-1", "FCJ-1", "report_generation-0"];
@@ -124,33 +134,33 @@ fn the_repository_with_the_images_of_other_sets() {
 }
 
 #[test]
-fn the_repository_alone() {
+fn repository_without_other_data_sets() {
     let set = repository();
     let (report, r) = set.import(Format::MedVh, &ImportOptions::default());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["wrongful_image-1"]);
-    // The twins of nota do not say what their image is called elsewhere.
-    assert_eq!(reasons(&report), [("its image is missing", 2), (ELSEWHERE, 10)]);
+    // The rows of nota's twins do not name their image in other data sets.
+    assert_eq!(reasons(&report), [(IN_OTHER_DATASET, 10), ("its image is missing", 2)]);
 }
 
 #[test]
-fn images_by_their_name_within_a_task() {
+fn images_are_found_by_name_within_a_task() {
     let set = repository();
     for (k, folder) in ["NOTA", "cli", "baseline_cli"].iter().enumerate() {
         set.image(&format!("../own/multi_choices/{folder}/medvh_1.jpg"), (30, 30), 30 + k as u8);
     }
-    // Names that one image has, and one that several have.
+    // Two unambiguous names, and one that several images share.
     set.image("../own/medvh_2.jpg", (30, 30), 40).image("../own/medvh_0.jpg", (30, 30), 41);
     set.image("../own/medvh_1.jpg", (30, 30), 42);
     let images = Some(set.dir.path().join("own"));
     let (_, r) = set.import(Format::MedVh, &ImportOptions { images, ..ImportOptions::default() });
-    let want = ["cli-1", "cli_baseline-1", "nota-1", "nota_baseline-1", "report_generation-0", "wrongful_image-1"];
-    assert_eq!(r.keys().collect::<Vec<_>>(), want);
+    let expected = ["cli-1", "cli_baseline-1", "nota-1", "nota_baseline-1", "report_generation-0", "wrongful_image-1"];
+    assert_eq!(r.keys().collect::<Vec<_>>(), expected);
     assert_ne!(pixels(&set, &r["cli-1"]), pixels(&set, &r["cli_baseline-1"]));
 }
 
 #[test]
-fn twins_of_another_image_do_not_borrow_it() {
-    let set = fixtures::of(Format::MedVh);
+fn baseline_with_another_image_does_not_use_the_twins() {
+    let set = fixtures::dataset(Format::MedVh);
     let row =
         r#"[{"question_id": 0, "img_name": "medvh_1.jpg", "question": "q?", "choices": "A: Yes. B: No.", "gt": "A"}]"#;
     set.write("multi_choices/test_wrongful_image_baseline.json", row);

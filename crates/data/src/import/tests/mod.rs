@@ -1,15 +1,16 @@
-//! Importers on small folders built as the data sets' pages describe them.
+//! Tests of the importers on small folders in the layouts that the data sets document.
 
-mod cases;
+mod answers;
+mod bug_reports;
 mod detection;
 mod fixtures;
 mod hostile;
+mod malformed;
 mod medical;
 mod medvh;
-mod planted;
 mod questions;
 mod rules;
-mod words;
+mod voc;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,15 +18,15 @@ use std::path::PathBuf;
 use unveil_core::Record;
 
 use super::{Format, ImportError, ImportOptions, ImportReport, import};
+use crate::image_store::Image;
 use crate::records::RecordFile;
-use crate::store::Image;
 
-/// A data set's folder in the making, with the place of its record file beside it.
-pub(super) struct Set {
+/// A data set in a temporary directory, and the path of the record file to import into.
+pub(super) struct DatasetFixture {
     dir: tempfile::TempDir,
 }
 
-impl Set {
+impl DatasetFixture {
     pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("set")).unwrap();
@@ -47,7 +48,7 @@ impl Set {
         self
     }
 
-    /// Writes an image of this size; `tone` tells its pixels from those of others.
+    /// Writes an image of this size; `tone` makes its pixels distinct.
     pub(super) fn image(&self, name: &str, (w, h): (u32, u32), tone: u8) -> &Self {
         let mut image = Image::new(w, h);
         image.rgb_mut().iter_mut().enumerate().for_each(|(i, v)| *v = tone.wrapping_mul(31).wrapping_add(i as u8));
@@ -58,32 +59,32 @@ impl Set {
         import(format, &self.src(), &self.out(), options)
     }
 
-    /// Imports; the records are also checked as training checks them.
+    /// Imports, and checks the records as training does.
     pub(super) fn import(&self, format: Format, options: &ImportOptions) -> (ImportReport, BTreeMap<String, Record>) {
         let report = self.try_import(format, options).unwrap();
         let file = RecordFile::load(&self.out()).unwrap();
-        crate::check::require(&file, None).unwrap();
+        crate::check::require_valid(&file, None).unwrap();
         assert_eq!(report.records, file.records.len());
         assert_eq!(report.boxes, file.records.iter().map(|r| r.boxes.len()).sum::<usize>());
         (report, file.records.into_iter().map(|r| (r.id.clone(), r)).collect())
     }
 }
 
-/// The rule for an image with an object that could not be read or named.
+/// Reason for leaving out an image with an object that could not be read or named.
 pub(super) const UNREAD: &str = "one of its objects could not be read or named";
 
-/// Reasons and counts of a report.
+/// Returns the reasons of a report with their counts.
 pub(super) fn reasons(report: &ImportReport) -> Vec<(&str, usize)> {
     assert_eq!(report.left_out_count(), report.left_out.len());
     report.left_out_by_reason.iter().map(|(r, n)| (r.as_str(), *n)).collect()
 }
 
-/// Coordinates of the boxes of a record.
+/// Returns the coordinates of a record's boxes.
 pub(super) fn boxes(record: &Record) -> Vec<[f32; 4]> {
     record.boxes.iter().map(|b| (*b).into()).collect()
 }
 
-/// Pixels of a record's image.
-pub(super) fn pixels(set: &Set, record: &Record) -> Image {
-    crate::root::Root::of(&set.out(), Default::default()).open(record).unwrap()
+/// Decodes a record's image.
+pub(super) fn pixels(set: &DatasetFixture, record: &Record) -> Image {
+    crate::image_root::ImageRoot::of(&set.out(), Default::default()).open(record).unwrap()
 }

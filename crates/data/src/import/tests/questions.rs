@@ -1,4 +1,4 @@
-//! Data sets of questions: SLAKE, VQA-RAD, PMC-VQA, OmniMedVQA, MedVH, Med-GRIT, LLaVA.
+//! Tests of data sets of questions: SLAKE, VQA-RAD, PMC-VQA, OmniMedVQA, MedVH, Med-GRIT, LLaVA.
 
 use super::{Format, ImportOptions, UNREAD, boxes, fixtures, pixels, reasons};
 
@@ -8,7 +8,7 @@ fn options() -> ImportOptions {
 
 #[test]
 fn slake() {
-    let set = fixtures::of(Format::Slake);
+    let set = fixtures::dataset(Format::Slake);
     let (report, r) = set.import(Format::Slake, &options());
     let q = &r["slake-9"];
     assert_eq!((q.question.as_str(), q.answer.as_str(), q.is_text()), ("What modality is used?", "MRI", true));
@@ -22,7 +22,7 @@ fn slake() {
     assert_eq!(boxes(regions), [[10.0, 20.0, 40.0, 60.0], [90.0, 70.0, 100.0, 80.0]]);
     assert_eq!(boxes(&r["xmlab169"]), [[212.0, 587.0, 459.0, 788.0]], "a published file");
     assert!(!r.contains_key("xmlab1") && !r.contains_key("xmlab2") && regions.split == "train");
-    assert_ne!(pixels(&set, q), pixels(&set, &r["slake-13"]), "images of one name in two folders stay apart");
+    assert_ne!(pixels(&set, q), pixels(&set, &r["slake-13"]), "images with the same name in two folders differ");
     assert_eq!(
         reasons(&report),
         [
@@ -36,7 +36,7 @@ fn slake() {
 
 #[test]
 fn vqa_rad() {
-    let set = fixtures::of(Format::VqaRad);
+    let set = fixtures::dataset(Format::VqaRad);
     let (report, r) = set.import(Format::VqaRad, &options());
     assert_eq!((r["vqa-rad-1"].answer.as_str(), r["vqa-rad-1"].split.as_str()), ("4", "test"));
     assert_eq!((r["vqa-rad-2"].answer.as_str(), r["vqa-rad-2"].question.as_str()), ("left", "Which side?"));
@@ -51,7 +51,7 @@ fn vqa_rad() {
 
 #[test]
 fn pmc_vqa() {
-    let set = fixtures::of(Format::PmcVqa);
+    let set = fixtures::dataset(Format::PmcVqa);
     let (report, r) = set.import(Format::PmcVqa, &options());
     let q = &r["train-0"];
     assert_eq!(q.question, "What is shown?\nA: Mass\nB: Cyst\nC: Stone, small\nD: None");
@@ -63,7 +63,7 @@ fn pmc_vqa() {
 
 #[test]
 fn omnimedvqa() {
-    let set = fixtures::of(Format::OmniMedVqa);
+    let set = fixtures::dataset(Format::OmniMedVqa);
     let (report, r) = set.import(Format::OmniMedVqa, &options());
     let q = &r["ACRIMA_0000"];
     assert_eq!(
@@ -78,7 +78,7 @@ fn omnimedvqa() {
 
 #[test]
 fn medvh() {
-    let set = fixtures::of(Format::MedVh);
+    let set = fixtures::dataset(Format::MedVh);
     let (report, r) = set.import(Format::MedVh, &options());
     let nota = &r["NOTA_baseline-0"];
     assert_eq!(
@@ -87,7 +87,7 @@ fn medvh() {
     );
     let wrong = &r["wrongful_image-0"];
     assert_eq!(wrong.answer, "This is not a suitable question for this image");
-    assert_ne!(pixels(&set, nota), pixels(&set, wrong), "equal names in two tasks are two images");
+    assert_ne!(pixels(&set, nota), pixels(&set, wrong), "the same name in two tasks means two images");
     assert_eq!((r["FCJ-0"].answer.as_str(), &r["FCJ-0"].extra["suggested_answer"]), ("Yes", &"B: No.".into()));
     assert_eq!(r["report_generation-0"].answer, "Cardiomegaly, Lung Opacity");
     assert_eq!(
@@ -98,7 +98,7 @@ fn medvh() {
 
 #[test]
 fn med_grit() {
-    let set = fixtures::of(Format::MedGrit);
+    let set = fixtures::dataset(Format::MedGrit);
     let (report, r) = set.import(Format::MedGrit, &options());
     let id = |k: usize| format!("ct_00--AMOS2022--amos_0001--x_0010-{k}");
     let first = &r[&id(0)];
@@ -128,7 +128,7 @@ fn med_grit() {
 
 #[test]
 fn llava() {
-    let set = fixtures::of(Format::Llava);
+    let set = fixtures::dataset(Format::Llava);
     let (report, r) = set.import(Format::Llava, &options());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["997bb945-0", "997bb945-1"]);
     assert_eq!((r["997bb945-0"].question.as_str(), r["997bb945-0"].answer.as_str()), ("What is seen?", "A nodule."));

@@ -1,10 +1,10 @@
-//! Rules that hold for every format: class filter, questions, ids, corrupt images, splits by pixels, leaks.
+//! Tests of the rules for all formats: class filter, questions, ids, corrupt images, splits by pixels, leaks.
 
 use super::super::ClassFilter;
-use super::{Format, ImportOptions, Set, boxes, fixtures, reasons};
+use super::{DatasetFixture, Format, ImportOptions, boxes, fixtures, reasons};
 
 #[test]
-fn names_lead_back_to_formats() {
+fn format_names_round_trip() {
     for format in Format::ALL {
         assert_eq!(format.name().parse(), Ok(format));
     }
@@ -13,9 +13,9 @@ fn names_lead_back_to_formats() {
 }
 
 #[test]
-fn an_empty_folder_is_an_error_that_says_what_is_missing() {
+fn empty_folder_is_an_error() {
     for format in Format::ALL {
-        let set = Set::new();
+        let set = DatasetFixture::new();
         let e = set.try_import(format, &ImportOptions::default()).unwrap_err().to_string();
         assert!(e.contains("set") && e.len() > 20, "{}: {e}", format.name());
         assert!(!set.out().exists());
@@ -23,8 +23,8 @@ fn an_empty_folder_is_an_error_that_says_what_is_missing() {
 }
 
 #[test]
-fn class_question_and_modality() {
-    let set = fixtures::of(Format::Coco);
+fn class_question_and_modality_options() {
+    let set = fixtures::dataset(Format::Coco);
     let class = |name: &str| Some(ClassFilter { class: name.into(), category: "fluid".into() });
     let (report, r) = set.import(Format::Coco, &ImportOptions { class: class("cyst"), ..Default::default() });
     assert_eq!((r["b"].labels.as_slice(), r["a"].boxes.len()), (&["fluid".to_owned()][..], 0));
@@ -37,8 +37,8 @@ fn class_question_and_modality() {
 }
 
 #[test]
-fn corrupt_images_and_records_without_a_valid_box_are_left_out() {
-    let set = fixtures::of(Format::Coco);
+fn images_that_are_corrupt_or_without_valid_box_are_left_out() {
+    let set = fixtures::dataset(Format::Coco);
     set.write("train2017/a.jpg", b"no image").write("val2017/c.jpg", b"");
     let (report, r) = set.import(Format::Coco, &ImportOptions::default());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["b"]);
@@ -51,19 +51,19 @@ fn corrupt_images_and_records_without_a_valid_box_are_left_out() {
 
 #[test]
 fn equal_ids_get_numbers() {
-    let set = Set::new();
+    let set = DatasetFixture::new();
     let one = r#"{"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}"#;
     set.image("a.png", (8, 8), 1).write("d.json", format!("[{one}, {one}, {}]", one.replace("\"x\"", "\"x-2\"")));
     let (_, r) = set.import(Format::Llava, &ImportOptions::default());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["x", "x-2", "x-2-2"]);
 }
 
-/// Thirty images without a published split, some of them twice.
-fn unsplit() -> Set {
-    let set = Set::new();
+/// Creates thirty images without a published split, some of them twice.
+fn unsplit() -> DatasetFixture {
+    let set = DatasetFixture::new();
     let mut entries = Vec::new();
     for k in 0..30_u8 {
-        // Every third image is a copy, under another name, of one before.
+        // Every third image is a copy of an earlier one under another name.
         set.image(&format!("i{k}.png"), (16, 8), if k % 3 == 2 { k / 3 } else { k + 60 });
         entries.push(format!(
             r#"{{"id": "{k}", "image": "i{k}.png", "conversations": [{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}]}}"#
@@ -74,7 +74,7 @@ fn unsplit() -> Set {
 }
 
 #[test]
-fn splits_by_pixels_keep_copies_together_and_do_not_depend_on_the_rest() {
+fn splits_by_pixels_keep_copies_together() {
     let set = unsplit();
     let (report, all) = set.import(Format::Llava, &ImportOptions::default());
     assert!(report.splits.len() == 3 && report.splits["train"] > 15, "{:?}", report.splits);
@@ -92,8 +92,8 @@ fn splits_by_pixels_keep_copies_together_and_do_not_depend_on_the_rest() {
 }
 
 #[test]
-fn the_copy_in_test_stays_before_val_before_train() {
-    let set = Set::new();
+fn leaked_copies_are_kept_in_test_then_val_then_train() {
+    let set = DatasetFixture::new();
     let names = ["train", "val", "test"];
     for name in names {
         let line = format!(
@@ -102,8 +102,12 @@ fn the_copy_in_test_stays_before_val_before_train() {
         set.image(&format!("{name}.png"), (8, 8), 5).write(&format!("{name}.json"), format!("[{line}]"));
     }
     let (report, r) = set.import(Format::Llava, &ImportOptions::default());
-    let told: Vec<_> = report.leaks.iter().map(|l| (l.copy.as_str(), l.id.as_str(), l.split.as_str())).collect();
-    assert_eq!((told, r.len()), (vec![("train", "test", "test"), ("val", "test", "test")], 3), "told, not dropped");
+    let leaks: Vec<_> = report.leaks.iter().map(|l| (l.copy.as_str(), l.id.as_str(), l.split.as_str())).collect();
+    assert_eq!(
+        (leaks, r.len()),
+        (vec![("train", "test", "test"), ("val", "test", "test")], 3),
+        "reported, not dropped"
+    );
     let drop = ImportOptions { drop_leaks: true, ..Default::default() };
     assert_eq!(set.import(Format::Llava, &drop).1.keys().collect::<Vec<_>>(), ["test"]);
     std::fs::remove_file(set.src().join("test.json")).unwrap();
@@ -111,8 +115,8 @@ fn the_copy_in_test_stays_before_val_before_train() {
 }
 
 #[test]
-fn images_under_the_output_folder_are_used_where_they_lie() {
-    let set = fixtures::of(Format::Coco);
+fn images_under_the_output_folder_are_used_in_place() {
+    let set = fixtures::dataset(Format::Coco);
     let out = set.src().join("records.jsonl");
     let report = super::import(Format::Coco, &set.src(), &out, &ImportOptions::default()).unwrap();
     assert_eq!(report.images_copied_to, None);

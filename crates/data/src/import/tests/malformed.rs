@@ -1,17 +1,17 @@
-//! Faults that every importer must bear: objects that cannot be read or named, values that are not there, what macOS leaves behind,
-//! texts in UTF-16, folders that are not there.
+//! Malformed input that every importer must handle: objects that cannot be read or named, missing values, files that macOS adds, UTF-16
+//! texts, missing folders.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Format, ImportOptions, Set, fixtures};
+use super::{DatasetFixture, Format, ImportOptions, fixtures};
 use crate::records::RecordFile;
 
-/// Adds images named `bad…` to a format's folder, each with an object that cannot be read or named, or none that can be used: alone, or
-/// beside one that can be. How many.
-fn plant(format: Format, set: &Set) -> usize {
+/// Adds images named `bad…` to a data set, each with an object that cannot be read or named or with no usable one, alone or besides a
+/// valid object. Returns their number.
+fn add_bad_images(format: Format, set: &DatasetFixture) -> usize {
     let image = |name: &str| set.image(name, (64, 64), name.len() as u8);
     let add = |name: &str, text: &str| {
         let old = std::fs::read_to_string(set.src().join(name)).unwrap_or_default();
@@ -276,26 +276,26 @@ fn plant(format: Format, set: &Set) -> usize {
 }
 
 #[test]
-fn what_cannot_be_read_or_named_never_becomes_no_finding() {
+fn unreadable_objects_never_become_no_finding() {
     for format in Format::ALL {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         let (before, good) = set.import(format, &ImportOptions::default());
-        let planted = plant(format, &set);
+        let bad = add_bad_images(format, &set);
         let (report, records) = set.import(format, &ImportOptions::default());
         for r in records.values().filter(|r| r.image.contains("bad")) {
-            // The questions of an image stay; what they are answered with is a text.
+            // Questions about an image remain, because they are answered in text.
             let question = format == Format::Slake && r.is_text() && r.answer == "a";
             assert!(question, "{}: {} says {:?} {:?}", format.name(), r.image, r.boxes, r.answer);
         }
-        let told = report.left_out_count() - before.left_out_count();
-        assert!(told >= planted, "{}: {told} of {planted} in {:?}", format.name(), report.left_out_by_reason);
+        let reported = report.left_out_count() - before.left_out_count();
+        assert!(reported >= bad, "{}: {reported} of {bad} in {:?}", format.name(), report.left_out_by_reason);
         let kept: Vec<&String> = good.keys().filter(|id| !records.contains_key(*id)).collect();
-        assert_eq!(kept, Vec::<&String>::new(), "{}: what is whole stays", format.name());
+        assert_eq!(kept, Vec::<&String>::new(), "{}: intact images remain", format.name());
     }
 }
 
-/// All files below a folder, without their images.
-fn annotations(set: &Set) -> Vec<PathBuf> {
+/// Returns all files of a data set except its images.
+fn annotations(set: &DatasetFixture) -> Vec<PathBuf> {
     files(&set.src()).into_iter().filter(|p| !super::super::source::has_ending(p, &["png", "jpg"])).collect()
 }
 
@@ -308,27 +308,27 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     out
 }
 
-/// Images of which the records say "no finding".
-fn no_findings(set: &Set) -> BTreeSet<String> {
+/// Returns the images whose records mean "no finding".
+fn no_findings(set: &DatasetFixture) -> BTreeSet<String> {
     let records = RecordFile::load(&set.out()).unwrap().records;
     records.into_iter().filter(|r| !r.is_text() && r.boxes.is_empty()).map(|r| r.image).collect()
 }
 
-/// Every text that a file becomes when one of its values is taken away.
-fn blanked(file: &Path) -> Vec<String> {
+/// Returns each variant of a file's text with one value removed.
+fn without_one_value(file: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(file).unwrap();
     let ending = file.extension().and_then(|e| e.to_str()).unwrap_or_default();
     match ending {
         "json" => {
             let doc: Value = serde_json::from_str(&text).unwrap();
-            nulled(&doc).iter().map(Value::to_string).collect()
+            with_one_null(&doc).iter().map(Value::to_string).collect()
         }
         "jsonl" => {
             let lines: Vec<&str> = text.lines().collect();
             let each = lines.iter().enumerate().flat_map(|(k, line)| {
                 let doc: Value = serde_json::from_str(line).unwrap();
                 let lines = &lines;
-                nulled(&doc).into_iter().map(move |doc| {
+                with_one_null(&doc).into_iter().map(move |doc| {
                     let new = doc.to_string();
                     let all = lines.iter().enumerate().map(|(i, l)| if i == k { new.as_str() } else { l });
                     all.collect::<Vec<_>>().join("\n")
@@ -359,24 +359,24 @@ fn blanked(file: &Path) -> Vec<String> {
         }
         "txt" => {
             let words: Vec<&str> = text.split_inclusive(char::is_whitespace).collect();
-            let gone = |w: &str| w.replace(|c: char| !c.is_whitespace(), "?");
+            let blanked = |w: &str| w.replace(|c: char| !c.is_whitespace(), "?");
             let each = (0..words.len()).map(|k| {
-                words.iter().enumerate().map(|(i, w)| if i == k { gone(w) } else { (*w).to_owned() }).collect()
+                words.iter().enumerate().map(|(i, w)| if i == k { blanked(w) } else { (*w).to_owned() }).collect()
             });
             each.collect()
         }
         "yaml" => {
-            // What stands in quotes is a name.
+            // Quoted scalars are names.
             let parts: Vec<&str> = text.split('\'').collect();
-            let gone = |k: usize| format!("{}~{}", parts[..k].join("'"), parts[k + 1..].join("'"));
-            (1..parts.len()).step_by(2).map(gone).collect()
+            let with_null = |k: usize| format!("{}~{}", parts[..k].join("'"), parts[k + 1..].join("'"));
+            (1..parts.len()).step_by(2).map(with_null).collect()
         }
         other => panic!("a fixture holds .{other}"),
     }
 }
 
-/// Every document that comes of setting one of its values to null.
-fn nulled(doc: &Value) -> Vec<Value> {
+/// Returns each variant of a document with one value set to null.
+fn with_one_null(doc: &Value) -> Vec<Value> {
     fn walk(value: &Value, at: String, out: &mut Vec<String>) {
         let escaped = |key: &str| key.replace('~', "~0").replace('/', "~1");
         match value {
@@ -397,17 +397,17 @@ fn nulled(doc: &Value) -> Vec<Value> {
 }
 
 #[test]
-fn a_value_that_is_taken_away_never_makes_a_no_finding() {
+fn missing_values_never_become_no_finding() {
     for format in Format::ALL {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         set.try_import(format, &ImportOptions::default()).unwrap();
-        let right = no_findings(&set);
+        let expected = no_findings(&set);
         for file in annotations(&set) {
             let whole = std::fs::read(&file).unwrap();
-            for text in blanked(&file) {
+            for text in without_one_value(&file) {
                 std::fs::write(&file, &text).unwrap();
                 if set.try_import(format, &ImportOptions::default()).is_ok() {
-                    let new: Vec<_> = no_findings(&set).into_iter().filter(|image| !right.contains(image)).collect();
+                    let new: Vec<_> = no_findings(&set).into_iter().filter(|image| !expected.contains(image)).collect();
                     assert_eq!(new, Vec::<String>::new(), "{}: {} as {text}", format.name(), file.display());
                 }
             }
@@ -417,9 +417,9 @@ fn a_value_that_is_taken_away_never_makes_a_no_finding() {
 }
 
 #[test]
-fn what_macos_leaves_behind_is_no_data() {
+fn files_that_macos_adds_are_ignored() {
     for format in Format::ALL {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         let (report, records) = set.import(format, &ImportOptions::default());
         for file in files(&set.src()) {
             let junk = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        \xff\xfe";
@@ -435,9 +435,9 @@ fn what_macos_leaves_behind_is_no_data() {
 }
 
 #[test]
-fn texts_in_utf_16_are_read() {
+fn utf16_texts_are_read() {
     for format in Format::ALL {
-        let set = fixtures::of(format);
+        let set = fixtures::dataset(format);
         let whole = set.import(format, &ImportOptions::default());
         for (k, file) in annotations(&set).into_iter().enumerate() {
             let text = std::fs::read_to_string(&file).unwrap();
@@ -451,13 +451,13 @@ fn texts_in_utf_16_are_read() {
 }
 
 #[test]
-fn a_folder_that_is_not_there_is_said() {
+fn missing_source_folder_is_an_error() {
     for format in Format::ALL {
-        let set = Set::new();
+        let set = DatasetFixture::new();
         let import =
             |src: &Path| super::import(format, src, &set.out(), &ImportOptions::default()).unwrap_err().to_string();
-        let gone = set.src().join("such");
-        assert_eq!(import(&gone), format!("{} does not exist", gone.display()));
+        let missing = set.src().join("such");
+        assert_eq!(import(&missing), format!("{} does not exist", missing.display()));
         set.write("set.zip", "");
         let file = set.src().join("set.zip");
         assert_eq!(import(&file), format!("{} is a file, not a folder", file.display()));

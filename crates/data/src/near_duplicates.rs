@@ -1,49 +1,53 @@
-//! A perceptual hash: images that look alike get hashes that differ in few bits.
+//! Near-duplicate images by a perceptual hash: images that look alike get hashes that differ in few bits.
 //!
 //! The hash is dHash (N. Krawetz, "Kind of Like That", hackerfactor.com, 2013): the signs of the horizontal differences of an image shrunk to
-//! 9 x 8 grey cells. It says "look at these two", not "these are equal": chest X-rays of different people can come close. Pure.
+//! 9 x 8 grey cells. A small distance is a hint, not a proof: chest X-rays of different people can be close.
 
 use std::collections::HashMap;
 
-use crate::store::Image;
+use crate::image_store::Image;
 
-/// Hashes that differ in so many bits at most are near.
-const MOST: u32 = 3;
-/// Fewer rising, or fewer falling, differences than this are an image with too little in it to be told from others.
-const LEAST: u32 = 6;
+/// Largest number of differing bits of two near hashes.
+const MAX_DISTANCE: u32 = 3;
+/// Smallest number of rising and of falling differences: an image with fewer has too little content to be compared.
+const MIN_CHANGES: u32 = 6;
 
-/// The hash of an image; none where there is too little in it.
+/// Computes the hash of an image; `None` if it has too little content.
 pub(crate) fn dhash(image: &Image) -> Option<u64> {
-    let (w, h) = (image.width() as usize, image.height() as usize);
-    let range = |k: usize, of: usize, side: usize| {
-        let from = (k * side / of).min(side - 1);
-        from..((k + 1) * side / of).clamp(from + 1, side)
+    let w = image.width() as usize;
+    let h = image.height() as usize;
+    let range = |k: usize, cells: usize, side: usize| {
+        let start = (k * side / cells).min(side - 1);
+        start..((k + 1) * side / cells).clamp(start + 1, side)
     };
     let cell = |row: usize, col: usize| {
-        let (mut sum, mut count) = (0_u64, 0_u64);
+        let mut sum = 0_u64;
+        let mut count = 0_u64;
         for y in range(row, 8, h) {
             for x in range(col, 9, w) {
-                let at = (y * w + x) * 3;
-                sum += image.rgb()[at..at + 3].iter().map(|v| u64::from(*v)).sum::<u64>();
+                let offset = (y * w + x) * 3;
+                sum += image.rgb()[offset..offset + 3].iter().map(|v| u64::from(*v)).sum::<u64>();
                 count += 1;
             }
         }
         sum * 1000 / count
     };
-    let (mut hash, mut falling) = (0, 0);
+    let mut hash = 0;
+    let mut falling = 0;
     for row in 0..8 {
         for col in 0..8 {
-            let (left, right) = (cell(row, col), cell(row, col + 1));
+            let left = cell(row, col);
+            let right = cell(row, col + 1);
             hash |= u64::from(left < right) << (row * 8 + col);
             falling += u32::from(left > right);
         }
     }
-    (hash.count_ones() >= LEAST && falling >= LEAST).then_some(hash)
+    (hash.count_ones() >= MIN_CHANGES && falling >= MIN_CHANGES).then_some(hash)
 }
 
-/// For each hash, the first other one before it that is near.
+/// Returns for each hash the index of the first earlier one that is near and for which `differs(index, earlier)` holds.
 ///
-/// Hashes that differ in three bits agree in one of four quarters: only those are compared.
+/// Hashes that differ in at most three bits agree in one of their four quarters, so only those are compared.
 pub(crate) fn nearest_before(
     hashes: &[Option<u64>],
     mut differs: impl FnMut(usize, usize) -> bool,
@@ -55,7 +59,9 @@ pub(crate) fn nearest_before(
         let mut close = Vec::new();
         for (k, band) in bands.iter_mut().enumerate() {
             let list = band.entry(quarter(k)).or_default();
-            close.extend(list.iter().copied().filter(|j| hashes[*j].is_some_and(|h| (h ^ hash).count_ones() <= MOST)));
+            close.extend(
+                list.iter().copied().filter(|j| hashes[*j].is_some_and(|h| (h ^ hash).count_ones() <= MAX_DISTANCE)),
+            );
             list.push(i);
         }
         close.sort_unstable();
@@ -71,31 +77,32 @@ mod tests {
     use crate::synth::{SynthSpec, generate};
 
     #[test]
-    fn brightness_and_size_hardly_change_it_and_other_images_do() {
+    fn hash_is_robust_to_brightness_and_size() {
         let dir = tempfile::tempdir().unwrap();
         let records = generate(&SynthSpec::new(40, 9), dir.path(), |_, _| {}).unwrap();
-        let root = crate::root::Root::of(&dir.path().join("r.jsonl"), Default::default());
+        let root = crate::image_root::ImageRoot::of(&dir.path().join("r.jsonl"), Default::default());
         let images: Vec<Image> = records.iter().map(|r| root.open(r).unwrap()).collect();
-        let (mut near, mut apart) = (0, 0);
+        let mut near = 0;
+        let mut apart = 0;
         for (k, image) in images.iter().enumerate() {
             let hash = dhash(image).unwrap();
             let mut brighter = resize(image, 64, 64, crate::processor::Filter::Bicubic);
             brighter.rgb_mut().iter_mut().for_each(|v| *v = v.saturating_add(3));
-            near += usize::from((dhash(&brighter).unwrap() ^ hash).count_ones() <= MOST);
-            apart += usize::from((dhash(&images[(k + 1) % 40]).unwrap() ^ hash).count_ones() > MOST);
+            near += usize::from((dhash(&brighter).unwrap() ^ hash).count_ones() <= MAX_DISTANCE);
+            apart += usize::from((dhash(&images[(k + 1) % 40]).unwrap() ^ hash).count_ones() > MAX_DISTANCE);
         }
-        // A hint, no proof: where neighbouring cells are equally bright, their order may turn.
-        assert!(near >= 36 && apart >= 36, "{near} of 40 are found again, {apart} of 40 pairs told apart");
+        // Not all: the order of neighbouring cells of equal brightness may change.
+        assert!(near >= 36 && apart >= 36, "{near} of 40 recognised, {apart} of 40 pairs distinguished");
     }
 
     #[test]
-    fn flat_images_have_none_and_small_ones_do_not_fail() {
+    fn flat_and_tiny_images_have_no_hash() {
         assert_eq!(dhash(&Image::new(50, 50)), None);
         assert_eq!(dhash(&Image::new(1, 1)), None);
     }
 
     #[test]
-    fn pairs_within_three_bits() {
+    fn hashes_within_three_bits_are_near() {
         let hashes = [Some(0x0f0f_0f0f_0f0f_0f0f_u64), None, Some(0x0f0f_0f0f_0f0f_0f08), Some(0xf0f0_0f0f_0f0f_0f0f)];
         assert_eq!(nearest_before(&hashes, |_, _| true), [None, None, Some(0), None]);
         assert_eq!(nearest_before(&hashes, |_, _| false), [None; 4]);

@@ -1,4 +1,4 @@
-//! Every importer's records in every box form: what is imported can be written as a training answer and read back.
+//! Records of every importer can be written as training answers and read back in every box form.
 
 use unveil_core::BoxForm;
 
@@ -6,9 +6,9 @@ use super::{Format, ImportOptions, fixtures};
 use crate::codec::{Sizes, answer_text, codec, read_answer};
 
 #[test]
-fn records_of_every_format_become_answers() {
+fn records_of_every_format_round_trip_as_answers() {
     for format in Format::ALL {
-        let (_, records) = fixtures::of(format).import(format, &ImportOptions::default());
+        let (_, records) = fixtures::dataset(format).import(format, &ImportOptions::default());
         for r in records.values() {
             let [w, h] = r.image_size.unwrap();
             let sizes = Sizes { original: (w, h), resized: (280, 140) };
@@ -18,7 +18,7 @@ fn records_of_every_format_become_answers() {
                     assert_eq!(text, r.answer);
                     continue;
                 }
-                let back = read_answer(codec(form), &unveil_core::Reading::default(), &text, &sizes);
+                let back = read_answer(codec(form), &unveil_core::AnswerReader::default(), &text, &sizes);
                 assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{}: {text}", format.name());
                 assert!(r.boxes.is_empty() || back.category == r.category, "{text}");
             }

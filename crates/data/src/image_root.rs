@@ -1,51 +1,33 @@
-//! Where images of records may lie: below the folder of their record file, unless a person allows more. Every image of a record is
-//! read through here.
-//!
-//! Must not know: what the images show, who asks.
+//! Access to the images of records: only below the folder of their record file, unless the user allows more. Every image of a record is
+//! read through this module.
 
 use std::path::{Path, PathBuf};
 
 use unveil_core::Record;
 
-use crate::records::{ImageRef, folder_of, path_fault};
-use crate::store::{Image, ImageError, read_file};
+pub use crate::image_path::PathPolicy;
+use crate::image_path::{ImageRef, folder_of, path_problem};
+use crate::image_store::{Image, ImageError, read_image_file};
 
-/// How far paths of records may reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Reach {
-    /// Below the folder of the record file, links followed.
-    #[default]
-    Folder,
-    /// Anywhere on this machine.
-    Anywhere,
-}
-
-impl Reach {
-    /// As the key `data.outside` says it.
-    pub fn new(outside: bool) -> Self {
-        if outside { Self::Anywhere } else { Self::Folder }
-    }
-}
-
-/// The folder of a record file, and how far its records may reach.
+/// The folder of a record file and the policy for its image paths.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Root {
+pub struct ImageRoot {
     folder: PathBuf,
-    reach: Reach,
+    path_policy: PathPolicy,
 }
 
-impl Root {
-    /// That of a record file.
-    pub fn of(file: &Path, reach: Reach) -> Self {
-        Self { folder: folder_of(file).to_owned(), reach }
+impl ImageRoot {
+    /// Returns the image root of the record file `file`.
+    pub fn of(file: &Path, path_policy: PathPolicy) -> Self {
+        Self { folder: folder_of(file).to_owned(), path_policy }
     }
 
-    /// The folder itself.
+    /// Returns the folder of the record file.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Where the image of `record` is said to be; the path is not looked at.
+    /// Returns where `record` says its image is; the path is not checked.
     pub fn image_ref(&self, record: &Record) -> ImageRef {
         if record.image.is_empty() {
             ImageRef::None
@@ -56,24 +38,25 @@ impl Root {
         }
     }
 
-    /// The file that holds the image of `record`.
+    /// Returns the path of the image file of `record`.
     ///
     /// # Errors
-    /// Its path leaves the folder, by itself or by a link on the way; there is no such file; the record has no file.
+    /// Returns [`ImageError::Io`] if the path leaves the folder, directly or through a symbolic link, if the file does not exist, or if the
+    /// record has no image file.
     pub fn file(&self, record: &Record) -> Result<PathBuf, ImageError> {
         let refuse = |why: &str| ImageError::Io {
             name: format!("\"{}\" of record \"{}\"", record.image, record.id),
             cause: std::io::Error::other(why.to_owned()),
         };
-        if let Some(fault) = path_fault(&record.image, self.reach) {
-            return Err(refuse(fault));
+        if let Some(problem) = path_problem(&record.image, self.path_policy) {
+            return Err(refuse(problem));
         }
         let path = match self.image_ref(record) {
             ImageRef::File(path) => path,
-            ImageRef::Url(_) => return Err(refuse("is a URL, this place reads files only")),
+            ImageRef::Url(_) => return Err(refuse("is a URL, but only files can be read here")),
             ImageRef::None => return Err(refuse("the record has no image")),
         };
-        if self.reach == Reach::Anywhere {
+        if self.path_policy == PathPolicy::Anywhere {
             return Ok(path);
         }
         let name = || format!("{} of record \"{}\"", path.display(), record.id);
@@ -83,7 +66,7 @@ impl Root {
             Ok(real)
         } else {
             Err(refuse(
-                "is a link that leaves the folder of the record file; put the image there, or allow it (data.outside = true)",
+                "is a link that leaves the folder of the record file; put the image there, or allow such paths (data.outside = true)",
             ))
         }
     }
@@ -91,9 +74,9 @@ impl Root {
     /// Reads the encoded image of `record`.
     ///
     /// # Errors
-    /// As [`Root::file`]; the error names record and path.
+    /// See [`ImageRoot::file`]; also returns [`ImageError::TooLarge`] for a file above the size limit. The error names record and path.
     pub fn read(&self, record: &Record) -> Result<Vec<u8>, ImageError> {
-        read_file(&self.file(record)?).map_err(|e| match e {
+        read_image_file(&self.file(record)?).map_err(|e| match e {
             ImageError::Io { name, cause } => {
                 ImageError::Io { name: format!("{name} of record \"{}\"", record.id), cause }
             }
@@ -104,7 +87,7 @@ impl Root {
     /// Reads and decodes the image of `record`.
     ///
     /// # Errors
-    /// As [`Root::read`]; the bytes are no whole image.
+    /// See [`ImageRoot::read`]; also returns [`ImageError::Decode`] if the bytes are not a complete image.
     pub fn open(&self, record: &Record) -> Result<Image, ImageError> {
         Image::decode(&self.read(record)?, &format!("{} of record \"{}\"", record.image, record.id))
     }
@@ -122,25 +105,25 @@ mod tests {
     }
 
     #[test]
-    fn no_path_leaves_the_folder_unless_it_may() {
+    fn paths_outside_the_folder_need_permission() {
         let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
+        let path = |name: &str| dir.path().join(name);
         let png = Image::new(3, 2).to_png().unwrap();
-        std::fs::create_dir_all(at("set/deep")).unwrap();
-        std::fs::create_dir_all(at("set-2")).unwrap();
+        std::fs::create_dir_all(path("set/deep")).unwrap();
+        std::fs::create_dir_all(path("set-2")).unwrap();
         for place in ["set/in.png", "out.png", "set-2/near.png"] {
-            std::fs::write(at(place), &png).unwrap();
+            std::fs::write(path(place), &png).unwrap();
         }
-        symlink(at("out.png"), at("set/link.png")).unwrap();
-        symlink(at("set-2"), at("set/folder")).unwrap();
-        symlink("../in.png", at("set/deep/inner.png")).unwrap();
-        symlink(at("set/in.png"), at("set/absolute-inner.png")).unwrap();
-        let closed = Root::of(&at("set/r.jsonl"), Reach::Folder);
-        let open = Root::of(&at("set/r.jsonl"), Reach::Anywhere);
+        symlink(path("out.png"), path("set/link.png")).unwrap();
+        symlink(path("set-2"), path("set/folder")).unwrap();
+        symlink("../in.png", path("set/deep/inner.png")).unwrap();
+        symlink(path("set/in.png"), path("set/absolute-inner.png")).unwrap();
+        let closed = ImageRoot::of(&path("set/r.jsonl"), PathPolicy::Folder);
+        let open = ImageRoot::of(&path("set/r.jsonl"), PathPolicy::Anywhere);
         for good in ["in.png", "deep/inner.png", "absolute-inner.png"] {
             assert_eq!(closed.open(&record(good)).unwrap().width(), 3, "{good}");
         }
-        let absolute = at("out.png").display().to_string();
+        let absolute = path("out.png").display().to_string();
         for (bad, why) in [
             ("../out.png", "\"..\""),
             ("deep/../../out.png", "\"..\""),
@@ -152,20 +135,20 @@ mod tests {
             assert!(e.contains(why) && e.contains("data.outside") && e.contains("a7"), "{bad}: {e}");
             assert_eq!(open.open(&record(bad)).unwrap().width(), 3, "{bad}");
         }
-        // The same through a record file, which names the line of a path that leaves by itself.
+        // A record file names the line of a path that leaves the folder without a link.
         let line = |image: &str| format!("{}\n", serde_json::to_string(&record(image)).unwrap());
-        std::fs::write(at("set/r.jsonl"), line("link.png")).unwrap();
-        let file = RecordFile::load(&at("set/r.jsonl")).unwrap();
+        std::fs::write(path("set/r.jsonl"), line("link.png")).unwrap();
+        let file = RecordFile::load(&path("set/r.jsonl")).unwrap();
         assert!(file.open_image(&file.records[0]).is_err());
-        std::fs::write(at("set/r.jsonl"), line("../out.png")).unwrap();
-        assert!(RecordFile::load(&at("set/r.jsonl")).unwrap_err().to_string().contains("r.jsonl:1"));
-        let file = RecordFile::load_with(&at("set/r.jsonl"), Reach::Anywhere).unwrap();
+        std::fs::write(path("set/r.jsonl"), line("../out.png")).unwrap();
+        assert!(RecordFile::load(&path("set/r.jsonl")).unwrap_err().to_string().contains("r.jsonl:1"));
+        let file = RecordFile::load_with(&path("set/r.jsonl"), PathPolicy::Anywhere).unwrap();
         assert_eq!(file.open_image(&file.records[0]).unwrap().height(), 2);
     }
 
     #[test]
     fn opening_names_record_and_path() {
-        let root = Root::of(Path::new("/tmp/r.jsonl"), Reach::Folder);
+        let root = ImageRoot::of(Path::new("/tmp/r.jsonl"), PathPolicy::Folder);
         let e = root.open(&record("gone.png")).unwrap_err().to_string();
         assert!(e.contains("gone.png") && e.contains("a7"), "{e}");
         let e = root.open(&record("https://user:word@host/x.png")).unwrap_err().to_string();

@@ -1,23 +1,27 @@
+//! Tests of the Pascal VOC importer, on BCCD and on small folders.
+
+use std::path::{Path, PathBuf};
+
 use unveil_core::BoxForm;
 use unveil_testkit::bccd;
 
-use super::super::{ClassFilter, Format, ImportOptions, ImportReport};
-use super::*;
+use super::super::ClassFilter;
+use super::{Format, ImportError, ImportOptions, ImportReport};
 use crate::codec::{Sizes, answer_text, codec, read_answer};
+use crate::image_store::Image;
 use crate::records::RecordFile;
-use crate::store::Image;
 
 fn import(src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
-    super::super::import(Format::Voc, src, out, options)
+    super::import(Format::Voc, src, out, options)
 }
 
 #[test]
-fn bccd_imports_whole() {
+fn bccd_is_imported_completely() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("all.jsonl");
     let report = import(&bccd(), &out, &ImportOptions::default()).unwrap();
     assert_eq!((report.records, report.objects, report.boxes), (364, 4888, 4886));
-    let splits: Vec<usize> = SPLITS.iter().map(|s| report.splits[*s]).collect();
+    let splits = ["train", "val", "test"].map(|s| report.splits[s]);
     assert_eq!(splits, [205, 87, 72]);
     let left: Vec<&str> = report.left_out.iter().map(|l| l.file.rsplit('/').next().unwrap()).collect();
     assert_eq!(left, ["BloodImage_00338.xml", "BloodImage_00343.xml"]);
@@ -51,23 +55,23 @@ fn bccd_white_blood_cells_of_the_test_split() {
     );
 }
 
-/// From the real set to answers and back: boxes survive import, record file and every codec.
+/// Boxes of a real data set survive import, record file and every codec.
 #[test]
-fn bccd_answers_localize_in_every_form() {
+fn bccd_boxes_round_trip_in_every_form() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("all.jsonl");
     import(&bccd(), &out, &ImportOptions::default()).unwrap();
     let file = RecordFile::load(&out).unwrap();
-    assert!(crate::check::require(&file, None).is_ok());
+    assert!(crate::check::require_valid(&file, None).is_ok());
     for r in &file.records {
         let [w, h] = r.image_size.unwrap();
-        // What Qwen2.5-VL makes of 640 x 480: multiples of 28.
+        // Qwen2.5-VL resizes 640 x 480 to multiples of 28.
         let sizes = Sizes { original: (w, h), resized: (644, 476) };
         for form in BoxForm::ALL {
             let text = answer_text(codec(form), r, &sizes).unwrap();
-            let back = read_answer(codec(form), &unveil_core::Reading::default(), &text, &sizes);
+            let back = read_answer(codec(form), &unveil_core::AnswerReader::default(), &text, &sizes);
             assert_eq!((back.boxes.len(), back.fault), (r.boxes.len(), None), "{text}");
-            // Each edge is off by half a step, 0.52 pixels at most.
+            // Each edge is rounded by at most half a step, 0.52 pixels.
             for truth in &r.boxes {
                 let best = back.boxes.iter().map(|b| b.iou(truth)).fold(0.0, f64::max);
                 let side = f64::from((truth.x2 - truth.x1).min(truth.y2 - truth.y1));
@@ -77,8 +81,8 @@ fn bccd_answers_localize_in_every_form() {
     }
 }
 
-/// A small VOC folder: `a` with a good, a flat, an inverted and an overhanging box, `b` without objects.
-fn small(root: &Path) -> PathBuf {
+/// Creates a small VOC folder: `a` with a valid, a flat, an inverted and an overhanging box, `b` without objects.
+fn small_folder(root: &Path) -> PathBuf {
     let src = root.join("voc");
     for d in ["Annotations", "JPEGImages", "ImageSets/Main"] {
         std::fs::create_dir_all(src.join(d)).unwrap();
@@ -101,9 +105,9 @@ fn small(root: &Path) -> PathBuf {
 }
 
 #[test]
-fn bad_boxes_are_left_out_and_reported() {
+fn invalid_boxes_are_left_out_and_reported() {
     let dir = tempfile::tempdir().unwrap();
-    let src = small(dir.path());
+    let src = small_folder(dir.path());
     let report = import(&src, &dir.path().join("out.jsonl"), &ImportOptions::default()).unwrap();
     let reasons: Vec<_> = report.left_out.iter().map(|l| (l.object, l.reason.as_str())).collect();
     assert_eq!(reasons, [(1, "has no area"), (2, "is inverted"), (3, "lies outside the image")]);
@@ -117,7 +121,7 @@ fn bad_boxes_are_left_out_and_reported() {
 #[test]
 fn errors_name_the_file_and_write_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let src = small(dir.path());
+    let src = small_folder(dir.path());
     let out = dir.path().join("out.jsonl");
     let run = |o: &ImportOptions| import(&src, &out, o).unwrap_err().to_string();
     let class = Some(ClassFilter { class: "y".into(), category: "y".into() });

@@ -1,35 +1,35 @@
-//! Single cases, after public bug reports: where labels lie, what files are called, encodings, several turns.
+//! Cases from public bug reports: locations of labels, file names, encodings, conversations of several turns.
 
 use std::os::unix::ffi::OsStrExt;
 
 use super::super::ClassFilter;
-use super::{Format, ImportOptions, Set, UNREAD, boxes, fixtures, reasons};
+use super::{DatasetFixture, Format, ImportOptions, UNREAD, boxes, fixtures, reasons};
 
 fn options() -> ImportOptions {
     ImportOptions::default()
 }
 
-/// A folder with an image of 64 x 48 pixels at each place.
-fn with(images: &[&str]) -> Set {
-    let set = Set::new();
+/// Creates a data set with an image of 64 x 48 pixels at each path.
+fn with_images(images: &[&str]) -> DatasetFixture {
+    let set = DatasetFixture::new();
     images.iter().enumerate().for_each(|(k, name)| {
         set.image(name, (64, 48), k as u8);
     });
     set
 }
 
-fn error(set: &Set, format: Format) -> String {
+fn error(set: &DatasetFixture, format: Format) -> String {
     set.try_import(format, &options()).unwrap_err().to_string()
 }
 
 #[test]
-fn yolo_labels_beside_the_images() {
-    let set = with(&["images/a.jpg"]);
+fn yolo_labels_next_to_the_images() {
+    let set = with_images(&["images/a.jpg"]);
     set.write("classes.txt", "nodule\n").write("images/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let (_, r) = set.import(Format::Yolo, &options());
     assert_eq!(boxes(&r["images/a"]), [[25.6, 19.2, 38.4, 28.8]]);
-    // A folder `images` above the source is none of the set's.
-    let set = with(&["images/set/train/a.jpg", "images/set/images/b.jpg"]);
+    // A folder `images` above the source is not part of the data set.
+    let set = with_images(&["images/set/train/a.jpg", "images/set/images/b.jpg"]);
     set.write("images/set/classes.txt", "nodule\n").write("images/set/train/a.txt", "0 0.5 0.5 0.2 0.2\n");
     set.write("images/set/labels/b.txt", "0 0.5 0.5 0.5 0.5\n").write("images/set/images/b.txt", "0 0.1 0.1 0.1 0.1\n");
     super::import(Format::Yolo, &set.src().join("images/set"), &set.out(), &options()).unwrap();
@@ -39,46 +39,46 @@ fn yolo_labels_beside_the_images() {
 }
 
 #[test]
-fn a_set_without_a_label_is_an_error() {
-    let set = with(&["images/a.jpg", "images/b.jpg"]);
+fn data_set_without_labels_is_an_error() {
+    let set = with_images(&["images/a.jpg", "images/b.jpg"]);
     set.write("classes.txt", "nodule\n").write("annotations/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let e = error(&set, Format::Yolo);
-    assert!(e.contains("not one label for 2 images (2 of them have no label file)") && e.contains("labels/"), "{e}");
+    assert!(e.contains("no label for 2 images (2 of them have no label file)") && e.contains("labels/"), "{e}");
     set.write("labels/a.txt", "\n");
-    assert!(error(&set, Format::Yolo).contains("(1 of them"), "an empty label file is none");
+    assert!(error(&set, Format::Yolo).contains("(1 of them"), "an empty label file has no label");
     set.write("labels/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let (report, r) = set.import(Format::Yolo, &options());
     assert_eq!((r["images/a"].boxes.len(), r["images/b"].boxes.len()), (1, 0));
     assert!(report.notes[0].contains("1 of 2 images have no label file"), "{:?}", report.notes);
 
-    let set = with(&["a.jpg"]);
+    let set = with_images(&["a.jpg"]);
     set.write("train.json", r#"{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}"#);
     set.write("via/via.json", r#"{"a.jpg1": {"filename": "a.jpg", "regions": []}}"#);
     set.write("Annotations/a.xml", "<annotation></annotation>").image("JPEGImages/a.jpg", (64, 48), 3);
     for format in [Format::Coco, Format::Voc] {
         let e = error(&set, format);
-        assert!(e.contains("not one object in the whole set"), "{}: {e}", format.name());
+        assert!(e.contains("the data set has no object"), "{}: {e}", format.name());
     }
     std::fs::remove_file(set.src().join("train.json")).unwrap();
-    assert!(error(&set, Format::Via).contains("not one object in the whole set"));
+    assert!(error(&set, Format::Via).contains("the data set has no object"));
 }
 
 #[test]
-fn a_split_without_an_object_is_asked_for_the_classes_of_the_set() {
-    let set = fixtures::of(Format::Coco);
+fn split_without_objects_asks_for_all_classes() {
+    let set = fixtures::dataset(Format::Coco);
     let (_, r) = set.import(Format::Coco, &ImportOptions { split: Some("val".into()), ..options() });
     assert_eq!(r["c"].question, "Where is the cyst, nodule?");
 }
 
 #[test]
-fn yolo_names_are_texts_as_written() {
-    let set = with(&["images/train/a.jpg"]);
+fn yolo_names_are_kept_as_written() {
+    let set = with_images(&["images/train/a.jpg"]);
     set.write("labels/train/a.txt", "1 0.5 0.5 0.2 0.2\n0 0.2 0.2 0.1 0.1\n2 0.5 0.5 0.2 0.2\n");
     set.write("data.yaml", "train: images/train\nnames: [3.5, polyp, \"1e3\"]\n");
     assert_eq!(set.import(Format::Yolo, &options()).1["images/train/a"].labels, ["polyp", "3.5", "1e3"]);
     set.write("data.yaml", "train: images/train\nnames:\n  0: 010\n  1: yes\n  2: 1.50\n");
     assert_eq!(set.import(Format::Yolo, &options()).1["images/train/a"].labels, ["yes", "010", "1.50"]);
-    // An entry without a name keeps its place.
+    // An entry without a name keeps its index.
     set.write("data.yaml", "train: images/train\nnames: [a, ~, c]\n").image("images/train/b.jpg", (64, 48), 9);
     set.write("labels/train/b.txt", "2 0.5 0.5 0.2 0.2\n");
     let (report, r) = set.import(Format::Yolo, &options());
@@ -87,8 +87,8 @@ fn yolo_names_are_texts_as_written() {
 }
 
 #[test]
-fn yolo_by_other_yaml_files() {
-    let set = with(&["images/train/a.jpg"]);
+fn yolo_accepts_other_yaml_files() {
+    let set = with_images(&["images/train/a.jpg"]);
     set.write("labels/train/a.txt", "0 0.5 0.5 0.2 0.2\n").write("hyper.yaml", "lr: 0.1\n").write("odd.yml", "a: [\n");
     let described = "path: .\ntrain: images/train\nval: images/train\nnames:\n  0: polyp\n";
     for name in ["dataset.yaml", "polyps.yml"] {
@@ -100,25 +100,25 @@ fn yolo_by_other_yaml_files() {
     set.write("a.yaml", described).write("b.yaml", described);
     let e = error(&set, Format::Yolo);
     assert!(e.contains("both a.yaml and b.yaml have `names`"), "{e}");
-    // Without `train`, `val` and `test`, folders say the split.
+    // Without `train`, `val` and `test`, the split is read from folder names.
     set.write("data.yaml", "names: [polyp]\n");
     assert_eq!(set.import(Format::Yolo, &options()).1["images/train/a"].split, "train");
 }
 
 #[test]
-fn yaml_that_grows_is_refused() {
-    let set = with(&["images/a.jpg"]);
+fn yaml_aliases_are_refused() {
+    let set = with_images(&["images/a.jpg"]);
     let bomb = (1..30).fold("a0: &a0 [x, x]\n".to_owned(), |b, k| format!("{b}a{k}: &a{k} [*a{0}, *a{0}]\n", k - 1));
     set.write("labels/a.txt", "0 0.5 0.5 0.2 0.2\n").write("data.yaml", format!("{bomb}names: *a29\ntrain: images\n"));
     let e = error(&set, Format::Yolo);
-    assert!(e.contains("data.yaml: line 2: aliases (*name) are not read"), "{e}");
+    assert!(e.contains("data.yaml: line 2: aliases (*name) are not supported"), "{e}");
     set.write("data.yaml", format!("names: [polyp]\n{}", "# x\n".repeat(1 << 18)));
     assert!(error(&set, Format::Yolo).contains("data.yaml: the file is longer than 1048576 bytes"));
 }
 
 #[test]
-fn yolo_poses_have_their_box_first() {
-    let set = with(&["images/a.jpg", "images/b.jpg", "images/c.jpg"]);
+fn yolo_pose_lines_start_with_the_box() {
+    let set = with_images(&["images/a.jpg", "images/b.jpg", "images/c.jpg"]);
     set.write("data.yaml", "train: images\nkpt_shape: [2, 3]\nnames: [person]\n");
     set.write("labels/a.txt", "0 0.5 0.5 0.2 0.2 0.01 0.99 2 0.99 0.01 2\n")
         .write("labels/b.txt", "0 0.5 0.5 0.2 0.2\n");
@@ -128,16 +128,16 @@ fn yolo_poses_have_their_box_first() {
         (boxes(&r["images/a"]), boxes(&r["images/b"])),
         (vec![[25.6, 19.2, 38.4, 28.8]], vec![[25.6, 19.2, 38.4, 28.8]])
     );
-    assert_eq!((reasons(&report), r.len()), (vec![(UNREAD, 1), ("the line is no class and box", 1)], 2));
-    for odd in ["17", "[2]", "[2, 9]", "[two, 3]", "[99999999999, 3]"] {
-        set.write("data.yaml", format!("train: images\nkpt_shape: {odd}\nnames: [person]\n"));
-        assert!(error(&set, Format::Yolo).contains("`kpt_shape` is not"), "{odd}");
+    assert_eq!((reasons(&report), r.len()), (vec![(UNREAD, 1), ("the line is not a class and a box", 1)], 2));
+    for input in ["17", "[2]", "[2, 9]", "[two, 3]", "[99999999999, 3]"] {
+        set.write("data.yaml", format!("train: images\nkpt_shape: {input}\nnames: [person]\n"));
+        assert!(error(&set, Format::Yolo).contains("`kpt_shape` is not"), "{input}");
     }
 }
 
 #[test]
-fn images_whose_path_is_not_utf_8_are_left_out() {
-    let set = with(&["images/a.jpg"]);
+fn images_with_non_utf8_paths_are_left_out() {
+    let set = with_images(&["images/a.jpg"]);
     set.write("classes.txt", "polyp\n").write("images/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let name = |ending: &[u8]| {
         set.src().join("images").join(std::ffi::OsStr::from_bytes(&[b"\xcf\xa2\xc8\xe2", ending].concat()))
@@ -150,12 +150,12 @@ fn images_whose_path_is_not_utf_8_are_left_out() {
 }
 
 #[test]
-fn texts_in_other_encodings_are_said() {
-    let set = with(&["images/a.jpg"]);
+fn undecodable_texts_are_reported() {
+    let set = with_images(&["images/a.jpg"]);
     set.write("classes.txt", b"\xcf\xa2\xc8\xe2\n").write("images/a.txt", "0 0.5 0.5 0.2 0.2\n");
     let e = error(&set, Format::Yolo);
     assert!(e.contains("classes.txt: the file is not UTF-8: convert it") && e.contains("iconv -f GBK"), "{e}");
-    // Labels that cannot be read are no "no finding".
+    // Labels that cannot be read do not mean "no finding".
     set.write("classes.txt", "polyp\n").image("images/b.jpg", (64, 48), 9);
     set.write("images/b.txt", b"0 0.5 0.5 0.2 0.2 \xff\n");
     let (report, r) = set.import(Format::Yolo, &options());
@@ -166,36 +166,36 @@ fn texts_in_other_encodings_are_said() {
 const OBJECT: &str = "<bndbox><xmin>5</xmin><ymin>5</ymin><xmax>25</xmax><ymax>25</ymax></bndbox></object>";
 
 #[test]
-fn voc_in_the_encoding_that_it_declares() {
+fn voc_is_read_in_the_declared_encoding() {
     let utf16: Vec<u8> = format!(
         "\u{feff}<?xml version=\"1.0\" encoding=\"UTF-16\"?><annotation><object><name>息肉</name>{OBJECT}</annotation>"
     )
     .encode_utf16()
     .flat_map(u16::to_le_bytes)
     .collect();
-    let of = |label: &str, name: &[u8]| {
+    let annotation = |label: &str, name: &[u8]| {
         let head = format!("<?xml version=\"1.0\" encoding=\"{label}\"?><annotation><object><name>");
         [head.as_bytes(), name, b"</name>", OBJECT.as_bytes(), b"</annotation>"].concat()
     };
-    let set = with(&["JPEGImages/a.jpg"]);
+    let set = with_images(&["JPEGImages/a.jpg"]);
     for (bytes, want) in [
-        (of("GB2312", b"\xcf\xa2\xc8\xe2"), "息肉"),
-        (of("GBK", b"\xcf\xa2\xc8\xe2"), "息肉"),
-        (of("ISO-8859-1", b"l\xe9sion"), "lésion"),
-        (of("utf-8", "息肉".as_bytes()), "息肉"),
+        (annotation("GB2312", b"\xcf\xa2\xc8\xe2"), "息肉"),
+        (annotation("GBK", b"\xcf\xa2\xc8\xe2"), "息肉"),
+        (annotation("ISO-8859-1", b"l\xe9sion"), "lésion"),
+        (annotation("utf-8", "息肉".as_bytes()), "息肉"),
         (utf16, "息肉"),
     ] {
         set.write("Annotations/a.xml", &bytes);
         let (_, r) = set.import(Format::Voc, &options());
         assert_eq!((r["a"].category.as_str(), boxes(&r["a"])), (want, vec![[5.0, 5.0, 25.0, 25.0]]));
     }
-    set.write("Annotations/a.xml", of("UTF-8", b"\xcf\xa2\xc8\xe2"));
+    set.write("Annotations/a.xml", annotation("UTF-8", b"\xcf\xa2\xc8\xe2"));
     assert!(error(&set, Format::Voc).contains("a.xml: the file is not UTF-8, though its XML declaration says so"));
 }
 
 #[test]
-fn voc_with_all_boxes_at_fault_is_no_no_finding() {
-    let set = with(&["JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg"]);
+fn voc_image_without_a_valid_box_is_left_out() {
+    let set = with_images(&["JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg"]);
     let good = format!("<object><name>cyst</name>{OBJECT}");
     let flat = good.replace("<xmax>25</xmax>", "<xmax>5</xmax>").replace("cyst", "mass");
     set.write("Annotations/a.xml", format!("<annotation>{good}</annotation>"));
@@ -205,7 +205,7 @@ fn voc_with_all_boxes_at_fault_is_no_no_finding() {
     assert_eq!(r.keys().collect::<Vec<_>>(), ["a"]);
     let side = "a side is missing in its <bndbox>";
     assert_eq!(reasons(&report), [(side, 1), ("all its boxes were left out", 1), ("has no area", 1), (UNREAD, 1)]);
-    // What is at fault in `b` and `c` is not of the class that is asked for, or is.
+    // `b` has an invalid mass and `c` an unreadable cyst: either matters only if its class is asked for.
     let class = |class: &str| ImportOptions {
         class: Some(ClassFilter { class: class.into(), category: "x".into() }),
         ..options()
@@ -213,12 +213,12 @@ fn voc_with_all_boxes_at_fault_is_no_no_finding() {
     let (_, r) = set.import(Format::Voc, &class("cyst"));
     assert!(r.len() == 2 && r["a"].boxes.len() == 1 && r["b"].boxes.is_empty());
     let (_, r) = set.import(Format::Voc, &class("mass"));
-    assert!(r.len() == 2 && r.contains_key("c") && !r.contains_key("b"), "the cyst that cannot be read is no mass");
+    assert!(r.len() == 2 && r.contains_key("c") && !r.contains_key("b"), "the unreadable cyst is not a mass");
 }
 
 #[test]
 fn coco_files_without_annotations_are_left_out() {
-    let set = with(&["images/a.jpg", "images/b.jpg"]);
+    let set = with_images(&["images/a.jpg", "images/b.jpg"]);
     let images = |name: &str| {
         format!(r#"{{"images": [{{"id": 1, "file_name": "{name}"}}], "categories": [{{"id": 1, "name": "n"}}]"#)
     };
@@ -238,8 +238,8 @@ fn coco_files_without_annotations_are_left_out() {
 }
 
 #[test]
-fn coco_boxes_around_polygons_and_ids_that_repeat() {
-    let set = with(&["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]);
+fn coco_polygons_and_repeated_ids() {
+    let set = with_images(&["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]);
     set.write(
         "train.json",
         r#"{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}, {"id": 2, "file_name": "c.jpg"},
@@ -254,11 +254,11 @@ fn coco_boxes_around_polygons_and_ids_that_repeat() {
     );
     let (report, r) = set.import(Format::Coco, &options());
     assert_eq!(boxes(&r["a"]), [[2.0, 6.0, 20.5, 30.0], [1.0, 1.0, 3.0, 3.0]]);
-    assert_eq!(r.keys().collect::<Vec<_>>(), ["a", "e"], "which image a box of id 2 is of is not known");
-    assert_eq!(reasons(&report), [("is a crowd", 1), ("it has no id", 1), ("its id is that of another image, too", 2)]);
+    assert_eq!(r.keys().collect::<Vec<_>>(), ["a", "e"], "the image of a box with id 2 is ambiguous");
+    assert_eq!(reasons(&report), [("another image has the same id", 2), ("is a crowd", 1), ("it has no id", 1)]);
     let class = Some(ClassFilter { class: "n".into(), category: "n".into() });
     let (report, r) = set.import(Format::Coco, &ImportOptions { class, ..options() });
-    assert!(r.len() == 1 && reasons(&report).contains(&("all its boxes were left out", 1)), "the crowd is of class n");
+    assert!(r.len() == 1 && reasons(&report).contains(&("all its boxes were left out", 1)), "the crowd has class n");
     set.write(
         "train.json",
         r#"{"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [], "annotations": [{"bbox": [1, 1, 3, 3]}]}"#,
@@ -268,11 +268,14 @@ fn coco_boxes_around_polygons_and_ids_that_repeat() {
 
 #[test]
 fn ms_swift_turns_have_their_own_boxes() {
-    let set = with(&["a.png"]);
-    let said = |role: &str, text: &str| format!(r#"{{"role": "{role}", "content": "{text}"}}"#);
-    let two =
-        [said("system", "Be brief."), said("user", "<image>Where is the <ref-object>?"), said("assistant", "<bbox>")];
-    let two = two.iter().cloned().chain([said("user", "And the <ref-object>?"), said("assistant", "<bbox>")]);
+    let set = with_images(&["a.png"]);
+    let message = |role: &str, text: &str| format!(r#"{{"role": "{role}", "content": "{text}"}}"#);
+    let two = [
+        message("system", "Be brief."),
+        message("user", "<image>Where is the <ref-object>?"),
+        message("assistant", "<bbox>"),
+    ];
+    let two = two.iter().cloned().chain([message("user", "And the <ref-object>?"), message("assistant", "<bbox>")]);
     let two = two.collect::<Vec<_>>().join(",");
     let line = |messages: &str, objects: &str| {
         format!(r#"{{"messages": [{messages}], "images": ["a.png"], "objects": {objects}}}"#)
@@ -284,15 +287,16 @@ fn ms_swift_turns_have_their_own_boxes() {
         line(&two.replace("<bbox>", "here"), named),
         line(&pointed, r#"{"ref": ["nodule"], "bbox": [[5, 5, 15, 15], [30, 30, 40, 40], [1, 1, 4, 4]]}"#),
         line(
-            &format!("{},{}", said("user", "What is <bbox>?"), said("assistant", "A <ref-object>.")),
+            &format!("{},{}", message("user", "What is <bbox>?"), message("assistant", "A <ref-object>.")),
             r#"{"ref": ["cyst"], "bbox": [[1, 1, 4, 4]]}"#,
         ),
-        line(&format!("{},{}", said("user", "<image>Find it"), said("user", "again")), "null"),
+        line(&format!("{},{}", message("user", "<image>Find it"), message("user", "again")), "null"),
     ];
     set.write("train.jsonl", lines.join("\n"));
     let (report, r) = set.import(Format::MsSwift, &options());
     assert_eq!(r.keys().collect::<Vec<_>>(), ["train-0-0", "train-0-1", "train-2-0"]);
-    let (first, second) = (&r["train-0-0"], &r["train-0-1"]);
+    let first = &r["train-0-0"];
+    let second = &r["train-0-1"];
     assert_eq!(
         (first.question.as_str(), boxes(first), first.category.as_str()),
         ("Where is the nodule?", vec![[5.0, 5.0, 15.0, 15.0]], "nodule")
@@ -307,7 +311,7 @@ fn ms_swift_turns_have_their_own_boxes() {
         reasons(&report),
         [
             ("it has several turns, and boxes without a <bbox>", 1),
-            ("its question points at a box", 2),
+            ("its question contains a box", 2),
             ("its turns are not user, then assistant", 1)
         ]
     );
@@ -315,7 +319,7 @@ fn ms_swift_turns_have_their_own_boxes() {
 
 #[test]
 fn ms_swift_query_and_response() {
-    let set = with(&["a.png"]);
+    let set = with_images(&["a.png"]);
     let caption =
         |name: &str, b: &str| format!(r#"{{"caption": "{name}", "bbox": {b}, "bbox_type": "real", "image": 0}}"#);
     let lines = [
@@ -345,10 +349,12 @@ fn ms_swift_query_and_response() {
 }
 
 #[test]
-fn llava_in_other_words() {
-    let set = with(&["images/a.jpg"]);
-    let turns = |asks: &str, says: &str| {
-        format!(r#"{{"from": "{asks}", "value": "<image>\nWhat is it?"}}, {{"from": "{says}", "value": "A scan."}}"#)
+fn llava_variants_of_names_and_roles() {
+    let set = with_images(&["images/a.jpg"]);
+    let turns = |user: &str, assistant: &str| {
+        format!(
+            r#"{{"from": "{user}", "value": "<image>\nWhat is it?"}}, {{"from": "{assistant}", "value": "A scan."}}"#
+        )
     };
     let rows = [
         format!(r#"{{"id": "typo", "image": "a.jpg", "conversatons": [{}]}}"#, turns("human", "gpt")),
@@ -377,7 +383,7 @@ fn llava_in_other_words() {
 
 #[test]
 fn med_grit_tasks_and_turns() {
-    let set = fixtures::of(Format::MedGrit);
+    let set = fixtures::dataset(Format::MedGrit);
     let name = "ct_00--AMOS2022--amos_0001--x_0010";
     let row = |q: &str, a: &str| format!(r#"[{{"id": "{name}", "conversations": [["{q}", "{a}"]]}}]"#);
     set.write("Test_VG.json", row("Where is the <ref>liver</ref>?", "<box>(1,2),(3,4)</box>"));
@@ -390,7 +396,7 @@ fn med_grit_tasks_and_turns() {
     assert_eq!(tasks, ["MIA", "RC", "ROC", "VG"]);
     assert_eq!(r[&format!("{name}-3")].extra["turn"], 3);
     assert!(
-        report.notes.len() == 1 && report.notes[0].contains("train.json: its name says no task"),
+        report.notes.len() == 1 && report.notes[0].contains("train.json: the file name contains no task"),
         "{:?}",
         report.notes
     );
@@ -398,12 +404,12 @@ fn med_grit_tasks_and_turns() {
     let (report, r) = set.import(Format::MedGrit, &task("RC"));
     assert!(r.values().all(|r| r.extra["suite_task"] == "RC") && report.notes.is_empty());
     let e = set.try_import(Format::MedGrit, &task("QA")).unwrap_err().to_string();
-    assert!(e.contains("no task \"QA\": the tasks are VG, ROC, RC, MIA"), "{e}");
+    assert!(e.contains("unknown task \"QA\": the tasks are VG, ROC, RC, MIA"), "{e}");
 }
 
 #[test]
-fn images_of_another_folder() {
-    let set = Set::new();
+fn images_of_another_folder_are_found() {
+    let set = DatasetFixture::new();
     let entry = |id: &str| {
         format!(
             r#"{{"id": "{id}", "image": "{id}.png", "conversations": [{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}]}}"#
@@ -413,21 +419,22 @@ fn images_of_another_folder() {
     set.image("../far/sub/y.png", (8, 8), 2).image("../far/x.png", (8, 8), 3);
     let images = Some(set.dir.path().join("far"));
     let (_, r) = set.import(Format::Llava, &ImportOptions { images: images.clone(), ..options() });
-    assert_eq!(r["x"].image, "records_images/x.png", "the set's own image comes first");
+    assert_eq!(r["x"].image, "records_images/x.png", "images of the data set come first");
     assert_eq!(r["sub/y"].image, "records_images/other_images/sub/y.png");
     set.write("d.json", format!("[{}, {}]", entry("../../set/x"), entry("x")));
     let (report, r) = set.import(Format::Llava, &ImportOptions { images: images.clone(), ..options() });
     assert_eq!((r.len(), reasons(&report)), (1, vec![("its image path leaves the source folder", 1)]));
-    let e = fixtures::of(Format::Yolo).try_import(Format::Yolo, &ImportOptions { images, ..options() }).unwrap_err();
+    let e =
+        fixtures::dataset(Format::Yolo).try_import(Format::Yolo, &ImportOptions { images, ..options() }).unwrap_err();
     assert!(e.to_string().contains("leave out --images"), "{e}");
-    let gone =
+    let missing =
         set.try_import(Format::Llava, &ImportOptions { images: Some("/no/such".into()), ..options() }).unwrap_err();
-    assert_eq!(gone.to_string(), "/no/such does not exist");
+    assert_eq!(missing.to_string(), "/no/such does not exist");
 }
 
 #[test]
-fn nih_boxes_and_no_finding_of_one_image() {
-    let set = fixtures::of(Format::NihChestXray);
+fn nih_image_with_boxes_and_no_finding() {
+    let set = fixtures::dataset(Format::NihChestXray);
     let file = set.src().join("Data_Entry_2017.csv");
     let text = std::fs::read_to_string(&file).unwrap().replace("Atelectasis|Infiltration", "No Finding");
     std::fs::write(&file, text).unwrap();
@@ -437,20 +444,24 @@ fn nih_boxes_and_no_finding_of_one_image() {
 }
 
 #[test]
-fn deeplesion_marked_lesions_count_for_their_class() {
-    let set = fixtures::of(Format::DeepLesion);
+fn deeplesion_noisy_lesions_count_for_their_class() {
+    let set = fixtures::dataset(Format::DeepLesion);
     let file = set.src().join("DL_info.csv");
     let text = std::fs::read_to_string(&file).unwrap().replace("-1,1,\"103", "5,1,\"103");
     std::fs::write(&file, text).unwrap();
     let class = Some(ClassFilter { class: "lung lesion".into(), category: "lesion".into() });
     let (report, r) = set.import(Format::DeepLesion, &ImportOptions { class, ..options() });
-    assert_eq!(r.keys().collect::<Vec<_>>(), ["000001_01_01_109"], "the other's lung lesion is marked noisy");
+    assert_eq!(
+        r.keys().collect::<Vec<_>>(),
+        ["000001_01_01_109"],
+        "the lung lesion of the other slice is marked noisy"
+    );
     assert!(reasons(&report).contains(&("all its boxes were left out", 1)));
 }
 
 #[test]
 fn questions_about_other_classes_are_left_out() {
-    let set = fixtures::of(Format::MedGrit);
+    let set = fixtures::dataset(Format::MedGrit);
     let class = Some(ClassFilter { class: "liver".into(), category: "liver".into() });
     let (report, r) = set.import(Format::MedGrit, &ImportOptions { class, ..options() });
     assert!(r.values().all(|r| r.is_text() || r.category == "liver" && r.boxes.len() == 1), "{r:?}");
