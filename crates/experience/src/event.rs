@@ -1,4 +1,4 @@
-//! The event log: what happened to each group, in order, for accounting. Owns the shape of the lines; writes no file.
+//! Events of the state machine for the event log and for accounting. This module defines the format of the lines but writes no file.
 
 use serde::{Deserialize, Serialize};
 use unveil_core::{GroupId, WeightVersion};
@@ -6,19 +6,19 @@ use unveil_core::{GroupId, WeightVersion};
 /// One event; `ms` is milliseconds on the caller's clock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
-#[allow(missing_docs)] // the fields are named after what they hold
+#[allow(missing_docs)] // field names are self-explanatory
 pub enum Event {
-    /// A group was handed out.
+    /// A group was leased.
     Leased { ms: u64, worker: String, lease: String, group: GroupId, min_version: WeightVersion },
-    /// A finished group was taken; `late` when its lease had run out but nobody else had the group.
+    /// A complete group was accepted; `late` if its lease had expired but no other worker had the group.
     Submitted { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, late: bool },
-    /// A group came in a second time and was not counted.
+    /// A group was submitted a second time and not counted.
     Duplicate { ms: u64, worker: String, lease: String, group: GroupId },
-    /// A group was made by weights that lag too much (or are unknown) and returned to the queue.
+    /// A group was generated with weights that are too stale or unknown, and returned to the queue.
     Stale { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion, version: WeightVersion },
-    /// A submission under a lease that does not hold was not counted.
+    /// A submission under an invalid lease was not counted.
     Refused { ms: u64, worker: String, lease: String, group: GroupId },
-    /// A lease ran out, its worker was `silent` for too long, or its group `stalled`; the group returned to the queue.
+    /// A lease expired, its worker was `silent` for too long, or its group `stalled`; the group returned to the queue.
     Expired {
         ms: u64,
         worker: String,
@@ -28,20 +28,20 @@ pub enum Event {
         #[serde(default)]
         stalled: bool,
     },
-    /// A lease that had run out holds again: its worker goes on with the group, and nobody else had it.
+    /// An expired lease became valid again: its worker continues with the group, and no other worker had it.
     Renewed { ms: u64, worker: String, lease: String, group: GroupId },
-    /// A group was given back, by its worker or because the worker is lost.
+    /// A group was returned by its worker or because the worker was lost.
     Released { ms: u64, worker: String, lease: String, group: GroupId, lost: bool },
-    /// A group came back without a reward, because none could be had; it returned to the queue.
+    /// A group returned to the queue because no reward was available.
     Unscored { ms: u64, worker: String, lease: String, group: GroupId, why: String },
-    /// A worker could not make a group; it returned to the queue.
+    /// A group returned to the queue because a worker could not generate it.
     Failed { ms: u64, worker: String, lease: String, group: GroupId, why: String },
-    /// A submission was refused for what it holds; its group returned to the queue.
+    /// A submission was rejected because of its content; its group returned to the queue.
     Rejected { ms: u64, worker: String, lease: String, group: GroupId, why: String },
-    /// A worker gets nothing any more.
+    /// A worker was quarantined and gets no more leases.
     Quarantined { ms: u64, worker: String, why: String },
-    /// A group is set aside and never trained.
+    /// A group was set aside and is never trained.
     Dropped { ms: u64, group: GroupId, why: String },
-    /// An update is done with a batch; the `train` event says what became of each group.
+    /// An update of a batch is complete; the `train` event has the outcome of each group.
     Trained { ms: u64, step: u64, groups: Vec<GroupId> },
 }

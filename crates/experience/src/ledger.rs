@@ -1,42 +1,40 @@
-//! The ledger: what became of every group, counted one by one and apart from the order that decides what is next, so that one
-//! can be held against the other. Goes into every checkpoint. Must not know: leases, workers, time.
+//! The ledger of group outcomes, counted one by one and independently of the data order that decides which group is next, so that the two
+//! can be compared. It is part of every checkpoint.
 
 use serde::{Deserialize, Serialize};
-use unveil_core::GroupId;
+use unveil_core::{GroupId, WeightVersion};
 
-use crate::settings::Snapshot;
+/// Maximum number of dropped groups that are named; further ones are only counted.
+const MAX_NAMED_GROUPS: usize = 1000;
 
-/// Dropped groups that are named; beyond so many they are only counted.
-const NAMED: usize = 1000;
-
-/// What an update made of a group.
+/// Outcome of a group in an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Fate {
-    /// It entered the update.
+pub enum GroupOutcome {
+    /// The group was part of the update.
     Trained,
-    /// The update of its batch was skipped.
+    /// The update of the batch was skipped.
     Skipped,
-    /// Every response of it was without a reward: there was nothing to learn from it.
+    /// No response of the group had a reward, so there was nothing to learn from.
     Masked,
 }
 
-/// What became of groups by pass, over the lineage of a checkpoint.
+/// Outcomes of groups by pass in the lineage of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Ledger {
-    /// Passes that have begun, in order.
-    passes: Vec<Pass>,
-    /// Groups that were set aside, the first of them by name.
+    /// Passes that have started, in order.
+    passes: Vec<PassLedger>,
+    /// The first groups that were set aside.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    set_aside: Vec<Dropped>,
+    set_aside: Vec<DroppedGroup>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-struct Pass {
+struct PassLedger {
     pass: u64,
-    /// Groups that updates have trained; one that is trained twice counts twice.
+    /// Trained groups; a group that is trained twice counts twice.
     trained: u64,
-    /// Different records among all groups that are done, whatever became of them.
+    /// Number of distinct records among all finished groups, regardless of outcome.
     different: u64,
     #[serde(default, skip_serializing_if = "is_zero")]
     skipped: u64,
@@ -53,67 +51,68 @@ fn is_zero(n: &u64) -> bool {
     *n == 0
 }
 
-/// A group that was set aside, and why.
+/// A group that was set aside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Dropped {
-    /// The pass.
+pub struct DroppedGroup {
+    /// Pass of the group.
     pub pass: u64,
-    /// The record.
+    /// Id of its record.
     pub record: String,
-    /// What happened to it.
+    /// Why it was set aside.
     pub why: String,
 }
 
-impl Pass {
-    /// Groups that are done.
+impl PassLedger {
+    /// Returns the number of finished groups.
     fn done(&self) -> u64 {
         self.trained + self.skipped + self.wholly_masked + self.dropped
     }
 }
 
 impl Ledger {
-    /// Counts a group that is done: row `row` of `records` in pass `pass`.
-    pub(crate) fn note(&mut self, pass: u64, row: usize, records: u64, fate: Fate) {
-        let p = self.reach(pass, row, records);
-        match fate {
-            Fate::Trained => p.trained += 1,
-            Fate::Skipped => p.skipped += 1,
-            Fate::Masked => p.wholly_masked += 1,
+    /// Counts the outcome of a group, which is row `row` of `records` in pass `pass`.
+    pub(crate) fn record(&mut self, pass: u64, row: usize, records: u64, outcome: GroupOutcome) {
+        let p = self.mark_done(pass, row, records);
+        match outcome {
+            GroupOutcome::Trained => p.trained += 1,
+            GroupOutcome::Skipped => p.skipped += 1,
+            GroupOutcome::Masked => p.wholly_masked += 1,
         }
     }
 
     /// Counts a group that was set aside.
     pub(crate) fn drop_group(&mut self, group: &GroupId, row: usize, records: u64, why: String) {
-        self.reach(group.pass, row, records).dropped += 1;
-        if self.set_aside.len() < NAMED {
-            self.set_aside.push(Dropped { pass: group.pass, record: group.record.clone(), why });
+        self.mark_done(group.pass, row, records).dropped += 1;
+        if self.set_aside.len() < MAX_NAMED_GROUPS {
+            self.set_aside.push(DroppedGroup { pass: group.pass, record: group.record.clone(), why });
         }
     }
 
-    /// The groups that were set aside, the first 1000 of them.
-    pub fn set_aside(&self) -> &[Dropped] {
+    /// Returns the first 1000 groups that were set aside.
+    pub fn set_aside(&self) -> &[DroppedGroup] {
         &self.set_aside
     }
 
-    /// Groups that were set aside.
+    /// Returns the number of groups that were set aside.
     pub(crate) fn dropped(&self) -> u64 {
         self.passes.iter().map(|p| p.dropped).sum()
     }
 
-    /// Groups that are done by what became of them: trained, skipped, wholly masked, dropped.
+    /// Returns the numbers of trained, skipped, wholly masked and dropped groups.
     pub(crate) fn sums(&self) -> [u64; 4] {
-        let add = |[a, b, c, d]: [u64; 4], p: &Pass| [a + p.trained, b + p.skipped, c + p.wholly_masked, d + p.dropped];
+        let add =
+            |[a, b, c, d]: [u64; 4], p: &PassLedger| [a + p.trained, b + p.skipped, c + p.wholly_masked, d + p.dropped];
         self.passes.iter().fold([0; 4], add)
     }
 
-    /// The account of a pass, with its row marked as done.
-    fn reach(&mut self, pass: u64, row: usize, records: u64) -> &mut Pass {
-        let at = self.passes.partition_point(|p| p.pass < pass);
-        if self.passes.get(at).is_none_or(|p| p.pass != pass) {
+    /// Marks a row as done and returns the ledger of its pass.
+    fn mark_done(&mut self, pass: u64, row: usize, records: u64) -> &mut PassLedger {
+        let index = self.passes.partition_point(|p| p.pass < pass);
+        if self.passes.get(index).is_none_or(|p| p.pass != pass) {
             let rows = vec![0; usize::try_from(records.div_ceil(8)).unwrap_or(0)];
-            self.passes.insert(at, Pass { pass, rows, ..Pass::default() });
+            self.passes.insert(index, PassLedger { pass, rows, ..PassLedger::default() });
         }
-        let p = &mut self.passes[at];
+        let p = &mut self.passes[index];
         if let Some(byte) = p.rows.get_mut(row / 8).filter(|byte| **byte & (1 << (row % 8)) == 0) {
             *byte |= 1 << (row % 8);
             p.different += 1;
@@ -125,16 +124,16 @@ impl Ledger {
     }
 }
 
-/// Groups of one pass.
+/// Accounting of one pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct PassAccount {
     /// The pass, from 0.
     pub pass: u64,
-    /// Groups that updates have trained.
+    /// Trained groups.
     pub trained: u64,
-    /// Groups that came a second time in this pass.
+    /// Groups that occurred more than once in this pass.
     pub twice: u64,
-    /// Groups that should be done by now and are not.
+    /// Groups that should be finished but are not.
     pub lost: u64,
     /// Groups that were set aside and never trained.
     #[serde(skip_serializing_if = "is_zero")]
@@ -147,44 +146,72 @@ pub struct PassAccount {
     pub wholly_masked: u64,
 }
 
-/// What a checkpoint's ledger says, held against its position in the data.
+/// Comparison of a checkpoint's ledger with its position in the data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Accounting {
-    /// Groups of a pass: the records of the data set.
+    /// Groups per pass, i.e. records in the data set.
     pub records: u64,
     /// Groups trained, over all passes.
     pub trained: u64,
-    /// Groups that came more than once in a pass, over all passes.
+    /// Groups that occurred more than once in a pass, over all passes.
     pub twice: u64,
-    /// Groups left out, over all passes.
+    /// Groups that were left out, over all passes.
     pub lost: u64,
-    /// Groups that were set aside and never trained; those that grew stale and were leased again do not count.
+    /// Groups that were set aside and never trained, not counting stale groups that were leased again.
     pub dropped: u64,
     /// Groups whose update was skipped.
     pub skipped: u64,
-    /// Groups without any reward, which trained nothing.
+    /// Groups without any reward.
     pub wholly_masked: u64,
-    /// Every group that is due was trained, and once: none was lost, dropped, skipped or wholly masked.
+    /// Whether every due group was trained exactly once, i.e. none was lost, dropped, skipped or wholly masked.
     pub exactly_once: bool,
-    /// Pass by pass; the last one may be under way.
+    /// Accounting by pass; the last pass may be incomplete.
     pub passes: Vec<PassAccount>,
-    /// The groups that were set aside, the first 1000 of them, with why.
+    /// The first 1000 groups that were set aside.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub set_aside: Vec<Dropped>,
+    pub set_aside: Vec<DroppedGroup>,
 }
 
-impl Snapshot {
-    /// The accounting of the lineage that led here.
+/// Position of a run in its data, as stored in checkpoints. Groups in flight return to the queue on restore.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExperienceSnapshot {
+    /// Number of finished groups over all passes, which determines the position. Their outcomes are in the ledger.
+    pub trained: u64,
+    /// Pass of the next group.
+    pub pass: u64,
+    /// Position of the next group in that pass.
+    pub position: u64,
+    /// Published weight version.
+    pub version: WeightVersion,
+    /// Seed of the data order.
+    pub seed: u64,
+    /// Number of records in the data set.
+    pub records: u64,
+    /// BLAKE3 over the record ids in order, hex.
+    pub data: String,
+    /// Groups leased, ready or in training at the time of the snapshot (informational; not used by restore).
+    pub in_flight: Vec<GroupId>,
+    /// Outcomes of groups, counted independently of the position.
+    pub ledger: Ledger,
+    /// Groups set aside that the position has not passed, with the reasons.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aside: Vec<(GroupId, String)>,
+}
+
+impl ExperienceSnapshot {
+    /// Returns the accounting of the lineage of this snapshot.
     pub fn accounting(&self) -> Accounting {
         let due = |pass: u64| match pass.cmp(&self.pass) {
             std::cmp::Ordering::Less => self.records,
             std::cmp::Ordering::Equal => self.position,
             std::cmp::Ordering::Greater => 0,
         };
-        let of = |pass: u64| self.ledger.passes.iter().find(|p| p.pass == pass);
+        let ledger_of = |pass: u64| self.ledger.passes.iter().find(|p| p.pass == pass);
         let last = self.ledger.passes.last().map_or(0, |p| p.pass).max(self.pass);
         let account = |pass: u64| {
-            let Some(p) = of(pass) else { return PassAccount { pass, lost: due(pass), ..PassAccount::default() } };
+            let Some(p) = ledger_of(pass) else {
+                return PassAccount { pass, lost: due(pass), ..PassAccount::default() };
+            };
             PassAccount {
                 pass,
                 trained: p.trained,
@@ -195,13 +222,16 @@ impl Snapshot {
                 wholly_masked: p.wholly_masked,
             }
         };
-        let is_told = |p: &PassAccount| p.lost > 0 || of(p.pass).is_some_and(|p| p.done() > 0);
-        let passes: Vec<PassAccount> = (0..=last).map(account).filter(is_told).collect();
-        let sum = |of: fn(&PassAccount) -> u64| passes.iter().map(of).sum();
-        let (trained, twice, lost) = (sum(|p| p.trained), sum(|p| p.twice), sum(|p| p.lost));
-        let (dropped, skipped) = (sum(|p| p.dropped), sum(|p| p.skipped));
+        let is_relevant = |p: &PassAccount| p.lost > 0 || ledger_of(p.pass).is_some_and(|p| p.done() > 0);
+        let passes: Vec<PassAccount> = (0..=last).map(account).filter(is_relevant).collect();
+        let sum = |count: fn(&PassAccount) -> u64| passes.iter().map(count).sum();
+        let trained = sum(|p| p.trained);
+        let twice = sum(|p| p.twice);
+        let lost = sum(|p| p.lost);
+        let dropped = sum(|p| p.dropped);
+        let skipped = sum(|p| p.skipped);
         let wholly_masked = sum(|p| p.wholly_masked);
-        // Where all that is behind the position was trained, nothing else can have become of any group.
+        // If all groups before the position were trained, no group can have had another outcome.
         let exactly_once = twice == 0 && lost == 0 && trained == self.trained;
         let set_aside = self.ledger.set_aside.clone();
         Accounting {
@@ -219,28 +249,28 @@ impl Snapshot {
     }
 }
 
-/// Bytes as a hexadecimal text.
+/// Serialization of bytes as hexadecimal text.
 mod hex {
     use std::fmt::Write;
 
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         let mut text = String::with_capacity(2 * bytes.len());
         for byte in bytes {
             let _ = write!(text, "{byte:02x}");
         }
-        to.serialize_str(&text)
+        serializer.serialize_str(&text)
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
-        let text = String::deserialize(from)?;
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
         let pair = |p: &[u8]| {
             std::str::from_utf8(p).ok().filter(|p| p.len() == 2).and_then(|p| u8::from_str_radix(p, 16).ok())
         };
         let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(pair).collect();
-        bytes.ok_or_else(|| D::Error::custom("not a text of hexadecimal bytes"))
+        bytes.ok_or_else(|| D::Error::custom("not hexadecimal bytes"))
     }
 }
 
@@ -248,15 +278,24 @@ mod hex {
 mod tests {
     use super::*;
 
-    fn snapshot(trained: u64, ledger: Ledger) -> Snapshot {
-        let (pass, position) = (trained / 11, trained % 11);
-        let (data, in_flight, aside) = (String::new(), vec![], vec![]);
-        Snapshot { trained, pass, position, version: 0, seed: 0, records: 11, data, in_flight, ledger, aside }
+    fn snapshot(trained: u64, ledger: Ledger) -> ExperienceSnapshot {
+        ExperienceSnapshot {
+            trained,
+            pass: trained / 11,
+            position: trained % 11,
+            version: 0,
+            seed: 0,
+            records: 11,
+            data: String::new(),
+            in_flight: vec![],
+            ledger,
+            aside: vec![],
+        }
     }
 
     fn ledger(groups: impl IntoIterator<Item = (u64, usize)>) -> Ledger {
         let mut l = Ledger::default();
-        groups.into_iter().for_each(|(pass, row)| l.note(pass, row, 11, Fate::Trained));
+        groups.into_iter().for_each(|(pass, row)| l.record(pass, row, 11, GroupOutcome::Trained));
         serde_json::from_str(&serde_json::to_string(&l).unwrap()).unwrap()
     }
 
@@ -265,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_passes_and_one_under_way() {
+    fn complete_and_started_passes() {
         let rows = (0..11).map(|r| (0, r * 7 % 11));
         let a = snapshot(14, ledger(rows.chain([(1, 3), (1, 10), (1, 0)]))).accounting();
         assert!(a.exactly_once);
@@ -275,46 +314,48 @@ mod tests {
     }
 
     #[test]
-    fn what_is_trained_twice_or_never_is_counted() {
-        // The position says 14, but row 3 of the first pass came twice and row 4 never.
+    fn groups_trained_twice_or_never_are_counted() {
+        // The position is 14, but row 3 of the first pass occurs twice and row 4 never.
         let rows = [0, 1, 2, 3, 3, 5, 6, 7, 8, 9, 10].map(|r| (0, r));
         let a = snapshot(14, ledger(rows.into_iter().chain([(1, 3), (1, 4), (1, 5)]))).accounting();
         assert_eq!((a.exactly_once, a.twice, a.lost), (false, 1, 1));
         assert_eq!(a.passes, [pass(0, 11, 1, 1), pass(1, 3, 0, 0)]);
-        // A whole pass forgets its rows, but not that there were too many.
+        // A complete pass drops its row bits but keeps the excess count.
         let a = snapshot(11, ledger((0..11).chain([6]).map(|r| (0, r)))).accounting();
         assert_eq!((a.exactly_once, a.passes), (false, vec![pass(0, 12, 1, 0)]));
-        // A pass that was left out altogether, and one that is not due yet.
+        // A pass that was left out completely, and one that is not due yet.
         let a = snapshot(22, ledger((0..11).map(|r| (0, r)).chain([(2, 1)]))).accounting();
         assert_eq!(a.passes, [pass(0, 11, 0, 0), pass(1, 0, 0, 11), pass(2, 1, 1, 0)]);
         assert!(!a.exactly_once);
     }
 
     #[test]
-    fn what_trained_nothing_is_counted_apart_and_is_not_exactly_once() {
+    fn untrained_groups_are_counted_by_outcome() {
         let id = |row: usize| GroupId { pass: 0, position: 0, record: format!("r{row}") };
-        for (fate, counts) in [(Some(Fate::Skipped), [1, 0, 0]), (Some(Fate::Masked), [0, 1, 0]), (None, [0, 0, 1])] {
+        for (outcome, counts) in
+            [(Some(GroupOutcome::Skipped), [1, 0, 0]), (Some(GroupOutcome::Masked), [0, 1, 0]), (None, [0, 0, 1])]
+        {
             let mut l = ledger((0..10).map(|r| (0, r)));
-            match fate {
-                Some(fate) => l.note(0, 10, 11, fate),
+            match outcome {
+                Some(outcome) => l.record(0, 10, 11, outcome),
                 None => l.drop_group(&id(10), 10, 11, "it killed three workers".into()),
             }
             let l: Ledger = serde_json::from_str(&serde_json::to_string(&l).unwrap()).unwrap();
             let a = snapshot(11, l).accounting();
-            assert_eq!((a.trained, a.twice, a.lost, a.exactly_once), (10, 0, 0, false), "{fate:?}");
-            assert_eq!([a.skipped, a.wholly_masked, a.dropped], counts, "{fate:?}");
+            assert_eq!((a.trained, a.twice, a.lost, a.exactly_once), (10, 0, 0, false), "{outcome:?}");
+            assert_eq!([a.skipped, a.wholly_masked, a.dropped], counts, "{outcome:?}");
             let p = &a.passes[0];
-            assert_eq!([p.skipped, p.wholly_masked, p.dropped], counts, "{fate:?}");
+            assert_eq!([p.skipped, p.wholly_masked, p.dropped], counts, "{outcome:?}");
             let named: Vec<&str> = a.set_aside.iter().map(|d| d.record.as_str()).collect();
-            assert_eq!(named, if fate.is_none() { vec!["r10"] } else { vec![] });
+            assert_eq!(named, if outcome.is_none() { vec!["r10"] } else { vec![] });
         }
-        // A ledger as it was written before these were counted.
+        // A ledger in the format without these counts.
         let old: Ledger = serde_json::from_str(r#"{"passes":[{"pass":0,"trained":11,"different":11}]}"#).unwrap();
         assert!(snapshot(11, old).accounting().exactly_once);
     }
 
     #[test]
-    fn a_text_that_is_not_hexadecimal_is_refused() {
+    fn invalid_hexadecimal_text_is_refused() {
         for bad in ["0", "zz", "é1"] {
             let text = format!(r#"{{"passes":[{{"pass":0,"trained":1,"different":1,"rows":"{bad}"}}]}}"#);
             assert!(serde_json::from_str::<Ledger>(&text).unwrap_err().to_string().contains("hexadecimal"), "{bad}");

@@ -1,33 +1,33 @@
-//! Experience: who works on which prompt group, what has come back, and what may be trained next.
+//! Experience: which worker has a lease on which prompt group, which groups have been submitted, and what may be trained next.
 //!
-//! A pure state machine. It has no clock (time comes in with each call), no threads and no sockets; the learner's first
-//! rank wraps it in a service. Must not know: tch, tonic, tokio.
+//! A pure state machine without clock (each call is given the time), threads or sockets; the learner's rank 0 wraps it in a service.
 //!
-//! What it promises, whatever workers do:
+//! Must not depend on: tch, tonic, tokio.
+//!
+//! Guarantees, regardless of worker behaviour:
 //! - each group of a pass is returned by [`Experience::next_batch`] exactly once, in the order of the pass;
 //! - no group is trained whose oldest token lags the learner by more than `max_staleness` versions;
-//! - what became of each group (trained, skipped, wholly masked, set aside) is counted a second time, by record, in a ledger that
-//!   every checkpoint holds;
-//! - a group that workers die of is set aside, named and counted, and a worker whose work is refused again and again gets no more;
-//! - a group whose worker died, fell silent, stood still or gave it back is handed out again, before any newer group, and never to
-//!   the worker that still has it in hand;
-//! - a lease holds while its worker's heartbeat tells of progress, however long the work takes.
+//! - the outcome of each group (trained, skipped, wholly masked, set aside) is counted independently, by record, in a ledger that is part
+//!   of every checkpoint;
+//! - a group that repeatedly kills workers is set aside, named and counted, and a worker whose submissions are repeatedly rejected is
+//!   quarantined;
+//! - a group whose worker died, fell silent, stalled or returned it is leased again, before any newer group, and never to a worker that may
+//!   still be working on it;
+//! - a lease is valid as long as its worker's heartbeats report progress, however long the work takes.
 
-mod aside;
 mod batch;
+mod data_order;
 mod event;
-mod hands;
+mod lease_index;
 mod leases;
 mod ledger;
 mod machine;
-mod order;
 mod settings;
-mod standing;
 
-pub use aside::Return;
 pub use event::Event;
-pub use ledger::{Accounting, Dropped, Fate, Ledger, PassAccount};
-pub use machine::{Experience, Stats};
+pub use ledger::{Accounting, DroppedGroup, ExperienceSnapshot, GroupOutcome, Ledger, PassAccount};
+pub use machine::{Experience, ReturnReason, Stats};
 pub use settings::{
-    Ask, ExperienceError, Heartbeat, InHand, Lease, Settings, Snapshot, Submission, Verdict, VersionSpan, by_pass,
+    ExperienceError, Heartbeat, HeldLease, Lease, LeaseCall, Settings, Submission, Verdict, VersionSpan,
+    records_by_pass,
 };

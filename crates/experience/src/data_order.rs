@@ -1,4 +1,4 @@
-//! The order of each pass over the data: a permutation that is a function of (seed, pass) alone.
+//! The order of each pass over the data: a permutation that depends only on (seed, pass).
 
 use std::collections::BTreeMap;
 
@@ -7,15 +7,15 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use unveil_core::GroupId;
 
-/// Numbers groups over all passes: group `g` is position `g % records` of pass `g / records`.
+/// Numbering of groups across all passes: group `g` is position `g % records` of pass `g / records`.
 #[derive(Debug)]
-pub(crate) struct Order {
+pub(crate) struct DataOrder {
     ids: Vec<String>,
     seed: u64,
     passes: BTreeMap<u64, Vec<u32>>,
 }
 
-impl Order {
+impl DataOrder {
     pub(crate) fn new(ids: Vec<String>, seed: u64) -> Self {
         Self { ids, seed, passes: BTreeMap::new() }
     }
@@ -24,40 +24,43 @@ impl Order {
         self.ids.len() as u64
     }
 
-    /// Identity of group number `g`.
+    /// Returns the identity of group number `g`.
     pub(crate) fn group(&mut self, g: u64) -> GroupId {
-        let (pass, position) = (g / self.records(), g % self.records());
-        let (n, seed) = (self.ids.len(), self.seed);
+        let pass = g / self.records();
+        let position = g % self.records();
+        let n = self.ids.len();
+        let seed = self.seed;
         let order = self.passes.entry(pass).or_insert_with(|| permutation(n, seed, pass));
         GroupId { pass, position, record: self.ids[order[position as usize] as usize].clone() }
     }
 
-    /// Identity of a group of a pass that has begun.
-    pub(crate) fn known(&self, g: u64) -> Option<GroupId> {
-        let (pass, position) = (g / self.records(), g % self.records());
+    /// Returns the identity of group number `g` if its pass has started.
+    pub(crate) fn started_group(&self, g: u64) -> Option<GroupId> {
+        let pass = g / self.records();
+        let position = g % self.records();
         let row = *self.passes.get(&pass)?.get(position as usize)? as usize;
         Some(GroupId { pass, position, record: self.ids[row].clone() })
     }
 
-    /// Number of a group, if it is one of this order (pass known, record at that position).
+    /// Returns the number of a group, if its pass has started and its record is at that position.
     pub(crate) fn number(&self, group: &GroupId) -> Option<u64> {
         self.row(group)?;
         group.pass.checked_mul(self.records())?.checked_add(group.position)
     }
 
-    /// Row of a group's record in the data set. Looks at known passes only: nobody holds a group of another.
+    /// Returns the row of a group's record in the data set, if its pass has started; groups of other passes were never leased.
     pub(crate) fn row(&self, group: &GroupId) -> Option<usize> {
         let row = *self.passes.get(&group.pass)?.get(usize::try_from(group.position).ok()?)? as usize;
         (self.ids[row] == group.record).then_some(row)
     }
 
-    /// Forgets passes that are over. The one before `pass` is kept: late submissions still name it.
+    /// Drops the permutations of finished passes, except the one before `pass`, to which late submissions may refer.
     pub(crate) fn forget_before(&mut self, pass: u64) {
         let keep = pass.saturating_sub(1);
         self.passes.retain(|p, _| *p >= keep);
     }
 
-    /// BLAKE3 over the ids (length, then bytes), hex.
+    /// Returns the BLAKE3 hash over the ids (length, then bytes) in hex.
     pub(crate) fn fingerprint(&self) -> String {
         let mut h = blake3::Hasher::new();
         for id in &self.ids {
@@ -68,7 +71,7 @@ impl Order {
     }
 }
 
-/// Fisher-Yates with ChaCha8 keyed by BLAKE3(seed, pass): the same on every machine and release.
+/// Returns a Fisher-Yates permutation with ChaCha8 keyed by BLAKE3(seed, pass), identical on every machine and in every release.
 fn permutation(n: usize, seed: u64, pass: u64) -> Vec<u32> {
     let mut h = blake3::Hasher::new_derive_key("unveil 2026 order of a pass");
     h.update(&seed.to_le_bytes());
@@ -81,7 +84,7 @@ fn permutation(n: usize, seed: u64, pass: u64) -> Vec<u32> {
     order
 }
 
-/// Uniform in `0..bound` by rejection.
+/// Draws a uniform number in `0..bound` by rejection.
 fn below(rng: &mut ChaCha8Rng, bound: u64) -> u64 {
     let zone = u64::MAX - u64::MAX % bound;
     loop {
@@ -97,15 +100,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn permutations_are_whole_differ_by_pass_and_never_change() {
-        let (a, b) = (permutation(100, 7, 0), permutation(100, 7, 1));
+    fn permutations_are_complete_and_pinned() {
+        let a = permutation(100, 7, 0);
+        let b = permutation(100, 7, 1);
         assert_ne!(a, b);
         assert_ne!(a, permutation(100, 8, 0));
         for mut p in [a, b] {
             p.sort_unstable();
             assert_eq!(p, (0..100).collect::<Vec<u32>>());
         }
-        // A resumed run must see the order that the first run saw, whatever release wrote it.
+        // A resumed run must see the same order as the original run, even across releases.
         assert_eq!(permutation(10, 1, 0), PINNED);
         assert_eq!(permutation(1, 1, 0), [0]);
     }
@@ -114,7 +118,7 @@ mod tests {
 
     #[test]
     fn numbers_are_checked_against_the_order() {
-        let mut o = Order::new(vec!["a".into(), "b".into(), "c".into()], 3);
+        let mut o = DataOrder::new(vec!["a".into(), "b".into(), "c".into()], 3);
         let g = o.group(4);
         assert_eq!((g.pass, g.position), (1, 1));
         assert_eq!(o.number(&g), Some(4));
