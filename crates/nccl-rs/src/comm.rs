@@ -1,7 +1,7 @@
-//! A communicator: one rank's end of a group of GPUs.
+//! Communicators, and the collective and point-to-point calls made through them.
 //!
-//! Calls only put work on a stream; [`Communicator::wait`] watches it. A communicator that failed is aborted, once, and answers
-//! every later call with [`NcclError::Aborted`].
+//! Calls only enqueue work on a stream; [`Communicator::wait`] waits for it. After [`Communicator::abort`] every call returns
+//! [`NcclError::Aborted`].
 
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::library::{Comm, Config, Functions, IN_PROGRESS, SUCCESS};
 use crate::{Nccl, NcclError, Result, UniqueId};
 
-/// Kinds of numbers (`ncclDataType_t`).
+/// Element type of a buffer (`ncclDataType_t`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum DataType {
@@ -26,178 +26,176 @@ pub enum DataType {
 
 const SUM: c_int = 0;
 
-/// How long Drop waits for calls that are still under way.
-const CLOSING: Duration = Duration::from_secs(5);
+/// Timeout of the calls in flight when a communicator is dropped.
+const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// One rank's end of a group of GPUs.
+/// One rank's handle to a group of GPUs.
 pub struct Communicator {
     nccl: Nccl,
-    state: Mutex<State>,
+    state: Mutex<CommState>,
     rank: usize,
     ranks: usize,
 }
 
-struct State {
+struct CommState {
     comm: Comm,
     aborted: bool,
-    /// A call failed or was late: closing in good order would wait for it.
+    /// A call failed or timed out: finalizing would wait for it.
     failed: bool,
 }
 
-// SAFETY: NCCL takes calls from any thread, one at a time; the mutex sees to that.
-#[allow(unsafe_code)]
-unsafe impl Send for State {}
+// SAFETY: NCCL may be called from any thread, one at a time; the mutex ensures the latter.
+unsafe impl Send for CommState {}
 
 impl Communicator {
-    /// Connects rank `rank` of `ranks` on the calling thread's current GPU; all ranks call this with the same id. `give_up` is
-    /// asked again and again meanwhile.
+    /// Connects rank `rank` of `ranks` on the calling thread's current GPU. All ranks call this with the same id. `cancelled` is
+    /// polled while waiting.
     ///
     /// # Errors
-    /// There is no GPU, a rank cannot be reached, not all have come by the deadline, or it was given up.
-    #[allow(unsafe_code)]
+    /// Returns [`NcclError::Rank`] for a rank out of range, [`NcclError::Failed`] if there is no GPU or a rank cannot be reached,
+    /// [`NcclError::Timeout`] if ranks are missing at the deadline, and [`NcclError::Cancelled`] if `cancelled` returned true.
     pub fn init(
         nccl: &Nccl,
         (rank, ranks): (usize, usize),
         id: &UniqueId,
         deadline: Instant,
-        give_up: impl FnMut() -> bool,
+        cancelled: impl FnMut() -> bool,
     ) -> Result<Self> {
-        const WHAT: &str = "ncclCommInitRankConfig";
-        let (Ok(r), Ok(n), true) = (c_int::try_from(rank), c_int::try_from(ranks), rank < ranks) else {
+        const CALL: &str = "ncclCommInitRankConfig";
+        let (Ok(rank_c), Ok(ranks_c), true) = (c_int::try_from(rank), c_int::try_from(ranks), rank < ranks) else {
             return Err(NcclError::Rank { rank, ranks });
         };
         let begin = Instant::now();
         let mut config = Config { size: size_of::<Config>(), magic: 0xcafe_beef, version: 21400, blocking: 0 };
         let mut comm: Comm = std::ptr::null_mut();
-        // SAFETY: both places are valid during the call.
-        let code = unsafe { (nccl.functions.init)(&mut comm, n, *id, r, &mut config) };
+        // SAFETY: both pointers are valid during the call.
+        let code = unsafe { (nccl.functions.init)(&mut comm, ranks_c, *id, rank_c, &mut config) };
         if comm.is_null() {
-            return Err(nccl.functions.refused(WHAT, code, comm));
+            return Err(nccl.functions.call_error(CALL, code, comm));
         }
-        let state = Mutex::new(State { comm, aborted: false, failed: false });
-        let this = Self { nccl: nccl.clone(), state, rank, ranks };
-        this.settle(WHAT, code, (begin, deadline), give_up).inspect_err(|_| this.abort())?;
-        Ok(this)
+        let state = Mutex::new(CommState { comm, aborted: false, failed: false });
+        let communicator = Self { nccl: nccl.clone(), state, rank, ranks };
+        communicator.wait_ready(CALL, code, (begin, deadline), cancelled).inspect_err(|_| communicator.abort())?;
+        Ok(communicator)
     }
 
-    /// This rank.
+    /// Returns this rank.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// Returns the number of ranks.
     pub fn ranks(&self) -> usize {
         self.ranks
     }
 
-    /// Puts the calls that `body` makes on their streams as one piece of work. NCCL may have to connect first: `give_up` is asked
-    /// meanwhile.
+    /// Enqueues the calls that `body` makes as one group. NCCL may have to connect first: `cancelled` is polled meanwhile.
     ///
     /// # Errors
-    /// NCCL refuses a call, the communicator was aborted, NCCL is still connecting at the deadline, or it was given up.
-    #[allow(unsafe_code)]
+    /// Returns [`NcclError::Failed`] if NCCL rejects a call, [`NcclError::Aborted`] after an abort, [`NcclError::Timeout`] if NCCL is
+    /// still connecting at the deadline, and [`NcclError::Cancelled`] if `cancelled` returned true.
     pub fn group(
         &self,
         deadline: Instant,
-        give_up: impl FnMut() -> bool,
-        body: impl FnOnce(&Calls<'_>) -> Result<()>,
+        cancelled: impl FnMut() -> bool,
+        body: impl FnOnce(&GroupCalls<'_>) -> Result<()>,
     ) -> Result<()> {
-        const WHAT: &str = "ncclGroupEnd";
+        const CALL: &str = "ncclGroupEnd";
         let begin = Instant::now();
         let code = {
-            let mut state = self.live(WHAT)?;
+            let mut state = self.lock_live(CALL)?;
             let functions = &*self.nccl.functions;
             let checked = |call, code| match code {
                 SUCCESS | IN_PROGRESS => Ok(code),
-                _ => Err(functions.refused(call, code, state.comm)),
+                _ => Err(functions.call_error(call, code, state.comm)),
             };
-            // SAFETY: start and end are called on this thread, in pairs.
+            // SAFETY: start and end are called in pairs, on this thread.
             let started = checked("ncclGroupStart", unsafe { (functions.group_start)() });
             let result = started.and_then(|_| {
-                let made = body(&Calls { functions, comm: state.comm });
-                // SAFETY: as above.
-                let ended = checked(WHAT, unsafe { (functions.group_end)() });
-                made.and(ended)
+                let called = body(&GroupCalls { functions, comm: state.comm });
+                // SAFETY: see above.
+                let ended = checked(CALL, unsafe { (functions.group_end)() });
+                called.and(ended)
             });
             state.failed |= result.is_err();
             result?
         };
-        self.settle(WHAT, code, (begin, deadline), give_up)
+        self.wait_ready(CALL, code, (begin, deadline), cancelled)
     }
 
-    /// Waits until `finished` says that the stream has come past the work, and asks NCCL meanwhile whether it failed.
+    /// Waits until `finished` reports that the stream has completed the work, and polls NCCL for asynchronous errors meanwhile.
     ///
     /// # Errors
-    /// NCCL or the GPU failed, the deadline passed, or the communicator was aborted. After a deadline it can be waited for again.
+    /// Returns [`NcclError::Failed`] if NCCL failed, [`NcclError::Stream`] if `finished` did, [`NcclError::Aborted`] after an abort,
+    /// and [`NcclError::Timeout`] at the deadline; after a timeout the work can be waited for again.
     pub fn wait(
         &self,
-        what: &'static str,
+        call: &'static str,
         deadline: Instant,
         mut finished: impl FnMut() -> Result<bool, String>,
     ) -> Result<()> {
         let begin = Instant::now();
-        let mut pause = Pause::default();
+        let mut backoff = PollBackoff::default();
         loop {
             match finished() {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}
                 Err(message) => {
-                    self.live(what)?.failed = true;
-                    return Err(NcclError::Stream { what, message });
+                    self.lock_live(call)?.failed = true;
+                    return Err(NcclError::Stream { call, message });
                 }
             }
-            self.check(what)?;
-            pause.take(what, begin, deadline)?;
+            self.check(call)?;
+            backoff.sleep(call, begin, deadline)?;
         }
     }
 
-    /// Asks NCCL whether work that is under way has failed; does not wait.
+    /// Checks for an asynchronous error of work in flight, without waiting.
     ///
     /// # Errors
-    /// It has, or the communicator was aborted.
-    pub fn check(&self, what: &'static str) -> Result<()> {
-        let mut state = self.live(what)?;
+    /// Returns [`NcclError::Failed`] if NCCL reports one, and [`NcclError::Aborted`] after an abort.
+    pub fn check(&self, call: &'static str) -> Result<()> {
+        let mut state = self.lock_live(call)?;
         match poll(&self.nccl.functions, state.comm) {
             SUCCESS | IN_PROGRESS => Ok(()),
             code => {
                 state.failed = true;
-                Err(self.nccl.functions.refused(what, code, state.comm))
+                Err(self.nccl.functions.call_error(call, code, state.comm))
             }
         }
     }
 
-    /// Gives the communicator up: work on the GPU ends, whatever it waits for. Only the first call does anything.
-    #[allow(unsafe_code)]
+    /// Aborts the communicator and ends its work on the GPU, whatever that waits for. Further calls do nothing.
     pub fn abort(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if !std::mem::replace(&mut state.aborted, true) {
-            // SAFETY: the communicator is live, and not used again.
-            let _what_else = unsafe { (self.nccl.functions.abort)(state.comm) };
+            // SAFETY: the communicator is live and not used again.
+            let _code = unsafe { (self.nccl.functions.abort)(state.comm) };
         }
     }
 
-    fn live(&self, what: &'static str) -> Result<MutexGuard<'_, State>> {
+    fn lock_live(&self, call: &'static str) -> Result<MutexGuard<'_, CommState>> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.aborted { Err(NcclError::Aborted { what }) } else { Ok(state) }
+        if state.aborted { Err(NcclError::Aborted { call }) } else { Ok(state) }
     }
 
-    /// Waits until NCCL has taken a call in.
-    fn settle(
+    /// Waits while NCCL reports a non-blocking call as in progress.
+    fn wait_ready(
         &self,
-        what: &'static str,
+        call: &'static str,
         mut code: c_int,
         (begin, deadline): (Instant, Instant),
-        mut give_up: impl FnMut() -> bool,
+        mut cancelled: impl FnMut() -> bool,
     ) -> Result<()> {
-        let mut pause = Pause::default();
+        let mut backoff = PollBackoff::default();
         loop {
             let result = match code {
                 SUCCESS => return Ok(()),
-                IN_PROGRESS if give_up() => Err(NcclError::GivenUp { what }),
-                IN_PROGRESS => pause.take(what, begin, deadline),
-                code => Err(self.nccl.functions.refused(what, code, self.live(what)?.comm)),
+                IN_PROGRESS if cancelled() => Err(NcclError::Cancelled { call }),
+                IN_PROGRESS => backoff.sleep(call, begin, deadline),
+                code => Err(self.nccl.functions.call_error(call, code, self.lock_live(call)?.comm)),
             };
-            let mut state = self.live(what)?;
+            let mut state = self.lock_live(call)?;
             state.failed |= result.is_err();
             result?;
             code = poll(&self.nccl.functions, state.comm);
@@ -206,50 +204,49 @@ impl Communicator {
 }
 
 impl Drop for Communicator {
-    /// Closes in good order, or aborts where that does not end.
-    #[allow(unsafe_code)]
+    /// Finalizes and destroys the communicator, or aborts it if that fails or times out.
     fn drop(&mut self) {
-        const WHAT: &str = "ncclCommFinalize";
-        let code = match self.live(WHAT) {
+        const CALL: &str = "ncclCommFinalize";
+        let code = match self.lock_live(CALL) {
             Err(_) => return,
             Ok(state) if state.failed => None,
             // SAFETY: the communicator is live.
             Ok(state) => Some(unsafe { (self.nccl.functions.finalize)(state.comm) }),
         };
         let now = Instant::now();
-        if code.is_none_or(|code| self.settle(WHAT, code, (now, now + CLOSING), || false).is_err()) {
+        if code.is_none_or(|code| self.wait_ready(CALL, code, (now, now + FINALIZE_TIMEOUT), || false).is_err()) {
             return self.abort();
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.aborted = true;
-        // SAFETY: the communicator is finalized, and not used again.
-        let _what_else = unsafe { (self.nccl.functions.destroy)(state.comm) };
+        // SAFETY: the communicator is finalized and not used again.
+        let _code = unsafe { (self.nccl.functions.destroy)(state.comm) };
     }
 }
 
-#[allow(unsafe_code)]
+/// Returns the result code of the newest non-blocking call, or of asynchronous work.
 fn poll(functions: &Functions, comm: Comm) -> c_int {
-    let mut state = SUCCESS;
-    // SAFETY: the caller holds the lock of a live communicator; the place is valid during the call.
-    match unsafe { (functions.async_error)(comm, &mut state) } {
-        SUCCESS => state,
+    let mut result = SUCCESS;
+    // SAFETY: the caller holds the lock of a live communicator; the out-pointer is valid during the call.
+    match unsafe { (functions.async_error)(comm, &mut result) } {
+        SUCCESS => result,
         code => code,
     }
 }
 
-/// Longer and longer looks away, from 20 microseconds to 1 ms.
-struct Pause(Duration);
+/// Delay between polls, which doubles from 20 microseconds up to 1 ms.
+struct PollBackoff(Duration);
 
-impl Default for Pause {
+impl Default for PollBackoff {
     fn default() -> Self {
         Self(Duration::from_micros(20))
     }
 }
 
-impl Pause {
-    fn take(&mut self, what: &'static str, begin: Instant, deadline: Instant) -> Result<()> {
+impl PollBackoff {
+    fn sleep(&mut self, call: &'static str, begin: Instant, deadline: Instant) -> Result<()> {
         if Instant::now() >= deadline {
-            return Err(NcclError::Late { what, seconds: begin.elapsed().as_secs_f64() });
+            return Err(NcclError::Timeout { call, seconds: begin.elapsed().as_secs_f64() });
         }
         std::thread::sleep(self.0);
         self.0 = (self.0 * 2).min(Duration::from_millis(1));
@@ -257,138 +254,139 @@ impl Pause {
     }
 }
 
-/// The calls of one group. All buffers lie on the communicator's GPU; work on them runs when the stream comes to it.
-pub struct Calls<'a> {
+/// Makes the calls of one group. All buffers are on the communicator's GPU; the calls run in stream order.
+pub struct GroupCalls<'a> {
     functions: &'a Functions,
     comm: Comm,
 }
 
-#[allow(unsafe_code)]
-impl Calls<'_> {
+impl GroupCalls<'_> {
     fn checked(&self, call: &'static str, code: c_int) -> Result<()> {
         match code {
             SUCCESS | IN_PROGRESS => Ok(()),
-            code => Err(self.functions.refused(call, code, self.comm)),
+            code => Err(self.functions.call_error(call, code, self.comm)),
         }
     }
 
-    /// Sums `count` numbers of every rank into `to` of every rank; `from` and `to` may be the same.
+    /// Sums `count` elements over all ranks into `to` of every rank; `from` and `to` may be the same buffer.
     ///
     /// # Safety
-    /// Both buffers hold `count` numbers and stay until the stream has come past this call; `stream` is a stream of the GPU.
+    /// Both buffers hold `count` elements of type `dtype` and live until the stream has completed this call; `stream` is a stream of
+    /// the communicator's GPU.
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn all_reduce(
         &self,
         (from, to): (*const c_void, *mut c_void),
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         stream: *mut c_void,
     ) -> Result<()> {
-        // SAFETY: by the caller.
-        let code = unsafe { (self.functions.all_reduce)(from, to, count, kind as c_int, SUM, self.comm, stream) };
+        // SAFETY: guaranteed by the caller.
+        let code = unsafe { (self.functions.all_reduce)(from, to, count, dtype as c_int, SUM, self.comm, stream) };
         self.checked("ncclAllReduce", code)
     }
 
-    /// Sums over all ranks and gives rank r part r of the sum; a part has `count` numbers.
+    /// Sums over all ranks and writes shard r of the sum, `count` elements, to rank r.
     ///
     /// # Safety
-    /// As [`Calls::all_reduce`]; `from` holds `count` numbers for each rank.
+    /// See [`GroupCalls::all_reduce`]; `from` holds `count` elements for each rank.
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn reduce_scatter(
         &self,
         (from, to): (*const c_void, *mut c_void),
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         stream: *mut c_void,
     ) -> Result<()> {
-        // SAFETY: by the caller.
-        let code = unsafe { (self.functions.reduce_scatter)(from, to, count, kind as c_int, SUM, self.comm, stream) };
+        // SAFETY: guaranteed by the caller.
+        let code = unsafe { (self.functions.reduce_scatter)(from, to, count, dtype as c_int, SUM, self.comm, stream) };
         self.checked("ncclReduceScatter", code)
     }
 
-    /// Puts `count` numbers of every rank one after another into `to` of every rank.
+    /// Concatenates `count` elements of every rank into `to` of every rank.
     ///
     /// # Safety
-    /// As [`Calls::all_reduce`]; `to` holds `count` numbers for each rank.
+    /// See [`GroupCalls::all_reduce`]; `to` holds `count` elements for each rank.
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn all_gather(
         &self,
         (from, to): (*const c_void, *mut c_void),
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         stream: *mut c_void,
     ) -> Result<()> {
-        // SAFETY: by the caller.
-        let code = unsafe { (self.functions.all_gather)(from, to, count, kind as c_int, self.comm, stream) };
+        // SAFETY: guaranteed by the caller.
+        let code = unsafe { (self.functions.all_gather)(from, to, count, dtype as c_int, self.comm, stream) };
         self.checked("ncclAllGather", code)
     }
 
-    /// Copies `count` numbers of rank `root` to all, in place.
+    /// Copies `count` elements of rank `root` to all ranks, in place.
     ///
     /// # Safety
-    /// As [`Calls::all_reduce`].
+    /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn broadcast(
         &self,
         buffer: *mut c_void,
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         root: usize,
         stream: *mut c_void,
     ) -> Result<()> {
         let root = c_int::try_from(root).unwrap_or(-1);
-        // SAFETY: by the caller.
-        let code = unsafe { (self.functions.broadcast)(buffer, buffer, count, kind as c_int, root, self.comm, stream) };
+        // SAFETY: guaranteed by the caller.
+        let code =
+            unsafe { (self.functions.broadcast)(buffer, buffer, count, dtype as c_int, root, self.comm, stream) };
         self.checked("ncclBroadcast", code)
     }
 
-    /// Sends `count` numbers to a rank, which receives as many in a group of its own.
+    /// Sends `count` elements to rank `to`, which receives as many in its own group.
     ///
     /// # Safety
-    /// As [`Calls::all_reduce`].
+    /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn send(
         &self,
         from: *const c_void,
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         to: usize,
         stream: *mut c_void,
     ) -> Result<()> {
         let to = c_int::try_from(to).unwrap_or(-1);
-        // SAFETY: by the caller; NCCL only reads here.
-        let code = unsafe { (self.functions.send)(from.cast_mut(), count, kind as c_int, to, self.comm, stream) };
+        // SAFETY: guaranteed by the caller; NCCL only reads from the buffer.
+        let code = unsafe { (self.functions.send)(from.cast_mut(), count, dtype as c_int, to, self.comm, stream) };
         self.checked("ncclSend", code)
     }
 
-    /// Receives `count` numbers from a rank.
+    /// Receives `count` elements from rank `from`.
     ///
     /// # Safety
-    /// As [`Calls::all_reduce`].
+    /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
-    /// NCCL refuses.
+    /// Returns [`NcclError::Failed`] if NCCL rejects the call.
     pub unsafe fn recv(
         &self,
         to: *mut c_void,
         count: usize,
-        kind: DataType,
+        dtype: DataType,
         from: usize,
         stream: *mut c_void,
     ) -> Result<()> {
         let from = c_int::try_from(from).unwrap_or(-1);
-        // SAFETY: by the caller.
-        let code = unsafe { (self.functions.recv)(to, count, kind as c_int, from, self.comm, stream) };
+        // SAFETY: guaranteed by the caller.
+        let code = unsafe { (self.functions.recv)(to, count, dtype as c_int, from, self.comm, stream) };
         self.checked("ncclRecv", code)
     }
 }

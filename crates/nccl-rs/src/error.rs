@@ -1,50 +1,50 @@
-//! What can go wrong, in words.
+//! Error and version types.
 
-/// A version of NCCL; `2.28.9` is coded as 22809.
+/// A version of NCCL, encoded as NCCL does: 22809 is `2.28.9`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub i32);
 
 impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Versions up to 2.8 were coded with one digit less (`NCCL_VERSION` of nccl.h).
+        // Versions up to 2.8 were encoded with one digit less (`NCCL_VERSION` of nccl.h).
         let unit = if self.0 < 10_000 { 1_000 } else { 10_000 };
         write!(f, "{}.{}.{}", self.0 / unit, self.0 % unit / 100, self.0 % 100)
     }
 }
 
-/// What can go wrong.
+/// Errors of this crate.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum NcclError {
-    /// No library.
-    #[error("libnccl.so.2 cannot be loaded; install NVIDIA's NCCL, or torch with CUDA, which brings it. Tried: {}", tried.join("; "))]
+    /// The library was not found.
+    #[error("libnccl.so.2 cannot be loaded; install NVIDIA's NCCL, or torch with CUDA, which contains it. Tried: {}", tried.join("; "))]
     NotFound {
-        /// Each place and what was wrong with it.
+        /// The error of each place that was searched.
         tried: Vec<String>,
     },
-    /// The library lacks a function.
+    /// A required function is missing from the library.
     #[error("NCCL at {path} is not usable: {reason}")]
     Unusable {
         /// The library's file.
         path: String,
-        /// What is missing.
+        /// The loader's error.
         reason: String,
     },
-    /// The library is too old, or of another kind.
+    /// The library is too old, or has another major version.
     #[error("NCCL {found} was found at {path}, but {needed} or a newer 2.x is needed")]
     Version {
         /// The library's file.
         path: String,
-        /// What it says of itself.
+        /// The version that the library reports.
         found: Version,
-        /// The oldest that can be used.
+        /// The oldest supported version.
         needed: Version,
     },
-    /// NCCL refused or failed.
-    #[error("{call}: NCCL says `{text}` (code {code}){detail}")]
-    Refused {
-        /// What was called.
+    /// NCCL returned an error.
+    #[error("{call}: NCCL reports `{text}` (code {code}){detail}")]
+    Failed {
+        /// The function that was called.
         call: &'static str,
-        /// `ncclResult_t`.
+        /// The returned `ncclResult_t`.
         code: i32,
         /// NCCL's text for the code.
         text: String,
@@ -52,34 +52,34 @@ pub enum NcclError {
         detail: String,
     },
     /// The deadline passed.
-    #[error("{what} did not end within {seconds:.1} s")]
-    Late {
-        /// What was waited for.
-        what: &'static str,
-        /// For how long.
+    #[error("{call} did not complete within {seconds:.1} s")]
+    Timeout {
+        /// The call that was waited for.
+        call: &'static str,
+        /// Seconds waited.
         seconds: f64,
     },
-    /// The caller gave it up.
-    #[error("{what} was given up")]
-    GivenUp {
-        /// What was waited for.
-        what: &'static str,
+    /// The caller's closure cancelled the wait.
+    #[error("{call} was cancelled")]
+    Cancelled {
+        /// The call that was waited for.
+        call: &'static str,
     },
-    /// The communicator was given up before.
-    #[error("{what}: the communicator was aborted before")]
+    /// The communicator has been aborted.
+    #[error("{call}: the communicator has been aborted")]
     Aborted {
-        /// What was tried.
-        what: &'static str,
+        /// The call that was attempted.
+        call: &'static str,
     },
-    /// Whoever watches the stream says that its work failed.
-    #[error("{what}: the GPU's work failed: {message}")]
+    /// Work on the stream failed.
+    #[error("{call}: work on the GPU failed: {message}")]
     Stream {
-        /// What was waited for.
-        what: &'static str,
-        /// What the driver said.
+        /// The call that was waited for.
+        call: &'static str,
+        /// The driver's error.
         message: String,
     },
-    /// Wrong arguments.
+    /// The rank is out of range.
     #[error("rank {rank} of {ranks}: a rank must be below the number of ranks, which is at most {}", i32::MAX)]
     Rank {
         /// The rank.
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_read_as_nvidia_writes_them() {
+    fn versions_display_as_nvidia_writes_them() {
         assert_eq!(Version(22809).to_string(), "2.28.9");
         assert_eq!(Version(21400).to_string(), "2.14.0");
         assert_eq!(Version(2708).to_string(), "2.7.8");

@@ -1,4 +1,4 @@
-//! The library: where it is found, its version, its functions.
+//! Finds and loads the library, checks its version and resolves its functions.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -8,23 +8,23 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use crate::{NcclError, Result, Version};
 
-/// The oldest version that can be used: the first with communicators that do not block (`ncclCommInitRankConfig`).
-pub const NEEDED: Version = Version(21400);
+/// The oldest supported version: the first with non-blocking communicators (`ncclCommInitRankConfig`).
+pub const MIN_VERSION: Version = Version(21400);
 
-const NAME: &str = "libnccl.so.2";
+const LIBRARY_NAME: &str = "libnccl.so.2";
 
-/// Only what is loaded already (`dlfcn.h` of Linux).
+/// Opens the library only if it is loaded already (`dlfcn.h` of Linux).
 const RTLD_NOLOAD: c_int = 4;
 
 pub(crate) const SUCCESS: c_int = 0;
 pub(crate) const IN_PROGRESS: c_int = 7;
 
-/// Names one communicator; made by one rank and handed to all others.
+/// Identifies one communicator; one rank creates it and passes it to all others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct UniqueId(pub [u8; 128]);
 
-/// The beginning of `ncclConfig_t`, as it was in version 2.14: newer libraries fill in what this size leaves out.
+/// The fields that `ncclConfig_t` had in version 2.14; newer libraries use defaults for the fields beyond `size`.
 #[repr(C)]
 pub(crate) struct Config {
     pub(crate) size: usize,
@@ -34,32 +34,32 @@ pub(crate) struct Config {
 }
 
 pub(crate) type Comm = *mut c_void;
-type Reduce = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
-type Exchange = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
-type Plain = unsafe extern "C" fn(Comm) -> c_int;
+type ReduceFn = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+type PointToPointFn = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
+type CommFn = unsafe extern "C" fn(Comm) -> c_int;
 
-/// Functions of `nccl.h`.
+/// The functions of `nccl.h` that this crate calls.
 pub(crate) struct Functions {
     pub(crate) get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
     pub(crate) get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
     pub(crate) init: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int,
-    pub(crate) finalize: Plain,
-    pub(crate) destroy: Plain,
-    pub(crate) abort: Plain,
+    pub(crate) finalize: CommFn,
+    pub(crate) destroy: CommFn,
+    pub(crate) abort: CommFn,
     pub(crate) async_error: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     pub(crate) error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     pub(crate) last_error: unsafe extern "C" fn(Comm) -> *const c_char,
-    pub(crate) all_reduce: Reduce,
-    pub(crate) reduce_scatter: Reduce,
+    pub(crate) all_reduce: ReduceFn,
+    pub(crate) reduce_scatter: ReduceFn,
     pub(crate) all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> c_int,
-    pub(crate) broadcast: Reduce,
-    pub(crate) send: Exchange,
-    pub(crate) recv: Exchange,
+    pub(crate) broadcast: ReduceFn,
+    pub(crate) send: PointToPointFn,
+    pub(crate) recv: PointToPointFn,
     pub(crate) group_start: unsafe extern "C" fn() -> c_int,
     pub(crate) group_end: unsafe extern "C" fn() -> c_int,
 }
 
-/// The loaded library; it stays loaded for the life of the process.
+/// The loaded library, which stays loaded until the process ends.
 #[derive(Clone)]
 pub struct Nccl {
     pub(crate) functions: Arc<Functions>,
@@ -68,122 +68,118 @@ pub struct Nccl {
 }
 
 impl Nccl {
-    /// Finds the library: the copy that is loaded already (libtorch's), then the system's, then the one beside libtorch, where the
-    /// process has libtorch, then in `places` (directories).
+    /// Loads the library: the copy that is loaded already (libtorch's), else the system's, else the one installed next to a loaded
+    /// libtorch, else the first one in `search_dirs`.
     ///
     /// # Errors
-    /// It is nowhere, too old, or lacks a function.
-    #[allow(unsafe_code)]
-    pub fn load(places: &[&Path]) -> Result<Self> {
+    /// Returns [`NcclError::NotFound`] if there is no library in any of these places, [`NcclError::Version`] if it is too old, and
+    /// [`NcclError::Unusable`] if it lacks a function.
+    pub fn load(search_dirs: &[&Path]) -> Result<Self> {
         let mut tried = Vec::new();
-        // SAFETY: NCCL may be loaded at any time; nothing is loaded by the first of these.
-        match unsafe { Library::open(Some(NAME), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD) } {
-            Ok(library) => return Self::of(library, NAME),
+        // SAFETY: NCCL may be loaded at any time; this first call loads nothing.
+        match unsafe { Library::open(Some(LIBRARY_NAME), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD) } {
+            Ok(library) => return Self::from_library(library, LIBRARY_NAME),
             Err(_) => tried.push("no copy is loaded".to_owned()),
         }
-        let beside = beside_libtorch().into_iter();
-        let files = std::iter::once(PathBuf::from(NAME)).chain(beside.chain(places.iter().map(|p| p.join(NAME))));
+        let next_to_libtorch = next_to_libtorch().into_iter();
+        let files = std::iter::once(PathBuf::from(LIBRARY_NAME))
+            .chain(next_to_libtorch)
+            .chain(search_dirs.iter().map(|p| p.join(LIBRARY_NAME)));
         for file in files {
-            // SAFETY: as above.
+            // SAFETY: see above.
             match unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_LOCAL) } {
-                Ok(library) => return Self::of(library, &file.display().to_string()),
+                Ok(library) => return Self::from_library(library, &file.display().to_string()),
                 Err(e) => tried.push(e.to_string()),
             }
         }
         Err(NcclError::NotFound { tried })
     }
 
-    /// Loads a certain file.
+    /// Loads the given file.
     ///
     /// # Errors
-    /// As [`Nccl::load`].
-    #[allow(unsafe_code)]
+    /// See [`Nccl::load`].
     pub fn open(file: &Path) -> Result<Self> {
         // SAFETY: the caller names an NCCL library, which may be loaded at any time.
         let library = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_LOCAL) };
         let library = library.map_err(|e| NcclError::NotFound { tried: vec![e.to_string()] })?;
-        Self::of(library, &file.display().to_string())
+        Self::from_library(library, &file.display().to_string())
     }
 
-    fn of(library: Library, path: &str) -> Result<Self> {
+    fn from_library(library: Library, path: &str) -> Result<Self> {
         let functions = functions(&library);
         std::mem::forget(library);
         let functions = functions.map_err(|reason| NcclError::Unusable { path: path.into(), reason })?;
         let version = version(&functions)?;
-        if version < NEEDED || version.0 >= 30_000 {
-            return Err(NcclError::Version { path: path.into(), found: version, needed: NEEDED });
+        if version < MIN_VERSION || version.0 >= 30_000 {
+            return Err(NcclError::Version { path: path.into(), found: version, needed: MIN_VERSION });
         }
         Ok(Self { functions: Arc::new(functions), version, path: path.into() })
     }
 
-    /// The library's version.
+    /// Returns the library's version.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The name or file by which the library was found.
+    /// Returns the name or the file from which the library was loaded.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// A new name for a communicator. The process that makes it listens for the others, so it should be one of the ranks.
+    /// Creates the id of a new communicator. The calling process listens for the other ranks, so it should be one of the ranks.
     ///
     /// # Errors
-    /// NCCL finds no network interface.
-    #[allow(unsafe_code)]
+    /// Returns [`NcclError::Failed`] if NCCL finds no network interface.
     pub fn unique_id(&self) -> Result<UniqueId> {
         let mut id = UniqueId([0; 128]);
-        // SAFETY: the place is valid during the call.
+        // SAFETY: the out-pointer is valid during the call.
         let code = unsafe { (self.functions.get_unique_id)(&mut id) };
         if code == SUCCESS {
             Ok(id)
         } else {
-            Err(self.functions.refused("ncclGetUniqueId", code, std::ptr::null_mut()))
+            Err(self.functions.call_error("ncclGetUniqueId", code, std::ptr::null_mut()))
         }
     }
 }
 
 impl Functions {
-    /// NCCL's words for a code; `comm` may be null.
-    #[allow(unsafe_code)]
-    pub(crate) fn refused(&self, call: &'static str, code: c_int, comm: Comm) -> NcclError {
-        // SAFETY: both functions give texts that NCCL keeps, or null; a null communicator is allowed.
-        let (text, last) = unsafe { (words((self.error_string)(code)), words((self.last_error)(comm))) };
+    /// Builds the error of a failed call, with NCCL's text for the code; `comm` may be null.
+    pub(crate) fn call_error(&self, call: &'static str, code: c_int, comm: Comm) -> NcclError {
+        // SAFETY: both functions return a text owned by NCCL, or null; a null communicator is allowed.
+        let (text, last) = unsafe { (text_at((self.error_string)(code)), text_at((self.last_error)(comm))) };
         let detail = if last.is_empty() { last } else { format!(": {}", last.trim_end()) };
-        NcclError::Refused { call, code, text, detail }
+        NcclError::Failed { call, code, text, detail }
     }
 }
 
 /// # Safety
-/// `text` is null or a text that ends with 0.
-#[allow(unsafe_code)]
-unsafe fn words(text: *const c_char) -> String {
+/// `text` is null or a NUL-terminated string.
+unsafe fn text_at(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: by the caller.
+    // SAFETY: guaranteed by the caller.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-#[allow(unsafe_code)]
 fn version(functions: &Functions) -> Result<Version> {
     let mut code = 0;
-    // SAFETY: the place is valid during the call.
+    // SAFETY: the out-pointer is valid during the call.
     match unsafe { (functions.get_version)(&mut code) } {
         SUCCESS => Ok(Version(code)),
-        other => Err(functions.refused("ncclGetVersion", other, std::ptr::null_mut())),
+        other => Err(functions.call_error("ncclGetVersion", other, std::ptr::null_mut())),
     }
 }
 
-#[allow(unsafe_code)]
 fn functions(library: &Library) -> Result<Functions, String> {
     /// # Safety
     /// `F` is the function's type.
     unsafe fn get<F: Copy>(library: &Library, name: &str) -> Result<F, String> {
-        // SAFETY: by the caller.
+        // SAFETY: guaranteed by the caller.
         unsafe { library.get::<F>(name.as_bytes()) }.map(|f| *f).map_err(|e| e.to_string())
     }
-    // SAFETY: the types are those of nccl.h.
+    // SAFETY: the types match those in nccl.h.
     unsafe {
         Ok(Functions {
             get_version: get(library, "ncclGetVersion")?,
@@ -207,10 +203,11 @@ fn functions(library: &Library) -> Result<Functions, String> {
     }
 }
 
-/// Where torch's package has NCCL: `…/site-packages/torch/lib/libc10.so` is mapped, `…/site-packages/nvidia/nccl/lib` has it.
-fn beside_libtorch() -> Option<PathBuf> {
+/// Returns the path of the NCCL that torch's Python package depends on: with `…/site-packages/torch/lib/libc10.so` mapped into this
+/// process, NCCL is in `…/site-packages/nvidia/nccl/lib`.
+fn next_to_libtorch() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps.lines().find(|l| l.ends_with("/libc10.so"))?;
     let file = Path::new(&line[line.find('/')?..]);
-    Some(file.ancestors().nth(3)?.join("nvidia/nccl/lib").join(NAME))
+    Some(file.ancestors().nth(3)?.join("nvidia/nccl/lib").join(LIBRARY_NAME))
 }

@@ -1,5 +1,4 @@
-//! States of a communicator, with a stand-in for NCCL that is compiled here: arguments, waiting, deadlines, abort.
-#![allow(unsafe_code)]
+//! Arguments, waiting, deadlines and abort of communicators, with a stand-in for NCCL that is compiled here.
 
 use std::ffi::c_void;
 use std::process::Command;
@@ -7,9 +6,9 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::Library;
-use nccl_rs::{Communicator, DataType, NEEDED, Nccl, NcclError, UniqueId};
+use nccl_rs::{Communicator, DataType, MIN_VERSION, Nccl, NcclError, UniqueId};
 
-/// A copy of the stand-in of its own, with its own state.
+/// A separate copy of the stand-in, with its own state.
 struct Fake {
     library: Library,
     file: std::path::PathBuf,
@@ -29,7 +28,7 @@ impl Fake {
     }
 
     fn number(&self, name: &str) -> &AtomicI32 {
-        // SAFETY: the names are those of ints in fake_nccl.c, which live as long as the library; tests use them from one thread.
+        // SAFETY: every name is an int of fake_nccl.c, which lives as long as the library; tests use it from one thread.
         unsafe { AtomicI32::from_ptr(*self.library.get::<*mut i32>(name.as_bytes()).unwrap()) }
     }
 
@@ -42,7 +41,7 @@ impl Fake {
     }
 
     fn log(&self) -> String {
-        // SAFETY: fake_log is a text of the library.
+        // SAFETY: fake_log is a NUL-terminated string in the library.
         unsafe { std::ffi::CStr::from_ptr(*self.library.get::<*const std::ffi::c_char>(b"fake_log").unwrap()) }
             .to_str()
             .unwrap()
@@ -64,7 +63,7 @@ fn soon() -> Instant {
 }
 
 #[test]
-fn calls_arrive_as_nccl_expects_them() {
+fn calls_pass_nccls_arguments() {
     let fake = Fake::build();
     let comm = fake.rank();
     assert_eq!((comm.rank(), comm.ranks()), (0, 1));
@@ -72,7 +71,7 @@ fn calls_arrive_as_nccl_expects_them() {
     let mut to = [[0f32; 6]; 3];
     let stream = 77 as *mut c_void;
     let pair = |k: usize, to: &mut [[f32; 6]; 3]| (from.as_ptr().cast::<c_void>(), to[k].as_mut_ptr().cast::<c_void>());
-    // SAFETY: all buffers are long enough and live through the call, which the stand-in makes at once.
+    // SAFETY: all buffers are long enough and live through the call, which the stand-in executes immediately.
     comm.group(
         soon(),
         || false,
@@ -99,15 +98,15 @@ fn calls_arrive_as_nccl_expects_them() {
     assert_eq!(fake.log().lines().collect::<Vec<_>>(), lines);
     drop(comm);
     let counts = ["fake_finalizes", "fake_destroys", "fake_aborts", "fake_depth"].map(|n| fake.get(n));
-    assert_eq!(counts, [1, 1, 0, 0], "closed in good order");
+    assert_eq!(counts, [1, 1, 0, 0], "the communicator is finalized and destroyed");
 }
 
 #[test]
-fn a_refused_call_ends_its_group() {
+fn failed_call_ends_its_group() {
     let fake = Fake::build();
     let comm = fake.rank();
     let mut buffer = [0f32; 2];
-    // SAFETY: as above.
+    // SAFETY: see above.
     let error = comm
         .group(
             soon(),
@@ -115,25 +114,25 @@ fn a_refused_call_ends_its_group() {
             |c| unsafe { c.broadcast(buffer.as_mut_ptr().cast(), 2, DataType::Float32, 9, std::ptr::null_mut()) },
         )
         .unwrap_err();
-    assert_eq!(error.to_string(), "ncclBroadcast: NCCL says `invalid usage` (code 5)");
+    assert_eq!(error.to_string(), "ncclBroadcast: NCCL reports `invalid usage` (code 5)");
     assert_eq!(fake.get("fake_depth"), 0);
     drop(comm);
     assert_eq!(
         (fake.get("fake_aborts"), fake.get("fake_finalizes")),
         (1, 0),
-        "what failed is not closed in good order"
+        "a failed communicator is aborted, not finalized"
     );
 }
 
 #[test]
-fn what_does_not_end_is_late_and_abort_happens_once() {
+fn unfinished_work_times_out_and_abort_runs_once() {
     let fake = Fake::build();
     let comm = fake.rank();
     let short = Duration::from_millis(60);
     let begin = Instant::now();
     let error = comm.wait("all_reduce", begin + short, || Ok(false)).unwrap_err();
     assert!(begin.elapsed() >= short && begin.elapsed() < Duration::from_secs(5));
-    assert!(matches!(error, NcclError::Late { what: "all_reduce", seconds } if seconds >= 0.06), "{error}");
+    assert!(matches!(error, NcclError::Timeout { call: "all_reduce", seconds } if seconds >= 0.06), "{error}");
     comm.abort();
     comm.abort();
     assert_eq!(fake.get("fake_aborts"), 1);
@@ -151,15 +150,15 @@ fn what_does_not_end_is_late_and_abort_happens_once() {
 }
 
 #[test]
-fn what_nccl_or_the_stream_reports_ends_a_wait() {
+fn asynchronous_errors_end_a_wait() {
     let fake = Fake::build();
     let comm = fake.rank();
     comm.wait("done", soon(), || Ok(true)).unwrap();
     fake.set("fake_code", 6);
     let error = comm.wait("all_gather", soon(), || Ok(false)).unwrap_err().to_string();
-    assert_eq!(error, "all_gather: NCCL says `remote process exited` (code 6): socket closed");
+    assert_eq!(error, "all_gather: NCCL reports `remote process exited` (code 6): socket closed");
     let error = comm.wait("all_gather", soon(), || Err("illegal address".into())).unwrap_err().to_string();
-    assert_eq!(error, "all_gather: the GPU's work failed: illegal address");
+    assert_eq!(error, "all_gather: work on the GPU failed: illegal address");
 }
 
 #[test]
@@ -170,42 +169,42 @@ fn init_waits_until_ready_or_the_deadline() {
     fake.set("fake_polls", -1); // never ready
     let begin = Instant::now();
     let error = Communicator::init(&nccl, (0, 2), &id, begin + Duration::from_millis(50), || false).err().unwrap();
-    assert!(matches!(error, NcclError::Late { .. }) && begin.elapsed() < Duration::from_secs(5), "{error}");
+    assert!(matches!(error, NcclError::Timeout { .. }) && begin.elapsed() < Duration::from_secs(5), "{error}");
     assert_eq!(fake.get("fake_aborts"), 1);
-    let mut asked = 0;
-    let give_up = || {
-        asked += 1;
-        asked == 3
+    let mut polls = 0;
+    let cancelled = || {
+        polls += 1;
+        polls == 3
     };
-    let error = Communicator::init(&nccl, (0, 2), &id, soon(), give_up).err().unwrap();
-    assert!(matches!(error, NcclError::GivenUp { .. }), "{error}");
+    let error = Communicator::init(&nccl, (0, 2), &id, soon(), cancelled).err().unwrap();
+    assert!(matches!(error, NcclError::Cancelled { .. }), "{error}");
     assert_eq!(fake.get("fake_aborts"), 2);
 
     fake.set("fake_polls", 4);
     fake.set("fake_code", 6);
     let error = Communicator::init(&nccl, (0, 2), &id, soon(), || false).err().unwrap();
-    assert!(matches!(error, NcclError::Refused { code: 6, .. }), "{error}");
+    assert!(matches!(error, NcclError::Failed { code: 6, .. }), "{error}");
     assert_eq!(fake.get("fake_aborts"), 3);
 
     let error = Communicator::init(&nccl, (0, 99), &id, soon(), || false).err().unwrap();
-    assert!(matches!(error, NcclError::Refused { code: 5, .. }), "{error}");
-    assert_eq!(fake.get("fake_aborts"), 3, "nothing was made");
+    assert!(matches!(error, NcclError::Failed { code: 5, .. }), "{error}");
+    assert_eq!(fake.get("fake_aborts"), 3, "no communicator was created");
     let error = Communicator::init(&nccl, (2, 2), &UniqueId([5; 128]), soon(), || false).err().unwrap();
     assert!(matches!(error, NcclError::Rank { rank: 2, ranks: 2 }), "{error}");
 }
 
 #[test]
-fn an_old_library_is_refused_with_both_versions() {
+fn old_library_is_refused_with_both_versions() {
     let fake = Fake::build();
     fake.set("fake_version", 21310);
     let error = Nccl::open(&fake.file).err().unwrap().to_string();
-    assert!(error.contains("NCCL 2.13.10") && error.contains(&NEEDED.to_string()), "{error}");
+    assert!(error.contains("NCCL 2.13.10") && error.contains(&MIN_VERSION.to_string()), "{error}");
     fake.set("fake_version", 30001);
     assert!(Nccl::open(&fake.file).is_err());
 }
 
 #[test]
-fn a_library_that_is_not_nccl_says_what_is_missing() {
+fn errors_name_missing_functions_and_files() {
     let error = Nccl::open(std::path::Path::new("libc.so.6")).err().unwrap().to_string();
     assert!(error.contains("libc.so.6") && error.contains("ncclGetVersion"), "{error}");
     let error = Nccl::open(std::path::Path::new("/nowhere/libnccl.so.2")).err().unwrap().to_string();
