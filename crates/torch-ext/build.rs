@@ -1,5 +1,4 @@
-//! Builds the C++ parts into shared libraries that the crate carries in itself; a part that this machine cannot build is an
-//! empty file.
+//! Builds the C++ files into shared libraries that the crate embeds; a library that this machine cannot build becomes an empty file.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,10 +6,10 @@ use std::process::Command;
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=cpp");
-    // Portable code and OpenMP, by the library that libtorch has loaded; once for each instruction set that it is fast with. Products
-    // and sums are fused where the code says so, never by the compiler: results would depend on how it unrolls a loop.
-    let host = ["-O3", "-fopenmp", "-Wno-psabi"];
-    // `v3_wide`: the vectors of AVX-512 in instructions of AVX2, for tests on hosts without the former.
+    // Portable code with OpenMP, whose runtime libtorch has loaded; one build per instruction set that is worth it. Products and sums
+    // are fused where the code says so, never by the compiler: results would depend on how it unrolls a loop.
+    let common = ["-O3", "-fopenmp", "-Wno-psabi"];
+    // `v3_wide`: AVX-512 vectors in AVX2 instructions, for tests on hosts without AVX-512.
     let levels: &[(&str, &[&str])] = match std::env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
         Ok("x86_64") => &[
             ("x86_64", &["-ffp-contract=off", "-march=x86-64"]),
@@ -21,7 +20,7 @@ fn main() {
         _ => &[("native", &["-ffp-contract=fast", "-march=native"])],
     };
     for (level, flags) in levels {
-        compile(&format!("cpu_{level}"), "cpu/step.cc", &[&host, *flags].concat(), &[], None);
+        compile(&format!("cpu_{level}"), "cpu/step.cc", &[&common, *flags].concat(), &[], None);
     }
     let torch = std::env::var_os("LIBTORCH").map(PathBuf::from);
     match torch.as_deref().and_then(|torch| Some((torch, cuda_headers(torch)?))) {
@@ -31,7 +30,7 @@ fn main() {
             compile("cuda", "cuda.cc", &["-O2"], &headers, Some((torch, &libraries)));
         }
         None => {
-            println!("cargo:warning=no CUDA headers beside libtorch: decoding on a GPU will not use graphs");
+            println!("cargo:warning=no CUDA headers next to libtorch: decoding on a GPU will not use graphs");
             leave_out("cuda");
         }
     }
@@ -50,8 +49,10 @@ fn main() {
             compile("gloo", "gloo.cc", &["-O2"], &headers, Some((torch, &["-ltorch_cpu", "-lc10"])));
         }
         None => {
-            println!("cargo:warning=no Gloo headers (Debian: libgloo-dev): ranks on CPUs will not be able to talk");
-            // Look again when a package was installed.
+            println!(
+                "cargo:warning=no Gloo headers (Debian: libgloo-dev): ranks on CPUs will not be able to communicate"
+            );
+            // Look again after a package was installed.
             if Path::new(PACKAGES).exists() {
                 println!("cargo:rerun-if-changed={PACKAGES}");
             }
@@ -60,19 +61,19 @@ fn main() {
     }
 }
 
-/// What Debian changes whenever a package comes or goes.
+/// A file that Debian changes whenever a package is installed or removed.
 const PACKAGES: &str = "/var/lib/dpkg/status";
 
-/// Gloo's headers; libtorch has the code in itself but does not bring them.
+/// Finds Gloo's headers; libtorch contains the code but does not ship them.
 fn gloo_headers() -> Option<PathBuf> {
     ["/usr/local/include", "/usr/include"].map(PathBuf::from).into_iter().find(|p| p.join("gloo/context.h").exists())
 }
 
-/// The headers of the CUDA runtime lie beside the torch package.
+/// Finds the headers of the CUDA runtime next to the torch package.
 fn cuda_headers(torch: &Path) -> Option<PathBuf> {
     let site = torch.parent()?;
-    let places = ["nvidia/cu13/include", "nvidia/cuda_runtime/include"].map(|p| site.join(p));
-    places.into_iter().find(|p| p.join("crt/host_config.h").exists() && p.join("cuda_runtime_api.h").exists())
+    let candidates = ["nvidia/cu13/include", "nvidia/cuda_runtime/include"].map(|p| site.join(p));
+    candidates.into_iter().find(|p| p.join("crt/host_config.h").exists() && p.join("cuda_runtime_api.h").exists())
 }
 
 fn out(name: &str) -> PathBuf {
@@ -83,14 +84,14 @@ fn leave_out(name: &str) {
     std::fs::write(out(name), b"").expect("OUT_DIR can be written");
 }
 
-/// Builds one file under cpp/, linked with libraries of libtorch where they are given.
+/// Builds one file under cpp/, linked with the given libraries of libtorch, if any.
 fn compile(name: &str, source: &str, flags: &[&str], headers: &[PathBuf], torch: Option<(&Path, &[&str])>) {
     let source = format!("cpp/{source}");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut command = Command::new(&compiler);
     command.args(["-std=c++20", "-Wall", "-fPIC", "-shared", "-D_GLIBCXX_USE_CXX11_ABI=1"]).args(flags).arg(&source);
-    for place in headers.iter().filter(|p| *p != Path::new("/usr/include")) {
-        command.arg("-isystem").arg(place);
+    for folder in headers.iter().filter(|p| *p != Path::new("/usr/include")) {
+        command.arg("-isystem").arg(folder);
     }
     if let Some((torch, libraries)) = torch {
         command.arg("-L").arg(torch.join("lib")).arg("-Wl,--no-as-needed").args(libraries);

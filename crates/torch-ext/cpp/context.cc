@@ -1,4 +1,4 @@
-// Switches of libtorch as a whole: each function returns 0, or 1 with a message.
+// Process-wide and per-thread switches of libtorch.
 
 #include <ATen/Context.h>
 #include <c10/core/GradMode.h>
@@ -7,7 +7,7 @@
 
 extern "C" {
 
-// Only algorithms that give the same again are used from here on; an operation that has none fails.
+// Restricts libtorch to deterministic algorithms, or lifts the restriction; returns 0, or 1 with a message.
 int unveil_context_deterministic(int on, char* message, size_t size) {
   return guarded(message, size, [&] {
     at::globalContext().setDeterministicAlgorithms(on != 0, /*warn_only=*/false);
@@ -15,6 +15,6 @@ int unveil_context_deterministic(int on, char* message, size_t size) {
   });
 }
 
-// Whether the calling thread's operations are recorded for a backward pass where they meet what needs gradients.
+// Returns 1 if the calling thread's operations on tensors that need gradients are recorded for a backward pass.
 int unveil_context_grad() { return c10::GradMode::is_enabled() ? 1 : 0; }
 }

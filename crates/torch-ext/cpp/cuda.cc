@@ -1,5 +1,5 @@
-// What tch lacks on a GPU, as C functions: each returns 0, or 1 with a message. Built into a library of its own, which is loaded at
-// run time where there is a GPU.
+// What tch lacks on a GPU, as C functions. Each returns 0, or 1 with a message. A separate library, which is loaded at run time if
+// there is a GPU.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAGraph.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// A graph that can take back a recording which could not be ended: libtorch leaves the allocator in the recording's pool then.
+// A graph that can undo a recording that failed to end, after which libtorch leaves the allocator in the recording's memory pool.
 struct Recording : at::cuda::CUDAGraph {
   void abandon() noexcept {
     if (capture_ended_) return;
@@ -24,12 +24,12 @@ struct Recording : at::cuda::CUDAGraph {
       c10::cuda::CUDACachingAllocator::endAllocateToPool(capture_dev_, mempool_id_);
       c10::cuda::CUDACachingAllocator::releasePool(capture_dev_, mempool_id_);
     } catch (...) {
-      // It had not begun, or was over already.
+      // The recording had not begun, or had ended already.
     }
   }
 };
 
-// A captured graph and, while it is captured, the stream that captures.
+// A graph and, while it is being captured, the capturing stream.
 struct Graph {
   Recording graph;
   std::optional<c10::cuda::CUDAStreamGuard> stream;
@@ -43,7 +43,7 @@ int unveil_graph_new(void** out, char* message, size_t size) {
   return guarded(message, size, [&] { *out = new Graph(); });
 }
 
-// What the calling thread does from here on goes into the graph and is not run.
+// Records the calling thread's later work in the graph, without running it.
 int unveil_graph_begin(void* handle, int device, char* message, size_t size) {
   auto* self = static_cast<Graph*>(handle);
   return guarded(message, size, [&] {
@@ -51,7 +51,7 @@ int unveil_graph_begin(void* handle, int device, char* message, size_t size) {
     c10::cuda::device_synchronize();
     self->stream.emplace(c10::cuda::getStreamFromPool(false, static_cast<c10::DeviceIndex>(device)));
     try {
-      // Other threads may allocate and wait meanwhile; only this one may not.
+      // Other threads may allocate and synchronise meanwhile; only this one may not.
       self->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
       self->graph.abandon();
@@ -81,13 +81,13 @@ int unveil_graph_replay(void* handle, char* message, size_t size) {
 
 void unveil_graph_free(void* handle) { delete static_cast<Graph*>(handle); }
 
-// Makes `device` the calling thread's own: what names no device means it.
-int unveil_device_own(int device, char* message, size_t size) {
+// Makes `device` the calling thread's current GPU.
+int unveil_gpu_select(int device, char* message, size_t size) {
   return guarded(message, size, [&] { c10::cuda::set_device(static_cast<c10::DeviceIndex>(device)); });
 }
 
-// Bytes that libtorch's allocator has of a GPU's memory, and what of it tensors use.
-int unveil_device_kept(int device, int64_t* reserved, int64_t* allocated, char* message, size_t size) {
+// Bytes of a GPU's memory that libtorch's allocator has reserved, and the part of them that tensors use.
+int unveil_gpu_allocator_memory(int device, int64_t* reserved, int64_t* allocated, char* message, size_t size) {
   *reserved = *allocated = 0;
   return guarded(message, size, [&] {
     if (!c10::cuda::CUDACachingAllocator::get()->initialized()) return;
@@ -98,16 +98,16 @@ int unveil_device_kept(int device, int64_t* reserved, int64_t* allocated, char* 
   });
 }
 
-// Locks pages of host memory where they lie, so that the GPU copies to and from them by itself.
-int unveil_host_lock(void* begin, size_t bytes, char* message, size_t size) {
+// Page-locks host memory in place, so that the GPU copies to and from it directly.
+int unveil_host_pin(void* begin, size_t bytes, char* message, size_t size) {
   return guarded(message, size, [&] { C10_CUDA_CHECK(cudaHostRegister(begin, bytes, cudaHostRegisterPortable)); });
 }
 
-int unveil_host_unlock(void* begin, char* message, size_t size) {
+int unveil_host_unpin(void* begin, char* message, size_t size) {
   return guarded(message, size, [&] { C10_CUDA_CHECK(cudaHostUnregister(begin)); });
 }
 
-// A stream of high priority from libtorch's pool; makes `device` the calling thread's own. `raw` is the driver's handle.
+// A high-priority stream from libtorch's pool; makes `device` the calling thread's current GPU. `raw` is the driver's handle.
 int unveil_stream_new(int device, void** out, void** raw, char* message, size_t size) {
   return guarded(message, size, [&] {
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
@@ -119,8 +119,8 @@ int unveil_stream_new(int device, void** out, void** raw, char* message, size_t 
 
 void unveil_stream_free(void* handle) { delete static_cast<c10::cuda::CUDAStream*>(handle); }
 
-// What is put on the stream from here on runs after all that the calling thread has put on its current stream.
-int unveil_stream_follow(void* handle, char* message, size_t size) {
+// Makes later work on the stream wait for all work that is now on the calling thread's current stream.
+int unveil_stream_wait_current(void* handle, char* message, size_t size) {
   auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
   return guarded(message, size, [&] {
     c10::Event event(c10::DeviceType::CUDA);
@@ -129,8 +129,8 @@ int unveil_stream_follow(void* handle, char* message, size_t size) {
   });
 }
 
-// The tensor's memory is not given to others before the stream's work of this moment has ended.
-int unveil_stream_keep(void* handle, const void* tensor, char* message, size_t size) {
+// Keeps the tensor's memory from being reused before all work that is now on the stream has ended.
+int unveil_stream_record_use(void* handle, const void* tensor, char* message, size_t size) {
   auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
   return guarded(message, size, [&] {
     const auto& storage = static_cast<const at::Tensor*>(tensor)->storage();
@@ -138,8 +138,8 @@ int unveil_stream_keep(void* handle, const void* tensor, char* message, size_t s
   });
 }
 
-// The point that the stream has reached when all of its work of this moment has ended.
-int unveil_stream_mark(void* handle, void** out, char* message, size_t size) {
+// Records an event that is reached when all work that is now on the stream has ended.
+int unveil_stream_record_event(void* handle, void** out, char* message, size_t size) {
   auto* self = static_cast<c10::cuda::CUDAStream*>(handle);
   return guarded(message, size, [&] {
     auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA);
@@ -148,12 +148,12 @@ int unveil_stream_mark(void* handle, void** out, char* message, size_t size) {
   });
 }
 
-int unveil_event_done(void* handle, int* done, char* message, size_t size) {
+int unveil_event_query(void* handle, int* done, char* message, size_t size) {
   return guarded(message, size, [&] { *done = static_cast<c10::Event*>(handle)->query() ? 1 : 0; });
 }
 
-// What the calling thread puts on its current stream from here on runs after the event.
-int unveil_event_join(void* handle, char* message, size_t size) {
+// Makes later work on the calling thread's current stream wait for the event.
+int unveil_event_block_current(void* handle, char* message, size_t size) {
   auto* self = static_cast<c10::Event*>(handle);
   return guarded(message, size, [&] { self->block(c10::cuda::getCurrentCUDAStream(self->device_index()).unwrap()); });
 }

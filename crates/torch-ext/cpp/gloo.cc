@@ -1,5 +1,5 @@
-// libtorch's Gloo process group as C functions: each returns 0, or 1 with a message. Built into a library of its own, because
-// Gloo's headers are a package that a machine may lack.
+// libtorch's Gloo process group as C functions. Each returns 0, or 1 with a message. A separate library, because Gloo's headers are a
+// package that a machine may lack.
 
 #define USE_C10D_GLOO 1
 #include <ATen/core/Tensor.h>
@@ -29,8 +29,8 @@ struct Group {
   c10::intrusive_ptr<c10d::ProcessGroupGloo> group;
 };
 
-// Set by a Gloo thread when a call has ended, well or badly.
-struct Ended {
+// Set by a Gloo thread when a call has succeeded or failed.
+struct Completion {
   std::mutex mutex;
   std::condition_variable changed;
   bool ended = false;
@@ -38,7 +38,7 @@ struct Ended {
 
 struct Work {
   c10::intrusive_ptr<c10d::Work> work;
-  std::shared_ptr<Ended> state = std::make_shared<Ended>();
+  std::shared_ptr<Completion> state = std::make_shared<Completion>();
 };
 
 Work* watched(c10::intrusive_ptr<c10d::Work> work) {
@@ -59,7 +59,7 @@ at::Tensor tensor_of(const void* tensor) { return *static_cast<const at::Tensor*
 
 extern "C" {
 
-// Connects to the other ranks, whose addresses it finds in the store under `prefix`; `local` is this rank's own address.
+// Connects to the other ranks, whose addresses are in the store under `prefix`; `local` is the address of this rank.
 int unveil_gloo_new(void* store, const char* prefix, int rank, int ranks, const char* local, int threads, int64_t timeout_ms,
                     void** out, char* message, size_t size) {
   return guarded(message, size, [&] {
@@ -73,7 +73,7 @@ int unveil_gloo_new(void* store, const char* prefix, int rank, int ranks, const 
   });
 }
 
-// Waits for calls that have not ended.
+// Frees the group after waiting for pending calls.
 void unveil_gloo_free(void* handle) { delete static_cast<Group*>(handle); }
 
 int unveil_gloo_all_reduce(void* group, const void* tensor, int64_t timeout_ms, void** out, char* message, size_t size) {
@@ -96,7 +96,7 @@ int unveil_gloo_broadcast(void* group, const void* tensor, int root, int64_t tim
   });
 }
 
-// `output` holds one part like `input` for each rank.
+// `output` has room for one `input` per rank.
 int unveil_gloo_all_gather(void* group, const void* output, const void* input, int64_t timeout_ms, void** out, char* message,
                            size_t size) {
   return guarded(message, size, [&] {
@@ -129,15 +129,15 @@ int unveil_gloo_barrier(void* group, int64_t timeout_ms, void** out, char* messa
   });
 }
 
-// Waits up to `limit_ms` for a call to end; a call that ended badly gives its message.
-int unveil_work_wait(void* handle, int64_t limit_ms, int* ended, char* message, size_t size) {
+// Waits up to `timeout_ms` for a call to end; a call that failed returns its message.
+int unveil_work_wait(void* handle, int64_t timeout_ms, int* ended, char* message, size_t size) {
   auto* self = static_cast<Work*>(handle);
   return guarded(message, size, [&] {
     {
       std::unique_lock<std::mutex> lock(self->state->mutex);
-      *ended = self->state->changed.wait_for(lock, Ms(limit_ms), [&] { return self->state->ended; }) ? 1 : 0;
+      *ended = self->state->changed.wait_for(lock, Ms(timeout_ms), [&] { return self->state->ended; }) ? 1 : 0;
     }
-    // The future is set just before the work itself: this does not wait in earnest.
+    // The future is set just before the work itself, so this hardly waits.
     if (*ended) self->work->wait();
   });
 }

@@ -1,4 +1,4 @@
-// How every C function of the parts reports: 0, or 1 with a message.
+// Error reporting of the C functions: 0, or 1 with a message.
 #pragma once
 
 #include <c10/util/Exception.h>

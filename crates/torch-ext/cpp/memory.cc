@@ -1,4 +1,4 @@
-// Where a tensor's numbers lie, as C functions: each returns 0, or 1 with a message.
+// Control over the memory behind tensors, as C functions. Each returns 0, or 1 with a message.
 
 #include <ATen/ATen.h>
 
@@ -13,7 +13,7 @@ at::Tensor& tensor_of(void* handle) { return *static_cast<at::Tensor*>(handle); 
 
 extern "C" {
 
-// The size in bytes of the memory behind a tensor, which may be shared with others; -1 where it cannot be resized.
+// Size in bytes of the memory behind a tensor, which may be shared with others; -1 if it cannot be resized.
 int unveil_memory_size(void* tensor, int64_t* bytes, char* message, size_t size) {
   return guarded(message, size, [&] {
     const c10::Storage& storage = tensor_of(tensor).storage();
@@ -21,8 +21,7 @@ int unveil_memory_size(void* tensor, int64_t* bytes, char* message, size_t size)
   });
 }
 
-// Gives that memory back (0 bytes), or takes new memory, whose contents are undefined. Shape, strides and all tensors that share it
-// stay.
+// Frees that memory (0 bytes), or allocates new memory with undefined contents. Shapes, strides and all tensors that share it stay.
 int unveil_memory_resize(void* tensor, int64_t bytes, char* message, size_t size) {
   return guarded(message, size, [&] {
     c10::StorageImpl* storage = tensor_of(tensor).storage().unsafeGetStorageImpl();
@@ -33,7 +32,7 @@ int unveil_memory_resize(void* tensor, int64_t bytes, char* message, size_t size
   });
 }
 
-// Forgets a leaf's gradient, memory and all.
+// Drops a leaf's gradient and frees its memory.
 int unveil_memory_drop_grad(void* tensor, char* message, size_t size) {
   return guarded(message, size, [&] { tensor_of(tensor).mutable_grad().reset(); });
 }

@@ -1,4 +1,4 @@
-// libtorch's key-value store as C functions: each returns 0, or 1 with a message.
+// libtorch's key-value store as C functions. Each returns 0, or 1 with a message.
 
 #include "store.h"
 
@@ -20,10 +20,10 @@ c10d::Store& store_of(void* handle) { return *static_cast<Store*>(handle)->store
 
 extern "C" {
 
-// Takes one value at a time; the bytes are valid during the call.
-typedef void (*unveil_take)(void* place, const uint8_t* bytes, size_t length);
+// Receives one value; the bytes are valid during the call.
+typedef void (*unveil_value_sink)(void* values, const uint8_t* bytes, size_t length);
 
-// Joins the store at host:port. With `listener` (a bound socket, which the store takes over) it is also served from here.
+// Joins the store at host:port. If `listener` is a bound socket, which then belongs to the store, this process also hosts it.
 int unveil_store_new(const char* host, uint16_t port, int listener, int64_t timeout_ms, void** out, char* message, size_t size) {
   return guarded(message, size, [&] {
     c10d::TCPStoreOptions options;
@@ -47,11 +47,11 @@ int unveil_store_set(void* handle, const char* key, const uint8_t* bytes, size_t
   return guarded(message, size, [&] { store_of(handle).set(key, std::vector<uint8_t>(bytes, bytes + length)); });
 }
 
-// The values of keys that all exist.
-int unveil_store_get(void* handle, const char* const* keys, size_t count, unveil_take take, void* place, char* message,
+// Passes the values of keys, which must all exist, to `sink`.
+int unveil_store_get(void* handle, const char* const* keys, size_t count, unveil_value_sink sink, void* values, char* message,
                      size_t size) {
   return guarded(message, size, [&] {
-    for (const auto& value : store_of(handle).multiGet(strings(keys, count))) take(place, value.data(), value.size());
+    for (const auto& value : store_of(handle).multiGet(strings(keys, count))) sink(values, value.data(), value.size());
   });
 }
 
@@ -63,13 +63,13 @@ int unveil_store_add(void* handle, const char* key, int64_t by, int64_t* out, ch
   return guarded(message, size, [&] { *out = store_of(handle).add(key, by); });
 }
 
-// Sets the key where it holds `expected`; gives what it holds afterwards.
-int unveil_store_swap(void* handle, const char* key, const uint8_t* expected, size_t expected_length, const uint8_t* bytes,
-                      size_t length, unveil_take take, void* place, char* message, size_t size) {
+// Sets the key if its value is `expected`; passes its value afterwards to `sink`.
+int unveil_store_compare_set(void* handle, const char* key, const uint8_t* expected, size_t expected_length, const uint8_t* bytes,
+                      size_t length, unveil_value_sink sink, void* values, char* message, size_t size) {
   return guarded(message, size, [&] {
     auto now = store_of(handle).compareSet(key, std::vector<uint8_t>(expected, expected + expected_length),
                                            std::vector<uint8_t>(bytes, bytes + length));
-    take(place, now.data(), now.size());
+    sink(values, now.data(), now.size());
   });
 }
 }

@@ -1,4 +1,4 @@
-// What a handle of the store is, for the parts that share it.
+// The object behind a store handle, for the libraries that share it.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>

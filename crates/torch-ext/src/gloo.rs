@@ -1,32 +1,31 @@
-//! libtorch's Gloo: collective calls among ranks on CPUs. Each call starts at once and is waited for through a handle.
+//! Collectives among ranks on CPUs by libtorch's Gloo. Each call starts immediately and returns a handle to wait on.
 //!
-//! Tensors are flat, contiguous and on the CPU. fp32, fp64 and int64 are summed as they are. bf16 is summed in fp32 and rounded
-//! once at the end, since Gloo's own sum of 16-bit numbers rounds after every rank. Data that is only moved is moved as bytes.
-//! Reduce-scatter is an exchange of parts followed by a sum in the order of ranks on the caller's thread: libtorch's own reduces
-//! everything everywhere.
+//! Tensors are flat, contiguous and on the CPU. fp32, fp64 and int64 are summed in their own dtype; bf16 is summed in fp32 and rounded
+//! once at the end, because Gloo's sum of 16-bit numbers rounds after every rank. Data that is only moved is moved as bytes.
+//! Reduce-scatter is an all-to-all followed by a sum in rank order on the caller's thread, because libtorch's own reduces everything
+//! on every rank.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::library::{Part, checked};
-use crate::store::{Store, text};
+use crate::library::{NativeLibrary, check_call, function_table, native_library};
+use crate::store::{Store, c_string};
 use crate::{ExtError, Result};
 
-/// cpp/gloo.cc; libtorch is there, since tch links it.
-fn part() -> Result<&'static Part, String> {
-    static LOADED: OnceLock<Result<Part, String>> = OnceLock::new();
-    let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_gloo.so"));
-    let missing = "Gloo's headers were not there; install them (apt-get install libgloo-dev) and build again";
-    LOADED.get_or_init(|| Part::load("unveil_gloo", bytes, missing)).as_ref().map_err(Clone::clone)
+/// cpp/gloo.cc. libtorch itself is loaded already, since tch links it.
+fn library() -> Result<&'static NativeLibrary, String> {
+    native_library!("gloo", "Gloo's headers were not found; install them (apt-get install libgloo-dev) and build again")
 }
 
-type Place = *mut *mut c_void;
-type Move = unsafe extern "C" fn(*mut c_void, *const c_void, *const c_void, i64, Place, *mut c_char, usize) -> c_int;
-type New = unsafe extern "C" fn(
+/// Where a call writes the handle of the new object.
+type OutHandle = *mut *mut c_void;
+type Exchange =
+    unsafe extern "C" fn(*mut c_void, *const c_void, *const c_void, i64, OutHandle, *mut c_char, usize) -> c_int;
+type NewGroup = unsafe extern "C" fn(
     *mut c_void,
     *const c_char,
     c_int,
@@ -34,96 +33,72 @@ type New = unsafe extern "C" fn(
     *const c_char,
     c_int,
     i64,
-    Place,
+    OutHandle,
     *mut c_char,
     usize,
 ) -> c_int;
 
-/// The group's functions of cpp/gloo.cc.
-struct Functions {
-    new: New,
-    free: unsafe extern "C" fn(*mut c_void),
-    all_reduce: unsafe extern "C" fn(*mut c_void, *const c_void, i64, Place, *mut c_char, usize) -> c_int,
-    broadcast: unsafe extern "C" fn(*mut c_void, *const c_void, c_int, i64, Place, *mut c_char, usize) -> c_int,
-    all_gather: Move,
-    all_to_all: Move,
-    barrier: unsafe extern "C" fn(*mut c_void, i64, Place, *mut c_char, usize) -> c_int,
-    wait: unsafe extern "C" fn(*mut c_void, i64, *mut c_int, *mut c_char, usize) -> c_int,
-    free_work: unsafe extern "C" fn(*mut c_void),
+// cpp/gloo.cc
+function_table! {
+    "Gloo", library();
+    new: NewGroup = b"unveil_gloo_new",
+    free: unsafe extern "C" fn(*mut c_void) = b"unveil_gloo_free",
+    all_reduce: unsafe extern "C" fn(*mut c_void, *const c_void, i64, OutHandle, *mut c_char, usize) -> c_int = b"unveil_gloo_all_reduce",
+    broadcast: unsafe extern "C" fn(*mut c_void, *const c_void, c_int, i64, OutHandle, *mut c_char, usize) -> c_int = b"unveil_gloo_broadcast",
+    all_gather: Exchange = b"unveil_gloo_all_gather",
+    all_to_all: Exchange = b"unveil_gloo_all_to_all",
+    barrier: unsafe extern "C" fn(*mut c_void, i64, OutHandle, *mut c_char, usize) -> c_int = b"unveil_gloo_barrier",
+    wait: unsafe extern "C" fn(*mut c_void, i64, *mut c_int, *mut c_char, usize) -> c_int = b"unveil_work_wait",
+    free_work: unsafe extern "C" fn(*mut c_void) = b"unveil_work_free",
 }
 
-fn functions() -> Result<&'static Functions> {
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(load).as_ref();
-    loaded.map_err(|e| ExtError::Unavailable { part: "Gloo", reason: e.clone() })
-}
-
-#[allow(unsafe_code)]
-fn load() -> Result<Functions, String> {
-    let part = part()?;
-    // SAFETY: the types are those of cpp/gloo.cc.
-    unsafe {
-        Ok(Functions {
-            new: part.get(b"unveil_gloo_new")?,
-            free: part.get(b"unveil_gloo_free")?,
-            all_reduce: part.get(b"unveil_gloo_all_reduce")?,
-            broadcast: part.get(b"unveil_gloo_broadcast")?,
-            all_gather: part.get(b"unveil_gloo_all_gather")?,
-            all_to_all: part.get(b"unveil_gloo_all_to_all")?,
-            barrier: part.get(b"unveil_gloo_barrier")?,
-            wait: part.get(b"unveil_work_wait")?,
-            free_work: part.get(b"unveil_work_free")?,
-        })
-    }
-}
-
-/// A libtorch group; freed with it, which waits for calls that have not ended.
+/// A libtorch process group. Dropping it waits for pending calls.
 struct Handle(*mut c_void, &'static Functions);
 
-// SAFETY: libtorch's group takes calls from any thread, one at a time; `GlooGroup` is not Sync.
-#[allow(unsafe_code)]
+// SAFETY: libtorch's group accepts calls from any thread, one at a time; `GlooGroup` is not Sync.
 unsafe impl Send for Handle {}
 
 impl Drop for Handle {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: the handle came from `new` and is not used again.
         unsafe { (self.1.free)(self.0) }
     }
 }
 
-/// A group of ranks that are connected with each other. All ranks make the same calls in the same order.
+/// A group of connected ranks. All ranks must make the same calls in the same order.
 pub struct GlooGroup {
     handle: Option<Handle>,
     ranks: usize,
-    limit: Duration,
-    calls: Arc<AtomicBool>,
+    timeout: Duration,
+    /// Shared with every call; true once a call was dropped before it ended.
+    abandoned: Arc<AtomicBool>,
 }
 
 impl GlooGroup {
-    /// Whether this build has Gloo.
+    /// Checks that this build has Gloo.
     ///
     /// # Errors
-    /// It has not; the message says what to install.
+    /// Returns [`ExtError::Unavailable`] if it does not; the message says what to install.
     pub fn available() -> Result<()> {
         functions().map(drop)
     }
 
-    /// Connects `ranks` ranks, which all call this with the same prefix before the deadline. `local` is the address by which the
-    /// others reach this rank. A call of the group that has not ended after `limit` fails. `give_up` is asked again and again
-    /// while the ranks connect.
+    /// Connects `ranks` ranks, which must all call this with the same prefix before the deadline. `local` is the address at which the
+    /// others reach this rank. A call of the group that has not ended after `timeout` fails. `cancelled` is polled while the ranks
+    /// connect.
     ///
     /// # Errors
-    /// The Gloo part cannot be used, a rank does not come, an address is not this machine's, or it was given up.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Unavailable`] if Gloo cannot be loaded, [`ExtError::Timeout`] if the store does not answer, and
+    /// [`ExtError::Refused`] if a rank does not connect in time, if `local` is not an address of this machine, or if `cancelled`
+    /// returned true.
     pub fn connect(
         store: &Store,
         prefix: &str,
         (rank, ranks): (usize, usize),
         local: &str,
-        limit: Duration,
+        timeout: Duration,
         deadline: Instant,
-        mut give_up: impl FnMut() -> bool,
+        mut cancelled: impl FnMut() -> bool,
     ) -> Result<Self> {
         const WHAT: &str = "connect a Gloo group";
         let functions = functions()?;
@@ -132,28 +107,42 @@ impl GlooGroup {
             return Err(refused(format!("rank {rank} is not below {ranks}")));
         }
         let connection = store.connection(deadline)?;
-        let (prefix, local) = (text(prefix)?, text(local)?);
+        let prefix = c_string(prefix)?;
+        let local = c_string(local)?;
         let left = deadline.saturating_duration_since(Instant::now());
-        let (ready, made) = mpsc::channel();
-        // libtorch may wait without end for a store whose host is stopped: on a thread that can be left behind.
+        let (sender, connected) = mpsc::channel();
+        // libtorch may wait indefinitely for a store whose host is stopped, so it connects on a thread that can be left behind.
         let work = move || {
             let connection = connection;
             let mut handle = std::ptr::null_mut();
             // SAFETY: all pointers are valid during the call; libtorch keeps its own reference to the connection.
-            let result = checked(WHAT, |m, n| unsafe {
-                let (p, l, ms) = (prefix.as_ptr(), local.as_ptr(), millis(left));
-                (functions.new)(connection.handle, p, rank as c_int, ranks as c_int, l, THREADS, ms, &mut handle, m, n)
+            let result = check_call(WHAT, |m, n| unsafe {
+                let p = prefix.as_ptr();
+                let l = local.as_ptr();
+                let ms = millis(left);
+                (functions.new)(
+                    connection.handle,
+                    p,
+                    rank as c_int,
+                    ranks as c_int,
+                    l,
+                    THREADS_PER_GROUP,
+                    ms,
+                    &mut handle,
+                    m,
+                    n,
+                )
             });
-            let _gone = ready.send(result.map(|()| Handle(handle, functions)));
+            let _receiver_gone = sender.send(result.map(|()| Handle(handle, functions)));
         };
         let spawned = std::thread::Builder::new().name("gloo-connect".into()).spawn(work);
         spawned.map_err(|e| refused(e.to_string()))?;
-        // libtorch's own message, which comes at the deadline, is the better one.
+        // libtorch's own message, which comes at the deadline, is more precise: wait for it a little longer.
         let last = deadline + Duration::from_millis(500);
         let handle = loop {
-            match made.recv_timeout(Duration::from_millis(50)) {
+            match connected.recv_timeout(Duration::from_millis(50)) {
                 Ok(result) => break result?,
-                Err(_) if give_up() => return Err(refused("given up".into())),
+                Err(_) if cancelled() => return Err(refused("cancelled".into())),
                 Err(_) if Instant::now() < last => {}
                 Err(_) => {
                     let seconds = left.as_secs_f64();
@@ -161,107 +150,111 @@ impl GlooGroup {
                 }
             }
         };
-        Ok(Self { handle: Some(handle), ranks, limit, calls: Arc::default() })
+        Ok(Self { handle: Some(handle), ranks, timeout, abandoned: Arc::default() })
     }
 
     /// Sums a tensor over all ranks, in place.
     ///
     /// # Errors
-    /// The tensor is not flat, contiguous and on the CPU, or of another kind; or the group is broken.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] if the tensor is not flat, contiguous, on the CPU and of a supported dtype, or if the group is
+    /// broken.
     pub fn all_reduce(&self, tensor: &Tensor) -> Result<GlooWork> {
-        let kind = flat(tensor)?;
-        let (summed, end) = if kind == Kind::BFloat16 {
-            let wide = made(tensor.f_detach().and_then(|t| t.f_to_kind(Kind::Float)))?;
-            (wide.shallow_clone(), End::Copy { from: wide, to: tensor.shallow_clone() })
+        let kind = check_flat(tensor)?;
+        let (summed, completion) = if kind == Kind::BFloat16 {
+            let wide = prepared(tensor.f_detach().and_then(|t| t.f_to_kind(Kind::Float)))?;
+            (wide.shallow_clone(), Completion::Copy { from: wide, to: tensor.shallow_clone() })
         } else {
-            (tensor.shallow_clone(), End::Give(tensor.shallow_clone()))
+            (tensor.shallow_clone(), Completion::Return(tensor.shallow_clone()))
         };
-        self.start("all_reduce", end, |f, g, ms, out, m, n| unsafe {
+        // SAFETY: the tensor is alive during the call.
+        self.start("all_reduce", completion, |f, g, ms, out, m, n| unsafe {
             (f.all_reduce)(g, summed.as_ptr().cast(), ms, out, m, n)
         })
     }
 
-    /// Sums over all ranks and gives rank r part r of the sum, a new tensor.
+    /// Sums over all ranks and returns part r of the sum to rank r, as a new tensor.
     ///
     /// # Errors
-    /// As [`GlooGroup::all_reduce`]; also when the number of elements does not divide by that of ranks.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] like [`GlooGroup::all_reduce`], and if the number of elements is not a multiple of the number of
+    /// ranks.
     pub fn reduce_scatter(&self, tensor: &Tensor) -> Result<GlooWork> {
-        let kind = flat(tensor)?;
-        let (count, ranks) = (tensor.numel(), self.ranks);
+        let kind = check_flat(tensor)?;
+        let count = tensor.numel();
+        let ranks = self.ranks;
         if count % ranks != 0 {
             let message = format!("{count} elements do not divide over {ranks} ranks");
             return Err(ExtError::Refused { what: "reduce_scatter", message });
         }
-        let from = bytes(tensor)?;
-        let to = made(from.f_empty_like())?;
-        let parts = made(to.f_view_dtype(kind).and_then(|t| t.f_view([ranks as i64, (count / ranks) as i64])))?;
-        self.start("reduce_scatter", End::Sum(parts), |f, g, ms, out, m, n| unsafe {
+        let from = as_bytes(tensor)?;
+        let to = prepared(from.f_empty_like())?;
+        let parts = prepared(to.f_view_dtype(kind).and_then(|t| t.f_view([ranks as i64, (count / ranks) as i64])))?;
+        // SAFETY: both tensors are alive during the call.
+        self.start("reduce_scatter", Completion::Sum(parts), |f, g, ms, out, m, n| unsafe {
             (f.all_to_all)(g, to.as_ptr().cast(), from.as_ptr().cast(), ms, out, m, n)
         })
     }
 
-    /// Puts the tensors of all ranks one after another, in a new tensor.
+    /// Concatenates the tensors of all ranks in a new tensor.
     ///
     /// # Errors
-    /// As [`GlooGroup::all_reduce`].
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] like [`GlooGroup::all_reduce`].
     pub fn all_gather(&self, tensor: &Tensor) -> Result<GlooWork> {
-        let kind = flat(tensor)?;
-        let from = bytes(tensor)?;
-        let to = made(Tensor::f_empty([from.numel() as i64 * self.ranks as i64], (Kind::Uint8, tch::Device::Cpu)))?;
-        let all = made(to.f_view_dtype(kind))?;
-        self.start("all_gather", End::Give(all), |f, g, ms, out, m, n| unsafe {
+        let kind = check_flat(tensor)?;
+        let from = as_bytes(tensor)?;
+        let to = prepared(Tensor::f_empty([from.numel() as i64 * self.ranks as i64], (Kind::Uint8, tch::Device::Cpu)))?;
+        let all = prepared(to.f_view_dtype(kind))?;
+        // SAFETY: both tensors are alive during the call.
+        self.start("all_gather", Completion::Return(all), |f, g, ms, out, m, n| unsafe {
             (f.all_gather)(g, to.as_ptr().cast(), from.as_ptr().cast(), ms, out, m, n)
         })
     }
 
-    /// Copies the tensor of rank `root` to all, in place.
+    /// Copies the tensor of rank `root` to all ranks, in place.
     ///
     /// # Errors
-    /// As [`GlooGroup::all_reduce`]; also when there is no such rank.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] like [`GlooGroup::all_reduce`], and if there is no such rank.
     pub fn broadcast(&self, tensor: &Tensor, root: usize) -> Result<GlooWork> {
-        flat(tensor)?;
+        check_flat(tensor)?;
         if root >= self.ranks {
             let message = format!("rank {root} is not below {}", self.ranks);
             return Err(ExtError::Refused { what: "broadcast", message });
         }
-        let moved = bytes(tensor)?;
-        self.start("broadcast", End::Give(tensor.shallow_clone()), |f, g, ms, out, m, n| unsafe {
+        let moved = as_bytes(tensor)?;
+        // SAFETY: the tensor is alive during the call.
+        self.start("broadcast", Completion::Return(tensor.shallow_clone()), |f, g, ms, out, m, n| unsafe {
             (f.broadcast)(g, moved.as_ptr().cast(), root as c_int, ms, out, m, n)
         })
     }
 
-    /// Ends when every rank has come to it and all calls before it have ended.
+    /// Waits for all ranks: ends when every rank has called it and all earlier calls have ended.
     ///
     /// # Errors
-    /// The group is broken.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] if the group is broken.
     pub fn barrier(&self) -> Result<GlooWork> {
-        self.start("barrier", End::Nothing, |f, g, ms, out, m, n| unsafe { (f.barrier)(g, ms, out, m, n) })
+        // SAFETY: the call is given no pointer but the group's.
+        self.start("barrier", Completion::Nothing, |f, g, ms, out, m, n| unsafe { (f.barrier)(g, ms, out, m, n) })
     }
 
-    /// The tensors that `call` uses are alive during it; libtorch keeps references of its own while the work runs.
+    /// Starts a collective. The tensors that `call` uses must be alive during it; libtorch keeps its own references while the work
+    /// runs.
     fn start(
         &self,
         what: &'static str,
-        end: End,
-        call: impl FnOnce(&Functions, *mut c_void, i64, Place, *mut c_char, usize) -> c_int,
+        completion: Completion,
+        call: impl FnOnce(&Functions, *mut c_void, i64, OutHandle, *mut c_char, usize) -> c_int,
     ) -> Result<GlooWork> {
-        let gone = || ExtError::Refused { what, message: "the group is closed".into() };
-        let Handle(group, functions) = self.handle.as_ref().ok_or_else(gone)?;
+        let closed = || ExtError::Refused { what, message: "the group is closed".into() };
+        let Handle(group, functions) = self.handle.as_ref().ok_or_else(closed)?;
         let mut handle = std::ptr::null_mut();
-        checked(what, |m, n| call(functions, *group, millis(self.limit), &mut handle, m, n))?;
-        Ok(GlooWork { handle, functions, what, end, ended: false, calls: self.calls.clone() })
+        check_call(what, |m, n| call(functions, *group, millis(self.timeout), &mut handle, m, n))?;
+        Ok(GlooWork { handle, functions, what, completion, ended: false, abandoned: self.abandoned.clone() })
     }
 }
 
 impl Drop for GlooGroup {
-    /// Freeing waits for calls in flight, which end at their limit at the latest: where there are some, on another thread.
+    /// Frees the group on another thread if calls are in flight: freeing waits for them, at most until their timeout.
     fn drop(&mut self) {
-        if Arc::strong_count(&self.calls) > 1 || self.calls.load(Ordering::Acquire) {
+        if Arc::strong_count(&self.abandoned) > 1 || self.abandoned.load(Ordering::Acquire) {
             let handle = self.handle.take();
             let _detached = std::thread::Builder::new().name("gloo-close".into()).spawn(move || drop(handle));
         }
@@ -269,103 +262,102 @@ impl Drop for GlooGroup {
 }
 
 /// Gloo's threads per group: with two, a large call does not hold up a small one.
-const THREADS: c_int = 2;
+const THREADS_PER_GROUP: c_int = 2;
 
-fn millis(limit: Duration) -> i64 {
-    i64::try_from(limit.as_millis()).unwrap_or(i64::MAX).max(1)
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1)
 }
 
-/// The kind of a tensor that Gloo can take.
-fn flat(tensor: &Tensor) -> Result<Kind> {
+/// Returns the dtype of a tensor that Gloo supports.
+fn check_flat(tensor: &Tensor) -> Result<Kind> {
     let kind = tensor.kind();
-    let known = matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64);
-    if known && tensor.dim() == 1 && tensor.is_contiguous() && tensor.device() == tch::Device::Cpu {
+    let supported = matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64);
+    if supported && tensor.dim() == 1 && tensor.is_contiguous() && tensor.device() == tch::Device::Cpu {
         return Ok(kind);
     }
-    let (shape, device) = (tensor.size(), tensor.device());
+    let shape = tensor.size();
+    let device = tensor.device();
     let message = format!(
         "a flat contiguous CPU tensor of Float, Double, BFloat16 or Int64 is needed, this is {kind:?} {shape:?} on {device:?}"
     );
-    Err(ExtError::Refused { what: "give a tensor to Gloo", message })
+    Err(ExtError::Refused { what: "pass a tensor to Gloo", message })
 }
 
-/// The same memory as bytes.
-fn bytes(tensor: &Tensor) -> Result<Tensor> {
-    made(tensor.f_detach().and_then(|t| t.f_view_dtype(Kind::Uint8)))
+/// Views the memory of a tensor as bytes.
+fn as_bytes(tensor: &Tensor) -> Result<Tensor> {
+    prepared(tensor.f_detach().and_then(|t| t.f_view_dtype(Kind::Uint8)))
 }
 
-fn made<T>(result: Result<T, tch::TchError>) -> Result<T> {
+fn prepared<T>(result: Result<T, tch::TchError>) -> Result<T> {
     result.map_err(|e| ExtError::Refused { what: "prepare a tensor for Gloo", message: e.to_string() })
 }
 
-/// What is left to do when the data has come.
-enum End {
+/// Work that remains after a call has ended.
+enum Completion {
     Nothing,
-    Give(Tensor),
+    Return(Tensor),
     Copy {
         from: Tensor,
         to: Tensor,
     },
-    /// One row per rank, to be summed in order.
+    /// Sum the rows, one per rank, in order.
     Sum(Tensor),
 }
 
-/// A call in flight. Dropping it does not stop the call; its result is lost.
+/// A pending call. Dropping it does not stop the call, but its result is lost.
 pub struct GlooWork {
     handle: *mut c_void,
     functions: &'static Functions,
     what: &'static str,
-    end: End,
+    completion: Completion,
     ended: bool,
-    /// Shared with the group; true when a call was given up before it ended.
-    calls: Arc<AtomicBool>,
+    /// Shared with the group.
+    abandoned: Arc<AtomicBool>,
 }
 
-// SAFETY: libtorch's work may be waited for and freed on any thread.
-#[allow(unsafe_code)]
+// SAFETY: libtorch's work may be waited on and freed on any thread.
 unsafe impl Send for GlooWork {}
 
 impl GlooWork {
-    /// Waits up to `limit` for the call to end; says whether it has.
+    /// Waits up to `timeout` for the call to end; returns whether it has.
     ///
     /// # Errors
-    /// The call failed: what libtorch says.
-    #[allow(unsafe_code)]
-    pub fn wait(&mut self, limit: Duration) -> Result<bool> {
+    /// Returns [`ExtError::Refused`] with libtorch's message if the call failed.
+    pub fn wait(&mut self, timeout: Duration) -> Result<bool> {
         if !self.ended {
             let mut ended = 0;
             // SAFETY: the handle is valid until Drop.
-            checked(self.what, |m, n| unsafe {
-                (self.functions.wait)(self.handle, limit.as_millis() as i64, &mut ended, m, n)
+            check_call(self.what, |m, n| unsafe {
+                (self.functions.wait)(self.handle, timeout.as_millis() as i64, &mut ended, m, n)
             })?;
             self.ended = ended != 0;
         }
         Ok(self.ended)
     }
 
-    /// The result of a call that has ended: none for a barrier.
+    /// Returns the result of a call that has ended; `None` for a barrier.
     ///
     /// # Errors
-    /// It has not ended, or the memory for the result is missing.
-    pub fn take(mut self) -> Result<Option<Tensor>> {
+    /// Returns [`ExtError::Refused`] if the call has not ended or there is no memory for the result.
+    pub fn into_result(mut self) -> Result<Option<Tensor>> {
         if !self.ended {
             return Err(ExtError::Refused { what: self.what, message: "the call has not ended".into() });
         }
-        let end = std::mem::replace(&mut self.end, End::Nothing);
-        tch::no_grad(|| match end {
-            End::Nothing => Ok(None),
-            End::Give(tensor) => Ok(Some(tensor)),
-            End::Copy { from, mut to } => {
-                made(to.f_copy_(&from))?;
+        let completion = std::mem::replace(&mut self.completion, Completion::Nothing);
+        tch::no_grad(|| match completion {
+            Completion::Nothing => Ok(None),
+            Completion::Return(tensor) => Ok(Some(tensor)),
+            Completion::Copy { from, mut to } => {
+                prepared(to.f_copy_(&from))?;
                 Ok(Some(to))
             }
-            End::Sum(parts) => Ok(Some(made(sum(&parts))?)),
+            Completion::Sum(parts) => Ok(Some(prepared(sum_rows(&parts))?)),
         })
     }
 }
 
-/// Sum of the rows in their order; bf16 in fp32, rounded once.
-fn sum(parts: &Tensor) -> Result<Tensor, tch::TchError> {
+/// Sums the rows in order; bf16 in fp32, rounded once.
+fn sum_rows(parts: &Tensor) -> Result<Tensor, tch::TchError> {
     let kind = parts.kind();
     let wide = if kind == Kind::BFloat16 { Kind::Float } else { kind };
     let mut out = parts.f_get(0)?.f_to_dtype(wide, false, true)?;
@@ -376,10 +368,9 @@ fn sum(parts: &Tensor) -> Result<Tensor, tch::TchError> {
 }
 
 impl Drop for GlooWork {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         if !self.ended {
-            self.calls.store(true, Ordering::Release);
+            self.abandoned.store(true, Ordering::Release);
         }
         // SAFETY: the handle came from `start` and is not used again.
         unsafe { (self.functions.free_work)(self.handle) }

@@ -1,113 +1,98 @@
-//! A GPU as a whole: the one that a thread means, what libtorch keeps of its memory, and host memory that it copies by itself.
+//! Whole-GPU operations: the current GPU of a thread, the state of libtorch's allocator, and page-locked host memory.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::OnceLock;
 
-use crate::library::checked;
+use crate::library::{check_call, function_table};
 use crate::{Result, cuda};
 
-/// The functions of cpp/cuda.cc.
-struct Functions {
-    own: unsafe extern "C" fn(c_int, *mut c_char, usize) -> c_int,
-    kept: unsafe extern "C" fn(c_int, *mut i64, *mut i64, *mut c_char, usize) -> c_int,
-    lock: unsafe extern "C" fn(*mut c_void, usize, *mut c_char, usize) -> c_int,
-    unlock: unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int,
+// cpp/cuda.cc
+function_table! {
+    "CUDA", cuda::library();
+    select: unsafe extern "C" fn(c_int, *mut c_char, usize) -> c_int = b"unveil_gpu_select",
+    allocator_memory: unsafe extern "C" fn(c_int, *mut i64, *mut i64, *mut c_char, usize) -> c_int = b"unveil_gpu_allocator_memory",
+    pin: unsafe extern "C" fn(*mut c_void, usize, *mut c_char, usize) -> c_int = b"unveil_host_pin",
+    unpin: unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int = b"unveil_host_unpin",
 }
 
-fn functions() -> Result<&'static Functions> {
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    LOADED.get_or_init(load).as_ref().map_err(|e| cuda::unavailable(e))
-}
-
-#[allow(unsafe_code)]
-fn load() -> Result<Functions, String> {
-    let part = cuda::part()?;
-    // SAFETY: the types are those of cpp/cuda.cc.
-    unsafe {
-        Ok(Functions {
-            own: part.get(b"unveil_device_own")?,
-            kept: part.get(b"unveil_device_kept")?,
-            lock: part.get(b"unveil_host_lock")?,
-            unlock: part.get(b"unveil_host_unlock")?,
-        })
-    }
-}
-
-/// Makes GPU `device` the calling thread's own: what names no GPU means it from here on.
+/// Makes GPU `device` the calling thread's current GPU.
 ///
 /// # Errors
-/// The CUDA part cannot be used, or there is no such GPU.
-#[allow(unsafe_code)]
-pub fn own_gpu(device: usize) -> Result<()> {
+/// Returns [`ExtError::Unavailable`] if the CUDA library cannot be loaded, and [`ExtError::Refused`] if there is no such GPU.
+///
+/// [`ExtError::Unavailable`]: crate::ExtError::Unavailable
+/// [`ExtError::Refused`]: crate::ExtError::Refused
+pub fn select_gpu(device: usize) -> Result<()> {
     let f = functions()?;
     // SAFETY: the function keeps no pointer.
-    checked("take a GPU", |m, n| unsafe { (f.own)(c_int::try_from(device).unwrap_or(-1), m, n) })
+    check_call("select a GPU", |m, n| unsafe { (f.select)(c_int::try_from(device).unwrap_or(-1), m, n) })
 }
 
-/// What libtorch's allocator has of a GPU's memory.
+/// Memory of one GPU as libtorch's caching allocator counts it, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Kept {
-    /// Bytes that it took from the driver.
+pub struct AllocatorMemory {
+    /// Memory that the allocator has obtained from the driver.
     pub reserved: u64,
-    /// Bytes of them that tensors use; the rest is there for the next ones.
+    /// The part of it that tensors use; the rest is available to new tensors.
     pub allocated: u64,
 }
 
-/// What libtorch's allocator has of the memory of GPU `device`.
+/// Returns what libtorch's allocator holds of the memory of GPU `device`.
 ///
 /// # Errors
-/// The CUDA part cannot be used, or there is no such GPU.
-#[allow(unsafe_code)]
-pub fn kept_memory(device: usize) -> Result<Kept> {
-    let (f, mut reserved, mut allocated) = (functions()?, 0, 0);
-    // SAFETY: both places are written during the call only.
-    checked("the allocator of a GPU", |m, n| unsafe {
-        (f.kept)(c_int::try_from(device).unwrap_or(-1), &raw mut reserved, &raw mut allocated, m, n)
+/// Returns [`ExtError::Unavailable`] if the CUDA library cannot be loaded, and [`ExtError::Refused`] if there is no such GPU.
+///
+/// [`ExtError::Unavailable`]: crate::ExtError::Unavailable
+/// [`ExtError::Refused`]: crate::ExtError::Refused
+pub fn allocator_memory(device: usize) -> Result<AllocatorMemory> {
+    let f = functions()?;
+    let mut reserved = 0;
+    let mut allocated = 0;
+    // SAFETY: both numbers are written during the call only.
+    check_call("read the allocator statistics of a GPU", |m, n| unsafe {
+        (f.allocator_memory)(c_int::try_from(device).unwrap_or(-1), &raw mut reserved, &raw mut allocated, m, n)
     })?;
     let bytes = |n: i64| u64::try_from(n).unwrap_or(0);
-    Ok(Kept { reserved: bytes(reserved), allocated: bytes(allocated) })
+    Ok(AllocatorMemory { reserved: bytes(reserved), allocated: bytes(allocated) })
 }
 
-/// Locks host memory where it lies, so that a GPU copies to and from it at the bus's full rate.
+/// Page-locks host memory in place, so that a GPU copies to and from it at the full rate of the bus.
 ///
 /// # Errors
-/// The driver refuses.
-#[allow(unsafe_code)]
-pub(crate) fn lock(memory: &mut [u8]) -> Result<()> {
+/// Returns [`ExtError::Refused`](crate::ExtError::Refused) if the driver refuses.
+pub(crate) fn pin(memory: &mut [u8]) -> Result<()> {
     let f = functions()?;
-    // SAFETY: the memory is there for the time of the call; whoever owns it unlocks it before it goes.
-    checked("lock host memory", |m, n| unsafe { (f.lock)(memory.as_mut_ptr().cast(), memory.len(), m, n) })
+    // SAFETY: the memory outlives the call; its owner unpins it before freeing it.
+    check_call("page-lock host memory", |m, n| unsafe { (f.pin)(memory.as_mut_ptr().cast(), memory.len(), m, n) })
 }
 
-/// Undoes [`lock`] for memory that begins there.
-#[allow(unsafe_code)]
-pub(crate) fn unlock(memory: &mut [u8]) -> Result<()> {
+/// Undoes [`pin`] for memory with this start address.
+pub(crate) fn unpin(memory: &mut [u8]) -> Result<()> {
     let f = functions()?;
-    // SAFETY: as above.
-    checked("unlock host memory", |m, n| unsafe { (f.unlock)(memory.as_mut_ptr().cast(), m, n) })
+    // SAFETY: the memory outlives the call.
+    check_call("unlock host memory", |m, n| unsafe { (f.unpin)(memory.as_mut_ptr().cast(), m, n) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Every function is in the part; where there is no GPU each is refused, and the process lives on.
+    /// All functions are in the library. Without a GPU each is refused, and the process survives.
     #[test]
-    fn a_gpu_is_taken_or_refused() {
+    fn calls_work_or_are_refused() {
         cuda::load_torch().unwrap();
         functions().unwrap();
         let mut memory = vec![0u8; 1 << 16];
         if std::fs::exists("/dev/nvidia0").unwrap_or(false) {
-            own_gpu(0).unwrap();
-            let kept = kept_memory(0).unwrap();
-            assert!(kept.reserved >= kept.allocated);
-            lock(&mut memory).unwrap();
-            unlock(&mut memory).unwrap();
+            select_gpu(0).unwrap();
+            let held = allocator_memory(0).unwrap();
+            assert!(held.reserved >= held.allocated);
+            pin(&mut memory).unwrap();
+            unpin(&mut memory).unwrap();
             return;
         }
-        assert!(own_gpu(0).unwrap_err().to_string().contains("take a GPU"));
-        assert!(lock(&mut memory).unwrap_err().to_string().contains("lock host memory"));
+        assert!(select_gpu(0).unwrap_err().to_string().contains("select a GPU"));
+        assert!(pin(&mut memory).unwrap_err().to_string().contains("page-lock host memory"));
         // Nothing was ever allocated there.
-        assert_eq!(kept_memory(0).unwrap(), Kept::default());
+        assert_eq!(allocator_memory(0).unwrap(), AllocatorMemory::default());
     }
 }

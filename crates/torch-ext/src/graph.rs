@@ -1,90 +1,67 @@
-//! CUDA graphs: work that is recorded once and run again with one call, on the same memory.
+//! CUDA graphs: work that is recorded once and replayed with one call, on the same memory.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::sync::OnceLock;
 
-use crate::library::checked;
+use crate::library::{check_call, function_table};
 use crate::{ExtError, Result, cuda};
 
-type Call = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
+type GraphCall = unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> c_int;
 
-/// The functions of cpp/cuda.cc.
-struct Functions {
-    new: unsafe extern "C" fn(*mut *mut c_void, *mut c_char, usize) -> c_int,
-    begin: unsafe extern "C" fn(*mut c_void, c_int, *mut c_char, usize) -> c_int,
-    end: Call,
-    replay: Call,
-    free: unsafe extern "C" fn(*mut c_void),
+// cpp/cuda.cc
+function_table! {
+    "CUDA", cuda::library();
+    new: unsafe extern "C" fn(*mut *mut c_void, *mut c_char, usize) -> c_int = b"unveil_graph_new",
+    begin: unsafe extern "C" fn(*mut c_void, c_int, *mut c_char, usize) -> c_int = b"unveil_graph_begin",
+    end: GraphCall = b"unveil_graph_end",
+    replay: GraphCall = b"unveil_graph_replay",
+    free: unsafe extern "C" fn(*mut c_void) = b"unveil_graph_free",
 }
 
-fn functions() -> Result<&'static Functions> {
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(load).as_ref();
-    loaded.map_err(|e| cuda::unavailable(e))
-}
-
-#[allow(unsafe_code)]
-fn load() -> Result<Functions, String> {
-    let part = cuda::part()?;
-    // SAFETY: the types are those of cpp/cuda.cc.
-    unsafe {
-        Ok(Functions {
-            new: part.get(b"unveil_graph_new")?,
-            begin: part.get(b"unveil_graph_begin")?,
-            end: part.get(b"unveil_graph_end")?,
-            replay: part.get(b"unveil_graph_replay")?,
-            free: part.get(b"unveil_graph_free")?,
-        })
-    }
-}
-
-/// Recorded work of one thread on one GPU. What it reads and writes must stay where it was: tensors that were made during the
-/// recording belong to the graph's own memory and hold the newest run's values.
+/// Recorded work of one thread on one GPU. The tensors that it reads and writes must stay at their addresses; tensors created during
+/// the recording belong to the graph's own memory and hold the values of the latest replay.
 pub struct CudaGraph {
     handle: *mut c_void,
     functions: &'static Functions,
 }
 
 impl CudaGraph {
-    /// Records what `work` does on GPU `device`; nothing of it runs yet. Work that waits for the GPU or copies to the host
-    /// cannot be recorded. Run it once before, so that libraries have set themselves up.
+    /// Records what `work` does on GPU `device`, without running it. Work that waits for the GPU or copies to the host cannot be
+    /// recorded. Run it once before, so that libraries have initialised themselves.
     ///
     /// # Errors
-    /// The CUDA part cannot be used, the work cannot be recorded, or it panicked.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Unavailable`] if the CUDA library cannot be loaded, and [`ExtError::Refused`] if the work cannot be
+    /// recorded or has panicked.
     pub fn record<T>(device: usize, work: impl FnOnce() -> T) -> Result<(Self, T)> {
         let functions = functions()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` is written before it is used, and freed once, by Drop.
-        checked("a CUDA graph", |m, n| unsafe { (functions.new)(&mut handle, m, n) })?;
+        check_call("create a CUDA graph", |m, n| unsafe { (functions.new)(&mut handle, m, n) })?;
         let graph = Self { handle, functions };
         // SAFETY: the handle is valid until Drop; both calls are made on this thread.
-        checked("begin to record a CUDA graph", |m, n| unsafe { (functions.begin)(handle, device as i32, m, n) })?;
+        check_call("begin to record a CUDA graph", |m, n| unsafe { (functions.begin)(handle, device as i32, m, n) })?;
         let what = "record a CUDA graph";
-        // An operation that is refused may panic; the recording must end all the same.
-        let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-        // SAFETY: as above.
-        let ended = checked(what, |m, n| unsafe { (functions.end)(handle, m, n) });
-        let made = made.map_err(|panic| {
+        // A refused operation may panic; the recording must end all the same.
+        let output = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        // SAFETY: the handle is valid until Drop.
+        let ended = check_call(what, |m, n| unsafe { (functions.end)(handle, m, n) });
+        let output = output.map_err(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
             ExtError::Refused { what, message: text.unwrap_or("an operation failed").to_owned() }
         })?;
-        ended.map(|()| (graph, made))
+        ended.map(|()| (graph, output))
     }
 
-    /// Runs the recorded work, in order with the thread's other work.
+    /// Runs the recorded work on the calling thread's current stream.
     ///
     /// # Errors
-    /// The driver refuses.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Refused`] if the driver refuses.
     pub fn replay(&self) -> Result<()> {
         // SAFETY: the handle is valid until Drop.
-        checked("run a CUDA graph", |m, n| unsafe { (self.functions.replay)(self.handle, m, n) })
+        check_call("run a CUDA graph", |m, n| unsafe { (self.functions.replay)(self.handle, m, n) })
     }
 }
 
 impl Drop for CudaGraph {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: the handle came from `new` and is not used again.
         unsafe { (self.functions.free)(self.handle) }
@@ -95,10 +72,9 @@ impl Drop for CudaGraph {
 mod tests {
     use super::*;
 
-    /// The CUDA part is in this build, finds libtorch's symbols, and says so where there is no GPU; it never takes the process
-    /// down.
+    /// The CUDA library is in this build and finds libtorch's symbols. Without a GPU it returns an error, and the process survives.
     #[test]
-    fn the_cuda_part_loads_and_refuses_without_a_gpu() {
+    fn recording_works_or_is_refused() {
         cuda::load_torch().unwrap();
         functions().unwrap();
         if std::fs::exists("/dev/nvidia0").unwrap_or(false) {

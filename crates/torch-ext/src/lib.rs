@@ -1,17 +1,19 @@
-//! What tch lacks, as a small C++ shim: graphs and streams of GPU work, kernels for decode steps on the CPU, the memory behind tensors,
-//! libtorch's store and Gloo. Each part is a library of its own inside this crate, loaded when it is first asked for, so that one build serves hosts
-//! with and without a GPU.
+//! A small C++ shim for functions that tch lacks: CUDA graphs and streams, CPU kernels for decode steps, control over the memory behind tensors,
+//! libtorch's key-value store and Gloo. Each C++ file becomes a shared library that is embedded in this crate and loaded on first use,
+//! so that one build serves hosts with and without a GPU.
 //!
-//! Must not know: models, runtimes, what communication is for. Unsafe code of the project that is not a file map or a driver call
-//! lives here.
+//! Must not depend on: models, async runtimes, what communication is for. The project's unsafe code is here, apart from file maps and
+//! calls to the GPU driver.
+
+#![expect(unsafe_code, reason = "this crate is the boundary to C++; every unsafe block states why it is sound")]
 
 mod buffer;
 mod context;
+mod cpu_kernels;
 mod cuda;
 mod gloo;
 mod gpu;
 mod graph;
-mod host;
 mod library;
 mod memory;
 mod store;
@@ -19,64 +21,64 @@ mod stream;
 
 pub use buffer::HostBuffer;
 pub use context::{grad_enabled, set_deterministic};
+pub use cpu_kernels::{DecodeLayer, DecodeStep, decode, instruction_sets, linear, with_instruction_set};
 pub use cuda::load_cuda;
 pub use gloo::{GlooGroup, GlooWork};
-pub use gpu::{Kept, kept_memory, own_gpu};
+pub use gpu::{AllocatorMemory, allocator_memory, select_gpu};
 pub use graph::CudaGraph;
-pub use host::{DecodeLayer, DecodeStep, decode, instruction_sets, linear, with_instruction_set};
 pub use memory::{drop_grad, memory_size, resize_memory};
 pub use store::Store;
 pub use stream::{CudaEvent, CudaStream};
 
-/// What can go wrong.
+/// Errors of this crate.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ExtError {
-    /// A part cannot be used.
-    #[error("the {part} part of this build cannot be used: {reason}")]
+    /// One of the embedded libraries cannot be used.
+    #[error("the {library} library of this build cannot be used: {reason}")]
     Unavailable {
-        /// Which part.
-        part: &'static str,
-        /// Why.
+        /// Name of the library.
+        library: &'static str,
+        /// Why it cannot be used.
         reason: String,
     },
-    /// A tensor is not what a kernel takes.
+    /// A tensor has a dtype, shape or layout that a kernel does not support.
     #[error("{what}: {found} where a contiguous fp32 tensor {expected:?} on the CPU is needed")]
     Tensor {
-        /// Which tensor.
+        /// Role of the tensor.
         what: &'static str,
-        /// What it is.
+        /// The tensor as given.
         found: String,
-        /// The shape that is needed.
+        /// Shape that is needed.
         expected: Vec<i64>,
     },
-    /// A number is out of its range.
+    /// A number is out of range.
     #[error("{what}: {value} does not fit {limit}")]
     Index {
-        /// What it counts.
+        /// Counted quantity.
         what: &'static str,
         /// The number.
         value: i64,
-        /// What it must fit.
+        /// The bound that it violates.
         limit: i64,
     },
-    /// The store's host did not answer.
+    /// The host of the store did not answer in time.
     #[error(
-        "the store at {address} did not answer to `{what}` within {seconds:.1} s: its host (rank 0) is stopped, gone or cut off"
+        "the store at {address} did not answer `{what}` within {seconds:.1} s: its host (rank 0) is stopped, has failed or cannot be reached"
     )]
-    Late {
-        /// What was asked.
+    Timeout {
+        /// Name of the request.
         what: &'static str,
-        /// Where the store is.
+        /// Address of the store.
         address: String,
-        /// How long it was waited for.
+        /// Timeout in seconds.
         seconds: f64,
     },
-    /// libtorch or the driver refused.
+    /// libtorch or the driver refused a call.
     #[error("{what}: {message}")]
     Refused {
-        /// What was tried.
+        /// Attempted operation.
         what: &'static str,
-        /// What libtorch said.
+        /// Message of libtorch or the driver.
         message: String,
     },
 }

@@ -1,4 +1,5 @@
-//! The C++ parts: libraries that this crate carries, loaded from memory at first use and kept for the life of the process.
+//! Loading of the C++ libraries that this crate embeds: each is loaded from memory on first use and stays loaded for the life of the
+//! process.
 
 use std::ffi::{c_char, c_int};
 use std::io::Write;
@@ -9,17 +10,16 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::{ExtError, Result};
 
-/// A loaded part; it is kept in a static and so never unloaded.
-pub(crate) struct Part {
+/// A loaded C++ library. It is kept in a static and never unloaded.
+pub(crate) struct NativeLibrary {
     library: Library,
-    /// Held open: the loader knows libraries by path, and another part with the same descriptor would be taken for this one.
+    /// Kept open: the loader identifies libraries by path, and would mistake another library with the same descriptor for this one.
     _file: std::fs::File,
 }
 
-impl Part {
-    /// Loads a library from its bytes; libraries of libtorch that it needs must be loaded before. The error is a text, which
-    /// says `missing` where the part was left out of the build.
-    #[allow(unsafe_code)]
+impl NativeLibrary {
+    /// Loads a library from its bytes; the libtorch libraries that it needs must be loaded already. The error is a text, which
+    /// contains `missing` if the library was left out of the build.
     pub(crate) fn load(name: &str, bytes: &[u8], missing: &str) -> Result<Self, String> {
         if bytes.is_empty() {
             return Err(format!("it was left out of this build: {missing}"));
@@ -29,24 +29,60 @@ impl Part {
         let mut file = std::fs::File::from(file);
         file.write_all(bytes).map_err(|e| text(&e))?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        // SAFETY: the library is this crate's own and has no initialisers beyond those of libtorch.
+        // SAFETY: the library belongs to this crate and has no initialisers beyond those of libtorch.
         let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| text(&e))?;
         Ok(Self { library, _file: file })
     }
 
-    /// A function of the part.
+    /// Looks up a function of the library.
     ///
     /// # Safety
     /// `F` is the function's type.
-    #[allow(unsafe_code)]
-    pub(crate) unsafe fn get<F: Copy>(&'static self, name: &[u8]) -> Result<F, String> {
+    pub(crate) unsafe fn get<F: Copy>(&'static self, symbol: &[u8]) -> Result<F, String> {
         // SAFETY: by the caller.
-        unsafe { self.library.get::<F>(name) }.map(|f| *f).map_err(|e| e.to_string())
+        unsafe { self.library.get::<F>(symbol) }.map(|f| *f).map_err(|e| e.to_string())
     }
 }
 
-/// Runs one call that returns 0, or 1 with a message.
-pub(crate) fn checked(what: &'static str, call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
+/// The library `libunveil_$name.so` that the build script made, loaded on first use: `Result<&'static NativeLibrary, String>`.
+/// `$missing` says what the build lacked if the library is empty.
+macro_rules! native_library {
+    ($name:literal, $missing:expr) => {{
+        static LOADED: std::sync::OnceLock<Result<$crate::library::NativeLibrary, String>> = std::sync::OnceLock::new();
+        let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_", $name, ".so"));
+        let load = || $crate::library::NativeLibrary::load(concat!("unveil_", $name), bytes, $missing);
+        LOADED.get_or_init(load).as_ref().map_err(Clone::clone)
+    }};
+}
+
+/// Declares the struct `Functions` with the C functions `field: type = symbol` of a library, and `functions()`, which looks all of
+/// them up on first use. The types must be those of the C++ source. `$name` names the library in [`ExtError::Unavailable`].
+macro_rules! function_table {
+    ($name:literal, $library:expr; $($field:ident: $type:ty = $symbol:literal,)+) => {
+        struct Functions {
+            $($field: $type,)+
+        }
+
+        fn functions() -> $crate::Result<&'static Functions> {
+            static LOADED: std::sync::OnceLock<Result<Functions, String>> = std::sync::OnceLock::new();
+            fn load() -> Result<Functions, String> {
+                let library = $library?;
+                // SAFETY: the types are those of the C++ source.
+                unsafe { Ok(Functions { $($field: library.get::<$type>($symbol)?,)+ }) }
+            }
+            let loaded = LOADED.get_or_init(load).as_ref();
+            loaded.map_err(|reason| $crate::ExtError::Unavailable { library: $name, reason: reason.clone() })
+        }
+    };
+}
+
+pub(crate) use {function_table, native_library};
+
+/// Makes a call that returns 0, or 1 with a message.
+///
+/// # Errors
+/// Returns [`ExtError::Refused`] with `what` and the message if the call does not return 0.
+pub(crate) fn check_call(what: &'static str, call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
     let mut message = [0u8; 1024];
     if call(message.as_mut_ptr().cast(), message.len()) == 0 {
         return Ok(());
@@ -60,25 +96,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_that_was_left_out_says_what_is_missing() {
-        let error = Part::load("unveil_none", b"", "install libnone-dev").err().unwrap();
+    fn missing_and_invalid_libraries_are_refused() {
+        let error = NativeLibrary::load("unveil_none", b"", "install libnone-dev").err().unwrap();
         assert_eq!(error, "it was left out of this build: install libnone-dev");
-        assert!(Part::load("unveil_none", b"no library", "").is_err());
+        assert!(NativeLibrary::load("unveil_none", b"no library", "").is_err());
     }
 
     #[test]
-    fn messages_end_where_they_end() {
+    fn messages_end_at_the_terminating_zero() {
         let refuse = |message: *mut c_char, size: usize| {
             let text = b"why\0";
             assert!(size > text.len());
-            // SAFETY: the place has `size` bytes.
-            #[allow(unsafe_code)]
+            // SAFETY: `message` points to `size` bytes.
             unsafe {
                 std::ptr::copy_nonoverlapping(text.as_ptr(), message.cast(), text.len());
             }
             1
         };
-        assert_eq!(checked("try", refuse).unwrap_err().to_string(), "try: why");
-        checked("try", |_, _| 0).unwrap();
+        assert_eq!(check_call("try", refuse).unwrap_err().to_string(), "try: why");
+        check_call("try", |_, _| 0).unwrap();
     }
 }

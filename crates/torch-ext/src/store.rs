@@ -1,7 +1,7 @@
-//! libtorch's key-value store, by which ranks find each other: one rank hosts it, all join it.
+//! libtorch's key-value store (`TCPStore`), through which ranks find each other: one rank hosts it, all join it.
 //!
-//! libtorch's own calls wait without end while the host is stopped; here each store has a thread that makes them, and callers wait
-//! for it until their deadline. The store has no passwords: let only trusted networks reach its port.
+//! libtorch's calls wait indefinitely while the host is stopped. Here each store has a thread that makes them, and callers wait for
+//! that thread until their deadline. The store has no authentication: only trusted networks may reach its port.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::net::{SocketAddr, TcpListener};
@@ -9,105 +9,79 @@ use std::os::fd::IntoRawFd;
 use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::library::{Part, checked};
+use crate::library::{NativeLibrary, check_call, function_table, native_library};
 use crate::{ExtError, Result};
 
-type Take = unsafe extern "C" fn(*mut c_void, *const u8, usize);
+/// Receives one value of the store.
+type ValueSink = unsafe extern "C" fn(*mut c_void, *const u8, usize);
 
-/// The store's functions of cpp/store.cc.
-struct Functions {
-    new: unsafe extern "C" fn(*const c_char, u16, c_int, i64, *mut *mut c_void, *mut c_char, usize) -> c_int,
-    clone: unsafe extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_char, usize) -> c_int,
-    free: unsafe extern "C" fn(*mut c_void),
-    set: unsafe extern "C" fn(*mut c_void, *const c_char, *const u8, usize, *mut c_char, usize) -> c_int,
-    get: unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, Take, *mut c_void, *mut c_char, usize) -> c_int,
-    check: unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, *mut c_int, *mut c_char, usize) -> c_int,
-    add: unsafe extern "C" fn(*mut c_void, *const c_char, i64, *mut i64, *mut c_char, usize) -> c_int,
-    swap: Swap,
+// cpp/store.cc
+function_table! {
+    "store", library();
+    new: unsafe extern "C" fn(*const c_char, u16, c_int, i64, *mut *mut c_void, *mut c_char, usize) -> c_int = b"unveil_store_new",
+    clone: unsafe extern "C" fn(*mut c_void, *mut *mut c_void, *mut c_char, usize) -> c_int = b"unveil_store_clone",
+    free: unsafe extern "C" fn(*mut c_void) = b"unveil_store_free",
+    set: unsafe extern "C" fn(*mut c_void, *const c_char, *const u8, usize, *mut c_char, usize) -> c_int = b"unveil_store_set",
+    get: unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, ValueSink, *mut c_void, *mut c_char, usize) -> c_int = b"unveil_store_get",
+    check: unsafe extern "C" fn(*mut c_void, *const *const c_char, usize, *mut c_int, *mut c_char, usize) -> c_int = b"unveil_store_check",
+    add: unsafe extern "C" fn(*mut c_void, *const c_char, i64, *mut i64, *mut c_char, usize) -> c_int = b"unveil_store_add",
+    compare_set: CompareSet = b"unveil_store_compare_set",
 }
 
-type Swap = unsafe extern "C" fn(
+type CompareSet = unsafe extern "C" fn(
     *mut c_void,
     *const c_char,
     *const u8,
     usize,
     *const u8,
     usize,
-    Take,
+    ValueSink,
     *mut c_void,
     *mut c_char,
     usize,
 ) -> c_int;
 
-fn functions() -> Result<&'static Functions> {
-    static LOADED: OnceLock<Result<Functions, String>> = OnceLock::new();
-    let loaded = LOADED.get_or_init(load).as_ref();
-    loaded.map_err(|e| ExtError::Unavailable { part: "store", reason: e.clone() })
+/// cpp/store.cc. libtorch itself is loaded already, since tch links it.
+fn library() -> Result<&'static NativeLibrary, String> {
+    native_library!("store", "LIBTORCH was not set (make setup sets it)")
 }
 
-/// cpp/store.cc; libtorch is there, since tch links it.
-fn part() -> Result<&'static Part, String> {
-    static LOADED: OnceLock<Result<Part, String>> = OnceLock::new();
-    let bytes = include_bytes!(concat!(env!("OUT_DIR"), "/libunveil_store.so"));
-    let missing = "LIBTORCH was not set (make setup sets it)";
-    LOADED.get_or_init(|| Part::load("unveil_store", bytes, missing)).as_ref().map_err(Clone::clone)
-}
-
-#[allow(unsafe_code)]
-fn load() -> Result<Functions, String> {
-    let part = part()?;
-    // SAFETY: the types are those of cpp/store.cc.
-    unsafe {
-        Ok(Functions {
-            new: part.get(b"unveil_store_new")?,
-            clone: part.get(b"unveil_store_clone")?,
-            free: part.get(b"unveil_store_free")?,
-            set: part.get(b"unveil_store_set")?,
-            get: part.get(b"unveil_store_get")?,
-            check: part.get(b"unveil_store_check")?,
-            add: part.get(b"unveil_store_add")?,
-            swap: part.get(b"unveil_store_swap")?,
-        })
-    }
-}
-
-/// One connection to the store; freed with it.
+/// One connection to the store, closed when it is dropped.
 pub(crate) struct Connection {
     pub(crate) handle: *mut c_void,
     functions: &'static Functions,
 }
 
-// SAFETY: libtorch's store may be used and freed on any thread; it has a lock of its own.
-#[allow(unsafe_code)]
+// SAFETY: libtorch's store may be used and freed on any thread; it has its own lock.
 unsafe impl Send for Connection {}
 
 impl Drop for Connection {
-    #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: the handle came from `new` or `clone` and is not used again.
         unsafe { (self.functions.free)(self.handle) }
     }
 }
 
-type Job = Box<dyn FnOnce(&Connection) + Send>;
+type StoreTask = Box<dyn FnOnce(&Connection) + Send>;
 
-/// A rank's end of the store. All calls take the moment by which they must have an answer.
+/// A rank's client of the store. Every call has a deadline by which it must be answered.
 pub struct Store {
-    jobs: mpsc::Sender<Job>,
+    tasks: mpsc::Sender<StoreTask>,
     address: SocketAddr,
-    lost: OnceLock<ExtError>,
+    /// The error after which the connection is unusable.
+    failure: OnceLock<ExtError>,
 }
 
 impl Store {
-    /// Hosts the store on a bound socket (port 0 at bind picks a free port: [`Store::address`] tells it), and joins it.
+    /// Hosts the store on a bound socket and joins it. A socket bound to port 0 has a free port, which [`Store::address`] returns.
     ///
     /// # Errors
-    /// The store's part cannot be used, or libtorch refuses the socket.
+    /// Returns [`ExtError::Unavailable`] if the library cannot be loaded, and [`ExtError::Refused`] if libtorch refuses the socket.
     pub fn host(listener: TcpListener, deadline: Instant) -> Result<Self> {
         let refused = |e: std::io::Error| ExtError::Refused { what: "host the store", message: e.to_string() };
         let mut address = listener.local_addr().map_err(refused)?;
         functions()?;
-        // The host talks to itself, also where it listens on all addresses.
+        // The host connects to itself, even if it listens on all addresses.
         if address.ip().is_unspecified() {
             address.set_ip(match address {
                 SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
@@ -117,10 +91,11 @@ impl Store {
         Self::start(address, Some(listener), deadline)
     }
 
-    /// Joins the store at an address, trying again until the deadline.
+    /// Joins the store at an address, retrying until the deadline.
     ///
     /// # Errors
-    /// The store's part cannot be used, or nothing answers there.
+    /// Returns [`ExtError::Unavailable`] if the library cannot be loaded, and [`ExtError::Refused`] or [`ExtError::Timeout`] if
+    /// nothing answers at the address.
     pub fn join(address: SocketAddr, deadline: Instant) -> Result<Self> {
         Self::start(address, None, deadline)
     }
@@ -129,126 +104,126 @@ impl Store {
         let functions = functions()?;
         let what = if listener.is_some() { "host the store" } else { "join the store" };
         let left = deadline.saturating_duration_since(Instant::now());
-        let (jobs, todo) = mpsc::channel::<Job>();
-        let (ready, made) = mpsc::channel();
+        let (tasks, queue) = mpsc::channel::<StoreTask>();
+        let (sender, connected) = mpsc::channel();
         let work = move || {
             let connection = connect(functions, address, listener, what, left);
             let (connection, result) = match connection {
                 Ok(c) => (Some(c), Ok(())),
                 Err(e) => (None, Err(e)),
             };
-            let _gone = ready.send(result);
+            let _receiver_gone = sender.send(result);
             if let Some(connection) = connection {
-                todo.iter().for_each(|job| job(&connection));
+                queue.iter().for_each(|task| task(&connection));
             }
         };
         let spawned = std::thread::Builder::new().name("store".into()).spawn(work);
         spawned.map_err(|e| ExtError::Refused { what, message: e.to_string() })?;
-        let late = || ExtError::Late { what, address: address.to_string(), seconds: left.as_secs_f64() };
-        // libtorch counts whole seconds: its own, better message may come a little later.
-        made.recv_timeout(left + Duration::from_secs(2)).unwrap_or_else(|_| Err(late()))?;
-        Ok(Self { jobs, address, lost: OnceLock::new() })
+        let timeout = || ExtError::Timeout { what, address: address.to_string(), seconds: left.as_secs_f64() };
+        // libtorch counts whole seconds: its own, more precise message may come a little later.
+        connected.recv_timeout(left + Duration::from_secs(2)).unwrap_or_else(|_| Err(timeout()))?;
+        Ok(Self { tasks, address, failure: OnceLock::new() })
     }
 
-    /// Where the store is; the host sees its own port here.
+    /// Returns the address of the store; on the host, with the port that was chosen.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Makes one call on the store's thread.
-    fn ask<T: Send + 'static>(
+    fn call<T: Send + 'static>(
         &self,
         what: &'static str,
         deadline: Instant,
         call: impl FnOnce(&Connection) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        if let Some(lost) = self.lost.get() {
-            return Err(lost.clone());
+        if let Some(failure) = self.failure.get() {
+            return Err(failure.clone());
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let (answer, answered) = mpsc::channel();
-        let job: Job = Box::new(move |connection| {
-            let _gone = answer.send(call(connection));
+        let (sender, answer) = mpsc::channel();
+        let task: StoreTask = Box::new(move |connection| {
+            let _receiver_gone = sender.send(call(connection));
         });
-        let late = || ExtError::Late { what, address: self.address.to_string(), seconds: left.as_secs_f64() };
-        let result = match self.jobs.send(job) {
-            Ok(()) => answered.recv_timeout(left).map_err(|_| late()),
-            Err(_) => Err(late()),
+        let timeout = || ExtError::Timeout { what, address: self.address.to_string(), seconds: left.as_secs_f64() };
+        let result = match self.tasks.send(task) {
+            Ok(()) => answer.recv_timeout(left).map_err(|_| timeout()),
+            Err(_) => Err(timeout()),
         };
         // A connection on which an answer is missing cannot be used again.
-        result.inspect_err(|e| drop(self.lost.set(e.clone())))?
+        result.inspect_err(|e| drop(self.failure.set(e.clone())))?
     }
 
     /// Sets a key.
     ///
     /// # Errors
-    /// The host is gone or does not answer; then every later call fails at once.
-    #[allow(unsafe_code)]
+    /// Returns [`ExtError::Timeout`] if the host does not answer, after which every later call fails immediately, and
+    /// [`ExtError::Refused`] if libtorch reports an error.
     pub fn set(&self, key: &str, value: &[u8], deadline: Instant) -> Result<()> {
-        let (key, value) = (text(key)?, value.to_vec());
-        self.ask("set", deadline, move |c| {
+        let key = c_string(key)?;
+        let value = value.to_vec();
+        self.call("set", deadline, move |c| {
             // SAFETY: all pointers are valid during the call.
-            checked("set a key of the store", |m, n| unsafe {
+            check_call("set a key of the store", |m, n| unsafe {
                 (c.functions.set)(c.handle, key.as_ptr(), value.as_ptr(), value.len(), m, n)
             })
         })
     }
 
-    /// Whether all keys are there; does not wait for them.
+    /// Returns whether all keys exist, without waiting for them.
     ///
     /// # Errors
-    /// As [`Store::set`].
-    #[allow(unsafe_code)]
+    /// Returns the same errors as [`Store::set`].
     pub fn check(&self, keys: &[&str], deadline: Instant) -> Result<bool> {
-        let keys = keys.iter().map(|k| text(k)).collect::<Result<Vec<_>>>()?;
-        self.ask("check", deadline, move |c| {
+        let keys = keys.iter().map(|k| c_string(k)).collect::<Result<Vec<_>>>()?;
+        self.call("check", deadline, move |c| {
             let pointers: Vec<_> = keys.iter().map(|k| k.as_ptr()).collect();
             let mut all = 0;
             // SAFETY: all pointers are valid during the call.
-            checked("look for keys of the store", |m, n| unsafe {
+            check_call("check keys of the store", |m, n| unsafe {
                 (c.functions.check)(c.handle, pointers.as_ptr(), pointers.len(), &mut all, m, n)
             })?;
             Ok(all != 0)
         })
     }
 
-    /// The values of keys that are known to be there.
+    /// Returns the values of keys that are known to exist.
     ///
     /// # Errors
-    /// As [`Store::set`]; also for a key that is not there.
-    #[allow(unsafe_code)]
+    /// Returns the same errors as [`Store::set`]; a missing key is an error, too.
     pub fn get_all(&self, keys: &[&str], deadline: Instant) -> Result<Vec<Vec<u8>>> {
-        let keys = keys.iter().map(|k| text(k)).collect::<Result<Vec<_>>>()?;
-        self.ask("get", deadline, move |c| {
+        let keys = keys.iter().map(|k| c_string(k)).collect::<Result<Vec<_>>>()?;
+        self.call("get", deadline, move |c| {
             let pointers: Vec<_> = keys.iter().map(|k| k.as_ptr()).collect();
             let mut out: Vec<Vec<u8>> = Vec::with_capacity(keys.len());
-            // SAFETY: all pointers are valid during the call, and `collect` is given the vector it expects.
-            checked("get keys of the store", |m, n| unsafe {
-                let place = (&raw mut out).cast();
-                (c.functions.get)(c.handle, pointers.as_ptr(), pointers.len(), collect, place, m, n)
+            // SAFETY: all pointers are valid during the call, and `collect_value` is given the vector that it expects.
+            check_call("get keys of the store", |m, n| unsafe {
+                let values = (&raw mut out).cast();
+                (c.functions.get)(c.handle, pointers.as_ptr(), pointers.len(), collect_value, values, m, n)
             })?;
             Ok(out)
         })
     }
 
-    /// Waits for a key and gives its value.
+    /// Waits for a key and returns its value.
     ///
     /// # Errors
-    /// As [`Store::set`]; [`ExtError::Refused`] where the key is not there at the deadline.
+    /// Returns the same errors as [`Store::set`], and [`ExtError::Refused`] if the key does not exist at the deadline.
     pub fn get(&self, key: &str, deadline: Instant) -> Result<Vec<u8>> {
         self.wait(&[key], deadline)?;
         let mut values = self.get_all(&[key], deadline)?;
         values.pop().ok_or_else(|| ExtError::Refused { what: "get a key of the store", message: "no value".into() })
     }
 
-    /// Waits until all keys are there.
+    /// Waits until all keys exist.
     ///
     /// # Errors
-    /// As [`Store::set`]; [`ExtError::Refused`] where one is not there at the deadline, with the keys that are missing.
+    /// Returns the same errors as [`Store::set`], and [`ExtError::Refused`] with the missing keys if one does not exist at the
+    /// deadline.
     pub fn wait(&self, keys: &[&str], deadline: Instant) -> Result<()> {
         while !self.check(keys, deadline)? {
-            // The last look must still get its answer.
-            if Instant::now() + PAUSE * 2 >= deadline {
+            // The last check must still be answered.
+            if Instant::now() + POLL_INTERVAL * 2 >= deadline {
                 let soon = Instant::now() + Duration::from_secs(2);
                 let mut missing = Vec::new();
                 for key in keys {
@@ -256,70 +231,71 @@ impl Store {
                         missing.push(*key);
                     }
                 }
-                let message = format!("not there at the deadline: {}", missing.join(", "));
+                let message = format!("still missing at the deadline: {}", missing.join(", "));
                 return Err(ExtError::Refused { what: "wait for keys of the store", message });
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }
 
-    /// Adds to a counter that begins at 0, and gives its new value.
+    /// Adds to a counter that starts at 0, and returns its new value.
     ///
     /// # Errors
-    /// As [`Store::set`].
-    #[allow(unsafe_code)]
+    /// Returns the same errors as [`Store::set`].
     pub fn add(&self, key: &str, by: i64, deadline: Instant) -> Result<i64> {
-        let key = text(key)?;
-        self.ask("add", deadline, move |c| {
+        let key = c_string(key)?;
+        self.call("add", deadline, move |c| {
             let mut out = 0;
             // SAFETY: all pointers are valid during the call.
-            checked("add to a key of the store", |m, n| unsafe {
+            check_call("add to a key of the store", |m, n| unsafe {
                 (c.functions.add)(c.handle, key.as_ptr(), by, &mut out, m, n)
             })?;
             Ok(out)
         })
     }
 
-    /// Sets a key where it holds `expected`, as one step; gives what it holds afterwards.
+    /// Atomically sets a key if its value is `expected`; returns its value afterwards.
     ///
     /// # Errors
-    /// As [`Store::set`].
-    #[allow(unsafe_code)]
-    pub fn swap(&self, key: &str, expected: &[u8], value: &[u8], deadline: Instant) -> Result<Vec<u8>> {
-        let (key, expected, value) = (text(key)?, expected.to_vec(), value.to_vec());
-        self.ask("swap", deadline, move |c| {
+    /// Returns the same errors as [`Store::set`].
+    pub fn compare_set(&self, key: &str, expected: &[u8], value: &[u8], deadline: Instant) -> Result<Vec<u8>> {
+        let key = c_string(key)?;
+        let expected = expected.to_vec();
+        let value = value.to_vec();
+        self.call("compare_set", deadline, move |c| {
             let mut out: Vec<Vec<u8>> = Vec::new();
-            // SAFETY: all pointers are valid during the call, and `collect` is given the vector it expects.
-            checked("swap a key of the store", |m, n| unsafe {
-                let place = (&raw mut out).cast();
-                let (e, v) = (expected.as_ptr(), value.as_ptr());
-                (c.functions.swap)(c.handle, key.as_ptr(), e, expected.len(), v, value.len(), collect, place, m, n)
+            // SAFETY: all pointers are valid during the call, and `collect_value` is given the vector that it expects.
+            check_call("compare and set a key of the store", |m, n| unsafe {
+                let values = (&raw mut out).cast();
+                let e = expected.as_ptr();
+                let v = value.as_ptr();
+                let e_len = expected.len();
+                let v_len = value.len();
+                (c.functions.compare_set)(c.handle, key.as_ptr(), e, e_len, v, v_len, collect_value, values, m, n)
             })?;
             Ok(out.pop().unwrap_or_default())
         })
     }
 
-    /// A second connection, for a thread that libtorch keeps waiting.
-    #[allow(unsafe_code)]
+    /// Opens a second connection, for a thread that libtorch keeps waiting.
     pub(crate) fn connection(&self, deadline: Instant) -> Result<Connection> {
-        self.ask("connect", deadline, |c| {
+        self.call("connect", deadline, |c| {
             let mut handle = std::ptr::null_mut();
-            // SAFETY: the place is written before it is used.
-            checked("connect to the store", |m, n| unsafe { (c.functions.clone)(c.handle, &mut handle, m, n) })?;
+            // SAFETY: the handle is written before it is used.
+            check_call("connect to the store", |m, n| unsafe { (c.functions.clone)(c.handle, &mut handle, m, n) })?;
             Ok(Connection { handle, functions: c.functions })
         })
     }
 }
 
-/// Between two looks for a key.
-const PAUSE: Duration = Duration::from_millis(10);
+/// Time between two checks for a key.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-pub(crate) fn text(key: &str) -> Result<CString> {
-    CString::new(key).map_err(|e| ExtError::Refused { what: "name a key", message: e.to_string() })
+pub(crate) fn c_string(text: &str) -> Result<CString> {
+    CString::new(text).map_err(|e| ExtError::Refused { what: "pass a text to libtorch", message: e.to_string() })
 }
 
-#[allow(unsafe_code)]
 fn connect(
     functions: &'static Functions,
     address: SocketAddr,
@@ -327,25 +303,24 @@ fn connect(
     what: &'static str,
     left: Duration,
 ) -> Result<Connection> {
-    let host = text(&address.ip().to_string())?;
+    let host = c_string(&address.ip().to_string())?;
     let host: &CStr = &host;
     let descriptor = listener.map_or(-1, IntoRawFd::into_raw_fd);
-    // libtorch divides to whole seconds, and 0 would be no limit.
-    let limit = left.as_secs().max(1) as i64 * 1000;
+    // libtorch rounds down to whole seconds, and 0 would mean no timeout.
+    let timeout_ms = left.as_secs().max(1) as i64 * 1000;
     let mut handle = std::ptr::null_mut();
-    // SAFETY: the place is written before it is used; the store takes the socket over.
-    checked(what, |m, n| unsafe {
-        (functions.new)(host.as_ptr(), address.port(), descriptor, limit, &mut handle, m, n)
+    // SAFETY: the handle is written before it is used; the store becomes the owner of the socket.
+    check_call(what, |m, n| unsafe {
+        (functions.new)(host.as_ptr(), address.port(), descriptor, timeout_ms, &mut handle, m, n)
     })?;
     Ok(Connection { handle, functions })
 }
 
-#[allow(unsafe_code)]
-unsafe extern "C" fn collect(place: *mut c_void, bytes: *const u8, length: usize) {
-    // SAFETY: `place` is the vector that the caller lent for the call; an empty value may have no address.
+unsafe extern "C" fn collect_value(values: *mut c_void, bytes: *const u8, length: usize) {
+    // SAFETY: `values` is the vector that the caller lent for the call; an empty value may have no address.
     unsafe {
         let value = if length == 0 { &[] } else { std::slice::from_raw_parts(bytes, length) };
-        (*place.cast::<Vec<Vec<u8>>>()).push(value.to_vec());
+        (*values.cast::<Vec<Vec<u8>>>()).push(value.to_vec());
     }
 }
 
@@ -364,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_end_writes_the_other_reads() {
+    fn values_are_shared_between_clients() {
         let (host, guest) = pair();
         assert_ne!(host.address().port(), 0);
         host.set("a", b"one", soon()).unwrap();
@@ -372,13 +347,13 @@ mod tests {
         assert_eq!(guest.get_all(&["a", "empty"], soon()).unwrap(), [b"one".to_vec(), vec![]]);
         assert!(!guest.check(&["a", "b"], soon()).unwrap());
         assert_eq!((host.add("n", 2, soon()).unwrap(), guest.add("n", 3, soon()).unwrap()), (2, 5));
-        assert_eq!(guest.swap("a", b"two", b"three", soon()).unwrap(), b"one");
-        assert_eq!(guest.swap("a", b"one", b"three", soon()).unwrap(), b"three");
+        assert_eq!(guest.compare_set("a", b"two", b"three", soon()).unwrap(), b"one");
+        assert_eq!(guest.compare_set("a", b"one", b"three", soon()).unwrap(), b"three");
         assert_eq!(host.get("a", soon()).unwrap(), b"three");
     }
 
     #[test]
-    fn a_key_is_waited_for_and_named_when_it_does_not_come() {
+    fn waiting_returns_values_or_names_missing_keys() {
         let (host, guest) = pair();
         std::thread::scope(|s| {
             s.spawn(|| {
@@ -388,13 +363,13 @@ mod tests {
             assert_eq!(guest.get("late", soon()).unwrap(), b"here");
         });
         let error = guest.wait(&["late", "never"], Instant::now() + Duration::from_millis(200)).unwrap_err();
-        assert!(error.to_string().ends_with("not there at the deadline: never"), "{error}");
-        // The store is as good as before.
+        assert!(error.to_string().ends_with("still missing at the deadline: never"), "{error}");
+        // The store is still usable.
         guest.set("b", b"x", soon()).unwrap();
     }
 
     #[test]
-    fn a_host_that_is_gone_or_silent_is_an_error_in_time() {
+    fn failed_and_silent_hosts_are_errors_in_time() {
         let (host, guest) = pair();
         drop(host);
         let mut error = None;
@@ -405,9 +380,9 @@ mod tests {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
-        assert!(error.is_some(), "a store without its host goes on");
+        assert!(error.is_some(), "a store without its host still answers");
 
-        // A socket that takes connections and never answers.
+        // A socket that accepts connections and never answers.
         let silent = TcpListener::bind("127.0.0.1:0").unwrap();
         let begin = Instant::now();
         let joined = Store::join(silent.local_addr().unwrap(), begin + Duration::from_millis(1200));

@@ -1,5 +1,5 @@
-// Attention of a block of queries over keys, queries side by side in the lanes of vectors: a key is read once for all of them, and
-// softmax goes down the lanes.
+// Attention of a block of queries over keys. The queries are in the lanes of vectors: a key is read once for all of them, and softmax
+// runs within each lane.
 #pragma once
 
 #include <algorithm>
@@ -7,10 +7,10 @@
 
 #include "vec.h"
 
-// Keys that are scored before their values are read.
+// Number of keys that are scored before their values are read.
 constexpr int64_t TILE = 64;
 
-// Queries `[d][lanes]` (scaled), and the state of their softmax so far: maxima, sums of exponentials, weighted values `[d][lanes]`.
+// Scaled queries `[d][lanes]` and the state of their online softmax: maxima, sums of exponentials, weighted values `[d][lanes]`.
 struct Queries {
   int64_t d, lanes;
   std::vector<float> q, max, sum, out;
@@ -28,7 +28,7 @@ struct Queries {
   }
 };
 
-// scores[j * lanes + lane] of K keys `[., d]` for C vectors of queries.
+// Computes scores[j * lanes + lane] of K keys `[., d]` for C vectors of queries.
 template <int K, int C>
 INLINE void score(const float* q, int64_t lanes, const float* keys, int64_t d, float* scores) {
   vec acc[K][C] = {};
@@ -51,8 +51,8 @@ INLINE void score_all(const float* q, int64_t lanes, const float* keys, int64_t 
 
 // Adds the values `[count, d]` weighted by `p[j * lanes + lane]`.
 template <int C>
-INLINE void weigh(const float* p, int64_t lanes, const float* values, int64_t count, int64_t d, float* out) {
-  auto some = [&]<int D>(int64_t c) {
+INLINE void add_weighted(const float* p, int64_t lanes, const float* values, int64_t count, int64_t d, float* out) {
+  auto columns = [&]<int D>(int64_t c) {
     vec acc[D][C];
     for (int e = 0; e < D; e++)
       for (int i = 0; i < C; i++) acc[e][i] = load(out + (c + e) * lanes + i * W);
@@ -66,11 +66,11 @@ INLINE void weigh(const float* p, int64_t lanes, const float* values, int64_t co
       for (int i = 0; i < C; i++) store(out + (c + e) * lanes + i * W, acc[e][i]);
   };
   int64_t c = 0;
-  for (; c + 4 <= d; c += 4) some.template operator()<4>(c);
-  for (; c < d; c++) some.template operator()<1>(c);
+  for (; c + 4 <= d; c += 4) columns.template operator()<4>(c);
+  for (; c < d; c++) columns.template operator()<1>(c);
 }
 
-// Scores `[count][lanes]` of keys `[count, d]`.
+// Computes the scores `[count][lanes]` of keys `[count, d]`.
 static void scores(const Queries& s, const float* keys, int64_t count, float* out) {
   int64_t at = 0;
   for (; at + 3 * W <= s.lanes; at += 3 * W) score_all<3>(&s.q[at], s.lanes, keys, count, s.d, out + at);
@@ -78,7 +78,7 @@ static void scores(const Queries& s, const float* keys, int64_t count, float* ou
   if (at + W == s.lanes) score_all<1>(&s.q[at], s.lanes, keys, count, s.d, out + at);
 }
 
-// Takes keys and values `[count, d]` into the softmax; tile by tile, with a running maximum (arXiv 1805.02867).
+// Adds keys and values `[count, d]` to the softmax, tile by tile, with a running maximum (arXiv 1805.02867).
 static void attend(Queries& s, const float* keys, const float* values, int64_t count) {
   thread_local std::vector<float> p;
   p.resize(TILE * s.lanes);
@@ -103,15 +103,15 @@ static void attend(Queries& s, const float* keys, const float* values, int64_t c
     }
     const float* v = values + from * s.d;
     int64_t at = 0;
-    for (; at + 3 * W <= s.lanes; at += 3 * W) weigh<3>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
-    if (at + 2 * W == s.lanes) weigh<2>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
-    if (at + W == s.lanes) weigh<1>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
+    for (; at + 3 * W <= s.lanes; at += 3 * W) add_weighted<3>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
+    if (at + 2 * W == s.lanes) add_weighted<2>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
+    if (at + W == s.lanes) add_weighted<1>(&p[at], s.lanes, v, tile, s.d, &s.out[at]);
   }
 }
 
-// Joins lane i of `a` and lane j of `b` into one attention's output `[d]`, by their maxima and sums (Hydragen, arXiv 2402.05099,
+// Merges lane i of `a` and lane j of `b` into one attention output `[d]`, by their maxima and sums (Hydragen, arXiv 2402.05099,
 // section 3.1).
-static void join(const Queries& a, int64_t i, const Queries& b, int64_t j, float* out) {
+static void merge(const Queries& a, int64_t i, const Queries& b, int64_t j, float* out) {
   const float top = std::max(a.max[i], b.max[j]);
   const float wa = std::exp(a.max[i] - top), wb = std::exp(b.max[j] - top);
   const float total = 1.0f / fma(a.sum[i], wa, b.sum[j] * wb);

@@ -1,33 +1,33 @@
-// A decode step of the decoder on the CPU: one token per fed row, behind the row's own keys and values and the prefix that its group
-// shares. All layers run inside one team of threads; weights are read where they lie. The types are mirrored in src/decode.rs.
+// A decode step on the CPU: one token per fed row, attending to the row's own keys and values and to the prefix that its group
+// shares. All layers run in one team of threads; weights are read in place. The types are mirrored in src/cpu_kernels.rs.
 
 #include "attention.h"
 #include "linear.h"
 
 extern "C" {
 
-// Weights of a layer, row-major; a null pointer is a part that the family lacks.
+// Weights of a layer, row-major; null for a tensor that the model family lacks.
 struct Layer {
   const float *norm1, *qkv[3], *qkv_bias[3], *q_norm, *k_norm, *o, *norm2, *gate, *up, *down;
   // Keys and values: prefixes [S, Hkv, prompt, d], suffixes [R, Hkv, response, d].
   const float *prefix_k, *prefix_v;
   float *suffix_k, *suffix_v;
-  // Where attention is read: image keys [S, Hkv, images, d] and, for each head, whether it counts.
+  // If attention is captured: image keys [S, Hkv, images, d] and, for each head, whether it is captured.
   const float* image_k;
   const uint8_t* heads;
 };
 
 struct Step {
   int64_t fed, hidden, intermediate, heads, kv_heads, head_dim, slots, n, prompt, response, images;
-  float eps, share;
+  float eps, head_weight;
   int32_t threads;
   // [fed, hidden], in and out.
   float* x;
   // [fed, head_dim / 2].
   const float *cos, *sin;
-  // Cache row of each fed token, ascending, and how many tokens the row held before.
-  const int64_t *row, *held;
-  // By slot: prompt tokens, image tokens.
+  // Cache row of each fed token, ascending, and the response tokens that the row already holds.
+  const int64_t *row, *length;
+  // Per slot: prompt tokens, image tokens.
   const int64_t *prefix, *image;
   // [Hkv, fed, images], zeros to which rows are added; null without capture.
   float* attention;
@@ -53,8 +53,8 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
   }
 }
 
-// Softmax over the image keys of each lane that counts, times the share, added to that query's row.
-void read_attention(const Step& s, const Layer& l, const Queries& queries, int64_t slot, int64_t kv, int64_t first) {
+// Softmax over the image keys for each captured lane, times the head weight, added to that query's row.
+void capture_attention(const Step& s, const Layer& l, const Queries& queries, int64_t slot, int64_t kv, int64_t first) {
   thread_local std::vector<float> raw;
   const int64_t count = s.image[slot], group = s.heads / s.kv_heads, lanes = queries.lanes;
   if (count == 0) return;
@@ -68,7 +68,7 @@ void read_attention(const Step& s, const Layer& l, const Queries& queries, int64
       total += e;
       store(&raw[j * lanes + at], e);
     }
-    const vec scale = s.share / total;
+    const vec scale = s.head_weight / total;
     for (int64_t j = 0; j < count; j++) store(&raw[j * lanes + at], load(&raw[j * lanes + at]) * scale);
   }
   int64_t end = first;
@@ -83,8 +83,8 @@ void read_attention(const Step& s, const Layer& l, const Queries& queries, int64
   }
 }
 
-// One key/value head of one slot: rotates its queries and keys, stores keys and values, attends. `qkv` is [fed, Hq + 2 Hkv, d], `out`
-// [fed, Hq, d].
+// One key/value head of one slot: rotates its queries and keys, stores keys and values, computes attention. `qkv` is
+// [fed, Hq + 2 Hkv, d], `out` [fed, Hq, d].
 void group_attention(const Step& s, const Layer& l, int64_t slot, int64_t kv, float* qkv, float* out) {
   thread_local Queries shared, own;
   const int64_t d = s.head_dim, group = s.heads / s.kv_heads, width = (s.heads + 2 * s.kv_heads) * d;
@@ -103,26 +103,26 @@ void group_attention(const Step& s, const Layer& l, int64_t slot, int64_t kv, fl
     }
     if (l.k_norm) rms_norm(k, l.k_norm, d, s.eps, k);
     rotate(k, cos, sin, d / 2);
-    const int64_t place = ((s.row[a] * s.kv_heads + kv) * s.response + s.held[a]) * d;
-    std::copy(k, k + d, l.suffix_k + place);
-    std::copy(v, v + d, l.suffix_v + place);
+    const int64_t offset = ((s.row[a] * s.kv_heads + kv) * s.response + s.length[a]) * d;
+    std::copy(k, k + d, l.suffix_k + offset);
+    std::copy(v, v + d, l.suffix_v + offset);
   }
-  if (l.image_k) read_attention(s, l, shared, slot, kv, first);
+  if (l.image_k) capture_attention(s, l, shared, slot, kv, first);
   const int64_t prefix = (slot * s.kv_heads + kv) * s.prompt * d;
   attend(shared, l.prefix_k + prefix, l.prefix_v + prefix, s.prefix[slot]);
   for (int64_t a = first; a < end; a++) {
     own.reset(d, group);
     for (int64_t g = 0; g < group; g++) own.set(g, qkv + a * width + (kv * group + g) * d, scale);
     const int64_t suffix = (s.row[a] * s.kv_heads + kv) * s.response * d;
-    attend(own, l.suffix_k + suffix, l.suffix_v + suffix, s.held[a] + 1);
+    attend(own, l.suffix_k + suffix, l.suffix_v + suffix, s.length[a] + 1);
     for (int64_t g = 0; g < group; g++)
-      join(shared, (a - first) * group + g, own, g, out + (a * s.heads + kv * group + g) * d);
+      merge(shared, (a - first) * group + g, own, g, out + (a * s.heads + kv * group + g) * d);
   }
 }
 
-// Columns [from, to) of silu(gate) * up, for all rows of x. Each row begins a vector, so that where its columns stand in vectors does
-// not depend on how many rows there are.
-void gated(const Step& s, const Layer& l, const float* x, int64_t from, int64_t to, float* out) {
+// Columns [from, to) of silu(gate) * up, for all rows of x. Each row starts a new vector, so that the lanes of its columns do not
+// depend on the number of rows.
+void gated_mlp(const Step& s, const Layer& l, const float* x, int64_t from, int64_t to, float* out) {
   thread_local std::vector<float> buffer;
   const int64_t width = to - from, stride = (width + W - 1) / W * W, count = s.fed * stride;
   buffer.assign(2 * count, 0.0f);
@@ -153,7 +153,7 @@ void unveil_decode(const Step* step, const Layer* layers, int64_t count) {
   const int64_t d = s.head_dim, width = (s.heads + 2 * s.kv_heads) * d, inner = s.heads * d;
   const int64_t parts[3] = {inner, s.kv_heads * d, s.kv_heads * d};
   std::vector<float> normed(s.fed * s.hidden), qkv(s.fed * width), attended(s.fed * inner), mlp(s.fed * s.intermediate);
-  // Work is handed out block by block, since threads may lose their core for a while; each loop ends with a barrier.
+  // Work is scheduled block by block, since threads may lose their core for a while; each loop ends with a barrier.
 #pragma omp parallel num_threads(s.threads)
   for (int64_t index = 0; index < count; index++) {
     const Layer& l = layers[index];
@@ -180,7 +180,7 @@ void unveil_decode(const Step* step, const Layer* layers, int64_t count) {
       rms_norm(s.x + a * s.hidden, l.norm2, s.hidden, s.eps, &normed[a * s.hidden]);
 #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < s.intermediate; j += BLOCK)
-      gated(s, l, normed.data(), j, std::min(s.intermediate, j + BLOCK), mlp.data());
+      gated_mlp(s, l, normed.data(), j, std::min(s.intermediate, j + BLOCK), mlp.data());
 #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < s.hidden; j += BLOCK)
       columns(mlp.data(), s.fed, s.intermediate, l.down, nullptr, s.x, s.hidden, j, std::min(s.hidden, j + BLOCK), true);

@@ -1,6 +1,6 @@
-// Vectors of floats as wide as the instruction set that this is compiled for, in GCC's and Clang's portable notation. On x86 the
-// compiler may not fuse products and sums by itself (-ffp-contract=off): whether it does depends on how a loop is unrolled, and so on
-// how many rows there are. What is fused is written as `fma`.
+// Float vectors as wide as the instruction set that this is compiled for, in GCC's and Clang's portable notation. On x86 the compiler
+// must not fuse products and sums on its own (-ffp-contract=off): whether it does depends on how a loop is unrolled, and so on the
+// number of rows. Fused operations are written as `fma`.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ INLINE vec load(const float* p) {
 
 INLINE void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-// The first `count` numbers, and zeros behind them.
+// Loads `count` numbers, followed by zeros.
 INLINE vec load(const float* p, int64_t count) {
   vec v = {};
   for (int64_t i = 0; i < count; i++) v[i] = p[i];
@@ -44,7 +44,7 @@ INLINE vec load(const float* p, int64_t count) {
 
 INLINE vec splat(float x) { return x - vec{}; }
 
-// a * b + c, rounded once where the instruction set can.
+// a * b + c, rounded once if the instruction set can.
 INLINE float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__FP_FAST_FMAF)
   return __builtin_fmaf(a, b, c);
@@ -66,7 +66,7 @@ INLINE vec fma(vec a, vec b, vec c) {
   std::memcpy(&c, z, sizeof c);
   return c;
 #else
-  // Other processors: fused by the compiler, which is told to there, since it lowers vectors that are wider than the processor's.
+  // On other processors the compiler may fuse (see build.rs), since it lowers vectors that are wider than the processor's.
   return a * b + c;
 #endif
 }
@@ -80,7 +80,7 @@ INLINE vec8 halves(vec v) {
   return h[0];
 }
 
-// The sums of four vectors.
+// Sums of the lanes of four vectors.
 INLINE vec4 sum4(vec a, vec b, vec c, vec d) {
   typedef int32_t pick __attribute__((vector_size(32)));
   const vec8 p = halves(a), q = halves(b), r = halves(c), s = halves(d);

@@ -1,5 +1,5 @@
-//! Decode steps of odd sizes: a row's numbers are the same to the last digit whichever other rows are fed, on every instruction set
-//! that this machine has, and however many threads share the work.
+//! Decode steps of odd sizes: a row's results are bit for bit the same whichever other rows are fed, on every instruction set that this
+//! machine supports and with any number of threads.
 
 use tch::{Device, Kind, Tensor};
 use unveil_torch_ext::{DecodeLayer, DecodeStep, decode, instruction_sets, with_instruction_set};
@@ -14,8 +14,8 @@ fn random(size: &[i64], scale: f64) -> Tensor {
     Tensor::randn(size, (Kind::Float, Device::Cpu)) * scale
 }
 
-/// One layer of random weights, and the caches behind it.
-struct World {
+/// One layer of random weights, with its KV caches.
+struct Fixture {
     heads: (i64, i64),
     vectors: [Tensor; 7],
     matrices: [Tensor; 7],
@@ -26,11 +26,12 @@ struct World {
     rotary: [Tensor; 2],
 }
 
-impl World {
-    /// Of hidden and intermediate size, query and key/value heads, and a head's size.
+impl Fixture {
+    /// Sizes: hidden, intermediate, query heads, key/value heads, head.
     fn new([hidden, inner, hq, hkv, d]: [i64; 5]) -> Self {
         let rows = SLOTS * N;
-        let (matrix, bias) = (|out: i64, from: i64| random(&[out, from], 0.1), |n: i64| random(&[n], 0.1));
+        let matrix = |out: i64, from: i64| random(&[out, from], 0.1);
+        let bias = |n: i64| random(&[n], 0.1);
         Self {
             heads: (hq, hkv),
             vectors: [
@@ -59,7 +60,7 @@ impl World {
         }
     }
 
-    /// Hidden states and attention of some rows, row by row `[A, D]` and `[A, Hkv, V]`. The caches stay as they are.
+    /// Returns hidden states `[A, D]` and attention `[A, Hkv, V]` of the given rows, without changing the caches.
     fn step(&self, rows: &[i64]) -> (Tensor, Tensor) {
         let suffix = [0, 1].map(|i| self.suffix[i].copy());
         let [norm1, norm2, q_norm, k_norm, q_bias, k_bias, v_bias] = &self.vectors;
@@ -78,19 +79,19 @@ impl World {
             capture: Some((&self.image_k, None)),
         };
         let index = Tensor::from_slice(rows);
-        let own = |t: &Tensor| t.index_select(0, &index);
-        let rotary = [0, 1].map(|i| own(&self.rotary[i]));
+        let fed = |t: &Tensor| t.index_select(0, &index);
+        let rotary = [0, 1].map(|i| fed(&self.rotary[i]));
         let step = DecodeStep {
             heads: self.heads,
             n: N,
             eps: 1e-6,
-            x: &own(&self.x),
+            x: &fed(&self.x),
             rotary: [&rotary[0], &rotary[1]],
             rows,
-            held: &rows.iter().map(|r| r * 7 % RESPONSE).collect::<Vec<_>>(),
+            lengths: &rows.iter().map(|r| r * 7 % RESPONSE).collect::<Vec<_>>(),
             prefix: &[PROMPT, PROMPT - 3, 0],
             images: &[IMAGES, IMAGES - 7, 0],
-            share: 0.1,
+            head_weight: 0.1,
         };
         let (hidden, attention) = decode(&step, &[layer]).unwrap();
         (hidden, attention.unwrap().transpose(0, 1).contiguous())
@@ -98,40 +99,40 @@ impl World {
 }
 
 #[test]
-fn a_row_does_not_depend_on_its_neighbours() {
+fn rows_are_independent_of_each_other() {
     tch::manual_seed(11);
     let every: Vec<i64> = (0..SLOTS * N).collect();
     for sizes in [[64, 128, 4, 2, 16], [48, 100, 6, 2, 8], [40, 52, 5, 5, 10], [96, 72, 8, 1, 24]] {
-        let world = World::new(sizes);
-        let mut among: Vec<(&str, Tensor)> = Vec::new();
+        let fixture = Fixture::new(sizes);
+        let mut results: Vec<(&str, Tensor)> = Vec::new();
         for set in instruction_sets() {
             let check = || {
-                let alone: Vec<_> = every.iter().map(|r| world.step(&[*r])).collect();
+                let alone: Vec<_> = every.iter().map(|r| fixture.step(&[*r])).collect();
                 for pattern in 1u32..60 {
                     tch::set_num_threads(1 + (pattern % 3) as i32);
                     let chosen =
                         |r: &&i64| **r == 14 || pattern.wrapping_mul(2_654_435_761).rotate_left(**r as u32) & 1 == 1;
                     let rows: Vec<i64> = every.iter().filter(chosen).copied().collect();
-                    let (hidden, attention) = world.step(&rows);
+                    let (hidden, attention) = fixture.step(&rows);
                     for (i, r) in rows.iter().enumerate() {
-                        let (own_hidden, own_attention) = &alone[*r as usize];
+                        let (expected_hidden, expected_attention) = &alone[*r as usize];
                         let i = i as i64;
-                        assert_eq!(&hidden.narrow(0, i, 1), own_hidden, "{set} {sizes:?}: row {r} among {rows:?}");
+                        assert_eq!(&hidden.narrow(0, i, 1), expected_hidden, "{set} {sizes:?}: row {r} among {rows:?}");
                         assert_eq!(
                             &attention.narrow(0, i, 1),
-                            own_attention,
+                            expected_attention,
                             "{set} {sizes:?}: row {r} among {rows:?}"
                         );
                     }
                 }
                 Tensor::cat(&alone.into_iter().map(|(h, _)| h).collect::<Vec<_>>(), 0)
             };
-            among.push((set, with_instruction_set(set, check).unwrap()));
+            results.push((set, with_instruction_set(set, check).unwrap()));
         }
         // Between instruction sets only rounding differs.
-        for (set, hidden) in &among {
-            let off = (hidden - &among[0].1).abs().max().double_value(&[]);
-            assert!(off < 1e-4, "{set} and {} differ by {off} {sizes:?}", among[0].0);
+        for (set, hidden) in &results {
+            let off = (hidden - &results[0].1).abs().max().double_value(&[]);
+            assert!(off < 1e-4, "{set} and {} differ by {off} {sizes:?}", results[0].0);
         }
     }
 }
