@@ -1,40 +1,40 @@
-//! What can go wrong, and the record of a failure that all ranks share.
+//! Error types, and the failure record that all ranks share.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a call did not end.
+/// FaultKind a call failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Why {
-    /// The ranks give no sign of life: killed, stopped, or cut off.
+pub enum FaultKind {
+    /// The ranks send no heartbeats: killed, stopped, or disconnected.
     Silent,
-    /// The ranks live but did not make the call.
+    /// The ranks are alive but did not make the call.
     Behind,
     /// The ranks closed their world before the call.
     Left,
-    /// The ranks made another call, or one of another size.
-    Differs,
-    /// All ranks came, but the connection between them failed.
+    /// The ranks made a different call, or one with another number of elements.
+    Mismatched,
+    /// All ranks made the call, but the connection between them failed.
     Transport,
 }
 
-/// The first failure of a world, the same on all ranks that could still be told.
+/// The first failure of a world, the same on all ranks that could still be notified.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
-    /// The call: `all_reduce`, `reduce_scatter`, `all_gather`, `broadcast`, `barrier`, or `connect` for a group in the making.
+    /// The call: `all_reduce`, `reduce_scatter`, `all_gather`, `broadcast`, `barrier`, or `connect` while a group is being connected.
     pub collective: String,
-    /// The group's name; `world` for that of all ranks.
+    /// The group's name; `world` for the group of all ranks.
     pub group: String,
     /// The call's number in its group, from 1; 0 for `connect`.
     pub sequence: u64,
-    /// Ranks of the world that did not come; empty for [`Why::Transport`].
+    /// World ranks that made the call fail; empty for [`FaultKind::Transport`].
     pub ranks: Vec<usize>,
-    /// Why they did not.
-    pub why: Why,
-    /// The rank of the world that found out.
+    /// FaultKind the call failed.
+    pub kind: FaultKind,
+    /// The world rank that detected the failure.
     pub found_by: usize,
-    /// What that rank saw.
+    /// The symptom on that rank.
     pub cause: String,
 }
 
@@ -43,40 +43,40 @@ impl std::fmt::Display for Fault {
         let Self { collective, group, sequence, found_by, cause, .. } = self;
         let ranks = list(&self.ranks);
         write!(f, "{collective} #{sequence} of group `{group}` failed: ")?;
-        match self.why {
-            Why::Silent => write!(f, "{ranks} gave no sign of life")?,
-            Why::Behind => write!(f, "{ranks} did not make this call")?,
-            Why::Left => write!(f, "{ranks} had left")?,
-            Why::Differs => write!(f, "{ranks} made another call")?,
-            Why::Transport => write!(f, "all ranks came, but the connection failed")?,
+        match self.kind {
+            FaultKind::Silent => write!(f, "{ranks} stopped sending heartbeats")?,
+            FaultKind::Behind => write!(f, "{ranks} did not make this call")?,
+            FaultKind::Left => write!(f, "{ranks} had left")?,
+            FaultKind::Mismatched => write!(f, "{ranks} made a different call")?,
+            FaultKind::Transport => write!(f, "all ranks made the call, but the connection failed")?,
         }
-        write!(f, " (found by rank {found_by}: {cause}); start the ranks again")
+        write!(f, " (found by rank {found_by}: {cause}); restart the ranks")
     }
 }
 
 impl std::error::Error for Fault {}
 
-/// `rank 3`, `ranks 1, 2`.
+/// Formats ranks as `rank 3` or `ranks 1, 2`.
 pub(crate) fn list(ranks: &[usize]) -> String {
     let all: Vec<_> = ranks.iter().map(ToString::to_string).collect();
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, all.join(", "))
 }
 
-/// The lines of a fingerprint that the other one does not have.
-fn lines_of(own: &str, other: &str) -> String {
-    let theirs: Vec<&str> = other.lines().collect();
-    own.lines().filter(|line| !theirs.contains(line)).collect::<Vec<_>>().join(", ")
+/// Returns the lines of a fingerprint that are not in the other one.
+fn differing_lines(fingerprint: &str, other: &str) -> String {
+    let other_lines: Vec<&str> = other.lines().collect();
+    fingerprint.lines().filter(|line| !other_lines.contains(line)).collect::<Vec<_>>().join(", ")
 }
 
-/// What can go wrong.
+/// Errors of this crate.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CollectiveError {
-    /// A call failed, here or elsewhere; the world is closed.
+    /// A call failed on some rank, and the world is closed.
     #[error(transparent)]
     Fault(#[from] Arc<Fault>),
-    /// Elements do not divide over ranks.
+    /// The number of elements is not a multiple of the number of ranks.
     #[error("{call}: {count} elements do not divide over {ranks} ranks; pad to a multiple of {ranks}")]
-    Divide {
+    Indivisible {
         /// The call.
         call: &'static str,
         /// Elements of the tensor.
@@ -84,59 +84,59 @@ pub enum CollectiveError {
         /// Ranks of the group.
         ranks: usize,
     },
-    /// A tensor that the backend cannot take.
+    /// The tensor is not supported by the backend or the call.
     #[error("{call}: {message}")]
     Tensor {
         /// The call.
         call: &'static str,
-        /// What is wrong and what is needed.
+        /// The problem, and what is required.
         message: String,
     },
-    /// No such rank.
+    /// The root rank is not in the group.
     #[error("{call}: there is no rank {rank} in a group of {ranks}")]
     Rank {
         /// The call.
         call: &'static str,
-        /// The rank that was named.
+        /// The requested rank.
         rank: usize,
         /// Ranks of the group.
         ranks: usize,
     },
-    /// A mesh of another size than the world.
+    /// The size of the mesh differs from the size of the world.
     #[error(
         "a mesh of {replicas} replicas x {shards} shards needs {} ranks, but the world has {world}",
         replicas.saturating_mul(*shards)
     )]
     Mesh {
-        /// Replicas.
+        /// Number of replicas.
         replicas: usize,
-        /// Shards of each replica.
+        /// Number of shards of each replica.
         shards: usize,
-        /// Ranks there are.
+        /// Size of the world.
         world: usize,
     },
-    /// Ranks did not come.
+    /// Ranks were missing at the rendezvous deadline.
     #[error(
-        "{} of {world} did not come to {address} within {seconds:.1} s (found by rank {found_by}); start them, or wait longer",
+        "{} of {world} did not join at {address} within {seconds:.1} s (found by rank {found_by}); start them, or raise the timeout",
         list(ranks)
     )]
     Missing {
-        /// Who.
+        /// The missing ranks.
         ranks: Vec<usize>,
-        /// Ranks there should be.
+        /// Size of the world.
         world: usize,
-        /// Where they should have come.
+        /// Address of the rendezvous.
         address: String,
-        /// How long they were waited for.
+        /// Seconds waited.
         seconds: f64,
-        /// The rank that gave up first.
+        /// The rank that timed out first.
         found_by: usize,
     },
-    /// A rank runs something else.
+    /// A rank has another configuration or binary than rank 0.
     #[error(
         "rank {rank} was refused: it runs `{}`, but rank 0 runs `{}`; start all ranks with one binary and configuration",
-        lines_of(theirs, expected),
-        lines_of(expected, theirs)
+        differing_lines(theirs, expected),
+        differing_lines(expected, theirs)
     )]
     Fingerprint {
         /// The rank.
@@ -146,36 +146,36 @@ pub enum CollectiveError {
         /// The fingerprint of rank 0.
         expected: String,
     },
-    /// Two ranks do not know the same token.
+    /// Two ranks have different tokens.
     #[error(
-        "{} of those that meet at {address} do not have the same token: give all ranks one, and look who else reaches that port",
+        "{} at {address} have different tokens: give all ranks the same one, and check which other processes can reach that port",
         list(ranks)
     )]
-    Token {
-        /// The one that found out, and the other.
+    TokenMismatch {
+        /// The rank that detected it, and the other one.
         ranks: [usize; 2],
-        /// Where the ranks meet.
+        /// Address of the rendezvous.
         address: String,
     },
-    /// Two processes with one rank.
+    /// Two processes have the same rank.
     #[error(
-        "rank {rank} is at {address} already: give each process a rank of its own, or end what is left of an earlier run"
+        "rank {rank} has already joined at {address}: give each process its own rank, or end the processes of an earlier run"
     )]
-    Twice {
+    DuplicateRank {
         /// The rank.
         rank: usize,
-        /// Where the ranks meet.
+        /// Address of the rendezvous.
         address: String,
     },
-    /// A setup that cannot be.
+    /// The setup is invalid.
     #[error("{0}")]
     Setup(String),
-    /// The backend cannot be used here.
+    /// The backend is not available on this machine.
     #[error("{backend}: {message}")]
     Backend {
         /// `gloo` or `nccl`.
         backend: &'static str,
-        /// What is missing.
+        /// The missing requirement.
         message: String,
     },
 }

@@ -1,4 +1,4 @@
-//! Calls among the ranks of one group: what is checked before a call starts, and the order of calls.
+//! Groups of ranks: validates calls before they start, and numbers them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,182 +6,187 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::beat::{Call, Made};
-use crate::transport::{Request, Transport};
-use crate::world::Ties;
+use crate::heartbeat::{Call, CallRecord};
+use crate::shared::WorldShared;
+use crate::transport::{CollectiveRequest, Transport};
 use crate::{Barrier, CollectiveError, Result, Work};
 
-/// Calls that all ranks of a group make in the same order.
+/// Collective calls, which all ranks of a group make in the same order.
 ///
-/// Tensors are flat, contiguous and not empty, fp32, fp64, bf16 or int64, on the backend's device; all ranks give as many elements.
-/// Calls start at once; do not touch a tensor before its call has ended. In-place calls give back the tensor they were given.
-/// Sums over Gloo are made in fp32 for bf16 and rounded once; NCCL rounds after every rank.
+/// Tensors are flat, contiguous and not empty, fp32, fp64, bf16 or int64, on the backend's device, with the same number of elements
+/// on all ranks. The `start_*` methods do not block; do not use a tensor before its call has completed. In-place calls return the
+/// tensor that they were given. Gloo sums bf16 in fp32 and rounds once; NCCL rounds after every rank.
 pub trait Collective {
-    /// This rank's place in the group, from 0.
+    /// Returns this rank's number in the group, from 0.
     fn rank(&self) -> usize;
 
-    /// Ranks in the group.
+    /// Returns the number of ranks in the group.
     fn world_size(&self) -> usize;
 
-    /// The longest that a call may take; the blocking calls wait so long.
-    fn limit(&self) -> Duration;
+    /// Returns the timeout of the blocking calls, which is also the backend's timeout of every call.
+    fn timeout(&self) -> Duration;
 
-    /// Starts to sum a tensor over all ranks, in place.
+    /// Starts an all-reduce: sums a tensor over all ranks, in place.
     ///
     /// # Errors
-    /// The tensor does not fit, or the world has a fault.
+    /// Returns [`CollectiveError::Tensor`] for an unsupported tensor, and [`CollectiveError::Fault`] if the world has failed.
     fn start_all_reduce(&self, tensor: Tensor) -> Result<Work>;
 
-    /// Starts to sum over all ranks; rank r gets part r of the sum, as a new tensor.
+    /// Starts a reduce-scatter: sums over all ranks, and returns shard r of the sum to rank r as a new tensor.
     ///
     /// # Errors
-    /// The elements do not divide over the ranks, the tensor does not fit, or the world has a fault.
+    /// Returns [`CollectiveError::Indivisible`] if the elements do not divide evenly over the ranks; see also
+    /// [`Collective::start_all_reduce`].
     fn start_reduce_scatter(&self, tensor: Tensor) -> Result<Work>;
 
-    /// Starts to put the tensors of all ranks one after another, as a new tensor.
+    /// Starts an all-gather: concatenates the tensors of all ranks into a new tensor.
     ///
     /// # Errors
-    /// The tensor does not fit, or the world has a fault.
+    /// See [`Collective::start_all_reduce`].
     fn start_all_gather(&self, tensor: Tensor) -> Result<Work>;
 
-    /// Starts to copy the tensor of rank `root` of the group to all, in place.
+    /// Starts a broadcast: copies the tensor of group rank `root` to all ranks, in place.
     ///
     /// # Errors
-    /// There is no such rank, the tensor does not fit, or the world has a fault.
+    /// Returns [`CollectiveError::Rank`] if the group has no such rank; see also [`Collective::start_all_reduce`].
     fn start_broadcast(&self, tensor: Tensor, root: usize) -> Result<Work>;
 
-    /// Starts to wait for all ranks.
+    /// Starts a barrier, which completes when all ranks have reached it.
     ///
     /// # Errors
-    /// The world has a fault.
+    /// Returns [`CollectiveError::Fault`] if the world has failed.
     fn start_barrier(&self) -> Result<Barrier>;
 
-    /// [`Collective::start_all_reduce`] and its end.
+    /// Sums a tensor over all ranks, in place, and waits for the result.
     ///
     /// # Errors
-    /// As there, and as [`Work::wait`].
+    /// See [`Collective::start_all_reduce`] and [`Work::wait`].
     fn all_reduce(&self, tensor: Tensor) -> Result<Tensor> {
-        self.start_all_reduce(tensor)?.wait(Instant::now() + self.limit())
+        self.start_all_reduce(tensor)?.wait(Instant::now() + self.timeout())
     }
 
-    /// [`Collective::start_reduce_scatter`] and its end.
+    /// Sums over all ranks and waits for this rank's shard of the sum, a new tensor.
     ///
     /// # Errors
-    /// As there, and as [`Work::wait`].
+    /// See [`Collective::start_reduce_scatter`] and [`Work::wait`].
     fn reduce_scatter(&self, tensor: Tensor) -> Result<Tensor> {
-        self.start_reduce_scatter(tensor)?.wait(Instant::now() + self.limit())
+        self.start_reduce_scatter(tensor)?.wait(Instant::now() + self.timeout())
     }
 
-    /// [`Collective::start_all_gather`] and its end.
+    /// Concatenates the tensors of all ranks into a new tensor, and waits for it.
     ///
     /// # Errors
-    /// As there, and as [`Work::wait`].
+    /// See [`Collective::start_all_gather`] and [`Work::wait`].
     fn all_gather(&self, tensor: Tensor) -> Result<Tensor> {
-        self.start_all_gather(tensor)?.wait(Instant::now() + self.limit())
+        self.start_all_gather(tensor)?.wait(Instant::now() + self.timeout())
     }
 
-    /// [`Collective::start_broadcast`] and its end.
+    /// Copies the tensor of group rank `root` to all ranks, in place, and waits for it.
     ///
     /// # Errors
-    /// As there, and as [`Work::wait`].
+    /// See [`Collective::start_broadcast`] and [`Work::wait`].
     fn broadcast(&self, tensor: Tensor, root: usize) -> Result<Tensor> {
-        self.start_broadcast(tensor, root)?.wait(Instant::now() + self.limit())
+        self.start_broadcast(tensor, root)?.wait(Instant::now() + self.timeout())
     }
 
-    /// [`Collective::start_barrier`] and its end.
+    /// Waits until all ranks have reached the barrier.
     ///
     /// # Errors
-    /// As there, and as [`Work::wait`].
+    /// See [`Collective::start_barrier`] and [`Work::wait`].
     fn barrier(&self) -> Result<()> {
-        self.start_barrier()?.wait(Instant::now() + self.limit())
+        self.start_barrier()?.wait(Instant::now() + self.timeout())
     }
 }
 
-/// Some ranks of the world, or all of them.
+/// A group of some or all ranks of the world.
 pub struct Group {
     pub(crate) name: Arc<str>,
-    /// Ranks of the world.
+    /// World ranks, in the group's order.
     pub(crate) members: Arc<[usize]>,
-    pub(crate) place: usize,
+    pub(crate) group_rank: usize,
     pub(crate) transport: Arc<dyn Transport>,
-    pub(crate) ties: Arc<Ties>,
-    pub(crate) limit: Duration,
+    pub(crate) shared: Arc<WorldShared>,
+    pub(crate) timeout: Duration,
     pub(crate) calls: AtomicU64,
 }
 
 impl Group {
-    /// The group's name in messages.
+    /// Returns the group's name, as messages show it.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The group's ranks as ranks of the world, in the group's order.
+    /// Returns the world ranks of the group's members, in the group's order.
     pub fn members(&self) -> &[usize] {
         &self.members
     }
 
-    fn fits(&self, call: &'static str, tensor: &Tensor) -> Result<()> {
-        let wrong = |message: String| CollectiveError::Tensor { call, message };
-        let (kind, shape) = (tensor.kind(), tensor.size());
+    fn check_tensor(&self, call: &'static str, tensor: &Tensor) -> Result<()> {
+        let error = |message: String| CollectiveError::Tensor { call, message };
+        let kind = tensor.kind();
+        let shape = tensor.size();
         if !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Int64) {
-            return Err(wrong(format!("a tensor of {kind:?} cannot be used; use Float, Double, BFloat16 or Int64")));
-        }
-        if shape.len() != 1 || tensor.numel() == 0 || !tensor.is_contiguous() {
-            return Err(wrong(format!(
-                "a tensor of shape {shape:?} cannot be used; it must be flat, contiguous, not empty"
+            return Err(error(format!(
+                "a tensor of dtype {kind:?} is not supported; use Float, Double, BFloat16 or Int64"
             )));
         }
-        self.transport.takes(tensor.device()).map_err(wrong)
+        if shape.len() != 1 || tensor.numel() == 0 || !tensor.is_contiguous() {
+            return Err(error(format!(
+                "a tensor of shape {shape:?} is not supported; it must be flat, contiguous and not empty"
+            )));
+        }
+        self.transport.check_device(tensor.device()).map_err(error)
     }
 
-    fn start(&self, collective: &'static str, count: usize, request: Request) -> Result<Work> {
-        if let Some(fault) = self.ties.fault() {
+    fn start(&self, collective: &'static str, count: usize, request: CollectiveRequest) -> Result<Work> {
+        if let Some(fault) = self.shared.fault() {
             return Err(fault.into());
         }
         let sequence = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
-        let made = Made { sequence, collective: collective.into(), count };
-        let call = Call { group: self.name.clone(), members: self.members.clone(), made };
-        self.ties.note(&call);
+        let record = CallRecord { sequence, collective: collective.into(), count };
+        let call = Call { group: self.name.clone(), members: self.members.clone(), record };
+        self.shared.record_call(&call);
         match self.transport.start(request) {
-            Ok(pending) => Ok(Work { call, pending, ties: self.ties.clone() }),
-            Err(e) => Err(self.ties.fail(&call, e)),
+            Ok(pending) => Ok(Work { call, pending, shared: self.shared.clone() }),
+            Err(e) => Err(self.shared.fail_call(&call, e)),
         }
     }
 }
 
 impl Collective for Group {
     fn rank(&self) -> usize {
-        self.place
+        self.group_rank
     }
 
     fn world_size(&self) -> usize {
         self.members.len()
     }
 
-    fn limit(&self) -> Duration {
-        self.limit
+    fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     fn start_all_reduce(&self, tensor: Tensor) -> Result<Work> {
         const CALL: &str = "all_reduce";
-        self.fits(CALL, &tensor)?;
-        self.start(CALL, tensor.numel(), Request::AllReduce(tensor))
+        self.check_tensor(CALL, &tensor)?;
+        self.start(CALL, tensor.numel(), CollectiveRequest::AllReduce(tensor))
     }
 
     fn start_reduce_scatter(&self, tensor: Tensor) -> Result<Work> {
         const CALL: &str = "reduce_scatter";
-        self.fits(CALL, &tensor)?;
-        let (count, ranks) = (tensor.numel(), self.world_size());
+        self.check_tensor(CALL, &tensor)?;
+        let count = tensor.numel();
+        let ranks = self.world_size();
         if count % ranks != 0 {
-            return Err(CollectiveError::Divide { call: CALL, count, ranks });
+            return Err(CollectiveError::Indivisible { call: CALL, count, ranks });
         }
-        self.start(CALL, count, Request::ReduceScatter(tensor))
+        self.start(CALL, count, CollectiveRequest::ReduceScatter(tensor))
     }
 
     fn start_all_gather(&self, tensor: Tensor) -> Result<Work> {
         const CALL: &str = "all_gather";
-        self.fits(CALL, &tensor)?;
-        self.start(CALL, tensor.numel(), Request::AllGather(tensor))
+        self.check_tensor(CALL, &tensor)?;
+        self.start(CALL, tensor.numel(), CollectiveRequest::AllGather(tensor))
     }
 
     fn start_broadcast(&self, tensor: Tensor, root: usize) -> Result<Work> {
@@ -190,11 +195,11 @@ impl Collective for Group {
         if root >= ranks {
             return Err(CollectiveError::Rank { call: CALL, rank: root, ranks });
         }
-        self.fits(CALL, &tensor)?;
-        self.start(CALL, tensor.numel(), Request::Broadcast(tensor, root))
+        self.check_tensor(CALL, &tensor)?;
+        self.start(CALL, tensor.numel(), CollectiveRequest::Broadcast(tensor, root))
     }
 
     fn start_barrier(&self) -> Result<Barrier> {
-        self.start("barrier", 0, Request::Barrier).map(Barrier)
+        self.start("barrier", 0, CollectiveRequest::Barrier).map(Barrier)
     }
 }

@@ -1,4 +1,4 @@
-//! What a rank is told when it starts.
+//! Configuration of a rank: its world, backend and timeouts.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use unveil_core::Secret;
 
 use crate::{CollectiveError, Result};
 
-/// What carries the calls.
+/// The library that carries out the calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// A world of one rank, on any device.
@@ -22,15 +22,15 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// What carries calls among several ranks whose tensors are on this kind of device.
-    pub fn of(device: Device) -> Self {
+    /// Returns the backend for several ranks with tensors on this kind of device.
+    pub fn for_device(device: Device) -> Self {
         match device {
             Device::Cuda(device) => Self::Nccl { device },
             _ => Self::Gloo,
         }
     }
 
-    /// The name in configurations and messages.
+    /// Returns the backend's name in configurations and messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Solo => "solo",
@@ -40,77 +40,82 @@ impl Backend {
     }
 }
 
-/// How long things may take.
+/// Timeouts of the rendezvous, of calls and of heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Timing {
-    /// For all ranks to come together.
-    pub join: Duration,
-    /// The longest that any call may take, whatever deadline its caller has.
+pub struct Timeouts {
+    /// Time for all ranks to join.
+    pub rendezvous: Duration,
+    /// Upper limit of every call, whatever deadline its caller passes.
     pub call: Duration,
-    /// Between two signs of life.
-    pub beat: Duration,
-    /// A rank that gave no sign of life for so long is gone.
-    pub lost: Duration,
+    /// Interval between two heartbeats of a rank.
+    pub heartbeat_interval: Duration,
+    /// A rank without a heartbeat for this long has failed.
+    pub heartbeat: Duration,
 }
 
-impl Timing {
-    /// Everything within `limit`: to come together, each call, and silence.
+impl Timeouts {
+    /// Uses one limit for the rendezvous, for each call and for missing heartbeats.
     pub fn within(limit: Duration) -> Self {
-        let beat = Self::default().beat.min(limit / 20);
-        Self { join: limit, call: limit, beat, lost: limit }
+        let heartbeat_interval = Self::default().heartbeat_interval.min(limit / 20);
+        Self { rendezvous: limit, call: limit, heartbeat_interval, heartbeat: limit }
     }
 }
 
-impl Default for Timing {
-    /// Five minutes to come together and for a call; a gone rank is found within 15 s.
+impl Default for Timeouts {
+    /// Five minutes for the rendezvous and for a call; a failed rank is detected within 15 s.
     fn default() -> Self {
-        let minutes = Duration::from_secs(300);
-        Self { join: minutes, call: minutes, beat: Duration::from_millis(500), lost: Duration::from_secs(10) }
+        Self {
+            rendezvous: Duration::from_secs(300),
+            call: Duration::from_secs(300),
+            heartbeat_interval: Duration::from_millis(500),
+            heartbeat: Duration::from_secs(10),
+        }
     }
 }
 
-/// One rank of a world.
+/// The configuration of one rank of a world.
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// This rank, from 0.
     pub rank: usize,
-    /// Ranks in all.
+    /// Number of ranks.
     pub world: usize,
-    /// Where the ranks meet, `host:port`. Rank 0 listens there; its port 0 picks a free one, which [`crate::open_with`] tells.
+    /// Address of the rendezvous, `host:port`. Rank 0 listens there; with port 0 it picks a free port, which
+    /// [`crate::open_reporting_address`] reports.
     pub address: String,
-    /// The address by which other ranks reach this one; none: that of the route to rank 0.
-    pub local: Option<String>,
-    /// What carries the calls.
+    /// Address at which other ranks reach this one; `None`: the local address of the route to rank 0.
+    pub local_address: Option<String>,
+    /// The library that carries out the calls.
     pub backend: Backend,
-    /// What must be the same on all ranks, in lines: configuration, version of the binary. Errors show the lines that differ.
+    /// Text that must be equal on all ranks: configuration, version of the binary. Errors show the lines that differ.
     pub fingerprint: String,
-    /// What all ranks know and nobody else does: each proves it to all before the world opens. Needed where ranks meet beyond
-    /// loopback; none: whoever comes first is taken.
+    /// Secret shared by all ranks, which each proves to all before the world opens. Required for a rendezvous beyond loopback;
+    /// `None`: any process may join.
     pub token: Option<Secret>,
-    /// How long things may take.
-    pub timing: Timing,
+    /// Timeouts of the rendezvous, of calls and of heartbeats.
+    pub timeouts: Timeouts,
 }
 
 impl Setup {
     pub(crate) fn check(&self) -> Result<()> {
-        let Self { rank, world, timing, .. } = self;
-        let fault = if *world == 0 || rank >= world {
-            format!("rank {rank} of a world of {world}: ranks count from 0 and are below the size of the world")
+        let Self { rank, world, timeouts, .. } = self;
+        let problem = if *world == 0 || rank >= world {
+            format!("rank {rank} of a world of {world}: ranks start at 0 and are less than the size of the world")
         } else if self.backend == Backend::Solo && *world != 1 {
-            format!("the solo backend is a world of one rank, not {world}; use gloo or nccl")
-        } else if timing.beat.is_zero() || timing.lost < timing.beat * 10 {
+            format!("the solo backend supports one rank, not {world}; use gloo or nccl")
+        } else if timeouts.heartbeat_interval.is_zero() || timeouts.heartbeat < timeouts.heartbeat_interval * 10 {
             format!(
-                "a rank is gone after {:?} without a sign of life, but signs come every {:?}: wait for ten at least",
-                timing.lost, timing.beat
+                "the heartbeat timeout is {:?} with a heartbeat every {:?}: it must be at least ten intervals",
+                timeouts.heartbeat, timeouts.heartbeat_interval
             )
         } else {
             return Ok(());
         };
-        Err(CollectiveError::Setup(fault))
+        Err(CollectiveError::Setup(problem))
     }
 
-    /// All that must agree among ranks.
-    pub(crate) fn print(&self) -> String {
+    /// Returns the text that must be equal on all ranks.
+    pub(crate) fn full_fingerprint(&self) -> String {
         let token = if self.token.is_some() { "with a token" } else { "without a token" };
         format!("{} ranks\n{}\n{token}\n{}", self.world, self.backend.name(), self.fingerprint)
     }
@@ -121,16 +126,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn impossible_setups_are_named() {
+    fn invalid_setups_are_rejected() {
         let setup = |rank, world, backend| Setup {
             rank,
             world,
             address: "127.0.0.1:0".into(),
-            local: None,
+            local_address: None,
             backend,
             fingerprint: String::new(),
             token: None,
-            timing: Timing::default(),
+            timeouts: Timeouts::default(),
         };
         setup(0, 1, Backend::Solo).check().unwrap();
         setup(1, 2, Backend::Gloo).check().unwrap();
@@ -138,12 +143,12 @@ mod tests {
         assert!(setup(0, 0, Backend::Gloo).check().is_err());
         assert!(setup(0, 2, Backend::Solo).check().unwrap_err().to_string().contains("not 2"));
         let mut hasty = setup(0, 2, Backend::Gloo);
-        hasty.timing.beat = hasty.timing.lost;
+        hasty.timeouts.heartbeat_interval = hasty.timeouts.heartbeat;
         assert!(hasty.check().unwrap_err().to_string().contains("10s"));
         for seconds in [1, 10, 600] {
-            let timing = Timing::within(Duration::from_secs(seconds));
-            Setup { timing, ..setup(0, 2, Backend::of(Device::Cpu)) }.check().unwrap();
+            let timeouts = Timeouts::within(Duration::from_secs(seconds));
+            Setup { timeouts, ..setup(0, 2, Backend::for_device(Device::Cpu)) }.check().unwrap();
         }
-        assert_eq!(Backend::of(Device::Cuda(3)), Backend::Nccl { device: 3 });
+        assert_eq!(Backend::for_device(Device::Cuda(3)), Backend::Nccl { device: 3 });
     }
 }

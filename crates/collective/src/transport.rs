@@ -1,55 +1,58 @@
-//! What a backend does; checks, order, deadlines and failures are the group's.
+//! The interface of a backend. Validation, ordering, deadlines and failure handling belong to the group.
 
 mod gloo;
 mod nccl;
 mod solo;
 
 pub(crate) use gloo::Gloo;
-pub(crate) use nccl::{Nccl, library};
+pub(crate) use nccl::{Nccl, load_library};
 pub(crate) use solo::Solo;
 
 use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
 
-/// A group to be connected.
-pub(crate) struct Connect<'a> {
-    /// The group's name, the same on all of its ranks and of no other group.
+/// Parameters of a group to connect.
+pub(crate) struct ConnectOptions<'a> {
+    /// The group's name: the same on all of its ranks, and unique in the world.
     pub(crate) name: &'a str,
-    /// This rank's place in the group, and how many ranks it has.
-    pub(crate) place: (usize, usize),
-    /// The longest that a call may take.
-    pub(crate) limit: Duration,
-    /// By when all ranks must be connected.
+    /// This rank's number in the group.
+    pub(crate) group_rank: usize,
+    /// Number of ranks in the group.
+    pub(crate) ranks: usize,
+    /// The backend's timeout of a call.
+    pub(crate) timeout: Duration,
+    /// Time by which all ranks must be connected.
     pub(crate) deadline: Instant,
 }
 
-/// One call; tensors are flat, contiguous, not empty, on a device that the transport takes, and sizes divide.
-pub(crate) enum Request {
+/// A validated call: tensors are flat, contiguous, not empty, on a supported device, and divide evenly where required.
+pub(crate) enum CollectiveRequest {
     AllReduce(Tensor),
     ReduceScatter(Tensor),
     AllGather(Tensor),
+    /// The tensor and the root's rank in the group.
     Broadcast(Tensor, usize),
     Barrier,
 }
 
-/// Connections among the ranks of one group.
+/// The connections among the ranks of a group.
 pub(crate) trait Transport: Send + Sync {
-    /// Whether tensors of this device can be taken; else what is needed.
-    fn takes(&self, device: Device) -> Result<(), String>;
+    /// Checks that tensors on this device are supported; the error says which device is required.
+    fn check_device(&self, device: Device) -> Result<(), String>;
 
-    /// Starts a call.
-    fn start(&self, request: Request) -> Result<Box<dyn Pending>, String>;
+    /// Starts a call without blocking.
+    fn start(&self, request: CollectiveRequest) -> Result<Box<dyn Pending>, String>;
 
-    /// Ends calls in flight, as far as the backend can; no call comes after it.
+    /// Ends calls in flight, as far as the backend can. No further call is made.
     fn abort(&self);
 }
 
-/// A call in flight.
+/// A backend's handle of a call in flight.
 pub(crate) trait Pending: Send {
-    /// Waits up to `limit`; whether the call has ended.
-    fn poll(&mut self, limit: Duration) -> Result<bool, String>;
+    /// Waits up to `timeout` and returns whether the call has completed.
+    fn poll(&mut self, timeout: Duration) -> Result<bool, String>;
 
-    /// The result of a call that has ended; none for a barrier.
+    /// Returns the result of a completed call; `None` for a barrier.
     fn take(self: Box<Self>) -> Result<Option<Tensor>, String>;
 }

@@ -1,42 +1,40 @@
-//! The conformance suite over NCCL: one rank, and two that share one GPU. `make test-gpu`; every test fails where there is no GPU.
+//! The conformance suite over NCCL: one rank, and two ranks that share a GPU. Run by `make test-gpu`; every test fails without a GPU.
 
+#[path = "it/suite/mod.rs"]
 mod suite;
 
-use suite::{How, Kind, fail};
+use suite::{FailureMode, TestBackend, fail};
 
-const NCCL: Kind = Kind::Nccl;
+const NCCL: TestBackend = TestBackend::Nccl;
 
+/// The body of one rank, for which the other tests start this binary again.
 #[test]
-#[ignore = "one rank, which the other tests start"]
+#[ignore = "one rank, started by the other tests"]
 fn rank() {
     suite::harness::rank();
 }
 
-fn conform(world: usize) {
-    suite::harness::check_calls(world, NCCL);
-}
-
 #[test]
 fn one_rank_conforms() {
-    conform(1);
+    suite::harness::check_calls(1, NCCL);
 }
 
 #[test]
 fn two_ranks_on_one_gpu_conform() {
-    conform(2);
+    suite::harness::check_calls(2, NCCL);
 }
 
 #[test]
-fn a_rank_killed_before_its_call_is_named() {
-    fail::check_all(NCCL, How::KillBefore);
+fn rank_killed_before_a_call_is_named() {
+    fail::check_all(NCCL, FailureMode::KillBefore);
 }
 
 #[test]
-fn a_rank_stopped_before_its_call_is_named() {
-    fail::check_all(NCCL, How::StopBefore);
+fn rank_stopped_before_a_call_is_named() {
+    fail::check_all(NCCL, FailureMode::StopBefore);
 }
 
 #[test]
-fn a_rank_killed_inside_a_call_is_named() {
-    fail::check_all(NCCL, How::KillInside);
+fn rank_killed_inside_a_call_is_named() {
+    fail::check_all(NCCL, FailureMode::KillInside);
 }

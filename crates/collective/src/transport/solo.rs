@@ -1,39 +1,39 @@
-//! A group of one rank: a sum of one is itself.
+//! Backend of a group with one rank: every sum has one term.
 
 use std::time::Duration;
 
 use tch::{Device, Tensor};
 
-use super::{Pending, Request, Transport};
+use super::{CollectiveRequest, Pending, Transport};
 
 pub(crate) struct Solo;
 
-/// The same numbers in new memory.
+/// Copies a tensor into new memory.
 fn copy(tensor: &Tensor) -> Result<Tensor, String> {
     tch::no_grad(|| tensor.f_to_dtype(tensor.kind(), false, true)).map_err(|e| e.to_string())
 }
 
-struct Done(Option<Tensor>);
+struct CompletedWork(Option<Tensor>);
 
 impl Transport for Solo {
-    fn takes(&self, _: Device) -> Result<(), String> {
+    fn check_device(&self, _: Device) -> Result<(), String> {
         Ok(())
     }
 
-    fn start(&self, request: Request) -> Result<Box<dyn Pending>, String> {
+    fn start(&self, request: CollectiveRequest) -> Result<Box<dyn Pending>, String> {
         let result = match request {
-            Request::AllReduce(tensor) | Request::Broadcast(tensor, _) => Some(tensor),
-            // New memory, as among several ranks.
-            Request::ReduceScatter(tensor) | Request::AllGather(tensor) => Some(copy(&tensor)?),
-            Request::Barrier => None,
+            CollectiveRequest::AllReduce(tensor) | CollectiveRequest::Broadcast(tensor, _) => Some(tensor),
+            // These calls return new memory, as with several ranks.
+            CollectiveRequest::ReduceScatter(tensor) | CollectiveRequest::AllGather(tensor) => Some(copy(&tensor)?),
+            CollectiveRequest::Barrier => None,
         };
-        Ok(Box::new(Done(result)))
+        Ok(Box::new(CompletedWork(result)))
     }
 
     fn abort(&self) {}
 }
 
-impl Pending for Done {
+impl Pending for CompletedWork {
     fn poll(&mut self, _: Duration) -> Result<bool, String> {
         Ok(true)
     }
