@@ -1,87 +1,87 @@
-//! What can go wrong, in one line each: what, where, why, and what to do.
+//! Errors of the crate, with one-line messages: what, where, why, and what to do.
 
 use std::error::Error as StdError;
 
 /// Result of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Errors of stores, log and checkpoints. `place` is the run's directory or URL.
+/// Errors of stores, log and checkpoints. `location` is the run's directory or URL.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[allow(missing_docs)] // the fields are named after what they hold
+#[allow(missing_docs)] // the fields are named after their contents
 pub enum Error {
-    /// The store cannot be used at all.
-    #[error("cannot open the run directory or URL `{place}`: {cause}")]
-    Open { place: String, cause: String },
-    /// An object could not be written. What was committed before is untouched.
-    #[error("cannot write `{object}` to {place}: {cause}")]
-    Write { place: String, object: String, cause: String },
+    /// The store cannot be opened.
+    #[error("cannot open the run directory or URL `{location}`: {cause}")]
+    Open { location: String, cause: String },
+    /// An object could not be written. Earlier checkpoints are untouched.
+    #[error("cannot write `{object}` to {location}: {cause}")]
+    Write { location: String, object: String, cause: String },
     /// An object could not be read.
-    #[error("cannot read `{object}` from {place}: {cause}")]
-    Read { place: String, object: String, cause: String },
-    /// An object is there, but not as it was written.
-    #[error("`{object}` in {place} is damaged: {why}")]
-    Corrupt { place: String, object: String, why: String },
-    /// A log entry could be neither written nor found after several tries; whether it will appear is unknown.
-    #[error("cannot append to the run log of {place} (entry {seq}): {cause}")]
-    Log { place: String, seq: u64, cause: String },
-    /// The store does not do what the run log stands on.
+    #[error("cannot read `{object}` from {location}: {cause}")]
+    Read { location: String, object: String, cause: String },
+    /// An object is missing, or differs from what was written.
+    #[error("`{object}` in {location} is damaged: {why}")]
+    Corrupt { location: String, object: String, why: String },
+    /// A log entry could be neither written nor read back after several attempts; it may still appear.
+    #[error("cannot append to the run log of {location} (entry {seq}): {cause}")]
+    Log { location: String, seq: u64, cause: String },
+    /// The store does not support the conditional writes that the run log relies on.
     #[error(
-        "{place} cannot hold a run: asked to write an object only where there is none (If-None-Match: *), the store {how}, so two learners \
-         could overwrite each other. Use a store that does (AWS S3, Ceph 19, MinIO, Azure, GCS), or a local path"
+        "{location} cannot be used for a run: the store {how} (If-None-Match: *), so two learners could overwrite each other. Use a store \
+         that supports conditional writes (AWS S3, Ceph 19, MinIO, Azure, GCS), or a local path"
     )]
-    NoCondition { place: String, how: &'static str },
-    /// Another learner has taken over this prefix: this one must stop.
-    #[error("another learner holds {place} (term {theirs}, ours is {ours}): this one stops and commits nothing more")]
-    Fenced { place: String, ours: u64, theirs: u64 },
-    /// There is no checkpoint at all.
-    #[error("no checkpoint in {place}")]
-    Empty { place: String },
-    /// No checkpoint of that step.
-    #[error("no checkpoint of step {step} in {place} (there are: {have})")]
-    NoSuchStep { place: String, step: u64, have: String },
-    /// Checkpoints exist, none verifies.
-    #[error("no checkpoint in {place} can be used: {reasons}. Give `resume = \"never\"` to start afresh")]
-    NoneUsable { place: String, reasons: String },
-    /// The step was saved in this term already.
-    #[error("step {step} is already saved in {place} (term {term})")]
-    StepTaken { place: String, step: u64, term: u64 },
-    /// An object is not there as its writer reported it.
+    NoConditionalWrites { location: String, how: &'static str },
+    /// Another learner has claimed the run: this one must stop.
+    #[error("another learner has claimed {location} (term {theirs}, ours is {ours}): stopping without further commits")]
+    Fenced { location: String, ours: u64, theirs: u64 },
+    /// The run has no checkpoint.
+    #[error("no checkpoint in {location}")]
+    NoCheckpoint { location: String },
+    /// The requested step has no checkpoint.
+    #[error("no checkpoint of step {step} in {location} (available: {have})")]
+    NoSuchStep { location: String, step: u64, have: String },
+    /// Checkpoints exist, but none is valid.
+    #[error("no checkpoint in {location} is usable: {reasons}. Set `resume = \"never\"` to start from scratch")]
+    NoUsableCheckpoint { location: String, reasons: String },
+    /// The step has already been saved in this term.
+    #[error("step {step} has already been saved to {location} (term {term})")]
+    StepAlreadySaved { location: String, step: u64, term: u64 },
+    /// An object in the store differs from what its writer reported.
     #[error(
-        "`{object}` in {place} was written with {written} bytes and is seen with {}: give all ranks one and the same checkpoint.url",
-        seen(*.found)
+        "`{object}` was written with {written} bytes, but {location} has {}: give all ranks the same checkpoint.url",
+        describe_size(*.found)
     )]
-    Lost { place: String, object: String, written: u64, found: Option<u64> },
-    /// What the writers of a checkpoint report does not make whole tensors.
-    #[error("the checkpoint of step {step} cannot be committed to {place}: {why}")]
-    Parts { place: String, step: u64, why: String },
-    /// A tensor that the checkpoint does not have, or not so large.
-    #[error("the checkpoint of step {step} has no such {kind} of `{name}`: {why}")]
-    NoTensor { step: u64, kind: String, name: String, why: String },
-    /// An object name that cannot be stored.
-    #[error("`{name}` cannot be an object of a checkpoint: {why}")]
+    ObjectMismatch { location: String, object: String, written: u64, found: Option<u64> },
+    /// The slices that the writers reported do not form complete tensors.
+    #[error("the checkpoint of step {step} cannot be committed to {location}: {why}")]
+    IncompleteTensors { location: String, step: u64, why: String },
+    /// The checkpoint does not have the requested tensor or range.
+    #[error("cannot read {kind} of `{name}` from the checkpoint of step {step}: {why}")]
+    NoSuchTensor { step: u64, kind: String, name: String, why: String },
+    /// An object name is invalid.
+    #[error("`{name}` is not a valid object name: {why}")]
     BadName { name: String, why: &'static str },
-    /// Not `auto`, `never` or a step.
-    #[error("`{0}` is not a way to resume: use auto, never or a step number")]
+    /// A resume setting is not `auto`, `never` or a step.
+    #[error("`{0}` is not a valid resume setting: use auto, never or a step number")]
     BadResume(String),
-    /// An export failed; the target directory is as it was.
+    /// An export failed; the target directory is unchanged.
     #[error("cannot export to {dir}: {cause}")]
     Export { dir: String, cause: String },
 }
 
-fn seen(found: Option<u64>) -> String {
-    found.map_or_else(|| "none at all".to_owned(), |n| n.to_string())
+fn describe_size(found: Option<u64>) -> String {
+    found.map_or_else(|| "no such object".to_owned(), |size| format!("{size} bytes"))
 }
 
-/// One line for the cause: the operating system's error where there is one, else the outermost text.
+/// Describes an error in one line: by the operating system's error if it has one, else by its outermost text.
 pub(crate) fn cause(e: &(dyn StdError + 'static)) -> String {
-    let mut at: Option<&(dyn StdError + 'static)> = Some(e);
-    while let Some(x) = at {
-        if let Some(io) = x.downcast_ref::<std::io::Error>().filter(|io| io.raw_os_error().is_some()) {
+    let mut next: Option<&(dyn StdError + 'static)> = Some(e);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<std::io::Error>().filter(|io| io.raw_os_error().is_some()) {
             return io.to_string();
         }
-        at = x.source();
+        next = error.source();
     }
-    // Stores say keys back, and a cut one would not be known any more.
+    // Stores echo keys, so redact before truncating: a truncated key would not be recognised.
     let text = unveil_core::redact(&e.to_string()).split_whitespace().collect::<Vec<_>>().join(" ");
     match text.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -1,55 +1,55 @@
-//! What the log says about checkpoints: which exist, which lineage a resumed run is in, which is the best. Pure.
+//! Derives from the log which checkpoints exist, which lineage the run is in, and which checkpoint is the best. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::log::{Entry, Kind};
+use crate::log::{EntryKind, LogEntry};
 
-/// One checkpoint as the log knows it.
+/// A checkpoint according to the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointInfo {
-    /// Its log entry.
+    /// Number of its log entry.
     pub seq: u64,
     /// Term of its writer.
     pub term: u64,
     /// Step after which it was taken.
     pub step: u64,
-    /// Its folder under the run's prefix.
+    /// Folder under the run's prefix.
     pub path: String,
-    /// BLAKE3 of its manifest, hex.
+    /// BLAKE3 of the manifest, hex.
     pub manifest_blake3: String,
-    /// Bytes of all objects.
+    /// Total size of all objects, in bytes.
     pub bytes: u64,
     /// Number of objects.
     pub objects: usize,
     /// Whether it is the best of the current lineage.
     pub best: bool,
-    /// Whether it is in the lineage that `auto` resumes (a run resumed from an earlier step leaves later ones aside).
+    /// Whether it is in the lineage that `auto` resumes (later checkpoints leave the lineage when a run resumes from an earlier step).
     pub current: bool,
-    /// Clock of the writer.
+    /// Time of the writer's clock, in Unix seconds.
     pub created_unix_s: u64,
 }
 
 /// The checkpoints that exist, oldest first, and the head of the current lineage.
 #[derive(Debug, Default)]
-pub(crate) struct Index {
+pub(crate) struct CheckpointIndex {
     pub(crate) live: Vec<CheckpointInfo>,
-    /// Live checkpoints of the current lineage, newest first.
+    /// Log entries of the existing checkpoints of the current lineage, newest first.
     pub(crate) lineage: Vec<u64>,
-    /// Whether the current lineage ever had a checkpoint.
-    pub(crate) begun: bool,
+    /// Whether the current lineage has ever had a checkpoint.
+    pub(crate) started: bool,
 }
 
-impl Index {
-    pub(crate) fn new(entries: &[Entry]) -> Self {
+impl CheckpointIndex {
+    pub(crate) fn new(entries: &[LogEntry]) -> Self {
         let mut all: BTreeMap<u64, CheckpointInfo> = BTreeMap::new();
         let mut parents: BTreeMap<u64, Option<u64>> = BTreeMap::new();
-        let mut flagged = Vec::new();
+        let mut marked_best = Vec::new();
         let mut head = None;
         for e in entries {
             match &e.kind {
-                Kind::Checkpoint { step, path, manifest_blake3, bytes, objects } => {
+                EntryKind::Checkpoint { step, path, manifest_blake3, bytes, objects } => {
                     parents.insert(e.seq, head);
                     head = Some(e.seq);
                     all.insert(
@@ -68,40 +68,43 @@ impl Index {
                         },
                     );
                 }
-                Kind::Resumed { from } => head = *from,
-                Kind::Best { of } => flagged.push(*of),
-                Kind::Removed { of } => all.retain(|seq, _| !of.contains(seq)),
-                Kind::Claim { .. } | Kind::Unknown => {}
+                EntryKind::Resumed { from } => head = *from,
+                EntryKind::Best { checkpoint } => marked_best.push(*checkpoint),
+                EntryKind::Removed { checkpoints } => all.retain(|seq, _| !checkpoints.contains(seq)),
+                EntryKind::Claim { .. } | EntryKind::Unknown => {}
             }
         }
-        let (mut lineage, mut seen, mut at) = (Vec::new(), BTreeSet::new(), head);
-        while let Some(seq) = at.filter(|s| seen.insert(*s)) {
+        let mut lineage = Vec::new();
+        let mut visited = BTreeSet::new();
+        let mut next = head;
+        while let Some(seq) = next.filter(|s| visited.insert(*s)) {
             if let Some(c) = all.get_mut(&seq) {
                 c.current = true;
                 lineage.push(seq);
             }
-            at = parents.get(&seq).copied().flatten();
+            next = parents.get(&seq).copied().flatten();
         }
-        if let Some(c) = flagged.iter().rev().find(|s| lineage.contains(s)).and_then(|s| all.get_mut(s)) {
+        if let Some(c) = marked_best.iter().rev().find(|s| lineage.contains(s)).and_then(|s| all.get_mut(s)) {
             c.best = true;
         }
-        Self { live: all.into_values().collect(), lineage, begun: head.is_some() }
+        Self { live: all.into_values().collect(), lineage, started: head.is_some() }
     }
 
     pub(crate) fn get(&self, seq: u64) -> Option<&CheckpointInfo> {
         self.live.iter().find(|c| c.seq == seq)
     }
 
-    /// The newest of a step, of the current lineage if there is one.
-    pub(crate) fn of_step(&self, step: u64) -> Option<&CheckpointInfo> {
+    /// Returns the newest checkpoint of a step, preferring the current lineage.
+    pub(crate) fn by_step(&self, step: u64) -> Option<&CheckpointInfo> {
         self.live.iter().filter(|c| c.step == step).max_by_key(|c| (c.current, c.seq))
     }
 
-    /// The newest of the current lineage.
+    /// Returns the newest checkpoint of the current lineage.
     pub(crate) fn newest(&self) -> Option<&CheckpointInfo> {
         self.lineage.first().and_then(|seq| self.get(*seq))
     }
 
+    /// Lists the steps for error messages.
     pub(crate) fn steps(&self) -> String {
         let steps: BTreeSet<u64> = self.live.iter().map(|c| c.step).collect();
         if steps.is_empty() {

@@ -1,4 +1,4 @@
-//! Which checkpoints there are, which one to go on from, and whether they are as they were written.
+//! Lists and verifies checkpoints, and selects the one to resume from.
 
 use std::collections::VecDeque;
 use std::str::FromStr;
@@ -7,20 +7,20 @@ use futures::StreamExt;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::index::{CheckpointInfo, Index};
+use crate::index::{CheckpointIndex, CheckpointInfo};
 use crate::log::RunLog;
 use crate::manifest::{Manifest, ManifestObject};
-use crate::read::{PARALLEL, Reader};
+use crate::read::{MAX_PARALLEL_READS, Reader};
 use crate::store::Store;
 
-/// Where to go on from.
+/// The checkpoint to resume from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
-    /// The newest checkpoint that verifies; afresh when there has never been one.
+    /// The newest valid checkpoint; starts from scratch if there has never been one.
     Auto,
-    /// Afresh, whatever there is.
+    /// Starts from scratch, even if there are checkpoints.
     Never,
-    /// That step and no other.
+    /// The checkpoint of this step only.
     Step(u64),
 }
 
@@ -31,85 +31,86 @@ impl FromStr for Resume {
         match s {
             "auto" => Ok(Self::Auto),
             "never" => Ok(Self::Never),
-            n => n.parse().map(Self::Step).map_err(|_| Error::BadResume(n.to_string())),
+            step => step.parse().map(Self::Step).map_err(|_| Error::BadResume(step.to_string())),
         }
     }
 }
 
-/// The checkpoints that a run may go on from, best first. Who reads one and finds it damaged says so, and takes the next.
+/// The checkpoints that a run may resume from, in order of preference. A caller that finds one damaged rejects it and tries the next.
 #[derive(Debug)]
-pub struct Choice {
-    place: String,
-    left: VecDeque<CheckpointInfo>,
-    /// An asked-for step is that step or an error.
-    one: bool,
-    /// A run that has begun is not started afresh.
-    begun: bool,
-    passed: Vec<String>,
+pub struct ResumeCandidates {
+    location: String,
+    remaining: VecDeque<CheckpointInfo>,
+    /// A requested step has no alternatives.
+    single: bool,
+    /// Whether the run has had checkpoints, so that it must not start from scratch.
+    started: bool,
+    rejections: Vec<String>,
 }
 
-impl Choice {
-    pub(crate) fn new(store: &Store, index: &Index, resume: Resume) -> Result<Self> {
-        let (mut left, mut begun) = (VecDeque::new(), false);
+impl ResumeCandidates {
+    pub(crate) fn new(store: &Store, index: &CheckpointIndex, resume: Resume) -> Result<Self> {
+        let mut remaining = VecDeque::new();
+        let mut started = false;
         match resume {
             Resume::Never => {}
-            Resume::Step(step) => left.push_back(pick(store, index, Some(step))?.clone()),
+            Resume::Step(step) => remaining.push_back(find(store, index, Some(step))?.clone()),
             Resume::Auto => {
-                left.extend(index.lineage.iter().filter_map(|seq| index.get(*seq)).cloned());
-                begun = index.begun;
+                remaining.extend(index.lineage.iter().filter_map(|seq| index.get(*seq)).cloned());
+                started = index.started;
             }
         }
-        let one = matches!(resume, Resume::Step(_));
-        Ok(Self { place: store.place().to_string(), left, one, begun, passed: Vec::new() })
+        let single = matches!(resume, Resume::Step(_));
+        Ok(Self { location: store.location().to_string(), remaining, single, started, rejections: Vec::new() })
     }
 
-    /// The next one to try; none: afresh.
+    /// Returns the next checkpoint to try; `None`: start from scratch.
     ///
     /// # Errors
-    /// [`Error::NoneUsable`] when there were checkpoints and none is left: a run is never silently started afresh.
-    pub fn take(&mut self) -> Result<Option<CheckpointInfo>> {
-        if let Some(info) = self.left.pop_front() {
+    /// Returns [`Error::NoUsableCheckpoint`] if there were checkpoints and none is left: a run never silently starts from scratch.
+    pub fn next_candidate(&mut self) -> Result<Option<CheckpointInfo>> {
+        if let Some(info) = self.remaining.pop_front() {
             return Ok(Some(info));
         }
-        if !self.begun && self.passed.is_empty() {
+        if !self.started && self.rejections.is_empty() {
             return Ok(None);
         }
-        if self.passed.is_empty() {
-            self.passed.push("all checkpoints of its lineage were removed".into());
+        if self.rejections.is_empty() {
+            self.rejections.push("all checkpoints of its lineage were removed".into());
         }
-        Err(Error::NoneUsable { place: self.place.clone(), reasons: self.passed.join("; ") })
+        Err(Error::NoUsableCheckpoint { location: self.location.clone(), reasons: self.rejections.join("; ") })
     }
 
-    /// Passes over `info`, which could not be used for `fault`.
+    /// Rejects `info`, which could not be loaded because of `error`.
     ///
     /// # Errors
-    /// `fault`, where it says nothing about the checkpoint (a store that cannot be reached: an older one must not be taken for it),
-    /// or that step was asked for.
-    pub fn pass(&mut self, info: &CheckpointInfo, fault: Error) -> Result<()> {
-        if self.one || !matches!(fault, Error::Corrupt { .. }) {
-            return Err(fault);
+    /// Returns `error` if the step was requested, or if the error is not damage: an older checkpoint must not replace one that is
+    /// merely unreachable.
+    pub fn reject(&mut self, info: &CheckpointInfo, error: Error) -> Result<()> {
+        if self.single || !matches!(error, Error::Corrupt { .. }) {
+            return Err(error);
         }
-        tracing::warn!(step = info.step, error = %fault, "a checkpoint is passed over");
-        self.passed.push(format!("step {} is passed over: {fault}", info.step));
+        tracing::warn!(step = info.step, %error, "skipping damaged checkpoint");
+        self.rejections.push(format!("skipped step {}: {error}", info.step));
         Ok(())
     }
 
-    /// Checkpoints that were passed over, and why.
+    /// Describes the rejected checkpoints and the reasons.
     pub fn warnings(&self) -> &[String] {
-        &self.passed
+        &self.rejections
     }
 }
 
 /// A checkpoint and its manifest.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Shown {
-    /// What the log says.
+pub struct CheckpointDetails {
+    /// The checkpoint according to the log.
     pub info: CheckpointInfo,
-    /// What the manifest says.
+    /// Its manifest.
     pub manifest: Manifest,
 }
 
-/// Result of checking one object.
+/// Result of verifying one object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ObjectCheck {
     /// Step of the checkpoint.
@@ -118,96 +119,97 @@ pub struct ObjectCheck {
     pub term: u64,
     /// Full name under the run's prefix.
     pub object: String,
-    /// Whether size and BLAKE3 are those of the manifest (for the manifest: those of the log).
+    /// Whether size and BLAKE3 match the manifest (for the manifest itself: the log).
     pub ok: bool,
-    /// What is wrong, when something is.
+    /// Why the object is invalid; `None` if it is valid.
     pub reason: Option<String>,
 }
 
-/// All checkpoints that exist, oldest first.
+/// Lists all existing checkpoints, oldest first.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// Returns an error if the log cannot be read or is damaged.
 pub async fn list(store: &Store) -> Result<Vec<CheckpointInfo>> {
-    Ok(Index::new(RunLog::read(store).await?.entries()).live)
+    Ok(CheckpointIndex::new(RunLog::read(store).await?.entries()).live)
 }
 
-/// The checkpoint that was marked best in the current lineage, if one was.
+/// Returns the checkpoint marked as best in the current lineage, if any.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// Returns an error if the log cannot be read or is damaged.
 pub async fn best(store: &Store) -> Result<Option<CheckpointInfo>> {
     Ok(list(store).await?.into_iter().find(|c| c.best))
 }
 
-/// One checkpoint with its manifest; `None` is the newest of the current lineage.
+/// Reads a checkpoint's manifest; with `step: None`, that of the newest checkpoint of the current lineage.
 ///
 /// # Errors
-/// [`Error::Empty`] or [`Error::NoSuchStep`], or a store error.
-pub async fn show(store: &Store, step: Option<u64>) -> Result<Shown> {
-    let index = Index::new(RunLog::read(store).await?.entries());
-    let reader = Reader::open(store, pick(store, &index, step)?).await?;
-    Ok(Shown { info: reader.info().clone(), manifest: reader.manifest().clone() })
+/// Returns [`Error::NoCheckpoint`] or [`Error::NoSuchStep`] if there is no such checkpoint, [`Error::Corrupt`] if the manifest is
+/// damaged, or a store error.
+pub async fn show(store: &Store, step: Option<u64>) -> Result<CheckpointDetails> {
+    let index = CheckpointIndex::new(RunLog::read(store).await?.entries());
+    let reader = Reader::open(store, find(store, &index, step)?).await?;
+    Ok(CheckpointDetails { info: reader.info().clone(), manifest: reader.manifest().clone() })
 }
 
-/// What a learner would go on from; nothing is recorded.
+/// Returns the checkpoints that a learner would resume from, without claiming the run.
 ///
 /// # Errors
-/// [`Error::NoSuchStep`], or a store error.
-pub async fn choice(store: &Store, resume: Resume) -> Result<Choice> {
-    Choice::new(store, &Index::new(RunLog::read(store).await?.entries()), resume)
+/// Returns [`Error::NoSuchStep`] if the requested step has no checkpoint, or a store error.
+pub async fn resume_candidates(store: &Store, resume: Resume) -> Result<ResumeCandidates> {
+    ResumeCandidates::new(store, &CheckpointIndex::new(RunLog::read(store).await?.entries()), resume)
 }
 
-/// Checks every object of a step's checkpoint, or of all checkpoints. Damage is in the result, not an error.
+/// Verifies every object of a step's checkpoint, or of all checkpoints. Reports damage in the result, not as an error.
 ///
 /// # Errors
-/// [`Error::Empty`] or [`Error::NoSuchStep`], or when the log cannot be read.
+/// Returns [`Error::NoCheckpoint`] or [`Error::NoSuchStep`] if there is no such checkpoint, or an error if the log cannot be read.
 pub async fn verify(store: &Store, step: Option<u64>) -> Result<Vec<ObjectCheck>> {
-    let index = Index::new(RunLog::read(store).await?.entries());
+    let index = CheckpointIndex::new(RunLog::read(store).await?.entries());
     let infos = match step {
-        None if index.live.is_empty() => return Err(Error::Empty { place: store.place().to_string() }),
+        None if index.live.is_empty() => return Err(Error::NoCheckpoint { location: store.location().to_string() }),
         None => index.live.clone(),
-        Some(_) => vec![pick(store, &index, step)?.clone()],
+        Some(_) => vec![find(store, &index, step)?.clone()],
     };
-    let mut out = Vec::new();
+    let mut checks = Vec::new();
     for info in &infos {
-        let check = |name: &str, fault: Option<Error>| ObjectCheck {
+        let check = |name: &str, error: Option<Error>| ObjectCheck {
             step: info.step,
             term: info.term,
             object: format!("{}/{name}", info.path),
-            ok: fault.is_none(),
-            reason: fault.map(|e| e.to_string()),
+            ok: error.is_none(),
+            reason: error.map(|e| e.to_string()),
         };
         let reader = match Reader::open(store, info).await {
             Ok(reader) => reader,
             Err(e) => {
-                out.push(check("manifest.json", Some(e)));
+                checks.push(check("manifest.json", Some(e)));
                 continue;
             }
         };
-        out.push(check("manifest.json", None));
-        // Parts of an object are read side by side; a few small objects, too.
+        checks.push(check("manifest.json", None));
+        // Parts of an object are read in parallel, and so are a few objects.
         let results = futures::stream::iter(&reader.manifest().objects)
-            .map(|o| check_one(&reader, o))
-            .buffered(PARALLEL / 4)
+            .map(|object| check_object(&reader, object))
+            .buffered(MAX_PARALLEL_READS / 4)
             .collect::<Vec<_>>()
             .await;
-        out.extend(results.into_iter().map(|(o, fault)| check(&o.name, fault)));
+        checks.extend(results.into_iter().map(|(object, error)| check(&object.name, error)));
     }
-    Ok(out)
+    Ok(checks)
 }
 
-async fn check_one<'a>(reader: &Reader, object: &'a ManifestObject) -> (&'a ManifestObject, Option<Error>) {
-    (object, reader.check(object).await.err())
+async fn check_object<'a>(reader: &Reader, object: &'a ManifestObject) -> (&'a ManifestObject, Option<Error>) {
+    (object, reader.verify_object(object).await.err())
 }
 
-/// The newest checkpoint, or a step's.
-pub(crate) fn pick<'a>(store: &Store, index: &'a Index, step: Option<u64>) -> Result<&'a CheckpointInfo> {
-    let place = || store.place().to_string();
+/// Returns the checkpoint of a step, or the newest one of the current lineage.
+pub(crate) fn find<'a>(store: &Store, index: &'a CheckpointIndex, step: Option<u64>) -> Result<&'a CheckpointInfo> {
+    let location = || store.location().to_string();
     match step {
-        None => index.newest().ok_or_else(|| Error::Empty { place: place() }),
+        None => index.newest().ok_or_else(|| Error::NoCheckpoint { location: location() }),
         Some(step) => {
-            index.of_step(step).ok_or_else(|| Error::NoSuchStep { place: place(), step, have: index.steps() })
+            index.by_step(step).ok_or_else(|| Error::NoSuchStep { location: location(), step, have: index.steps() })
         }
     }
 }

@@ -1,8 +1,8 @@
-//! The run log: `log/{seq:08}.json`, one entry per object, written by put-if-absent at last + 1.
+//! The run log: `log/{seq:08}.json`, one entry per object, appended by put-if-absent at the next number.
 //!
-//! It orders everything that happens to a run and fences learners: a learner claims a term, and whoever finds a higher
-//! term than its own stops. Each entry carries a nonce; after any error the writer reads back what is there, because a
-//! retried request can fail although its first try succeeded.
+//! It orders all events of a run and fences learners: a learner claims a term, and a learner that reads a higher term than its own
+//! stops. Each entry has a nonce; after any error the writer reads the entry back, because a retried request can fail although its
+//! first attempt succeeded.
 
 use std::time::Duration;
 
@@ -13,63 +13,65 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result, cause};
 use crate::store::{Store, nonce, unix_s};
 
-/// Tries of one entry when the store neither takes it nor holds another.
-const TRIES: u32 = 5;
+/// Attempts to write an entry when the store neither accepts it nor has another one.
+const MAX_ATTEMPTS: u32 = 5;
 
-/// One entry.
+/// One entry of the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct LogEntry {
     /// Number in the log, from 1.
     pub seq: u64,
-    /// Random, unique to the writer's attempt.
+    /// Random value, unique to the writer's attempt.
     pub nonce: String,
     /// Term of the writer.
     pub term: u64,
-    /// Clock of the writer, for the reader.
+    /// Time of the writer's clock, in Unix seconds; informational.
     pub written_unix_s: u64,
-    /// What happened.
+    /// The event.
     #[serde(flatten)]
-    pub kind: Kind,
+    pub kind: EntryKind,
 }
 
-/// What an entry says.
+/// The event that an entry records.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-pub enum Kind {
-    /// A learner takes the run over; all lower terms are fenced from here on.
+pub enum EntryKind {
+    /// A learner claims the run; all lower terms are fenced from here on.
     Claim {
         /// Version of the program.
         code_version: String,
     },
-    /// Training goes on from a checkpoint (`None`: afresh).
+    /// Training resumes from a checkpoint (`None`: starts from scratch).
     Resumed {
-        /// Entry of that checkpoint.
+        /// Log entry of the checkpoint.
         from: Option<u64>,
     },
-    /// A checkpoint exists.
+    /// A checkpoint is committed.
     Checkpoint {
-        /// Its step.
+        /// Step after which it was taken.
         step: u64,
-        /// Its folder.
+        /// Folder under the run's prefix.
         path: String,
-        /// BLAKE3 of its manifest, hex.
+        /// BLAKE3 of the manifest, hex.
         manifest_blake3: String,
-        /// Bytes of all objects.
+        /// Total size of all objects, in bytes.
         bytes: u64,
         /// Number of objects.
         objects: usize,
     },
     /// A checkpoint is the best so far.
     Best {
-        /// Entry of that checkpoint.
-        of: u64,
+        /// Log entry of the checkpoint.
+        #[serde(rename = "of")]
+        checkpoint: u64,
     },
-    /// Checkpoints stop to exist; their objects are deleted after this.
+    /// Checkpoints cease to exist; their objects are deleted afterwards.
     Removed {
-        /// Their entries.
-        of: Vec<u64>,
+        /// Log entries of the checkpoints.
+        #[serde(rename = "of")]
+        checkpoints: Vec<u64>,
     },
-    /// Written by a later version of the program.
+    /// An entry written by a later version of the program.
     #[serde(other)]
     Unknown,
 }
@@ -78,45 +80,46 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct RunLog {
     store: Store,
-    entries: Vec<Entry>,
+    entries: Vec<LogEntry>,
     term: u64,
 }
 
 impl RunLog {
-    /// Reads the whole log. Appending needs a claim.
+    /// Reads the whole log. Appending requires a claim.
     ///
     /// # Errors
-    /// A store error, or [`Error::Corrupt`] for an entry that is missing in the middle or does not parse.
+    /// Returns [`Error::Corrupt`] if an entry is missing in the middle or malformed, or a store error.
     pub async fn read(store: &Store) -> Result<Self> {
-        let corrupt = |object: String, why: String| Error::Corrupt { place: store.place().to_string(), object, why };
+        let corrupt =
+            |object: String, why: String| Error::Corrupt { location: store.location().to_string(), object, why };
         let mut seqs = Vec::new();
         for name in store.list("log").await? {
             let number = name.strip_prefix("log/").and_then(|n| n.strip_suffix(".json")).map(str::parse::<u64>);
             match number {
                 Some(Ok(seq)) if entry_name(seq) == name => seqs.push(seq),
-                _ => tracing::warn!(name, "a file in the log folder is not a log entry; it is left alone"),
+                _ => tracing::warn!(name, "ignoring file that is not a log entry"),
             }
         }
         seqs.sort_unstable();
-        if let Some((want, _)) = (1..).zip(&seqs).find(|(want, seq)| want != *seq) {
-            return Err(corrupt(entry_name(want), "the entry is missing, later ones are there".into()));
+        if let Some((expected, _)) = (1..).zip(&seqs).find(|(expected, seq)| expected != *seq) {
+            return Err(corrupt(entry_name(expected), "the entry is missing, but later ones exist".into()));
         }
-        let entries: Vec<Entry> = futures::stream::iter(seqs)
+        let entries: Vec<LogEntry> = futures::stream::iter(seqs)
             .map(|seq| read_entry(store, seq))
             .buffered(16)
             .zip(futures::stream::iter(1..))
-            .map(|(e, seq)| e?.ok_or_else(|| corrupt(entry_name(seq), "it vanished while it was read".into())))
+            .map(|(e, seq)| e?.ok_or_else(|| corrupt(entry_name(seq), "it was deleted while the log was read".into())))
             .try_collect()
             .await?;
         Ok(Self { store: store.clone(), entries, term: 0 })
     }
 
-    /// All entries, oldest first.
-    pub fn entries(&self) -> &[Entry] {
+    /// Returns all entries, oldest first.
+    pub fn entries(&self) -> &[LogEntry] {
         &self.entries
     }
 
-    /// The term this handle writes under; 0 before a claim.
+    /// Returns the term of this handle; 0 before a claim.
     pub fn term(&self) -> u64 {
         self.term
     }
@@ -128,84 +131,85 @@ impl RunLog {
     /// Claims the next term.
     ///
     /// # Errors
-    /// [`Error::Fenced`] when another learner claims at the same moment, or a store error.
+    /// Returns [`Error::Fenced`] if another learner claims the run concurrently, or a store error.
     pub async fn claim(&mut self) -> Result<u64> {
         let term = self.highest_term() + 1;
         let code_version = env!("CARGO_PKG_VERSION").to_string();
-        self.write(term, Kind::Claim { code_version }).await?;
+        self.write(term, EntryKind::Claim { code_version }).await?;
         self.term = term;
         Ok(term)
     }
 
-    /// Writes under the highest term without claiming: for maintenance beside a running learner, which is not fenced.
-    pub(crate) fn join(&mut self) {
+    /// Adopts the highest term without claiming it: for maintenance while a learner runs, without fencing it.
+    pub(crate) fn adopt_highest_term(&mut self) {
         self.term = self.highest_term();
     }
 
     /// Appends an entry.
     ///
     /// # Errors
-    /// [`Error::Fenced`] when a newer learner has claimed the run, [`Error::Log`] when the store does not take it.
-    pub async fn append(&mut self, kind: Kind) -> Result<u64> {
+    /// Returns [`Error::Fenced`] if a newer learner has claimed the run, and [`Error::Log`] if the store does not accept the entry.
+    pub async fn append(&mut self, kind: EntryKind) -> Result<u64> {
         self.write(self.term, kind).await
     }
 
-    /// Reads entries that others have appended, and fails if one of them has a higher term.
+    /// Reads entries that other processes have appended, and fails if one of them has a higher term.
     ///
     /// # Errors
-    /// [`Error::Fenced`], or a store error.
+    /// Returns [`Error::Fenced`] if a newer learner has claimed the run, or a store error.
     pub async fn check_fence(&mut self) -> Result<()> {
-        while let Some(e) = read_entry(&self.store, self.next()).await? {
+        while let Some(e) = read_entry(&self.store, self.next_seq()).await? {
             self.entries.push(e);
         }
-        self.fence(self.term, false)
+        self.check_term(self.term, false)
     }
 
-    fn next(&self) -> u64 {
+    fn next_seq(&self) -> u64 {
         self.entries.len() as u64 + 1
     }
 
-    fn fence(&self, term: u64, claiming: bool) -> Result<()> {
+    fn check_term(&self, term: u64, claiming: bool) -> Result<()> {
         let theirs = self.highest_term();
         if theirs > term || (claiming && theirs == term) {
-            return Err(Error::Fenced { place: self.store.place().to_string(), ours: term, theirs });
+            return Err(Error::Fenced { location: self.store.location().to_string(), ours: term, theirs });
         }
         Ok(())
     }
 
-    async fn write(&mut self, term: u64, kind: Kind) -> Result<u64> {
-        let claiming = matches!(kind, Kind::Claim { .. });
-        let mut entry = Entry { seq: 0, nonce: nonce(), term, written_unix_s: unix_s(), kind };
-        let mut tries = 0;
+    async fn write(&mut self, term: u64, kind: EntryKind) -> Result<u64> {
+        let claiming = matches!(kind, EntryKind::Claim { .. });
+        let mut entry = LogEntry { seq: 0, nonce: nonce(), term, written_unix_s: unix_s(), kind };
+        let mut attempts = 0;
         loop {
-            self.fence(term, claiming)?;
-            entry.seq = self.next();
-            let log_fault = |cause: String| Error::Log { place: self.store.place().to_string(), seq: entry.seq, cause };
-            let json = serde_json::to_vec(&entry).map_err(|e| log_fault(e.to_string()))?;
+            self.check_term(term, claiming)?;
+            entry.seq = self.next_seq();
+            let log_error =
+                |cause: String| Error::Log { location: self.store.location().to_string(), seq: entry.seq, cause };
+            let json = serde_json::to_vec(&entry).map_err(|e| log_error(e.to_string()))?;
             let Err(error) = self.store.write_new(&entry_name(entry.seq), Bytes::from(json)).await else {
                 self.entries.push(entry);
                 return Ok(self.entries.len() as u64);
             };
             match read_entry(&self.store, entry.seq).await {
-                Ok(Some(found)) if found.nonce == entry.nonce => {
-                    self.entries.push(found);
+                Ok(Some(stored)) if stored.nonce == entry.nonce => {
+                    self.entries.push(stored);
                     return Ok(self.entries.len() as u64);
                 }
-                Ok(Some(found)) => {
-                    // lost the race for this number: take the other's entry in, and look at its term
-                    self.entries.push(found);
+                Ok(Some(stored)) => {
+                    // Lost the race for this number: record the other entry, then check its term.
+                    self.entries.push(stored);
                     continue;
                 }
                 Ok(None) => {}
                 Err(e @ Error::Corrupt { .. }) => return Err(e),
-                Err(e) => tracing::warn!(error = %e, "cannot read a log entry back"),
+                Err(e) => tracing::warn!(error = %e, "cannot read back log entry"),
             }
-            tries += 1;
-            if tries >= TRIES {
-                return Err(log_fault(cause(&error)));
+            attempts += 1;
+            if attempts >= MAX_ATTEMPTS {
+                return Err(log_error(cause(&error)));
             }
-            tracing::warn!(seq = entry.seq, error = cause(&error), "a log entry was not taken; trying again");
-            tokio::time::sleep(Duration::from_millis(50 << tries)).await;
+            tracing::warn!(seq = entry.seq, error = cause(&error), "writing log entry failed, retrying");
+            tokio::time::sleep(Duration::from_millis(50 << attempts)).await;
         }
     }
 }
@@ -214,13 +218,13 @@ fn entry_name(seq: u64) -> String {
     format!("log/{seq:08}.json")
 }
 
-async fn read_entry(store: &Store, seq: u64) -> Result<Option<Entry>> {
+async fn read_entry(store: &Store, seq: u64) -> Result<Option<LogEntry>> {
     let name = entry_name(seq);
     let Some(bytes) = store.read(&name).await? else { return Ok(None) };
-    let corrupt = |why: String| Error::Corrupt { place: store.place().to_string(), object: name.clone(), why };
-    let entry: Entry = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
+    let corrupt = |why: String| Error::Corrupt { location: store.location().to_string(), object: name.clone(), why };
+    let entry: LogEntry = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
     if entry.seq != seq {
-        return Err(corrupt(format!("it says it is entry {}", entry.seq)));
+        return Err(corrupt(format!("its `seq` is {}", entry.seq)));
     }
     Ok(Some(entry))
 }

@@ -1,49 +1,51 @@
-//! Reading one checkpoint: files whole, tensors by name and range. Only parts that are asked for are read, each once, and every byte
-//! is checked against the manifest, the manifest against the log.
+//! Reads one checkpoint: whole files, and tensors by name and range.
+//!
+//! Each required part is read once. Every byte is verified against the manifest, and the manifest against the log.
 
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 
-use crate::digest::{self, parts, range};
+use crate::digest::{self, part_count, part_range};
 use crate::error::{Error, Result};
 use crate::index::CheckpointInfo;
 use crate::manifest::{FORMAT, Manifest, ManifestObject, ManifestTensor};
 use crate::store::Store;
 
-/// Parts read at once.
-pub(crate) const PARALLEL: usize = 8;
+/// Maximum number of parallel reads of parts.
+pub(crate) const MAX_PARALLEL_READS: usize = 8;
 
-/// A stretch of a tensor, and where it is to go.
+/// A range of a tensor to read, and its offset in the destination buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Want {
-    /// `weight`, `exp_avg`, `exp_avg_sq`.
+pub struct ReadRequest {
+    /// Kind of the tensor: `weight`, `exp_avg`, `exp_avg_sq`.
     pub kind: String,
-    /// The parameter.
+    /// Name of the parameter.
     pub name: String,
-    /// The first number.
+    /// Index of the first element.
     pub begin: u64,
-    /// How many.
+    /// Number of elements.
     pub count: u64,
-    /// The first byte of the destination.
-    pub to: usize,
+    /// Byte offset in the destination buffer.
+    pub destination: usize,
 }
 
-/// Bytes of an object that go to a place of the destination.
+/// A byte range of an object, and its offset in the destination buffer.
 #[derive(Debug, Clone, Copy)]
-struct Span {
-    from: u64,
+struct CopyRange {
+    source: u64,
     bytes: u64,
-    to: usize,
+    destination: usize,
 }
 
-/// A checkpoint that is read.
+/// An open checkpoint.
 #[derive(Debug, Clone)]
 pub struct Reader {
     store: Store,
     info: CheckpointInfo,
     manifest: Manifest,
+    /// Index in the manifest by kind and name.
     tensors: HashMap<(String, String), usize>,
 }
 
@@ -51,175 +53,189 @@ impl Reader {
     /// Opens a checkpoint by its manifest.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] where the manifest is missing, is not that of the log, or of another format; or a store error.
+    /// Returns [`Error::Corrupt`] if the manifest is missing, does not match the log or has another format, or a store error.
     pub async fn open(store: &Store, info: &CheckpointInfo) -> Result<Self> {
         let name = format!("{}/manifest.json", info.path);
-        let corrupt = |why: String| Error::Corrupt { place: store.place().to_string(), object: name.clone(), why };
+        let corrupt =
+            |why: String| Error::Corrupt { location: store.location().to_string(), object: name.clone(), why };
         let bytes = store.read(&name).await?.ok_or_else(|| corrupt("it is missing".into()))?;
-        if digest::root(&digest::all(&bytes).await) != info.manifest_blake3 {
-            return Err(corrupt("its BLAKE3 is not the one in the log".into()));
+        if digest::root_hash(&digest::hash_parts(&bytes).await) != info.manifest_blake3 {
+            return Err(corrupt("its BLAKE3 differs from the one in the log".into()));
         }
-        let found: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
-        if found["format"] != FORMAT {
+        let json: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| corrupt(e.to_string()))?;
+        if json["format"] != FORMAT {
             return Err(corrupt(format!(
-                "its format is {}, this version reads {FORMAT}: end or export that run with the version that began it",
-                found["format"]
+                "its format is {}, this version reads {FORMAT}: finish or export the run with the version that started it",
+                json["format"]
             )));
         }
-        let manifest: Manifest = serde_json::from_value(found).map_err(|e| corrupt(e.to_string()))?;
-        if manifest.tensors.iter().flat_map(|t| &t.pieces).any(|p| p.object >= manifest.objects.len()) {
-            return Err(corrupt("a tensor lies in an object that it does not list".into()));
+        let manifest: Manifest = serde_json::from_value(json).map_err(|e| corrupt(e.to_string()))?;
+        if manifest.tensors.iter().flat_map(|t| &t.slices).any(|s| s.object >= manifest.objects.len()) {
+            return Err(corrupt("a tensor refers to an object that is not listed".into()));
         }
         let key = |(i, t): (usize, &ManifestTensor)| ((t.kind.clone(), t.name.clone()), i);
         let tensors = manifest.tensors.iter().enumerate().map(key).collect();
         Ok(Self { store: store.clone(), info: info.clone(), manifest, tensors })
     }
 
-    /// Which checkpoint it is.
+    /// Returns the checkpoint's entry in the log.
     pub fn info(&self) -> &CheckpointInfo {
         &self.info
     }
 
-    /// What it consists of.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// A tensor's entry.
+    /// Returns a tensor's entry in the manifest.
     pub fn tensor(&self, kind: &str, name: &str) -> Option<&ManifestTensor> {
         self.tensors.get(&(kind.to_owned(), name.to_owned())).map(|i| &self.manifest.tensors[*i])
     }
 
-    /// Reads an object that is no shard whole.
+    /// Reads a whole object.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], also where there is none of that name; or a store error.
-    pub async fn file(&self, name: &str) -> Result<Bytes> {
+    /// Returns [`Error::Corrupt`] if the object is damaged or not in the manifest, or a store error.
+    pub async fn read_file(&self, name: &str) -> Result<Bytes> {
         let Some(object) = self.manifest.objects.iter().find(|o| o.name == name) else {
             return Err(self.corrupt(name, "the manifest does not list it".into()));
         };
-        let all = futures::stream::iter(0..parts(object.size)).map(|i| self.part(object, i)).buffered(PARALLEL);
-        let mut all: Vec<Bytes> = all.try_collect().await?;
-        Ok(if all.len() == 1 { all.swap_remove(0) } else { all.concat().into() })
+        let reads = futures::stream::iter(0..part_count(object.size)).map(|i| self.read_part(object, i));
+        let mut parts: Vec<Bytes> = reads.buffered(MAX_PARALLEL_READS).try_collect().await?;
+        Ok(if parts.len() == 1 { parts.swap_remove(0) } else { parts.concat().into() })
     }
 
-    /// Checks every byte of an object.
+    /// Verifies every byte of an object.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], or a store error.
-    pub async fn check(&self, object: &ManifestObject) -> Result<()> {
-        let mut all = futures::stream::iter(0..parts(object.size)).map(|i| self.part(object, i)).buffered(PARALLEL);
-        while all.try_next().await?.is_some() {}
-        // The parts are those of the manifest; they must also be those of its hash.
-        if parts(object.size) > 1 && digest::joined(&object.parts).as_ref() != Some(&object.blake3) {
-            return Err(self.corrupt(&object.name, "its BLAKE3 is not the one in the manifest".into()));
+    /// Returns [`Error::Corrupt`] if the object is damaged, or a store error.
+    pub async fn verify_object(&self, object: &ManifestObject) -> Result<()> {
+        let reads = futures::stream::iter(0..part_count(object.size)).map(|i| self.read_part(object, i));
+        let mut reads = reads.buffered(MAX_PARALLEL_READS);
+        while reads.try_next().await?.is_some() {}
+        // The parts match the manifest; together they must also match the object's hash.
+        if part_count(object.size) > 1 && digest::root_hash_of_hex(&object.parts).as_ref() != Some(&object.blake3) {
+            return Err(self.corrupt(&object.name, "its BLAKE3 differs from the one in the manifest".into()));
         }
         Ok(())
     }
 
-    /// Checks every byte of the objects that hold no tensors; those that do are checked as they are read.
+    /// Verifies every byte of the objects without tensors; objects with tensors are verified as they are read.
     ///
     /// # Errors
-    /// As [`Reader::check`].
-    pub async fn check_files(&self) -> Result<()> {
-        let mut shards = vec![false; self.manifest.objects.len()];
-        self.manifest.tensors.iter().flat_map(|t| &t.pieces).for_each(|p| shards[p.object] = true);
-        for (object, _) in self.manifest.objects.iter().zip(shards).filter(|(_, shard)| !shard) {
-            self.check(object).await?;
+    /// See [`Reader::verify_object`].
+    pub async fn verify_files(&self) -> Result<()> {
+        let mut has_tensors = vec![false; self.manifest.objects.len()];
+        self.manifest.tensors.iter().flat_map(|t| &t.slices).for_each(|s| has_tensors[s.object] = true);
+        for (object, _) in self.manifest.objects.iter().zip(has_tensors).filter(|(_, has_tensors)| !has_tensors) {
+            self.verify_object(object).await?;
         }
         Ok(())
     }
 
-    /// Reads stretches of tensors to their places in `to`.
+    /// Reads ranges of tensors into `buffer`.
     ///
     /// # Errors
-    /// [`Error::NoTensor`] for what the checkpoint does not have; [`Error::Corrupt`]; or a store error.
-    pub async fn read(&self, wants: &[Want], to: &mut [u8]) -> Result<()> {
-        let mut spans: BTreeMap<(usize, usize), Vec<Span>> = BTreeMap::new();
-        for want in wants {
-            self.spans(want, to.len(), &mut spans)?;
+    /// Returns [`Error::NoSuchTensor`] if the checkpoint does not have a requested range or it does not fit the buffer,
+    /// [`Error::Corrupt`] if an object is damaged, or a store error.
+    pub async fn read(&self, requests: &[ReadRequest], buffer: &mut [u8]) -> Result<()> {
+        let mut ranges_by_part: BTreeMap<(usize, usize), Vec<CopyRange>> = BTreeMap::new();
+        for request in requests {
+            self.add_copy_ranges(request, buffer.len(), &mut ranges_by_part)?;
         }
-        let read = |((object, index), spans): ((usize, usize), Vec<Span>)| async move {
+        let read = |((object, index), ranges): ((usize, usize), Vec<CopyRange>)| async move {
             let object = &self.manifest.objects[object];
-            let bytes = self.part(object, index).await?;
-            Ok::<_, Error>((range(object.size, index).start, bytes, spans))
+            let bytes = self.read_part(object, index).await?;
+            Ok::<_, Error>((part_range(object.size, index).start, bytes, ranges))
         };
-        let mut parts = futures::stream::iter(spans).map(read).buffer_unordered(PARALLEL);
-        while let Some((first, bytes, spans)) = parts.try_next().await? {
-            for s in spans {
-                let from = (s.from - first) as usize;
-                let size = s.bytes as usize;
-                to[s.to..s.to + size].copy_from_slice(&bytes[from..from + size]);
+        let mut parts = futures::stream::iter(ranges_by_part).map(read).buffer_unordered(MAX_PARALLEL_READS);
+        while let Some((part_start, bytes, ranges)) = parts.try_next().await? {
+            for range in ranges {
+                let source = (range.source - part_start) as usize;
+                let size = range.bytes as usize;
+                buffer[range.destination..range.destination + size].copy_from_slice(&bytes[source..source + size]);
             }
         }
         Ok(())
     }
 
-    /// The parts that hold a stretch, and what of them.
-    fn spans(&self, want: &Want, room: usize, out: &mut BTreeMap<(usize, usize), Vec<Span>>) -> Result<()> {
-        let missing = |why: &str| Error::NoTensor {
+    /// Adds the byte ranges of a request to `ranges_by_part`, keyed by object and part.
+    fn add_copy_ranges(
+        &self,
+        request: &ReadRequest,
+        buffer_len: usize,
+        ranges_by_part: &mut BTreeMap<(usize, usize), Vec<CopyRange>>,
+    ) -> Result<()> {
+        let error = |why: &str| Error::NoSuchTensor {
             step: self.info.step,
-            kind: want.kind.clone(),
-            name: want.name.clone(),
+            kind: request.kind.clone(),
+            name: request.name.clone(),
             why: why.to_owned(),
         };
-        let tensor = self.tensor(&want.kind, &want.name).ok_or_else(|| missing("it is not there"))?;
-        let (width, end) = (tensor.dtype.size(), want.begin + want.count);
-        if end > tensor.count() || want.to as u64 + want.count * width > room as u64 {
-            return Err(missing(&format!("its shape is {:?}", tensor.shape)));
+        let tensor = self.tensor(&request.kind, &request.name).ok_or_else(|| error("there is no such tensor"))?;
+        let width = tensor.dtype.size();
+        let request_end = request.begin + request.count;
+        if request_end > tensor.count() || request.destination as u64 + request.count * width > buffer_len as u64 {
+            return Err(error(&format!("its shape is {:?}", tensor.shape)));
         }
-        for p in &tensor.pieces {
-            let (begin, end) = (p.begin.max(want.begin), (p.begin + p.count).min(end));
+        for slice in &tensor.slices {
+            let begin = slice.begin.max(request.begin);
+            let end = (slice.begin + slice.count).min(request_end);
             if begin >= end {
                 continue;
             }
-            let object = &self.manifest.objects[p.object];
-            let mut from = p.at + (begin - p.begin) * width;
-            let last = p.at + (end - p.begin) * width;
-            if last > object.size {
-                return Err(self.corrupt("manifest.json", format!("`{}` lies beyond its object", want.name)));
+            let object = &self.manifest.objects[slice.object];
+            let mut source = slice.offset + (begin - slice.begin) * width;
+            let source_end = slice.offset + (end - slice.begin) * width;
+            if source_end > object.size {
+                return Err(self.corrupt("manifest.json", format!("`{}` extends beyond its object", request.name)));
             }
-            let mut to = want.to + ((begin - want.begin) * width) as usize;
-            while from < last {
-                let index = (from / digest::PART as u64) as usize;
-                let bytes = range(object.size, index).end.min(last) - from;
-                out.entry((p.object, index)).or_default().push(Span { from, bytes, to });
-                (from, to) = (from + bytes, to + bytes as usize);
+            let mut destination = request.destination + ((begin - request.begin) * width) as usize;
+            while source < source_end {
+                let index = (source / digest::PART_BYTES as u64) as usize;
+                let bytes = part_range(object.size, index).end.min(source_end) - source;
+                let range = CopyRange { source, bytes, destination };
+                ranges_by_part.entry((slice.object, index)).or_default().push(range);
+                source += bytes;
+                destination += bytes as usize;
             }
         }
         Ok(())
     }
 
-    /// Reads one part of an object and checks it.
-    async fn part(&self, object: &ManifestObject, index: usize) -> Result<Bytes> {
+    /// Reads one part of an object and verifies it.
+    async fn read_part(&self, object: &ManifestObject, index: usize) -> Result<Bytes> {
         let name = format!("{}/{}", self.info.path, object.name);
         let corrupt = |why: String| self.corrupt(&object.name, why);
-        let single = parts(object.size) == 1;
-        // A small object is read whole, so that one that has grown is found, too.
-        let bytes = if single { self.store.read(&name).await? } else { self.read_part(&name, object, index).await? };
+        let is_single = part_count(object.size) == 1;
+        // A small object is read whole, which also detects one that has grown.
+        let bytes =
+            if is_single { self.store.read(&name).await? } else { self.read_range(&name, object, index).await? };
         let bytes = bytes.ok_or_else(|| corrupt("it is missing".into()))?;
-        let want = range(object.size, index);
-        if bytes.len() as u64 != want.end - want.start {
+        let range = part_range(object.size, index);
+        let expected_len = range.end - range.start;
+        if bytes.len() as u64 != expected_len {
             return Err(corrupt(format!(
-                "its part {index} has {} bytes, the manifest says {}",
-                bytes.len(),
-                want.end - want.start
+                "its part {index} has {} bytes, but {expected_len} according to the manifest",
+                bytes.len()
             )));
         }
-        let told = if single { Some(&object.blake3) } else { object.parts.get(index) };
-        if told != Some(&digest::hex(&digest::one(&bytes, index, object.size).await)) {
-            return Err(corrupt("its BLAKE3 is not the one in the manifest".into()));
+        let expected_hash = if is_single { Some(&object.blake3) } else { object.parts.get(index) };
+        if expected_hash != Some(&digest::hex(&digest::hash_part_async(&bytes, index, object.size).await)) {
+            return Err(corrupt("its BLAKE3 differs from the one in the manifest".into()));
         }
         Ok(bytes)
     }
 
-    /// A part of a large object; one that ends before the part is damaged, not unreadable.
-    async fn read_part(&self, name: &str, object: &ManifestObject, index: usize) -> Result<Option<Bytes>> {
-        match self.store.read_range(name, range(object.size, index)).await {
+    /// Reads a part of a large object, and reports an object that has another size as damaged, not as unreadable.
+    async fn read_range(&self, name: &str, object: &ManifestObject, index: usize) -> Result<Option<Bytes>> {
+        match self.store.read_range(name, part_range(object.size, index)).await {
             Err(e @ Error::Read { .. }) => match self.store.size(name).await? {
-                Some(size) if size != object.size => {
-                    Err(self.corrupt(&object.name, format!("it has {size} bytes, the manifest says {}", object.size)))
-                }
+                Some(size) if size != object.size => Err(self.corrupt(
+                    &object.name,
+                    format!("it has {size} bytes, but {} according to the manifest", object.size),
+                )),
                 _ => Err(e),
             },
             other => other,
@@ -228,6 +244,6 @@ impl Reader {
 
     pub(crate) fn corrupt(&self, name: &str, why: String) -> Error {
         let object = format!("{}/{name}", self.info.path);
-        Error::Corrupt { place: self.store.place().to_string(), object, why }
+        Error::Corrupt { location: self.store.location().to_string(), object, why }
     }
 }

@@ -1,35 +1,35 @@
 //! Local directories: opening, saving, exporting, and directories that cannot be used.
 
-use crate::world::{load, objects, retention, save, snapshot, value};
+use crate::common::{header, load, objects, retention, save, value};
 use unveil_checkpoint::{Access, Checkpoints, Error, Object, Resume, Store, export, list, verify};
 
-const NONE: [(&str, &str); 0] = [];
+const NO_OPTIONS: [(&str, &str); 0] = [];
 
 #[tokio::test]
-async fn a_path_and_its_file_url_are_the_same_run() {
+async fn path_and_file_url_open_the_same_run() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("a run");
     let path = run.to_str().unwrap();
-    let e = Store::open(path, NONE, Access::Read).await.unwrap_err().to_string();
+    let e = Store::open(path, NO_OPTIONS, Access::Read).await.unwrap_err().to_string();
     assert!(e.contains(path) && e.contains("No such file"), "{e}");
-    assert!(!run.exists(), "reading creates nothing");
-    let store = Store::open(path, NONE, Access::Write).await.unwrap();
+    assert!(!run.exists(), "opening for reading creates nothing");
+    let store = Store::open(path, NO_OPTIONS, Access::Write).await.unwrap();
     assert!(list(&store).await.unwrap().is_empty());
     let mut c = Checkpoints::claim(store, retention(1)).await.unwrap();
     save(&mut c, 1).await.unwrap();
     save(&mut c, 2).await.unwrap();
     assert!(run.join("checkpoints/step-2/term-1/shards/0-0.safetensors").is_file());
     assert!(run.join("checkpoints/step-2/term-1/manifest.json").is_file());
-    assert!(!run.join("checkpoints/step-1").exists(), "no empty folders stay");
+    assert!(!run.join("checkpoints/step-1").exists(), "empty folders are removed");
     assert!(run.join("log/00000001.json").is_file());
     let url = url::Url::from_directory_path(&run).unwrap();
-    let again = Store::open(url.as_str(), NONE, Access::Read).await.unwrap();
+    let again = Store::open(url.as_str(), NO_OPTIONS, Access::Read).await.unwrap();
     assert_eq!(load(&again, Resume::Auto).await.unwrap().unwrap().info.step, 2);
     assert!(verify(&again, None).await.unwrap().iter().all(|o| o.ok));
 
     let c = Checkpoints::claim(again.clone(), retention(1)).await.unwrap();
     assert_eq!(c.term(), 2);
-    assert_eq!(c.choice(Resume::Auto).unwrap().take().unwrap().unwrap().step, 2);
+    assert_eq!(c.resume_candidates(Resume::Auto).unwrap().next_candidate().unwrap().unwrap().step, 2);
 
     let out = dir.path().join("export/model");
     let files = export(&again, None, &out, "model", "model").await.unwrap();
@@ -43,83 +43,83 @@ async fn a_path_and_its_file_url_are_the_same_run() {
     let e = export(&again, None, &out, "model", "model").await.unwrap_err().to_string();
     assert!(e.contains("not empty"), "{e}");
     assert!(export(&again, None, &dir.path().join("x"), "nothing", "x").await.is_err());
-    let left: Vec<_> = std::fs::read_dir(dir.path().join("export")).unwrap().collect();
-    assert_eq!(left.len(), 1, "no partial directory stays");
+    let entries: Vec<_> = std::fs::read_dir(dir.path().join("export")).unwrap().collect();
+    assert_eq!(entries.len(), 1, "partial directories are removed");
 }
 
-/// What a writer that was killed had staged is not listed by the store, and goes with the next save.
+/// The store does not list files that a killed writer had staged; the next save removes them.
 #[tokio::test]
-async fn what_was_staged_goes() {
+async fn staged_files_are_removed_by_the_next_save() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().to_str().unwrap(), NONE, Access::Write).await.unwrap();
-    let left = dir.path().join("checkpoints/step-4/term-1/shards");
-    std::fs::create_dir_all(&left).unwrap();
-    std::fs::write(left.join("0-0.safetensors#1"), "half").unwrap();
+    let store = Store::open(dir.path().to_str().unwrap(), NO_OPTIONS, Access::Write).await.unwrap();
+    let staged = dir.path().join("checkpoints/step-4/term-1/shards");
+    std::fs::create_dir_all(&staged).unwrap();
+    std::fs::write(staged.join("0-0.safetensors#1"), "half").unwrap();
     std::fs::create_dir_all(dir.path().join("checkpoints/step-5")).unwrap();
     let later = dir.path().join("checkpoints/step-9/term-7");
     std::fs::create_dir_all(&later).unwrap();
     let mut c = Checkpoints::claim(store.clone(), retention(1)).await.unwrap();
     save(&mut c, 1).await.unwrap();
-    assert!(!dir.path().join("checkpoints/step-4").exists(), "what was staged stays");
-    assert!(!dir.path().join("checkpoints/step-5").exists(), "a folder without anything stays");
-    assert!(later.exists(), "a later learner's is not touched");
+    assert!(!dir.path().join("checkpoints/step-4").exists(), "staged files remain");
+    assert!(!dir.path().join("checkpoints/step-5").exists(), "an empty folder remains");
+    assert!(later.exists(), "objects of a later term are untouched");
     assert!(dir.path().join("checkpoints/step-1/term-1/manifest.json").exists());
 }
 
-/// An object of several parts, whole and in ranges that cross them.
+/// An object with several parts is saved, loaded and verified.
 #[tokio::test]
-async fn a_large_object_is_checked_part_by_part() {
+async fn large_object_is_verified_part_by_part() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().to_str().unwrap(), NONE, Access::Write).await.unwrap();
+    let store = Store::open(dir.path().to_str().unwrap(), NO_OPTIONS, Access::Write).await.unwrap();
     let mut c = Checkpoints::claim(store.clone(), retention(1)).await.unwrap();
     let big: Vec<u8> = (0..(33 << 20) + 12345).map(|i: u32| (i >> 3) as u8 ^ (i >> 17) as u8).collect();
-    let mut all = objects(1);
-    all.push(Object { name: "big.bin".into(), bytes: big.clone().into(), layout: None });
-    c.save(snapshot(1), all).await.unwrap();
-    let got = load(&store, Resume::Auto).await.unwrap().unwrap();
-    assert!(got.files["big.bin"] == big);
-    let shown = unveil_checkpoint::show(&store, None).await.unwrap();
-    let object = shown.manifest.objects.iter().find(|o| o.name == "big.bin").unwrap();
+    let mut with_big = objects(1);
+    with_big.push(Object { name: "big.bin".into(), bytes: big.clone().into(), layout: None });
+    c.save(header(1), with_big).await.unwrap();
+    let loaded = load(&store, Resume::Auto).await.unwrap().unwrap();
+    assert!(loaded.files["big.bin"] == big);
+    let details = unveil_checkpoint::show(&store, None).await.unwrap();
+    let object = details.manifest.objects.iter().find(|o| o.name == "big.bin").unwrap();
     assert_eq!((object.blake3.clone(), object.parts.len()), (blake3::hash(&big).to_hex().to_string(), 3));
-    // One bit in the last part.
+    // Flip one bit in the last part.
     let path = dir.path().join("checkpoints/step-1/term-1/big.bin");
     let mut bytes = big;
     *bytes.last_mut().unwrap() ^= 128;
     std::fs::write(&path, &bytes).unwrap();
-    let wrong: Vec<_> = verify(&store, None).await.unwrap().into_iter().filter(|o| !o.ok).collect();
-    assert!(wrong.len() == 1 && wrong[0].object.ends_with("big.bin"), "{wrong:?}");
+    let damaged: Vec<_> = verify(&store, None).await.unwrap().into_iter().filter(|o| !o.ok).collect();
+    assert!(damaged.len() == 1 && damaged[0].object.ends_with("big.bin"), "{damaged:?}");
 }
 
 #[tokio::test]
-async fn a_directory_that_cannot_be_used_is_an_error_that_says_which_and_why() {
+async fn unusable_locations_are_named_with_the_cause() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "x").unwrap();
-    let below_a_file = file.join("run");
-    // /proc takes no directories, not even from root
-    for bad in [below_a_file.to_str().unwrap(), "/proc/unveil-run"] {
-        let e = Store::open(bad, NONE, Access::Write).await.unwrap_err();
+    let inside_file = file.join("run");
+    // Not even root can create directories in /proc.
+    for target in [inside_file.to_str().unwrap(), "/proc/unveil-run"] {
+        let e = Store::open(target, NO_OPTIONS, Access::Write).await.unwrap_err();
         assert!(matches!(e, Error::Open { .. }));
-        assert!(e.to_string().contains(bad) && e.to_string().contains("os error"), "{e}");
+        assert!(e.to_string().contains(target) && e.to_string().contains("os error"), "{e}");
     }
-    for (bad, why) in [
+    for (target, why) in [
         ("", "empty"),
         ("gopher://x/y", "recognise"),
         ("https://example.com/x", "s3://, gs://, az://"),
         ("s3://user:secret@bucket/x", "credentials"),
     ] {
-        let e = Store::open(bad, NONE, Access::Write).await.unwrap_err().to_string();
+        let e = Store::open(target, NO_OPTIONS, Access::Write).await.unwrap_err().to_string();
         assert!(e.contains(why) && !e.contains("secret"), "{e}");
     }
 }
 
 #[tokio::test]
-async fn a_folder_that_turns_unwritable_fails_the_save_and_keeps_the_last_checkpoint() {
+async fn unwritable_folder_fails_the_save_only() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path().to_str().unwrap(), NONE, Access::Write).await.unwrap();
+    let store = Store::open(dir.path().to_str().unwrap(), NO_OPTIONS, Access::Write).await.unwrap();
     let mut c = Checkpoints::claim(store.clone(), retention(1)).await.unwrap();
     save(&mut c, 1).await.unwrap();
-    // a plain file where the folder of the next step must go: refused for root too
+    // A plain file instead of the next step's folder fails for root too.
     std::fs::write(dir.path().join("checkpoints/step-2"), "in the way").unwrap();
     let e = save(&mut c, 2).await.unwrap_err();
     assert!(matches!(e, Error::Write { .. }), "{e}");

@@ -1,7 +1,7 @@
-//! Tests of the whole crate through its public interface.
+//! Integration tests of checkpoints, through the public interface.
 
+mod common;
 mod faults;
 mod killed;
 mod local;
 mod uploads;
-mod world;

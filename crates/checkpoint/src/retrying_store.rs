@@ -1,5 +1,7 @@
-//! Reads that go on where an answer broke off. `object_store` repeats requests that were refused or not answered, and bodies of objects
-//! that broke off; an error's or a listing's answer that breaks off it reports at once. Must not know: what objects mean.
+//! A store that retries reads whose response was interrupted.
+//!
+//! `object_store` itself retries requests that were refused or unanswered, and object bodies that were interrupted; but it reports an
+//! interrupted error response or listing immediately.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,42 +16,43 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
-/// Tries of one read.
-const TRIES: u32 = 4;
-/// A read that has taken so long was repeated enough below.
-const ENOUGH: Duration = Duration::from_secs(20);
-/// Wait before the second try, doubled with each one.
-const WAIT: Duration = Duration::from_millis(100);
+/// Attempts of one read.
+const MAX_ATTEMPTS: u32 = 4;
+/// A read that has taken this long is not retried: `object_store` has retried it enough.
+const RETRY_BUDGET: Duration = Duration::from_secs(20);
+/// Delay before the second attempt, doubled for each further one.
+const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 
-/// A store whose reads are repeated when they fail for no reason that the store has named.
+/// A store that retries reads that fail with an unspecific error.
 #[derive(Debug)]
-pub(crate) struct Steady(pub Arc<dyn ObjectStore>);
+pub(crate) struct RetryingStore(pub Arc<dyn ObjectStore>);
 
-impl fmt::Display for Steady {
+impl fmt::Display for RetryingStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
     }
 }
 
-/// Calls `read` until it works, is refused, or has failed too often or for too long.
-async fn repeat<T, F: Future<Output = Result<T>>>(read: impl Fn() -> F) -> Result<T> {
-    let (begun, mut tries) = (Instant::now(), 0);
+/// Calls `read` until it succeeds, fails with a specific error, or has failed too often or for too long.
+async fn retry<T, F: Future<Output = Result<T>>>(read: impl Fn() -> F) -> Result<T> {
+    let begin = Instant::now();
+    let mut attempts = 0;
     loop {
         let error = match read().await {
             Err(e @ Error::Generic { .. }) => e,
             other => return other,
         };
-        tries += 1;
-        if tries >= TRIES || begun.elapsed() >= ENOUGH {
+        attempts += 1;
+        if attempts >= MAX_ATTEMPTS || begin.elapsed() >= RETRY_BUDGET {
             return Err(error);
         }
-        tracing::warn!(%error, "a read failed; trying again");
-        tokio::time::sleep(WAIT * 2u32.pow(tries - 1)).await;
+        tracing::warn!(%error, "read failed, retrying");
+        tokio::time::sleep(INITIAL_BACKOFF * 2u32.pow(attempts - 1)).await;
     }
 }
 
 #[async_trait]
-impl ObjectStore for Steady {
+impl ObjectStore for RetryingStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         self.0.put_opts(location, payload, opts).await
     }
@@ -59,7 +62,7 @@ impl ObjectStore for Steady {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        repeat(|| self.0.get_opts(location, options.clone())).await
+        retry(|| self.0.get_opts(location, options.clone())).await
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -67,17 +70,18 @@ impl ObjectStore for Steady {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let (inner, prefix) = (self.0.clone(), prefix.cloned());
-        let all = async move {
-            repeat(|| inner.list(prefix.as_ref()).try_collect::<Vec<_>>())
+        let inner = self.0.clone();
+        let prefix = prefix.cloned();
+        let listing = async move {
+            retry(|| inner.list(prefix.as_ref()).try_collect::<Vec<_>>())
                 .await
-                .map(|found| futures::stream::iter(found).map(Ok))
+                .map(|entries| futures::stream::iter(entries).map(Ok))
         };
-        futures::stream::once(all).try_flatten().boxed()
+        futures::stream::once(listing).try_flatten().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        repeat(|| self.0.list_with_delimiter(prefix)).await
+        retry(|| self.0.list_with_delimiter(prefix)).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
@@ -94,12 +98,12 @@ mod tests {
 
     use super::*;
 
-    /// Fails the next so many reads as a broken answer does.
+    /// Fails the given number of reads as an interrupted response does.
     #[derive(Debug)]
-    struct Flaky(InMemory, AtomicU32);
+    struct FlakyStore(InMemory, AtomicU32);
 
-    impl Flaky {
-        fn look(&self) -> Result<()> {
+    impl FlakyStore {
+        fn fail_if_due(&self) -> Result<()> {
             match self.1.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)) {
                 Ok(_) => Err(Error::Generic { store: "S3", source: "request or response body error".into() }),
                 Err(_) => Ok(()),
@@ -107,24 +111,24 @@ mod tests {
         }
     }
 
-    impl fmt::Display for Flaky {
+    impl fmt::Display for FlakyStore {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("Flaky")
+            f.write_str("FlakyStore")
         }
     }
 
     #[async_trait]
-    impl ObjectStore for Flaky {
+    impl ObjectStore for FlakyStore {
         async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
             self.0.put_opts(location, payload, opts).await
         }
 
-        async fn put_multipart_opts(&self, at: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-            self.0.put_multipart_opts(at, opts).await
+        async fn put_multipart_opts(&self, path: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+            self.0.put_multipart_opts(path, opts).await
         }
 
         async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-            self.look()?;
+            self.fail_if_due()?;
             self.0.get_opts(location, options).await
         }
 
@@ -133,15 +137,15 @@ mod tests {
         }
 
         fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-            match self.look() {
-                // It breaks off after the first entry.
+            match self.fail_if_due() {
+                // The listing is interrupted after the first entry.
                 Err(e) => self.0.list(prefix).take(1).chain(futures::stream::iter([Err(e)])).boxed(),
                 Ok(()) => self.0.list(prefix),
             }
         }
 
         async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-            self.look()?;
+            self.fail_if_due()?;
             self.0.list_with_delimiter(prefix).await
         }
 
@@ -151,24 +155,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn broken_answers_are_asked_for_again_and_named_in_the_end() {
-        let flaky = Arc::new(Flaky(InMemory::new(), AtomicU32::new(0)));
-        let store = Steady(flaky.clone());
-        let (one, two) = (Path::from("a/one"), Path::from("a/two"));
-        for path in [&one, &two] {
+    async fn interrupted_reads_are_retried_up_to_a_limit() {
+        let flaky = Arc::new(FlakyStore(InMemory::new(), AtomicU32::new(0)));
+        let store = RetryingStore(flaky.clone());
+        let first = Path::from("a/one");
+        let second = Path::from("a/two");
+        for path in [&first, &second] {
             store.put(path, "x".into()).await.unwrap();
         }
         let fail = |times| flaky.1.store(times, Ordering::Relaxed);
         fail(3);
-        assert_eq!(store.get(&one).await.unwrap().bytes().await.unwrap(), "x");
+        assert_eq!(store.get(&first).await.unwrap().bytes().await.unwrap(), "x");
         fail(2);
         let names: Vec<Path> = store.list(None).map_ok(|m| m.location).try_collect().await.unwrap();
-        assert_eq!(names, [one.clone(), two], "no entry of the listing that broke off comes twice");
+        assert_eq!(names, [first.clone(), second], "entries of the interrupted listing are not repeated");
         fail(2);
         assert_eq!(store.list_with_delimiter(None).await.unwrap().common_prefixes, [Path::from("a")]);
         fail(4);
-        assert!(store.get(&one).await.unwrap_err().to_string().contains("body error"));
+        assert!(store.get(&first).await.unwrap_err().to_string().contains("body error"));
         let missing = store.get(&Path::from("a/none")).await;
-        assert!(matches!(missing, Err(Error::NotFound { .. })), "what the store has named is not asked for again");
+        assert!(matches!(missing, Err(Error::NotFound { .. })), "a specific error is not retried");
     }
 }
