@@ -1,7 +1,7 @@
-//! Our side of the load benchmark (tests/bench/load.py), one JSON line per run.
+//! Driver of the load benchmark (tests/bench/load.py); prints one JSON line per run.
 //!
-//! `load model DIR DEVICE DTYPE` loads a model directory and then reads one byte of every page of every parameter, so that
-//! nothing is left to a later page fault; `load raw DIR` reads the same weight files with read(2) into one buffer.
+//! `load model DIR DEVICE DTYPE` loads a model directory and then reads one byte of every page of every parameter, so that no page fault is
+//! left for later; `load raw DIR` reads the same weights files with read(2) into one buffer.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,13 +11,13 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 use unveil_model::{Vlm, device};
 
-type Fault = Box<dyn std::error::Error>;
+type Error = Box<dyn std::error::Error>;
 
 const PAGE: usize = 4096;
-const BUFFER: usize = 8 << 20;
+const BUFFER_BYTES: usize = 8 << 20;
 
-/// Loads the directory; what is touched afterwards counts into the time.
-fn model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Fault> {
+/// Loads the directory; the time includes reading its pages afterwards.
+fn load_model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Error> {
     let kind = match kind {
         "float32" => Kind::Float,
         "bfloat16" => Kind::BFloat16,
@@ -25,16 +25,17 @@ fn model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Fault> {
     };
     let device = device(device_name)?;
     if device != Device::Cpu {
-        // The context of the GPU is made before the clock starts.
+        // Create the GPU context before the clock starts.
         let _ = Tensor::zeros([1], (kind, device)).sum(kind).double_value(&[]);
     }
     let start = Instant::now();
     let vlm = Vlm::load(dir, device, kind)?;
     let loaded = start.elapsed().as_secs_f64();
-    let (mut bytes, mut check) = (0, 0u64);
+    let mut bytes = 0;
+    let mut check = 0u64;
     for (_, tensor) in vlm.named_parameters() {
-        bytes += size_of(tensor);
-        check = check.wrapping_add(touch(tensor));
+        bytes += tensor_bytes(tensor);
+        check = check.wrapping_add(touch_pages(tensor));
     }
     let seconds = start.elapsed().as_secs_f64();
     let status = std::fs::read_to_string("/proc/self/status")?;
@@ -51,33 +52,35 @@ fn model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Fault> {
     ))
 }
 
-fn size_of(tensor: &Tensor) -> usize {
+fn tensor_bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
-/// Reads a byte of each page of a tensor in host memory; one sum on another device, which waits for its copies.
+/// Reads a byte of each page of a tensor in host memory; sums a tensor on another device, which waits for its copies.
 #[allow(unsafe_code)]
-fn touch(tensor: &Tensor) -> u64 {
+fn touch_pages(tensor: &Tensor) -> u64 {
     if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
         return tensor.sum(Kind::Float).double_value(&[]).to_bits();
     }
-    let (start, size) = (tensor.data_ptr().cast::<u8>().cast_const(), size_of(tensor));
-    // SAFETY: the tensor is contiguous, in host memory, lives through this call and nobody writes to it: `size` bytes
-    // from its data pointer on can be read.
+    let start = tensor.data_ptr().cast::<u8>().cast_const();
+    let size = tensor_bytes(tensor);
+    // SAFETY: the tensor is contiguous, in host memory, outlives this call and is not written to: `size` bytes from its data pointer on
+    // can be read.
     let bytes = unsafe { std::slice::from_raw_parts(start, size) };
     bytes.iter().step_by(PAGE).fold(0u64, |sum, b| sum.wrapping_add(u64::from(std::hint::black_box(*b))))
 }
 
-/// Reads every weight file from start to end.
-fn raw(dir: &Path) -> Result<String, Fault> {
+/// Reads every weights file from start to end.
+fn read_raw(dir: &Path) -> Result<String, Error> {
     let mut files: Vec<_> = std::fs::read_dir(dir)?.map(|e| e.map(|e| e.path())).collect::<Result<_, _>>()?;
     files.retain(|f| f.extension().is_some_and(|e| e == "safetensors"));
     files.sort();
-    // Written once, so that its pages exist, and page-aligned: some processors copy several times slower otherwise.
-    let mut memory = vec![1u8; BUFFER + PAGE];
+    // Initialised, so that its pages exist, and page-aligned: some processors copy several times slower otherwise.
+    let mut memory = vec![1u8; BUFFER_BYTES + PAGE];
     let start = memory.as_ptr().align_offset(PAGE);
-    let buffer = &mut memory[start..start + BUFFER];
-    let (mut bytes, mut check) = (0, 0u64);
+    let buffer = &mut memory[start..start + BUFFER_BYTES];
+    let mut bytes = 0;
+    let mut check = 0u64;
     let start = Instant::now();
     for path in files {
         let mut file = File::open(path)?;
@@ -94,12 +97,12 @@ fn raw(dir: &Path) -> Result<String, Fault> {
     Ok(format!("{{\"seconds\":{seconds},\"bytes\":{bytes},\"check\":{check}}}"))
 }
 
-fn main() -> Result<(), Fault> {
+fn main() -> Result<(), Error> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let line = match words[..] {
-        ["model", dir, device_name, kind] => model(Path::new(dir), device_name, kind)?,
-        ["raw", dir] => raw(Path::new(dir))?,
+        ["model", dir, device_name, kind] => load_model(Path::new(dir), device_name, kind)?,
+        ["raw", dir] => read_raw(Path::new(dir))?,
         _ => return Err("usage: load model DIR DEVICE DTYPE | load raw DIR".into()),
     };
     println!("{line}");

@@ -10,14 +10,14 @@ use unveil_model::{
     logprobs_entropy,
 };
 
-/// Processor seconds of all threads of this process so far (Linux), 0 where unknown.
+/// Returns the CPU seconds of all threads of this process so far (Linux); 0 if unknown.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
     fields.skip(11).take(2).filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
-/// Prints wall time (median) and processor time (mean) per call in ms.
+/// Prints wall time (median) and CPU time (mean) per call, in ms.
 fn time(name: &str, mut f: impl FnMut()) {
     f();
     f();
@@ -37,7 +37,8 @@ fn time(name: &str, mut f: impl FnMut()) {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<usize> = std::env::args().skip(1).map(|a| a.parse()).collect::<Result<_, _>>()?;
-    let (threads, count) = (args.first().copied().unwrap_or(1), args.get(1).copied().unwrap_or(16));
+    let threads = args.first().copied().unwrap_or(1);
+    let count = args.get(1).copied().unwrap_or(16);
     tch::set_num_threads(threads as i32);
     let dir = std::env::temp_dir().join(format!("unveil-speed-{}", std::process::id()));
     let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };

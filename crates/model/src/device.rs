@@ -1,5 +1,4 @@
-//! The device that a configuration names. Loads libtorch's CUDA half at run time, so that one build serves hosts with and
-//! without a GPU.
+//! Device selection and device memory. libtorch's CUDA library is loaded at run time, so that one build serves hosts with and without a GPU.
 
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
@@ -8,17 +7,17 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_NOW};
 use tch::Device;
-use unveil_torch_ext::{Kept, kept_memory, load_cuda};
+use unveil_torch_ext::{AllocatorMemory, allocator_memory, load_cuda};
 
 use crate::{ModelError, Result};
 
-/// The driver's own library.
+/// The library of the GPU driver.
 const DRIVER: &str = "libcuda.so.1";
 
-/// `cpu`; `auto`: the first GPU where one is usable, else the CPU; `cuda` or `cuda:N`: that GPU.
+/// Returns the device that a configuration names: `cpu`; `auto` for the first usable GPU, else the CPU; `cuda` or `cuda:N` for that GPU.
 ///
 /// # Errors
-/// A GPU is named that is not usable (the message says why), or the word is not known.
+/// Returns [`ModelError::Input`] for an unusable GPU (the message says why) or an unknown name.
 pub fn device(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
@@ -36,45 +35,46 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
-/// Bytes that can still be allocated on `device`; none where the system does not say. What libtorch's allocator keeps for the next
-/// tensors counts as free.
+/// Returns how many bytes can still be allocated on `device`; `None` if the system does not report it. Memory that libtorch's allocator
+/// has reserved but that no tensor uses counts as free.
 pub fn free_memory(device: Device) -> Option<u64> {
     match device {
-        Device::Cuda(gpu) => gpu_free(gpu, driver_memory, |gpu| kept_memory(gpu).ok()),
+        Device::Cuda(gpu) => allocatable_memory(gpu, driver_memory, |gpu| allocator_memory(gpu).ok()),
         _ => {
             let text = std::fs::read_to_string("/proc/meminfo").ok()?;
             let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
             let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
             let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-            // A container may have less than its host.
+            // A container may have less memory than its host.
             let limit = number("/sys/fs/cgroup/memory.max");
-            let rest = limit.zip(number("/sys/fs/cgroup/memory.current")).map(|(max, used)| max.saturating_sub(used));
-            Some((kib * 1024).min(rest.unwrap_or(u64::MAX)))
+            let container =
+                limit.zip(number("/sys/fs/cgroup/memory.current")).map(|(max, used)| max.saturating_sub(used));
+            Some((kib * 1024).min(container.unwrap_or(u64::MAX)))
         }
     }
 }
 
-/// What a new tensor may take on a GPU: what the driver has, and what the allocator took from it that no tensor uses. Where that lies in
-/// pieces, the allocator gives it back before it refuses.
-fn gpu_free(
+/// Returns how much memory new tensors may use on a GPU: free memory of the driver, plus memory that the allocator has reserved but no
+/// tensor uses. If that is fragmented, the allocator returns it to the driver before it fails.
+fn allocatable_memory(
     gpu: usize,
     driver: impl Fn(usize) -> Option<GpuMemory>,
-    allocator: impl Fn(usize) -> Option<Kept>,
+    allocator: impl Fn(usize) -> Option<AllocatorMemory>,
 ) -> Option<u64> {
-    let kept = allocator(gpu).unwrap_or_default();
-    Some(driver(gpu)?.free.saturating_add(kept.reserved.saturating_sub(kept.allocated)))
+    let held = allocator(gpu).unwrap_or_default();
+    Some(driver(gpu)?.free.saturating_add(held.reserved.saturating_sub(held.allocated)))
 }
 
 /// Memory of a GPU in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GpuMemory {
-    /// What no process has taken; a process's allocator may keep some of what it took.
+    /// Memory that no process has allocated; an allocator may hold some that its process does not use.
     pub free: u64,
-    /// All of it.
+    /// Total memory.
     pub total: u64,
 }
 
-/// Memory of that GPU as its driver counts it; none on a CPU, or where the driver does not say.
+/// Returns the memory of a GPU as its driver counts it; `None` on a CPU, or if the driver does not report it.
 pub fn gpu_memory(device: Device) -> Option<GpuMemory> {
     match device {
         Device::Cuda(gpu) => driver_memory(gpu),
@@ -89,8 +89,8 @@ fn driver_memory(gpu: usize) -> Option<GpuMemory> {
 
 type Context = *mut c_void;
 
-/// The calls of the driver that tell of memory. It answers for the calling thread's present context, so that of the GPU in question is
-/// made present meanwhile.
+/// The driver's functions for memory information. They report on the calling thread's current context, so the context of the GPU in
+/// question is made current meanwhile.
 struct Driver {
     device: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
     retain: unsafe extern "C" fn(*mut Context, c_int) -> c_int,
@@ -103,8 +103,8 @@ struct Driver {
 #[allow(unsafe_code)]
 impl Driver {
     fn open(library: &Path) -> Option<Self> {
-        // SAFETY: the driver's library may be loaded at any time, and stays loaded: the handle is never closed. The symbols have these
-        // signatures since CUDA 7.
+        // SAFETY: the driver's library may be loaded at any time, and stays loaded: the handle is never closed. The symbols have had
+        // these signatures since CUDA 7.
         unsafe {
             let library = ManuallyDrop::new(Library::open(Some(library), RTLD_NOW).ok()?);
             Some(Self {
@@ -119,10 +119,12 @@ impl Driver {
     }
 
     fn memory(&self, gpu: usize) -> Option<GpuMemory> {
-        let (mut device, mut context) = (0, std::ptr::null_mut());
-        let (mut free, mut total) = (0usize, 0usize);
-        // SAFETY: every place is written before it is read, and the driver keeps none; what is retained is released, what is pushed is
-        // popped. The primary context is the one that libtorch uses, which holds it as long as it has anything there.
+        let mut device = 0;
+        let mut context = std::ptr::null_mut();
+        let mut free = 0usize;
+        let mut total = 0usize;
+        // SAFETY: every variable is written before it is read, and the driver keeps no pointer; what is retained is released, what is
+        // pushed is popped. libtorch uses the same primary context and retains it as long as it has anything there.
         unsafe {
             if (self.device)(&raw mut device, c_int::try_from(gpu).ok()?) != 0
                 || (self.retain)(&raw mut context, device) != 0
@@ -145,45 +147,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words() {
+    fn device_names() {
         assert_eq!(device("cpu").unwrap(), Device::Cpu);
         assert!(device("gpu").unwrap_err().to_string().contains("auto, cpu, cuda or cuda:N"));
-        let there = std::fs::exists("/dev/nvidia0").unwrap_or(false);
-        assert_eq!(device("auto").unwrap() != Device::Cpu, there);
+        let has_gpu = std::fs::exists("/dev/nvidia0").unwrap_or(false);
+        assert_eq!(device("auto").unwrap() != Device::Cpu, has_gpu);
         assert!(device("cuda:99").unwrap_err().to_string().contains("cuda:99"));
     }
 
     #[test]
-    fn memory_is_known_here() {
+    fn cpu_memory_is_reported() {
         let free = free_memory(Device::Cpu).unwrap();
         assert!(free > 1 << 20, "{free}");
         assert_eq!(gpu_memory(Device::Cpu), None);
     }
-    /// Scripted numbers for three GPUs: each answers for itself, whatever is present on the thread, and nothing stays behind.
+
+    /// A fake driver with three GPUs: each reports its own memory, whatever the thread's current context, and no context is left behind.
     #[test]
     #[allow(unsafe_code)]
-    fn memory_is_that_of_the_gpu_in_question() {
+    fn gpu_memory_is_that_of_the_given_gpu() {
         let fake = unveil_testkit::FakeDriver::build(&[(10, 100), (20, 200), (30, 300)]);
         let driver = Driver::open(fake.library()).unwrap();
-        let found = [2, 0, 1].map(|gpu| driver.memory(gpu).unwrap());
-        assert_eq!(found.map(|m| (m.free, m.total)), [(30, 300), (10, 100), (20, 200)]);
+        let memory = [2, 0, 1].map(|gpu| driver.memory(gpu).unwrap());
+        assert_eq!(memory.map(|m| (m.free, m.total)), [(30, 300), (10, 100), (20, 200)]);
         assert_eq!(driver.memory(3), None);
-        // SAFETY: the function is in the stand-in and takes nothing.
+        // SAFETY: the function is in the fake driver and has no arguments.
         let held = unsafe {
             let library = Library::open(Some(fake.library()), RTLD_NOW).unwrap();
             library.get::<unsafe extern "C" fn() -> c_int>(b"fake_held").unwrap()()
         };
-        assert_eq!(held, 0, "contexts that were left");
+        assert_eq!(held, 0, "contexts left behind");
         assert!(Driver::open(Path::new("/nowhere/libcuda.so.1")).is_none());
     }
 
-    /// A batch has ended: the allocator keeps its memory, and the next batch may have it.
+    /// The allocator keeps the memory of a batch that has ended for the next one.
     #[test]
-    fn what_the_allocator_keeps_is_free() {
+    fn unused_allocator_memory_is_free() {
         let driver = |gpu| (gpu == 2).then_some(GpuMemory { free: 1_000, total: 9_000 });
-        let kept = |gpu| (gpu == 2).then_some(Kept { reserved: 7_500, allocated: 500 });
-        assert_eq!(gpu_free(2, driver, kept), Some(8_000));
-        assert_eq!(gpu_free(2, driver, |_| None), Some(1_000));
-        assert_eq!(gpu_free(0, driver, kept), None);
+        let held = |gpu| (gpu == 2).then_some(AllocatorMemory { reserved: 7_500, allocated: 500 });
+        assert_eq!(allocatable_memory(2, driver, held), Some(8_000));
+        assert_eq!(allocatable_memory(2, driver, |_| None), Some(1_000));
+        assert_eq!(allocatable_memory(0, driver, held), None);
     }
 }

@@ -1,72 +1,72 @@
-//! What can go wrong with a model, said so that the reader knows what to repair.
+//! Errors of this crate. Messages name the file, tensor or key to fix.
 
 use std::path::{Path, PathBuf};
 
-/// Errors of the model room.
+/// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
-        /// The file.
+        /// File or directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// A configuration file is not JSON or holds values that this architecture cannot have.
+    /// A configuration file is not JSON or contains values that this architecture does not support.
     #[error("{path}: {message}")]
     Config {
-        /// The file, or a word for where the configuration came from.
+        /// The file, or where the configuration came from.
         path: PathBuf,
-        /// What is wrong, and with which key.
+        /// Description of the problem, with the key.
         message: String,
     },
-    /// Tensors that the configuration calls for are not in the directory.
+    /// Tensors that the configuration requires are not in the directory.
     #[error("{path}: missing {count} tensor(s): {names} (expected shape of the first: {expected:?}){instead}")]
     MissingTensors {
         /// Directory or file.
         path: PathBuf,
-        /// How many.
+        /// Number of missing tensors.
         count: usize,
-        /// The first names.
+        /// Their names, shortened to the first few.
         names: String,
-        /// Shape that the first one should have.
+        /// Expected shape of the first one.
         expected: Vec<i64>,
-        /// What is there in their place, as the end of the message; empty where nothing is.
+        /// End of the message: the tensors found instead; empty if there are none.
         instead: String,
     },
-    /// Tensors that the configuration does not know.
+    /// The directory contains tensors that the configuration does not use.
     #[error(
-        "{path}: {count} tensor(s) that the configuration does not call for: {names} (found shape of the first: {found:?})"
+        "{path}: {count} tensor(s) that the configuration does not use: {names} (found shape of the first: {found:?})"
     )]
     ExtraTensors {
         /// Directory or file.
         path: PathBuf,
-        /// How many.
+        /// Number of extra tensors.
         count: usize,
-        /// The first names.
+        /// Their names, shortened to the first few.
         names: String,
         /// Shape of the first one.
         found: Vec<i64>,
     },
-    /// A tensor has another shape than the configuration calls for.
+    /// A tensor has a different shape than the configuration requires.
     #[error("{path}: tensor `{name}` has shape {found:?}, expected {expected:?}")]
     Shape {
         /// Directory or file.
         path: PathBuf,
-        /// Tensor.
+        /// Name of the tensor.
         name: String,
-        /// What the configuration calls for.
+        /// Shape that the configuration requires.
         expected: Vec<i64>,
-        /// What is there.
+        /// Shape of the tensor.
         found: Vec<i64>,
     },
-    /// A weights file is cut short or not a safetensors file.
+    /// A weights file is truncated, or not a safetensors file.
     #[error("{path}: {message}")]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with the tensor's name where known.
+        /// Description of the problem, with the tensor's name if known.
         message: String,
     },
     /// The number of image tokens and of image features differ.
@@ -74,13 +74,13 @@ pub enum ModelError {
     ImageTokens {
         /// Image placeholders among the token ids.
         tokens: i64,
-        /// Feature rows given.
+        /// Rows of image features.
         features: i64,
     },
-    /// A caller's input does not fit together.
+    /// The caller's arguments are invalid or inconsistent.
     #[error("{0}")]
     Input(String),
-    /// Recorded GPU work failed.
+    /// A call to the C++ shim failed.
     #[error(transparent)]
     Ext(#[from] unveil_torch_ext::ExtError),
     /// libtorch refused an operation.
@@ -106,14 +106,25 @@ impl ModelError {
     }
 }
 
-/// The first names of a list, for a message.
+/// Number of names that a message lists.
+const MAX_NAMES: usize = 5;
+
+/// Formats the first few names of a list for a message.
 pub(crate) fn name_list<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let mut names: Vec<&str> = names.collect();
-    let more = names.len().saturating_sub(5);
-    names.truncate(5);
+    let more = names.len().saturating_sub(MAX_NAMES);
+    names.truncate(MAX_NAMES);
     let mut text = names.iter().map(|n| format!("`{n}`")).collect::<Vec<_>>().join(", ");
     if more > 0 {
         text.push_str(&format!(" and {more} more"));
     }
     text
+}
+
+/// Formats the error for quantised weights; `how` describes the quantisation.
+pub(crate) fn quantised_error(how: &str) -> String {
+    format!(
+        "the weights are quantised ({how}), which is not supported: use the original model, or save it dequantised \
+         (transformers: model.dequantize())"
+    )
 }

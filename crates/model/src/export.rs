@@ -1,23 +1,25 @@
-//! Model directories as a whole: what lies beside the weights, a copy of a directory in another kind of numbers or with adapters
-//! merged, and a hash that names what is in one.
+//! Whole model directories: files next to the weights, export in another dtype or with merged adapters, and a content hash.
 
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
 use crate::weights::weight_files;
-use crate::{Merger, ModelError, Result, Vlm, VlmConfig, read_adapters};
+use crate::{AdapterMerger, ModelError, Result, Vlm, VlmConfig, read_adapters};
 
-/// Files of a model directory that belong to neither weights nor configuration: tokenizer, processor, chat template. Sorted.
-pub fn companions(dir: &Path) -> Result<Vec<PathBuf>> {
-    let own = ["config.json", "generation_config.json", "manifest.json"];
+/// Returns the files of a model directory that are neither weights nor configuration (tokenizer, processor, chat template), sorted.
+///
+/// # Errors
+/// Returns [`ModelError::Io`] if the directory cannot be read.
+pub fn companion_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let model_files = ["config.json", "generation_config.json", "manifest.json"];
     let mut out = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(|e| ModelError::io(dir, e))? {
         let path = entry.map_err(|e| ModelError::io(dir, e))?.path();
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
         let weights = name.contains(".safetensors") || name.ends_with(".bin");
         let plain = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'));
-        if !weights && plain && !name.starts_with('.') && !own.contains(&name) && path.is_file() {
+        if !weights && plain && !name.starts_with('.') && !model_files.contains(&name) && path.is_file() {
             out.push(path);
         }
     }
@@ -25,45 +27,49 @@ pub fn companions(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(out)
 }
 
-/// Writes a model directory again, checked: weights in `kind` (none = as they are stored) under the published names, in shards
-/// where they are large, and all that lies beside them. Transformers' auto classes load it. The adapters in the directory `adapter`,
-/// as peft writes them, are merged into the weights, which are rounded once.
+/// Loads, checks and rewrites a model directory so that transformers' auto classes load it: weights as `kind` (`None`: as stored) under
+/// their published names, in shards if they are large, and the companion files. Adapters in the directory `adapter` (peft's format) are
+/// merged into the weights, which are rounded once.
 ///
 /// # Errors
-/// Names the file, and the tensor or key that does not fit.
+/// Returns the error of reading or writing a file, with the tensor or key that is wrong.
 pub fn export(dir: &Path, out: &Path, kind: Option<Kind>, adapter: Option<&Path>) -> Result<VlmConfig> {
     let stored = VlmConfig::load(dir)?.dtype;
     let kind = kind.unwrap_or(stored);
     let mut vlm = Vlm::load(dir, Device::Cpu, if adapter.is_some() { kind } else { stored })?;
-    let same = |a: &Path| std::fs::canonicalize(a).ok();
-    if same(dir).is_some() && same(dir) == same(out) {
+    let canonical = |path: &Path| std::fs::canonicalize(path).ok();
+    if canonical(dir).is_some() && canonical(dir) == canonical(out) {
         return Err(ModelError::input(format!(
-            "{} cannot be exported onto itself: name another directory",
+            "{} cannot be exported onto itself: choose another output directory",
             dir.display()
         )));
     }
     if let Some(adapter) = adapter {
         let (spec, named) = read_adapters(adapter)?;
-        Merger::default().merge(&mut vlm, &named, spec.scale())?;
+        AdapterMerger::default().merge(&mut vlm, &named, spec.scale())?;
     }
     vlm.save_as(out, kind)?;
-    copy_companions(dir, out)?;
+    copy_companion_files(dir, out)?;
     VlmConfig::load(out)
 }
 
-/// Copies what lies beside the weights of `dir` to `out`: tokenizer, processor, chat template.
-pub fn copy_companions(dir: &Path, out: &Path) -> Result<()> {
-    for path in companions(dir)? {
+/// Copies the [`companion_files`] of `dir` to `out`.
+///
+/// # Errors
+/// Returns [`ModelError::Io`] if a file cannot be read or written.
+pub fn copy_companion_files(dir: &Path, out: &Path) -> Result<()> {
+    for path in companion_files(dir)? {
         let name = path.file_name().unwrap_or_default();
         std::fs::copy(&path, out.join(name)).map_err(|e| ModelError::io(&path, e))?;
     }
     Ok(())
 }
 
-/// BLAKE3, in hex, of a directory's `config.json` and weights files: two directories with the same one are the same model.
+/// Returns the BLAKE3 hash, in hex, of the `config.json` and weights files of a directory. Directories with equal hashes hold the same
+/// model.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// Returns [`ModelError::Io`] if a file cannot be read.
 pub fn fingerprint(dir: &Path) -> Result<String> {
     let mut hash = blake3::Hasher::new();
     for path in std::iter::once(dir.join("config.json")).chain(weight_files(dir)?) {

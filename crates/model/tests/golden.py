@@ -1,7 +1,7 @@
-"""Reference numbers from transformers for the Rust model.
+"""Reference values from transformers for the Rust model.
 
-golden.py make DIR [SEED]   random tiny models of each family with inputs and what transformers makes of them: DIR/<model>/…
-golden.py check DIR         directories DIR/<model>/rust written by the Rust side give the same logits; prints JSON
+golden.py make DIR [SEED]   random tiny models of each family with inputs and transformers' outputs: DIR/<model>/…
+golden.py check DIR         compares the logits of directories DIR/<model>/rust, written by the Rust side; prints JSON
 """
 
 import json
@@ -70,7 +70,7 @@ def qwen2_5_vl(rng):
 
 def qwen3_vl(rng):
     head_dim = rng.choice([16, 24, 32])
-    # The width's frequencies are taken in turns with the others', so the temporal section is not the smallest.
+    # The axes interleave, so the temporal section must not be the smallest.
     third = head_dim // 6
     h, w = rng.randint(1, third), rng.randint(1, third)
     text = text_of(rng, head_dim, [head_dim // 2 - h - w, h, w], own_head=True)
@@ -156,12 +156,12 @@ def make(root, seed=0):
 
 
 def make_model(path, rng, kind, config, head=False):
-    """With `head` the files hold an output matrix of its own although the configuration ties it."""
+    """With `head` the files contain a separate output matrix although the configuration ties it."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     config._attn_implementation = "eager"
     model = kind(config).eval()
     for key, value in model.named_parameters():
-        # Wide enough for attention and logits that differ from token to token, biases and norms that matter.
+        # Large enough for attention and logits that differ between tokens, and for biases and norms that matter.
         if value.ndim == 1:
             value.add_(torch.randn(value.shape, generator=generator) * 0.2)
         elif "embed" in key and "patch" not in key or "lm_head" in key:
@@ -223,7 +223,7 @@ def check(root):
             model.model.rope_deltas = None
             worst = max(worst, (model(**inputs).logits[0] - gold[f"{index}.logits"]).abs().max().item())
         report[name] = worst
-    # Models from scratch: every tensor is there, none is left over.
+    # Models from scratch: no tensor is missing or unused.
     for fresh in sorted(root.glob("fresh-*")):
         _, info = AutoModelForImageTextToText.from_pretrained(fresh, output_loading_info=True)
         report[fresh.name] = {key: sorted(map(str, value)) for key, value in info.items() if value}

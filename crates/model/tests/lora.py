@@ -1,7 +1,7 @@
-"""Adapters of the Rust model against peft, on models that it wrote.
+"""Adapters of the Rust model against peft, on models that the Rust side wrote.
 
-lora.py make DIR SEED   for each DIR/<family> with base/ and inputs.st: an adapter that peft made, peft/, and its logits, peft.st
-lora.py check DIR       for each DIR/<family>: ours/ loads with peft, merged/ with transformers; prints JSON of relative gaps to ours.st
+lora.py make DIR SEED   for each DIR/<family> with base/ and inputs.st: writes an adapter made by peft (peft/) and its logits (peft.st)
+lora.py check DIR       for each DIR/<family>: loads ours/ with peft and merged/ with transformers; prints relative differences to ours.st as JSON
 """
 
 import json
@@ -48,7 +48,7 @@ def make(path, rng):
         r=rank, lora_alpha=rng.choice([3, 8, 16]), use_rslora=rng.random() < 0.5, target_modules=visual + decoder))
     for module in peft.modules():
         if hasattr(module, "lora_B"):
-            # What is added is of the size of the weights, whatever the scale: far above it rounding is blown up layer by layer.
+            # The adapter's contribution is about as large as the weights, whatever the scale: rounding errors would grow with it.
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             a.data.copy_(torch.randn(a.shape) * 0.2)
             b.data.copy_(torch.randn(b.shape) * 0.2 / module.scaling["default"])

@@ -1,16 +1,16 @@
-//! Qwen2.5-VL (arXiv 2502.13923): biases on queries, keys and values, one block of rotary frequencies per axis; a tower
-//! with RMS norms, gated MLPs and window attention. Source of names and numerics: Hugging Face transformers.
+//! Qwen2.5-VL (arXiv 2502.13923). Decoder: biases on queries, keys and values, one block of rotary frequencies per axis. Vision tower: RMS
+//! norms, gated MLPs, window attention. Source of names and numerics: Hugging Face transformers.
 
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::{Get, affine};
+use super::linear_with_bias;
 use crate::Result;
-use crate::config::{Reach, VisionConfig, VlmConfig};
-use crate::config_json::{Section, TextDefaults, text_json, vision_json, vision_section, vision_theta};
-use crate::family::Family;
-use crate::spec::{Fill, Specs, TensorSpec};
-use crate::vision::{Block, Merger, Mlp, Norm, Tower};
+use crate::config::family::Family;
+use crate::config::json::{JsonSection, TextDefaults, text_json, vision_json, vision_section, vision_theta};
+use crate::config::parameters::{GetTensor, Init, SpecList, TensorSpec};
+use crate::config::{VisionAttention, VisionConfig, VlmConfig};
+use crate::vision::{Block, Mlp, Norm, PatchMerger, TowerWeights};
 
 const DEFAULTS: TextDefaults = TextDefaults {
     vocab_size: 152064,
@@ -30,21 +30,22 @@ const DEFAULTS: TextDefaults = TextDefaults {
 };
 
 pub(super) fn parse(root: &Map<String, Value>) -> Result<VlmConfig, String> {
-    // Published checkpoints keep the decoder's keys at the top.
+    // Published checkpoints have the decoder's keys at the top level.
     let text = match root.get("text_config") {
-        Some(Value::Object(map)) => Section { map, name: "text_config." },
-        None | Some(Value::Null) => Section { map: root, name: "" },
+        Some(Value::Object(map)) => JsonSection { map, name: "text_config." },
+        None | Some(Value::Null) => JsonSection { map: root, name: "" },
         Some(_) => return Err("text_config is not an object".into()),
     };
     if text.map.get("use_sliding_window").and_then(Value::as_bool) == Some(true) {
         return Err(format!("{}use_sliding_window = true is not supported", text.name));
     }
-    VlmConfig::common(Family::Qwen2_5Vl, root, &text, &DEFAULTS, vision_config(&vision_section(root)?)?)
+    VlmConfig::from_sections(Family::Qwen2_5Vl, root, &text, &DEFAULTS, vision_config(&vision_section(root)?)?)
 }
 
-fn vision_config(s: &Section<'_>) -> Result<VisionConfig, String> {
+fn vision_config(s: &JsonSection<'_>) -> Result<VisionConfig, String> {
     s.expect_str("hidden_act", "silu")?;
-    let (patch_size, spatial_merge_size) = (s.square("patch_size", 14)?, s.int("spatial_merge_size", 2)?);
+    let patch_size = s.int_or_equal_list("patch_size", 14)?;
+    let spatial_merge_size = s.int("spatial_merge_size", 2)?;
     let window_size = s.int("window_size", 112)?;
     if window_size < patch_size * spatial_merge_size {
         return Err(format!("{}window_size {window_size} is smaller than one merged cell", s.name));
@@ -56,12 +57,12 @@ fn vision_config(s: &Section<'_>) -> Result<VisionConfig, String> {
         num_heads: s.int("num_heads", 16)?,
         in_channels: s.int("in_channels", 3)?,
         patch_size,
-        temporal_patch_size: s.square("temporal_patch_size", 2)?,
+        temporal_patch_size: s.int_or_equal_list("temporal_patch_size", 2)?,
         spatial_merge_size,
         out_hidden_size: s.int("out_hidden_size", 3584)?,
         rope_theta: vision_theta(s),
         initializer_range: s.float("initializer_range", 0.02)?,
-        reach: Reach::Windows {
+        attention: VisionAttention::Windows {
             window_size,
             full_attention: s.indexes("fullatt_block_indexes", &[7, 15, 23, 31])?,
             tokens_per_second: s.int("tokens_per_second", 4)?,
@@ -82,68 +83,73 @@ pub(super) fn config_json(config: &VlmConfig) -> Value {
             ("use_sliding_window", json!(false)),
         ],
     );
-    let more = match &config.vision.reach {
-        Reach::Windows { window_size, full_attention, tokens_per_second } => vec![
+    let more = match &config.vision.attention {
+        VisionAttention::Windows { window_size, full_attention, tokens_per_second } => vec![
             ("fullatt_block_indexes", json!(full_attention)),
             ("tokens_per_second", json!(tokens_per_second)),
             ("window_size", json!(window_size)),
         ],
-        Reach::Whole { .. } => Vec::new(),
+        VisionAttention::Whole { .. } => Vec::new(),
     };
-    config.document("Qwen2_5_VLForConditionalGeneration", text, vision_json(config, "silu", &more))
+    config.to_json("Qwen2_5_VLForConditionalGeneration", text, vision_json(config, "silu", &more))
 }
 
 pub(super) fn vision_tensors(v: &VisionConfig) -> Vec<TensorSpec> {
-    let (d, i) = (v.hidden_size, v.intermediate_size);
-    let mut out = Specs::default();
+    let d = v.hidden_size;
+    let i = v.intermediate_size;
+    let mut out = SpecList::default();
     out.push(
         "visual.patch_embed.proj.weight",
         &[d, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size],
-        Fill::Linear,
+        Init::Linear,
     );
     for b in 0..v.depth {
         let p = format!("visual.blocks.{b}");
-        out.push(format!("{p}.norm1.weight"), &[d], Fill::Ones);
-        out.linear(format!("{p}.attn.qkv"), [3 * d, d], Fill::Linear, Fill::VisionQkvBias);
-        out.linear(format!("{p}.attn.proj"), [d, d], Fill::Residual(v.depth), Fill::Zeros);
-        out.push(format!("{p}.norm2.weight"), &[d], Fill::Ones);
-        out.linear(format!("{p}.mlp.gate_proj"), [i, d], Fill::Linear, Fill::Zeros);
-        out.linear(format!("{p}.mlp.up_proj"), [i, d], Fill::Linear, Fill::Zeros);
-        out.linear(format!("{p}.mlp.down_proj"), [d, i], Fill::Residual(v.depth), Fill::Zeros);
+        out.push(format!("{p}.norm1.weight"), &[d], Init::Ones);
+        out.linear(format!("{p}.attn.qkv"), [3 * d, d], Init::Linear, Init::VisionQkvBias);
+        out.linear(format!("{p}.attn.proj"), [d, d], Init::Residual(v.depth), Init::Zeros);
+        out.push(format!("{p}.norm2.weight"), &[d], Init::Ones);
+        out.linear(format!("{p}.mlp.gate_proj"), [i, d], Init::Linear, Init::Zeros);
+        out.linear(format!("{p}.mlp.up_proj"), [i, d], Init::Linear, Init::Zeros);
+        out.linear(format!("{p}.mlp.down_proj"), [d, i], Init::Residual(v.depth), Init::Zeros);
     }
-    let wide = d * v.merge_unit();
-    out.push("visual.merger.ln_q.weight", &[d], Fill::Ones);
-    out.linear("visual.merger.mlp.0", [wide, wide], Fill::Linear, Fill::Zeros);
-    out.linear("visual.merger.mlp.2", [v.out_hidden_size, wide], Fill::Linear, Fill::Zeros);
+    let cell_width = d * v.merge_unit();
+    out.push("visual.merger.ln_q.weight", &[d], Init::Ones);
+    out.linear("visual.merger.mlp.0", [cell_width, cell_width], Init::Linear, Init::Zeros);
+    out.linear("visual.merger.mlp.2", [v.out_hidden_size, cell_width], Init::Linear, Init::Zeros);
     out.list
 }
 
-pub(super) fn tower(config: &VisionConfig, get: &Get<'_>) -> Result<Tower> {
-    let full = |b: usize| match &config.reach {
-        Reach::Windows { full_attention, .. } => full_attention.contains(&b),
-        Reach::Whole { .. } => true,
+pub(super) fn build_tower(config: &VisionConfig, get: &GetTensor<'_>) -> Result<TowerWeights> {
+    let full = |b: usize| match &config.attention {
+        VisionAttention::Windows { full_attention, .. } => full_attention.contains(&b),
+        VisionAttention::Whole { .. } => true,
     };
     let rms = |name: &str| -> Result<Norm> { Ok(Norm::Rms(get(&format!("visual.{name}.weight"))?)) };
     let block = |b: usize| -> Result<Block> {
-        let at = |name: &str| affine(get, &format!("visual.blocks.{b}.{name}"));
+        let linear = |name: &str| linear_with_bias(get, &format!("visual.blocks.{b}.{name}"));
         Ok(Block {
             norm1: rms(&format!("blocks.{b}.norm1"))?,
-            qkv: at("attn.qkv")?,
-            proj: at("attn.proj")?,
+            qkv: linear("attn.qkv")?,
+            proj: linear("attn.proj")?,
             norm2: rms(&format!("blocks.{b}.norm2"))?,
-            mlp: Mlp::Gated { gate: at("mlp.gate_proj")?, up: at("mlp.up_proj")?, down: at("mlp.down_proj")? },
+            mlp: Mlp::Gated {
+                gate: linear("mlp.gate_proj")?,
+                up: linear("mlp.up_proj")?,
+                down: linear("mlp.down_proj")?,
+            },
             full: full(b),
         })
     };
-    Ok(Tower {
+    Ok(TowerWeights {
         patch: (get("visual.patch_embed.proj.weight")?, None::<Tensor>),
         positions: None,
         blocks: (0..config.depth).map(block).collect::<Result<_>>()?,
-        merger: Merger {
+        merger: PatchMerger {
             norm: rms("merger.ln_q")?,
             norm_after_shuffle: false,
-            fc1: affine(get, "visual.merger.mlp.0")?,
-            fc2: affine(get, "visual.merger.mlp.2")?,
+            fc1: linear_with_bias(get, "visual.merger.mlp.0")?,
+            fc2: linear_with_bias(get, "visual.merger.mlp.2")?,
         },
         deepstack: Vec::new(),
     })
@@ -185,15 +191,15 @@ mod tests {
     }
 
     #[test]
-    fn writes_what_it_reads() {
+    fn config_json_round_trips() {
         let config = VlmConfig::from_json(&published()).expect("parses");
         let nested = config_json(&config);
-        let again = VlmConfig::from_json(nested.as_object().expect("object")).expect("parses");
-        assert_eq!(config, again);
+        let reparsed = VlmConfig::from_json(nested.as_object().expect("object")).expect("parses");
+        assert_eq!(config, reparsed);
     }
 
     #[test]
-    fn impossible_values_name_the_key() {
+    fn errors_of_invalid_values_name_the_key() {
         for (key, value, word) in [
             ("hidden_size", json!(2050), "hidden_size"),
             ("hidden_act", json!("gelu"), "hidden_act"),

@@ -1,0 +1,4 @@
+//! Low-rank adapters: specification and tensors, and files in peft's format.
+
+pub(crate) mod lora;
+pub(crate) mod peft;

@@ -1,0 +1,103 @@
+//! Tensor operations that decoder and vision tower share. Numerics follow the Hugging Face implementations, but activations are fp32
+//! whatever the dtype of the weights: attention in merged parts and products over different numbers of rows round differently, and
+//! rounding to bf16 after each would amplify the differences until rollout and training disagree about log-probabilities.
+
+use tch::{Device, Kind, Tensor};
+
+/// Returns the dtype of activations for weights of dtype `kind`: fp64 for fp64 weights, else fp32.
+pub fn activation_kind(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// Copies a tensor to new memory, without gradients.
+pub(crate) fn detached_copy(t: &Tensor) -> crate::Result<Tensor> {
+    let t = t.f_detach()?;
+    let mut copy = t.f_empty_like()?;
+    copy.f_copy_(&t)?;
+    Ok(copy)
+}
+
+/// Computes the RMS norm `w * (x / sqrt(mean(x^2) + eps))`, fp32.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    x.rms_norm(weight.size().as_slice(), Some(weight.to_kind(x.kind())), Some(eps))
+}
+
+/// Computes the layer norm, fp32.
+pub(crate) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Tensor {
+    let weight = weight.to_kind(x.kind());
+    let bias = bias.to_kind(x.kind());
+    x.layer_norm(weight.size().as_slice(), Some(weight), Some(bias), eps, false)
+}
+
+/// Rotates pairs `(i, i + d/2)` of the last dimension; `cos` and `sin` hold half the last dimension and broadcast.
+pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let half = cos.size()[cos.dim() - 1];
+    let (a, b) = split2(x, -1, half, half);
+    Tensor::cat(&[&a * cos - &b * sin, &b * cos + &a * sin], -1)
+}
+
+/// Computes `x W^T (+ b)` in fp32. Half-precision weights are not converted on a GPU: x is split into two half-precision summands that
+/// are multiplied in one product and summed in fp32. This keeps about 16 of the 24 mantissa bits of x and reads the weights once.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let kind = weight.kind();
+    if kind == x.kind() {
+        return linear_few_rows(x, weight, bias).unwrap_or_else(|| x.linear(weight, bias));
+    }
+    let bias = bias.map(|b| b.to_kind(x.kind()));
+    if !matches!(x.device(), Device::Cuda(_)) || records_gradients([x, weight]) {
+        return x.linear(&weight.to_kind(x.kind()), bias);
+    }
+    let mut size = x.size();
+    let flat = x.reshape([-1, size[size.len() - 1]]);
+    let high = flat.to_kind(kind);
+    let low = (&flat - high.to_kind(x.kind())).to_kind(kind);
+    let rows = flat.size()[0];
+    let (a, b) = split2(&Tensor::cat(&[high, low], 0).mm_dtype(&weight.tr(), x.kind()), 0, rows, rows);
+    let out = match bias {
+        None => a + b,
+        Some(bias) => a + b + bias,
+    };
+    if let Some(last) = size.last_mut() {
+        *last = weight.size()[0];
+    }
+    out.view(size.as_slice())
+}
+
+/// Returns whether an operation on these tensors is recorded for a backward pass. A trainable weight alone does not imply it: a learner
+/// computes old log-probabilities and evaluations without recording.
+pub(crate) fn records_gradients<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors.into_iter().any(Tensor::requires_grad) && unveil_torch_ext::grad_enabled()
+}
+
+/// Computes the product for few rows on the CPU, where libtorch would read the weights more than once; `None` if it does not apply.
+fn linear_few_rows(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option<Tensor> {
+    let few = x.dim() == 2 && x.size()[0] <= FEW_ROWS;
+    if !few
+        || records_gradients([Some(x), Some(weight), bias].into_iter().flatten())
+        || x.device() != Device::Cpu
+        || x.kind() != Kind::Float
+    {
+        return None;
+    }
+    unveil_torch_ext::linear(x, weight, bias).ok()
+}
+
+/// Number of rows up to which [`linear_few_rows`] is faster than libtorch.
+pub(crate) const FEW_ROWS: i64 = 64;
+
+/// Computes scaled dot-product attention with libtorch's fused kernels; `k` and `v` may have fewer heads (grouped queries).
+pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, q.size()[1] != k.size()[1])
+}
+
+/// Returns `1 / base^(2i / dim)` for i in `0..dim/2`, as fp32.
+pub(crate) fn inverse_frequencies(base: f64, dim: i64) -> Vec<f32> {
+    (0..dim / 2).map(|i| (1.0 / base.powf((2 * i) as f64 / dim as f64)) as f32).collect()
+}
+
+/// Splits a dimension in two. Unlike with two `narrow`s, the gradient is a single concatenation.
+pub(crate) fn split2(x: &Tensor, dim: i64, first: i64, second: i64) -> (Tensor, Tensor) {
+    let mut parts = x.split_with_sizes([first, second], dim);
+    let b = parts.remove(1);
+    (parts.remove(0), b)
+}
