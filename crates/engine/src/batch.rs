@@ -1,45 +1,45 @@
-//! The batch that runs: groups in slots of one cache, what each response has so far, and what is fed next. Plain bookkeeping
-//! around the cache; it computes nothing.
+//! The running batch: groups in the slots of one KV cache, the state of each response, and the next tokens to feed. Bookkeeping only;
+//! it computes nothing.
 
 use unveil_core::{Finish, WeightVersion};
 use unveil_model::{GroupCache, PackedGroup, TextConfig};
 
-use crate::engine::{Ticket, Waiting};
+use crate::queue::{QueuedGroup, Ticket};
 use crate::request::{AttentionRows, GroupOutput, GroupRequest, RawResponse};
 
-/// One response under way.
-pub(crate) struct Row {
+/// State of one response.
+struct ResponseState {
     tokens: Vec<u32>,
     logprobs: Vec<f32>,
     versions: Vec<WeightVersion>,
     attention: Vec<f32>,
     finish: Option<Finish>,
-    /// Nothing is left to feed.
+    /// No token is left to feed.
     done: bool,
     stop: Option<Box<dyn FnMut(u32) -> bool + Send>>,
 }
 
-/// One group under way; its rows are `slot * n ..` in the cache.
-pub(crate) struct Running {
+/// A running group; in the cache its rows are `slot * n ..`.
+pub(crate) struct RunningGroup {
     pub ticket: Ticket,
     pub request: GroupRequest,
     pub image_tokens: usize,
-    rows: Vec<Row>,
+    responses: Vec<ResponseState>,
 }
 
-/// Groups that share a cache, and so the number of responses.
+/// Groups that share a cache and therefore have the same number of responses.
 pub(crate) struct Batch {
     pub n: usize,
     pub cache: GroupCache,
-    pub slots: Vec<Option<Running>>,
-    /// Recorded steps that are counted already.
+    pub slots: Vec<Option<RunningGroup>>,
+    /// Graph steps that the engine's counters already include.
     pub graph_steps: u64,
 }
 
-impl Running {
-    pub(crate) fn new(waiting: Waiting, image_tokens: usize) -> Self {
-        let Waiting { ticket, request } = waiting;
-        let row = || Row {
+impl RunningGroup {
+    pub(crate) fn new(queued: QueuedGroup, image_tokens: usize) -> Self {
+        let QueuedGroup { ticket, request } = queued;
+        let response = || ResponseState {
             tokens: Vec::new(),
             logprobs: Vec::new(),
             versions: Vec::new(),
@@ -48,62 +48,66 @@ impl Running {
             done: false,
             stop: request.stop.as_ref().map(|rule| rule()),
         };
-        let rows = (0..request.sampling.n).map(|_| row()).collect();
-        Self { ticket, request, image_tokens, rows }
+        let responses = (0..request.sampling.n).map(|_| response()).collect();
+        Self { ticket, request, image_tokens, responses }
     }
 
-    fn done(&self) -> bool {
-        self.rows.iter().all(|r| r.done)
+    fn is_done(&self) -> bool {
+        self.responses.iter().all(|r| r.done)
     }
 
-    /// Position of the next token of response `r`.
+    /// Returns the position of the next token of response `r`.
     pub(crate) fn position(&self, r: usize) -> u32 {
-        self.rows[r].tokens.len() as u32
+        self.responses[r].tokens.len() as u32
     }
 
-    /// Takes a sampled token. `fed_again`: the last token is fed for its attention row.
+    /// Appends a sampled token to response `r`. `is_end`: it is an end token. `feed_last`: the last token is still fed, for its
+    /// attention row.
     pub(crate) fn push(
         &mut self,
         r: usize,
         token: u32,
         logprob: f32,
         version: WeightVersion,
-        end: bool,
-        fed_again: bool,
+        is_end: bool,
+        feed_last: bool,
     ) {
-        let row = &mut self.rows[r];
-        row.tokens.push(token);
-        row.logprobs.push(logprob);
-        row.versions.push(version);
-        let stopped = row.stop.as_mut().is_some_and(|stop| stop(token));
-        if end {
-            (row.finish, row.done) = (Some(Finish::Stop), true);
+        let response = &mut self.responses[r];
+        response.tokens.push(token);
+        response.logprobs.push(logprob);
+        response.versions.push(version);
+        let stopped = response.stop.as_mut().is_some_and(|stop| stop(token));
+        if is_end {
+            response.finish = Some(Finish::Stop);
+            response.done = true;
         } else if stopped {
-            (row.finish, row.done) = (Some(Finish::Stop), !fed_again);
-        } else if row.tokens.len() >= self.request.sampling.max_new_tokens {
-            (row.finish, row.done) = (Some(Finish::Length), !fed_again);
+            response.finish = Some(Finish::Stop);
+            response.done = !feed_last;
+        } else if response.tokens.len() >= self.request.sampling.max_new_tokens {
+            response.finish = Some(Finish::Length);
+            response.done = !feed_last;
         }
     }
 
-    /// What was fed of each response, as a packed group.
-    fn fed(&self, lengths: &[i64]) -> PackedGroup {
-        let responses =
-            self.rows.iter().zip(lengths).map(|(row, fed)| row.tokens[..(*fed).max(0) as usize].to_vec()).collect();
+    /// Returns the tokens in the cache as a packed group; `lengths` are the numbers of cached tokens of the responses.
+    fn cached_tokens(&self, lengths: &[i64]) -> PackedGroup {
+        let states = self.responses.iter().zip(lengths);
+        let responses = states.map(|(r, length)| r.tokens[..(*length).max(0) as usize].to_vec()).collect();
         PackedGroup { prompt: self.request.input.prompt.clone(), responses }
     }
 
-    fn output(self, capture: bool) -> GroupOutput {
+    fn into_output(self, capture: bool) -> GroupOutput {
         let capture = capture && self.image_tokens > 0;
         let cells = self.image_tokens;
-        let response = |(index, row): (usize, Row)| RawResponse {
+        let response = |(index, state): (usize, ResponseState)| RawResponse {
             index,
-            tokens: row.tokens,
-            logprobs: row.logprobs,
-            versions: row.versions,
-            finish: row.finish.unwrap_or(Finish::Cancelled),
-            attention: capture.then_some(AttentionRows { cells, values: row.attention }),
+            tokens: state.tokens,
+            logprobs: state.logprobs,
+            versions: state.versions,
+            finish: state.finish.unwrap_or(Finish::Cancelled),
+            attention: capture.then_some(AttentionRows { cells, values: state.attention }),
         };
-        GroupOutput { responses: self.rows.into_iter().enumerate().map(response).collect() }
+        GroupOutput { responses: self.responses.into_iter().enumerate().map(response).collect() }
     }
 }
 
@@ -117,74 +121,81 @@ impl Batch {
         self.slots.iter().all(Option::is_none)
     }
 
-    /// Slots that are free.
-    pub(crate) fn free(&self) -> Vec<usize> {
+    /// Returns the free slots.
+    pub(crate) fn free_slots(&self) -> Vec<usize> {
         (0..self.slots.len()).filter(|s| self.slots[*s].is_none()).collect()
     }
 
-    /// Bytes of keys and values.
-    pub(crate) fn bytes(&self, config: &TextConfig) -> u64 {
+    /// Returns the size of the KV cache in bytes.
+    pub(crate) fn cache_bytes(&self, config: &TextConfig) -> u64 {
         GroupCache::bytes(config, &self.cache.shape())
     }
 
-    /// The rows that are fed next, ascending, and their tokens.
-    pub(crate) fn next(&self) -> (Vec<usize>, Vec<i64>) {
+    /// Returns the cache rows to feed next, ascending, and their tokens.
+    pub(crate) fn next_inputs(&self) -> (Vec<usize>, Vec<i64>) {
         let mut rows = Vec::new();
         let mut tokens = Vec::new();
-        for (s, running) in self.slots.iter().enumerate() {
-            for (r, row) in running.iter().flat_map(|g| g.rows.iter().enumerate()).filter(|(_, row)| !row.done) {
-                rows.push(s * self.n + r);
-                tokens.push(row.tokens.last().map_or(0, |&t| i64::from(t)));
+        for (slot, group) in self.slots.iter().enumerate() {
+            let responses = group.iter().flat_map(|g| g.responses.iter().enumerate());
+            for (r, response) in responses.filter(|(_, response)| !response.done) {
+                rows.push(slot * self.n + r);
+                tokens.push(response.tokens.last().map_or(0, |&t| i64::from(t)));
             }
         }
         (rows, tokens)
     }
 
-    /// Takes the attention rows `[rows, width]` of a step and marks rows that were fed for them alone as done. Returns which of
-    /// `rows` go on, by place, as (slot, response).
-    pub(crate) fn fed(&mut self, rows: &[usize], attention: Option<(usize, Vec<f32>)>) -> Vec<(usize, (usize, usize))> {
-        let mut on = Vec::with_capacity(rows.len());
-        for (i, flat) in rows.iter().enumerate() {
-            let (s, r) = (flat / self.n, flat % self.n);
-            let Some(running) = self.slots[s].as_mut() else { continue };
-            let row = &mut running.rows[r];
+    /// Records the attention rows (width, then `[rows, width]`) of a step, and marks responses that were only fed for them as done.
+    /// Returns the responses that continue, as (index in `rows`, (slot, response)).
+    pub(crate) fn finish_step(
+        &mut self,
+        rows: &[usize],
+        attention: Option<(usize, Vec<f32>)>,
+    ) -> Vec<(usize, (usize, usize))> {
+        let mut continuing = Vec::with_capacity(rows.len());
+        for (i, row) in rows.iter().enumerate() {
+            let slot = row / self.n;
+            let r = row % self.n;
+            let Some(group) = self.slots[slot].as_mut() else { continue };
+            let response = &mut group.responses[r];
             if let Some((width, values)) = &attention {
-                row.attention.extend_from_slice(&values[i * width..i * width + running.image_tokens]);
+                response.attention.extend_from_slice(&values[i * width..i * width + group.image_tokens]);
             }
-            if row.finish.is_some() {
-                row.done = true;
+            if response.finish.is_some() {
+                response.done = true;
             } else {
-                on.push((i, (s, r)));
+                continuing.push((i, (slot, r)));
             }
         }
-        on
+        continuing
     }
 
-    /// Hands out groups that are done and frees their slots.
+    /// Removes the groups that are done, frees their slots and returns their outputs.
     pub(crate) fn retire(&mut self) -> Vec<(Ticket, GroupOutput)> {
         let capture = self.cache.capture().is_some();
-        let mut out = Vec::new();
-        for s in 0..self.slots.len() {
-            if let Some(running) = self.slots[s].take_if(|g| g.done()) {
-                self.cache.free(s);
-                out.push((running.ticket, running.output(capture)));
+        let mut outputs = Vec::new();
+        for slot in 0..self.slots.len() {
+            if let Some(group) = self.slots[slot].take_if(|g| g.is_done()) {
+                self.cache.free_slot(slot);
+                outputs.push((group.ticket, group.into_output(capture)));
             }
         }
-        out
+        outputs
     }
 
-    /// Takes one group out, as far as it has come.
+    /// Removes a group and returns its output so far; `None` if it is not in the batch.
     pub(crate) fn cancel(&mut self, ticket: Ticket) -> Option<GroupOutput> {
         let slot = self.slots.iter().position(|g| g.as_ref().is_some_and(|g| g.ticket == ticket))?;
-        let running = self.slots[slot].take()?;
-        self.cache.free(slot);
-        Some(running.output(self.cache.capture().is_some()))
+        let group = self.slots[slot].take()?;
+        self.cache.free_slot(slot);
+        Some(group.into_output(self.cache.capture().is_some()))
     }
 
-    /// Slots that are taken, and what their caches hold.
-    pub(crate) fn held(&self) -> Vec<(usize, PackedGroup)> {
+    /// Returns the occupied slots and the tokens in their caches.
+    pub(crate) fn cached_groups(&self) -> Vec<(usize, PackedGroup)> {
         let lengths = self.cache.lengths();
-        let taken = self.slots.iter().enumerate().filter_map(|(s, g)| Some((s, g.as_ref()?)));
-        taken.map(|(s, g)| (s, g.fed(&lengths[s * self.n..(s + 1) * self.n]))).collect()
+        let occupied = self.slots.iter().enumerate().filter_map(|(slot, group)| Some((slot, group.as_ref()?)));
+        let n = self.n;
+        occupied.map(|(slot, group)| (slot, group.cached_tokens(&lengths[slot * n..(slot + 1) * n]))).collect()
     }
 }

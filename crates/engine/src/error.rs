@@ -1,21 +1,21 @@
-//! What can go wrong in the engine; each message names the group.
+//! Errors of the engine, whose messages name the group.
 
 use unveil_model::ModelError;
 
-/// Why the engine refused or failed.
+/// Errors of this crate.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// A request cannot run.
+    /// A request is invalid.
     #[error("group `{group}`: {message}")]
     Request {
         /// The group's id.
         group: String,
-        /// What is wrong, and what to do.
+        /// The problem, and what to do.
         message: String,
     },
-    /// A prompt has another number of image tokens than its images give.
+    /// The number of image tokens in a prompt differs from the number of features of its images.
     #[error(
-        "group `{group}`: the prompt holds {tokens} image token(s), its image(s) give {features}: \
+        "group `{group}`: the prompt has {tokens} image token(s), but its image(s) give {features}: \
          prompt and image do not belong together"
     )]
     ImageTokens {
@@ -23,12 +23,12 @@ pub enum EngineError {
         group: String,
         /// Image placeholders in the prompt.
         tokens: usize,
-        /// Merged image features.
+        /// Merged features of the images.
         features: usize,
     },
     /// Prompt and response do not fit the model's context.
     #[error(
-        "group `{group}`: {prompt} prompt tokens ({images} of them image tokens) and up to {new} new ones are more than the \
+        "group `{group}`: {prompt} prompt tokens ({images} of them image tokens) and up to {new} new ones exceed the \
          model's context of {context}: lower max_new_tokens or the image size"
     )]
     Context {
@@ -38,44 +38,44 @@ pub enum EngineError {
         prompt: usize,
         /// Image tokens among them.
         images: usize,
-        /// Tokens that may be added.
+        /// Maximum number of response tokens.
         new: usize,
-        /// The model's limit.
+        /// The model's maximum number of tokens.
         context: usize,
     },
     /// Not even one group fits into memory.
     #[error(
-        "group `{group}`: its {n} response(s) of up to {new} tokens behind a prompt of {prompt} tokens take {} MiB, there are \
-         {} MiB: lower the number of responses, max_new_tokens or the image size",
+        "group `{group}`: its {n} response(s) of up to {new} tokens after a prompt of {prompt} tokens need {} MiB, but only {} MiB \
+         are available: lower the number of responses, max_new_tokens or the image size",
         needed >> 20, available >> 20
     )]
     Memory {
         /// The group's id.
         group: String,
-        /// Bytes that it takes, work included.
+        /// Bytes that one group needs, activations included.
         needed: u64,
-        /// Bytes that may be used.
+        /// Available bytes.
         available: u64,
-        /// Responses.
+        /// Number of responses.
         n: usize,
         /// Prompt tokens.
         prompt: usize,
-        /// Response tokens.
+        /// Maximum number of response tokens.
         new: usize,
     },
-    /// The model's output is not a number.
-    #[error("group `{group}`: the model gives log-probabilities that are not numbers: its weights are damaged")]
-    NotANumber {
+    /// The model computes NaN or infinite log-probabilities.
+    #[error("group `{group}`: the model computes log-probabilities that are not finite: its weights are damaged")]
+    NonFinite {
         /// The group's id.
         group: String,
     },
-    /// What was under way was lost with another group's failure.
-    #[error("generation ended with another group: {0}")]
-    Lost(String),
-    /// The model refused.
+    /// The group was aborted because another group failed.
+    #[error("generation was aborted because another group failed: {0}")]
+    Aborted(String),
+    /// The model returned an error.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// libtorch refused an operation.
+    /// libtorch returned an error.
     #[error("tensor library: {0}")]
     Torch(#[from] tch::TchError),
 }

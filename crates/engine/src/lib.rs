@@ -1,19 +1,19 @@
-//! Generation for groups: one image encoded once, one prompt prefilled once, n responses sampled from it.
+//! Generation for groups: each image is encoded once, each prompt prefilled once, and n responses are sampled from it.
 //!
-//! Owns the memory plan, admission, sampling, the random numbers of a response, its end, cancelling, attention rows,
-//! teacher-forced scoring and the swap of weights between steps. Speaks token ids, pixel patches and host vectors. Must not know:
-//! tonic, collective, tokenizers, rewards.
+//! Owns the memory plan, admission, sampling, random numbers, stop conditions, cancellation, attention rows, teacher-forced scoring
+//! and weight swaps between steps. Its interface consists of token ids, pixel patches and host vectors.
 //!
-//! A response's random numbers are a function of (seed, group key, index, position) alone ([`random`]), so what else is
-//! in the batch decides nothing but rounding.
+//! A response's random numbers are a function of (seed, group key, index, position) alone ([`random`]), so the rest of the batch
+//! affects a response only by rounding.
+//!
+//! Must not depend on: tonic, collective, tokenizers, rewards.
 
 mod batch;
 mod engine;
 mod error;
 mod generate;
 mod heads;
-mod images;
-mod plan;
+mod queue;
 pub mod random;
 mod request;
 mod sample;
@@ -26,11 +26,13 @@ mod stream_tests;
 #[cfg(test)]
 mod tests;
 
-pub use engine::{Engine, EngineOptions, Stats, Ticket};
+pub use engine::{CachePlan, Engine, EngineOptions, EngineStats, MaxSizes};
 pub use error::EngineError;
 pub use heads::HeadRows;
-pub use plan::{Longest, MemoryPlan};
-pub use request::{AttentionRows, GroupInput, GroupOutput, GroupRequest, RawResponse, ScoreRequest, Scored, StopRule};
+pub use queue::Ticket;
+pub use request::{
+    AttentionRows, GroupOutput, GroupRequest, PromptInput, RawResponse, ScoreRequest, ScoredResponse, StopRule,
+};
 
 /// Result of this crate.
 pub type Result<T, E = EngineError> = std::result::Result<T, E>;

@@ -1,11 +1,11 @@
 //! Counter-based random numbers: Philox 4x32 with 10 rounds (Salmon et al., SC 2011, "Parallel random numbers: as easy as
-//! 1, 2, 3"). A number is a function of its key and counter; there is no state to share or to save.
+//! 1, 2, 3"). A random number is a function of key and counter, so there is no state to share or save.
 
 const ROUNDS: usize = 10;
 const MULTIPLIERS: [u64; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Philox 4x32-10: 128 random bits from a 128-bit counter and a 64-bit key.
+/// Computes Philox 4x32-10: 128 random bits from a 128-bit counter and a 64-bit key.
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for round in 0..ROUNDS {
         if round > 0 {
@@ -18,23 +18,23 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// The uniform number in `[0, 1)` that picks token `position` of response `index` of a group.
+/// Returns the uniform number in `[0, 1)` that selects token `position` of response `index` of a group.
 ///
-/// 52 bits, so that `uniform * total` stays below `total` in f64 for any positive total.
+/// It has 52 bits, so that `uniform * total` stays below `total` in f64 for any positive total.
 pub fn uniform(seed: u64, group: u64, index: u32, position: u32) -> f64 {
-    let out = philox([group as u32, (group >> 32) as u32, index, position], [seed as u32, (seed >> 32) as u32]);
-    let bits = (u64::from(out[1]) << 32 | u64::from(out[0])) >> 12;
+    let words = philox([group as u32, (group >> 32) as u32, index, position], [seed as u32, (seed >> 32) as u32]);
+    let bits = (u64::from(words[1]) << 32 | u64::from(words[0])) >> 12;
     bits as f64 / (1u64 << 52) as f64
 }
 
-/// A group's 64-bit key from its parts (FNV-1a over the length-prefixed parts, then a finaliser). Stable between versions
+/// Derives a group's 64-bit key from byte strings (FNV-1a over the length-prefixed strings, then a finaliser). Stable across versions
 /// and machines.
 pub fn group_key(parts: &[&[u8]]) -> u64 {
     let mut h = 0xcbf2_9ce4_8422_2325_u64;
-    let mut eat = |byte: u8| h = (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    let mut update = |byte: u8| h = (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     for part in parts {
-        (part.len() as u64).to_le_bytes().into_iter().for_each(&mut eat);
-        part.iter().copied().for_each(&mut eat);
+        (part.len() as u64).to_le_bytes().into_iter().for_each(&mut update);
+        part.iter().copied().for_each(&mut update);
     }
     h = (h ^ (h >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     h = (h ^ (h >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -45,9 +45,9 @@ pub fn group_key(parts: &[&[u8]]) -> u64 {
 mod tests {
     use super::*;
 
-    /// Known answers of the Random123 library.
+    /// Known answers from the Random123 library.
     #[test]
-    fn philox_known_answers() {
+    fn philox_matches_known_answers() {
         assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
         assert_eq!(philox([!0; 4], [!0; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
         assert_eq!(
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn uniform_is_uniform_and_depends_on_every_part() {
+    fn uniform_is_uniform_and_depends_on_every_argument() {
         let n = 20_000;
         let draws: Vec<f64> = (0..n).map(|p| uniform(7, 11, 3, p)).collect();
         assert!(draws.iter().all(|u| (0.0..1.0).contains(u)));
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_keep_parts_apart() {
+    fn group_keys_depend_on_part_boundaries() {
         assert_ne!(group_key(&[b"ab", b"c"]), group_key(&[b"a", b"bc"]));
         assert_eq!(group_key(&[b"a"]), group_key(&[b"a"]));
         let spread: std::collections::HashSet<u64> =

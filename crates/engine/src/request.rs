@@ -1,66 +1,65 @@
-//! What goes into the engine and what comes out: host data, no tensors.
+//! Requests and results of the engine: host data, no tensors.
 
 use std::sync::Arc;
 
 use unveil_core::{Attention, Finish, Grid, Sampling, WeightVersion};
 use unveil_model::Prompt;
 
-/// One prompt with its images.
+/// A prompt with its images.
 #[derive(Debug, Clone)]
-pub struct GroupInput {
-    /// Named in errors.
+pub struct PromptInput {
+    /// The group's id, for error messages.
     pub id: String,
     /// Token ids with image placeholders already expanded, and the grid of each image.
     pub prompt: Prompt,
-    /// Flattened patches of all images of the prompt in order: `sum(t*h*w) x patch length`, row-major.
+    /// Patches of all images of the prompt, in order: `[sum(t*h*w), patch length]`, row-major.
     pub patches: Arc<Vec<f32>>,
-    /// What each image's patches were made from, by content: an image that was seen under the present weights is not encoded
-    /// again. Empty = not known.
+    /// Content hash of each image: an image whose features are cached for the current weights is not encoded again. Empty: unknown.
     pub hashes: Vec<[u8; 32]>,
 }
 
-/// Tells of a response's tokens, one after another, whether it ends with the one just given. Made anew for each response.
+/// Creates, for each response, a function that is called with one token after another and returns whether the response ends with it.
 pub type StopRule = Arc<dyn Fn() -> Box<dyn FnMut(u32) -> bool + Send> + Send + Sync>;
 
-/// One group to generate.
+/// A group to generate.
 #[derive(Clone)]
 pub struct GroupRequest {
-    /// Prompt and image.
-    pub input: GroupInput,
-    /// Together with the seed, the key of its random numbers ([`crate::random::group_key`]).
+    /// Prompt and images.
+    pub input: PromptInput,
+    /// Key of the group's random numbers, together with the seed ([`crate::random::group_key`]).
     pub key: u64,
-    /// Responses, temperature, filters, length cap, seed.
+    /// Number of responses, temperature, filters, length limit, seed.
     pub sampling: Sampling,
-    /// Ends responses besides the end token; such a response finishes with `stop`.
+    /// Stop condition in addition to the end token; such a response finishes with `stop`.
     pub stop: Option<StopRule>,
 }
 
-/// Attention of response tokens over the image tokens of their prompt. Row `i` belongs to response token `i`.
+/// Attention of response tokens over the image tokens of their prompt. Row `i` is that of response token `i`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AttentionRows {
-    /// Image tokens: values per row.
+    /// Number of image tokens, the length of a row.
     pub cells: usize,
-    /// Rows one after another; each sums to 1.
+    /// Concatenated rows; each sums to 1.
     pub values: Vec<f32>,
 }
 
 impl AttentionRows {
-    /// Number of rows.
+    /// Returns the number of rows.
     pub fn len(&self) -> usize {
         self.values.len().checked_div(self.cells).unwrap_or(0)
     }
 
-    /// True without rows.
+    /// Returns whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The row of response token `i`.
+    /// Returns the row of response token `i`.
     pub fn row(&self, i: usize) -> Option<&[f32]> {
         self.values.chunks_exact(self.cells.max(1)).nth(i)
     }
 
-    /// As the domain type, when `grid` has as many cells as the rows have values.
+    /// Converts to the domain type; `None` if the number of cells of `grid` differs from the length of a row.
     pub fn to_attention(&self, grid: Grid) -> Option<Attention> {
         (self.cells > 0 && grid.tokens() == self.cells).then(|| Attention {
             grid: [grid.rows, grid.cols],
@@ -70,33 +69,33 @@ impl AttentionRows {
     }
 }
 
-/// One generated response, before it is turned into text.
+/// A generated response, before decoding to text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawResponse {
-    /// Position within the group.
+    /// Index in the group.
     pub index: usize,
     /// Token ids, end token included when it was produced.
     pub tokens: Vec<u32>,
-    /// Log-probability of each token (fp32) in the distribution that the request names, without the banned tokens.
+    /// Log-probability of each token (fp32) in the requested distribution, without the banned tokens.
     pub logprobs: Vec<f32>,
-    /// Weight version that made each token; from one to the next they differ where weights were swapped in between.
+    /// Weight version that generated each token; it changes within a response if weights were swapped meanwhile.
     pub versions: Vec<WeightVersion>,
-    /// Why it ended.
+    /// Why the response ended.
     pub finish: Finish,
-    /// Rows of all tokens but an end token (which is never fed back), when capture is on and the prompt has an image.
+    /// Rows of all tokens except an end token (which is never fed back); `None` without capture or without an image.
     pub attention: Option<AttentionRows>,
 }
 
-/// The responses of one group, by index.
+/// The responses of a group, by index.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GroupOutput {
-    /// n responses.
+    /// The n responses.
     pub responses: Vec<RawResponse>,
 }
 
 impl GroupOutput {
-    /// n responses that were cancelled before their first token.
-    pub(crate) fn nothing(n: usize) -> Self {
+    /// Returns n responses that were cancelled before their first token.
+    pub(crate) fn cancelled(n: usize) -> Self {
         let response = |index| RawResponse {
             index,
             tokens: Vec::new(),
@@ -109,22 +108,22 @@ impl GroupOutput {
     }
 }
 
-/// Responses to score under the present weights.
+/// Responses to score with the current weights.
 #[derive(Debug, Clone)]
 pub struct ScoreRequest {
-    /// Prompt and image.
-    pub input: GroupInput,
-    /// Token ids of each response, taken verbatim; may be empty.
+    /// Prompt and images.
+    pub input: PromptInput,
+    /// Token ids of each response, used verbatim; may be empty.
     pub responses: Vec<Vec<u32>>,
 }
 
 /// Teacher-forced result of one response.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Scored {
-    /// Log-probability of each token; minus infinity for a banned one.
+pub struct ScoredResponse {
+    /// Log-probability of each token; minus infinity for banned ones.
     pub logprobs: Vec<f32>,
-    /// The most probable token at each position (banned ones left out).
+    /// The most probable token at each position, without banned ones.
     pub greedy: Vec<u32>,
-    /// A row per token, when capture is on and the prompt has an image.
+    /// A row per token; `None` without capture or without an image.
     pub attention: Option<AttentionRows>,
 }

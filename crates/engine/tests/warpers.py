@@ -1,4 +1,4 @@
-"""What transformers' logits warpers leave of random logits: DIR/in.st to probabilities in DIR/out.st."""
+"""Applies transformers' logits warpers to the logits and settings in DIR/in.st, and writes the probabilities to DIR/out.st."""
 
 import pathlib
 import sys
@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 root = pathlib.Path(sys.argv[1])
-given = load_file(root / "in.st")
+inputs = load_file(root / "in.st")
 rows = []
-for logits, (temperature, top_k, top_p, min_p) in zip(given["logits"], given["settings"].tolist()):
+for logits, (temperature, top_k, top_p, min_p) in zip(inputs["logits"], inputs["settings"].tolist()):
     scores = TemperatureLogitsWarper(temperature)(None, logits[None].double())
     if top_k:
         scores = TopKLogitsWarper(int(top_k))(None, scores)
