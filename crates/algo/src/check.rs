@@ -1,11 +1,11 @@
-//! Whether the numbers of a batch can be used, and how many of its rewards say nothing. Must not know: algorithms.
+//! Checks that the values of a batch are finite, and counts masked and equal rewards.
 
 use crate::advantage::all_equal;
 use crate::error::expect_len;
-use crate::layout::Layout;
+use crate::layout::{TokenLayout, TokenPosition};
 use crate::{AlgoError, NotFinite};
 
-/// What is in a batch, masks counted.
+/// Counts of groups and responses in a batch, and of those without a learning signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BatchStats {
     /// Groups.
@@ -20,15 +20,15 @@ pub struct BatchStats {
     pub flat_groups: usize,
 }
 
-/// Looks at a whole batch: `rewards` by group and response (masked: `None`), and series of one number per token, each with its
-/// name ("behaviour log-probability"), flat in the order of `layout`.
+/// Checks a whole batch: `rewards` by group and response (`None`: masked), and series of one value per token, each with its name
+/// ("behaviour log-probability"), flat in the order of `layout`.
 ///
 /// # Errors
-/// [`AlgoError::NotFinite`] with the first number that is NaN or infinite and where it is, [`AlgoError::Shape`] where a series
-/// or the rewards do not have the layout's length.
+/// Returns [`AlgoError::NotFinite`] with the first NaN or infinite value and its position, and [`AlgoError::Shape`] if a series or the
+/// rewards do not have the length of the layout.
 pub fn check_batch(
     rewards: &[Vec<Option<f64>>],
-    layout: &Layout,
+    layout: &TokenLayout,
     series: &[(&'static str, &[f32])],
 ) -> Result<BatchStats, AlgoError> {
     expect_len("rewards", rewards.len(), layout.lengths().len())?;
@@ -52,17 +52,21 @@ pub fn check_batch(
     Ok(stats)
 }
 
-/// Looks at one number per token, flat in the order of `layout`; `what` names it ("advantage").
+/// Checks one value per token, flat in the order of `layout`; `what` names it ("advantage").
 ///
 /// # Errors
-/// As [`check_batch`].
-pub fn check_tokens<T: Copy + Into<f64>>(what: &'static str, values: &[T], layout: &Layout) -> Result<(), AlgoError> {
+/// See [`check_batch`].
+pub fn check_tokens<T: Copy + Into<f64>>(
+    what: &'static str,
+    values: &[T],
+    layout: &TokenLayout,
+) -> Result<(), AlgoError> {
     expect_len(what, values.len(), layout.tokens())?;
-    let bad = values.iter().map(|v| (*v).into()).enumerate().find(|(_, v): &(usize, f64)| !v.is_finite());
-    match bad.and_then(|(i, value)| Some((layout.place(i)?, value))) {
-        Some((at, value)) => {
-            let (group, response, token) = (at.group, at.response, Some(at.token));
-            Err(NotFinite { what, group, response, token, value }.into())
+    let not_finite = values.iter().map(|v| (*v).into()).enumerate().find(|(_, v): &(usize, f64)| !v.is_finite());
+    match not_finite.and_then(|(i, value)| Some((layout.position(i)?, value))) {
+        Some((position, value)) => {
+            let TokenPosition { group, response, token } = position;
+            Err(NotFinite { what, group, response, token: Some(token), value }.into())
         }
         None => Ok(()),
     }
@@ -72,8 +76,8 @@ pub fn check_tokens<T: Copy + Into<f64>>(what: &'static str, values: &[T], layou
 mod tests {
     use super::*;
 
-    fn layout() -> Layout {
-        Layout::new(vec![vec![2, 1], vec![1, 3], vec![1, 1]])
+    fn layout() -> TokenLayout {
+        TokenLayout::new(vec![vec![2, 1], vec![1, 3], vec![1, 1]])
     }
 
     fn rewards() -> Vec<Vec<Option<f64>>> {
@@ -88,10 +92,10 @@ mod tests {
     }
 
     #[test]
-    fn the_first_bad_number_is_located() {
-        let mut bad = rewards();
-        bad[2][0] = Some(f64::NAN);
-        let e = check_batch(&bad, &layout(), &[]).unwrap_err().to_string();
+    fn first_non_finite_value_is_located() {
+        let mut with_nan = rewards();
+        with_nan[2][0] = Some(f64::NAN);
+        let e = check_batch(&with_nan, &layout(), &[]).unwrap_err().to_string();
         assert!(e.starts_with("the reward of response 0 of group 2 is NaN"), "{e}");
         let mut logprobs = [-1.0f32; 9];
         logprobs[6] = f32::NEG_INFINITY;
@@ -99,6 +103,6 @@ mod tests {
         assert!(e.starts_with("the log-probability of token 2 of response 1 of group 1 is -inf"), "{e}");
         let e = check_tokens("advantage", &[0.0f64; 8], &layout()).unwrap_err().to_string();
         assert_eq!(e, "`advantage` has shape [8] where [9] is needed");
-        assert!(matches!(check_batch(&bad[..2], &layout(), &[]), Err(AlgoError::Shape { what: "rewards", .. })));
+        assert!(matches!(check_batch(&with_nan[..2], &layout(), &[]), Err(AlgoError::Shape { what: "rewards", .. })));
     }
 }

@@ -1,30 +1,30 @@
-//! What can be wrong with the inputs of an advantage or a loss. Owns the wording. Must not know: what the numbers mean.
+//! Errors in the inputs of an advantage or a loss.
 
-/// Inputs that do not fit together, or that hold a number which cannot be used.
+/// Errors of advantages and losses: inputs that do not match each other, or values that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum AlgoError {
-    /// A tensor or series has another shape than the batch needs.
+    /// A tensor or series does not have the shape that the batch needs.
     #[error("`{what}` has shape {found:?} where {expected:?} is needed")]
     Shape {
-        /// Which one.
+        /// Name of the tensor or series.
         what: &'static str,
         /// Its shape.
         found: Vec<i64>,
-        /// The shape that was needed.
+        /// The shape that is needed.
         expected: Vec<i64>,
     },
-    /// A term needs an input that was not given.
+    /// A term needs an input that is not given.
     #[error("the {term} term has a weight but `{input}` was not given")]
     Missing {
-        /// Which term.
+        /// Name of the term.
         term: &'static str,
-        /// Which input.
+        /// Name of the input.
         input: &'static str,
     },
-    /// No term of the objective has a weight.
+    /// No term of the objective has a weight above 0.
     #[error("no term of the objective has a weight: there is nothing to differentiate")]
     Empty,
-    /// A number that is not finite.
+    /// A value is not finite.
     #[error(transparent)]
     NotFinite(#[from] NotFinite),
     /// A tensor operation failed.
@@ -32,19 +32,19 @@ pub enum AlgoError {
     Torch(#[from] tch::TchError),
 }
 
-/// A number that is NaN or infinite, and where it is. All positions count from 0.
+/// A value that is NaN or infinite, and its position, counted from 0.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-#[error("the {what} of {}response {response} of group {group} is {value}: leave the group out, or find out what made it", .token.map_or_else(String::new, |t| format!("token {t} of ")))]
+#[error("the {what} of {}response {response} of group {group} is {value}: leave the group out, or find out where it comes from", .token.map_or_else(String::new, |t| format!("token {t} of ")))]
 pub struct NotFinite {
-    /// What it is, in words.
+    /// Name of the value, in words.
     pub what: &'static str,
     /// Position of the group in the batch.
     pub group: usize,
     /// Position of the response in its group.
     pub response: usize,
-    /// Position of the token in its response; none for what a whole response has.
+    /// Position of the token in its response; `None` for a value of the whole response.
     pub token: Option<usize>,
-    /// The number.
+    /// The value.
     pub value: f64,
 }
 

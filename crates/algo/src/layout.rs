@@ -1,17 +1,16 @@
-//! How a flat batch of tokens is divided: groups, responses, positions; and the counts that a mean is divided by. Must not
-//! know: what the tokens' numbers are.
+//! Division of a flat batch of tokens into groups and responses, and the counts that means divide by.
 
 use std::ops::Add;
 
 /// Lengths in tokens of each response of each group, in the order of the flat batch (group, response, position).
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Layout {
+pub struct TokenLayout {
     lengths: Vec<Vec<usize>>,
 }
 
-/// Where a token is; all positions count from 0.
+/// Position of a token in a batch, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct TokenPosition {
     /// Group within the batch.
     pub group: usize,
     /// Response within its group.
@@ -20,8 +19,8 @@ pub struct Place {
     pub token: usize,
 }
 
-/// Counts of a batch. What a loss divides by are those of the **whole** batch, summed over micro-batches and ranks: then the
-/// losses and gradients of the parts add up to those of the whole (a sum over ranks, not a mean).
+/// Counts of a batch. A loss divides by those of the **whole** batch, summed over micro-batches and ranks, so that the losses and
+/// gradients of its parts add up to those of the whole (a sum over ranks, not a mean).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
     /// Response tokens.
@@ -30,7 +29,7 @@ pub struct Counts {
     pub responses: u64,
     /// Groups with at least one token.
     pub groups: u64,
-    /// Responses that have vision relevance; [`Layout::counts`] does not know them and gives 0.
+    /// Responses with vision relevance; 0 in the result of [`TokenLayout::counts`].
     pub attended: u64,
 }
 
@@ -47,40 +46,40 @@ impl Add for Counts {
     }
 }
 
-impl Layout {
-    /// From the lengths of each group's responses. Responses of length 0 may be among them; they count nowhere.
+impl TokenLayout {
+    /// Creates a layout from the lengths of each group's responses. Responses of length 0 are allowed and not counted.
     pub fn new(lengths: Vec<Vec<usize>>) -> Self {
         Self { lengths }
     }
 
-    /// Lengths by group and response.
+    /// Returns the lengths by group and response.
     pub fn lengths(&self) -> &[Vec<usize>] {
         &self.lengths
     }
 
-    /// N, the number of tokens.
+    /// Returns N, the number of tokens.
     pub fn tokens(&self) -> usize {
         self.lengths.iter().flatten().sum()
     }
 
-    /// Its own counts, `attended` left 0.
+    /// Returns the counts, with `attended` = 0.
     pub fn counts(&self) -> Counts {
-        let full = |group: &&Vec<usize>| group.iter().any(|n| *n > 0);
+        let has_tokens = |group: &&Vec<usize>| group.iter().any(|n| *n > 0);
         Counts {
             tokens: self.tokens() as u64,
             responses: self.lengths.iter().flatten().filter(|n| **n > 0).count() as u64,
-            groups: self.lengths.iter().filter(full).count() as u64,
+            groups: self.lengths.iter().filter(has_tokens).count() as u64,
             attended: 0,
         }
     }
 
-    /// Where flat token `index` is; none beyond the end.
-    pub fn place(&self, index: usize) -> Option<Place> {
+    /// Returns the position of flat token `index`; `None` beyond the end.
+    pub fn position(&self, index: usize) -> Option<TokenPosition> {
         let mut left = index;
         for (group, lengths) in self.lengths.iter().enumerate() {
             for (response, length) in lengths.iter().enumerate() {
                 if left < *length {
-                    return Some(Place { group, response, token: left });
+                    return Some(TokenPosition { group, response, token: left });
                 }
                 left -= length;
             }
@@ -88,8 +87,8 @@ impl Layout {
         None
     }
 
-    /// Per token, the number of its response in flat order.
-    pub(crate) fn response_of(&self) -> Vec<i64> {
+    /// Returns for each token the index of its response in flat order.
+    pub(crate) fn response_indices(&self) -> Vec<i64> {
         let numbered = self.lengths.iter().flatten().enumerate();
         numbered.flat_map(|(r, n)| std::iter::repeat_n(r as i64, *n)).collect()
     }
@@ -100,14 +99,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_and_places() {
-        let l = Layout::new(vec![vec![2, 0, 1], vec![0], vec![3]]);
+    fn counts_and_positions() {
+        let l = TokenLayout::new(vec![vec![2, 0, 1], vec![0], vec![3]]);
         assert_eq!(l.counts(), Counts { tokens: 6, responses: 3, groups: 2, attended: 0 });
-        assert_eq!(l.response_of(), vec![0, 0, 2, 4, 4, 4]);
-        assert_eq!(l.place(2), Some(Place { group: 0, response: 2, token: 0 }));
-        assert_eq!(l.place(5), Some(Place { group: 2, response: 0, token: 2 }));
-        assert_eq!(l.place(6), None);
-        let halves = [Layout::new(vec![vec![2, 0, 1]]), Layout::new(vec![vec![0], vec![3]])];
+        assert_eq!(l.response_indices(), vec![0, 0, 2, 4, 4, 4]);
+        assert_eq!(l.position(2), Some(TokenPosition { group: 0, response: 2, token: 0 }));
+        assert_eq!(l.position(5), Some(TokenPosition { group: 2, response: 0, token: 2 }));
+        assert_eq!(l.position(6), None);
+        let halves = [TokenLayout::new(vec![vec![2, 0, 1]]), TokenLayout::new(vec![vec![0], vec![3]])];
         assert_eq!(halves[0].counts() + halves[1].counts(), l.counts());
     }
 }

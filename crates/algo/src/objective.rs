@@ -1,50 +1,50 @@
-//! The objective of an update as plain numbers: which terms, with which weights and clip ranges. Must not know: tensors.
+//! The objective of an update: its terms with their coefficients, forms and clip ranges.
 
-use crate::aggregate::Aggregation;
 use crate::importance::Correction;
 use crate::kl::{KlForm, KlGradient};
-use crate::surrogate::{Clip, RatioLevel};
+use crate::reduction::LossReduction;
+use crate::surrogate::{ClipRange, RatioLevel};
 
-/// Weights, forms and clip ranges of the loss
+/// Coefficients, forms and clip ranges of the loss
 /// `L = policy_coef L_clip + value_coef L_VF - entropy_coef S + kl_coef KL - attention_coef mean(r_att)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Objective {
-    /// c1: scale of the advantages, applied last, so that no normalisation takes it out; the same as the weight of the clipped
-    /// surrogate. 0 leaves the surrogate out.
+    /// c1: scale of the advantages, applied after normalisation, which would cancel it; equivalent to the coefficient of the clipped
+    /// surrogate. 0 omits the surrogate.
     pub policy_coef: f64,
     /// Clip ranges of the ratio.
-    pub clip: Clip,
-    /// What a ratio is taken over.
+    pub clip: ClipRange,
+    /// Whether ratios are per token or per response.
     pub ratio: RatioLevel,
-    /// Weights for tokens of another policy than the ratio's denominator.
+    /// Importance weights for tokens of a policy other than the ratio's denominator.
     pub correction: Correction,
-    /// What weighs the same in policy, value, entropy and KL terms.
-    pub aggregation: Aggregation,
-    /// c2; 0 = no value loss.
+    /// Loss reduction of the policy, value, entropy and KL terms.
+    pub reduction: LossReduction,
+    /// c2, coefficient of the value loss; 0: no value loss.
     pub value_coef: f64,
-    /// Clip range of the value loss; 0 = not clipped.
+    /// Clip range of the value loss; 0: not clipped.
     pub value_clip: f64,
-    /// c3.
+    /// c3, coefficient of the entropy bonus.
     pub entropy_coef: f64,
-    /// Weight of KL to the reference in the loss.
+    /// Coefficient of the KL to the reference in the loss.
     pub kl_coef: f64,
     /// Estimator of that KL.
     pub kl_form: KlForm,
-    /// Its gradient.
+    /// Gradient of that KL.
     pub kl_gradient: KlGradient,
-    /// Weight of the differentiable vision relevance.
+    /// Coefficient of the differentiable vision relevance.
     pub attention_coef: f64,
 }
 
 impl Objective {
-    /// The clipped surrogate alone, as a mean over tokens; other terms and choices are set field by field.
+    /// Returns the clipped surrogate only, as a mean over tokens; other terms and options are set field by field.
     pub fn surrogate(clip_low: f64, clip_high: f64) -> Self {
         Self {
             policy_coef: 1.0,
-            clip: Clip { low: clip_low, high: clip_high, dual: None },
+            clip: ClipRange { low: clip_low, high: clip_high, dual: None },
             ratio: RatioLevel::Token,
             correction: Correction::None,
-            aggregation: Aggregation::TokenMean,
+            reduction: LossReduction::TokenMean,
             value_coef: 0.0,
             value_clip: 0.0,
             entropy_coef: 0.0,
@@ -55,17 +55,17 @@ impl Objective {
         }
     }
 
-    /// The objective of abnormal-aware rewarding, to be maximised: `E[L_CLIP + c1 r - c2 L_VF + c3 S]` (arXiv 2501.01377), with
-    /// a symmetric clip range as in PPO. As a loss: `c1 L_clip + c2 L_VF - c3 S`.
+    /// Returns the objective of abnormal-aware rewarding, which maximises `E[L_CLIP + c1 r - c2 L_VF + c3 S]` (arXiv 2501.01377), with a
+    /// symmetric clip range as in PPO. As a loss: `c1 L_clip + c2 L_VF - c3 S`.
     ///
-    /// Rewards (IoU, judge scores) have no gradient, so a term `c1 r` in a loss would do nothing: they enter by the advantages,
-    /// and c1 is their scale. It multiplies the advantages, not the rewards: value targets stay in the unit of the rewards, and
+    /// Rewards (IoU, judge scores) have no gradient, so a term `c1 r` in a loss would have no effect: they enter through the advantages,
+    /// and c1 is their scale. It multiplies the advantages and not the rewards, so that value targets keep the unit of the rewards and
     /// normalised advantages are scaled as well.
     pub fn paper(c1: f64, c2: f64, c3: f64, clip: f64) -> Self {
         Self { policy_coef: c1, value_coef: c2, entropy_coef: c3, ..Self::surrogate(clip, clip) }
     }
 
-    /// The same during critic warm-up: only the value loss is trained.
+    /// Returns the objective during critic warm-up, with only the value loss.
     pub fn critic_only(self) -> Self {
         Self { policy_coef: 0.0, entropy_coef: 0.0, kl_coef: 0.0, attention_coef: 0.0, ..self }
     }

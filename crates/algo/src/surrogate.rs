@@ -1,67 +1,71 @@
-//! The clipped surrogate: ratios per token or per response, and the terms that a policy is trained on. Must not know: where
-//! advantages come from, how terms are aggregated.
+//! The clipped surrogate: probability ratios per token or per response, and the policy terms.
 
 use tch::Tensor;
 
 use crate::AlgoError;
-use crate::layout::Layout;
+use crate::layout::TokenLayout;
 
-/// What a ratio of probabilities is taken over.
+/// Level at which probability ratios are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RatioLevel {
-    /// Each token has its own: exp(logp - old).
+    /// Per token: exp(logp - old).
     Token,
-    /// All tokens of a response share the geometric mean of theirs: exp(mean over tokens of (logp - old)) (GSPO, arXiv
-    /// 2507.18071, eq. 7). Clip ranges are some hundred times smaller then.
+    /// Per response: all its tokens share the geometric mean of their ratios, exp(mean over tokens of (logp - old)) (GSPO, arXiv
+    /// 2507.18071, eq. 7). Clip ranges are then some hundred times smaller.
     Sequence,
 }
 
-/// Where ratios are clipped.
+/// Bounds at which ratios are clipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Clip {
+pub struct ClipRange {
     /// Ratios below `1 - low` are clipped.
     pub low: f64,
-    /// Ratios above `1 + high` are clipped (a higher one than `low`: DAPO, arXiv 2503.14476, eq. 10).
+    /// Ratios above `1 + high` are clipped (higher than `low`: DAPO, arXiv 2503.14476, eq. 10).
     pub high: f64,
-    /// c of dual clip, above 1: for a negative advantage the objective is at least `c A`, so that a ratio above c, where plain
-    /// clipping has no bound, gives no gradient (arXiv 1912.09729, dual-clip PPO).
+    /// c of dual clip, above 1: for a negative advantage the objective is at least `c A`, so that a ratio above c, which plain clipping
+    /// does not bound, has no gradient (dual-clip PPO, arXiv 1912.09729).
     pub dual: Option<f64>,
 }
 
-/// Log-ratios per token, `[N]`, differentiable in `logprobs`. Responses of `layout` must be whole.
-pub fn log_ratios(logprobs: &Tensor, old: &Tensor, level: RatioLevel, layout: &Layout) -> Result<Tensor, AlgoError> {
-    let each = logprobs.f_sub(old)?;
+/// Returns log-ratios per token, `[N]`, differentiable in `logprobs`. Responses of `layout` must not be split.
+pub fn log_ratios(
+    logprobs: &Tensor,
+    old: &Tensor,
+    level: RatioLevel,
+    layout: &TokenLayout,
+) -> Result<Tensor, AlgoError> {
+    let per_token = logprobs.f_sub(old)?;
     if level == RatioLevel::Token {
-        return Ok(each);
+        return Ok(per_token);
     }
     let lengths: Vec<f64> = layout.lengths().iter().flatten().map(|n| (*n).max(1) as f64).collect();
-    let like = (each.kind(), each.device());
-    let response = Tensor::f_from_slice(&layout.response_of())?.f_to_device(each.device())?;
-    let sums = Tensor::f_zeros([lengths.len() as i64], like)?.f_index_add(0, &response, &each)?;
-    let means = sums / Tensor::f_from_slice(&lengths)?.f_to_device(each.device())?.f_to_kind(each.kind())?;
+    let like = (per_token.kind(), per_token.device());
+    let response = Tensor::f_from_slice(&layout.response_indices())?.f_to_device(per_token.device())?;
+    let sums = Tensor::f_zeros([lengths.len() as i64], like)?.f_index_add(0, &response, &per_token)?;
+    let means = sums / Tensor::f_from_slice(&lengths)?.f_to_device(per_token.device())?.f_to_kind(per_token.kind())?;
     Ok(means.f_index_select(0, &response)?)
 }
 
-/// Per token, `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(log_ratio)` (PPO, arXiv 1707.06347, eq. 7), and with
-/// dual clip `-max(that min, c A)` where A is negative. `[N]`, differentiable in `log_ratio`.
-pub fn policy_terms(log_ratio: &Tensor, advantages: &Tensor, clip: &Clip) -> Tensor {
+/// Returns per token `-min(rho A, clip(rho, 1 - low, 1 + high) A)` with `rho = exp(log_ratio)` (PPO, arXiv 1707.06347, eq. 7), and with
+/// dual clip `-max(that minimum, c A)` for negative A. `[N]`, differentiable in `log_ratio`.
+pub fn policy_terms(log_ratio: &Tensor, advantages: &Tensor, clip: &ClipRange) -> Tensor {
     let ratio = log_ratio.exp();
     let clipped = ratio.clamp(1.0 - clip.low, 1.0 + clip.high);
     let objective = (ratio * advantages).minimum(&(clipped * advantages));
     match clip.dual {
-        // Where A is not negative the floor is moved out of the way: 0 <= min(...) there, and c A would not be a bound.
+        // For A >= 0 the floor is 0, which is below min(...); c A would be above it.
         Some(c) => -objective.maximum(&(advantages.clamp_max(0.0) * c)),
         None => -objective,
     }
 }
 
-/// Per token, 1 where the ratio left `[1 - low, 1 + high]`, else 0. `[N]`, of the kind of `log_ratio`.
-pub fn clip_fraction(log_ratio: &Tensor, clip: &Clip) -> Tensor {
+/// Returns per token 1 if the ratio is outside `[1 - low, 1 + high]`, else 0. `[N]`, of the dtype of `log_ratio`.
+pub fn clip_fraction(log_ratio: &Tensor, clip: &ClipRange) -> Tensor {
     let ratio = log_ratio.exp();
     ratio.lt(1.0 - clip.low).logical_or(&ratio.gt(1.0 + clip.high)).to_kind(log_ratio.kind())
 }
 
-/// Per token, the k3 estimate of KL(old || policy) from samples of the old policy: (rho - 1) - log rho. `[N]`.
+/// Returns per token the k3 estimate of KL(old || policy) from samples of the old policy: (rho - 1) - log rho. `[N]`.
 pub fn approx_kl(logprobs: &Tensor, old: &Tensor) -> Tensor {
     let d = logprobs - old;
     d.exp() - 1.0 - d

@@ -186,10 +186,10 @@ def controller_case(x, s):
 
 if __name__ == "__main__":
     src, dst, settings = sys.argv[1:4]
-    tensors, found = load_file(src), {}
+    tensors, results = load_file(src), {}
     what = {"loss": loss_case, "advantages": advantages_case, "masked": masked_case, "controller": controller_case}
     for case, s in json.load(open(settings)).items():
         x = {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(f"{case}/")}
         for k, t in what[s["what"]](x, s).items():
-            found[f"{case}/{k}"] = t.contiguous().clone()
-    save_file(found, dst)
+            results[f"{case}/{k}"] = t.contiguous().clone()
+    save_file(results, dst)

@@ -1,4 +1,4 @@
-"""TRL's own GRPO loss and its gradients: `GRPOTrainer._compute_loss` on a stand-in that gives it log-probabilities instead of a model.
+"""TRL's own GRPO loss and its gradients: `GRPOTrainer._compute_loss` on a stand-in that provides log-probabilities instead of a model.
 Usage: trl_losses.py IN.safetensors OUT.safetensors SETTINGS.json; settings and tensors by case, tensors as `case/key`."""
 import collections
 import json
@@ -18,7 +18,7 @@ def padded(t, lengths):
 
 
 def ratio_of(old, behaviour, s):
-    """What TRL's rollout phase hands to the loss, in its mode of that name."""
+    """The ratio that TRL's rollout phase passes to the loss in the mode of that name."""
     w = torch.exp(old - behaviour)
     if s["correction"] == "token_truncate":
         return torch.clamp(w, max=s["cap"])
@@ -58,9 +58,9 @@ def loss_of(x, s):
 
 if __name__ == "__main__":
     src, dst, settings = sys.argv[1:4]
-    tensors, found = load_file(src), {}
+    tensors, results = load_file(src), {}
     for case, s in json.load(open(settings)).items():
         x = {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(f"{case}/")}
         for k, t in loss_of(x, s).items():
-            found[f"{case}/{k}"] = t.contiguous().clone()
-    save_file(found, dst)
+            results[f"{case}/{k}"] = t.contiguous().clone()
+    save_file(results, dst)

@@ -1,27 +1,28 @@
-//! One entry to every advantage: from the rewards of a batch of groups to an advantage per token.
+//! Entry point of all estimators: from the rewards of a batch of groups to an advantage per token.
 
-use super::{discounted, gae, group_advantages, leave_one_out, token_rewards};
+use super::{discounted_returns, gae, group_advantages, leave_one_out_advantages, token_rewards};
 use crate::AlgoError;
 use crate::error::expect_len;
 
-/// How rewards become advantages.
+/// Estimator of advantages from rewards.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Estimator {
-    /// Reward minus the group's mean, over its deviation or not: [`group_advantages`], the same for all tokens of a response.
+    /// Reward minus the group's mean, optionally divided by its standard deviation: [`group_advantages`], the same for all tokens of a
+    /// response.
     Grpo {
-        /// Divide by the group's standard deviation.
+        /// Whether to divide by the group's standard deviation.
         scale_by_std: bool,
     },
-    /// Reward minus the mean of the group's other rewards: [`leave_one_out`], the same for all tokens of a response.
+    /// Reward minus the mean of the group's other rewards: [`leave_one_out_advantages`], the same for all tokens of a response.
     Rloo,
-    /// Returns without a baseline of the prompt: [`discounted`] rewards, penalties from each token on (REINFORCE++, arXiv
-    /// 2501.03262). The source's normalisation over the whole batch is [`super::Moments::whiten`], to be done afterwards.
+    /// [`discounted_returns`] of rewards and penalties, without a baseline (REINFORCE++, arXiv 2501.03262). The source's normalisation over
+    /// the whole batch is [`super::Moments::whiten`], to be applied afterwards.
     ReinforcePlusPlus {
         /// Discount; 1 in the source.
         gamma: f64,
     },
-    /// The same with the group's mean subtracted from the reward first, undiscounted (the baseline variant of arXiv 2501.03262;
-    /// its scale, too, comes from the whole batch).
+    /// REINFORCE++ with the group's mean subtracted from the reward first, undiscounted (the baseline variant of arXiv 2501.03262; it is
+    /// normalised over the whole batch as well).
     ReinforcePlusPlusBaseline,
     /// Generalised advantage estimation with a value head: [`gae`].
     Gae {
@@ -33,41 +34,44 @@ pub enum Estimator {
 }
 
 impl Estimator {
-    /// Whether it needs values and gives value targets.
+    /// Returns whether the estimator needs values and computes value targets.
     pub fn needs_values(self) -> bool {
         matches!(self, Self::Gae { .. })
     }
 }
 
-/// One response whose reward is there.
+/// A response with a reward.
 #[derive(Debug, Clone, Copy)]
-pub struct Sampled<'a> {
+pub struct ScoredResponse<'a> {
     /// Reward of the whole response.
     pub reward: f64,
-    /// Its length.
+    /// Length in tokens.
     pub tokens: usize,
-    /// What each token costs: the weight of KL times KL. Empty where KL is not in the reward.
+    /// Penalty per token: KL coefficient times KL. Empty if KL is not part of the reward.
     pub penalty: &'a [f64],
-    /// Value at each token; empty where there is no value head.
+    /// Value per token; empty without a value head.
     pub values: &'a [f64],
 }
 
-/// Flat results in the order of the groups' responses.
+/// Advantages and value targets, flat in the order of the groups' responses.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Estimate {
+pub struct AdvantageEstimate {
     /// `[N]`, not whitened.
     pub advantages: Vec<f64>,
-    /// `[N]` value targets; empty where the estimator has none.
+    /// `[N]` value targets; empty if the estimator has none.
     pub targets: Vec<f64>,
 }
 
-/// Advantages of `groups`, each the responses to one prompt without the masked ones. Estimators that compare responses subtract
-/// the sum of a response's penalties from its reward first, as they see responses only as a whole.
+/// Estimates the advantages of `groups`, each with the responses to one prompt except the masked ones. Estimators that compare whole
+/// responses subtract the sum of a response's penalties from its reward first.
 ///
 /// # Errors
-/// Penalties or values whose number is not that of the tokens.
-pub fn estimate(estimator: Estimator, groups: &[Vec<Sampled<'_>>]) -> Result<Estimate, AlgoError> {
-    let mut out = Estimate::default();
+/// Returns [`AlgoError::Shape`] if the number of penalties or values is not that of the tokens.
+pub fn estimate_advantages(
+    estimator: Estimator,
+    groups: &[Vec<ScoredResponse<'_>>],
+) -> Result<AdvantageEstimate, AlgoError> {
+    let mut out = AdvantageEstimate::default();
     for group in groups {
         for r in group {
             if !r.penalty.is_empty() {
@@ -77,20 +81,23 @@ pub fn estimate(estimator: Estimator, groups: &[Vec<Sampled<'_>>]) -> Result<Est
                 expect_len("values", r.values.len(), r.tokens)?;
             }
         }
-        let whole = || group.iter().map(|r| Some(r.reward - r.penalty.iter().sum::<f64>())).collect::<Vec<_>>();
+        let shaped_rewards =
+            || group.iter().map(|r| Some(r.reward - r.penalty.iter().sum::<f64>())).collect::<Vec<_>>();
         match estimator {
-            Estimator::Grpo { scale_by_std } => repeat(group, group_advantages(&whole(), scale_by_std), &mut out),
-            Estimator::Rloo => repeat(group, leave_one_out(&whole()), &mut out),
+            Estimator::Grpo { scale_by_std } => {
+                repeat_per_token(group, group_advantages(&shaped_rewards(), scale_by_std), &mut out)
+            }
+            Estimator::Rloo => repeat_per_token(group, leave_one_out_advantages(&shaped_rewards()), &mut out),
             Estimator::ReinforcePlusPlus { gamma } => {
                 for r in group {
-                    out.advantages.extend(discounted(&token_rewards(r.reward, r.penalty, r.tokens), gamma));
+                    out.advantages.extend(discounted_returns(&token_rewards(r.reward, r.penalty, r.tokens), gamma));
                 }
             }
             Estimator::ReinforcePlusPlusBaseline => {
                 let rewards: Vec<Option<f64>> = group.iter().map(|r| Some(r.reward)).collect();
                 for (r, a) in group.iter().zip(group_advantages(&rewards, false)) {
-                    let along = token_rewards(a.unwrap_or(f64::NAN), r.penalty, r.tokens);
-                    out.advantages.extend(discounted(&along, 1.0));
+                    let rewards = token_rewards(a.unwrap_or(f64::NAN), r.penalty, r.tokens);
+                    out.advantages.extend(discounted_returns(&rewards, 1.0));
                 }
             }
             Estimator::Gae { gamma, lambda } => {
@@ -105,8 +112,9 @@ pub fn estimate(estimator: Estimator, groups: &[Vec<Sampled<'_>>]) -> Result<Est
     Ok(out)
 }
 
-/// One advantage for all tokens of a response. A reward that is not finite gives NaN, which [`crate::check_tokens`] finds.
-fn repeat(group: &[Sampled<'_>], advantages: Vec<Option<f64>>, out: &mut Estimate) {
+/// Repeats the advantage of each response for all its tokens. A reward that is not finite becomes NaN, which [`crate::check_tokens`]
+/// reports.
+fn repeat_per_token(group: &[ScoredResponse<'_>], advantages: Vec<Option<f64>>, out: &mut AdvantageEstimate) {
     for (r, a) in group.iter().zip(advantages) {
         out.advantages.extend(std::iter::repeat_n(a.unwrap_or(f64::NAN), r.tokens));
     }
@@ -117,22 +125,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lengths_that_differ_are_named() {
-        let r = Sampled { reward: 1.0, tokens: 2, penalty: &[0.1], values: &[0.0, 0.0] };
-        let e = estimate(Estimator::Rloo, &[vec![r]]).unwrap_err();
+    fn length_mismatches_are_named() {
+        let r = ScoredResponse { reward: 1.0, tokens: 2, penalty: &[0.1], values: &[0.0, 0.0] };
+        let e = estimate_advantages(Estimator::Rloo, &[vec![r]]).unwrap_err();
         assert_eq!(e.to_string(), "`penalty` has shape [1] where [2] is needed");
-        let short = Sampled { penalty: &[], values: &[0.0], ..r };
-        let e = estimate(Estimator::Gae { gamma: 1.0, lambda: 1.0 }, &[vec![short]]).unwrap_err();
+        let short = ScoredResponse { penalty: &[], values: &[0.0], ..r };
+        let e = estimate_advantages(Estimator::Gae { gamma: 1.0, lambda: 1.0 }, &[vec![short]]).unwrap_err();
         assert!(matches!(e, AlgoError::Shape { what: "values", .. }));
-        assert!(estimate(Estimator::Rloo, &[vec![short]]).is_ok(), "values are not looked at without need");
+        assert!(
+            estimate_advantages(Estimator::Rloo, &[vec![short]]).is_ok(),
+            "values are ignored if they are not needed"
+        );
     }
 
     #[test]
-    fn a_reward_that_is_not_finite_does_not_pass_for_zero() {
-        let r = |reward| Sampled { reward, tokens: 1, penalty: &[], values: &[] };
+    fn non_finite_rewards_do_not_become_zero() {
+        let r = |reward| ScoredResponse { reward, tokens: 1, penalty: &[], values: &[] };
         let all = [Estimator::Grpo { scale_by_std: true }, Estimator::Rloo, Estimator::ReinforcePlusPlusBaseline];
         for e in all {
-            let out = estimate(e, &[vec![r(f64::INFINITY), r(1.0)]]).unwrap();
+            let out = estimate_advantages(e, &[vec![r(f64::INFINITY), r(1.0)]]).unwrap();
             assert!(!out.advantages[0].is_finite(), "{e:?}");
         }
     }

@@ -1,16 +1,15 @@
-//! Advantages from rewards. Host arithmetic in f64, since a batch has some ten thousand tokens at most. Must not know: tensors,
-//! losses.
+//! Advantages from rewards, computed on the host in f64, since a batch has some ten thousand tokens at most.
 
 mod estimate;
 mod group;
 mod returns;
 mod whiten;
 
-pub use estimate::{Estimate, Estimator, Sampled, estimate};
+pub use estimate::{AdvantageEstimate, Estimator, ScoredResponse, estimate_advantages};
 pub(crate) use group::all_equal;
-pub use group::{STD_EPS, group_advantages, leave_one_out};
-pub use returns::{discounted, gae, token_rewards};
+pub use group::{STD_EPS, group_advantages, leave_one_out_advantages};
+pub use returns::{discounted_returns, gae, token_rewards};
 pub use whiten::Moments;
 
-/// Spread below which numbers count as equal.
+/// Difference below which values count as equal.
 pub(crate) const EQUAL: f64 = 1e-9;

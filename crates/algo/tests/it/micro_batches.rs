@@ -1,16 +1,17 @@
-//! The parts of a batch add up to the whole, for every aggregation.
+//! Losses and gradients of micro-batches add up to those of the batch, for every reduction.
 
 use tch::{Kind, Tensor};
-use unveil_algo::{Correction, Counts, Layout, Objective, RatioLevel};
+use unveil_algo::{Correction, Counts, Objective, RatioLevel, TokenLayout};
 
 use crate::batch::{Batch, LEAVES};
 use crate::harness::seed;
-use crate::losses::AGGREGATIONS;
+use crate::losses::REDUCTIONS;
 
-/// The batch that consists of both.
+/// Returns the batch that consists of both.
 fn joined(a: &Batch, b: &Batch) -> Batch {
-    let layout = Layout::new([a.layout.lengths(), b.layout.lengths()].concat());
-    let (tokens, responses) = (a.layout.tokens() as i64, a.get("baseline").numel() as i64);
+    let layout = TokenLayout::new([a.layout.lengths(), b.layout.lengths()].concat());
+    let tokens = a.layout.tokens() as i64;
+    let responses = a.get("baseline").numel() as i64;
     let both = |k: &str| {
         let second = match k {
             "mention_tokens" => b.get(k) + tokens,
@@ -23,7 +24,7 @@ fn joined(a: &Batch, b: &Batch) -> Batch {
     Batch { layout, named }
 }
 
-/// Brings attention rows to one width: cells beyond are never attended.
+/// Pads attention rows to `cells`; the added cells get no attention.
 fn widened(mut batch: Batch, cells: i64) -> Batch {
     for (k, t) in &mut batch.named {
         let fill = if *k == "scores" { f64::NEG_INFINITY } else { 0.0 };
@@ -35,22 +36,24 @@ fn widened(mut batch: Batch, cells: i64) -> Batch {
 }
 
 fn pad_mask(t: &Tensor, cells: i64, fill: f64) -> Tensor {
-    let (rows, width) = (t.size()[0], t.size()[1]);
+    let rows = t.size()[0];
+    let width = t.size()[1];
     let inside = Tensor::zeros([rows, width], (t.kind(), t.device()));
     Tensor::cat(&[inside, Tensor::full([rows, cells - width], fill, (t.kind(), t.device()))], 1)
 }
 
 #[test]
-fn losses_and_gradients_of_parts_add_up() {
-    for (i, aggregation) in AGGREGATIONS.into_iter().enumerate() {
-        let own = seed(5000 + 10 * i as u64);
-        let part = |k: u64| widened(Batch::random(own + k, Kind::Double), 16);
-        let (a, b) = (part(0), part(1));
+fn losses_and_gradients_add_up() {
+    for (i, reduction) in REDUCTIONS.into_iter().enumerate() {
+        let first_seed = seed(5000 + 10 * i as u64);
+        let part = |k: u64| widened(Batch::random(first_seed + k, Kind::Double), 16);
+        let a = part(0);
+        let b = part(1);
         let whole = joined(&a, &b);
         let counts: Counts = a.counts() + b.counts();
         assert_eq!(counts, whole.counts());
         let objective = Objective {
-            aggregation,
+            reduction,
             ratio: if i % 2 == 0 { RatioLevel::Token } else { RatioLevel::Sequence },
             correction: Correction::Truncate { cap: 2.0 },
             value_coef: 0.5,
@@ -61,8 +64,8 @@ fn losses_and_gradients_of_parts_add_up() {
             ..Objective::surrogate(0.2, 0.28)
         };
         let (all, gradients) = whole.loss(&objective, &counts).unwrap();
-        let (first, mut of_a) = a.loss(&objective, &counts).unwrap();
-        let (second, of_b) = b.loss(&objective, &counts).unwrap();
+        let (first, mut gradients_a) = a.loss(&objective, &counts).unwrap();
+        let (second, gradients_b) = b.loss(&objective, &counts).unwrap();
         let value = |t: &Tensor| t.double_value(&[]);
         let sums = [
             (&all.loss, &first.loss, &second.loss),
@@ -73,11 +76,11 @@ fn losses_and_gradients_of_parts_add_up() {
             (&all.means.clip_fraction, &first.means.clip_fraction, &second.means.clip_fraction),
         ];
         for (whole, a, b) in sums {
-            assert!((value(whole) - value(a) - value(b)).abs() < 1e-12, "{aggregation:?}");
+            assert!((value(whole) - value(a) - value(b)).abs() < 1e-12, "{reduction:?}");
         }
-        for ((leaf, whole), (a, b)) in LEAVES.iter().zip(&gradients).zip(of_a.drain(..).zip(&of_b)) {
-            let apart = (whole - Tensor::cat(&[&a, b], 0)).abs().max();
-            assert!(value(&apart) < 1e-14, "{aggregation:?}: gradient of {leaf} differs by {apart:?}");
+        for ((leaf, whole), (a, b)) in LEAVES.iter().zip(&gradients).zip(gradients_a.drain(..).zip(&gradients_b)) {
+            let difference = (whole - Tensor::cat(&[&a, b], 0)).abs().max();
+            assert!(value(&difference) < 1e-14, "{reduction:?}: gradient of {leaf} differs by {difference:?}");
         }
     }
 }

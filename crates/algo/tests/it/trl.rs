@@ -1,37 +1,37 @@
-//! The loss against TRL's own: `GRPOTrainer._compute_loss` of the pinned version, called by `trl_losses.py`.
+//! Compares the loss with TRL's `GRPOTrainer._compute_loss` of the pinned version, called by `trl_losses.py`.
 
 use serde_json::json;
 use tch::Kind;
-use unveil_algo::{Aggregation, Clip, Correction, Objective, RatioLevel};
+use unveil_algo::{ClipRange, Correction, LossReduction, Objective, RatioLevel};
 
 use crate::batch::Batch;
 use crate::harness::{Cases, DOUBLE, seed};
 
-/// TRL's names of the aggregations that it has.
-const LOSSES: [(&str, Aggregation); 5] = [
-    ("grpo", Aggregation::SequenceTokenMean),
-    ("bnpo", Aggregation::TokenMean),
-    ("dr_grpo", Aggregation::SequenceMaxLength { max_length: 12 }),
-    ("dapo", Aggregation::TokenMean),
-    ("luspo", Aggregation::SequenceTokenSum),
+/// TRL's names of its reductions.
+const LOSSES: [(&str, LossReduction); 5] = [
+    ("grpo", LossReduction::SequenceTokenMean),
+    ("bnpo", LossReduction::TokenMean),
+    ("dr_grpo", LossReduction::SequenceMaxLength { max_length: 12 }),
+    ("dapo", LossReduction::TokenMean),
+    ("luspo", LossReduction::SequenceTokenSum),
 ];
 
 #[test]
-fn losses_of_trl() {
+fn losses_match_trl() {
     let mut cases = Cases::default();
     let mut ours = Vec::new();
-    for (i, (name, aggregation)) in LOSSES.into_iter().enumerate() {
+    for (i, (name, reduction)) in LOSSES.into_iter().enumerate() {
         for round in 0..6usize {
             let batch = Batch::random(seed(9000 + 100 * i as u64 + round as u64), Kind::Double);
             let objective = Objective {
-                aggregation,
-                clip: Clip { low: 0.2, high: 0.28, dual: [None, Some(2.5)][round % 2] },
+                reduction,
+                clip: ClipRange { low: 0.2, high: 0.28, dual: [None, Some(2.5)][round % 2] },
                 ratio: [RatioLevel::Token, RatioLevel::Sequence][round / 2 % 2],
                 correction: [Correction::None, Correction::Truncate { cap: 2.0 }, Correction::Mask { cap: 1.7 }]
                     [round % 3],
                 kl_coef: [0.0, 0.04][round % 2],
-                // TRL's entropy bonus is a mean over tokens whatever the loss; ours follows the aggregation.
-                entropy_coef: if aggregation == Aggregation::TokenMean { 0.02 } else { 0.0 },
+                // TRL's entropy bonus is a mean over tokens for every loss type; ours follows the reduction.
+                entropy_coef: if reduction == LossReduction::TokenMean { 0.02 } else { 0.0 },
                 ..Objective::surrogate(0.2, 0.28)
             };
             let (correction, cap) = match objective.correction {
@@ -53,8 +53,8 @@ fn losses_of_trl() {
     let want = cases.run("trl_losses.py");
     for (case, objective, batch) in &ours {
         let (parts, gradients) = batch.loss(objective, &batch.counts()).unwrap();
-        want.close(case, "loss", &parts.loss, DOUBLE);
-        want.close(case, "grad_logprobs", &gradients[0], DOUBLE);
-        want.close(case, "grad_entropy", &gradients[1], DOUBLE);
+        want.assert_close(case, "loss", &parts.loss, DOUBLE);
+        want.assert_close(case, "grad_logprobs", &gradients[0], DOUBLE);
+        want.assert_close(case, "grad_entropy", &gradients[1], DOUBLE);
     }
 }

@@ -1,30 +1,30 @@
-//! Random batches: ragged groups of ragged responses with everything that a loss may need.
+//! Random batches: ragged groups of ragged responses with all inputs of a loss.
 
 use tch::{Device, Kind, Tensor};
-use unveil_algo::{AlgoError, Counts, Layout, LossParts, MentionBatch, Objective, TokenBatch, policy_loss};
+use unveil_algo::{AlgoError, Counts, LossParts, MentionBatch, Objective, TokenBatch, TokenLayout, policy_loss};
 
-/// Named tensors of a batch and how it is divided.
+/// The layout of a batch and its tensors by name.
 pub struct Batch {
-    pub layout: Layout,
+    pub layout: TokenLayout,
     pub named: Vec<(&'static str, Tensor)>,
 }
 
-/// Which tensors a loss is differentiated by.
+/// Names of the tensors with respect to which a loss is differentiated.
 pub const LEAVES: [&str; 4] = ["logprobs", "entropy", "values", "scores"];
 
-/// Whole numbers of the seeded generator, `low..high`.
+/// Returns `n` integers of the seeded generator in `low..high`.
 pub fn integers(low: i64, high: i64, n: i64) -> Vec<i64> {
     Vec::try_from(Tensor::randint_low(low, high, [n], (Kind::Int64, Device::Cpu))).unwrap()
 }
 
-/// Normal numbers on a grid of 1/64: their differences are exact in both kinds, so that no ratio lies within rounding of a clip
-/// bound, where f32 and f64 may rightly differ.
+/// Returns normally distributed values on a grid of 1/64: their differences are exact in both dtypes, so that no ratio is within rounding
+/// of a clip bound, where f32 and f64 may legitimately differ.
 fn grid(n: i64, scale: f64) -> Tensor {
     (Tensor::randn([n], (Kind::Double, Device::Cpu)) * (scale * 64.0)).round() / 64.0
 }
 
 impl Batch {
-    /// A batch of `kind`. Two responses in three attend, some of them without a mention.
+    /// Returns a batch of dtype `kind`. Two of three responses have vision relevance, some of them without a mention.
     pub fn random(seed: u64, kind: Kind) -> Self {
         tch::manual_seed(seed as i64);
         let double = (Kind::Double, Device::Cpu);
@@ -33,10 +33,13 @@ impl Batch {
             .into_iter()
             .map(|n| integers(1, 10, n).into_iter().map(|l| l as usize).collect())
             .collect();
-        let layout = Layout::new(lengths);
+        let layout = TokenLayout::new(lengths);
         let n = layout.tokens() as i64;
         let cells = integers(4, 16, 1)[0];
-        let (mut tokens, mut response, mut rows, mut begin) = (vec![], vec![], 0, 0);
+        let mut tokens = vec![];
+        let mut response = vec![];
+        let mut rows = 0;
+        let mut begin = 0;
         for (r, length) in layout.lengths().iter().flatten().enumerate() {
             if r % 3 != 2 {
                 if rows % 4 != 3 {
@@ -49,7 +52,8 @@ impl Batch {
         }
         let logprobs = grid(n, 1.0) - 4.0;
         let near = |t: &Tensor, s: f64| t + grid(n, s);
-        let (old, old_values) = (near(&logprobs, 0.5), grid(n, 1.0));
+        let old = near(&logprobs, 0.5);
+        let old_values = grid(n, 1.0);
         let coverage = Tensor::rand([rows, cells], double).square();
         let floats = vec![
             ("behaviour", near(&old, 0.6)),
@@ -79,12 +83,12 @@ impl Batch {
         self.named.iter().map(|(k, t)| (*k, t))
     }
 
-    /// Its own counts, attended responses among them.
+    /// Returns the counts of the batch, including attended responses.
     pub fn counts(&self) -> Counts {
         Counts { attended: self.get("baseline").numel() as u64, ..self.layout.counts() }
     }
 
-    /// The loss as part of a batch with `counts`, and the gradients of [`LEAVES`].
+    /// Returns the loss as part of a batch with `counts`, and the gradients of [`LEAVES`].
     pub fn loss(&self, objective: &Objective, counts: &Counts) -> Result<(LossParts, Vec<Tensor>), AlgoError> {
         let leaves = LEAVES.map(|k| self.get(k).copy().set_requires_grad(true));
         let [logprobs, entropy, values, scores] = &leaves;

@@ -1,16 +1,16 @@
-//! Every form, clip, weight and aggregation of the loss, values and gradients, against PyTorch.
+//! Compares values and gradients of the loss with PyTorch, for every form, clip range, coefficient and reduction.
 
 use serde_json::{Value, json};
 use tch::Kind;
-use unveil_algo::{Aggregation, Clip, Correction, KlForm, KlGradient, LossParts, Objective, RatioLevel};
+use unveil_algo::{ClipRange, Correction, KlForm, KlGradient, LossParts, LossReduction, Objective, RatioLevel};
 
 use crate::batch::{Batch, LEAVES};
 use crate::harness::{Cases, DOUBLE, Results, SINGLE, Tolerance, seed};
 
-const CLIPS: [Clip; 3] = [
-    Clip { low: 0.2, high: 0.28, dual: None },
-    Clip { low: 0.3, high: 0.3, dual: Some(3.0) },
-    Clip { low: 0.1, high: 0.2, dual: Some(1.5) },
+const CLIPS: [ClipRange; 3] = [
+    ClipRange { low: 0.2, high: 0.28, dual: None },
+    ClipRange { low: 0.3, high: 0.3, dual: Some(3.0) },
+    ClipRange { low: 0.1, high: 0.2, dual: Some(1.5) },
 ];
 const CORRECTIONS: [Correction; 5] = [
     Correction::None,
@@ -19,23 +19,23 @@ const CORRECTIONS: [Correction; 5] = [
     Correction::Mask { cap: 1.8 },
     Correction::Truncate { cap: 1.0 },
 ];
-pub const AGGREGATIONS: [Aggregation; 5] = [
-    Aggregation::TokenMean,
-    Aggregation::SequenceTokenMean,
-    Aggregation::SequenceTokenSum,
-    Aggregation::SequenceMaxLength { max_length: 12 },
-    Aggregation::GroupTokenMean,
+pub const REDUCTIONS: [LossReduction; 5] = [
+    LossReduction::TokenMean,
+    LossReduction::SequenceTokenMean,
+    LossReduction::SequenceTokenSum,
+    LossReduction::SequenceMaxLength { max_length: 12 },
+    LossReduction::GroupTokenMean,
 ];
 const KL: [KlForm; 3] = [KlForm::K1, KlForm::K2, KlForm::K3];
 
-/// Objective `i` of a walk through all choices; 60 of them meet every pair of neighbours in the list below.
+/// Returns objective `i` of a series through all options; 60 of them cover every pair of neighbouring fields below.
 fn objective(i: usize) -> Objective {
     Objective {
         policy_coef: [1.0, 0.7][i / 5 % 2],
         clip: CLIPS[i % 3],
         ratio: if i % 4 == 3 { RatioLevel::Sequence } else { RatioLevel::Token },
         correction: CORRECTIONS[(i + i / 5) % 5],
-        aggregation: AGGREGATIONS[i % 5],
+        reduction: REDUCTIONS[i % 5],
         value_coef: 0.5,
         value_clip: [0.2, 0.0][i / 2 % 2],
         entropy_coef: 0.01,
@@ -53,14 +53,14 @@ fn settings(o: &Objective, batch: &Batch) -> Value {
         Correction::Truncate { cap } => ("truncate", cap),
         Correction::Mask { cap } => ("mask", cap),
     };
-    let (aggregation, max_length) = match o.aggregation {
-        Aggregation::SequenceMaxLength { max_length } => ("SequenceMaxLength".to_owned(), max_length),
+    let (reduction, max_length) = match o.reduction {
+        LossReduction::SequenceMaxLength { max_length } => ("SequenceMaxLength".to_owned(), max_length),
         other => (format!("{other:?}"), 0),
     };
     json!({
         "what": "loss", "lengths": batch.layout.lengths(), "policy_coef": o.policy_coef, "clip_low": o.clip.low,
         "clip_high": o.clip.high, "clip_dual": o.clip.dual, "ratio": format!("{:?}", o.ratio), "correction": correction,
-        "cap": cap, "aggregation": aggregation, "max_length": max_length, "value_coef": o.value_coef,
+        "cap": cap, "aggregation": reduction, "max_length": max_length, "value_coef": o.value_coef,
         "value_clip": o.value_clip, "entropy_coef": o.entropy_coef, "kl_coef": o.kl_coef,
         "kl_form": format!("{:?}", o.kl_form), "kl_gradient": format!("{:?}", o.kl_gradient),
         "attention_coef": o.attention_coef,
@@ -86,13 +86,13 @@ fn compare(want: &Results, name: &str, parts: &LossParts, o: &Objective, toleran
     }
     assert_eq!(m.importance.is_some(), o.correction != Correction::None);
     for (key, ours) in scalars {
-        want.close(name, key, ours, tolerance);
+        want.assert_close(name, key, ours, tolerance);
     }
 }
 
-fn check(objectives: &[Objective], kind: Kind, own: u64, tolerance: Tolerance) {
+fn check(objectives: &[Objective], kind: Kind, first_seed: u64, tolerance: Tolerance) {
     let mut cases = Cases::default();
-    let batches: Vec<Batch> = (0..objectives.len()).map(|i| Batch::random(seed(own + i as u64), kind)).collect();
+    let batches: Vec<Batch> = (0..objectives.len()).map(|i| Batch::random(seed(first_seed + i as u64), kind)).collect();
     for (i, (o, b)) in objectives.iter().zip(&batches).enumerate() {
         cases.add(&format!("{i}"), settings(o, b), b.tensors());
     }
@@ -103,32 +103,32 @@ fn check(objectives: &[Objective], kind: Kind, own: u64, tolerance: Tolerance) {
         compare(&want, &format!("{i}"), &parts, o, tolerance);
         for (leaf, gradient) in LEAVES.iter().zip(&gradients) {
             assert_eq!(gradient.kind(), kind);
-            want.close(&format!("{i}"), &format!("grad_{leaf}"), gradient, tolerance);
+            want.assert_close(&format!("{i}"), &format!("grad_{leaf}"), gradient, tolerance);
         }
     }
 }
 
 #[test]
-fn every_choice_in_f64() {
+fn all_options_match_pytorch_in_f64() {
     let all: Vec<Objective> = (0..60).map(objective).collect();
     check(&all, Kind::Double, 1000, DOUBLE);
 }
 
 #[test]
-fn every_choice_in_f32() {
+fn all_options_match_pytorch_in_f32() {
     let all: Vec<Objective> = (0..60).map(objective).collect();
     check(&all, Kind::Float, 2000, SINGLE);
 }
 
 #[test]
-fn single_terms_and_constructors() {
+fn single_terms_match_pytorch() {
     let base = Objective::surrogate(0.2, 0.28);
     let mut all = vec![
         base,
         Objective::paper(0.4, 0.3, 0.02, 0.2),
         Objective { value_coef: 0.5, value_clip: 0.2, ..base }.critic_only(),
         Objective { attention_coef: 0.7, ..base },
-        Objective { ratio: RatioLevel::Sequence, aggregation: Aggregation::SequenceTokenMean, ..base },
+        Objective { ratio: RatioLevel::Sequence, reduction: LossReduction::SequenceTokenMean, ..base },
     ];
     for kl_form in KL {
         for kl_gradient in [KlGradient::Own, KlGradient::Reverse] {
@@ -137,12 +137,12 @@ fn single_terms_and_constructors() {
     }
     all.extend(CORRECTIONS.map(|correction| Objective { correction, ..base }));
     all.extend(CLIPS.map(|clip| Objective { clip, ..base }));
-    all.extend(AGGREGATIONS.map(|aggregation| Objective { aggregation, ..base }));
+    all.extend(REDUCTIONS.map(|reduction| Objective { reduction, ..base }));
     check(&all, Kind::Double, 3000, DOUBLE);
 }
 
 #[test]
-fn a_gradient_that_is_left_out_is_exactly_zero() {
+fn gradients_of_omitted_terms_are_zero() {
     let b = Batch::random(seed(4000), Kind::Double);
     let critic = Objective { value_coef: 0.5, kl_coef: 0.1, entropy_coef: 0.1, ..objective(3) }.critic_only();
     let (_, gradients) = b.loss(&critic, &b.counts()).unwrap();
@@ -153,7 +153,7 @@ fn a_gradient_that_is_left_out_is_exactly_zero() {
     let mut flat = Batch { layout: b.layout.clone(), named: advantages };
     flat.named.iter_mut().filter(|(k, _)| *k == "advantages").for_each(|(_, t)| *t = t.zeros_like());
     for dual in [None, Some(2.0)] {
-        let o = Objective { clip: Clip { low: 0.2, high: 0.2, dual }, ..Objective::surrogate(0.2, 0.2) };
+        let o = Objective { clip: ClipRange { low: 0.2, high: 0.2, dual }, ..Objective::surrogate(0.2, 0.2) };
         let (parts, gradients) = flat.loss(&o, &flat.counts()).unwrap();
         assert_eq!((parts.loss.double_value(&[]), gradients[0].abs().max().double_value(&[])), (0.0, 0.0));
     }

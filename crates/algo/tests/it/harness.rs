@@ -1,4 +1,4 @@
-//! Hands cases to a Python script and compares what comes back.
+//! Runs a Python script on cases and compares its results with ours.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,12 +9,12 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 use unveil_testkit::python;
 
-/// How far two results may be apart.
+/// Largest allowed difference of two results.
 #[derive(Clone, Copy)]
 pub struct Tolerance {
-    /// Largest difference, relative to the largest number of the tensor.
+    /// Largest difference relative to the largest value of the tensor.
     relative: f64,
-    /// For sums, whose terms may cancel: the size that they count as at least.
+    /// For sums, whose terms may cancel: minimum of that largest value.
     sum: f64,
 }
 
@@ -23,10 +23,10 @@ pub const DOUBLE: Tolerance = Tolerance { relative: 1e-9, sum: 1e-6 };
 /// In f32.
 pub const SINGLE: Tolerance = Tolerance { relative: 1e-5, sum: 0.1 };
 
-/// Seed of a test: a number of its own, moved by `UNVEIL_SEED`.
-pub fn seed(own: u64) -> u64 {
+/// Returns the seed of a test: its number, shifted by `UNVEIL_SEED`.
+pub fn seed(test: u64) -> u64 {
     let given = std::env::var("UNVEIL_SEED").map_or(0, |s| s.parse::<u64>().expect("UNVEIL_SEED is a number"));
-    given.wrapping_mul(1_000_003).wrapping_add(own)
+    given.wrapping_mul(1_000_003).wrapping_add(test)
 }
 
 /// Cases for one run of a script: settings by name, and tensors under `name/key`.
@@ -43,9 +43,9 @@ impl Cases {
         self.tensors.extend(tensors.into_iter().map(|(k, t)| (format!("{name}/{k}"), t.shallow_clone())));
     }
 
-    /// Runs `script` on all of them; results are under `name/key` again.
+    /// Runs `script` on all cases and returns its results, again under `name/key`.
     pub fn run(&self, script: &str) -> Results {
-        // Tests of one process run at once.
+        // Tests of one process run concurrently.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let run = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("unveil-algo-{}-{script}-{}-{run}", std::process::id(), seed(0)));
@@ -64,22 +64,23 @@ impl Cases {
     }
 }
 
-/// What a script computed.
+/// Results of a script.
 pub struct Results(HashMap<String, Tensor>);
 
 impl Results {
-    /// Fails unless `ours` has the numbers of `name/key`, NaN where they have NaN.
-    pub fn close(&self, name: &str, key: &str, ours: &Tensor, tolerance: Tolerance) {
-        let found = format!("{name}/{key}");
-        let theirs = self.0.get(&found).unwrap_or_else(|| panic!("Python gave no {found}"));
-        let host = |t: &Tensor| Vec::<f64>::try_from(t.detach().to_kind(Kind::Double).flatten(0, -1)).unwrap();
-        let (a, b) = (host(ours), host(theirs));
-        assert_eq!(a.len(), b.len(), "{found}");
+    /// Fails unless `ours` is close to `name/key`, with NaN at the same places.
+    pub fn assert_close(&self, name: &str, key: &str, ours: &Tensor, tolerance: Tolerance) {
+        let full_key = format!("{name}/{key}");
+        let theirs = self.0.get(&full_key).unwrap_or_else(|| panic!("Python returned no {full_key}"));
+        let to_host = |t: &Tensor| Vec::<f64>::try_from(t.detach().to_kind(Kind::Double).flatten(0, -1)).unwrap();
+        let a = to_host(ours);
+        let b = to_host(theirs);
+        assert_eq!(a.len(), b.len(), "{full_key}");
         let least = if a.len() == 1 { tolerance.sum } else { 1e-6 };
         let largest = b.iter().copied().filter(|v| v.is_finite()).map(f64::abs).fold(least, f64::max);
         for (i, (x, y)) in a.iter().zip(&b).enumerate() {
             let same = (x.is_nan() && y.is_nan()) || (x - y).abs() <= tolerance.relative * largest;
-            assert!(same, "{found}[{i}]: ours {x:e}, theirs {y:e}, largest {largest:e}");
+            assert!(same, "{full_key}[{i}]: ours {x:e}, theirs {y:e}, largest {largest:e}");
         }
     }
 }

@@ -1,8 +1,11 @@
-//! Every advantage, whitening and the KL controller against PyTorch in f64.
+//! Compares all advantage estimators, whitening and the KL controller with PyTorch in f64.
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
-use unveil_algo::{Estimator, KlController, Layout, Moments, Sampled, estimate, group_advantages, leave_one_out};
+use unveil_algo::{
+    Estimator, KlController, Moments, ScoredResponse, TokenLayout, estimate_advantages, group_advantages,
+    leave_one_out_advantages,
+};
 
 use crate::batch::integers;
 use crate::harness::{Cases, DOUBLE, seed};
@@ -19,25 +22,25 @@ const ESTIMATORS: [(&str, Estimator); 7] = [
     ("gae_monte_carlo", Estimator::Gae { gamma: 1.0, lambda: 1.0 }),
 ];
 
-fn host(t: &Tensor) -> Vec<f64> {
+fn to_host(t: &Tensor) -> Vec<f64> {
     Vec::try_from(t.flatten(0, -1)).unwrap()
 }
 
 struct Rewards {
-    layout: Layout,
+    layout: TokenLayout,
     rewards: Tensor,
     penalty: Tensor,
     values: Tensor,
 }
 
 impl Rewards {
-    /// Ragged groups; the first group's rewards are equal, the last one has a single response.
+    /// Returns ragged groups; the first group has equal rewards, the last one a single response.
     fn random(seed: u64) -> Self {
         tch::manual_seed(seed as i64);
         let mut responses = integers(2, 9, integers(2, 6, 1)[0]);
         responses.push(1);
         let ragged = |n: i64| integers(1, 12, n).into_iter().map(|l| l as usize).collect();
-        let layout = Layout::new(responses.iter().map(|n| ragged(*n)).collect());
+        let layout = TokenLayout::new(responses.iter().map(|n| ragged(*n)).collect());
         let rewards = Tensor::rand([responses.iter().sum::<i64>()], DOUBLES);
         let _ = rewards.narrow(0, 0, responses[0]).fill_(0.4);
         let n = layout.tokens() as i64;
@@ -46,7 +49,7 @@ impl Rewards {
 }
 
 #[test]
-fn estimators() {
+fn estimators_match_pytorch() {
     let mut cases = Cases::default();
     let mut ours = Vec::new();
     for (i, (name, estimator)) in ESTIMATORS.into_iter().enumerate() {
@@ -64,48 +67,53 @@ fn estimators() {
             });
             let case = format!("{name}-{round}");
             cases.add(&case, settings, [("rewards", &r.rewards), ("penalty", &r.penalty), ("values", &r.values)]);
-            let (rewards, penalty, values) = (host(&r.rewards), host(&r.penalty), host(&r.values));
-            let (mut groups, mut begin, mut response) = (Vec::new(), 0, 0);
+            let rewards = to_host(&r.rewards);
+            let penalty = to_host(&r.penalty);
+            let values = to_host(&r.values);
+            let mut groups = Vec::new();
+            let mut begin = 0;
+            let mut response = 0;
             for lengths in r.layout.lengths() {
                 let mut group = Vec::new();
                 for tokens in lengths {
                     let end = begin + tokens;
                     let penalty = if penalised { &penalty[begin..end] } else { &[] };
-                    group.push(Sampled {
+                    group.push(ScoredResponse {
                         reward: rewards[response],
                         tokens: *tokens,
                         penalty,
                         values: &values[begin..end],
                     });
-                    (begin, response) = (end, response + 1);
+                    begin = end;
+                    response += 1;
                 }
                 groups.push(group);
             }
-            let mut out = estimate(estimator, &groups).unwrap();
-            let flat = r.layout.lengths()[0].iter().sum::<usize>();
+            let mut out = estimate_advantages(estimator, &groups).unwrap();
+            let equal = r.layout.lengths()[0].iter().sum::<usize>();
             let compares = !matches!(estimator, Estimator::Gae { .. } | Estimator::ReinforcePlusPlus { .. });
             if compares && !penalised {
-                assert!(out.advantages[..flat].iter().all(|a| *a == 0.0), "equal rewards give exactly 0: {name}");
+                assert!(out.advantages[..equal].iter().all(|a| *a == 0.0), "equal rewards give exactly 0: {name}");
             }
             let raw = out.advantages.clone();
             let half = raw.len() / 3;
-            Moments::of(&raw[..half]).merge(Moments::of(&raw[half..])).whiten(&mut out.advantages);
+            Moments::from_values(&raw[..half]).merge(Moments::from_values(&raw[half..])).whiten(&mut out.advantages);
             ours.push((case, estimator, raw, out));
         }
     }
     let want = cases.run("golden.py");
     for (case, estimator, raw, out) in &ours {
-        want.close(case, "advantages", &Tensor::from_slice(raw), DOUBLE);
-        want.close(case, "whitened", &Tensor::from_slice(&out.advantages), DOUBLE);
+        want.assert_close(case, "advantages", &Tensor::from_slice(raw), DOUBLE);
+        want.assert_close(case, "whitened", &Tensor::from_slice(&out.advantages), DOUBLE);
         assert_eq!(out.targets.is_empty(), !estimator.needs_values());
         if estimator.needs_values() {
-            want.close(case, "targets", &Tensor::from_slice(&out.targets), DOUBLE);
+            want.assert_close(case, "targets", &Tensor::from_slice(&out.targets), DOUBLE);
         }
     }
 }
 
 #[test]
-fn masked_rewards() {
+fn masked_rewards_match_pytorch() {
     let mut cases = Cases::default();
     let mut ours = Vec::new();
     for round in 0..8u64 {
@@ -116,30 +124,30 @@ fn masked_rewards() {
         let rewards = rewards.masked_fill(&masked, f64::NAN);
         let case = format!("{round}");
         cases.add(&case, json!({"what": "masked"}), [("rewards", &rewards)]);
-        let totals: Vec<Option<f64>> = host(&rewards).into_iter().map(|r| (!r.is_nan()).then_some(r)).collect();
+        let totals: Vec<Option<f64>> = to_host(&rewards).into_iter().map(|r| (!r.is_nan()).then_some(r)).collect();
         ours.push((case, totals));
     }
     let want = cases.run("golden.py");
     for (case, totals) in &ours {
         let flat =
             |a: Vec<Option<f64>>| Tensor::from_slice(&a.iter().map(|a| a.unwrap_or(f64::NAN)).collect::<Vec<_>>());
-        want.close(case, "grpo", &flat(group_advantages(totals, false)), DOUBLE);
-        want.close(case, "grpo_std", &flat(group_advantages(totals, true)), DOUBLE);
-        want.close(case, "rloo", &flat(leave_one_out(totals)), DOUBLE);
+        want.assert_close(case, "grpo", &flat(group_advantages(totals, false)), DOUBLE);
+        want.assert_close(case, "grpo_std", &flat(group_advantages(totals, true)), DOUBLE);
+        want.assert_close(case, "rloo", &flat(leave_one_out_advantages(totals)), DOUBLE);
     }
 }
 
 #[test]
-fn adaptive_controller() {
+fn adaptive_controller_matches_pytorch() {
     tch::manual_seed(seed(8000) as i64);
     let observed = Tensor::rand([40], DOUBLES) * 8.0;
     let mut cases = Cases::default();
     cases.add("c", json!({"what": "controller", "coef": 0.05, "target": 3.0, "gain": 0.1}), [("observed", &observed)]);
     let mut c = KlController::Adaptive { coef: 0.05, target: 3.0, gain: 0.1 };
     let mut coefs = Vec::new();
-    for kl in host(&observed) {
+    for kl in to_host(&observed) {
         c.observe(kl);
         coefs.push(c.coef());
     }
-    cases.run("golden.py").close("c", "coefs", &Tensor::from_slice(&coefs), DOUBLE);
+    cases.run("golden.py").assert_close("c", "coefs", &Tensor::from_slice(&coefs), DOUBLE);
 }
