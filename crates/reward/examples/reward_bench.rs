@@ -1,8 +1,8 @@
-//! What `make bench-reward` times: groups of eight responses with boxes, a class and two rows of 1,024 attention values each.
+//! Driver of `make bench-reward`: groups of eight responses with boxes, a class and two rows of 1,024 attention values each.
 //!
-//! `reward_bench write DIR` writes the inputs for the peer, `values` prints the scores of all, `core SECONDS` scores on one thread,
-//! `serve` is the service on a free port, `load ADDRESS SECONDS RATE` calls it (RATE responses per second, 0 = as fast as it
-//! answers). Results are one JSON line.
+//! `reward_bench write DIR` writes the inputs for the peer, `values` prints all scores, `core SECONDS` scores on one thread,
+//! `serve` runs the service on a free port, `load ADDRESS SECONDS RATE` calls it (RATE responses per second, 0 = as fast as it
+//! answers). The result is one JSON line.
 
 use std::io::Write;
 use std::path::Path;
@@ -25,8 +25,8 @@ const GROUPS: usize = 256;
 const RESPONSES: usize = 8;
 const GRID: [usize; 2] = [32, 32];
 const IMAGE: u32 = 448;
-/// Calls of the closed loop under way at once.
-const AT_ONCE: usize = 12;
+/// Concurrent calls of the closed loop.
+const CONCURRENCY: usize = 12;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         ["write", dir] => write(Path::new(dir)),
         ["values"] => values(),
         ["core", seconds] => seconds.parse().map_err(Into::into).and_then(core),
-        ["serve"] => served(),
+        ["serve"] => serve(),
         ["load", address, seconds, rate] => load(address, seconds, rate),
         _ => Err("usage: reward_bench write DIR | values | core SECONDS | serve | load ADDRESS SECONDS RATE".into()),
     };
@@ -50,23 +50,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn a_box(rng: &mut ChaCha8Rng) -> [u32; 4] {
-    let (x, y) = (rng.random_range(0..IMAGE - 120), rng.random_range(0..IMAGE - 120));
+fn draw_box(rng: &mut ChaCha8Rng) -> [u32; 4] {
+    let x = rng.random_range(0..IMAGE - 120);
+    let y = rng.random_range(0..IMAGE - 120);
     [x, y, x + rng.random_range(20..120), y + rng.random_range(20..120)]
 }
 
-/// A true box, moved a little.
-fn near([x1, y1, x2, y2]: [u32; 4], rng: &mut ChaCha8Rng) -> [u32; 4] {
+/// Moves a true box a little.
+fn jitter([x1, y1, x2, y2]: [u32; 4], rng: &mut ChaCha8Rng) -> [u32; 4] {
     [x1 + rng.random_range(0..10), y1 + rng.random_range(0..10), x2 + rng.random_range(0..10), y2]
 }
 
-/// The same for every call: the requests of all groups.
+/// Returns the requests of all groups, the same on every call.
 fn requests() -> Outcome<Vec<v1::ScoreRequest>> {
     let mut rng = ChaCha8Rng::seed_from_u64(11);
     let sizes = Sizes { original: (IMAGE, IMAGE), resized: (IMAGE, IMAGE) };
     (0..GROUPS)
         .map(|g| {
-            let boxes: Vec<[u32; 4]> = (0..rng.random_range(1..4)).map(|_| a_box(&mut rng)).collect();
+            let boxes: Vec<[u32; 4]> = (0..rng.random_range(1..4)).map(|_| draw_box(&mut rng)).collect();
             let record: Record = serde_json::from_value(json!({
                 "id": format!("r{g}"), "image_size": [IMAGE, IMAGE], "category": "nodule", "boxes": boxes,
                 "question": "What is abnormal, and where?",
@@ -80,13 +81,13 @@ fn requests() -> Outcome<Vec<v1::ScoreRequest>> {
 fn response(index: usize, boxes: &[[u32; 4]], rng: &mut ChaCha8Rng) -> v1::Response {
     let said: Vec<String> = (0..rng.random_range(1..4))
         .map(|i| {
-            let b = boxes.get(i).map(|b| near(*b, rng)).unwrap_or_else(|| a_box(rng));
+            let b = boxes.get(i).map(|b| jitter(*b, rng)).unwrap_or_else(|| draw_box(rng));
             format!("[{},{},{},{}]", b[0], b[1], b[2], b[3])
         })
         .collect();
     let place = said.join(", ");
     let text = format!("{place} nodule");
-    // The boxes are one token here, the class two: " nod" and "ule".
+    // The boxes are one token, the class two: " nod" and "ule".
     let spans = [(0, place.len()), (place.len(), place.len() + 4), (place.len() + 4, text.len())];
     let cells = GRID[0] * GRID[1];
     let row = |rng: &mut ChaCha8Rng| -> Vec<f32> {
@@ -122,7 +123,7 @@ fn scorers() -> Outcome<Scorers> {
     Ok(Scorers::load(&config())?)
 }
 
-/// Localization, vision relevance and format make the total; the category is computed and logged, as always.
+/// Configures localization, vision relevance and format as the total; the category is computed without a weight.
 fn config() -> Config {
     let mut config = Config::default();
     config.reward.category.weight = 0.0;
@@ -134,7 +135,7 @@ fn values() -> Outcome<()> {
     let scorers = scorers()?;
     let mut out = Vec::new();
     for request in requests()? {
-        for b in scorers.score_here(&group_from_request(request)?) {
+        for b in scorers.score_locally(&group_from_request(request)?) {
             let value = |name: &str| b.components[name].value;
             out.push(json!([value("localization"), value("vision_relevance"), value("format"), b.total]));
         }
@@ -144,12 +145,14 @@ fn values() -> Outcome<()> {
 }
 
 fn core(seconds: f64) -> Outcome<()> {
-    let (scorers, requests) = (scorers()?, requests()?);
+    let scorers = scorers()?;
+    let requests = requests()?;
     let start = Instant::now();
-    let (mut done, mut sum) = (0, 0.0);
+    let mut done = 0;
+    let mut sum = 0.0;
     while start.elapsed().as_secs_f64() < seconds {
         for request in &requests {
-            let scored = scorers.score_here(&group_from_request(request.clone())?);
+            let scored = scorers.score_locally(&group_from_request(request.clone())?);
             sum += scored.iter().filter_map(|b| b.total).sum::<f64>();
             done += scored.len();
         }
@@ -158,9 +161,9 @@ fn core(seconds: f64) -> Outcome<()> {
     Ok(())
 }
 
-fn served() -> Outcome<()> {
+fn serve() -> Outcome<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    // Ends with whoever started it.
+    // Stops when the parent process closes the pipe.
     let stop = CancellationToken::new();
     let cancel = stop.clone();
     std::thread::spawn(move || {
@@ -179,10 +182,11 @@ fn load(address: &str, seconds: &str, rate: &str) -> Outcome<()> {
         let start = Instant::now();
         let end = start + Duration::from_secs_f64(seconds);
         let mut lanes = tokio::task::JoinSet::new();
-        let lane_count = if rate > 0.0 { AT_ONCE * 4 } else { AT_ONCE };
+        let lane_count = if rate > 0.0 { CONCURRENCY * 4 } else { CONCURRENCY };
         let every = (rate > 0.0).then(|| Duration::from_secs_f64(RESPONSES as f64 * lane_count as f64 / rate));
         for lane in 0..lane_count {
-            let (requests, channel) = (Arc::clone(&requests), channel.clone());
+            let requests = Arc::clone(&requests);
+            let channel = channel.clone();
             lanes.spawn(async move {
                 let mut client = limited!(RewardClient::new(channel));
                 let mut latencies = Vec::new();

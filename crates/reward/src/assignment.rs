@@ -1,9 +1,9 @@
-//! One-to-one assignment of largest total weight (Hungarian method, shortest augmenting paths with potentials).
+//! One-to-one assignment with the largest total weight (Hungarian method, shortest augmenting paths with potentials).
 //!
-//! Source: Kuhn 1955; the O(rows^2 * columns) form of Jonker and Volgenant 1987. Same optimum as
+//! Source: Kuhn 1955; the O(rows^2 * columns) form of Jonker and Volgenant 1987. Finds the same optimum as
 //! `scipy.optimize.linear_sum_assignment(maximize=True)`.
 
-/// Pairs `(row, column)` of the assignment with the largest summed weight; `min(rows, columns)` of them, by row.
+/// Returns the `min(rows, columns)` pairs `(row, column)` of the assignment with the largest summed weight, ordered by row.
 ///
 /// `weight(row, column)` must be finite. Time is O(a^2 b) for a = min(rows, columns), b = max.
 pub fn max_assignment(rows: usize, columns: usize, weight: impl Fn(usize, usize) -> f64) -> Vec<(usize, usize)> {
@@ -15,7 +15,7 @@ pub fn max_assignment(rows: usize, columns: usize, weight: impl Fn(usize, usize)
     solve(rows, columns, |r, c| -weight(r, c))
 }
 
-/// Smallest total cost, `rows <= columns`. Index 0 of the work arrays stands for "none".
+/// Finds the assignment with the smallest total cost for `rows <= columns`. Index 0 of the work arrays means "none".
 fn solve(rows: usize, columns: usize, cost: impl Fn(usize, usize) -> f64) -> Vec<(usize, usize)> {
     let mut row_potential = vec![0.0; rows + 1];
     let mut column_potential = vec![0.0; columns + 1];
@@ -29,7 +29,8 @@ fn solve(rows: usize, columns: usize, cost: impl Fn(usize, usize) -> f64) -> Vec
         while row_of[column] != 0 {
             done[column] = true;
             let r = row_of[column];
-            let (mut delta, mut next) = (f64::INFINITY, 0);
+            let mut delta = f64::INFINITY;
+            let mut next = 0;
             for c in 1..=columns {
                 if done[c] {
                     continue;
@@ -69,13 +70,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn greedy_would_be_wrong() {
+    fn optimum_beats_the_greedy_choice() {
         let w = [[0.9, 0.8], [0.85, 0.1]];
         assert_eq!(max_assignment(2, 2, |r, c| w[r][c]), vec![(0, 1), (1, 0)]);
     }
 
     #[test]
-    fn tall_wide_and_empty() {
+    fn tall_wide_and_empty_matrices() {
         let w = [[0.1, 0.5, 0.2]];
         assert_eq!(max_assignment(1, 3, |r, c| w[r][c]), vec![(0, 1)]);
         assert_eq!(max_assignment(3, 1, |r, c| w[c][r]), vec![(1, 0)]);

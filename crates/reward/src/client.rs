@@ -1,4 +1,4 @@
-//! The caller's side: scores, or breakdowns with every component masked. Never a 0 that nobody computed.
+//! Client of the reward service: returns scores, or breakdowns with every component masked; never a 0 that was not computed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,43 +11,43 @@ use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
 use unveil_service::{
-    Backoff, ClientOptions, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
+    Backoff, ClientOptions, ServiceError, authorize, connect_with, inject, limited, retry, with_deadline,
 };
 
 use crate::RewardError;
 use crate::score::COMPONENTS;
 
-/// Why a group has no scores.
+/// Reason why a group has no scores.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unscored {
-    /// The service could not be had: it is away, overloaded, too slow, or it does not let us in. Another group would fare no better.
+    /// The service is unreachable, overloaded, too slow, or rejects our credentials. Other groups would fail as well.
     #[error("{0}")]
-    Away(String),
-    /// The service could not score this group, or what it said cannot be used.
+    Unavailable(String),
+    /// The service could not score this group, or its answer cannot be used.
     #[error("{0}")]
     Refused(String),
 }
 
 impl Unscored {
-    /// Of a call that failed.
-    fn of(e: &ServiceError) -> Self {
+    /// Classifies a failed call.
+    fn from_error(e: &ServiceError) -> Self {
         match e {
-            ServiceError::Call { status, .. } if !is_away(status.code()) => Self::Refused(e.to_string()),
-            _ => Self::Away(e.to_string()),
+            ServiceError::Call { status, .. } if !is_unavailable(status.code()) => Self::Refused(e.to_string()),
+            _ => Self::Unavailable(e.to_string()),
         }
     }
 
-    /// The reason of a component that is masked for it.
-    fn reason(&self) -> MaskReason {
+    /// Returns the reason for the mask of each component.
+    fn mask_reason(&self) -> MaskReason {
         match self {
-            Self::Away(why) => MaskReason::Unavailable(why.clone()),
+            Self::Unavailable(why) => MaskReason::Unavailable(why.clone()),
             Self::Refused(why) => MaskReason::Failed(why.clone()),
         }
     }
 }
 
-/// Whether an answer says nothing about what was asked, but of the way to whoever is asked.
-pub(crate) fn is_away(code: Code) -> bool {
+/// Whether a status code reports that the service could not be reached or refused the caller, not that the request is bad.
+pub(crate) fn is_unavailable(code: Code) -> bool {
     use Code::{Aborted, Cancelled, DeadlineExceeded, PermissionDenied, ResourceExhausted, Unauthenticated};
     matches!(
         code,
@@ -71,10 +71,10 @@ pub struct RewardClient {
 }
 
 impl RewardClient {
-    /// Connects to `http://host:port`, trying until `deadline`.
+    /// Connects to `http://host:port`, retrying until `deadline`.
     ///
     /// # Errors
-    /// The address cannot be read, or nobody answered.
+    /// Returns [`RewardError::Service`] if the address is invalid or no server answers.
     pub async fn connect(address: &str, deadline: Duration) -> Result<Self, RewardError> {
         Self::connect_with(address, &ClientOptions::default(), deadline).await
     }
@@ -82,66 +82,67 @@ impl RewardClient {
     /// [`RewardClient::connect`] with TLS and a token; see [`unveil_service::client_options`].
     ///
     /// # Errors
-    /// As there; also when a certificate or key cannot be used.
+    /// Returns [`RewardError::Service`] if the address, a certificate or a key cannot be used, or no server answers.
     pub async fn connect_with(address: &str, options: &ClientOptions, deadline: Duration) -> Result<Self, RewardError> {
         let token = options.token.clone().map(Arc::new);
         Ok(Self { token, ..Self::new(connect_with(address, options, deadline).await?) })
     }
 
-    /// A client over an existing channel.
+    /// Creates a client over an existing channel.
     pub fn new(channel: Channel) -> Self {
         Self { inner: limited!(Generated::new(channel)), token: None }
     }
 
-    /// Sends and takes messages of so many bytes at most: what the service takes.
-    pub fn at_most(self, bytes: usize) -> Self {
+    /// Limits messages in both directions to `bytes`, the limit of the service.
+    pub fn with_message_limit(self, bytes: usize) -> Self {
         Self { inner: limited!(self.inner, bytes), token: self.token }
     }
 
-    /// [`RewardClient::try_score`] where every component of every response is masked with the cause of a failure.
+    /// Scores a group as [`RewardClient::try_score`]; on failure, every component of every response is masked with the cause.
     pub async fn score(&self, request: v1::ScoreRequest, deadline: Duration) -> Vec<Breakdown> {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         self.try_score(request, deadline).await.unwrap_or_else(|e| {
-            tracing::warn!(group = id, "no reward, masked: {e}");
-            masked_group(&id, &indices, &e.reason())
+            tracing::warn!(group = id, "reward unavailable, components masked: {e}");
+            masked_group(&id, &indices, &e.mask_reason())
         })
     }
 
-    /// Scores a group; tries again while the service is away, up to `deadline`. The current span goes on in the service.
+    /// Scores a group, retrying up to `deadline` while the service is unavailable. The service continues the current tracing span.
     ///
     /// # Errors
-    /// There are no scores, and why.
+    /// Returns [`Unscored::Unavailable`] if the service does not answer in time or rejects the caller, and [`Unscored::Refused`] if it
+    /// cannot score this group or its answer is inconsistent.
     pub async fn try_score(&self, request: v1::ScoreRequest, deadline: Duration) -> Result<Vec<Breakdown>, Unscored> {
         let id = record_id(&request.record_json);
         let indices: Vec<usize> = request.responses.iter().map(|r| r.index as usize).collect();
         let answer = retry("reward score", deadline, Backoff::default(), |left| {
-            let request = carry(with_deadline(request.clone(), left), &tracing::Span::current());
-            let request = authorised(request, self.token.as_deref());
+            let request = inject(with_deadline(request.clone(), left), &tracing::Span::current());
+            let request = authorize(request, self.token.as_deref());
             let mut client = self.inner.clone();
             async move { client.score(request?).await }
         })
         .await
-        .map_err(|e| Unscored::of(&e))?;
-        checked(&id, &indices, answer.into_inner()).map_err(Unscored::Refused)
+        .map_err(|e| Unscored::from_error(&e))?;
+        check_answer(&id, &indices, answer.into_inner()).map_err(Unscored::Refused)
     }
 
-    /// Asks for nothing, to see whether the service answers and lets us in.
+    /// Sends an empty request to check whether the service answers and accepts our credentials.
     ///
     /// # Errors
-    /// It does not, and why.
+    /// Returns [`Unscored::Unavailable`] if it does not.
     pub async fn probe(&self, deadline: Duration) -> Result<(), Unscored> {
         match self.try_score(v1::ScoreRequest::default(), deadline).await {
-            Err(away @ Unscored::Away(_)) => Err(away),
+            Err(unavailable @ Unscored::Unavailable(_)) => Err(unavailable),
             Ok(_) | Err(Unscored::Refused(_)) => Ok(()),
         }
     }
 }
 
-/// The request for a group; `record.boxes` in pixels of the original image, those of the responses written as `boxes` says.
+/// Builds the request for a group. `record.boxes` are in pixels of the original image; the responses write theirs in the form `boxes`.
 ///
 /// # Errors
-/// The record cannot be written as JSON.
+/// Returns [`RewardError::Request`] if the record cannot be written as JSON.
 pub fn score_request(
     record: &Record,
     sizes: &Sizes,
@@ -160,7 +161,7 @@ pub fn score_request(
     })
 }
 
-/// Breakdowns of a group whose reward could not be computed.
+/// Returns the breakdowns of a group whose reward could not be computed: every component is masked with `reason`.
 pub fn masked_group(id: &str, indices: &[usize], reason: &MaskReason) -> Vec<Breakdown> {
     let masked = || Component::masked(reason.clone());
     let breakdown = |&index: &usize| Breakdown {
@@ -172,32 +173,32 @@ pub fn masked_group(id: &str, indices: &[usize], reason: &MaskReason) -> Vec<Bre
     indices.iter().map(breakdown).collect()
 }
 
-/// Why a group has no reward at all although it may have one later: nothing with a weight has a value, and somebody who computes such
-/// a component could not be had. None where it has one, or where asking again would not help.
-pub fn out_of_reach(breakdowns: &[Breakdown], reward: &Reward) -> Option<String> {
+/// Returns why a group without any reward may get one later: no weighted component has a value, and the scorer of one of them was
+/// unavailable. `None` if the group has a reward, or if scoring it again would not help.
+pub fn unavailable_reason(breakdowns: &[Breakdown], reward: &Reward) -> Option<String> {
     if breakdowns.iter().any(|b| b.total.is_some()) {
         return None;
     }
     let counts = |name: &str| reward.components().iter().any(|(n, weight, _)| *n == name && *weight > 0.0);
-    let parts = breakdowns.iter().flat_map(|b| &b.components).filter(|(name, _)| counts(name));
-    parts.into_iter().find_map(|(name, c)| match &c.reason {
+    let weighted = breakdowns.iter().flat_map(|b| &b.components).filter(|(name, _)| counts(name));
+    weighted.into_iter().find_map(|(name, c)| match &c.reason {
         Some(MaskReason::Unavailable(why)) => Some(format!("`{name}`: {why}")),
         _ => None,
     })
 }
 
-/// The answer must speak of the responses that were sent, in their order, in finite numbers.
-fn checked(id: &str, indices: &[usize], response: v1::ScoreResponse) -> Result<Vec<Breakdown>, String> {
+/// Checks that the answer holds finite scores of exactly the responses that were sent, in their order.
+fn check_answer(id: &str, indices: &[usize], response: v1::ScoreResponse) -> Result<Vec<Breakdown>, String> {
     let out: Vec<Breakdown> = response.breakdowns.into_iter().map(|b| breakdown_from_wire(id, b)).collect();
     if !out.iter().map(|b| b.index).eq(indices.iter().copied()) {
-        return Err("the reward service answered for other responses than were sent".to_owned());
+        return Err("the reward service answered for responses that were not sent".to_owned());
     }
     let finite = |b: &Breakdown| {
         b.total.is_none_or(f64::is_finite)
             && b.components.values().all(|c| c.masked == c.value.is_none() && c.value.is_none_or(f64::is_finite))
     };
     match out.iter().find(|b| !finite(b)) {
-        Some(b) => Err(format!("the reward service answered with a value that is no number (response {})", b.index)),
+        Some(b) => Err(format!("the reward service answered with a value that is not a number (response {})", b.index)),
         None => Ok(out),
     }
 }

@@ -1,4 +1,4 @@
-//! What goes wrong around the scorers (the scorers themselves mask).
+//! Errors of the code around the scorers (a scorer masks its component instead of failing).
 
 use std::path::PathBuf;
 
@@ -7,15 +7,15 @@ use unveil_service::ServiceError;
 /// A failure of the reward commands.
 #[derive(Debug, thiserror::Error)]
 pub enum RewardError {
-    /// Serving or calling failed.
+    /// The service or a call to it failed.
     #[error(transparent)]
     Service(#[from] ServiceError),
     /// A file cannot be read, or the output cannot be written.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// A line of the data is not usable.
@@ -23,9 +23,9 @@ pub enum RewardError {
     Line {
         /// The file.
         path: PathBuf,
-        /// From 1.
+        /// Line number from 1.
         line: usize,
-        /// What is wrong and what to do.
+        /// The problem and what to do about it.
         what: String,
     },
     /// A request is not usable.
@@ -33,18 +33,18 @@ pub enum RewardError {
     Request {
         /// The field of the request.
         field: String,
-        /// What is wrong with it.
+        /// The problem with it.
         what: String,
     },
-    /// Something that the configuration names, or the data of a command, cannot be used.
+    /// A file or setting that the configuration names, or the data of a command, cannot be used.
     #[error("{what}: {why}")]
     Named {
-        /// Which key or file.
+        /// The key or file.
         what: String,
-        /// What is wrong with it.
+        /// The problem with it.
         why: String,
     },
-    /// A secret that the configuration names is not there.
+    /// A secret that the configuration names is missing.
     #[error(transparent)]
     Config(#[from] unveil_config::ConfigError),
     /// The model directory that the configuration names cannot be used.
@@ -52,13 +52,13 @@ pub enum RewardError {
     Model {
         /// The directory.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         what: String,
     },
 }
 
 impl RewardError {
-    /// A bad field of a request.
+    /// Creates an error about a field of a request.
     pub(crate) fn request(field: impl Into<String>, what: impl Into<String>) -> Self {
         Self::Request { field: field.into(), what: what.into() }
     }

@@ -1,18 +1,18 @@
-//! Where an answer names the abnormal class: the first case-insensitive match on characters, and the tokens it overlaps.
+//! Mentions of the abnormal class in an answer: the first case-insensitive match on characters, and the tokens that overlap it.
 
 use std::ops::Range;
 
-use unveil_core::Reading;
+use unveil_core::AnswerReader;
 
-/// Bytes of the first mention of one of `names` in the answer that `text` holds: what stands outside of it, reasoning above all, names
-/// nothing. Bytes count from the beginning of `text`, as spans of tokens do. The one search for rewards, gradients, evaluation and pages.
-pub fn mention(reading: &Reading, text: &str, names: &[String]) -> Option<Range<usize>> {
-    let span = reading.span(text)?;
-    let found = first_mention(&text[span.clone()], names)?;
-    Some(span.start + found.start..span.start + found.end)
+/// Finds the first mention of one of `names` in the answer of `text`; text outside the answer, such as reasoning, is not searched.
+/// Returns bytes counted from the beginning of `text`, as token spans are. Rewards, gradients, evaluation and pages use this search.
+pub fn find_mention(reader: &AnswerReader, text: &str, names: &[String]) -> Option<Range<usize>> {
+    let span = reader.span(text)?;
+    let mention = first_mention(&text[span.clone()], names)?;
+    Some(span.start + mention.start..span.start + mention.end)
 }
 
-/// Bytes of the first (leftmost, then longest) case-insensitive match of one of `names` in `text`. Blank names never match.
+/// Finds the first (leftmost, then longest) case-insensitive match of one of `names` in `text`, in bytes. Blank names never match.
 ///
 /// Case is folded character by character (Unicode lower case); a match is on characters, not on words.
 fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
@@ -23,8 +23,10 @@ fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
         .filter(|n| !n.is_empty())
         .filter_map(|n| folded.find(&n).map(|at| at..at + n.len()))
         .min_by_key(|r| (r.start, std::cmp::Reverse(r.end)))?;
-    // Back from folded bytes to bytes of `text`: a character counts whole when the match touches any of its folded form.
-    let (mut begin, mut end, mut at) = (None, 0, 0);
+    // Maps folded bytes back to bytes of `text`: a character counts whole if the match touches any of its folded form.
+    let mut begin = None;
+    let mut end = 0;
+    let mut at = 0;
     for (byte, c) in text.char_indices() {
         let next = at + c.to_lowercase().map(char::len_utf8).sum::<usize>();
         if next > found.start && at < found.end {
@@ -36,13 +38,13 @@ fn first_mention(text: &str, names: &[String]) -> Option<Range<usize>> {
     begin.map(|b| b..end)
 }
 
-/// Indices of the tokens whose byte span overlaps `mention`; tokens with an empty span (special tokens) never do.
-pub fn tokens_of(mention: &Range<usize>, spans: &[(usize, usize)]) -> Vec<usize> {
+/// Returns the indices of the tokens whose byte span overlaps `mention`; tokens with an empty span (special tokens) never do.
+pub fn overlapping_tokens(mention: &Range<usize>, spans: &[(usize, usize)]) -> Vec<usize> {
     let overlaps = |&(b, e): &(usize, usize)| b < e && b < mention.end && e > mention.start;
     spans.iter().enumerate().filter(|(_, s)| overlaps(s)).map(|(i, _)| i).collect()
 }
 
-/// Spans in characters of `text` (as a tokenizer's offsets come) to spans in bytes; what lies beyond the text is cut.
+/// Converts spans in characters of `text` (a tokenizer's offsets) to spans in bytes, clamped to the text.
 pub fn byte_spans(text: &str, spans: &[[usize; 2]]) -> Vec<(usize, usize)> {
     let starts: Vec<usize> = text.char_indices().map(|(b, _)| b).chain([text.len()]).collect();
     let byte = |c: usize| starts.get(c).copied().unwrap_or(text.len());
@@ -58,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn first_and_longest() {
+    fn leftmost_then_longest_name_matches() {
         let n = names(&["nodule", "pulmonary nodule", " "]);
         assert_eq!(first_mention("[1,2,3,4] Nodule, nodule", &n), Some(10..16));
         assert_eq!(first_mention("a PULMONARY NODULE", &n), Some(2..18));
@@ -67,8 +69,9 @@ mod tests {
     }
 
     #[test]
-    fn only_the_answer_mentions() {
-        let (free, n) = (Reading::default(), names(&["nodule"]));
+    fn only_the_answer_is_searched() {
+        let free = AnswerReader::default();
+        let n = names(&["nodule"]);
         for (text, at) in [
             ("a nodule", Some(2)),
             ("<think>nodule</think> a nodule", Some(24)),
@@ -77,28 +80,28 @@ mod tests {
             ("<think>nodule", None),
             ("nodule <answer>mass</answer>", None),
         ] {
-            assert_eq!(mention(&free, text, &n), at.map(|b| b..b + 6), "{text}");
+            assert_eq!(find_mention(&free, text, &n), at.map(|b| b..b + 6), "{text}");
         }
         let marks = Some(["<box>".to_owned(), "</box>".to_owned()]);
-        let strict = Reading::new(marks, &["no finding"], unveil_core::ClassMatch::Equal);
-        assert_eq!(mention(&strict, "nodule <box>nodule</box>", &n), Some(12..18));
-        assert_eq!(mention(&strict, "nodule", &n), None);
+        let strict = AnswerReader::new(marks, &["no finding"], unveil_core::ClassMatch::Equal);
+        assert_eq!(find_mention(&strict, "nodule <box>nodule</box>", &n), Some(12..18));
+        assert_eq!(find_mention(&strict, "nodule", &n), None);
     }
 
     #[test]
-    fn characters_that_change_length_when_folded() {
+    fn match_survives_characters_that_grow_when_folded() {
         let n = names(&["höhle"]);
         assert_eq!(first_mention("İİ HÖHLE", &n).map(|r| "İİ HÖHLE"[r].to_owned()), Some("HÖHLE".to_owned()));
     }
 
     #[test]
-    fn characters_to_bytes() {
+    fn character_spans_become_byte_spans() {
         assert_eq!(byte_spans("höhle", &[[0, 2], [2, 5], [5, 9]]), vec![(0, 3), (3, 6), (6, 6)]);
     }
 
     #[test]
-    fn overlap_counts_every_touched_token() {
+    fn every_touched_token_overlaps() {
         let spans = [(0, 2), (2, 7), (7, 7), (7, 9), (9, 12)];
-        assert_eq!(tokens_of(&(3..8), &spans), vec![1, 3]);
+        assert_eq!(overlapping_tokens(&(3..8), &spans), vec![1, 3]);
     }
 }

@@ -1,4 +1,4 @@
-//! What the service tells Prometheus: values and masks per component, latencies, calls under way, what the judge costs.
+//! Prometheus metrics of the service: values and masks per component, latencies, calls in flight, cost of the judge.
 
 use std::sync::atomic::AtomicU64;
 use std::time::Instant;
@@ -21,19 +21,19 @@ pub(crate) struct Meter {
     masked: Family<Vec<(&'static str, String)>, Counter>,
     responses: Counter,
     seconds: Histogram,
-    waiting: Gauge,
+    in_progress: Gauge,
     calls: Family<Vec<(&'static str, &'static str)>, Gauge>,
     judge: Family<Vec<(&'static str, &'static str)>, Gauge<u64, AtomicU64>>,
 }
 
-/// One group on its way.
-pub(crate) struct Timer<'a> {
+/// Measures one group from its request to its scores.
+pub(crate) struct GroupTimer<'a> {
     meter: &'a Meter,
     start: Instant,
 }
 
 impl Meter {
-    /// The metrics, and the registry that encodes them.
+    /// Creates the metrics and the registry that encodes them.
     pub fn new() -> (Self, Registry) {
         let mut registry = role_registry("reward");
         let buckets: fn() -> Histogram = || Histogram::new(linear_buckets(0.1, 0.1, 10));
@@ -42,55 +42,59 @@ impl Meter {
             masked: Family::default(),
             responses: Counter::default(),
             seconds: Histogram::new(exponential_buckets(0.000_25, 2.0, 18)),
-            waiting: Gauge::default(),
+            in_progress: Gauge::default(),
             calls: Family::default(),
             judge: Family::default(),
         };
         registry.register("component_value", "Values by component; sum / count is the mean", meter.values.clone());
         registry.register("masked", "Masked components by component and reason", meter.masked.clone());
         registry.register("responses", "Responses scored", meter.responses.clone());
-        let help = "Time from a read request to its scores";
+        let help = "Time from a received request to its scores";
         registry.register_with_unit("group", help, Unit::Seconds, meter.seconds.clone());
-        registry.register("groups_in_progress", "Groups read and not answered yet", meter.waiting.clone());
-        registry.register("calls", "Calls under way, and refused, unauthenticated or late so far", meter.calls.clone());
+        registry.register("groups_in_progress", "Groups received and not yet answered", meter.in_progress.clone());
+        registry.register(
+            "calls",
+            "Calls in flight, and calls refused, unauthenticated or late so far",
+            meter.calls.clone(),
+        );
         registry.register(
             "judge_spent",
-            "Requests, hedges among them, and tokens at the judge so far",
+            "Requests (with hedges) and tokens spent at the judge so far",
             meter.judge.clone(),
         );
         (meter, registry)
     }
 
-    /// A group is on its way; it counts as in progress until the timer is dropped.
-    pub fn begin(&self) -> Timer<'_> {
-        self.waiting.inc();
-        Timer { meter: self, start: Instant::now() }
+    /// Starts the timer of a group, which counts as in progress until the timer is dropped.
+    pub fn start_group(&self) -> GroupTimer<'_> {
+        self.in_progress.inc();
+        GroupTimer { meter: self, start: Instant::now() }
     }
 
-    /// Counts what a group got.
-    pub fn scored(&self, breakdowns: &[Breakdown]) {
+    /// Records the values and masks of a scored group.
+    pub fn record_scores(&self, breakdowns: &[Breakdown]) {
         self.responses.inc_by(breakdowns.len() as u64);
         for (name, c) in breakdowns.iter().flat_map(|b| &b.components) {
             let component = || ("component", name.clone());
             match c.value {
                 Some(v) => self.values.get_or_create(&vec![component()]).observe(v),
                 None => {
-                    let reason = ("reason", reason(c.reason.as_ref()).to_owned());
+                    let reason = ("reason", reason_label(c.reason.as_ref()).to_owned());
                     self.masked.get_or_create(&vec![component(), reason]).inc();
                 }
             }
         }
     }
 
-    /// Takes over what others count.
+    /// Copies the counts kept by the guard and the judge.
     pub fn refresh(&self, guard: GuardCounts, judge: Option<ChatSpent>) {
-        let call = |state, n: u64| {
+        let set_calls = |state, n: u64| {
             self.calls.get_or_create(&vec![("state", state)]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
-        call("in_flight", guard.in_flight as u64);
-        call("refused", guard.refused);
-        call("unauthenticated", guard.unauthenticated);
-        call("late", guard.late);
+        set_calls("in_flight", guard.in_flight as u64);
+        set_calls("refused", guard.refused);
+        set_calls("unauthenticated", guard.unauthenticated);
+        set_calls("late", guard.timed_out);
         if let Some(spent) = judge {
             for (what, n) in [("requests", spent.requests), ("hedges", spent.hedges), ("tokens", spent.tokens)] {
                 self.judge.get_or_create(&vec![("what", what)]).set(n);
@@ -99,20 +103,20 @@ impl Meter {
     }
 }
 
-impl Timer<'_> {
-    /// The group was answered.
-    pub fn done(self) {
+impl GroupTimer<'_> {
+    /// Records the time of an answered group.
+    pub fn finish(self) {
         self.meter.seconds.observe(self.start.elapsed().as_secs_f64());
     }
 }
 
-impl Drop for Timer<'_> {
+impl Drop for GroupTimer<'_> {
     fn drop(&mut self) {
-        self.meter.waiting.dec();
+        self.meter.in_progress.dec();
     }
 }
 
-fn reason(reason: Option<&MaskReason>) -> &'static str {
+fn reason_label(reason: Option<&MaskReason>) -> &'static str {
     match reason {
         Some(MaskReason::NotApplicable) => "not_applicable",
         Some(MaskReason::NoAttention) => "no_attention",
@@ -130,16 +134,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_happened_is_on_the_page() {
+    fn metrics_page_shows_scores_masks_and_calls() {
         let (meter, registry) = Meter::new();
         let mut b = Breakdown { id: "a".into(), index: 0, total: Some(1.0), components: Default::default() };
         b.components.insert("format".into(), Component::value(0.5));
         b.components.insert("relevance".into(), Component::masked(MaskReason::Failed("x \"y\"\n".into())));
-        let timer = meter.begin();
-        meter.scored(&[b.clone(), b]);
-        timer.done();
-        let _running = meter.begin();
-        let counts = GuardCounts { in_flight: 3, refused: 7, unauthenticated: 0, late: 0 };
+        let timer = meter.start_group();
+        meter.record_scores(&[b.clone(), b]);
+        timer.finish();
+        let _running = meter.start_group();
+        let counts = GuardCounts { in_flight: 3, refused: 7, unauthenticated: 0, timed_out: 0 };
         meter.refresh(counts, Some(ChatSpent { requests: 5, tokens: 90, hedges: 1 }));
         let mut page = String::new();
         encode(&mut page, &registry).unwrap();

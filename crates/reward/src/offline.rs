@@ -1,4 +1,4 @@
-//! `reward score`: a file of responses in, one breakdown per response out, in the order of the file. No service needed.
+//! `reward score`: reads a file of responses and writes one breakdown per response in the order of the file, without a service.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -11,74 +11,77 @@ use serde::de::DeserializeOwned;
 use unveil_config::Config;
 use unveil_core::{Attention, BoxForm, Breakdown, Record};
 use unveil_data::codec::Sizes;
-use unveil_data::prepare::Family;
+use unveil_data::image_root::{ImageRoot, PathPolicy};
+use unveil_data::preprocessor::Family;
 use unveil_data::records::ImageRef;
-use unveil_data::root::{Reach, Root};
 
 use crate::RewardError;
-use crate::model::ModelSide;
+use crate::model_files::ModelFiles;
 use crate::score::{GroupInput, ResponseInput};
 use crate::scorers::Scorers;
 use crate::wire::check_record;
 
-/// Groups that are scored at the same time.
-const GROUPS_AT_ONCE: usize = 32;
+/// Most groups that are scored concurrently.
+const MAX_CONCURRENT_GROUPS: usize = 32;
 
-/// Keys of a response line besides the record's own.
+/// A line of a response file: the record and the keys besides the record's own.
 #[derive(Debug)]
-struct Line {
+struct ResponseLine {
     number: usize,
     record: Record,
     index: usize,
     response: Option<String>,
     tokens: Option<Vec<u32>>,
-    /// Not in the contract, taken when there: bytes of `response` per token.
+    /// Bytes of `response` that each token covers; an optional key outside the contract.
     spans: Option<Vec<(usize, usize)>>,
     attention: Option<Attention>,
-    /// Not in the contract, taken when there: newest weight version that made a token.
+    /// Newest weight version that generated a token; an optional key outside the contract.
     version: Option<u64>,
-    /// Not in the contract, taken when there: pixels in which the answer gives its boxes.
+    /// Size in whose pixels the answer gives its boxes; an optional key outside the contract.
     resized_size: Option<(u32, u32)>,
 }
 
-/// A group of a response file, and the line (from 1) of each of its responses.
+/// A group of a response file and the line number (from 1) of each of its responses.
 pub type GroupLines = (GroupInput, Vec<usize>);
 
-/// Scores every response of `data` (see [`read_responses`]) and writes one JSON line each to `out`. Returns how many.
+/// Scores every response of `data` (see [`read_responses`]) and writes one JSON line for each to `out`. Returns their number.
 ///
 /// # Errors
-/// The first line that cannot be used, as `file:line: what`; nothing is written then.
+/// Returns [`RewardError::Line`] for the first unusable line, before anything is written, and [`RewardError::Io`] if the output cannot
+/// be written.
 pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<usize, RewardError> {
-    let (mut numbers, mut inputs) = (Vec::new(), Vec::new());
+    let mut numbers = Vec::new();
+    let mut inputs = Vec::new();
     for (group, lines) in read_responses(config, data)? {
         numbers.extend(lines);
         inputs.push(group);
     }
-    let mut done: Vec<(usize, Breakdown)> = numbers.into_iter().zip(score_all(config, inputs)?).collect();
-    done.sort_by_key(|(number, _)| *number);
+    let mut scored: Vec<(usize, Breakdown)> = numbers.into_iter().zip(score_all(config, inputs)?).collect();
+    scored.sort_by_key(|(number, _)| *number);
     let unwritable = |source| RewardError::Io { path: PathBuf::from("output"), source };
-    for (_, breakdown) in &done {
+    for (_, breakdown) in &scored {
         let line = serde_json::to_string(breakdown).map_err(|e| unwritable(e.into()))?;
         writeln!(out, "{line}").map_err(unwritable)?;
     }
     out.flush().map_err(unwritable)?;
-    Ok(done.len())
+    Ok(scored.len())
 }
 
 /// Reads the responses of `data` (JSON lines: a record plus `index` and `response` or `tokens`, optional `attention`) as groups,
 /// in the order of their first lines.
 ///
-/// Responses are grouped by `id`, wherever they stand. Boxes of an answer are read in the form of `model.boxes`, else in that of the
-/// model directory's family, else (no model directory) in that of `model.family`. Where the form speaks of the resized image, its size
-/// is `resized_size` in the line, else what the processor in `model.dir` makes of the image, else the image's own. With `model.dir`
-/// set, its tokenizer turns `tokens` into text and finds the tokens of a mention; without it, responses need text.
+/// Responses are grouped by `id`, in any order of lines. Boxes of an answer are read in the form of `model.boxes`, else of the model
+/// directory's family, else (without a model directory) of `model.family`. If the form refers to the resized image, its size is
+/// `resized_size` of the line, else the size computed by the processor in `model.dir`, else the size of the image. With `model.dir`
+/// set, its tokenizer decodes `tokens` and finds the tokens of a mention; without it, responses need text.
 ///
 /// # Errors
-/// The first line that cannot be used, as `file:line: what`.
+/// Returns [`RewardError::Line`] for the first unusable line, [`RewardError::Io`] if the file cannot be read, and
+/// [`RewardError::Model`] if the model directory cannot be used.
 pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, RewardError> {
     let model = match config.model.dir.as_str() {
         "" => None,
-        dir => Some(ModelSide::load(Path::new(dir), config.model.boxes)?),
+        dir => Some(ModelFiles::load(Path::new(dir), config.model.boxes)?),
     };
     let family = || Family::named(&config.model.family).map(Family::box_form);
     let boxes = match &model {
@@ -86,7 +89,7 @@ pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, R
         None => config.model.boxes.or_else(family).unwrap_or_default(),
     };
     let mut order: Vec<String> = Vec::new();
-    let mut groups: HashMap<String, Vec<Line>> = HashMap::new();
+    let mut groups: HashMap<String, Vec<ResponseLine>> = HashMap::new();
     for line in read_lines(data)? {
         let group = groups.entry(line.record.id.clone()).or_default();
         if group.is_empty() {
@@ -94,7 +97,7 @@ pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, R
         }
         group.push(line);
     }
-    let root = Root::of(data, Reach::new(config.data.outside));
+    let root = ImageRoot::of(data, PathPolicy::new(config.data.outside));
     let group = |id| {
         let lines = groups.remove(&id).unwrap_or_default();
         let numbers = lines.iter().map(|l| l.number).collect();
@@ -103,46 +106,47 @@ pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, R
     order.into_iter().map(group).collect()
 }
 
-/// Groups in their order, on all cores; so many at once that a judge's limits decide, not ours.
+/// Scores groups on all cores and returns the breakdowns in order; concurrency is high enough for the judge's own limits to decide.
 fn score_all(config: &Config, inputs: Vec<GroupInput>) -> Result<Vec<Breakdown>, RewardError> {
-    let unready = |source| RewardError::Io { path: PathBuf::from("runtime"), source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unready)?;
+    let no_runtime = |source| RewardError::Io { path: PathBuf::from("runtime"), source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(no_runtime)?;
     runtime.block_on(async {
         let scorers = Arc::new(Scorers::load(config)?);
         let calls = inputs.into_iter().map(|group| Arc::clone(&scorers).score(Arc::new(group)));
-        let scored: Vec<Vec<Breakdown>> = futures::stream::iter(calls).buffered(GROUPS_AT_ONCE).collect().await;
+        let scored: Vec<Vec<Breakdown>> = futures::stream::iter(calls).buffered(MAX_CONCURRENT_GROUPS).collect().await;
         Ok(scored.into_iter().flatten().collect())
     })
 }
 
-fn read_lines(data: &Path) -> Result<Vec<Line>, RewardError> {
+fn read_lines(data: &Path) -> Result<Vec<ResponseLine>, RewardError> {
     let io = |source| RewardError::Io { path: data.to_owned(), source };
     let mut out = Vec::new();
-    for (at, text) in BufReader::new(std::fs::File::open(data).map_err(io)?).lines().enumerate() {
+    for (index, text) in BufReader::new(std::fs::File::open(data).map_err(io)?).lines().enumerate() {
         let text = text.map_err(io)?;
         if text.trim().is_empty() {
             continue;
         }
-        let line = parse_line(at + 1, &text);
-        out.push(line.map_err(|what| RewardError::Line { path: data.to_owned(), line: at + 1, what })?);
+        let line = parse_line(index + 1, &text);
+        out.push(line.map_err(|what| RewardError::Line { path: data.to_owned(), line: index + 1, what })?);
     }
     Ok(out)
 }
 
-fn parse_line(number: usize, text: &str) -> Result<Line, String> {
+fn parse_line(number: usize, text: &str) -> Result<ResponseLine, String> {
     let mut record = Record::parse(text).map_err(|e| e.to_string())?;
     if record.id.trim().is_empty() {
         return Err("the record has no id".to_owned());
     }
-    let line = Line {
+    let line = ResponseLine {
         number,
-        index: take(&mut record, "index")?.ok_or("`index` is missing: give the response's position in its group")?,
-        response: take(&mut record, "response")?,
-        tokens: take(&mut record, "tokens")?,
-        spans: take(&mut record, "spans")?,
-        attention: take(&mut record, "attention")?,
-        version: take(&mut record, "version")?,
-        resized_size: take(&mut record, "resized_size")?,
+        index: take_key(&mut record, "index")?
+            .ok_or("`index` is missing: give the response's position in its group")?,
+        response: take_key(&mut record, "response")?,
+        tokens: take_key(&mut record, "tokens")?,
+        spans: take_key(&mut record, "spans")?,
+        attention: take_key(&mut record, "attention")?,
+        version: take_key(&mut record, "version")?,
+        resized_size: take_key(&mut record, "resized_size")?,
         record,
     };
     if line.response.is_none() && line.tokens.is_none() {
@@ -154,16 +158,16 @@ fn parse_line(number: usize, text: &str) -> Result<Line, String> {
     Ok(line)
 }
 
-fn take<T: DeserializeOwned>(record: &mut Record, key: &str) -> Result<Option<T>, String> {
+fn take_key<T: DeserializeOwned>(record: &mut Record, key: &str) -> Result<Option<T>, String> {
     let value = record.extra.remove(key);
     value.map_or(Ok(None), |v| Option::<T>::deserialize(v).map_err(|e| format!("`{key}`: {e}")))
 }
 
 fn group_input(
-    (data, root): (&Path, &Root),
-    model: Option<&ModelSide>,
+    (data, root): (&Path, &ImageRoot),
+    model: Option<&ModelFiles>,
     boxes: BoxForm,
-    lines: Vec<Line>,
+    lines: Vec<ResponseLine>,
 ) -> Result<GroupInput, RewardError> {
     let fail = |line: usize, what: String| RewardError::Line { path: data.to_owned(), line, what };
     let Some(first) = lines.first() else {
@@ -187,7 +191,7 @@ fn group_input(
             return Err(fail(line.number, what));
         }
         if !seen.insert(line.index) {
-            return Err(fail(line.number, format!("index {} of `{}` comes twice", line.index, record.id)));
+            return Err(fail(line.number, format!("index {} of `{}` occurs twice", line.index, record.id)));
         }
         let number = line.number;
         responses.push(response(model, line).map_err(|what| fail(number, what))?);
@@ -195,13 +199,13 @@ fn group_input(
     Ok(GroupInput { record, sizes, boxes, responses })
 }
 
-fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, String> {
+fn response(model: Option<&ModelFiles>, line: ResponseLine) -> Result<ResponseInput, String> {
     let (text, spans) = match (line.response, line.tokens, model) {
-        (_, Some(tokens), Some(m)) => m.read_tokens(&tokens),
-        (Some(text), None, Some(m)) => m.read_text(text)?,
+        (_, Some(tokens), Some(m)) => m.decode_tokens(&tokens),
+        (Some(text), None, Some(m)) => m.tokenize_text(text)?,
         (Some(text), _, None) => (text, Vec::new()),
         (None, Some(_), None) => {
-            return Err("has `tokens` but no `response`, and reading tokens needs a tokenizer: \
+            return Err("has `tokens` but no `response`, and decoding tokens needs a tokenizer: \
                         set model.dir (--set model.dir=DIR), or give the text"
                 .to_owned());
         }
@@ -214,16 +218,16 @@ fn response(model: Option<&ModelSide>, line: Line) -> Result<ResponseInput, Stri
     Ok(ResponseInput { index: line.index, text, spans, attention: line.attention, version: line.version.unwrap_or(0) })
 }
 
-/// `(width, height)` from the record, else from the image's header.
-fn image_size(root: &Root, record: &Record) -> Result<(u32, u32), String> {
+/// Returns `(width, height)` in pixels from the record, else from the image's header.
+fn image_size(root: &ImageRoot, record: &Record) -> Result<(u32, u32), String> {
     if let Some(size) = record.image_size {
         return if size.contains(&0) { Err("`image_size` is 0".to_owned()) } else { Ok(size.into()) };
     }
     match root.image_ref(record) {
         ImageRef::File(_) => {
-            root.file(record).and_then(|path| unveil_data::store::image_size(&path)).map_err(|e| e.to_string())
+            root.file(record).and_then(|path| unveil_data::image_store::image_size(&path)).map_err(|e| e.to_string())
         }
-        ImageRef::Url(url) => Err(format!("the size of {url} is not known here: give `image_size`")),
+        ImageRef::Url(url) => Err(format!("the size of {url} is unknown: give `image_size`")),
         ImageRef::None => Err("the record has neither `image` nor `image_size`".to_owned()),
     }
 }

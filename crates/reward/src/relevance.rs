@@ -1,22 +1,22 @@
-//! Relevance without a judge: an answer against the record's reference, by text measures, choices or embeddings.
+//! Relevance without a judge: compares an answer with the record's reference by text measures, choices or embeddings.
 
 use unveil_config::schema::RelevanceKind;
 use unveil_core::{Component, MaskReason, NO_FINDING, Record};
 
 use crate::embed::similarity;
-use crate::score::{Resources, Scoring};
+use crate::scoring::{Resources, Scoring};
 use crate::text::{bleu::bleu, choice, difflib, overlap};
 
-/// What an answer to a record has to say: the record's answer, else its category, else "no finding" where something could be found and
-/// is not. None where there is nothing to compare with.
-pub(crate) fn reference(record: &Record) -> Option<&str> {
+/// Returns the text that an answer is compared with: the record's answer, else its category, else "no finding" for a grounding record
+/// without boxes. `None`: there is nothing to compare with.
+pub(crate) fn reference_text(record: &Record) -> Option<&str> {
     let fallback = if record.boxes.is_empty() && !record.is_text() { NO_FINDING } else { "" };
     [record.answer.trim(), record.category.trim(), fallback].into_iter().find(|t| !t.is_empty())
 }
 
-/// What the answers of a group are compared with, prepared once.
+/// The reference of a group, prepared once for all answers.
 #[derive(Debug)]
-pub(crate) struct Reference {
+pub(crate) struct ReferenceAnswer {
     kind: RelevanceKind,
     text: String,
     options: Vec<String>,
@@ -24,32 +24,32 @@ pub(crate) struct Reference {
     embedded: Result<Vec<f32>, String>,
 }
 
-impl Reference {
-    /// The record's [`reference`], and its `options` for closed questions.
+impl ReferenceAnswer {
+    /// Prepares the record's [`reference_text`], and its `options` for closed questions.
     pub fn new(scoring: &Scoring, resources: &Resources, record: &Record) -> Self {
         let relevance = &scoring.reward.relevance;
-        let on = relevance.weight > 0.0;
+        let enabled = relevance.weight > 0.0;
         let kind = relevance.kind;
-        let text = reference(record).unwrap_or_default().to_owned();
-        let closed = on && matches!(kind, RelevanceKind::Choice | RelevanceKind::Options);
+        let text = reference_text(record).unwrap_or_default().to_owned();
+        let closed = enabled && matches!(kind, RelevanceKind::Choice | RelevanceKind::Options);
         let options = if closed { options(record) } else { Vec::new() };
-        let right = choice::right(&text, &options);
+        let right = choice::right_option(&text, &options);
         let embedded = match &resources.embedder {
-            Some(e) if on && kind == RelevanceKind::Embedding => e.embed(&text),
+            Some(e) if enabled && kind == RelevanceKind::Embedding => e.embed(&text),
             _ => Err("no embedding model is loaded".to_owned()),
         };
         Self { kind, text, options, right, embedded }
     }
 
-    /// Score of an answer in `[0, 1]`; none = there is no answer to look at, which scores 0. Masked where the record has nothing to
-    /// compare with (`NotApplicable`) or the model failed.
+    /// Scores an answer in `[0, 1]`; `None`, a response without an answer, scores 0. Masked if the record has no reference
+    /// (`NotApplicable`) or the embedding model failed.
     pub fn score(&self, answer: Option<&str>, resources: &Resources) -> Component {
         let closed = matches!(self.kind, RelevanceKind::Choice | RelevanceKind::Options);
         if self.text.is_empty() || (closed && self.right.is_none()) {
             return Component::masked(MaskReason::NotApplicable);
         }
         let Some(answer) = answer else {
-            return Component::value(0.0).with("no_span", 1.0);
+            return Component::value(0.0).with_detail("no_span", 1.0);
         };
         let (value, version) = match self.kind {
             RelevanceKind::Judge => return Component::masked(MaskReason::Failed("the judge was not asked".to_owned())),
@@ -57,22 +57,26 @@ impl Reference {
             RelevanceKind::TokenF1 => (overlap::token_f1(answer, &self.text), "token_f1-1"),
             RelevanceKind::RougeL => (overlap::rouge_l(answer, &self.text), "rouge_l-1"),
             RelevanceKind::Bleu => (bleu(answer, &self.text), "bleu-1"),
-            RelevanceKind::Choice => (truth(choice::chosen(answer, &self.options) == self.right), "choice-1"),
+            RelevanceKind::Choice => {
+                (indicator(choice::chosen_option(answer, &self.options) == self.right), "choice-1")
+            }
             RelevanceKind::Options => {
                 let best = difflib::most_similar(&self.options, answer);
                 let (at, ratio) = best.map_or((None, 0.0), |(at, ratio)| (Some(at), ratio));
-                return Component::value(truth(at == self.right)).with("ratio", ratio).by("options-1");
+                return Component::value(indicator(at == self.right))
+                    .with_detail("ratio", ratio)
+                    .with_version("options-1");
             }
-            RelevanceKind::Embedding => return self.embedding(answer, resources),
+            RelevanceKind::Embedding => return self.score_embedding(answer, resources),
         };
-        Component::value(value).by(version)
+        Component::value(value).with_version(version)
     }
 
-    fn embedding(&self, answer: &str, resources: &Resources) -> Component {
+    fn score_embedding(&self, answer: &str, resources: &Resources) -> Component {
         let failed = |why: &str| Component::masked(MaskReason::Failed(format!("embedding: {why}")));
         match (&self.embedded, &resources.embedder) {
             (Ok(reference), Some(e)) => match e.embed(answer) {
-                Ok(v) => Component::value(similarity(&v, reference)).by(e.version().to_owned()),
+                Ok(v) => Component::value(similarity(&v, reference)).with_version(e.version().to_owned()),
                 Err(why) => failed(&why),
             },
             (Err(why), _) => failed(why),
@@ -81,11 +85,11 @@ impl Reference {
     }
 }
 
-fn truth(yes: bool) -> f64 {
-    f64::from(u8::from(yes))
+fn indicator(condition: bool) -> f64 {
+    f64::from(u8::from(condition))
 }
 
-/// `options` of a record: a list of texts, or letters with texts (`{"A": …}`, taken in the order of the letters).
+/// Returns the `options` of a record, given as a list of texts or as letters with texts (`{"A": …}`, in the order of the letters).
 fn options(record: &Record) -> Vec<String> {
     let text = |v: &serde_json::Value| v.as_str().map(str::to_owned);
     match record.extra.get("options") {
@@ -109,12 +113,12 @@ mod tests {
         s.reward.relevance.kind = kind;
         let record: Record = serde_json::from_str(record).unwrap();
         let none = Resources::default();
-        let reference = Reference::new(&s, &none, &record);
+        let reference = ReferenceAnswer::new(&s, &none, &record);
         answers.iter().map(|a| reference.score(Some(a), &none).value).collect()
     }
 
     #[test]
-    fn closed_and_open_answers() {
+    fn relevance_of_closed_and_open_answers() {
         let closed = r#"{"id":"a","answer":"MRI","options":{"B":"MRI","A":"CT","C":"X-ray"}}"#;
         let c = scores(RelevanceKind::Choice, closed, &["B", "(b)", "MRI", "A", "A or B", ""]);
         assert_eq!(c, [Some(1.0), Some(1.0), Some(1.0), Some(0.0), Some(0.0), Some(0.0)]);

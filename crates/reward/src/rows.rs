@@ -1,21 +1,23 @@
-//! Sums over rows of attention, in a form that compilers turn into vector instructions: this is where scoring spends its time.
+//! Sums over rows of attention, in a form that compilers vectorise: scoring spends most of its time here.
 
-/// Numbers that are summed side by side.
+/// Values that are summed in parallel.
 const LANES: usize = 8;
 
-/// Sums of one row.
+/// Sums over one row.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Sums {
+pub(crate) struct RowSums {
     /// `sum_j M_j p_j`.
     pub inside: f64,
     /// `sum_j p_j`.
     pub total: f64,
 }
 
-/// Sums of a row and its coverage, of equal lengths.
-pub(crate) fn sums(row: &[f32], m: &[f32]) -> Sums {
-    let (mut inside, mut total) = ([0.0_f64; LANES], [0.0_f64; LANES]);
-    let (rows, ms) = (row.chunks_exact(LANES), m.chunks_exact(LANES));
+/// Sums a row with the coverage of its cells; both have the same length.
+pub(crate) fn row_sums(row: &[f32], m: &[f32]) -> RowSums {
+    let mut inside = [0.0_f64; LANES];
+    let mut total = [0.0_f64; LANES];
+    let rows = row.chunks_exact(LANES);
+    let ms = m.chunks_exact(LANES);
     let rest = rows.remainder().iter().zip(ms.remainder());
     for (p, m) in rows.zip(ms) {
         for i in 0..LANES {
@@ -28,12 +30,13 @@ pub(crate) fn sums(row: &[f32], m: &[f32]) -> Sums {
         inside[0] += f64::from(*p) * f64::from(*m);
         total[0] += f64::from(*p);
     }
-    Sums { inside: inside.iter().sum(), total: total.iter().sum() }
+    RowSums { inside: inside.iter().sum(), total: total.iter().sum() }
 }
 
-/// All values are finite and not negative, and their sum is within `slack` of 1.
+/// Whether all values are finite and not negative and their sum is within `slack` of 1.
 pub(crate) fn is_distribution(row: &[f32], slack: f64) -> bool {
-    let (mut total, mut least) = ([0.0_f64; LANES], [0.0_f32; LANES]);
+    let mut total = [0.0_f64; LANES];
+    let mut least = [0.0_f32; LANES];
     let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
     for p in chunks {
@@ -43,14 +46,15 @@ pub(crate) fn is_distribution(row: &[f32], slack: f64) -> bool {
         }
     }
     let total: f64 = total.iter().sum::<f64>() + rest.iter().map(|p| f64::from(*p)).sum::<f64>();
-    // What is not a number or infinite shows in the sum.
+    // NaN and infinity show in the sum.
     (total - 1.0).abs() <= slack && least.iter().chain(rest).all(|p| *p >= 0.0)
 }
 
-/// Entropy of a row of non-negative numbers, normalised to sum 1, as a share of the largest possible (ln of its length), in
+/// Returns the entropy of a row of non-negative values, normalised to sum 1, as a share of its maximum (ln of the length), in
 /// `[0, 1]`; 0 for a single cell. Within 1e-5 of the exact value: logarithms are computed in f32.
 pub(crate) fn entropy(row: &[f32]) -> f64 {
-    let (mut weighted, mut total) = ([0.0_f32; LANES], [0.0_f64; LANES]);
+    let mut weighted = [0.0_f32; LANES];
+    let mut total = [0.0_f64; LANES];
     let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
     for p in chunks {
@@ -68,8 +72,8 @@ pub(crate) fn entropy(row: &[f32]) -> f64 {
     ((total.ln() - weighted / total) / (row.len() as f64).ln()).clamp(0.0, 1.0)
 }
 
-/// Natural logarithm of a normal positive f32 without branches; a finite number for 0 and subnormal ones (times them, nothing
-/// is left). From ln m = 2 artanh((m - 1) / (m + 1)) with m in [0.7, 1.42), whose series is cut after the 9th power.
+/// Returns the natural logarithm of a normal positive f32 without branches; for 0 and subnormals a finite number, whose product with
+/// them vanishes. From ln m = 2 artanh((m - 1) / (m + 1)) with m in [0.7, 1.42), whose series is cut after the 9th power.
 fn ln(x: f32) -> f32 {
     let bits = x.to_bits();
     // Moves the split between exponent and mantissa to sqrt(1/2).
@@ -98,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn logarithms() {
+    fn logarithm_matches_f64() {
         for i in 0..2_000_000_u32 {
             let x = f32::from_bits(0x0080_0000 + i * 500);
             assert!((f64::from(ln(x)) - f64::from(x).ln()).abs() <= 1e-6 * f64::from(x).ln().abs().max(1.0), "{x}");
@@ -107,13 +111,14 @@ mod tests {
     }
 
     #[test]
-    fn sums_and_entropy_against_plain_ones() {
+    fn sums_and_entropy_match_plain_loops() {
         for n in [1, 2, 7, 8, 9, 64, 1023, 1024] {
-            let (p, m) = (numbers(n, n as u64), numbers(n, 99));
+            let p = numbers(n, n as u64);
+            let m = numbers(n, 99);
             let plain = |f: fn(f64, f64) -> f64| -> f64 {
                 p.iter().zip(&m).map(|(p, m)| f(f64::from(*p), f64::from(*m))).sum()
             };
-            let s = sums(&p, &m);
+            let s = row_sums(&p, &m);
             assert!((s.inside - plain(|p, m| p * m)).abs() < 1e-12 && (s.total - plain(|p, _| p)).abs() < 1e-12);
             let exact = if n == 1 { 0.0 } else { -plain(|p, _| p * p.ln()) / (n as f64).ln() };
             assert!((entropy(&p) - exact).abs() < 1e-5, "{n}: {} {exact}", entropy(&p));

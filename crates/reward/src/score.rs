@@ -1,90 +1,25 @@
-//! The facade: one group in, one breakdown per response out. Pure, no I/O, never panics on what a text holds.
+//! The entry point of scoring: one group in, one breakdown per response out. Pure, without I/O; no text makes it panic.
 
 use std::collections::BTreeMap;
 
-use unveil_config::Config;
 use unveil_config::schema::{Gate, RelevanceKind, Reward, VisionMode};
-use unveil_core::answer::fold;
-use unveil_core::{Attention, BoxForm, Breakdown, ClassMatch, Component, KnownClass, MaskReason, Reading, Record};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, KnownClass, MaskReason, Record};
 use unveil_data::codec::{GroundedAnswer, Sizes, codec, read_answer};
 
-use crate::compose::{Part, apply_gates, compose};
-use crate::embed::Embedder;
-use crate::labels::Labels;
-use crate::localization::{Claim, Rule, Truth, localize};
-use crate::mention::mention;
-use crate::symbolic::RuleTable;
-use crate::text::clean::visible;
-use crate::vision::{Region, Seen, VisionRule, look};
-use crate::{form, relevance, style};
+use crate::compose::{WeightedComponent, apply_gates, compose};
+use crate::labels::LabelMatches;
+use crate::localization::{OverlapRule, PredictedBoxes, TrueBoxes, score_localization};
+use crate::scoring::{Resources, Scoring};
+use crate::vision::{AttendedResponse, Region, VisionRule, score_vision_relevance};
+use crate::{format, relevance, text_quality};
 
-/// Names of the components that every breakdown has; the others are there where they are configured.
+/// Names of the components that every breakdown has; others are added if they are configured.
 pub const COMPONENTS: [&str; 4] = ["localization", "vision_relevance", "format", "category"];
 
-/// Names of the components that speak of regions; for records that are answered in text they are masked.
-pub const OF_REGIONS: [&str; 5] = ["localization", "vision_relevance", "format", "category", "abstention"];
+/// Names of the components that score regions; they are masked for records that are answered in text.
+pub const REGION_COMPONENTS: [&str; 5] = ["localization", "vision_relevance", "format", "category", "abstention"];
 
-/// What scoring needs to know of the configuration.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Scoring {
-    /// Weights, normalisation, modes.
-    pub reward: Reward,
-    /// Category in words -> synonyms that count as the same.
-    pub synonyms: BTreeMap<String, Vec<String>>,
-    /// How answers are read.
-    pub reading: Reading,
-}
-
-impl Scoring {
-    /// The part of a run's configuration that enters scores.
-    pub fn new(config: &Config) -> Self {
-        let (reward, synonyms) = (config.reward.clone(), config.data.synonyms.clone());
-        Self { reward, synonyms, reading: config.reading() }
-    }
-
-    /// The category and its synonyms (looked up as names are compared, folded).
-    pub fn names(&self, category: &str) -> Vec<String> {
-        let wanted = fold(category);
-        let synonyms = self.synonyms.iter().filter(|(k, _)| fold(k) == wanted).flat_map(|(_, v)| v.iter().cloned());
-        std::iter::once(category.to_owned()).chain(synonyms).collect()
-    }
-
-    /// The class of a record as answers may name it, told from every other class that has synonyms.
-    pub fn class(&self, category: &str) -> KnownClass {
-        let others: Vec<String> = match self.reading.matching {
-            ClassMatch::Equal => Vec::new(),
-            ClassMatch::Contains => self.synonyms.iter().flat_map(|(k, v)| v.iter().chain([k]).cloned()).collect(),
-        };
-        KnownClass::new(&self.names(category), &others, self.reading.matching)
-    }
-
-    /// Bytes of a response that name its record's class first; none where its answer does not, or the record is answered in text. The
-    /// same for rewards, gradients, evaluation and pages.
-    pub fn mention(&self, record: &Record, text: &str) -> Option<std::ops::Range<usize>> {
-        if record.is_text() { None } else { mention(&self.reading, text, &self.names(&record.category)) }
-    }
-
-    /// What stands in a text that a relevance scorer may look at: the answer without what hides, cut. None = there is no answer.
-    pub fn answer_span(&self, text: &str) -> Option<String> {
-        Some(visible(&text[self.reading.span(text)?], self.reward.relevance.max_chars))
-    }
-
-    /// Asks an external judge.
-    pub(crate) fn asks_judge(&self) -> bool {
-        self.reward.relevance.weight > 0.0 && self.reward.relevance.kind == RelevanceKind::Judge
-    }
-}
-
-/// What is read from files once; empty where nothing is configured.
-#[derive(Debug, Default)]
-pub struct Resources {
-    /// Rule table of the symbolic scorer.
-    pub symbolic: Option<RuleTable>,
-    /// Model of the embedding similarity.
-    pub embedder: Option<Embedder>,
-}
-
-/// Components of one response, by name.
+/// The components of one response by name.
 pub type Components = BTreeMap<String, Component>;
 
 /// The responses to one image and question.
@@ -92,11 +27,11 @@ pub type Components = BTreeMap<String, Component>;
 pub struct GroupInput {
     /// Question, class, true boxes in pixels of the image the policy saw.
     pub record: Record,
-    /// Size of that image, and its size after the processor's resize.
+    /// Size of that image before and after the processor's resize.
     pub sizes: Sizes,
-    /// How answers give boxes.
+    /// Form in which answers give boxes.
     pub boxes: BoxForm,
-    /// In the order of the breakdowns.
+    /// Responses, in the order of the breakdowns.
     pub responses: Vec<ResponseInput>,
 }
 
@@ -107,118 +42,118 @@ pub struct ResponseInput {
     pub index: usize,
     /// Text without special tokens.
     pub text: String,
-    /// Per response token, the bytes of `text` it covers; empty when not known.
+    /// Bytes of `text` that each response token covers; empty if unknown.
     pub spans: Vec<(usize, usize)>,
-    /// Attention over the image tokens, when captured.
+    /// Attention over the image tokens, if captured.
     pub attention: Option<Attention>,
-    /// Newest weight version that made one of its tokens; where it is not known, 0.
+    /// Newest weight version that generated one of its tokens; 0 if unknown.
     pub version: u64,
 }
 
-/// Scores a group by what needs neither files nor other services: every such component, masks, totals. Same order as the
-/// responses.
+/// Scores a group by all components that need neither files nor other services. The breakdowns are in the order of the responses.
 pub fn score_group(scoring: &Scoring, input: &GroupInput) -> Vec<Breakdown> {
-    finish(scoring, input, components(scoring, &Resources::default(), input))
+    compose_breakdowns(scoring, input, compute_components(scoring, &Resources::default(), input))
 }
 
-/// The components that are computed in this process, raw: before gates, masks of the group and totals.
-pub fn components(scoring: &Scoring, resources: &Resources, input: &GroupInput) -> Vec<Components> {
+/// Computes the raw components of this process: before gates, group masks and totals.
+pub fn compute_components(scoring: &Scoring, resources: &Resources, input: &GroupInput) -> Vec<Components> {
     let names = scoring.names(&input.record.category);
     let truth = &input.record.boxes;
     let image: [u32; 2] = input.sizes.original.into();
     let r = &scoring.reward;
     let version = input.responses.iter().map(|r| r.version).max().unwrap_or(0);
-    let group = Shared {
+    let group = GroupContext {
         scoring,
         resources,
         record: &input.record,
         image,
-        rule: Rule::at(&r.localization, version),
-        look: VisionRule::new(&r.vision_relevance),
-        relevance: relevance::Reference::new(scoring, resources, &input.record),
+        overlap_rule: OverlapRule::at(&r.localization, version),
+        vision_rule: VisionRule::new(&r.vision_relevance),
+        relevance: relevance::ReferenceAnswer::new(scoring, resources, &input.record),
         class: scoring.class(&input.record.category),
         names,
     };
     let codec = codec(input.boxes);
     let mut region = Region::new(truth, image);
-    let one = |response: &ResponseInput| {
+    let score_response = |response: &ResponseInput| {
         let mut out = if input.record.is_text() {
-            group.masked_regions()
+            group.masked_region_components()
         } else {
-            let answer = read_answer(codec, &scoring.reading, &response.text, &input.sizes);
-            group.regions(response, &answer, &mut region)
+            let answer = read_answer(codec, &scoring.reader, &response.text, &input.sizes);
+            group.region_components(response, &answer, &mut region)
         };
-        group.texts(response, &mut out);
+        group.add_text_components(response, &mut out);
         out
     };
-    input.responses.iter().map(one).collect()
+    input.responses.iter().map(score_response).collect()
 }
 
-/// Gates, masks of the group, totals.
-pub fn finish(scoring: &Scoring, input: &GroupInput, mut components: Vec<Components>) -> Vec<Breakdown> {
-    // What a text record has no value of cannot hold anything back.
-    let speaks = |gate: &&Gate| !(input.record.is_text() && OF_REGIONS.contains(&gate.needs.as_str()));
-    apply_gates(&mut components, scoring.reward.gates.iter().filter(speaks));
-    let parts: Vec<Part<'_>> = scoring
+/// Applies gates and group masks to raw components and computes the totals.
+pub fn compose_breakdowns(scoring: &Scoring, input: &GroupInput, mut components: Vec<Components>) -> Vec<Breakdown> {
+    // A gate on a component that does not apply to text records must not close.
+    let applies = |gate: &&Gate| !(input.record.is_text() && REGION_COMPONENTS.contains(&gate.needs.as_str()));
+    apply_gates(&mut components, scoring.reward.gates.iter().filter(applies));
+    let weighted: Vec<WeightedComponent<'_>> = scoring
         .reward
         .components()
         .into_iter()
-        .map(|(name, weight, normalise)| Part { name, weight, normalise })
+        .map(|(name, weight, normalise)| WeightedComponent { name, weight, normalise })
         .collect();
-    let totals = compose(&mut components, &parts, scoring.reward.max_eps);
+    let totals = compose(&mut components, &weighted, scoring.reward.max_eps);
     let responses = input.responses.iter().zip(totals).zip(components);
     responses
         .map(|((r, total), components)| Breakdown { id: input.record.id.clone(), index: r.index, total, components })
         .collect()
 }
 
-/// What the responses of a group have in common.
-struct Shared<'a> {
+/// Data shared by the responses of a group.
+struct GroupContext<'a> {
     scoring: &'a Scoring,
     resources: &'a Resources,
     record: &'a Record,
     image: [u32; 2],
     names: Vec<String>,
     class: KnownClass,
-    rule: Rule,
-    look: VisionRule,
-    relevance: relevance::Reference,
+    overlap_rule: OverlapRule,
+    vision_rule: VisionRule,
+    relevance: relevance::ReferenceAnswer,
 }
 
-impl Shared<'_> {
-    /// Components that speak of regions.
-    fn regions(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
+impl GroupContext<'_> {
+    /// Scores a response by the components that concern regions.
+    fn region_components(&self, r: &ResponseInput, answer: &GroundedAnswer, region: &mut Region<'_>) -> Components {
         let reward = &self.scoring.reward;
         let truth = &self.record.boxes;
-        let aware = reward.localization.label_aware;
-        let labels = aware.then(|| Labels::new(answer, self.record, |label| self.scoring.names(label)));
+        let label_aware = reward.localization.label_aware;
+        let labels = label_aware.then(|| LabelMatches::new(answer, self.record, |label| self.scoring.names(label)));
         let agree = |predicted, truth| labels.as_ref().is_none_or(|l| l.agree(predicted, truth));
-        let claim = Claim { boxes: &answer.boxes, says_none: answer.no_finding };
-        let place = localize(claim, Truth { boxes: truth, image: self.image }, self.rule, agree);
-        let reading = &self.scoring.reading;
-        let seen = Seen { text: &r.text, reading, spans: &r.spans, attention: r.attention.as_ref() };
-        let vision = look(seen, &self.names, region, self.look);
+        let predicted = PredictedBoxes { boxes: &answer.boxes, says_no_finding: answer.no_finding };
+        let localization =
+            score_localization(predicted, TrueBoxes { boxes: truth, image: self.image }, self.overlap_rule, agree);
+        let reader = &self.scoring.reader;
+        let attended = AttendedResponse { text: &r.text, reader, spans: &r.spans, attention: r.attention.as_ref() };
+        let vision = score_vision_relevance(attended, &self.names, region, self.vision_rule);
         let mut out = Components::new();
         let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
-        add(COMPONENTS[0], place.by(localization_version(reward)));
-        add(COMPONENTS[1], vision.by(vision_version(self.look)));
-        add(COMPONENTS[2], form::format(answer).by("format-2"));
-        add(COMPONENTS[3], form::category(answer, &self.class, !truth.is_empty()).by("category-2"));
+        add(COMPONENTS[0], localization.with_version(localization_version(reward)));
+        add(COMPONENTS[1], vision.with_version(vision_version(self.vision_rule)));
+        add(COMPONENTS[2], format::score_format(answer).with_version("format-2"));
+        add(COMPONENTS[3], format::score_category(answer, &self.class, !truth.is_empty()).with_version("category-2"));
         if reward.abstention.weight > 0.0 {
-            add("abstention", style::abstention(answer, !truth.is_empty()).by("abstention-2"));
+            add("abstention", text_quality::score_abstention(answer, !truth.is_empty()).with_version("abstention-2"));
         }
         out
     }
 
-    /// The same for a record that is answered in text: none of them applies.
-    fn masked_regions(&self) -> Components {
+    /// Returns the region components of a record that is answered in text: all masked as not applicable.
+    fn masked_region_components(&self) -> Components {
         let configured =
-            OF_REGIONS.iter().filter(|n| **n != "abstention" || self.scoring.reward.abstention.weight > 0.0);
+            REGION_COMPONENTS.iter().filter(|n| **n != "abstention" || self.scoring.reward.abstention.weight > 0.0);
         configured.map(|n| ((*n).to_owned(), Component::masked(MaskReason::NotApplicable))).collect()
     }
 
-    /// Components that speak of what is said, whatever was asked for.
-    fn texts(&self, r: &ResponseInput, out: &mut Components) {
+    /// Adds the components that score the text itself, for any task.
+    fn add_text_components(&self, r: &ResponseInput, out: &mut Components) {
         let reward = &self.scoring.reward;
         let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
         if reward.relevance.weight > 0.0 && reward.relevance.kind != RelevanceKind::Judge {
@@ -227,16 +162,22 @@ impl Shared<'_> {
         }
         let l = &reward.length;
         if l.weight > 0.0 {
-            add("length", style::length(&r.text, l.min_chars, l.max_chars, l.slack_chars).by("length-1"));
+            add(
+                "length",
+                text_quality::score_length(&r.text, l.min_chars, l.max_chars, l.slack_chars).with_version("length-1"),
+            );
         }
         if reward.repetition.weight > 0.0 {
-            add("repetition", style::repetition(&r.text, reward.repetition.ngram).by("repetition-1"));
+            add(
+                "repetition",
+                text_quality::score_repetition(&r.text, reward.repetition.ngram).with_version("repetition-1"),
+            );
         }
         if reward.symbolic.weight > 0.0 {
             let masked = || Component::masked(MaskReason::Failed("no rule table is loaded".to_owned()));
             let table = self.resources.symbolic.as_ref();
-            let said = self.scoring.reading.span(&r.text).map_or("", |span| &r.text[span]);
-            let scored = table.map(|t| t.score(said, self.record).by(t.version().to_owned()));
+            let answer = self.scoring.reader.span(&r.text).map_or("", |span| &r.text[span]);
+            let scored = table.map(|t| t.score(answer, self.record).with_version(t.version().to_owned()));
             add("symbolic", scored.unwrap_or_else(masked));
         }
     }
@@ -265,6 +206,8 @@ fn vision_version(rule: VisionRule) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use unveil_core::{AnswerReader, ClassMatch};
+
     use super::*;
 
     fn input(texts: &[&str]) -> GroupInput {
@@ -282,19 +225,19 @@ mod tests {
     }
 
     #[test]
-    fn boxes_are_mapped_back_and_missing_attention_masks_the_group() {
+    fn boxes_are_mapped_back_and_absent_attention_masks_the_group() {
         let b = score_group(&Scoring::default(), &input(&["[10,5,30,15] nodule", "no finding"]));
         let v = |i: usize, n: &str| b[i].components[n].value;
         assert_eq!((v(0, "localization"), v(0, "format"), v(0, "category")), (Some(1.0), Some(1.0), Some(1.0)));
         assert_eq!((v(1, "localization"), v(1, "format"), v(1, "category")), (Some(0.0), Some(1.0), Some(0.0)));
         assert!(b.iter().all(|b| b.components["vision_relevance"].masked));
         let w = 1.0 + 0.5 + 0.1 + 0.2;
-        assert!((b[0].total.unwrap() - w).abs() < 1e-9, "all that is left is perfect: the whole weight");
+        assert!((b[0].total.unwrap() - w).abs() < 1e-9, "all remaining components are perfect: the whole weight");
         assert!((b[1].total.unwrap() - 0.1 * w / 1.3).abs() < 1e-9);
     }
 
     #[test]
-    fn every_form_scores_alike() {
+    fn every_box_form_scores_alike() {
         let mut group = input(&[]);
         for form in BoxForm::ALL {
             let truth = group.record.boxes[0];
@@ -306,7 +249,7 @@ mod tests {
                 assert_eq!(b.components[name].value, Some(1.0), "{form} {name}");
             }
         }
-        // Numbers of one form are no boxes of the right place in another.
+        // Numbers written in one form are boxes elsewhere when they are read in another.
         group.boxes = BoxForm::Absolute;
         group.responses[0].text = "[100,100,300,300] nodule".into();
         let value = |g: &GroupInput| score_group(&Scoring::default(), g)[0].components["localization"].value;
@@ -316,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_labels_and_the_curriculum() {
+    fn labels_curriculum_and_versions_of_localization() {
         let mut s = Scoring::default();
         s.reward.localization.label_aware = true;
         s.reward.localization.curriculum = vec![(3, 0.9)];
@@ -334,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn optional_components_are_there_when_they_have_a_weight() {
+    fn optional_components_appear_with_a_weight() {
         let mut s = Scoring::default();
         s.reward.length.weight = 1.0;
         s.reward.repetition.weight = 1.0;
@@ -351,7 +294,7 @@ mod tests {
         assert!(b.components["symbolic"].masked, "its table is not loaded");
         assert_eq!(b.components["relevance"].value, Some(0.5), "numbers without spaces are one token");
         let marks = Some(["<answer>".to_owned(), "</answer>".to_owned()]);
-        s.reading = Reading::new(marks, &["no finding"], ClassMatch::Equal);
+        s.reader = AnswerReader::new(marks, &["no finding"], ClassMatch::Equal);
         group.record.answer = "10,5,30,15".into();
         group.responses[0].text = "nodule <answer>10,5,30,15</answer>".into();
         assert_eq!(score_group(&s, &group)[0].components["relevance"].value, Some(1.0));
@@ -361,12 +304,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_answered_in_text_mentions_no_class() {
+    fn text_records_have_no_mention() {
         let mut record = input(&["x"]).record;
-        let said = |record: &Record| Scoring::default().mention(record, "[10,5,30,15] nodule");
-        assert!(said(&record).is_some());
+        let mention = |record: &Record| Scoring::default().find_mention(record, "[10,5,30,15] nodule");
+        assert!(mention(&record).is_some());
         record.task = unveil_core::Task::Vqa;
-        assert_eq!(said(&record), None);
+        assert_eq!(mention(&record), None);
     }
 
     #[test]

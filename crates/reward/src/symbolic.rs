@@ -1,5 +1,4 @@
-//! Symbolic checks of multi-step answers: every field is read by its keywords, compared with the record, and the fields have to go
-//! together.
+//! Symbolic checks of multi-step answers: fields are read by keywords, compared with the record, and checked for consistency.
 //!
 //! Source: Dr-LLaVA (arXiv 2405.19567) rewards right answers to a chain of questions and answers that are clinically consistent
 //! with each other, both read by keyword parsers. The table and the formula here are our own.
@@ -13,16 +12,16 @@ use unveil_core::{Component, MaskReason, Record};
 
 use crate::RewardError;
 
-/// A rule table as its file holds it.
+/// Content of a rule table file.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
-    /// Share of the score that consistency makes, 0 to 1; the rest is correctness.
+struct TableFile {
+    /// Share of consistency in the score, 0 to 1; the rest is correctness.
     #[serde(default)]
     consistency: f64,
     /// The fields.
     field: Vec<Field>,
-    /// Combinations that can be, as field -> value; a field that is left out may have any value. None = any combination.
+    /// Valid combinations, as field -> value; a field that is left out may have any value. Empty: every combination is valid.
     #[serde(default)]
     valid: Vec<BTreeMap<String, String>>,
 }
@@ -31,14 +30,14 @@ struct File {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Field {
-    /// Its name in `valid`.
+    /// Name of the field in `valid`.
     name: String,
-    /// Key of the record that holds the true value: `category`, `modality`, `answer`, or an extra key.
+    /// Key of the record with the true value: `category`, `modality`, `answer`, or an extra key.
     truth: String,
     /// Weight among the fields.
     #[serde(default = "one")]
     weight: f64,
-    /// Value -> keywords that say it.
+    /// Keywords of each value.
     values: BTreeMap<String, Vec<String>>,
 }
 
@@ -46,30 +45,30 @@ fn one() -> f64 {
     1.0
 }
 
-/// A rule table, checked.
+/// A checked rule table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RuleTable {
-    file: File,
+    file: TableFile,
     version: String,
 }
 
 impl RuleTable {
-    /// Reads a table.
+    /// Loads a table.
     ///
     /// # Errors
-    /// The file cannot be read, or its rules cannot work.
+    /// Returns [`RewardError::Io`] if the file cannot be read, and [`RewardError::Named`] if its rules are invalid.
     pub fn load(path: &Path) -> Result<Self, RewardError> {
         let text = std::fs::read_to_string(path).map_err(|source| RewardError::Io { path: path.to_owned(), source })?;
         let fail = |why| RewardError::Named { what: format!("reward.symbolic.table {}", path.display()), why };
         Self::parse(&text).map_err(fail)
     }
 
-    /// A table from its text.
+    /// Parses a table.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns a message that describes the problem.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut file: File = toml::from_str(text).map_err(|e| e.to_string().trim().to_owned())?;
+        let mut file: TableFile = toml::from_str(text).map_err(|e| e.to_string().trim().to_owned())?;
         if !(0.0..=1.0).contains(&file.consistency) {
             return Err(format!("consistency is {}: use 0 to 1", file.consistency));
         }
@@ -101,45 +100,46 @@ impl RuleTable {
         Ok(Self { file, version })
     }
 
-    /// Name of the rules, by their content.
+    /// Returns the version of the rules, a hash of their text.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// `(1 - c) * correct + c * consistent` in `[0, 1]`: `correct` = weighted share of the fields whose value is read and is the
-    /// record's; `consistent` = 1 when every field is read and the combination is valid, else 0; c = `consistency` of the table.
+    /// Scores a text by `(1 - c) * correct + c * consistent` in `[0, 1]`: `correct` = weighted share of the fields whose value is read
+    /// and equals the record's; `consistent` = 1 if every field is read and the combination is valid, else 0; c = `consistency`.
     ///
-    /// A field is read when the keywords of exactly one of its values stand in the text, on word boundaries, without regard to
-    /// case; a keyword inside a longer one of the same field does not count. Fields without a true value in the record count for
-    /// consistency only; masked when no field has one.
+    /// A field is read if the text contains keywords of exactly one of its values, on word boundaries and regardless of case; a keyword
+    /// inside a longer one of the same field does not count. Fields without a true value in the record count for consistency only;
+    /// masked if no field has one.
     ///
     /// Detail: `correct`, `consistent`, `read` (fields read), `fields`.
     pub fn score(&self, text: &str, record: &Record) -> Component {
         let folded = text.to_lowercase();
-        let said: Vec<Option<&str>> = self.file.field.iter().map(|f| f.read(&folded)).collect();
-        let (mut right, mut weights) = (0.0, 0.0);
-        for (f, said) in self.file.field.iter().zip(&said) {
+        let values: Vec<Option<&str>> = self.file.field.iter().map(|f| f.read(&folded)).collect();
+        let mut right = 0.0;
+        let mut weights = 0.0;
+        for (f, value) in self.file.field.iter().zip(&values) {
             if let Some(truth) = f.truth(record) {
                 weights += f.weight;
-                right += if said.is_some_and(|s| s.to_lowercase() == truth) { f.weight } else { 0.0 };
+                right += if value.is_some_and(|s| s.to_lowercase() == truth) { f.weight } else { 0.0 };
             }
         }
         if weights == 0.0 {
             return Component::masked(MaskReason::NotApplicable);
         }
-        let holds = |rule: &BTreeMap<String, String>| {
-            let value = |name: &str| self.file.field.iter().position(|f| f.name == name).and_then(|i| said[i]);
+        let is_met = |rule: &BTreeMap<String, String>| {
+            let value = |name: &str| self.file.field.iter().position(|f| f.name == name).and_then(|i| values[i]);
             rule.iter().all(|(name, v)| value(name) == Some(v))
         };
-        let possible = self.file.valid.is_empty() || self.file.valid.iter().any(holds);
-        let consistent = f64::from(u8::from(possible && said.iter().all(Option::is_some)));
+        let valid = self.file.valid.is_empty() || self.file.valid.iter().any(is_met);
+        let consistent = f64::from(u8::from(valid && values.iter().all(Option::is_some)));
         let correct = right / weights;
         let c = self.file.consistency;
         Component::value(((1.0 - c) * correct + c * consistent).clamp(0.0, 1.0))
-            .with("correct", correct)
-            .with("consistent", consistent)
-            .with("read", said.iter().flatten().count() as f64)
-            .with("fields", said.len() as f64)
+            .with_detail("correct", correct)
+            .with_detail("consistent", consistent)
+            .with_detail("read", values.iter().flatten().count() as f64)
+            .with_detail("fields", values.len() as f64)
     }
 }
 
@@ -147,12 +147,12 @@ impl Field {
     fn read(&self, folded: &str) -> Option<&str> {
         let keywords = self.values.iter().flat_map(|(v, k)| k.iter().map(move |k| (v.as_str(), k.as_str())));
         let hits: Vec<(&str, Range<usize>)> =
-            keywords.flat_map(|(v, k)| places(folded, k).map(move |at| (v, at))).collect();
+            keywords.flat_map(|(v, k)| word_matches(folded, k).map(move |range| (v, range))).collect();
         let inside = |a: &Range<usize>, b: &Range<usize>| a.start >= b.start && a.end <= b.end && a.len() < b.len();
-        // The longest hit that covers each byte decides; with word boundaries there are few hits per text.
+        // The longest hit over each byte decides; word boundaries keep the number of hits per text small.
         let mut longest: Vec<&(&str, Range<usize>)> = Vec::new();
         let mut sorted: Vec<&(&str, Range<usize>)> = hits.iter().collect();
-        sorted.sort_by_key(|(_, at)| (at.start, std::cmp::Reverse(at.end)));
+        sorted.sort_by_key(|(_, range)| (range.start, std::cmp::Reverse(range.end)));
         for hit in sorted {
             if longest.last().is_none_or(|last| !inside(&hit.1, &last.1)) {
                 longest.push(hit);
@@ -173,8 +173,8 @@ impl Field {
     }
 }
 
-/// Where `keyword` stands in `text` with no letter or digit right before or after it.
-fn places<'a>(text: &'a str, keyword: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
+/// Finds `keyword` in `text` with no letter or digit directly before or after it, in bytes.
+fn word_matches<'a>(text: &'a str, keyword: &'a str) -> impl Iterator<Item = Range<usize>> + 'a {
     text.match_indices(keyword).map(|(at, k)| at..at + k.len()).filter(|r| {
         let word = |c: char| c.is_alphanumeric();
         !text[..r.start].chars().next_back().is_some_and(word) && !text[r.end..].chars().next().is_some_and(word)
@@ -209,22 +209,22 @@ mod tests {
     }
 
     #[test]
-    fn correctness_consistency_and_partial_credit() {
+    fn score_mixes_correctness_and_consistency() {
         let t = RuleTable::parse(TABLE).unwrap();
         let s = |text: &str| t.score(text, &record("good", "Leukaemia")).value.unwrap();
         assert_eq!(s("The quality is good. It is leukemia."), 1.0);
         assert_eq!(s("It is leukemia."), 0.375, "three of four, and not consistent");
         assert_eq!(s("Adequate; no diagnosis."), 0.125 + 0.5);
-        assert_eq!(s("Poor quality, leukaemia"), 0.375, "right, but the two cannot be together");
+        assert_eq!(s("Poor quality, leukaemia"), 0.375, "right, but the combination is invalid");
         assert_eq!(s("not good; no diagnosis"), 0.5, "consistent and wrong");
-        assert_eq!((s(""), s("good poor leukaemia, no diagnosis")), (0.0, 0.0), "saying everything says nothing");
+        assert_eq!((s(""), s("good poor leukaemia, no diagnosis")), (0.0, 0.0), "naming every value names none");
         assert_eq!(s("goodness leukaemias"), 0.0, "words are matched whole");
         let masked = t.score("good", &record("", ""));
         assert_eq!(masked.reason, Some(MaskReason::NotApplicable));
     }
 
     #[test]
-    fn tables_that_cannot_work_are_named() {
+    fn invalid_tables_are_explained() {
         for (from, to, word) in [
             ("consistency = 0.5", "consistency = 2", "consistency"),
             ("weight = 3", "weight = -1", "weight"),
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn megabytes_of_keywords_stay_quick() {
+    fn megabytes_of_keywords_score_quickly() {
         let t = RuleTable::parse(TABLE).unwrap();
         let start = std::time::Instant::now();
         t.score(&"good poor ".repeat(200_000), &record("good", "x"));

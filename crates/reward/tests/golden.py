@@ -1,6 +1,6 @@
 """Independent references for the scorers: torchvision, scipy, rouge-score, sacrebleu, difflib, and SQuAD's normalisation.
 
-Reads one JSON object on stdin, writes one on stdout. What comes in and goes out is said at each function.
+Reads one JSON object on stdin and writes one on stdout; each function documents its input and output.
 """
 
 import collections
@@ -39,8 +39,8 @@ def boxes(request):
 
 def labels(request):
     """cases: [{"predicted", "true", "said", "labels", "category"}] -> soft_f1 per overlap: pairs whose labels differ are masked before
-    the assignment. A box of the answer without a label may be any that the answer names, if all of these are there; a true one without
-    has the category."""
+    the assignment. A box of the answer without a label has every label that the answer names, if all of these are present; a true box
+    without a label has the category."""
     import numpy as np
     import torch
     from scipy.optimize import linear_sum_assignment
@@ -64,7 +64,7 @@ def labels(request):
 
 
 def squad_words(text):
-    """The normalisation of SQuAD's evaluation script, as it is described."""
+    """Normalises a text as SQuAD's evaluation script does."""
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -100,7 +100,7 @@ def embedding(request):
     config = BertConfig(vocab_size=len(words), hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
                         max_position_embeddings=64, initializer_range=0.2)
     model = BertModel(config).eval()
-    with torch.no_grad():  # biases and norms are not random by themselves
+    with torch.no_grad():  # biases and norms are constant after initialisation
         for name, p in model.named_parameters():
             if "bias" in name or "LayerNorm" in name:
                 p.add_(torch.randn_like(p) * 0.1)

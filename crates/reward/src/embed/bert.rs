@@ -1,4 +1,4 @@
-//! The encoder of BERT: embeddings, post-norm layers with full attention, exact GELU.
+//! The BERT encoder: embeddings, post-norm layers with full attention, exact GELU.
 
 use ndarray::{Array1, Array2, ArrayView1, Axis, s};
 use safetensors::{Dtype, SafeTensors};
@@ -24,7 +24,7 @@ fn absolute() -> String {
     "absolute".to_owned()
 }
 
-/// `x W^T + b`, W stored transposed.
+/// The map `x W^T + b`, with W stored transposed.
 #[derive(Debug)]
 struct Linear {
     weight: Array2<f32>,
@@ -62,22 +62,23 @@ pub(super) struct Bert {
 }
 
 impl Bert {
-    /// From the bytes of `config.json` and `model.safetensors`.
+    /// Loads the encoder from the bytes of `config.json` and `model.safetensors`.
     pub fn load(config: &[u8], weights: &[u8]) -> Result<Self, String> {
         let c: Config = serde_json::from_slice(config).map_err(|e| format!("config.json: {e}"))?;
         let fits = c.model_type == "bert" && c.hidden_act == "gelu" && c.position_embedding_type == "absolute";
         if !fits || c.num_attention_heads == 0 || !c.hidden_size.is_multiple_of(c.num_attention_heads) {
             return Err(format!(
-                "config.json: only BERT with gelu and absolute positions can be run, not {} with {} and {}",
+                "config.json: only BERT with gelu and absolute positions is supported, not {} with {} and {}",
                 c.model_type, c.hidden_act, c.position_embedding_type
             ));
         }
         let file = SafeTensors::deserialize(weights).map_err(|e| format!("model.safetensors: {e}"))?;
-        let w = Weights {
+        let w = TensorReader {
             prefix: if file.tensor("bert.embeddings.word_embeddings.weight").is_ok() { "bert." } else { "" },
             file,
         };
-        let (d, i) = (c.hidden_size, c.intermediate_size);
+        let d = c.hidden_size;
+        let i = c.intermediate_size;
         let linear = |name: &str, rows: usize, cols: usize| -> Result<Linear, String> {
             let weight = w.matrix(&format!("{name}.weight"), rows, cols)?;
             Ok(Linear {
@@ -86,20 +87,21 @@ impl Bert {
             })
         };
         let norm = |name: &str| -> Result<Norm, String> {
-            let (weight, bias) = (w.vector(&format!("{name}.weight"), d)?, w.vector(&format!("{name}.bias"), d)?);
+            let weight = w.vector(&format!("{name}.weight"), d)?;
+            let bias = w.vector(&format!("{name}.bias"), d)?;
             Ok(Norm { weight, bias, eps: c.layer_norm_eps })
         };
         let layer = |n: usize| -> Result<Layer, String> {
-            let at = |part: &str| format!("encoder.layer.{n}.{part}");
+            let name = |module: &str| format!("encoder.layer.{n}.{module}");
             Ok(Layer {
-                query: linear(&at("attention.self.query"), d, d)?,
-                key: linear(&at("attention.self.key"), d, d)?,
-                value: linear(&at("attention.self.value"), d, d)?,
-                output: linear(&at("attention.output.dense"), d, d)?,
-                output_norm: norm(&at("attention.output.LayerNorm"))?,
-                up: linear(&at("intermediate.dense"), i, d)?,
-                down: linear(&at("output.dense"), d, i)?,
-                down_norm: norm(&at("output.LayerNorm"))?,
+                query: linear(&name("attention.self.query"), d, d)?,
+                key: linear(&name("attention.self.key"), d, d)?,
+                value: linear(&name("attention.self.value"), d, d)?,
+                output: linear(&name("attention.output.dense"), d, d)?,
+                output_norm: norm(&name("attention.output.LayerNorm"))?,
+                up: linear(&name("intermediate.dense"), i, d)?,
+                down: linear(&name("output.dense"), d, i)?,
+                down_norm: norm(&name("output.LayerNorm"))?,
             })
         };
         Ok(Self {
@@ -112,21 +114,22 @@ impl Bert {
         })
     }
 
-    /// Longest input in tokens.
+    /// Returns the length of the longest input in tokens.
     pub fn positions(&self) -> usize {
         self.positions.nrows()
     }
 
-    /// The mean of the last hidden states of one sequence.
+    /// Returns the mean of the last hidden states of one sequence.
     pub fn mean_state(&self, ids: &[u32], types: &[u32]) -> Result<Vec<f32>, String> {
         if ids.is_empty() || ids.len() > self.positions() || ids.len() != types.len() {
             return Err(format!("{} tokens cannot be embedded (1 to {})", ids.len(), self.positions()));
         }
         let mut x = Array2::zeros((ids.len(), self.words.ncols()));
         for (at, (&id, &kind)) in ids.iter().zip(types).enumerate() {
-            let (id, kind) = (id as usize, kind as usize);
+            let id = id as usize;
+            let kind = kind as usize;
             if id >= self.words.nrows() || kind >= self.types.nrows() {
-                return Err(format!("the tokenizer gives token {id} of type {kind}, which the model does not know"));
+                return Err(format!("the tokenizer gives token {id} of type {kind}, which the model does not have"));
             }
             let sum = &self.words.row(id) + &self.positions.row(at) + self.types.row(kind);
             x.row_mut(at).assign(&sum);
@@ -142,31 +145,33 @@ impl Bert {
 
 impl Layer {
     fn apply(&self, x: &mut Array2<f32>, heads: usize) {
-        let (q, k, v) = (self.query.of(x), self.key.of(x), self.value.of(x));
+        let q = self.query.apply(x);
+        let k = self.key.apply(x);
+        let v = self.value.apply(x);
         let width = q.ncols() / heads;
         let scale = 1.0 / (width as f32).sqrt();
         let mut joined = Array2::zeros(q.raw_dim());
         for h in 0..heads {
-            let part = s![.., h * width..(h + 1) * width];
-            let mut p = q.slice(part).dot(&k.slice(part).t()) * scale;
+            let head = s![.., h * width..(h + 1) * width];
+            let mut p = q.slice(head).dot(&k.slice(head).t()) * scale;
             for mut row in p.rows_mut() {
                 let most = row.fold(f32::NEG_INFINITY, |a, b| a.max(*b));
                 row.mapv_inplace(|v| (v - most).exp());
                 let sum = row.sum();
                 row.mapv_inplace(|v| v / sum);
             }
-            joined.slice_mut(part).assign(&p.dot(&v.slice(part)));
+            joined.slice_mut(head).assign(&p.dot(&v.slice(head)));
         }
-        *x += &self.output.of(&joined);
+        *x += &self.output.apply(&joined);
         self.output_norm.apply(x);
-        let up = self.up.of(x).mapv_into(gelu);
-        *x += &self.down.of(&up);
+        let up = self.up.apply(x).mapv_into(gelu);
+        *x += &self.down.apply(&up);
         self.down_norm.apply(x);
     }
 }
 
 impl Linear {
-    fn of(&self, x: &Array2<f32>) -> Array2<f32> {
+    fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
         x.dot(&self.weight) + &self.bias
     }
 }
@@ -184,23 +189,23 @@ impl Norm {
     }
 }
 
-/// `x Phi(x)` with the exact normal distribution.
+/// Returns `x Phi(x)` with the exact normal distribution.
 fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
-/// Tensors by name, as f32.
-struct Weights<'a> {
+/// Reader of f32 tensors by name.
+struct TensorReader<'a> {
     file: SafeTensors<'a>,
     prefix: &'static str,
 }
 
-impl Weights<'_> {
+impl TensorReader<'_> {
     fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, String> {
         let name = format!("{}{name}", self.prefix);
         let t = self.file.tensor(&name).map_err(|e| format!("model.safetensors: {name}: {e}"))?;
         if t.shape() != shape {
-            return Err(format!("model.safetensors: {name} has shape {:?}, config.json wants {shape:?}", t.shape()));
+            return Err(format!("model.safetensors: {name} has shape {:?}, config.json requires {shape:?}", t.shape()));
         }
         if t.dtype() != Dtype::F32 {
             return Err(format!("model.safetensors: {name} is {:?}: export the model in float32", t.dtype()));

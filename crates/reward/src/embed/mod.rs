@@ -1,7 +1,6 @@
-//! Sentence embeddings of a BERT model directory, and their cosine as a score. Inference on the CPU in f32, without torch.
+//! Sentence embeddings by a BERT model directory, and their cosine as a score. Inference on the CPU in f32, without torch.
 //!
 //! Source: BERT (Devlin et al., arXiv 1810.04805) with mean pooling over the tokens (Reimers and Gurevych, arXiv 1908.10084).
-//! Must not know: records, configuration.
 
 mod bert;
 
@@ -13,7 +12,7 @@ use tokenizers::{Tokenizer, TruncationParams};
 use crate::RewardError;
 use bert::Bert;
 
-/// A model that turns texts into vectors.
+/// A model that embeds texts as vectors.
 #[derive(Debug)]
 pub struct Embedder {
     tokenizer: Tokenizer,
@@ -21,7 +20,7 @@ pub struct Embedder {
     version: String,
 }
 
-/// The settings of sentence-transformers that matter here.
+/// Pooling settings of sentence-transformers that are checked.
 #[derive(Debug, Deserialize)]
 struct Pooling {
     #[serde(default)]
@@ -38,11 +37,11 @@ struct SentenceConfig {
 }
 
 impl Embedder {
-    /// Reads `config.json`, `model.safetensors`, `tokenizer.json` and, where they are there, `1_Pooling/config.json` and
+    /// Loads `config.json`, `model.safetensors`, `tokenizer.json` and, if present, `1_Pooling/config.json` and
     /// `sentence_bert_config.json` of `dir`.
     ///
     /// # Errors
-    /// A file is missing or is not what this can run: BERT with mean pooling.
+    /// Returns [`RewardError::Named`] if a file is missing or the model is not BERT with mean pooling.
     pub fn load(dir: &Path) -> Result<Self, RewardError> {
         let fail =
             |why: String| RewardError::Named { what: format!("reward.relevance.embedding_dir {}", dir.display()), why };
@@ -52,7 +51,7 @@ impl Embedder {
             let p: Pooling = serde_json::from_slice(&bytes).map_err(|e| fail(format!("1_Pooling/config.json: {e}")))?;
             if !p.pooling_mode_mean_tokens || p.pooling_mode_cls_token || p.pooling_mode_max_tokens {
                 return Err(fail(
-                    "1_Pooling/config.json asks for another pooling than the mean of the tokens".to_owned(),
+                    "1_Pooling/config.json asks for a pooling other than the mean of the tokens, which is not supported".to_owned(),
                 ));
             }
         }
@@ -68,29 +67,29 @@ impl Embedder {
         };
         let mut tokenizer =
             Tokenizer::from_bytes(read("tokenizer.json")?).map_err(|e| fail(format!("tokenizer.json: {e}")))?;
-        let cut = TruncationParams { max_length: longest, ..TruncationParams::default() };
-        tokenizer.with_truncation(Some(cut)).map_err(|e| fail(format!("tokenizer.json: {e}")))?;
+        let truncation = TruncationParams { max_length: longest, ..TruncationParams::default() };
+        tokenizer.with_truncation(Some(truncation)).map_err(|e| fail(format!("tokenizer.json: {e}")))?;
         tokenizer.with_padding(None);
         let version = format!("embedding-1:{}", &blake3::hash(&weights).to_hex()[..12]);
         Ok(Self { tokenizer, bert, version })
     }
 
-    /// Name of the model, by its content.
+    /// Returns the version of the model, a hash of its weights.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// The mean of the last hidden states over the tokens of `text`, special tokens included; of the model's width.
+    /// Returns the mean of the last hidden states over the tokens of `text`, special tokens included; its length is the model's width.
     ///
     /// # Errors
-    /// The text cannot be tokenised for this model.
+    /// Returns a message if the text cannot be tokenised for this model.
     pub fn embed(&self, text: &str) -> Result<Vec<f32>, String> {
         let encoding = self.tokenizer.encode(text, true).map_err(|e| e.to_string())?;
         self.bert.mean_state(encoding.get_ids(), encoding.get_type_ids())
     }
 }
 
-/// Cosine of two vectors, below 0 as 0. Range `[0, 1]`; 0 where one of them is 0.
+/// Returns the cosine of two vectors, clamped at 0. Range `[0, 1]`; 0 if one of them is 0.
 pub fn similarity(a: &[f32], b: &[f32]) -> f64 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let norms = (dot(a, a) * dot(b, b)).sqrt();
@@ -102,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cosines() {
+    fn similarity_is_the_clamped_cosine() {
         assert_eq!(similarity(&[1.0, 0.0], &[2.0, 0.0]), 1.0);
         assert_eq!(similarity(&[1.0, 0.0], &[-1.0, 0.0]), 0.0);
         assert_eq!(similarity(&[0.0, 0.0], &[1.0, 0.0]), 0.0);
@@ -110,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_none_is_named() {
+    fn missing_directory_is_named() {
         let e = Embedder::load(Path::new("/no/such/dir")).unwrap_err().to_string();
         assert!(e.contains("/no/such/dir") && e.contains("model.safetensors"), "{e}");
     }

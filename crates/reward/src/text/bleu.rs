@@ -7,25 +7,28 @@ use regex::Regex;
 
 use super::WORD_LIMIT;
 
-/// Longest n-gram.
-const ORDER: usize = 4;
+/// Order of the longest n-grams.
+const MAX_ORDER: usize = 4;
 
-/// Sentence BLEU in `[0, 1]`: 1- to 4-grams (as many orders as the answer is long), exponential smoothing, brevity penalty; case
-/// counts. The first 2,048 tokens of either text are compared.
+/// Returns sentence BLEU in `[0, 1]`: 1- to 4-grams (at most the length of the answer), exponential smoothing, brevity penalty, case
+/// sensitive. The first 2,048 tokens of either text are compared.
 ///
 /// Source: Papineni et al. 2002; Chen and Cherry 2014, method 3; as `sacrebleu.sentence_bleu` (tokenize 13a, smooth exp,
 /// effective order), divided by 100.
 pub fn bleu(answer: &str, reference: &str) -> f64 {
-    let (a, r) = (tokens(answer), tokens(reference));
+    let a = tokens(answer);
+    let r = tokens(reference);
     if a.is_empty() {
         return 0.0;
     }
     let mut smooth = 1.0;
-    let (mut sum, mut orders, mut any) = (0.0, 0, false);
-    for n in 1..=ORDER.min(a.len()) {
+    let mut sum = 0.0;
+    let mut orders = 0;
+    let mut any_match = false;
+    for n in 1..=MAX_ORDER.min(a.len()) {
         let total = a.len() + 1 - n;
-        let correct = matches(&a, &r, n);
-        any |= correct > 0;
+        let correct = count_matches(&a, &r, n);
+        any_match |= correct > 0;
         let precision = if correct > 0 {
             correct as f64 / total as f64
         } else {
@@ -35,15 +38,15 @@ pub fn bleu(answer: &str, reference: &str) -> f64 {
         sum += precision.ln();
         orders += 1;
     }
-    if !any {
+    if !any_match {
         return 0.0;
     }
     let brevity = if a.len() < r.len() { (1.0 - r.len() as f64 / a.len() as f64).exp() } else { 1.0 };
     (brevity * (sum / f64::from(orders)).exp()).clamp(0.0, 1.0)
 }
 
-/// n-grams of `a` that `r` has too, each at most as often as there.
-fn matches(a: &[String], r: &[String], n: usize) -> usize {
+/// Counts the n-grams of `a` that also occur in `r`, each at most as often as in `r`.
+fn count_matches(a: &[String], r: &[String], n: usize) -> usize {
     let mut left: HashMap<&[String], usize> = HashMap::new();
     for gram in r.windows(n) {
         *left.entry(gram).or_default() += 1;
@@ -58,7 +61,7 @@ fn matches(a: &[String], r: &[String], n: usize) -> usize {
     same
 }
 
-/// The rules of mteval-v13a in their order.
+/// Substitution rules of mteval-v13a in order.
 static RULES: LazyLock<Option<[(Regex, &'static str); 4]>> = LazyLock::new(|| {
     let rule = |pattern| Regex::new(pattern).ok();
     Some([
@@ -75,8 +78,8 @@ fn tokens(text: &str) -> Vec<String> {
         line = line.replace("&quot;", "\"").replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">");
     }
     line = format!(" {line} ");
-    for (pattern, with) in RULES.iter().flatten() {
-        line = pattern.replace_all(&line, *with).into_owned();
+    for (pattern, replacement) in RULES.iter().flatten() {
+        line = pattern.replace_all(&line, *replacement).into_owned();
     }
     line.split_whitespace().take(WORD_LIMIT).map(str::to_owned).collect()
 }
@@ -86,14 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokenisation() {
+    fn tokens_follow_mteval_v13a() {
         assert!(RULES.is_some());
         assert_eq!(tokens("It's 3.5 mm, (left)-sided."), ["It's", "3.5", "mm", ",", "(", "left", ")", "-sided", "."]);
         assert_eq!(tokens("7-8 &lt; x"), ["7", "-", "8", "<", "x"]);
     }
 
     #[test]
-    fn ends_of_the_range() {
+    fn bleu_reaches_both_ends_of_its_range() {
         assert!((bleu("a nodule in the left lung", "a nodule in the left lung") - 1.0).abs() < 1e-12);
         assert_eq!((bleu("", "x"), bleu("x", ""), bleu("x", "y")), (0.0, 0.0, 0.0));
         assert!(bleu(&"nodule ".repeat(50_000), "a nodule") < 0.01);

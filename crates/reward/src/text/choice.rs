@@ -1,30 +1,31 @@
-//! Choice letters of closed answers.
+//! Options that answers to closed questions choose, by letter or by text.
 
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::overlap::normalised;
+use super::overlap::normalise_text;
 
-/// A letter that leads the answer (`B`, `(B)`, `B.`, `B: …`), or that is called the answer (`the answer is B`).
-static FORMS: LazyLock<Option<[Regex; 2]>> = LazyLock::new(|| {
+/// Patterns of a choice letter: it leads the answer (`B`, `(B)`, `B.`, `B: …`), or is called the answer (`the answer is B`).
+static LETTER_PATTERNS: LazyLock<Option<[Regex; 2]>> = LazyLock::new(|| {
     Some([
         Regex::new(r"^\s*[(\[]?([A-Za-z])(?:[)\].:,]|\s*$)").ok()?,
         Regex::new(r"\b(?i:answer|option|choice)(?i:\s+is|\s*:)?\s*[(\[]?([A-Z])(?:[)\].:,;]|\s*$)").ok()?,
     ])
 });
 
-/// Index of the option that an answer chooses: by letter (A = 0), or by saying the option and nothing else. None when it chooses
-/// none, several, or one that is not there.
-pub fn chosen(answer: &str, options: &[String]) -> Option<usize> {
-    let said = normalised(answer);
-    if let Some(i) = options.iter().position(|o| normalised(o) == said && !said.is_empty()) {
+/// Returns the index of the option that an answer chooses: by letter (A = 0), or by repeating the option and nothing else. `None` if it
+/// chooses no option, several, or one that does not exist.
+pub fn chosen_option(answer: &str, options: &[String]) -> Option<usize> {
+    let normalised_answer = normalise_text(answer);
+    let is_answer = |o: &String| normalise_text(o) == normalised_answer && !normalised_answer.is_empty();
+    if let Some(i) = options.iter().position(is_answer) {
         return Some(i);
     }
     let mut letters = BTreeSet::new();
-    for form in FORMS.iter().flatten() {
-        for c in form.captures_iter(answer) {
+    for pattern in LETTER_PATTERNS.iter().flatten() {
+        for c in pattern.captures_iter(answer) {
             letters.extend(c.get(1).and_then(|m| m.as_str().bytes().next()).map(|b| b.to_ascii_uppercase()));
         }
     }
@@ -33,10 +34,11 @@ pub fn chosen(answer: &str, options: &[String]) -> Option<usize> {
     Some(usize::from(letter - b'A')).filter(|i| *i < options.len())
 }
 
-/// Index of the right option: `truth` is its text, else its letter.
-pub fn right(truth: &str, options: &[String]) -> Option<usize> {
-    let said = normalised(truth);
-    options.iter().position(|o| normalised(o) == said && !said.is_empty()).or_else(|| chosen(truth, options))
+/// Returns the index of the right option; `truth` is its text or its letter.
+pub fn right_option(truth: &str, options: &[String]) -> Option<usize> {
+    let normalised_truth = normalise_text(truth);
+    let is_truth = |o: &String| normalise_text(o) == normalised_truth && !normalised_truth.is_empty();
+    options.iter().position(is_truth).or_else(|| chosen_option(truth, options))
 }
 
 #[cfg(test)]
@@ -44,10 +46,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_and_texts() {
-        assert!(FORMS.is_some());
+    fn options_are_chosen_by_letter_or_text() {
+        assert!(LETTER_PATTERNS.is_some());
         let options: Vec<String> = ["Lung nodule", "Polyp", "No finding"].map(str::to_owned).into();
-        let c = |t: &str| chosen(t, &options);
+        let c = |t: &str| chosen_option(t, &options);
         for text in [
             "B",
             " (b) polyp",
@@ -65,6 +67,9 @@ mod tests {
         {
             assert_eq!(c(text), None, "{text}");
         }
-        assert_eq!((right("C", &options), right("polyp", &options), right("cyst", &options)), (Some(2), Some(1), None));
+        assert_eq!(
+            (right_option("C", &options), right_option("polyp", &options), right_option("cyst", &options)),
+            (Some(2), Some(1), None)
+        );
     }
 }

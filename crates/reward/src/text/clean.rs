@@ -1,9 +1,9 @@
-//! An answer as others get to see it: without characters that hide or reorder text.
+//! Removes characters that hide or reorder text from answers before others see them.
 
-/// `text` without control characters (line feeds and tabs become spaces), bidirectional controls, zero-width and tag characters,
-/// trimmed, its first `limit` characters.
+/// Returns the first `limit` characters of `text`, trimmed, without control characters (line feeds and tabs become spaces),
+/// bidirectional controls, zero-width and tag characters.
 ///
-/// Source: Unicode Technical Report 36, section 3 (text that reads otherwise than it is stored).
+/// Source: Unicode Technical Report 36, section 3 (text whose display differs from its stored order).
 pub fn visible(text: &str, limit: usize) -> String {
     let shown = text.chars().filter_map(|c| match c {
         '\n' | '\r' | '\t' => Some(' '),
@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_hides_is_gone() {
+    fn hidden_characters_are_removed() {
         assert_eq!(visible(" a\u{202e}b\u{200b}c\u{0}\nd\u{e0041} ", 100), "abc d");
         assert_eq!(visible("höhle", 3), "höh");
         assert_eq!(visible("\u{feff}", 3), "");

@@ -1,6 +1,4 @@
-//! Scores of open and closed answers against a reference text. Pure functions over strings; time is bounded by cutting both.
-//!
-//! Must not know: records, configuration, who asks.
+//! Scores of open and closed answers against a reference text: pure functions over strings, whose time is bounded by truncating both.
 
 pub mod bleu;
 pub mod choice;
@@ -8,5 +6,5 @@ pub mod clean;
 pub mod difflib;
 pub mod overlap;
 
-/// Words of either text that are compared; what lies beyond is not looked at.
+/// Words of either text that are compared; further words are ignored.
 pub(crate) const WORD_LIMIT: usize = 2048;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 
 use super::WORD_LIMIT;
 
-/// SQuAD's normalisation: lower case, no ASCII punctuation, no articles, single spaces.
+/// Normalises a text as SQuAD does: lower case, no ASCII punctuation, no articles, single spaces.
 ///
 /// Source: the official evaluation script of SQuAD v1.1 (Rajpurkar et al., arXiv 1606.05250).
-pub fn normalised(text: &str) -> String {
+pub fn normalise_text(text: &str) -> String {
     words(text).join(" ")
 }
 
@@ -16,17 +16,18 @@ fn words(text: &str) -> Vec<String> {
     bare.split_whitespace().filter(|w| !matches!(*w, "a" | "an" | "the")).map(str::to_owned).collect()
 }
 
-/// 1 when both are equal after [`normalised`], else 0. Range `{0, 1}`.
+/// Returns 1 if both texts are equal after [`normalise_text`], else 0. Range `{0, 1}`.
 pub fn exact(answer: &str, reference: &str) -> f64 {
-    f64::from(u8::from(normalised(answer) == normalised(reference)))
+    f64::from(u8::from(normalise_text(answer) == normalise_text(reference)))
 }
 
-/// Harmonic mean of the precision and recall of tokens after [`normalised`], each token counted as often as it stands.
+/// Returns the harmonic mean of the precision and recall of tokens after [`normalise_text`], repeated tokens counted each time.
 /// Range `[0, 1]`; two empty texts are equal, one empty text scores 0.
 ///
-/// Source: as [`exact`].
+/// Source: see [`normalise_text`].
 pub fn token_f1(answer: &str, reference: &str) -> f64 {
-    let (a, r) = (words(answer), words(reference));
+    let a = words(answer);
+    let r = words(reference);
     if a.is_empty() || r.is_empty() {
         return f64::from(u8::from(a.is_empty() && r.is_empty()));
     }
@@ -44,10 +45,10 @@ pub fn token_f1(answer: &str, reference: &str) -> f64 {
     f1(same, a.len(), r.len())
 }
 
-/// ROUGE-L: F-measure over the longest common subsequence of words. Range `[0, 1]`. Words are runs of `a-z0-9` after lower case, no
-/// stemming; the first 2,048 of either text are compared.
+/// Returns ROUGE-L, the F-measure over the longest common subsequence of words. Range `[0, 1]`. Words are runs of `a-z0-9` in lower
+/// case, without stemming; the first 2,048 of either text are compared.
 ///
-/// Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3; as Google's `rouge_score` with
+/// Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3; equals Google's `rouge_score` with
 /// `rougeL` and `use_stemmer=False`.
 pub fn rouge_l(answer: &str, reference: &str) -> f64 {
     let split = |t: &str| -> Vec<String> {
@@ -55,11 +56,12 @@ pub fn rouge_l(answer: &str, reference: &str) -> f64 {
         let runs = lower.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit()));
         runs.filter(|w| !w.is_empty()).take(WORD_LIMIT).map(str::to_owned).collect()
     };
-    let (a, r) = (split(answer), split(reference));
+    let a = split(answer);
+    let r = split(reference);
     f1(common_subsequence(&a, &r), a.len(), r.len())
 }
 
-/// Length of the longest common subsequence; words are numbered first, so that a comparison is one of integers.
+/// Returns the length of the longest common subsequence; words are numbered first, so that integers are compared.
 fn common_subsequence(a: &[String], b: &[String]) -> usize {
     let mut ids: HashMap<&str, u32> = HashMap::new();
     let mut numbers = Vec::with_capacity(a.len() + b.len());
@@ -84,7 +86,8 @@ fn f1(same: usize, a: usize, b: usize) -> f64 {
     if same == 0 {
         return 0.0;
     }
-    let (precision, recall) = (same as f64 / a as f64, same as f64 / b as f64);
+    let precision = same as f64 / a as f64;
+    let recall = same as f64 / b as f64;
     2.0 * precision * recall / (precision + recall)
 }
 
@@ -93,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_hand() {
+    fn overlap_measures_by_hand() {
         assert_eq!(exact("The  Nodule.", "nodule"), 1.0);
         assert_eq!(exact("a nodule", "mass"), 0.0);
         assert!((token_f1("left lung nodule", "nodule in the left lung") - 6.0 / 7.0).abs() < 1e-12);
@@ -104,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn repeating_the_answer_does_not_pay() {
+    fn repetition_lowers_the_score() {
         assert!(token_f1("nodule nodule nodule", "nodule") < token_f1("nodule", "nodule"));
         assert!(rouge_l(&"nodule ".repeat(100_000), "nodule") < 0.01);
     }

@@ -1,5 +1,5 @@
-//! The judge and users' scorers against servers that are slow, drop, fail, or answer what they like: masked with a reason, never 0,
-//! never late.
+//! The judge and custom scorers with servers that are slow, disconnect, fail, or answer garbage: components are masked with a reason,
+//! never 0 and never late.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use unveil_data::codec::Sizes;
 use unveil_reward::{GroupInput, ResponseInput, RewardError, Scorers};
 use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 
-/// More than a deadline: what the machine may be late by.
+/// Time by which a busy machine may exceed a deadline.
 const SLACK: Duration = Duration::from_millis(1500);
 
 fn completion(content: &str) -> String {
@@ -21,8 +21,8 @@ fn completion(content: &str) -> String {
         .to_string()
 }
 
-fn score(n: f64) -> WebReply {
-    WebReply::now(200, completion(&json!({"score": n}).to_string()))
+fn score_reply(n: f64) -> WebReply {
+    WebReply::immediate(200, completion(&json!({"score": n}).to_string()))
 }
 
 fn config(server: &WebServer) -> Config {
@@ -48,22 +48,22 @@ fn load(c: &Config) -> Arc<Scorers> {
     Arc::new(Scorers::load(c).unwrap())
 }
 
-fn why(reason: Option<&MaskReason>) -> &str {
+fn failure(reason: Option<&MaskReason>) -> &str {
     match reason {
         Some(MaskReason::Failed(why) | MaskReason::Unavailable(why)) => why,
         other => panic!("{other:?}"),
     }
 }
 
-/// What the judge was shown, without the system message.
+/// Returns the text shown to the judge, without the system message.
 fn shown(request: &WebRequest) -> String {
     let body: Value = serde_json::from_str(&request.body).unwrap();
     body["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap().to_owned()
 }
 
 #[tokio::test]
-async fn scores_by_content_once() {
-    let server = WebServer::start(|r| if shown(r).contains("mass") { score(0.0) } else { score(7.5) });
+async fn equal_answers_are_judged_once() {
+    let server = WebServer::start(|r| if shown(r).contains("mass") { score_reply(0.0) } else { score_reply(7.5) });
     let scorers = load(&config(&server));
     let texts = ["[16,16,32,32] nodule", "[16,16,32,32] mass", "[16,16,32,32] nodule"];
     for _ in 0..2 {
@@ -71,16 +71,16 @@ async fn scores_by_content_once() {
         let values: Vec<_> = out.iter().map(|b| b.components["relevance"].value).collect();
         assert_eq!(values, [Some(0.75), Some(0.0), Some(0.75)]);
         assert!(out[0].components["relevance"].version.starts_with("judge-1:m:"), "{:?}", out[0]);
-        // 1.0 localization + 0.1 form + 0.2 category + 0.75, vision relevance (0.5) masked for want of attention.
+        // 1.0 localization + 0.1 format + 0.2 category + 0.75; vision relevance (0.5) is masked because attention is absent.
         assert!((out[0].total.unwrap() - 2.05 * 2.8 / 2.3).abs() < 1e-9, "{:?}", out[0].total);
     }
-    assert_eq!(server.seen().len(), 2, "equal answers are asked about once, and remembered");
+    assert_eq!(server.requests().len(), 2, "equal answers are judged once, and cached");
     assert_eq!(scorers.judge().unwrap().spent().requests, 2);
 }
 
 #[tokio::test]
 async fn text_outside_the_span_never_reaches_the_judge() {
-    let server = WebServer::start(|_| score(10.0));
+    let server = WebServer::start(|_| score_reply(10.0));
     let mut c = config(&server);
     c.reward.relevance.span = vec!["<answer>".into(), "</answer>".into()];
     let texts = [
@@ -94,7 +94,7 @@ async fn text_outside_the_span_never_reaches_the_judge() {
     let out = load(&c).score(group(&texts)).await;
     let values: Vec<_> = out.iter().map(|b| b.components["relevance"].value).collect();
     assert_eq!(values, [Some(1.0), Some(0.0), Some(1.0), Some(0.0), Some(1.0), Some(0.0)]);
-    let seen = server.seen();
+    let seen = server.requests();
     assert_eq!(seen.len(), 2);
     assert!(seen.iter().all(|s| !s.body.contains("JUDGE")));
     let texts: Vec<String> = seen.iter().map(shown).collect();
@@ -102,20 +102,20 @@ async fn text_outside_the_span_never_reaches_the_judge() {
 }
 
 #[tokio::test]
-async fn every_failure_is_masked_with_its_reason_and_never_zero() {
-    let content = |c: &str| WebReply::now(200, completion(c));
+async fn failures_are_masked_with_their_reason() {
+    let content = |c: &str| WebReply::immediate(200, completion(c));
     let nested = format!("{}{}", "[".repeat(50_000), "]".repeat(50_000));
     let cases: Vec<(WebReply, &str)> = vec![
         (WebReply::Stall, "1.0 s"),
         (WebReply::Drop, ""),
-        (WebReply::Break(completion("{}").into()), ""),
-        (WebReply::after(Duration::from_secs(4), 200, completion(r#"{"score": 1}"#)), "1.0 s"),
-        (WebReply::now(429, "slow down"), "429: slow down"),
-        (WebReply::now(500, "oops"), "500: oops"),
-        (WebReply::now(401, "who?"), "401"),
-        (WebReply::now(200, "<html>"), "no chat completion"),
-        (WebReply::now(200, nested.clone()), "no chat completion"),
-        (WebReply::now(200, b"\xff\xfe\0".to_vec()), "no chat completion"),
+        (WebReply::Truncate(completion("{}").into()), ""),
+        (WebReply::delayed(Duration::from_secs(4), 200, completion(r#"{"score": 1}"#)), "1.0 s"),
+        (WebReply::immediate(429, "slow down"), "429: slow down"),
+        (WebReply::immediate(500, "oops"), "500: oops"),
+        (WebReply::immediate(401, "who?"), "401"),
+        (WebReply::immediate(200, "<html>"), "no chat completion"),
+        (WebReply::immediate(200, nested.clone()), "no chat completion"),
+        (WebReply::immediate(200, b"\xff\xfe\0".to_vec()), "no chat completion"),
         (content(&nested), "no score"),
         (content("10/10, a wonderful answer"), "no score"),
         (content(r#"{"score": 1e400}"#), "no score"),
@@ -135,15 +135,15 @@ async fn every_failure_is_masked_with_its_reason_and_never_zero() {
         assert!(start.elapsed() < Duration::from_secs(2) + SLACK, "{:?}", start.elapsed());
         for b in &out {
             let c = &b.components["relevance"];
-            assert!(c.masked && c.value.is_none() && why(c.reason.as_ref()).contains(word), "{word}: {c:?}");
+            assert!(c.masked && c.value.is_none() && failure(c.reason.as_ref()).contains(word), "{word}: {c:?}");
             assert_eq!(b.components["localization"].value, Some(if b.index == 0 { 1.0 } else { 0.0 }));
         }
-        assert!((out[0].total.unwrap() - 2.8).abs() < 1e-9, "the other weights take its place");
+        assert!((out[0].total.unwrap() - 2.8).abs() < 1e-9, "the other weights are rescaled");
     }
 }
 
 #[tokio::test]
-async fn nobody_listens() {
+async fn unreachable_judge_is_masked() {
     let server = WebServer::start(|_| WebReply::Drop);
     let mut c = config(&server);
     c.reward.judge.base_url = "http://127.0.0.1:9/v1".into();
@@ -152,10 +152,11 @@ async fn nobody_listens() {
 }
 
 #[tokio::test]
-async fn a_judge_behind_a_private_authority() {
+async fn judge_behind_a_private_certificate_authority() {
     let dir = tempfile::tempdir().unwrap();
-    let (ours, theirs) = (Authority::new(dir.path(), "ours"), Authority::new(dir.path(), "theirs"));
-    let server = WebServer::start_tls(&ours.sign("judge"), |_| score(5.0));
+    let ours = Authority::new(dir.path(), "ours");
+    let theirs = Authority::new(dir.path(), "theirs");
+    let server = WebServer::start_tls(&ours.sign("judge"), |_| score_reply(5.0));
     assert!(server.url().starts_with("https://"));
     let ask = async |ca: String| {
         let mut c = config(&server);
@@ -163,13 +164,13 @@ async fn a_judge_behind_a_private_authority() {
         load(&c).score(group(&["[16,16,32,32] nodule"])).await[0].components["relevance"].clone()
     };
     assert_eq!(ask(ours.ca()).await.value, Some(0.5));
-    let asked = server.seen().len();
+    let asked = server.requests().len();
     for stranger in [String::new(), theirs.ca()] {
         let c = ask(stranger).await;
-        let why = why(c.reason.as_ref());
+        let why = failure(c.reason.as_ref());
         assert!(c.masked && c.value.is_none() && why.contains("certificate") && why.contains("UnknownIssuer"), "{why}");
     }
-    assert_eq!(server.seen().len(), asked, "nothing is sent to a server that is not trusted");
+    assert_eq!(server.requests().len(), asked, "nothing is sent to a server that is not trusted");
     let mut c = config(&server);
     c.reward.judge.ca = "/no/such/ca.pem".into();
     assert!(Scorers::load(&c).unwrap_err().to_string().contains("/no/such/ca.pem"));
@@ -177,12 +178,12 @@ async fn a_judge_behind_a_private_authority() {
 
 /// Three of ten calls fail or stall; many groups at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_a_third_failing_nobody_waits_longer_than_the_deadline() {
+async fn no_group_waits_beyond_the_deadline() {
     let server = WebServer::start(|r| match r.number % 10 {
         0 => WebReply::Stall,
-        3 => WebReply::now(500, "oops"),
+        3 => WebReply::immediate(500, "oops"),
         6 => WebReply::Drop,
-        _ => score(5.0),
+        _ => score_reply(5.0),
     });
     let mut c = config(&server);
     (c.reward.judge.tries, c.reward.judge.concurrency) = (1, 64);
@@ -210,34 +211,34 @@ async fn with_a_third_failing_nobody_waits_longer_than_the_deadline() {
         assert!(out.iter().all(|b| b.total.is_some()));
         states.insert(failed);
     }
-    assert_eq!(states.len(), 2, "some groups failed, some did not");
+    assert_eq!(states.len(), 2, "some groups fail, others do not");
 }
 
 #[tokio::test]
-async fn a_spent_budget_masks() {
-    let server = WebServer::start(|_| score(5.0));
+async fn exhausted_budget_masks() {
+    let server = WebServer::start(|_| score_reply(5.0));
     let mut c = config(&server);
     c.reward.judge.max_requests = 1;
     let scorers = load(&c);
     assert_eq!(Arc::clone(&scorers).score(group(&["a"])).await[0].components["relevance"].value, Some(0.5));
     let out = scorers.score(group(&["b"])).await;
-    assert!(why(out[0].components["relevance"].reason.as_ref()).contains("budget of 1 requests"), "{out:?}");
+    assert!(failure(out[0].components["relevance"].reason.as_ref()).contains("budget of 1 requests"), "{out:?}");
 }
 
 #[tokio::test]
-async fn the_users_own_scorer_over_http() {
+async fn custom_scorer_over_http() {
     let server = WebServer::start(|r| {
         let body: Value = serde_json::from_str(&r.body).unwrap();
         assert_eq!((&body["name"], &body["record"]["id"]), (&json!("tone"), &json!("a")));
         let n = body["responses"].as_array().unwrap().len();
         match body["responses"][0]["text"].as_str().unwrap() {
-            "null" => WebReply::now(200, json!({"scores": vec![Value::Null; n]}).to_string()),
-            "few" => WebReply::now(200, r#"{"scores": []}"#),
-            "high" => WebReply::now(200, json!({"scores": vec![1e8; n]}).to_string()),
-            "broken" => WebReply::now(200, "[["),
-            "error" => WebReply::now(503, "down"),
+            "null" => WebReply::immediate(200, json!({"scores": vec![Value::Null; n]}).to_string()),
+            "few" => WebReply::immediate(200, r#"{"scores": []}"#),
+            "high" => WebReply::immediate(200, json!({"scores": vec![1e8; n]}).to_string()),
+            "broken" => WebReply::immediate(200, "[["),
+            "error" => WebReply::immediate(503, "down"),
             "stall" => WebReply::Stall,
-            _ => WebReply::now(200, json!({"scores": vec![0.25; n], "version": "v9\n"}).to_string()),
+            _ => WebReply::immediate(200, json!({"scores": vec![0.25; n], "version": "v9\n"}).to_string()),
         }
     });
     let mut c = Config::default();
@@ -259,13 +260,13 @@ async fn the_users_own_scorer_over_http() {
         let out = Arc::clone(&scorers).score(group(&[text, "x"])).await;
         assert!(start.elapsed() < Duration::from_secs(1) + SLACK);
         for b in &out {
-            assert!(why(b.components["tone"].reason.as_ref()).contains(word), "{text}: {b:?}");
+            assert!(failure(b.components["tone"].reason.as_ref()).contains(word), "{text}: {b:?}");
         }
     }
 }
 
 #[test]
-fn what_cannot_be_loaded_is_named() {
+fn unusable_settings_are_named() {
     let server = WebServer::start(|_| WebReply::Drop);
     type Change = fn(&mut Config);
     let cases: [(Change, &str); 4] = [

@@ -1,7 +1,7 @@
-//! From response text to total, whatever the text holds: no panic, every value in its range, time bounded.
+//! Scoring of arbitrary text, from response to total: no panic, every value in its range, time bounded.
 //!
-//! Some ten thousand inputs in every run; `make fuzz` runs a million, optimised. `UNVEIL_FUZZ` is the number of responses,
-//! `UNVEIL_SEED` makes others.
+//! Every run scores some ten thousand responses; `make fuzz` scores a million, optimised. `UNVEIL_FUZZ` is the number of responses,
+//! `UNVEIL_SEED` the seed of their generator.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use unveil_config::schema::{Gate, Normalise, Overlap, RelevanceKind, VisionMode}
 use unveil_core::{Attention, BoxForm, ClassMatch, Record};
 use unveil_data::codec::Sizes;
 use unveil_reward::symbolic::RuleTable;
-use unveil_reward::{GroupInput, Resources, ResponseInput, Scoring, components, finish};
+use unveil_reward::{GroupInput, Resources, ResponseInput, Scoring, compose_breakdowns, compute_components};
 
 const TABLE: &str = r#"
     consistency = 0.4
@@ -21,10 +21,10 @@ const TABLE: &str = r#"
     truth = "category"
     values = { nodule = ["nodule", "lung nodule"], none = ["no finding"] }
 "#;
-/// No single group may take longer, also in an unoptimised build on a busy machine.
-const LONGEST: Duration = Duration::from_secs(20);
+/// Longest time for a single group, also in an unoptimised build on a busy machine.
+const GROUP_TIMEOUT: Duration = Duration::from_secs(20);
 
-fn variable(name: &str, default: u64) -> u64 {
+fn env_number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
@@ -56,10 +56,10 @@ fn number(rng: &mut ChaCha8Rng) -> String {
     }
 }
 
-fn one_box(rng: &mut ChaCha8Rng, out: &mut String) {
+fn write_box(rng: &mut ChaCha8Rng, out: &mut String) {
     let n = if rng.random_bool(0.9) { 4 } else { rng.random_range(0..7) };
     let numbers: Vec<String> = match rng.random_range(0..5) {
-        // One pixel, inverted, whole image.
+        // One pixel, inverted, the whole image.
         0 => ["5", "5", "6", "6"].map(str::to_owned).into(),
         1 => ["90", "90", "1", "1"].map(str::to_owned).into(),
         2 => ["0", "0", "96", "96"].map(str::to_owned).into(),
@@ -108,7 +108,7 @@ fn text(rng: &mut ChaCha8Rng) -> String {
                 [rng.random_range(0..8)]
             .repeat(rng.random_range(1..50_000))
         }
-        1 => (0..rng.random_range(1..3000)).for_each(|_| one_box(rng, &mut out)),
+        1 => (0..rng.random_range(1..3000)).for_each(|_| write_box(rng, &mut out)),
         2 => {
             let bytes: Vec<u8> = (0..rng.random_range(0..5000)).map(|_| rng.random()).collect();
             out = String::from_utf8_lossy(&bytes).into_owned();
@@ -123,7 +123,7 @@ fn text(rng: &mut ChaCha8Rng) -> String {
         _ => {
             for _ in 0..rng.random_range(0..10) {
                 match rng.random_range(0..4) {
-                    0 | 1 => one_box(rng, &mut out),
+                    0 | 1 => write_box(rng, &mut out),
                     2 => out.push_str(WORDS[rng.random_range(0..WORDS.len())]),
                     _ => out.extend(
                         (0..rng.random_range(0..9)).filter_map(|_| char::from_u32(rng.random_range(0..0x11_0000))),
@@ -168,7 +168,8 @@ fn response(rng: &mut ChaCha8Rng, index: usize) -> ResponseInput {
 fn group(rng: &mut ChaCha8Rng) -> GroupInput {
     let boxes: Vec<[f32; 4]> = (0..rng.random_range(0..4))
         .map(|_| {
-            let (x, y) = (rng.random_range(0.0..90.0), rng.random_range(0.0..90.0));
+            let x = rng.random_range(0.0..90.0);
+            let y = rng.random_range(0.0..90.0);
             [x, y, (x + rng.random_range(0.5..96.0_f32)).min(96.0), (y + rng.random_range(0.5..96.0_f32)).min(96.0)]
         })
         .collect();
@@ -183,7 +184,7 @@ fn group(rng: &mut ChaCha8Rng) -> GroupInput {
     GroupInput { record, sizes, boxes: form, responses }
 }
 
-/// A configuration with everything on, its choices drawn; only normalisations that keep the range.
+/// Draws a configuration with all components enabled, and only with normalisations that keep the range.
 fn scoring(rng: &mut ChaCha8Rng) -> Scoring {
     use RelevanceKind::{Bleu, Choice, Exact, Options, RougeL, TokenF1};
     let mut config = Config::default();
@@ -212,18 +213,21 @@ fn scoring(rng: &mut ChaCha8Rng) -> Scoring {
 }
 
 #[test]
-fn whatever_a_text_holds() {
-    let count = variable("UNVEIL_FUZZ", 20_000);
-    let mut rng = ChaCha8Rng::seed_from_u64(variable("UNVEIL_SEED", 7));
+fn arbitrary_text_scores_within_range() {
+    let count = env_number("UNVEIL_FUZZ", 20_000);
+    let mut rng = ChaCha8Rng::seed_from_u64(env_number("UNVEIL_SEED", 7));
     let resources = Resources { symbolic: Some(RuleTable::parse(TABLE).unwrap()), embedder: None };
-    let (mut done, mut slowest, mut scored, mut masked) = (0, Duration::ZERO, 0_u64, 0_u64);
+    let mut done = 0;
+    let mut slowest = Duration::ZERO;
+    let mut scored = 0_u64;
+    let mut masked = 0_u64;
     while done < count {
         let scoring = scoring(&mut rng);
         let group = group(&mut rng);
         let start = Instant::now();
-        let out = finish(&scoring, &group, components(&scoring, &resources, &group));
+        let out = compose_breakdowns(&scoring, &group, compute_components(&scoring, &resources, &group));
         slowest = slowest.max(start.elapsed());
-        assert!(start.elapsed() < LONGEST, "{:?} for {group:?}", start.elapsed());
+        assert!(start.elapsed() < GROUP_TIMEOUT, "{:?} for {group:?}", start.elapsed());
         assert_eq!(out.len(), group.responses.len());
         let literal = scoring.reward.vision_relevance.mode == VisionMode::PaperLiteral;
         let weights: f64 = scoring.reward.components().iter().map(|(_, w, _)| w).sum();
@@ -245,12 +249,12 @@ fn whatever_a_text_holds() {
         }
         done += out.len() as u64;
     }
-    assert!(scored > 4 * done && masked > done / 10, "both happen: {scored} {masked} of {done}");
+    assert!(scored > 4 * done && masked > done / 10, "scored and masked values occur: {scored} {masked} of {done}");
     eprintln!("{done} responses, slowest group {slowest:?}");
 }
 
 #[test]
-fn megabytes() {
+fn megabytes_of_repeated_text_score_in_time() {
     let scoring = scoring(&mut ChaCha8Rng::seed_from_u64(1));
     let resources = Resources { symbolic: Some(RuleTable::parse(TABLE).unwrap()), embedder: None };
     let mut rng = ChaCha8Rng::seed_from_u64(2);
@@ -275,7 +279,7 @@ fn megabytes() {
         input.responses[0].text = unit.repeat((4 << 20) / unit.len());
         input.responses[0].spans.clear();
         let start = Instant::now();
-        finish(&scoring, &input, components(&scoring, &resources, &input));
-        assert!(start.elapsed() < LONGEST, "{unit:?}: {:?}", start.elapsed());
+        compose_breakdowns(&scoring, &input, compute_components(&scoring, &resources, &input));
+        assert!(start.elapsed() < GROUP_TIMEOUT, "{unit:?}: {:?}", start.elapsed());
     }
 }

@@ -1,4 +1,4 @@
-//! When the service says that it is ready, and how it ends: what it holds is finished, and nothing new is sent to it.
+//! Readiness and shutdown of the service: it is ready once its scorers are loaded, and drains its calls when it stops.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -17,11 +17,11 @@ use unveil_testkit::{WebReply, WebServer};
 
 const WAIT: Duration = Duration::from_secs(20);
 
-fn free() -> SocketAddr {
+fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// A service that asks a judge, with a listener for probes.
+/// A running service that calls a judge, with a listener for health checks.
 struct Served {
     address: SocketAddr,
     health: String,
@@ -30,7 +30,8 @@ struct Served {
 }
 
 fn serve(judge: &str, prompt: &Path, drain_s: f64) -> Served {
-    let (address, health) = (free(), free().to_string());
+    let address = free_address();
+    let health = free_address().to_string();
     let mut c = Config::default();
     c.reward.listen = address.to_string();
     c.health.listen.clone_from(&health);
@@ -45,20 +46,20 @@ fn serve(judge: &str, prompt: &Path, drain_s: f64) -> Served {
 }
 
 impl Served {
-    async fn is(&self, service: &str) -> bool {
+    async fn is_serving(&self, service: &str) -> bool {
         check_health(&self.health, service, WAIT).await.unwrap()
     }
 
-    async fn becomes(&self, ready: bool) {
+    async fn wait_ready(&self, ready: bool) {
         let start = Instant::now();
-        while self.is(READY).await != ready {
+        while self.is_serving(READY).await != ready {
             assert!(start.elapsed() < WAIT, "ready should be {ready}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    /// A call that the judge holds up for as long as it may.
-    async fn hold(&self) -> tokio::task::JoinHandle<Result<v1::ScoreResponse, tonic::Status>> {
+    /// Starts a call that the judge delays until its deadline.
+    async fn start_slow_call(&self) -> tokio::task::JoinHandle<Result<v1::ScoreResponse, tonic::Status>> {
         let json = r#"{"id":"a","image_size":[96,96],"category":"nodule","answer":"a nodule","boxes":[[16,16,32,32]]}"#;
         let record: Record = serde_json::from_str(json).unwrap();
         let response = v1::Response { text: "[16,16,32,32] nodule".into(), ..Default::default() };
@@ -71,48 +72,49 @@ impl Served {
     }
 }
 
-fn write(path: &Path) {
+fn write_prompt(path: &Path) {
     std::fs::write(path, "Reply with a score.\n===\n{{ question }} {{ reference }} {{ answer }}").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 3)]
-async fn it_is_alive_at_once_and_ready_when_its_scorers_are_loaded() {
+async fn service_is_alive_first_and_ready_once_scorers_load() {
     let dir = tempfile::tempdir().unwrap();
-    // A pipe: whoever reads the prompt waits until somebody writes it.
+    // A named pipe, so that reading the prompt blocks until it is written.
     let prompt = dir.path().join("prompt");
     assert!(Command::new("mkfifo").arg(&prompt).status().unwrap().success());
     let served = serve("http://127.0.0.1:9/v1", &prompt, 5.0);
     let until = Instant::now() + Duration::from_millis(300);
     while Instant::now() < until {
-        assert!(served.is("").await && !served.is(READY).await, "it waits for its prompt");
+        assert!(served.is_serving("").await && !served.is_serving(READY).await, "it waits for its prompt");
     }
-    assert!(connect(&served.address.to_string(), Duration::from_millis(50)).await.is_err(), "nobody is served yet");
-    tokio::task::spawn_blocking(move || write(&prompt)).await.unwrap();
-    served.becomes(true).await;
+    assert!(connect(&served.address.to_string(), Duration::from_millis(50)).await.is_err(), "no client is served yet");
+    tokio::task::spawn_blocking(move || write_prompt(&prompt)).await.unwrap();
+    served.wait_ready(true).await;
     served.stop.cancel();
-    served.becomes(false).await;
+    served.wait_ready(false).await;
     served.task.await.unwrap().unwrap();
-    // What cannot be loaded never becomes ready.
+    // A service whose scorers cannot be loaded never becomes ready.
     let served = serve("http://127.0.0.1:9/v1", &dir.path().join("none"), 5.0);
     assert!(served.task.await.unwrap().unwrap_err().to_string().contains("none"));
     assert!(!check_health(&served.health, READY, WAIT).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_it_holds_is_finished_within_the_time_for_it_and_no_longer() {
+async fn calls_are_drained_for_the_drain_time_only() {
     let dir = tempfile::tempdir().unwrap();
     let prompt = dir.path().join("prompt");
-    write(&prompt);
+    write_prompt(&prompt);
     let judge = WebServer::start(|_| WebReply::Stall);
     for (drain_s, finished) in [(10.0, true), (0.2, false)] {
         let served = serve(&judge.url(), &prompt, drain_s);
-        served.becomes(true).await;
-        let (call, start) = (served.hold().await, Instant::now());
+        served.wait_ready(true).await;
+        let call = served.start_slow_call().await;
+        let start = Instant::now();
         served.stop.cancel();
-        served.becomes(false).await;
+        served.wait_ready(false).await;
         assert!(start.elapsed() < Duration::from_millis(700) && !call.is_finished(), "not ready while it drains");
         served.task.await.unwrap().unwrap();
-        // What the end of the server does not wait for ends with the process.
+        // Calls that the shutdown does not wait for end with the process.
         match tokio::time::timeout(Duration::from_millis(200), call).await {
             Ok(answer) => {
                 let answer = answer.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! The service over a real connection on port 0: scores, bad requests, deadlines, the port in use, a graceful end.
+//! The service over a real connection on port 0: scores, bad requests, deadlines, a port in use, graceful shutdown.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, MaskReason, 
 use unveil_data::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{response_to_wire, v1};
-use unveil_reward::{COMPONENTS, RewardClient, RewardError, Unscored, out_of_reach, score_request, serve_with};
+use unveil_reward::{COMPONENTS, RewardClient, RewardError, Unscored, score_request, serve_with, unavailable_reason};
 use unveil_service::{CancellationToken, connect};
 
 const WAIT: Duration = Duration::from_secs(10);
 
-async fn start() -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<Result<(), RewardError>>) {
+async fn start_service() -> (SocketAddr, CancellationToken, tokio::task::JoinHandle<Result<(), RewardError>>) {
     let stop = CancellationToken::new();
     let (send, receive) = tokio::sync::oneshot::channel();
     let token = stop.clone();
@@ -48,8 +48,8 @@ fn request() -> v1::ScoreRequest {
 }
 
 #[tokio::test]
-async fn scores_a_group_and_ends_gracefully() {
-    let (address, stop, task) = start().await;
+async fn service_scores_a_group_and_stops_gracefully() {
+    let (address, stop, task) = start_service().await;
     let channel = connect(&format!("http://{address}"), WAIT).await.unwrap();
     let health = HealthClient::new(channel.clone())
         .check(HealthCheckRequest { service: "unveil.v1.Reward".into() })
@@ -69,8 +69,8 @@ async fn scores_a_group_and_ends_gracefully() {
 }
 
 #[tokio::test]
-async fn a_bad_request_names_the_field_and_is_masked_for_the_caller() {
-    let (address, stop, _task) = start().await;
+async fn bad_request_names_the_field_and_masks_components() {
+    let (address, stop, _task) = start_service().await;
     let channel = connect(&address.to_string(), WAIT).await.unwrap();
     let bad = v1::ScoreRequest { image_width: 0, ..request() };
     let status = Generated::new(channel.clone()).score(bad.clone()).await.unwrap_err();
@@ -78,7 +78,7 @@ async fn a_bad_request_names_the_field_and_is_masked_for_the_caller() {
     assert!(status.message().contains("`image_width`"), "{}", status.message());
     let start = Instant::now();
     let b = RewardClient::new(channel).score(bad, WAIT).await;
-    assert!(start.elapsed() < Duration::from_secs(5), "a bad request is not tried again");
+    assert!(start.elapsed() < Duration::from_secs(5), "a bad request is not retried");
     assert!(b.iter().all(|b| b.total.is_none()));
     let Some(MaskReason::Failed(why)) = &b[0].components["localization"].reason else { panic!("{b:?}") };
     assert!(why.contains("image_width"), "{why}");
@@ -86,8 +86,8 @@ async fn a_bad_request_names_the_field_and_is_masked_for_the_caller() {
 }
 
 #[tokio::test]
-async fn a_service_that_does_not_answer_masks_and_never_scores_zero() {
-    // Accepts connections and says nothing.
+async fn unresponsive_service_masks_components() {
+    // Accepts connections and never answers.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let _held = tokio::spawn(async move {
@@ -110,68 +110,72 @@ async fn a_service_that_does_not_answer_masks_and_never_scores_zero() {
     }
 }
 
-/// Whose fault it is that there is no score decides what becomes of the group.
+/// Whether the service or the group causes a missing score decides how the group is handled.
 #[tokio::test]
-async fn a_service_that_is_away_is_told_from_a_group_that_cannot_be_scored() {
+async fn unavailable_service_differs_from_refused_group() {
     let soon = Duration::from_millis(300);
     let serve = async |change: &dyn Fn(&mut Config)| {
-        let (mut config, stop) = (Config::default(), CancellationToken::new());
+        let mut config = Config::default();
+        let stop = CancellationToken::new();
         change(&mut config);
-        let (tell, told) = tokio::sync::oneshot::channel();
+        let (send, receive) = tokio::sync::oneshot::channel();
         let token = stop.clone();
-        tokio::spawn(async move { serve_with(&config, token, |a| tell.send(a).unwrap()).await });
-        (told.await.unwrap().to_string(), stop)
+        tokio::spawn(async move { serve_with(&config, token, |address| send.send(address).unwrap()).await });
+        (receive.await.unwrap().to_string(), stop)
     };
-    let tried = async |address: &str, request: v1::ScoreRequest| {
+    let try_score = async |address: &str, request: v1::ScoreRequest| {
         let channel = connect(address, WAIT).await.unwrap();
         RewardClient::new(channel).try_score(request, soon).await
     };
-    let (fine, _a) = serve(&|_| ()).await;
-    assert_eq!(tried(&fine, request()).await.unwrap().len(), 2);
+    let (open, _a) = serve(&|_| ()).await;
+    assert_eq!(try_score(&open, request()).await.unwrap().len(), 2);
     let bad = v1::ScoreRequest { image_width: 0, ..request() };
-    let Err(Unscored::Refused(why)) = tried(&fine, bad).await else { panic!("it is the group that is bad") };
+    let Err(Unscored::Refused(why)) = try_score(&open, bad).await else { panic!("the group is at fault") };
     assert!(why.contains("image_width"), "{why}");
-    // What is too large for the service is no reason to wait for it.
+    // A request that is too large for the service is refused, and not a reason to wait for it.
     let (small, _b) = serve(&|c| c.reward.service.max_message_mib = 1).await;
     let large = v1::ScoreRequest { record_json: "x".repeat(2 << 20), ..request() };
-    assert!(matches!(tried(&small, large).await, Err(Unscored::Refused(_))));
-    // Without the token that it asks for, with too many calls, and where nobody listens, it is away.
+    assert!(matches!(try_score(&small, large).await, Err(Unscored::Refused(_))));
+    // Without the required token and with too many calls in flight, the service is unavailable.
     let dir = tempfile::tempdir().unwrap();
     let token = dir.path().join("token");
     std::fs::write(&token, "0123456789abcdef0123456789abcdef").unwrap();
     let (closed, _c) = serve(&|c| c.auth.token_file = token.display().to_string()).await;
     let (full, _d) = serve(&|c| c.reward.service.max_in_flight = 0).await;
-    for (address, word) in [(&closed, "Unauthenticated"), (&full, "calls are under way")] {
-        let Err(Unscored::Away(why)) = tried(address, request()).await else { panic!("{word}") };
+    for (address, word) in [(&closed, "Unauthenticated"), (&full, "calls are already in progress")] {
+        let Err(Unscored::Unavailable(why)) = try_score(address, request()).await else { panic!("{word}") };
         assert!(why.contains(word), "{why}");
         let channel = connect(address, WAIT).await.unwrap();
         assert!(RewardClient::new(channel).probe(soon).await.is_err(), "{word}");
     }
-    let channel = connect(&fine, WAIT).await.unwrap();
+    let channel = connect(&open, WAIT).await.unwrap();
     RewardClient::new(channel).probe(WAIT).await.unwrap();
 }
 
 #[test]
-fn a_group_whose_only_component_is_out_of_reach_may_have_a_reward_later() {
+fn unavailable_reason_needs_a_weighted_component() {
     let masked = |name: &str, reason: MaskReason| {
         let components = [(name.to_owned(), Component::masked(reason))].into();
         vec![Breakdown { id: "a".into(), index: 0, total: None, components }]
     };
     let reward = &Config::default().reward;
-    let away = || MaskReason::Unavailable("gone".into());
-    assert_eq!(out_of_reach(&masked("category", away()), reward).as_deref(), Some("`category`: gone"));
+    let unavailable = || MaskReason::Unavailable("no answer".into());
+    assert_eq!(
+        unavailable_reason(&masked("category", unavailable()), reward).as_deref(),
+        Some("`category`: no answer")
+    );
     for other in [MaskReason::Failed("no".into()), MaskReason::NotApplicable, MaskReason::NoAttention] {
-        assert_eq!(out_of_reach(&masked("category", other), reward), None);
+        assert_eq!(unavailable_reason(&masked("category", other), reward), None);
     }
-    assert_eq!(out_of_reach(&masked("nobody_counts_this", away()), reward), None);
-    let mut some = masked("category", away());
-    some[0].total = Some(0.5);
-    assert_eq!(out_of_reach(&some, reward), None, "the other components rewarded it");
+    assert_eq!(unavailable_reason(&masked("without_weight", unavailable()), reward), None);
+    let mut rewarded = masked("category", unavailable());
+    rewarded[0].total = Some(0.5);
+    assert_eq!(unavailable_reason(&rewarded, reward), None, "other components have values");
 }
 
 #[tokio::test]
-async fn a_service_that_comes_back_is_used_again() {
-    let (address, stop, task) = start().await;
+async fn client_reconnects_to_a_restarted_service() {
+    let (address, stop, task) = start_service().await;
     let client = RewardClient::connect(&address.to_string(), WAIT).await.unwrap();
     assert!(client.score(request(), WAIT).await[0].total.is_some());
     stop.cancel();
@@ -190,8 +194,8 @@ async fn a_service_that_comes_back_is_used_again() {
 }
 
 #[tokio::test]
-async fn a_port_in_use_is_named() {
-    let (address, stop, _task) = start().await;
+async fn port_in_use_is_named() {
+    let (address, stop, _task) = start_service().await;
     let mut config = Config::default();
     config.reward.listen = address.to_string();
     let e = serve_with(&config, CancellationToken::new(), |_| ()).await.unwrap_err().to_string();

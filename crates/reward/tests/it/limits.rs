@@ -1,4 +1,4 @@
-//! The service against clients that send too much, too large, too slowly, or without leave; streams; TLS; the metrics page.
+//! The service with clients that send too many, too large, too slow or unauthorised requests; streams; TLS; the metrics page.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -30,7 +30,8 @@ struct Served {
 async fn serve(config: &Config) -> Served {
     let stop = CancellationToken::new();
     let (send, receive) = tokio::sync::oneshot::channel();
-    let (token, config) = (stop.clone(), config.clone());
+    let token = stop.clone();
+    let config = config.clone();
     let task = tokio::spawn(async move { serve_with(&config, token, |address| send.send(address).unwrap()).await });
     Served { address: receive.await.unwrap(), stop, task }
 }
@@ -49,7 +50,7 @@ fn peak_memory_mib() -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
 }
 
-/// A request whose text need not be UTF-8.
+/// A request whose text may be invalid UTF-8.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RawRequest {
     #[prost(bytes = "vec", tag = "1")]
@@ -57,7 +58,7 @@ struct RawRequest {
 }
 
 #[tokio::test]
-async fn what_is_no_text_or_no_message_is_refused() {
+async fn malformed_messages_are_refused() {
     let served = serve(&Config::default()).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
     let nested = format!("{{\"id\":{}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
@@ -73,8 +74,8 @@ async fn what_is_no_text_or_no_message_is_refused() {
     served.stop.cancel();
 }
 
-/// A judge that never answers holds calls in the service.
-fn held(judge: &WebServer) -> Config {
+/// Configures a judge; one that never answers keeps calls in flight.
+fn with_judge(judge: &WebServer) -> Config {
     let mut c = Config::default();
     c.reward.relevance.weight = 1.0;
     c.reward.judge.base_url = judge.url();
@@ -84,9 +85,9 @@ fn held(judge: &WebServer) -> Config {
 }
 
 #[tokio::test]
-async fn too_many_calls_are_refused_at_once_and_those_inside_are_answered() {
+async fn excess_calls_are_refused_immediately() {
     let judge = WebServer::start(|_| WebReply::Stall);
-    let mut c = held(&judge);
+    let mut c = with_judge(&judge);
     c.reward.service.max_in_flight = 3;
     let served = serve(&c).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
@@ -99,7 +100,8 @@ async fn too_many_calls_are_refused_at_once_and_those_inside_are_answered() {
             })
         })
         .collect();
-    let (mut answered, mut refused) = (0, 0);
+    let mut answered = 0;
+    let mut refused = 0;
     for call in calls {
         match call.await.unwrap() {
             (Ok(r), _) => {
@@ -116,12 +118,12 @@ async fn too_many_calls_are_refused_at_once_and_those_inside_are_answered() {
     }
     assert_eq!((answered, refused), (3, 37));
     let health = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
-    assert!(health.is_ok(), "whoever watches is not refused");
+    assert!(health.is_ok(), "health checks are not refused");
     served.stop.cancel();
 }
 
 #[tokio::test]
-async fn too_large_messages_are_refused_and_memory_stays_bounded() {
+async fn too_large_messages_are_refused_in_bounded_memory() {
     let mut c = Config::default();
     (c.reward.service.max_message_mib, c.reward.service.max_in_flight) = (1, 4);
     let served = serve(&c).await;
@@ -135,20 +137,20 @@ async fn too_large_messages_are_refused_and_memory_stays_bounded() {
         let status = client.score(large.clone()).await.unwrap_err();
         assert!(matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted), "{status}");
     }
-    // The sender's own copies are in this process, too: 48 MiB as text, and again as it is encoded.
+    // The copies of the sender are in this process, too: 48 MiB as text, and 48 MiB encoded.
     assert!(peak_memory_mib() < sent.max(before) + 48 * 5, "{before} {sent} {}", peak_memory_mib());
     assert!(client.score(request("b")).await.is_ok());
     served.stop.cancel();
 }
 
-/// A call whose body does not come: HTTP/2 by hand is not needed, a stream of frames that stops is enough.
+/// A stream of frames that stops simulates a call whose body does not arrive.
 #[tokio::test]
-async fn too_slow_callers_are_ended() {
+async fn slow_callers_are_disconnected() {
     let mut c = Config::default();
     c.reward.service.call_s = 0.5;
     let served = serve(&c).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
-    // A stream that sends one group and then nothing.
+    // A stream that sends one group and then stops.
     let messages = futures::stream::iter([request("a")]).chain(futures::stream::pending());
     let mut answers = RewardStreamClient::new(channel.clone()).score_groups(messages).await.unwrap().into_inner();
     assert!(answers.message().await.unwrap().is_some());
@@ -156,7 +158,7 @@ async fn too_slow_callers_are_ended() {
     let status = answers.message().await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     assert!(start.elapsed() < Duration::from_secs(5));
-    // A single call whose message never ends: the service under a unary path reads a body that stops.
+    // A unary call whose message never ends.
     let mut unary = tonic::client::Grpc::new(channel.clone());
     unary.ready().await.unwrap();
     let path = "/unveil.v1.Reward/Score".parse().unwrap();
@@ -166,7 +168,7 @@ async fn too_slow_callers_are_ended() {
     let status = unary.client_streaming(Request::new(never), path, codec).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     assert!(start.elapsed() < Duration::from_secs(5));
-    // A connection that never speaks costs nothing and stops nobody.
+    // A silent connection does not block other clients.
     let mut silent = tokio::net::TcpStream::connect(served.address).await.unwrap();
     silent.write_all(b"PRI").await.unwrap();
     assert!(Generated::new(channel).score(request("b")).await.is_ok());
@@ -175,7 +177,7 @@ async fn too_slow_callers_are_ended() {
 }
 
 #[tokio::test]
-async fn streams_answer_in_order_and_end_with_the_first_bad_request() {
+async fn streams_answer_in_order_until_a_bad_request() {
     let served = serve(&Config::default()).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
     let mut client = RewardStreamClient::new(channel);
@@ -195,7 +197,7 @@ async fn streams_answer_in_order_and_end_with_the_first_bad_request() {
     let status = loop {
         match answers.message().await {
             Ok(Some(_)) => good += 1,
-            Ok(None) => panic!("the stream ended without its fault"),
+            Ok(None) => panic!("the stream ended without an error"),
             Err(status) => break status,
         }
     };
@@ -205,15 +207,15 @@ async fn streams_answer_in_order_and_end_with_the_first_bad_request() {
 }
 
 #[tokio::test]
-async fn a_stream_holds_back_a_sender_and_keeps_its_place() {
+async fn streams_limit_the_sender_and_hold_their_slot() {
     let judge = WebServer::start(|_| WebReply::Stall);
-    let mut c = held(&judge);
+    let mut c = with_judge(&judge);
     c.reward.service.max_in_flight = 1;
     c.reward.judge.deadline_s = 0.5;
     let served = serve(&c).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
-    let taken = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let counter = std::sync::Arc::clone(&taken);
+    let pulled = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = std::sync::Arc::clone(&pulled);
     let endless = futures::stream::iter(0..).map(move |i: u64| {
         counter.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         let mut r = request(&i.to_string());
@@ -224,24 +226,24 @@ async fn a_stream_holds_back_a_sender_and_keeps_its_place() {
     let messages = endless.take_until(enough.clone().cancelled_owned());
     let answers = RewardStreamClient::new(channel.clone()).score_groups(messages).await.unwrap().into_inner();
     tokio::time::sleep(Duration::from_millis(700)).await;
-    let sent = taken.load(std::sync::atomic::Ordering::SeqCst);
-    assert!(sent < 80, "{sent} MiB were taken while eight groups are open");
+    let sent = pulled.load(std::sync::atomic::Ordering::SeqCst);
+    assert!(sent < 80, "{sent} MiB were sent while eight groups are open");
     let status = Generated::new(channel.clone()).score(request("b")).await.unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted, "the stream has the only place");
+    assert_eq!(status.code(), Code::ResourceExhausted, "the stream holds the only slot");
     enough.cancel();
     drop(answers);
     let start = Instant::now();
     while Generated::new(channel.clone()).score(request("c")).await.is_err() {
-        assert!(start.elapsed() < WAIT, "the place comes back");
+        assert!(start.elapsed() < WAIT, "the slot is released");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     served.stop.cancel();
 }
 
 #[tokio::test]
-async fn running_calls_finish_when_it_is_told_to_stop() {
-    let judge = WebServer::start(|_| WebReply::after(Duration::from_millis(600), 500, "late"));
-    let served = serve(&held(&judge)).await;
+async fn running_calls_finish_on_shutdown() {
+    let judge = WebServer::start(|_| WebReply::delayed(Duration::from_millis(600), 500, "late"));
+    let served = serve(&with_judge(&judge)).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
     let mut client = Generated::new(channel);
     let call = tokio::spawn(async move { client.score(request("a")).await });
@@ -252,7 +254,7 @@ async fn running_calls_finish_when_it_is_told_to_stop() {
 }
 
 #[tokio::test]
-async fn a_token_is_needed_where_one_is_set() {
+async fn configured_token_is_required() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("token");
     std::fs::write(&file, "s3cret-of-this-run\n").unwrap();
@@ -278,15 +280,16 @@ async fn a_token_is_needed_where_one_is_set() {
 }
 
 #[tokio::test]
-async fn tls_with_and_without_certificates_of_callers() {
+async fn tls_with_and_without_client_certificates() {
     let dir = tempfile::tempdir().unwrap();
-    let make = |name: &str| {
+    let issue_all = |name: &str| {
         let options = IssueOptions { hosts: vec![], days: 1, existing: Existing::Refuse };
         let dir = dir.path().join(name);
         issue(&dir, &options).unwrap();
         dir.display().to_string()
     };
-    let (ours, theirs) = (make("ours"), make("theirs"));
+    let ours = issue_all("ours");
+    let theirs = issue_all("theirs");
     let mut c = Config::default();
     c.tls.dir = ours.clone();
     let with = |change: &dyn Fn(&mut Config)| {
@@ -311,7 +314,7 @@ async fn tls_with_and_without_certificates_of_callers() {
     score(&format!("http://{}", served.address), &c).await.unwrap_err();
     served.stop.cancel();
 
-    // A certificate of the authority is not enough: its name must be that of a role that may call.
+    // A certificate of the authority is not enough: its name must belong to a role that may call.
     let served = serve(&with(&|c| drop(c.tls.names.insert("rollout".into(), vec!["somebody".into()])))).await;
     let e = score(&format!("https://localhost:{}", served.address.port()), &c).await.unwrap_err();
     assert!(e.contains("may call the reward service"), "{e}");
@@ -322,18 +325,18 @@ async fn tls_with_and_without_certificates_of_callers() {
     let https = format!("https://localhost:{}", served.address.port());
     score(&https, &open).await.unwrap();
     score(&https, &with(&|c| (c.tls.mutual, c.tls.dir) = (false, theirs.clone()))).await.unwrap_err();
-    // The same service as a user's scorer: it is known by an authority of its own key.
-    for (ca, known) in [(format!("{ours}/client/ca.crt"), true), (String::new(), false)] {
+    // The same service as a custom scorer, verified by its configured certificate authority.
+    for (ca, trusted) in [(format!("{ours}/client/ca.crt"), true), (String::new(), false)] {
         let mut c = Config::default();
         let address = https.replacen("https", "grpcs", 1);
         let custom =
             serde_json::json!({"name": "there", "address": address, "deadline_s": 2.0, "range": [0.0, 2.0], "ca": ca});
         c.reward.custom.push(serde_json::from_value(custom).unwrap());
-        let here = serve(&c).await;
-        let client = RewardClient::connect(&here.address.to_string(), WAIT).await.unwrap();
+        let local = serve(&c).await;
+        let client = RewardClient::connect(&local.address.to_string(), WAIT).await.unwrap();
         let b = client.score(request("a"), WAIT).await;
-        assert_eq!(b[0].components["there"].value.is_some(), known, "{b:?}");
-        here.stop.cancel();
+        assert_eq!(b[0].components["there"].value.is_some(), trusted, "{b:?}");
+        local.stop.cancel();
     }
     served.stop.cancel();
 
@@ -343,7 +346,7 @@ async fn tls_with_and_without_certificates_of_callers() {
 }
 
 #[tokio::test]
-async fn a_users_scorer_is_another_reward_service() {
+async fn custom_scorer_can_be_another_reward_service() {
     let mut other = Config::default();
     other.reward.custom.clear();
     let served = serve(&other).await;
@@ -352,19 +355,19 @@ async fn a_users_scorer_is_another_reward_service() {
         let custom = serde_json::json!({"name": name, "address": format!("grpc://{address}"), "deadline_s": 2.0, "range": [0.0, 2.0]});
         c.reward.custom.push(serde_json::from_value(custom).unwrap());
     }
-    let here = serve(&c).await;
-    let client = RewardClient::connect(&here.address.to_string(), WAIT).await.unwrap();
+    let local = serve(&c).await;
+    let client = RewardClient::connect(&local.address.to_string(), WAIT).await.unwrap();
     let b = &client.score(request("a"), WAIT).await[0];
-    // The other service knows no component of that name, so its total counts: all but vision relevance is perfect.
+    // The other service has no component of that name, so its total counts; all components but vision relevance are perfect.
     assert!((b.components["format_there"].value.unwrap() - 1.8).abs() < 1e-9, "{b:?}");
     assert!(b.components["format_there"].version.contains("unveil-reward"));
     assert!(b.components["nobody"].masked && b.total.is_some());
     served.stop.cancel();
-    here.stop.cancel();
+    local.stop.cancel();
 }
 
 #[tokio::test]
-async fn the_metrics_page_tells_what_happened() {
+async fn metrics_page_counts_scores_and_masks() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut c = Config::default();
     c.reward.service.metrics_listen = free.to_string();
@@ -382,8 +385,8 @@ async fn the_metrics_page_tells_what_happened() {
         ("unveil_reward_group_seconds_count", 5.0),
         ("unveil_reward_calls{state=\"refused\"}", 0.0),
     ] {
-        assert_eq!(page.of(series), value, "{series}");
+        assert_eq!(page.expect_value(series), value, "{series}");
     }
-    page.is_listed("reward");
+    page.assert_documented("reward");
     served.stop.cancel();
 }

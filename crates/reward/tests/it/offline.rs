@@ -1,4 +1,4 @@
-//! `reward score` over files: order, groups, attention, and every way in which a line can be wrong.
+//! `reward score` over files: order, groups, attention, and every kind of invalid line.
 
 use std::path::PathBuf;
 
@@ -35,7 +35,7 @@ fn line(id: &str, index: usize, response: &str) -> Value {
 }
 
 #[test]
-fn one_line_per_response_in_the_order_of_the_file() {
+fn responses_are_scored_in_file_order() {
     let s = Sandbox::new();
     let out = s
         .score(&[line("a", 0, "[16,16,32,32] nodule"), line("b", 0, "no finding"), line("a", 1, "no finding")])
@@ -51,12 +51,12 @@ fn one_line_per_response_in_the_order_of_the_file() {
 }
 
 #[test]
-fn an_image_outside_the_folder_is_read_only_where_the_configuration_allows_it() {
+fn images_outside_the_folder_need_permission() {
     let s = Sandbox::new();
     let set = s.dir.path().join("set");
     std::fs::create_dir(&set).unwrap();
     let png = s.dir.path().join("out.png");
-    std::fs::write(&png, unveil_data::store::Image::new(96, 96).to_png().unwrap()).unwrap();
+    std::fs::write(&png, unveil_data::image_store::Image::new(96, 96).to_png().unwrap()).unwrap();
     std::os::unix::fs::symlink(&png, set.join("link.png")).unwrap();
     let file = set.join("r.jsonl");
     for (image, why) in [("../out.png", "\"..\""), (png.to_str().unwrap(), "absolute"), ("link.png", "link")] {
@@ -76,7 +76,7 @@ fn an_image_outside_the_folder_is_read_only_where_the_configuration_allows_it() 
 }
 
 #[test]
-fn attention_with_spans() {
+fn attention_is_scored_with_spans() {
     let s = Sandbox::new();
     let mut l = line("a", 0, "[16,16,32,32] nodule");
     let mut row = vec![0.0; 36];
@@ -88,9 +88,9 @@ fn attention_with_spans() {
 }
 
 #[test]
-fn image_size_comes_from_the_image_when_the_record_has_none() {
+fn image_size_falls_back_to_the_image() {
     let s = Sandbox::new();
-    let png = unveil_data::store::Image::new(96, 96).to_png().unwrap();
+    let png = unveil_data::image_store::Image::new(96, 96).to_png().unwrap();
     std::fs::write(s.dir.path().join("x.png"), png).unwrap();
     let mut l = line("a", 0, "[8,8,16,16] nodule");
     l.as_object_mut().unwrap().remove("image_size");
@@ -104,7 +104,7 @@ fn image_size_comes_from_the_image_when_the_record_has_none() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_line() {
+fn invalid_lines_are_named() {
     let s = Sandbox::new();
     let good = line("a", 0, "x");
     let with = |key: &str, value: Value| {
@@ -146,12 +146,12 @@ fn what_is_wrong_is_said_with_its_line() {
 }
 
 #[test]
-fn a_missing_file_is_named() {
+fn missing_file_is_named() {
     let e = run_score(&Config::default(), &PathBuf::from("/no/such/r.jsonl"), &mut Vec::new()).unwrap_err();
     assert!(e.to_string().contains("/no/such/r.jsonl"));
 }
 
-/// A model directory without weights: tokenizer and processor are all that scoring reads.
+/// Uses a model directory without weights: scoring reads the tokenizer and the processor only.
 #[test]
 fn tokens_and_mentions_through_a_tokenizer() {
     let s = Sandbox::new();
@@ -162,10 +162,10 @@ fn tokens_and_mentions_through_a_tokenizer() {
     let text = "[16,16,32,32] nodule";
     let tokens = tokenizer.encode(&format!("{text}<|im_end|>")).unwrap();
     let spans = unveil_reward::byte_spans(text, &tokenizer.decode_offsets(&tokens).spans);
-    let mention = unveil_reward::mention::tokens_of(&(14..20), &spans);
+    let mention = unveil_reward::mention::overlapping_tokens(&(14..20), &spans);
     assert!(!mention.is_empty());
     let row = |cell: usize| (0..36).map(|j| f64::from(u8::from(j == cell))).collect::<Vec<_>>();
-    // Only the tokens of the mention look at the lesion.
+    // Only the tokens of the mention attend to the lesion.
     let rows: Vec<_> = (0..tokens.len()).map(|t| row(if mention.contains(&t) { 7 } else { 0 })).collect();
     let attention = json!({"grid": [6, 6], "tokens": (0..tokens.len()).collect::<Vec<_>>(), "rows": rows});
     let mut by_tokens = line("a", 0, "");
@@ -189,14 +189,14 @@ fn tokens_and_mentions_through_a_tokenizer() {
     assert!(e.contains("/no/such/model"), "{e}");
 }
 
-/// The form is that of the configuration, else of the model directory's family, else of the configured family.
+/// The box form is the configured one, else the form of the model directory's family, else of the configured family.
 #[test]
-fn boxes_are_read_in_the_form_that_is_configured_or_the_familys() {
+fn box_form_is_configured_or_the_familys() {
     use unveil_core::BoxForm;
-    use unveil_data::prepare::Family;
+    use unveil_data::preprocessor::Family;
     use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
     let s = Sandbox::new();
-    let place = |config: &Config, text: &str| {
+    let localization = |config: &Config, text: &str| {
         let mut out = Vec::new();
         run_score(config, &s.file(&[line("a", 0, text)]), &mut out).unwrap();
         let v: Value = serde_json::from_slice(&out).unwrap();
@@ -212,20 +212,20 @@ fn boxes_are_read_in_the_form_that_is_configured_or_the_familys() {
     for form in BoxForm::ALL {
         config.model.boxes = Some(form);
         for other in BoxForm::ALL {
-            assert_eq!(place(&config, right(other)) > 0.98, form == other, "{form} {other}");
+            assert_eq!(localization(&config, right(other)) > 0.98, form == other, "{form} {other}");
         }
     }
     config.model.boxes = None;
     for family in Family::ALL {
         config.model.family = family.name().into();
         config.model.dir = String::new();
-        assert!(place(&config, right(family.box_form())) > 0.98, "{}", family.name());
+        assert!(localization(&config, right(family.box_form())) > 0.98, "{}", family.name());
         let dir = s.dir.path().join(family.name());
         std::fs::create_dir(&dir).unwrap();
         write_tiny(&dir, &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
         config.model.dir = dir.display().to_string();
         config.model.family = "another".into();
-        assert!(place(&config, right(family.box_form())) > 0.98, "{}", family.name());
+        assert!(localization(&config, right(family.box_form())) > 0.98, "{}", family.name());
     }
     config.model.boxes = Some(BoxForm::Qwen2Vl);
     let e = run_score(&config, &s.file(&[line("a", 0, "x")]), &mut Vec::new()).unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! Scorers against torchvision, scipy, rouge-score, sacrebleu, difflib and transformers on random cases (golden.py). `UNVEIL_SEED`
-//! makes other cases.
+//! Compares scorers with torchvision, scipy, rouge-score, sacrebleu, difflib and transformers on random cases (golden.py).
+//! `UNVEIL_SEED` is the seed of the cases.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -10,11 +10,13 @@ use unveil_core::{BBox, BoxForm};
 use unveil_data::codec::Sizes;
 use unveil_reward::assignment::max_assignment;
 use unveil_reward::embed::{Embedder, similarity};
-use unveil_reward::localization::{Claim, Rule, Truth, any, localization, localize};
+use unveil_reward::localization::{
+    OverlapRule, PredictedBoxes, TrueBoxes, any_label, score_localization, score_localization_by_iou,
+};
 use unveil_reward::text::{bleu::bleu, difflib, overlap};
 use unveil_reward::{GroupInput, ResponseInput, Scoring, score_group};
 
-/// A small linear congruential generator: repeatable numbers in [0, 1).
+/// A small linear congruential generator of reproducible numbers in [0, 1).
 struct Numbers(u64);
 
 impl Numbers {
@@ -32,16 +34,17 @@ impl Numbers {
         (self.next() * n as f64) as usize
     }
 
-    /// Coordinates that f32 holds exactly, so that both sides read the same numbers.
+    /// Draws boxes whose coordinates are exact in f32, so that both sides read the same numbers.
     fn boxes(&mut self, n: usize) -> Vec<[f64; 4]> {
-        let mut one = || {
-            let (x, y) = (self.next() * 150.0, self.next() * 90.0);
+        let mut draw = || {
+            let x = self.next() * 150.0;
+            let y = self.next() * 90.0;
             [x, y, x + 1.0 + self.next() * 49.0, y + 1.0 + self.next() * 29.0].map(|v| f64::from(v as f32))
         };
-        (0..n).map(|_| one()).collect()
+        (0..n).map(|_| draw()).collect()
     }
 
-    /// A text of words, numbers, punctuation and other letters; sometimes long, sometimes of a single character again and again.
+    /// Draws a text of words, numbers, punctuation and other scripts.
     fn text(&mut self) -> String {
         const PIECES: [&str; 28] = [
             "nodule",
@@ -83,7 +86,7 @@ impl Numbers {
     }
 }
 
-/// Asks golden.py; the absence of its interpreter is a failure, not a skip.
+/// Runs golden.py; a missing interpreter is a failure, not a skip.
 fn golden(request: &Value) -> Value {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden.py");
     let mut child = Command::new(unveil_testkit::python())
@@ -107,11 +110,12 @@ fn number(v: &Value) -> f64 {
 }
 
 #[test]
-fn overlaps_soft_f1_and_assignment() {
+fn overlaps_soft_f1_and_assignment_match_references() {
     let mut rng = Numbers::new(1);
     let cases: Vec<[Vec<[f64; 4]>; 2]> = (0..1500)
         .map(|_| {
-            let (p, t) = (1 + rng.below(12), 1 + rng.below(8));
+            let p = 1 + rng.below(12);
+            let t = 1 + rng.below(8);
             let mut predicted = rng.boxes(p);
             let truth = rng.boxes(t);
             if rng.below(4) == 0 {
@@ -122,8 +126,9 @@ fn overlaps_soft_f1_and_assignment() {
         .collect();
     let matrices: Vec<Vec<Vec<f64>>> = (0..1500)
         .map(|_| {
-            let (rows, columns) = (1 + rng.below(20), 1 + rng.below(20));
-            // Rounded, so that ties are common.
+            let rows = 1 + rng.below(20);
+            let columns = 1 + rng.below(20);
+            // Rounded to make ties common.
             (0..rows).map(|_| (0..columns).map(|_| (rng.next() * 10.0).round() / 10.0).collect()).collect()
         })
         .collect();
@@ -132,7 +137,8 @@ fn overlaps_soft_f1_and_assignment() {
     let mut compared = 0;
     for (i, [predicted, truth]) in cases.iter().enumerate() {
         let list = |b: &[[f64; 4]]| b.iter().map(|b| BBox::from(b.map(|v| v as f32))).collect::<Vec<_>>();
-        let (p, t) = (list(predicted), list(truth));
+        let p = list(predicted);
+        let t = list(truth);
         for (a, box_a) in p.iter().enumerate() {
             for (b, box_b) in t.iter().enumerate() {
                 let ours = [box_a.iou(box_b), box_a.giou(box_b), box_a.ciou(box_b)];
@@ -144,13 +150,13 @@ fn overlaps_soft_f1_and_assignment() {
             }
         }
         for (at, overlap) in [Overlap::Iou, Overlap::Giou, Overlap::Ciou].into_iter().enumerate() {
-            let claim = Claim { boxes: &p, says_none: false };
-            let truth = Truth { boxes: &t, image: [200, 120] };
-            let ours = localize(claim, truth, Rule { overlap, threshold: 0.0 }, any);
+            let predicted = PredictedBoxes { boxes: &p, says_no_finding: false };
+            let truth = TrueBoxes { boxes: &t, image: [200, 120] };
+            let ours = score_localization(predicted, truth, OverlapRule { overlap, threshold: 0.0 }, any_label);
             let expected = number(&golden["soft_f1"][i][at]);
             assert!((ours.value.unwrap() - expected).abs() < 1e-9, "case {i}: {ours:?} {expected}");
         }
-        assert_eq!(localization(&p, false, &t, [200, 120]).lesions.len(), t.len());
+        assert_eq!(score_localization_by_iou(&p, false, &t, [200, 120]).lesions.len(), t.len());
     }
     assert!(compared > 50_000);
     for (i, m) in matrices.iter().enumerate() {
@@ -162,24 +168,27 @@ fn overlaps_soft_f1_and_assignment() {
     }
 }
 
-/// Answers in JSON with a label per box, scored whole, against scipy's assignment with the costs of labels that differ masked.
+/// Compares the scores of JSON answers with labelled boxes with scipy's assignment, where pairs with different labels are masked.
 #[test]
-fn boxes_are_matched_under_their_labels() {
+fn labelled_boxes_match_reference() {
     const LABELS: [&str; 4] = ["cyst", "Mass", "stone", ""];
     let mut rng = Numbers::new(4);
-    let (mut sent, mut groups) = (Vec::new(), Vec::new());
+    let mut sent = Vec::new();
+    let mut groups = Vec::new();
     for _ in 0..600 {
-        let (n, m) = (1 + rng.below(9), 1 + rng.below(7));
+        let n = 1 + rng.below(9);
+        let m = 1 + rng.below(7);
         let truth = rng.boxes(m);
         let mut predicted = rng.boxes(n);
-        // Most answers lie on lesions, some on the same one under several labels.
+        // Most boxes are on lesions, some on the same one under several labels.
         for p in &mut predicted {
             if rng.below(3) > 0 {
                 *p = truth[rng.below(m)].map(|v| f64::from((v + rng.next()) as f32));
             }
         }
-        let mut some = |n: usize, of: usize| -> Vec<&str> { (0..n).map(|_| LABELS[rng.below(of)]).collect() };
-        let (said, real) = (some(n, 4), some(m, 3));
+        let mut draw = |n: usize, choices: usize| -> Vec<&str> { (0..n).map(|_| LABELS[rng.below(choices)]).collect() };
+        let said = draw(n, 4);
+        let real = draw(m, 3);
         let real = if rng.below(5) == 0 { Vec::new() } else { real };
         let items: Vec<Value> = predicted.iter().zip(&said).map(|(b, l)| json!({"bbox_2d": b, "label": l})).collect();
         let record = json!({"id": "a", "image_size": [400, 400], "category": "cyst", "boxes": truth, "labels": real});
@@ -192,7 +201,8 @@ fn boxes_are_matched_under_their_labels() {
         });
     }
     let golden = golden(&json!({"what": "labels", "cases": sent}));
-    let (mut s, mut differs) = (Scoring::default(), 0);
+    let mut s = Scoring::default();
+    let mut differs = 0;
     for (at, overlap) in [Overlap::Iou, Overlap::Giou, Overlap::Ciou].into_iter().enumerate() {
         s.reward.localization.overlap = overlap;
         for (i, group) in groups.iter().enumerate() {
@@ -200,7 +210,9 @@ fn boxes_are_matched_under_their_labels() {
                 s.reward.localization.label_aware = aware;
                 score_group(&s, group)[0].components["localization"].value.unwrap()
             };
-            let (ours, without, expected) = (score(true), score(false), number(&golden["soft_f1"][i][at]));
+            let ours = score(true);
+            let without = score(false);
+            let expected = number(&golden["soft_f1"][i][at]);
             assert!((ours - expected).abs() < 1e-6, "case {i} {overlap:?}: {ours} {expected}\n{}", sent[i]);
             differs += usize::from((ours - without).abs() > 0.01);
         }
@@ -209,12 +221,12 @@ fn boxes_are_matched_under_their_labels() {
 }
 
 #[test]
-fn text_measures() {
+fn text_measures_match_references() {
     let mut rng = Numbers::new(2);
     let mut pairs: Vec<[String; 2]> = (0..2500)
         .map(|_| {
             let reference = rng.text();
-            // Often a changed copy, so that something agrees.
+            // Often a changed copy of the reference, so that the texts overlap.
             let answer = match rng.below(3) {
                 0 => rng.text(),
                 1 => format!("{}{reference}", rng.text()),
@@ -241,7 +253,7 @@ fn text_measures() {
 }
 
 #[test]
-fn sentence_embeddings() {
+fn sentence_embeddings_match_transformers() {
     let dir = tempfile::tempdir().unwrap();
     let mut rng = Numbers::new(3);
     let mut texts: Vec<String> = (0..60).map(|_| rng.text()).collect();

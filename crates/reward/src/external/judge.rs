@@ -1,4 +1,4 @@
-//! Relevance by an external language model: each answer once, all of a group at the same time, under one deadline.
+//! Relevance by an external language model: each distinct answer is judged once, all of a group concurrently, under one deadline.
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -11,12 +11,12 @@ use unveil_config::schema;
 use unveil_core::{Component, MaskReason, Record, Secret};
 use unveil_service::chat::{ChatClient, ChatMessage, ChatOptions, ChatRequest, ChatRole, ChatSpent};
 
-use super::prompt::{Messages, Prompt, read_score};
+use super::prompt::{Messages, Prompt, parse_score};
 use crate::RewardError;
 
 type Key = blake3::Hash;
 
-/// A judge: endpoint, prompt, and what it said before.
+/// A judge: endpoint, prompt, and cache of its scores.
 #[derive(Debug)]
 pub struct Judge {
     client: ChatClient,
@@ -30,10 +30,11 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// A judge as configured, with the key that `judge.key_env` names.
+    /// Creates the configured judge, with the key that `judge.key_env` names.
     ///
     /// # Errors
-    /// The prompt cannot be read or used, or the endpoint's settings cannot work.
+    /// Returns [`RewardError::Io`] if the prompt file cannot be read, and [`RewardError::Named`] if the prompt or the settings of the
+    /// endpoint are invalid.
     pub fn new(config: &schema::Judge, key: Option<Secret>) -> Result<Self, RewardError> {
         let named = |what: String, why: String| RewardError::Named { what, why };
         let template = if config.prompt.is_empty() {
@@ -72,28 +73,28 @@ impl Judge {
         })
     }
 
-    /// Model and prompt, by name and content.
+    /// Returns the version of the judge: model name and hash of the prompt.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// What was spent at the endpoint so far.
+    /// Returns the requests and tokens spent at the endpoint so far.
     pub fn spent(&self) -> ChatSpent {
         self.client.spent()
     }
 
-    /// One component per answer, in order, in `[0, 1]`; none = there is no answer to look at, which scores 0. Masked where the judge
-    /// did not say in time, failed, or said something that is no score. Equal answers are asked about once, and what was said
-    /// before is remembered by content. Never takes longer than the configured deadline.
+    /// Returns one component per answer, in order, in `[0, 1]`; `None`, a response without an answer, scores 0. Masked if the judge was
+    /// late, failed, or replied without a score. Equal answers are judged once, and scores are cached by content. Never takes longer
+    /// than the configured deadline.
     pub async fn score(&self, record: &Record, answers: &[Option<String>]) -> Vec<Component> {
-        let mut open: Vec<&str> = answers.iter().flatten().map(String::as_str).collect();
-        open.sort_unstable();
-        open.dedup();
-        let calls = open.iter().map(|answer| self.ask(record, answer));
-        let said = futures::future::join_all(calls).await;
-        let asked: HashMap<&str, Result<f64, MaskReason>> = open.into_iter().zip(said).collect();
-        let component = |answer: &Option<String>| match answer.as_deref().map(|a| asked.get(a)) {
-            None => Component::value(0.0).with("no_span", 1.0),
+        let mut distinct: Vec<&str> = answers.iter().flatten().map(String::as_str).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let calls = distinct.iter().map(|answer| self.score_answer(record, answer));
+        let results = futures::future::join_all(calls).await;
+        let scores: HashMap<&str, Result<f64, MaskReason>> = distinct.into_iter().zip(results).collect();
+        let component = |answer: &Option<String>| match answer.as_deref().map(|a| scores.get(a)) {
+            None => Component::value(0.0).with_detail("no_span", 1.0),
             Some(Some(Ok(value))) => Component::value(*value),
             Some(Some(Err(why))) => Component::masked(why.clone()),
             Some(None) => Component::masked(MaskReason::Failed("was not asked".to_owned())),
@@ -101,32 +102,33 @@ impl Judge {
         answers.iter().map(component).collect()
     }
 
-    async fn ask(&self, record: &Record, answer: &str) -> Result<f64, MaskReason> {
+    async fn score_answer(&self, record: &Record, answer: &str) -> Result<f64, MaskReason> {
         let messages = self.prompt.fill(record, answer, self.scale).map_err(MaskReason::Failed)?;
-        let key = self.key(&messages);
-        if let Some(known) = self.cache.as_ref().and_then(|c| lock(c).get(&key).copied()) {
-            return Ok(known);
+        let key = self.cache_key(&messages);
+        if let Some(cached) = self.cache.as_ref().and_then(|c| lock(c).get(&key).copied()) {
+            return Ok(cached);
         }
         let mut list = Vec::new();
         if !messages.system.is_empty() {
             list.push(ChatMessage::text(ChatRole::System, messages.system));
         }
         list.push(ChatMessage::text(ChatRole::User, messages.user));
-        let (max_tokens, temperature) = (self.max_tokens, self.temperature);
+        let max_tokens = self.max_tokens;
+        let temperature = self.temperature;
         let request = ChatRequest { messages: list, max_tokens, temperature, seed: None, json: true };
         let reply = self.client.chat(&request, self.deadline).await.map_err(|e| {
             let why = format!("the judge: {e}");
-            if e.is_away() { MaskReason::Unavailable(why) } else { MaskReason::Failed(why) }
+            if e.is_unavailable() { MaskReason::Unavailable(why) } else { MaskReason::Failed(why) }
         })?;
-        let value = read_score(&reply.text, self.scale).map_err(MaskReason::Failed)?;
+        let value = parse_score(&reply.text, self.scale).map_err(MaskReason::Failed)?;
         if let Some(cache) = &self.cache {
             lock(cache).put(key, value);
         }
         Ok(value)
     }
 
-    /// Everything that the score follows from, apart from the endpoint.
-    fn key(&self, messages: &Messages) -> Key {
+    /// Hashes everything that determines a score, except the endpoint.
+    fn cache_key(&self, messages: &Messages) -> Key {
         let mut hash = blake3::Hasher::new();
         for part in [self.client.model(), &messages.system, &messages.user] {
             hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());

@@ -1,22 +1,22 @@
-//! Format and category: is the answer in the form that was asked for, and does it name the right class.
+//! The components `format` (the answer is in the requested form) and `category` (it names the right class).
 
 use unveil_core::{BBox, BoxFault, Component, KnownClass, MaskReason};
 use unveil_data::codec::GroundedAnswer;
 
-/// 1 when the answer reads without a fault and every box is finite, not inverted and has area; else 0. Range `{0, 1}`.
+/// Returns 1 if the answer is read without a fault and every box is finite, not inverted and has area, else 0. Range `{0, 1}`.
 ///
-/// A box outside the image is localization's matter. Detail: `boxes`, `faulty`.
-pub fn format(answer: &GroundedAnswer) -> Component {
+/// A box outside the image is left to localization. Detail: `boxes`, `faulty`.
+pub fn score_format(answer: &GroundedAnswer) -> Component {
     let faulty = |b: &&BBox| b.fault(f32::INFINITY, f32::INFINITY).is_some_and(|f| f != BoxFault::Outside);
     let faulty = answer.boxes.iter().filter(faulty).count();
     Component::value(f64::from(u8::from(answer.fault.is_none() && faulty == 0)))
-        .with("boxes", answer.boxes.len() as f64)
-        .with("faulty", faulty as f64)
+        .with_detail("boxes", answer.boxes.len() as f64)
+        .with_detail("faulty", faulty as f64)
 }
 
-/// 1 when the right class is named, as [`KnownClass`] compares it, or, where nothing is to be found, the text says so. Range `{0, 1}`;
-/// masked when a finding is expected but the record names no class.
-pub fn category(answer: &GroundedAnswer, class: &KnownClass, finding_expected: bool) -> Component {
+/// Returns 1 if the answer names the right class, as compared by [`KnownClass`], or reports no finding where none is expected, else 0.
+/// Range `{0, 1}`; masked if a finding is expected but the record has no class.
+pub fn score_category(answer: &GroundedAnswer, class: &KnownClass, finding_expected: bool) -> Component {
     if !finding_expected {
         return Component::value(f64::from(u8::from(answer.no_finding)));
     }
@@ -30,21 +30,21 @@ pub fn category(answer: &GroundedAnswer, class: &KnownClass, finding_expected: b
 #[cfg(test)]
 mod tests {
     use super::*;
-    use unveil_core::{ClassMatch, Reading};
+    use unveil_core::{AnswerReader, ClassMatch};
     use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
 
     fn read(text: &str) -> GroundedAnswer {
-        read_answer(&AbsoluteResized, &Reading::default(), text, &Sizes { original: (9, 9), resized: (9, 9) })
+        read_answer(&AbsoluteResized, &AnswerReader::default(), text, &Sizes { original: (9, 9), resized: (9, 9) })
     }
 
-    fn form_of(text: &str) -> f64 {
-        format(&read(text)).value.unwrap()
+    fn format_of(text: &str) -> f64 {
+        score_format(&read(text)).value.unwrap()
     }
 
     #[test]
-    fn forms() {
-        assert_eq!(form_of("[1,2,3,4] nodule"), 1.0);
-        assert_eq!(form_of("no finding"), 1.0);
+    fn format_of_good_and_bad_answers() {
+        assert_eq!(format_of("[1,2,3,4] nodule"), 1.0);
+        assert_eq!(format_of("no finding"), 1.0);
         for bad in [
             "",
             "nodule",
@@ -55,14 +55,14 @@ mod tests {
             "x [1,2,3,4] y",
             r#"[{"bbox_2d":[1,2,3,4],"label":"nodule"}]"#,
         ] {
-            assert_eq!(form_of(bad), 0.0, "{bad}");
+            assert_eq!(format_of(bad), 0.0, "{bad}");
         }
     }
 
     #[test]
-    fn categories() {
+    fn category_of_named_and_missing_classes() {
         let class = KnownClass::new(&["Nodule", "lung nodule"], &[], ClassMatch::Equal);
-        let c = |t: &str, expected| category(&read(t), &class, expected).value.unwrap();
+        let c = |t: &str, expected| score_category(&read(t), &class, expected).value.unwrap();
         assert_eq!(c("[1,2,3,4] nodule", true), 1.0);
         assert_eq!(c("[1,2,3,4] Lung Nodule", true), 1.0);
         assert_eq!(c("[1,2,3,4] **lung  nodule**.", true), 1.0);
@@ -71,9 +71,9 @@ mod tests {
         assert_eq!(c("no finding", true), 0.0);
         assert_eq!(c("no finding", false), 1.0);
         assert_eq!(c("", false), 0.0);
-        assert!(category(&read("x"), &KnownClass::new(&[""], &[], ClassMatch::Equal), true).masked);
+        assert!(score_category(&read("x"), &KnownClass::new(&[""], &[], ClassMatch::Equal), true).masked);
         let class = KnownClass::new(&["nodule"], &["mass"], ClassMatch::Contains);
-        let c = |t: &str| category(&read(t), &class, true).value.unwrap();
+        let c = |t: &str| score_category(&read(t), &class, true).value.unwrap();
         assert_eq!(
             (c("A nodule at [1,2,3,4]."), c("[1,2,3,4] a nodule or mass"), c("<think>nodule</think>mass")),
             (1.0, 0.0, 0.0)

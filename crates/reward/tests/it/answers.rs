@@ -1,5 +1,5 @@
-//! One reading of answers for every component: what published models write, what was thought before, what says that nothing is there; and
-//! records that are answered in text, of which components of regions do not speak.
+//! All components read answers alike: formats of published models, reasoning, no-finding phrases; and records answered in text, to which
+//! region components do not apply.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use unveil_config::Config;
 use unveil_config::schema::{Gate, RelevanceKind};
 use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Record};
 use unveil_data::codec::Sizes;
-use unveil_reward::{GroupInput, OF_REGIONS, ResponseInput, Scoring, run_score, score_group};
+use unveil_reward::{GroupInput, REGION_COMPONENTS, ResponseInput, Scoring, run_score, score_group};
 
 const SIZES: Sizes = Sizes { original: (640, 480), resized: (640, 480) };
 
@@ -41,46 +41,46 @@ fn question() -> Value {
     json!({"id": "q", "image_size": [640, 480], "task": "vqa", "question": "What modality is used?", "answer": "MRI", "boxes": []})
 }
 
-/// Localization and category of single responses.
-fn place_and_class(record: &Value, text: &str) -> [f64; 2] {
+/// Returns the values of localization and category of one response.
+fn localization_and_category(record: &Value, text: &str) -> [f64; 2] {
     let b = &score(&Config::default(), record, &[text])[0];
     ["localization", "category"].map(|n| b.components[n].value.unwrap())
 }
 
 #[test]
-fn what_published_models_write_is_read() {
+fn answers_of_published_models_are_read() {
     let object = r#"{"bbox_2d": [100, 100, 200, 200], "label": "nodule"}"#;
-    let whole = [1.0, 1.0];
+    let right = [1.0, 1.0];
     let huge = format!("[{},0,5,5] nodule", "9".repeat(400));
     let spray: Vec<String> = (0..96)
         .map(|i| format!("[{0},{1},{2},{3}]", i / 8 * 50, i % 8 * 50, i / 8 * 50 + 100, i % 8 * 50 + 100))
         .collect();
     let spray = format!("{} nodule", spray.join(", "));
-    for (name, text, want) in [
-        ("bracket", "[100,100,200,200] nodule".to_owned(), whole),
-        ("json-fence", format!("```json\n[{object}]\n```"), whole),
-        ("prose-then-object", format!("The lesion is dense and round, so I locate it here. {object}"), whole),
-        ("prose-then-list", format!("It is [here]: [{object}]."), whole),
+    for (name, text, expected) in [
+        ("bracket", "[100,100,200,200] nodule".to_owned(), right),
+        ("json-fence", format!("```json\n[{object}]\n```"), right),
+        ("prose-then-object", format!("The lesion is dense and round, so I locate it here. {object}"), right),
+        ("prose-then-list", format!("It is [here]: [{object}]."), right),
         (
             "think-answer-brackets",
             "<think>It may be near [10,10,50,50], but the edge is sharper.</think><answer>[100,100,200,200] nodule</answer>".to_owned(),
-            whole,
+            right,
         ),
-        ("issue", "<think>maybe [1,1,5,5]</think><answer>[100,100,200,200] nodule</answer>".to_owned(), whole),
+        ("box in reasoning", "<think>maybe [1,1,5,5]</think><answer>[100,100,200,200] nodule</answer>".to_owned(), right),
         (
             "think-answer-json",
             format!(
                 "<think>I would write ```json\n[{{\"bbox_2d\": [1, 1, 9, 9], \"label\": \"mass\"}}]\n``` first, no.</think>\n<answer>\n```json\n[{object}]\n```\n</answer>"
             ),
-            whole,
+            right,
         ),
-        ("answer-only", "<answer>[100,100,200,200] nodule</answer>".to_owned(), whole),
-        ("trailing-comma", format!("```json\n[{object},]\n```"), whole),
-        ("cut short", format!("```json\n[{object}, {{\"bbox_2d\": [1,"), whole),
-        ("two-fences", format!("```json\n[]\n```\nCorrection:\n```json\n[{object}]\n```"), whole),
-        ("fence closed by an opening", format!("```json\n[]\n```json\n[{object}]\n```"), whole),
-        ("caps", "[100,100,200,200] Nodule.".to_owned(), whole),
-        ("emphasis", "[100,100,200,200] **Nodule**".to_owned(), whole),
+        ("answer-only", "<answer>[100,100,200,200] nodule</answer>".to_owned(), right),
+        ("trailing-comma", format!("```json\n[{object},]\n```"), right),
+        ("cut short", format!("```json\n[{object}, {{\"bbox_2d\": [1,"), right),
+        ("two-fences", format!("```json\n[]\n```\nCorrection:\n```json\n[{object}]\n```"), right),
+        ("fence closed by an opening", format!("```json\n[]\n```json\n[{object}]\n```"), right),
+        ("caps", "[100,100,200,200] Nodule.".to_owned(), right),
+        ("emphasis", "[100,100,200,200] **Nodule**".to_owned(), right),
         ("empty-json", "```json\n[]\n```".to_owned(), [0.0, 0.0]),
         ("huge-int", huge, [0.0, 1.0]),
         ("nan", "[nan,0,5,5] nodule".to_owned(), [0.0, 1.0]),
@@ -88,15 +88,15 @@ fn what_published_models_write_is_read() {
         ("unclosed think", "<think>[100,100,200,200] nodule".to_owned(), [0.0, 0.0]),
         ("another class", "[100,100,200,200] nodules".to_owned(), [1.0, 0.0]),
     ] {
-        assert_eq!(place_and_class(&lesion(), &text), want, "{name}: {text}");
+        assert_eq!(localization_and_category(&lesion(), &text), expected, "{name}: {text}");
     }
-    let [spam, _] = place_and_class(&lesion(), &spray);
-    let [all, _] = place_and_class(&lesion(), "[0,0,640,480] nodule");
-    assert!((spam - 2.0 / 97.0).abs() < 1e-6 && (all - 10_000.0 / 307_200.0).abs() < 1e-6, "{spam} {all}");
+    let [many, _] = localization_and_category(&lesion(), &spray);
+    let [whole, _] = localization_and_category(&lesion(), "[0,0,640,480] nodule");
+    assert!((many - 2.0 / 97.0).abs() < 1e-6 && (whole - 10_000.0 / 307_200.0).abs() < 1e-6, "{many} {whole}");
 }
 
 #[test]
-fn what_says_that_nothing_is_there() {
+fn no_finding_phrases_are_read() {
     let mut c = Config::default();
     c.reward.abstention.weight = 1.0;
     let names = ["localization", "category", "abstention"];
@@ -114,9 +114,9 @@ fn what_says_that_nothing_is_there() {
         r#"{"bbox_2d": null, "label": "no finding"}"#,
     ];
     for text in nothing {
-        for (record, want) in [(empty(), 1.0), (lesion(), 0.0)] {
+        for (record, expected) in [(empty(), 1.0), (lesion(), 0.0)] {
             let b = &score(&c, &record, &[text])[0];
-            assert_eq!(names.map(|n| b.components[n].value), [Some(want); 3], "{text} {record}");
+            assert_eq!(names.map(|n| b.components[n].value), [Some(expected); 3], "{text} {record}");
         }
     }
     for text in [
@@ -131,15 +131,15 @@ fn what_says_that_nothing_is_there() {
         let b = &score(&c, &empty(), &[text])[0];
         assert_eq!(names.map(|n| b.components[n].value), [Some(0.0); 3], "{text}");
     }
-    // A sentence that also gives boxes gives boxes.
-    assert_eq!(place_and_class(&lesion(), "No finding, but [100,100,200,200] nodule"), [1.0, 1.0]);
+    // Boxes take precedence over a no-finding phrase.
+    assert_eq!(localization_and_category(&lesion(), "No finding, but [100,100,200,200] nodule"), [1.0, 1.0]);
     c.answer.no_finding = vec!["all clear".into()];
     let value = |text: &str| score(&c, &empty(), &[text])[0].components["category"].value;
     assert_eq!((value("All clear."), value("no finding"), value("no abnormality")), (Some(1.0), Some(1.0), Some(0.0)));
 }
 
 #[test]
-fn a_span_is_required_where_it_is_named_by_either_key() {
+fn span_is_required_if_either_key_names_it() {
     let mut by_tag = Config::default();
     by_tag.answer.span = "box".into();
     let mut by_marks = Config::default();
@@ -152,22 +152,22 @@ fn a_span_is_required_where_it_is_named_by_either_key() {
             "<box>[100,100,200,200] nodule",
         ];
         let b = score(&c, &lesion(), &texts);
-        let of = |n: &str| b.iter().map(|b| b.components[n].value.unwrap()).collect::<Vec<_>>();
+        let values = |n: &str| b.iter().map(|b| b.components[n].value.unwrap()).collect::<Vec<_>>();
         for name in ["localization", "category", "format"] {
-            assert_eq!(of(name), [1.0, 0.0, 0.0, 0.0], "{name}");
+            assert_eq!(values(name), [1.0, 0.0, 0.0, 0.0], "{name}");
         }
     }
 }
 
-/// The table of the two kinds of record: what every component says of a right and of a wrong answer.
+/// Values of every component for right and wrong answers to both kinds of record.
 #[test]
-fn components_of_regions_do_not_speak_of_answers_in_text() {
+fn region_components_do_not_apply_to_text_records() {
     let mut c = Config::default();
     c.reward.abstention.weight = 0.3;
     (c.reward.relevance.weight, c.reward.relevance.kind) = (1.0, RelevanceKind::Exact);
     let region = json!({"id": "e", "image_size": [640, 480], "category": "", "boxes": [], "answer": "no finding"});
-    // response, and its value in components of regions and in relevance; none = masked
-    for (record, response, of_regions, relevance) in [
+    // Response, and its value in the region components (`None`: masked) and in relevance.
+    for (record, response, region_value, relevance) in [
         (question(), "MRI", None, 1.0),
         (question(), "<think>CT?</think> mri.", None, 1.0),
         (question(), "no finding", None, 0.0),
@@ -177,31 +177,35 @@ fn components_of_regions_do_not_speak_of_answers_in_text() {
         (region, "MRI", Some(0.0), 0.0),
     ] {
         let b = &score(&c, &record, &[response])[0];
-        for name in OF_REGIONS {
-            let of = &b.components[name];
-            let want = if name == "vision_relevance" { None } else { of_regions };
-            assert_eq!((of.value, of.masked), (want, want.is_none()), "{name} of {response:?} to {record}");
-            assert!(!of.masked || of.reason == Some(MaskReason::NotApplicable), "{of:?}");
+        for name in REGION_COMPONENTS {
+            let component = &b.components[name];
+            let expected = if name == "vision_relevance" { None } else { region_value };
+            assert_eq!(
+                (component.value, component.masked),
+                (expected, expected.is_none()),
+                "{name} of {response:?} to {record}"
+            );
+            assert!(!component.masked || component.reason == Some(MaskReason::NotApplicable), "{component:?}");
         }
         assert_eq!(b.components["relevance"].value, Some(relevance), "{response:?} to {record}");
         let weight = 1.0 + 0.5 + 0.1 + 0.2 + 1.0 + 0.3;
-        if of_regions.is_none() {
+        if region_value.is_none() {
             assert!(
                 (b.total.unwrap() - weight * relevance).abs() < 1e-9,
-                "the others' weights go to what is left: {:?}",
+                "the weights of masked components go to the others: {:?}",
                 b.total
             );
         }
     }
-    // The text of a record may have boxes, and a class: it still is a text.
+    // A text record may have boxes and a class, and is still answered in text.
     let mut boxed = question();
     (boxed["boxes"], boxed["category"]) = (json!([[1, 1, 9, 9]]), json!("MRI"));
     let b = &score(&c, &boxed, &["MRI"])[0];
-    assert!(OF_REGIONS.iter().all(|n| b.components[*n].reason == Some(MaskReason::NotApplicable)));
-    // Without anything that speaks of text there is no total; nothing is 0.
+    assert!(REGION_COMPONENTS.iter().all(|n| b.components[*n].reason == Some(MaskReason::NotApplicable)));
+    // Without a component that applies to text there is no total, and no value is 0.
     let b = &score(&Config::default(), &question(), &["MRI", "no finding"]);
     assert!(b.iter().all(|b| b.total.is_none() && b.components.values().all(|c| c.masked)));
-    // A gate on what does not apply holds nothing back.
+    // A gate on a component that does not apply stays open.
     c.reward.gates = vec![Gate { component: "relevance".into(), needs: "category".into(), at_least: 1.0 }];
     assert_eq!(score(&c, &question(), &["MRI"])[0].components["relevance"].value, Some(1.0));
     assert_eq!(score(&c, &lesion(), &["nodule"])[0].components["relevance"].detail.get("gated"), None);
@@ -209,7 +213,7 @@ fn components_of_regions_do_not_speak_of_answers_in_text() {
 }
 
 #[test]
-fn offline_scoring_reads_alike() {
+fn offline_scoring_reads_answers_alike() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("r.jsonl");
     let mut lines = String::new();
@@ -225,8 +229,11 @@ fn offline_scoring_reads_alike() {
     let mut out = Vec::new();
     run_score(&Config::default(), &file, &mut out).unwrap();
     let out: Vec<Value> = String::from_utf8(out).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect();
-    let of = |i: usize, n: &str| out[i]["components"][n]["value"].clone();
-    assert_eq!((of(0, "localization"), of(0, "category"), of(2, "localization")), (json!(1.0), json!(1.0), json!(0.0)));
+    let value = |i: usize, n: &str| out[i]["components"][n]["value"].clone();
+    assert_eq!(
+        (value(0, "localization"), value(0, "category"), value(2, "localization")),
+        (json!(1.0), json!(1.0), json!(0.0))
+    );
     for at in [1, 3] {
         assert_eq!(
             (&out[at]["total"], &out[at]["components"]["category"]["reason"]),
@@ -235,10 +242,10 @@ fn offline_scoring_reads_alike() {
     }
 }
 
-/// A policy of a few answers per kind of record, trained by the expected gradient of the rewards: answers in text do not learn to say
-/// "no finding" from a mixed set.
+/// Trains a policy over four answers by the expected gradient of the rewards: on a mixed data set, text answers do not drift to
+/// "no finding".
 #[test]
-fn text_answers_of_a_mixed_set_do_not_learn_to_say_nothing() {
+fn mixed_data_does_not_teach_text_records_no_finding() {
     const ANSWERS: [&str; 4] = ["MRI", "CT", "no finding", "[100,100,200,200] nodule"];
     let mut c = Config::default();
     (c.reward.relevance.weight, c.reward.relevance.kind) = (0.5, RelevanceKind::TokenF1);
@@ -246,39 +253,40 @@ fn text_answers_of_a_mixed_set_do_not_learn_to_say_nothing() {
         let e = logits.map(f64::exp);
         e.map(|v| v / e.iter().sum::<f64>())
     };
-    // What is shared by all kinds, and what the question of a kind adds.
-    let (mut shared, mut own) = ([0.0; 4], [[0.0; 4]; 3]);
-    let share = |shared: &[f64; 4], own: &[f64; 4]| softmax(&std::array::from_fn(|a| shared[a] + own[a]))[2];
-    let before = share(&shared, &own[0]);
+    // Logits shared by all kinds of record, and logits of each kind.
+    let mut shared = [0.0; 4];
+    let mut specific = [[0.0; 4]; 3];
+    let share = |shared: &[f64; 4], specific: &[f64; 4]| softmax(&std::array::from_fn(|a| shared[a] + specific[a]))[2];
+    let before = share(&shared, &specific[0]);
     let records = [question(), empty(), lesion()];
     for _ in 0..20 {
-        for (record, own) in records.iter().zip(&mut own) {
+        for (record, specific) in records.iter().zip(&mut specific) {
             let totals: Vec<f64> = score(&c, record, &ANSWERS).iter().map(|b| b.total.unwrap()).collect();
-            let p = softmax(&std::array::from_fn(|a| shared[a] + own[a]));
+            let p = softmax(&std::array::from_fn(|a| shared[a] + specific[a]));
             let mean: f64 = p.iter().zip(&totals).map(|(p, t)| p * t).sum();
             for a in 0..4 {
                 let gradient = p[a] * (totals[a] - mean);
                 shared[a] += 0.1 * gradient;
-                own[a] += 1.0 * gradient;
+                specific[a] += 1.0 * gradient;
             }
         }
     }
-    let after = [0, 1, 2].map(|k| share(&shared, &own[k]));
+    let after = [0, 1, 2].map(|k| share(&shared, &specific[k]));
     assert!(after[0] < before / 2.0, "text: {before} to {}", after[0]);
     assert!(after[1] > 2.0 * before && after[2] < before, "regions: {after:?}");
 }
 
-/// Everything but the reading is the same: value, mask and details.
-fn read_part(c: &Component) -> String {
+/// Formats the fields that a prefix of reasoning must not change: value, mask and details.
+fn without_reason(c: &Component) -> String {
     format!("{:?} {} {:?} {:?}", c.value, c.masked, c.detail, c.lesions)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Nothing that stands in `<think>` changes boxes, class or mentions.
+    /// No content of `<think>` changes boxes, class or mentions.
     #[test]
-    fn thinking_changes_nothing(
+    fn reasoning_changes_no_component(
         thought in prop::collection::vec(prop::sample::select(vec![
             "[100,100,200,200] nodule", "nodule", "no finding", "<answer>", "</answer>", "[]", "```json", "```", "<think>", "[1,2", "\"", "é",
             "{\"bbox_2d\": [100,100,200,200], \"label\": \"nodule\"}", " mass.",
@@ -300,12 +308,13 @@ proptest! {
         }
         let b = score_group(&Scoring::new(&c), &input);
         for name in ["localization", "vision_relevance", "category", "abstention"] {
-            let (plain, thought) = (&b[0].components[name], &b[1].components[name]);
-            prop_assert_eq!(read_part(plain), read_part(thought), "{} of {:?}", name, thinking);
+            let plain = &b[0].components[name];
+            let thought = &b[1].components[name];
+            prop_assert_eq!(without_reason(plain), without_reason(thought), "{} of {:?}", name, thinking);
         }
     }
 
-    /// Any text at all, in both kinds of record: within range, or masked.
+    /// For any text and both kinds of record, values are within range or masked.
     #[test]
     fn any_text_stays_within_range(text in "\\PC{0,200}", wrap in 0..4_usize, is_text in any::<bool>()) {
         let text = match wrap {

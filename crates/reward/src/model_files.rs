@@ -1,0 +1,55 @@
+//! The files of a model directory that rewards need: tokenizer and processor. No weights are read.
+
+use std::path::{Path, PathBuf};
+
+use unveil_core::BoxForm;
+use unveil_data::codec::Sizes;
+use unveil_data::preprocessor::Preprocessor;
+
+use crate::RewardError;
+use crate::mention::byte_spans;
+
+/// Text and the bytes of it that each token covers.
+type TextAndSpans = (String, Vec<(usize, usize)>);
+
+/// Tokenizer and processor of a model directory.
+pub(crate) struct ModelFiles {
+    preprocessor: Preprocessor,
+}
+
+impl ModelFiles {
+    /// Loads the tokenizer and processor files of `dir`. Boxes are in the form `boxes`, or the form of the family if it is `None`.
+    pub(crate) fn load(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, RewardError> {
+        let fail = |e: unveil_data::preprocessor::PreprocessError| RewardError::Model {
+            path: PathBuf::from(dir),
+            what: e.to_string(),
+        };
+        Ok(Self { preprocessor: Preprocessor::load_with_box_form(dir, boxes).map_err(fail)? })
+    }
+
+    /// Returns the size of an image before and after the processor's resize.
+    pub(crate) fn sizes(&self, original: (u32, u32)) -> Result<Sizes, String> {
+        self.preprocessor.sizes(original).map_err(|e| e.to_string())
+    }
+
+    /// Returns the form in which answers give boxes.
+    pub(crate) fn box_form(&self) -> BoxForm {
+        self.preprocessor.box_form()
+    }
+
+    /// Decodes token ids to text, without special and unknown tokens.
+    pub(crate) fn decode_tokens(&self, tokens: &[u32]) -> TextAndSpans {
+        let decoded = self.preprocessor.tokenizer().decode_offsets(tokens);
+        let spans = byte_spans(&decoded.text, &decoded.spans);
+        (decoded.text, spans)
+    }
+
+    /// Removes the special tokens of a text and returns the spans of its tokens; no spans if decoding the tokens yields another text.
+    pub(crate) fn tokenize_text(&self, text: String) -> Result<TextAndSpans, String> {
+        let tokenizer = self.preprocessor.tokenizer();
+        let tokens = tokenizer.encode(&text).map_err(|e| format!("`response`: {e}"))?;
+        let (decoded, spans) = self.decode_tokens(&tokens);
+        let special = tokens.iter().any(|t| tokenizer.special_name(*t).is_some());
+        Ok(if decoded == text || special { (decoded, spans) } else { (text, Vec::new()) })
+    }
+}

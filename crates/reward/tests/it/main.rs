@@ -1,0 +1,12 @@
+//! Integration tests of the reward crate.
+
+mod answers;
+mod bccd;
+mod gaming;
+mod golden;
+mod grpc;
+mod hostile;
+mod judge;
+mod limits;
+mod offline;
+mod readiness;
