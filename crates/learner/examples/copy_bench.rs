@@ -1,8 +1,8 @@
-//! The copy of a learner's state to host memory, which training stands still for, against memcpy: part of the checkpoint benchmark
-//! (tests/bench/checkpoint.py). Prints one JSON line.
+//! Benchmark of the copy of a learner's state to host memory, which blocks training, against memcpy: part of the
+//! checkpoint benchmark (tests/bench/checkpoint.py). Prints one JSON line.
 //!
-//! `copy_bench MODEL_DIR THREADS ROUNDS`: bytes, seconds of each copy (the first one takes its memory from the system), and seconds of
-//! as many bytes from one place in memory to another by as many threads, in turns.
+//! `copy_bench MODEL_DIR THREADS ROUNDS` measures alternately the seconds of each copy (the first one allocates its
+//! memory) and the seconds of a memcpy of as many bytes by as many threads.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,12 +10,12 @@ use std::time::Instant;
 use serde_json::json;
 use tch::{Device, Kind};
 use unveil_config::Config;
-use unveil_learner::{Buffers, Learner, StepSettings};
+use unveil_learner::{HostBufferPool, PolicyTrainer, StepSettings};
 use unveil_model::Vlm;
 
-type Fault = Box<dyn std::error::Error + Send + Sync>;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-fn main() -> Result<(), Fault> {
+fn main() -> Result<(), BoxError> {
     let args: Vec<String> = std::env::args().collect();
     let [_, model, threads, rounds] = &args[..] else {
         return Err("usage: copy_bench MODEL_DIR THREADS ROUNDS".into());
@@ -24,15 +24,18 @@ fn main() -> Result<(), Fault> {
     tch::set_num_threads(threads as i32);
     let vlm = Vlm::load(Path::new(model), Device::Cpu, Kind::Float)?;
     let settings = StepSettings::new(&Config::default(), &vlm, &[]);
-    let learner = Learner::new(vlm, None, settings)?;
-    let buffers = Buffers::default();
-    let (mut copies, mut plain, mut bytes) = (Vec::new(), Vec::new(), 0);
-    let (mut from, mut to) = (Vec::new(), Vec::new());
+    let learner = PolicyTrainer::new(vlm, None, settings)?;
+    let buffers = HostBufferPool::default();
+    let mut copies = Vec::new();
+    let mut plain = Vec::new();
+    let mut bytes = 0;
+    let mut from = Vec::new();
+    let mut to = Vec::new();
     for _ in 0..=rounds {
-        let copied = learner.snapshot(&buffers)?;
-        copies.push(copied.took.as_secs_f64());
-        bytes = copied.objects.iter().map(|o| o.bytes.len()).sum();
-        drop(copied);
+        let copy = learner.snapshot(&buffers)?;
+        copies.push(copy.took.as_secs_f64());
+        bytes = copy.objects.iter().map(|o| o.bytes.len()).sum();
+        drop(copy);
         from.resize(bytes, 1u8);
         to.resize(bytes, 2u8);
         let piece = bytes.div_ceil(threads.max(1));

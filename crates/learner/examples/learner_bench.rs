@@ -1,8 +1,9 @@
-//! Our side of the learner benchmark (tests/bench/learner.py): reads one JSON command per line, answers with one JSON line.
+//! Our side of the learner benchmark (tests/bench/learner.py): reads one JSON command per line and answers each with
+//! one JSON line.
 //!
-//! `learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]`; command `update {calls}` gives the seconds of each update,
-//! those of them spent waiting for other ranks, and the loss and the gradient norm of the first. As one of several ranks: with `overlap = false` sums over ranks begin after the
-//! backward pass.
+//! `learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]`; the command `update {calls}` returns the
+//! seconds of each update, the seconds of these spent waiting for other ranks, and the loss and gradient norm of the
+//! first update. With `overlap = false`, the all-reduce over ranks starts after the backward pass.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -13,16 +14,17 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use unveil_collective::{Backend, Setup, Timing, open};
+use unveil_collective::{Backend, Setup, Timeouts, open};
 use unveil_config::Config;
 use unveil_core::{Breakdown, Finish, Grid, GroupId, Record, Response};
-use unveil_learner::{GroupInput, Learner, Models, Ranks, StepSettings, TrainGroup, Zero};
+use unveil_learner::{GroupInput, Models, PolicyTrainer, Ranks, StepSettings, TrainGroup, ZeroStage};
 use unveil_model::{Prompt, Vlm, read_safetensors};
 
-type Fault = Box<dyn std::error::Error>;
+type BoxError = Box<dyn std::error::Error>;
 
-/// The batch of the files: prompts `NNN.tokens`, `NNN.pixels` and one `grid`; responses `tokens`, `logprobs` and `rewards`.
-fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>, Fault> {
+/// Reads the batch from two files: prompts `NNN.tokens`, `NNN.pixels` and `grid`; responses `tokens`, `logprobs` and
+/// `rewards`.
+fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>, BoxError> {
     let files = [read_safetensors(prompts)?, read_safetensors(responses)?];
     let all: HashMap<String, Tensor> = files.into_iter().flatten().collect();
     let get = |name: &str| all.get(name).ok_or_else(|| format!("`{name}` is missing"));
@@ -30,7 +32,7 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
     let m = vlm.config().vision.spatial_merge_size;
     let size = get("tokens")?.size();
     let &[groups, n, new] = &size[..] else { return Err("`tokens` has not three dimensions".into()) };
-    let ids = |t: &Tensor| -> Result<Vec<u32>, Fault> {
+    let ids = |t: &Tensor| -> Result<Vec<u32>, BoxError> {
         Ok(Vec::<i64>::try_from(t.reshape([-1]))?.into_iter().map(|t| t as u32).collect())
     };
     let mut out = Vec::new();
@@ -45,7 +47,8 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
             merged: Grid { rows: (grid[1] / m) as usize, cols: (grid[2] / m) as usize },
             encoded: Default::default(),
         };
-        let (mut answers, mut breakdowns) = (Vec::new(), Vec::new());
+        let mut answers = Vec::new();
+        let mut breakdowns = Vec::new();
         for r in 0..n {
             let index = r as usize;
             answers.push(Response {
@@ -74,16 +77,21 @@ fn batch(vlm: &Vlm, prompts: &Path, responses: &Path) -> Result<Vec<TrainGroup>,
     Ok(out)
 }
 
-/// The ranks of a learner that sums gradients over all of them.
-fn ranks(args: &[String]) -> Result<Rc<Ranks>, Fault> {
+/// Connects the ranks of a data-parallel learner.
+fn ranks(args: &[String]) -> Result<Rc<Ranks>, BoxError> {
     let [rank, world, address] = args else { return Ok(Ranks::solo()) };
-    let (rank, world, address) = (rank.parse()?, world.parse()?, address.clone());
-    let (backend, fingerprint, timing) = (Backend::Gloo, "bench".into(), Timing::default());
-    let world = open(&Setup { rank, world, address, local: None, backend, fingerprint, token: None, timing })?;
-    Ok(Ranks::new(world, Zero::None, 0)?)
+    let rank = rank.parse()?;
+    let world = world.parse()?;
+    let address = address.clone();
+    let backend = Backend::Gloo;
+    let fingerprint = "bench".into();
+    let timeouts = Timeouts::default();
+    let world =
+        open(&Setup { rank, world, address, local_address: None, backend, fingerprint, token: None, timeouts })?;
+    Ok(Ranks::new(world, ZeroStage::None, 0)?)
 }
 
-fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Result<(), Fault> {
+fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), BoxError>) -> Result<(), BoxError> {
     let [_, dir, prompts, responses, threads, rest @ ..] = args else {
         return Err("usage: learner_bench MODEL_DIR PROMPTS BATCH THREADS [RANK RANKS HOST:PORT]".into());
     };
@@ -95,17 +103,19 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
     config.learner.optimizer.lr = 1e-5;
     config.learner.optimizer.warmup = 0;
     config.learner.optimizer.clip_norm = 1.0;
-    // The peer leaves the vision tokens in its softmax.
+    // The peer does not exclude vision tokens from its softmax.
     let settings =
         StepSettings { agreement_limit: f64::INFINITY, banned: Vec::new(), ..StepSettings::new(&config, &vlm, &[]) };
     let models = Models { vlm, reference: None, critic: None };
-    let mut learner = Learner::on(ranks(rest)?, models, settings)?;
+    let mut learner = PolicyTrainer::distributed(ranks(rest)?, models, settings)?;
     say(json!({ "ready": true }))?;
     for line in std::io::stdin().lock().lines() {
         let command: Value = serde_json::from_str(&line?)?;
         let calls = command["calls"].as_u64().ok_or("`calls` is missing")?;
-        let (mut seconds, mut waits, mut first) = (Vec::new(), Vec::new(), None);
-        learner.overlap(command["overlap"] != false);
+        let mut seconds = Vec::new();
+        let mut waits = Vec::new();
+        let mut first = None;
+        learner.set_overlap(command["overlap"] != false);
         for _ in 0..calls {
             let start = Instant::now();
             let report = learner.update(&groups)?;
@@ -116,14 +126,14 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), Fault>) -> Re
             }
             first.get_or_insert((report.loss["loss"], report.grad_norm));
         }
-        let (loss, norm) = first.ok_or("no call was asked for")?;
+        let (loss, norm) = first.ok_or("`calls` is 0")?;
         say(json!({ "seconds": seconds, "waits": waits, "loss": loss, "grad_norm": norm }))?;
     }
     Ok(())
 }
 
 fn main() {
-    let mut say = |reply: Value| -> Result<(), Fault> {
+    let mut say = |reply: Value| -> Result<(), BoxError> {
         let mut out = std::io::stdout().lock();
         writeln!(out, "{reply}")?;
         Ok(out.flush()?)

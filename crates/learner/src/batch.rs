@@ -1,5 +1,5 @@
-//! What an update is made of, as host data: groups with prompt, pixels, responses and rewards; and the same as flat rows ready
-//! for the loss. Knows no service and no optimiser.
+//! The data of an update in host memory: groups with prompt, pixels, responses and rewards, and the same flattened per token for the
+//! loss.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,126 +10,127 @@ use unveil_algo::MentionBatch;
 use unveil_core::{Attention, Breakdown, Grid, GroupId, Record, Response};
 use unveil_model::{GridThw, PackedGroup, Prompt};
 use unveil_reward::Scoring;
-use unveil_reward::mention::tokens_of;
+use unveil_reward::mention::overlapping_tokens;
 
 use crate::error::Result;
 
 /// Prompt and image of one group.
 #[derive(Debug, Clone)]
 pub struct GroupInput {
-    /// The record, boxes in pixels of the image that the policy saw.
+    /// The record; boxes are in pixels of the image that the policy saw.
     pub record: Record,
     /// Width and height of that image in pixels.
     pub image_size: (u32, u32),
     /// Prompt with image placeholders expanded.
     pub prompt: Prompt,
-    /// Flattened patches `[t*h*w, patch length]` of its image.
+    /// Flattened patches `[t*h*w, patch length]` of the image.
     pub patches: Vec<f32>,
-    /// Merged image-token grid.
+    /// Grid of image tokens after merging.
     pub merged: Grid,
-    /// The encoded image as it was leased; empty where none was.
+    /// The encoded image as it was leased; empty if it was not leased.
     pub encoded: Bytes,
 }
 
-/// A whole group as it comes back from a rollout worker.
+/// A group with its responses and rewards, as submitted by a rollout worker.
 #[derive(Debug, Clone)]
 pub struct TrainGroup {
-    /// Which turn in which pass.
+    /// Pass, position and record.
     pub id: GroupId,
-    /// Who made it; empty where that is not known.
+    /// Name of the worker that generated it; empty if unknown.
     pub worker: String,
     /// Prompt and image.
     pub input: Arc<GroupInput>,
-    /// n responses.
+    /// The n responses.
     pub responses: Vec<Response>,
-    /// Per response, the bytes of its text that each token covers.
+    /// Per response, the byte range of its text that each token covers.
     pub spans: Vec<Vec<(usize, usize)>>,
-    /// Per response.
+    /// Reward breakdown per response.
     pub breakdowns: Vec<Breakdown>,
-    /// Per response, the rows of the tokens that name the class, where the worker sent them; kept for the report.
+    /// Per response, attention rows of the tokens that name the class, if the worker sent them; kept for the report.
     pub attention: Vec<Option<Attention>>,
-    /// Time that generation took, in ms.
+    /// Duration of generation in ms.
     pub generate_ms: f64,
-    /// Time that scoring took, in ms.
+    /// Duration of scoring in ms.
     pub reward_ms: f64,
 }
 
 impl TrainGroup {
-    /// Totals in the order of the responses; a response without a breakdown counts as masked.
+    /// Returns the total rewards in the order of the responses; `None` for a masked response or one without a breakdown.
     pub fn totals(&self) -> Vec<Option<f64>> {
         let total = |r: &Response| self.breakdowns.iter().find(|b| b.index == r.index).and_then(|b| b.total);
         self.responses.iter().map(total).collect()
     }
 
-    /// Whether there is something to learn from: some response has tokens and a reward.
+    /// Returns whether the group can be trained on: some response has tokens and a reward.
     pub fn is_rewarded(&self) -> bool {
         self.responses.iter().zip(self.totals()).any(|(r, total)| total.is_some() && !r.tokens.is_empty())
     }
 }
 
-/// One response's rows within a batch.
-pub(crate) struct Row {
-    /// Which of the group's responses.
+/// A response that enters the loss.
+pub(crate) struct TrainableResponse {
+    /// Its position among the group's responses.
     pub response: usize,
     /// Reward of the whole response.
     pub reward: f64,
 }
 
-/// A group that takes part in an update, and its tokens' numbers in flat order (response, position).
-pub(crate) struct Member<'a> {
+/// A group that enters an update. Values per token are flat, in the order (response, position).
+pub(crate) struct TrainableGroup<'a> {
     pub group: &'a TrainGroup,
-    pub rows: Vec<Row>,
+    pub responses: Vec<TrainableResponse>,
     pub packed: PackedGroup,
-    /// Log-probabilities as the rollout recorded them.
-    pub old: Vec<f64>,
+    /// Log-probabilities recorded by the rollout worker.
+    pub rollout_logprobs: Vec<f64>,
+    /// Weight versions that the tokens were generated with.
     pub versions: Vec<u64>,
     /// The learner's log-probabilities before the update.
-    pub proximal: Vec<f64>,
+    pub proximal_logprobs: Vec<f64>,
     pub advantages: Vec<f64>,
     pub old_values: Vec<f64>,
-    pub targets: Vec<f64>,
-    pub reference: Vec<f64>,
+    pub value_targets: Vec<f64>,
+    pub reference_logprobs: Vec<f64>,
 }
 
-impl<'a> Member<'a> {
-    /// The responses that count, packed; `None` when there is none. Empty and masked ones do not count.
+impl<'a> TrainableGroup<'a> {
+    /// Packs the responses with tokens and a reward; returns `None` if there are none.
     pub fn new(group: &'a TrainGroup) -> Option<Self> {
-        let rows: Vec<Row> = group
+        let trainable: Vec<TrainableResponse> = group
             .totals()
             .into_iter()
             .enumerate()
             .filter(|(response, _)| !group.responses[*response].tokens.is_empty())
-            .filter_map(|(response, total)| Some(Row { response, reward: total? }))
+            .filter_map(|(response, total)| Some(TrainableResponse { response, reward: total? }))
             .collect();
-        rows.first()?;
-        let chosen = || rows.iter().map(|r| &group.responses[r.response]);
-        let responses: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
+        trainable.first()?;
+        let chosen = || trainable.iter().map(|r| &group.responses[r.response]);
+        let tokens: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
         Some(Self {
-            packed: PackedGroup { prompt: group.input.prompt.clone(), responses },
-            old: chosen().flat_map(|r| r.logprobs.iter().map(|v| f64::from(*v))).collect(),
+            packed: PackedGroup { prompt: group.input.prompt.clone(), responses: tokens },
+            rollout_logprobs: chosen().flat_map(|r| r.logprobs.iter().map(|v| f64::from(*v))).collect(),
             versions: chosen().flat_map(|r| r.versions.iter().copied()).collect(),
-            proximal: Vec::new(),
+            proximal_logprobs: Vec::new(),
             advantages: Vec::new(),
             old_values: Vec::new(),
-            targets: Vec::new(),
-            reference: Vec::new(),
-            rows,
+            value_targets: Vec::new(),
+            reference_logprobs: Vec::new(),
+            responses: trainable,
             group,
         })
     }
 
-    /// Tokens of the responses.
-    pub fn tokens(&self) -> usize {
-        self.old.len()
+    /// Returns the number of response tokens.
+    pub fn token_count(&self) -> usize {
+        self.rollout_logprobs.len()
     }
 
-    /// Length of the packed sequence.
-    pub fn width(&self) -> usize {
-        self.packed.prompt.tokens.len() + self.tokens()
+    /// Returns the length of the packed sequence in tokens.
+    pub fn packed_len(&self) -> usize {
+        self.packed.prompt.tokens.len() + self.token_count()
     }
 
-    /// Flat ranges of its responses, relative to its own first token.
-    pub fn ranges(&self) -> Vec<Range<usize>> {
+    /// Returns the range of tokens of each response, counted from the group's first response token.
+    pub fn response_ranges(&self) -> Vec<Range<usize>> {
         let mut begin = 0;
         let lengths = self.packed.responses.iter().map(Vec::len);
         lengths
@@ -141,13 +142,14 @@ impl<'a> Member<'a> {
     }
 }
 
-/// Pixels of several groups as one tensor, and their grids in order.
-pub(crate) fn pixels<'a>(
+/// Returns the pixels of several groups as one tensor `[patches, patch length]`, and their grids in order; `None` without images.
+pub(crate) fn pixel_batch<'a>(
     inputs: impl Iterator<Item = &'a GroupInput>,
     patch_len: i64,
     device: Device,
 ) -> Result<Option<(Tensor, Vec<GridThw>)>> {
-    let (mut values, mut grids) = (Vec::new(), Vec::new());
+    let mut values = Vec::new();
+    let mut grids = Vec::new();
     for input in inputs {
         values.extend_from_slice(&input.patches);
         grids.extend_from_slice(&input.prompt.grids);
@@ -159,35 +161,46 @@ pub(crate) fn pixels<'a>(
     Ok(Some((tensor, grids)))
 }
 
-/// Which of a member's numbers, flat over its tokens.
-pub(crate) type Numbers = for<'m, 'g> fn(&'m Member<'g>) -> &'m [f64];
+/// Accessor of one field of a group with a value per token.
+pub(crate) type TokenField = for<'m, 'g> fn(&'m TrainableGroup<'g>) -> &'m [f64];
 
-/// The members' numbers of one kind as a flat tensor.
-pub(crate) fn flat(members: &[&Member<'_>], of: Numbers, kind: Kind, device: Device) -> Result<Tensor> {
-    let values: Vec<f64> = members.iter().flat_map(|m| of(m)).copied().collect();
+/// Returns one field of all groups as a flat tensor.
+pub(crate) fn flat_tensor(
+    groups: &[&TrainableGroup<'_>],
+    field: TokenField,
+    kind: Kind,
+    device: Device,
+) -> Result<Tensor> {
+    let values: Vec<f64> = groups.iter().flat_map(|g| field(g)).copied().collect();
     Ok(Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?)
 }
 
-/// Largest share of a part that may be padding.
-const PADDING: f64 = 0.05;
+/// Largest share of a micro-batch that may be padding.
+const MAX_PADDING: f64 = 0.05;
 
-/// Consecutive groups so that each part's padded size (groups x longest sequence) stays within `budget` and is padding to
-/// [`PADDING`] at most; at least one each. Sort the members by width before.
-pub(crate) fn parts<'m, 'a>(members: &[&'m Member<'a>], budget: usize) -> Vec<Vec<&'m Member<'a>>> {
-    let widths: Vec<usize> = members.iter().map(|m| m.width()).collect();
-    cuts(&widths, budget).into_iter().map(|range| members[range].to_vec()).collect()
+/// Splits groups, sorted by length, into micro-batches of consecutive groups. The padded size of a micro-batch (groups x longest
+/// sequence) is at most `budget`, and at most [`MAX_PADDING`] of it is padding, unless it has a single group.
+pub(crate) fn micro_batches<'m, 'a>(
+    groups: &[&'m TrainableGroup<'a>],
+    budget: usize,
+) -> Vec<Vec<&'m TrainableGroup<'a>>> {
+    let packed_lens: Vec<usize> = groups.iter().map(|g| g.packed_len()).collect();
+    split_by_len(&packed_lens, budget).into_iter().map(|range| groups[range].to_vec()).collect()
 }
 
-/// [`parts`] of sequences of these widths.
-fn cuts(widths: &[usize], budget: usize) -> Vec<Range<usize>> {
+/// Splits sequences of these lengths as [`micro_batches`] does.
+fn split_by_len(packed_lens: &[usize], budget: usize) -> Vec<Range<usize>> {
     let mut out: Vec<Range<usize>> = Vec::new();
-    let (mut widest, mut filled) = (0, 0);
-    for (i, width) in widths.iter().enumerate() {
-        (widest, filled) = (widest.max(*width), filled + width);
+    let mut longest = 0;
+    let mut filled = 0;
+    for (i, len) in packed_lens.iter().enumerate() {
+        longest = longest.max(*len);
+        filled += len;
         match out.last_mut() {
-            Some(part) if fits((part.len() + 1) * widest, filled, budget) => part.end = i + 1,
+            Some(range) if within_budget((range.len() + 1) * longest, filled, budget) => range.end = i + 1,
             _ => {
-                (widest, filled) = (*width, *width);
+                longest = *len;
+                filled = *len;
                 out.push(i..i + 1);
             }
         }
@@ -195,25 +208,27 @@ fn cuts(widths: &[usize], budget: usize) -> Vec<Range<usize>> {
     out
 }
 
-fn fits(padded: usize, filled: usize, budget: usize) -> bool {
-    padded <= budget && (padded - filled) as f64 <= PADDING * padded as f64
+fn within_budget(padded: usize, filled: usize, budget: usize) -> bool {
+    padded <= budget && (padded - filled) as f64 <= MAX_PADDING * padded as f64
 }
 
-/// Positions of the parts, padding among them, and those that are padding.
-pub(crate) fn padding(parts: &[Vec<&Member<'_>>]) -> (usize, usize) {
-    let padded = |part: &Vec<&Member<'_>>| part.len() * part.iter().map(|m| m.width()).max().unwrap_or(0);
-    let all: usize = parts.iter().map(padded).sum();
-    let filled: usize = parts.iter().flatten().map(|m| m.width()).sum();
+/// Returns the number of positions in the micro-batches, padding included, and the number of padding positions.
+pub(crate) fn padding_positions(micro_batches: &[Vec<&TrainableGroup<'_>>]) -> (usize, usize) {
+    let padded =
+        |batch: &Vec<&TrainableGroup<'_>>| batch.len() * batch.iter().map(|g| g.packed_len()).max().unwrap_or(0);
+    let all: usize = micro_batches.iter().map(padded).sum();
+    let filled: usize = micro_batches.iter().flatten().map(|g| g.packed_len()).sum();
     (all, all - filled)
 }
 
-/// Responses with vision relevance among `members`.
-pub(crate) fn attended(members: &[&Member<'_>]) -> usize {
-    members.iter().filter(|m| region(m.group).is_some()).map(|m| m.rows.len()).sum()
+/// Returns the number of responses with vision relevance among `groups`.
+pub(crate) fn attended_responses(groups: &[&TrainableGroup<'_>]) -> usize {
+    groups.iter().filter(|g| lesion_coverage(g.group).is_some()).map(|g| g.responses.len()).sum()
 }
 
-/// Coverage and its mean, where there is something to look at and something to look away from, and a region was asked for.
-fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
+/// Returns the share of each image token that the boxes cover, and the mean over all tokens. `None` if the record asks for no boxes, or
+/// if the boxes cover nothing or the whole image.
+fn lesion_coverage(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
     if group.input.record.is_text() {
         return None;
     }
@@ -223,20 +238,27 @@ fn region(group: &TrainGroup) -> Option<(Vec<f32>, f32)> {
     (share > 0.0 && share < 1.0 - 1e-6).then_some((coverage, share))
 }
 
-/// Which attention rows of a part are mentions of the class, found in answers as rewards find them. `None` where
-/// no response has vision relevance. `width` is that of the rows.
-pub(crate) fn mentions(members: &[&Member<'_>], scoring: &Scoring, width: i64, device: Device) -> Option<MentionBatch> {
-    let (mut tokens, mut response) = (Vec::new(), Vec::new());
-    let (mut coverage, mut baseline) = (Vec::new(), Vec::new());
+/// Finds the tokens of a micro-batch that mention the class, as the reward finds them; `width` is the length of the attention rows.
+/// Returns `None` if no response has vision relevance.
+pub(crate) fn mention_batch(
+    groups: &[&TrainableGroup<'_>],
+    scoring: &Scoring,
+    width: i64,
+    device: Device,
+) -> Option<MentionBatch> {
+    let mut tokens = Vec::new();
+    let mut response = Vec::new();
+    let mut coverage = Vec::new();
+    let mut baseline = Vec::new();
     let mut begin = 0;
-    for m in members {
-        let ranges = m.ranges();
-        if let Some((cells, share)) = region(m.group) {
-            for (row, range) in m.rows.iter().zip(ranges) {
-                let text = &m.group.responses[row.response].text;
-                let spans = m.group.spans.get(row.response).map_or(&[][..], Vec::as_slice);
-                let mention = scoring.mention(&m.group.input.record, text);
-                let named = mention.map(|at| tokens_of(&at, spans)).unwrap_or_default();
+    for g in groups {
+        let ranges = g.response_ranges();
+        if let Some((cells, share)) = lesion_coverage(g.group) {
+            for (r, range) in g.responses.iter().zip(ranges) {
+                let text = &g.group.responses[r.response].text;
+                let spans = g.group.spans.get(r.response).map_or(&[][..], Vec::as_slice);
+                let mention = scoring.find_mention(&g.group.input.record, text);
+                let named = mention.map(|bytes| overlapping_tokens(&bytes, spans)).unwrap_or_default();
                 for t in named.into_iter().filter(|t| *t < range.len()) {
                     tokens.push((begin + range.start + t) as i64);
                     response.push(baseline.len() as i64);
@@ -245,7 +267,7 @@ pub(crate) fn mentions(members: &[&Member<'_>], scoring: &Scoring, width: i64, d
                 baseline.push(share);
             }
         }
-        begin += m.tokens();
+        begin += g.token_count();
     }
     (!baseline.is_empty()).then(|| MentionBatch {
         tokens: Tensor::from_slice(&tokens).to_device(device),
@@ -255,9 +277,9 @@ pub(crate) fn mentions(members: &[&Member<'_>], scoring: &Scoring, width: i64, d
     })
 }
 
-/// A group of one response, for tests of what becomes of groups.
+/// Returns a group of one response, for tests.
 #[cfg(test)]
-pub(crate) fn one_response(
+pub(crate) fn group_of_one_response(
     record: &str,
     total: Option<f64>,
     components: std::collections::BTreeMap<String, unveil_core::Component>,
@@ -298,7 +320,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use unveil_core::{Finish, MaskReason};
-    use unveil_reward::vision::{Region, Seen, VisionRule, look};
+    use unveil_reward::vision::{AttendedResponse, Region, VisionRule, score_vision_relevance};
 
     use super::*;
 
@@ -326,21 +348,22 @@ mod tests {
         }
     }
 
-    /// Tokens that the gradient pulls on, per response.
-    fn pulled(group: &TrainGroup, scoring: &Scoring) -> Option<Vec<Vec<usize>>> {
-        let member = Member::new(group)?;
-        let found = mentions(&[&member], scoring, 4, Device::Cpu)?;
-        let (tokens, of) = (Vec::<i64>::try_from(&found.tokens).ok()?, Vec::<i64>::try_from(&found.response).ok()?);
-        let ranges = member.ranges();
+    /// Returns the tokens whose attention enters the loss, per response.
+    fn mention_tokens(group: &TrainGroup, scoring: &Scoring) -> Option<Vec<Vec<usize>>> {
+        let trainable = TrainableGroup::new(group)?;
+        let batch = mention_batch(&[&trainable], scoring, 4, Device::Cpu)?;
+        let tokens = Vec::<i64>::try_from(&batch.tokens).ok()?;
+        let responses = Vec::<i64>::try_from(&batch.response).ok()?;
+        let ranges = trainable.response_ranges();
         let mut out = vec![Vec::new(); group.responses.len()];
-        for (t, r) in tokens.into_iter().zip(of) {
+        for (t, r) in tokens.into_iter().zip(responses) {
             out[r as usize].push(t as usize - ranges[r as usize].start);
         }
         Some(out)
     }
 
     #[test]
-    fn the_gradient_pulls_on_the_mentions_that_are_rewarded() {
+    fn loss_and_reward_agree_on_mentions() {
         const TEXTS: [&str; 7] = [
             "[0,0,10,10] nodule nodule",
             "<think>a nodule</think>[0,0,10,10] Nodule.",
@@ -352,43 +375,48 @@ mod tests {
         ];
         let scoring = Scoring::default();
         let group = answered(r#"{"id":"a","category":"nodule","boxes":[[0,0,10,10]]}"#, &TEXTS);
-        let found = pulled(&group, &scoring).unwrap();
-        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [6, 6, 6, 0, 0, 0, 6]);
-        for ((text, spans), tokens) in TEXTS.iter().zip(&group.spans).zip(&found) {
-            // Rows of these tokens are all that the reward asks for.
+        let by_response = mention_tokens(&group, &scoring).unwrap();
+        assert_eq!(by_response.iter().map(Vec::len).collect::<Vec<_>>(), [6, 6, 6, 0, 0, 0, 6]);
+        for ((text, spans), tokens) in TEXTS.iter().zip(&group.spans).zip(&by_response) {
+            // The reward needs the rows of these tokens and no others.
             let attention = Attention { grid: [2, 2], tokens: tokens.clone(), rows: vec![vec![0.25; 4]; tokens.len()] };
-            let seen = Seen { text, reading: &scoring.reading, spans, attention: Some(&attention) };
+            let seen = AttendedResponse { text, reader: &scoring.reader, spans, attention: Some(&attention) };
             let record = &group.input.record;
             let mut region = Region::new(&record.boxes, [20, 20]);
             let rule = VisionRule::new(&scoring.reward.vision_relevance);
-            let reward = look(seen, &scoring.names(&record.category), &mut region, rule);
+            let reward = score_vision_relevance(seen, &scoring.names(&record.category), &mut region, rule);
             let count = reward.detail.get("tokens").copied().unwrap_or(0.0);
             assert_eq!((reward.masked, count), (false, tokens.len() as f64), "{text}");
             let fewer = Attention { tokens: vec![], rows: vec![], ..attention };
-            let reward = look(Seen { attention: Some(&fewer), ..seen }, &scoring.names("nodule"), &mut region, rule);
+            let reward = score_vision_relevance(
+                AttendedResponse { attention: Some(&fewer), ..seen },
+                &scoring.names("nodule"),
+                &mut region,
+                rule,
+            );
             let want = if tokens.is_empty() { None } else { Some(MaskReason::NoAttention) };
             assert_eq!(reward.reason, want, "{text}");
         }
         let record = r#"{"id":"a","task":"vqa","answer":"a nodule","category":"nodule","boxes":[[0,0,10,10]]}"#;
-        assert_eq!(pulled(&answered(record, &TEXTS), &scoring), None, "answers in text are not pulled anywhere");
+        assert_eq!(mention_tokens(&answered(record, &TEXTS), &scoring), None, "text answers have no mentions");
     }
 
     #[test]
-    fn little_is_padding_whatever_the_widths() {
+    fn micro_batches_have_little_padding() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
         for count in [1, 2, 16, 200] {
-            let mut widths: Vec<usize> = (0..count).map(|_| rng.random_range(290..1400)).collect();
-            widths.sort_unstable();
-            let parts = cuts(&widths, 20_000);
-            assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
-            for part in &parts {
-                let own = &widths[part.clone()];
-                let padded = own.len() * own.iter().max().unwrap();
-                assert!(padded <= 20_000, "{own:?}");
-                assert!((padded - own.iter().sum::<usize>()) as f64 <= 0.05 * padded as f64, "{own:?}");
+            let mut packed_lens: Vec<usize> = (0..count).map(|_| rng.random_range(290..1400)).collect();
+            packed_lens.sort_unstable();
+            let ranges = split_by_len(&packed_lens, 20_000);
+            assert_eq!(ranges.iter().cloned().flatten().collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
+            for range in &ranges {
+                let lens = &packed_lens[range.clone()];
+                let padded = lens.len() * lens.iter().max().unwrap();
+                assert!(padded <= 20_000, "{lens:?}");
+                assert!((padded - lens.iter().sum::<usize>()) as f64 <= 0.05 * padded as f64, "{lens:?}");
             }
         }
-        assert_eq!(cuts(&[500, 500, 500], 1000), [0..2, 2..3]);
-        assert_eq!(cuts(&[5000, 5000], 1000).len(), 2, "one alone is a part however long it is");
+        assert_eq!(split_by_len(&[500, 500, 500], 1000), [0..2, 2..3]);
+        assert_eq!(split_by_len(&[5000, 5000], 1000).len(), 2, "a single group may exceed the budget");
     }
 }

@@ -1,5 +1,5 @@
-//! Batches on disk, whole: everything that enters an update but the weights, so that the update can be made again, here or by
-//! another program. A dump is a directory of `batch.json` (groups and settings) and `batch.safetensors` (pixels).
+//! Batch dumps: everything that enters an update except the weights, so that the update can be repeated here or by another program. A
+//! dump is a directory of `batch.json` (groups and settings) and `batch.safetensors` (pixels).
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,50 +14,50 @@ use unveil_model::{read_safetensors, write_safetensors};
 use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
 use crate::optim::lr_at;
-use crate::plain::Group;
-use crate::step::{Counters, Learner, Values};
+use crate::step::{Counters, PolicyTrainer, ValuesByGroup};
+use crate::wire::GroupDump;
 
-/// Counted up when the layout changes.
-const FORMAT: u32 = 2;
-const TEXT: &str = "batch.json";
-const PIXELS: &str = "batch.safetensors";
+/// Version of the format, incremented with every change.
+const FORMAT_VERSION: u32 = 2;
+const BATCH_FILE: &str = "batch.json";
+const PIXELS_FILE: &str = "batch.safetensors";
 
 #[derive(Serialize, Deserialize)]
-struct File {
+struct BatchFile {
     format: u32,
-    /// Where the learner stood before the update.
+    /// Counters of the trainer before the update.
     counters: Counters,
-    /// The weight of KL to the reference and how it changes.
+    /// Controller of the KL coefficient before the update.
     kl: KlController,
-    /// What enters the loss; for other programs, replay takes its own configuration.
+    /// Settings that enter the loss, for other programs; replay reads its own configuration instead.
     settings: Value,
-    groups: Vec<Group>,
+    groups: Vec<GroupDump>,
 }
 
-/// Where the learner stood before an update.
-pub(crate) struct Start {
+/// State of the trainer before the dumped update.
+pub(crate) struct DumpedState {
     pub counters: Counters,
     pub kl: KlController,
 }
 
-/// Writes the batch that `learner` is about to take to `dir`, which may exist.
+/// Writes the batch that `learner` is about to train on to `dir`, which may exist.
 ///
 /// # Errors
-/// A file that cannot be written, inputs that do not fit the model.
-pub fn write(dir: &Path, config: &Config, learner: &Learner, groups: &[TrainGroup]) -> Result<()> {
-    let values = learner.values(groups)?;
+/// Returns [`LearnerError::Io`] if a file cannot be written, or an error of the model if the inputs do not fit it.
+pub fn write(dir: &Path, config: &Config, learner: &PolicyTrainer, groups: &[TrainGroup]) -> Result<()> {
+    let values = learner.compute_values(groups)?;
     let s = learner.settings();
     let counters = learner.counters();
     let settings = json!({
         "learner": config.learner, "reward": config.reward, "seed": s.seed, "temperature": s.temperature, "banned": s.banned,
-        "attention_layers": s.attention.named(), "lr": lr_at(&s.optimizer, counters.step, s.total_steps),
+        "attention_layers": s.attention.layers(), "lr": lr_at(&s.optimizer, counters.step, s.total_steps),
     });
-    let file = File {
-        format: FORMAT,
+    let file = BatchFile {
+        format: FORMAT_VERSION,
         counters,
         kl: learner.kl_controller(),
         settings,
-        groups: groups.iter().map(|g| Group::new(g, values.get(&g.id))).collect(),
+        groups: groups.iter().map(|g| GroupDump::new(g, values.get(&g.id))).collect(),
     };
     std::fs::create_dir_all(dir).map_err(LearnerError::io(dir))?;
     let patch_len = learner.vlm().config().vision.patch_len();
@@ -67,51 +67,51 @@ pub fn write(dir: &Path, config: &Config, learner: &Learner, groups: &[TrainGrou
         let grids: Vec<i64> = g.input.prompt.grids.iter().flatten().copied().collect();
         pixels.push((format!("{i:04}.image_grid_thw"), Tensor::f_from_slice(&grids)?.f_view([-1, 3])?));
     }
-    write_safetensors(&dir.join(PIXELS), &pixels)?;
-    let path = dir.join(TEXT);
+    write_safetensors(&dir.join(PIXELS_FILE), &pixels)?;
+    let path = dir.join(BATCH_FILE);
     let text = serde_json::to_vec(&file).map_err(|e| LearnerError::Dump { path: path.clone(), what: e.to_string() })?;
     unveil_core::write_atomic(&path, &text).map_err(LearnerError::io(&path))
 }
 
-/// The groups of a dump, for a model whose patches have `patch_len` numbers.
+/// Loads the groups of a dump, for a model whose patches have `patch_len` values.
 ///
 /// # Errors
-/// Names the file, and the group or response that does not fit.
+/// Returns [`LearnerError::Dump`] naming the file, and the group or response that does not fit, or [`LearnerError::Io`].
 pub fn load(dir: &Path, patch_len: i64) -> Result<Vec<TrainGroup>> {
     Ok(read(dir, patch_len)?.0)
 }
 
-/// Reads a dump: the groups, the values of its responses, and where the learner stood.
+/// Reads a dump: the groups, the values of their responses, and the state of the trainer.
 ///
 /// # Errors
-/// Names the file, and the group or response that does not fit.
-pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, Values, Start)> {
-    let path = dir.join(TEXT);
-    let fault = |what: String| LearnerError::Dump { path: path.clone(), what };
+/// See [`load`].
+pub(crate) fn read(dir: &Path, patch_len: i64) -> Result<(Vec<TrainGroup>, ValuesByGroup, DumpedState)> {
+    let path = dir.join(BATCH_FILE);
+    let invalid = |what: String| LearnerError::Dump { path: path.clone(), what };
     let text = std::fs::read(&path).map_err(LearnerError::io(&path))?;
-    let file: File = serde_json::from_slice(&text).map_err(|e| fault(e.to_string()))?;
-    if file.format != FORMAT {
-        return Err(fault(format!("format {} is not {FORMAT}, which this version reads", file.format)));
+    let file: BatchFile = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+    if file.format != FORMAT_VERSION {
+        return Err(invalid(format!("format {} is not {FORMAT_VERSION}, which this version reads", file.format)));
     }
-    let pixels: HashMap<String, Tensor> = read_safetensors(&dir.join(PIXELS))?.into_iter().collect();
-    let mut values = Values::new();
+    let pixels: HashMap<String, Tensor> = read_safetensors(&dir.join(PIXELS_FILE))?.into_iter().collect();
+    let mut values = ValuesByGroup::new();
     let mut groups = Vec::with_capacity(file.groups.len());
     for (i, group) in file.groups.into_iter().enumerate() {
         let record = group.record.id.clone();
-        let fault = |what: String| fault(format!("group {i} (record \"{record}\"): {what}"));
+        let invalid = |what: String| invalid(format!("group {i} (record \"{record}\"): {what}"));
         let patches: i64 = group.grids.iter().map(|g| g.iter().product::<i64>()).sum();
         let name = format!("{i:04}.pixel_values");
-        let found = pixels.get(&name).ok_or_else(|| fault(format!("{PIXELS} has no `{name}`")))?;
-        if found.size() != [patches, patch_len] {
-            let size = found.size();
-            return Err(fault(format!("`{name}` has shape {size:?}, its grids need [{patches}, {patch_len}]")));
+        let values_of_patches = pixels.get(&name).ok_or_else(|| invalid(format!("{PIXELS_FILE} has no `{name}`")))?;
+        if values_of_patches.size() != [patches, patch_len] {
+            let size = values_of_patches.size();
+            return Err(invalid(format!("`{name}` has shape {size:?}, but its grids need [{patches}, {patch_len}]")));
         }
-        group.check().map_err(fault)?;
+        group.validate().map_err(invalid)?;
         let by_response = group.responses.iter().map(|r| r.values.clone().unwrap_or_default()).collect();
         if group.responses.iter().any(|r| r.values.is_some()) {
             values.insert(group.id.clone(), by_response);
         }
-        groups.push(group.into_train(Vec::<f32>::try_from(found.reshape([-1]))?));
+        groups.push(group.into_train_group(Vec::<f32>::try_from(values_of_patches.reshape([-1]))?));
     }
-    Ok((groups, values, Start { counters: file.counters, kl: file.kl }))
+    Ok((groups, values, DumpedState { counters: file.counters, kl: file.kl }))
 }

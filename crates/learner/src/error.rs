@@ -1,173 +1,173 @@
-//! What can end a training stage, each with what to do about it.
+//! Errors that end a training stage, each with advice.
 
 use std::path::PathBuf;
 
 /// Errors of the learner.
 #[derive(Debug, thiserror::Error)]
 pub enum LearnerError {
-    /// The model room.
+    /// The model crate reported an error.
     #[error("model: {0}")]
     Model(#[from] unveil_model::ModelError),
     /// A loss could not be computed.
     #[error("loss: {0}")]
     Algo(#[from] unveil_algo::AlgoError),
-    /// libtorch refused an operation.
+    /// libtorch rejected an operation.
     #[error("tensor library: {0}")]
     Torch(#[from] tch::TchError),
-    /// An image or its record.
+    /// An image could not be read.
     #[error(transparent)]
-    Image(#[from] unveil_data::store::ImageError),
-    /// A prompt or answer could not be prepared.
+    Image(#[from] unveil_data::image_store::ImageError),
+    /// A prompt or answer could not be preprocessed.
     #[error("record \"{record}\": {source}")]
     Prepare {
-        /// The record's id.
+        /// Id of the record.
         record: String,
-        /// Why.
-        source: unveil_data::prepare::PrepareError,
+        /// The cause.
+        source: unveil_data::preprocessor::PreprocessError,
     },
-    /// Records that do not fit the model, found before the first update.
+    /// Records do not fit the model; found before the first update.
     #[error("records that do not fit the model: {0}")]
-    Fit(#[from] unveil_data::fits::FitError),
-    /// A record that no longer fits as augmentation has made it.
+    Fit(#[from] unveil_data::context_fit::FitError),
+    /// A record no longer fits after augmentation.
     #[error("record \"{record}\": {source}")]
     Misfit {
-        /// The record's id.
+        /// Id of the record.
         record: String,
-        /// Why.
-        source: unveil_data::fits::Misfit,
+        /// The cause.
+        source: unveil_data::context_fit::Misfit,
     },
-    /// Tokenizer or processor of the model directory.
+    /// The tokenizer or processor of the model directory could not be loaded.
     #[error(transparent)]
-    Processor(#[from] unveil_data::prepare::PrepareError),
-    /// Ranks.
+    Processor(#[from] unveil_data::preprocessor::PreprocessError),
+    /// Another rank has failed or timed out.
     #[error("ranks: {0}")]
     Ranks(#[from] unveil_collective::CollectiveError),
-    /// Memory of tensors.
+    /// An operation of the torch extensions failed, such as allocating host memory.
     #[error(transparent)]
     Memory(#[from] unveil_torch_ext::ExtError),
-    /// The accounting of groups.
+    /// The accounting of groups failed.
     #[error("experience: {0}")]
     Experience(#[from] unveil_experience::ExperienceError),
-    /// Checkpoints.
+    /// A checkpoint could not be read or written.
     #[error("checkpoint: {0}")]
     Checkpoint(#[from] unveil_checkpoint::Error),
-    /// Saves failed, and none may work any more.
+    /// Too many saves in a row failed.
     #[error(
         "the checkpoint of step {step} could not be written ({in_a_row} in a row; checkpoint.max_failures): {source}"
     )]
-    Saves {
-        /// The step.
+    SavesFailed {
+        /// Step of the last checkpoint that failed.
         step: u64,
-        /// Failures in a row.
+        /// Number of failures in a row.
         in_a_row: u32,
-        /// The last one.
+        /// The last failure.
         source: Box<LearnerError>,
     },
-    /// Serving.
+    /// A service could not be started or reached.
     #[error(transparent)]
     Service(#[from] unveil_service::ServiceError),
-    /// A file of the run directory.
+    /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// A setting that does not fit this model or data.
+    /// A setting does not fit the model or the data.
     #[error("{0}")]
     Setting(String),
-    /// A dumped batch does not fit.
+    /// A dumped batch is invalid or does not fit the model.
     #[error("{path}: {what}")]
     Dump {
-        /// Which file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong.
+        /// Description of the problem.
         what: String,
     },
-    /// What a checkpoint holds does not fit.
+    /// The contents of a checkpoint do not fit the run.
     #[error("checkpoint of step {step}: {what}")]
-    State {
-        /// The checkpoint.
+    CheckpointState {
+        /// Step of the checkpoint.
         step: u64,
-        /// What is wrong.
+        /// Description of the problem.
         what: String,
     },
     /// Rollout and learner compute different log-probabilities for the same weights.
     #[error(
-        "step {step}: rollout and learner disagree by {mean:.2e} mean |delta log p| (limit {limit:.0e}, learner.agreement_limit): {workers}; worst: {worst}. Check that both run the same build, model and number format"
+        "step {step}: rollout and learner disagree by {mean:.2e} mean |delta log p| (limit {limit:.0e}, learner.agreement_limit): {workers}; worst: {worst}. Check that both use the same build, model and dtype"
     )]
     Agreement {
-        /// The step.
+        /// Number of the update.
         step: u64,
-        /// Mean over tokens made by the present version.
+        /// Mean |delta log p| over tokens of the present weight version.
         mean: f64,
-        /// The limit.
+        /// The configured limit.
         limit: f64,
-        /// The workers that disagree by more, the worst first.
+        /// The workers above the limit, the worst first.
         workers: String,
-        /// Worst responses.
+        /// The responses that disagree most.
         worst: String,
     },
     /// Too many groups lack a component of their reward.
     #[error(
-        "step {step}: `{component}` is masked for {masked} of the last {groups} groups (limit {limit}, learner.max_masked), most often because {reason}. What is left trains something else than was configured: mend it, or raise the limit"
+        "step {step}: `{component}` is masked for {masked} of the last {groups} groups (limit {limit}, learner.max_masked), most often because {reason}. The remaining rewards train something other than what was configured: fix the component, or raise the limit"
     )]
     Masked {
-        /// The step.
+        /// Number of the update.
         step: u64,
-        /// The component; `total` where it is the whole reward.
+        /// The component; `total` for the whole reward.
         component: String,
-        /// Groups that lack it.
+        /// Number of groups that lack it.
         masked: usize,
-        /// Groups that were looked at.
+        /// Number of groups in the window.
         groups: usize,
-        /// Share of them that may.
+        /// Largest allowed share of groups that lack it.
         limit: f64,
         /// The most frequent reason.
         reason: String,
     },
-    /// No record is left that can be trained.
+    /// All training records have been set aside.
     #[error(
-        "all {records} training records were set aside, the last one because it was {why}. Look at the workers rather than at the records"
+        "all {records} training records were set aside, the last one because it was {why}. The cause is probably in the workers rather than in the records"
     )]
-    NothingLeft {
-        /// Records of the data.
+    AllRecordsDropped {
+        /// Number of training records.
         records: u64,
-        /// What happened to the last one.
+        /// Why the last one was set aside.
         why: String,
     },
-    /// Too many steps in a row could not be used.
+    /// Too many steps in a row were skipped.
     #[error(
-        "step {step}: {in_a_row} steps in a row were skipped, the last one because {why}. Lower the learning rate, or look at the named values"
+        "step {step}: {in_a_row} steps in a row were skipped, the last one because {why}. Lower the learning rate, or check the values named"
     )]
     Skipped {
-        /// The step.
+        /// Number of the update.
         step: u64,
-        /// How many.
+        /// Number of skipped steps in a row.
         in_a_row: u64,
-        /// The last reason.
+        /// Why the last one was skipped.
         why: String,
     },
-    /// There is not enough memory for an update.
-    #[error("not enough memory for an update ({cause}). It takes: {plan}")]
+    /// An update ran out of memory.
+    #[error("not enough memory for an update ({cause}). It needs: {plan}")]
     OutOfMemory {
-        /// What libtorch said.
+        /// Message of libtorch.
         cause: String,
-        /// What memory is needed for, and what to lower.
-        plan: Box<crate::memory::MemoryPlan>,
+        /// Memory needed by use, and what to lower.
+        plan: Box<crate::memory_plan::MemoryPlan>,
     },
     /// The held-out evaluation failed.
     #[error("evaluation at step {step}: {source}")]
     Evaluate {
-        /// The step.
+        /// Number of updates before it.
         step: u64,
-        /// Why.
+        /// The cause.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A background thread ended without a word.
+    /// A background thread ended without reporting an error.
     #[error("{0} ended unexpectedly")]
-    Lost(&'static str),
+    ThreadEnded(&'static str),
 }
 
 impl LearnerError {

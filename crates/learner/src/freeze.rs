@@ -1,18 +1,18 @@
-//! Which parameters are trained at which update, by name. Must not know: tensors.
+//! Freezing: which parameters are trained at which update, by name.
 
 use unveil_config::schema::{Freeze, Learner};
 
-/// What is never trained, and what is not trained for a while.
+/// Parameters that are never trained, and those that are frozen for some updates.
 #[derive(Debug, Clone, Default)]
 pub struct Freezing {
     always: Vec<String>,
-    spans: Vec<Freeze>,
+    schedule: Vec<Freeze>,
 }
 
-/// Whether a parameter belongs to `what`: a module's word or a prefix of names.
-fn belongs(name: &str, what: &str) -> bool {
+/// Returns whether a parameter is selected by `selector`: the name of a module or a prefix of parameter names.
+fn is_selected(name: &str, selector: &str) -> bool {
     let merger = name.starts_with("visual.merger.") || name.starts_with("visual.deepstack_merger_list.");
-    match what {
+    match selector {
         "merger" => merger,
         "vision_tower" => name.starts_with("visual.") && !merger,
         "language_model" => name.starts_with("model.") || name.starts_with("lm_head."),
@@ -21,47 +21,51 @@ fn belongs(name: &str, what: &str) -> bool {
 }
 
 impl Freezing {
-    /// As the configuration has it.
+    /// Reads `learner.frozen` and `learner.freeze`.
     pub fn new(l: &Learner) -> Self {
-        Self { always: l.frozen.clone(), spans: l.freeze.clone() }
+        Self { always: l.frozen.clone(), schedule: l.freeze.clone() }
     }
 
-    /// Whether something changes between updates.
-    pub fn changes(&self) -> bool {
-        !self.spans.is_empty()
+    /// Returns whether the trained parameters change between updates.
+    pub fn has_schedule(&self) -> bool {
+        !self.schedule.is_empty()
     }
 
-    /// Whether a parameter is trained at some update.
-    pub fn ever(&self, name: &str) -> bool {
-        self.always.iter().all(|what| !belongs(name, what))
+    /// Returns whether a parameter is trained at any update.
+    pub fn is_ever_trained(&self, name: &str) -> bool {
+        self.always.iter().all(|selector| !is_selected(name, selector))
     }
 
-    /// Whether a parameter is trained at update `step`, from 0.
-    pub fn at(&self, name: &str, step: u64) -> bool {
-        let held =
-            |f: &Freeze| (f.from..f.until).contains(&step) && f.parameters.iter().any(|what| belongs(name, what));
-        self.ever(name) && !self.spans.iter().any(held)
+    /// Returns whether a parameter is trained at update `step`, from 0.
+    pub fn is_trained_at(&self, name: &str, step: u64) -> bool {
+        let is_frozen = |f: &Freeze| {
+            (f.from..f.until).contains(&step) && f.parameters.iter().any(|selector| is_selected(name, selector))
+        };
+        self.is_ever_trained(name) && !self.schedule.iter().any(is_frozen)
     }
 
-    /// Whether these names make sense for a model with parameters `names`.
+    /// Checks the settings against a model with parameters `names`.
     ///
     /// # Errors
-    /// A word that no parameter belongs to, or an update that trains nothing; the message names the key.
+    /// Returns a message that names the key if a selector matches no parameter, or if an update would train nothing.
     pub fn check<'n>(&self, names: impl Iterator<Item = &'n str> + Clone) -> Result<(), String> {
-        let spans = self.spans.iter().flat_map(|f| &f.parameters).map(|what| ("learner.freeze", what));
-        for (key, what) in self.always.iter().map(|what| ("learner.frozen", what)).chain(spans) {
-            if !names.clone().any(|n| belongs(n, what)) {
+        let scheduled = self.schedule.iter().flat_map(|f| &f.parameters).map(|selector| ("learner.freeze", selector));
+        let always = self.always.iter().map(|selector| ("learner.frozen", selector));
+        for (key, selector) in always.chain(scheduled) {
+            if !names.clone().any(|n| is_selected(n, selector)) {
                 return Err(format!(
-                    "{key} has `{what}`, but no parameter's name starts so; vision_tower, merger and language_model are known too"
+                    "{key} has `{selector}`, but no parameter name starts with it; vision_tower, merger and language_model are accepted too"
                 ));
             }
         }
-        let turns = std::iter::once(0).chain(self.spans.iter().flat_map(|f| [f.from, f.until]));
-        match turns.into_iter().find(|step| !names.clone().any(|n| self.at(n, *step))) {
-            Some(0) if !names.clone().any(|n| self.ever(n)) => {
+        let changes = std::iter::once(0).chain(self.schedule.iter().flat_map(|f| [f.from, f.until]));
+        match changes.into_iter().find(|step| !names.clone().any(|n| self.is_trained_at(n, *step))) {
+            Some(0) if !names.clone().any(|n| self.is_ever_trained(n)) => {
                 Err("learner.frozen: nothing is trained: every parameter is frozen".into())
             }
-            Some(step) => Err(format!("learner.freeze: update {step} (from 0) trains nothing: leave something to it")),
+            Some(step) => {
+                Err(format!("learner.freeze: update {step} (from 0) trains nothing: leave some parameters unfrozen"))
+            }
             None => Ok(()),
         }
     }
@@ -80,13 +84,14 @@ mod tests {
     ];
 
     fn trained(f: &Freezing, step: u64) -> Vec<usize> {
-        (0..NAMES.len()).filter(|i| f.at(NAMES[*i], step)).collect()
+        (0..NAMES.len()).filter(|i| f.is_trained_at(NAMES[*i], step)).collect()
     }
 
-    fn freezing(frozen: &[&str], spans: &[(&[&str], u64, u64)]) -> Freezing {
+    fn freezing(frozen: &[&str], schedule: &[(&[&str], u64, u64)]) -> Freezing {
         let words = |w: &[&str]| w.iter().map(|s| (*s).to_owned()).collect();
-        let span = |(w, from, until): &(&[&str], u64, u64)| Freeze { parameters: words(w), from: *from, until: *until };
-        Freezing { always: words(frozen), spans: spans.iter().map(span).collect() }
+        let freeze =
+            |(w, from, until): &(&[&str], u64, u64)| Freeze { parameters: words(w), from: *from, until: *until };
+        Freezing { always: words(frozen), schedule: schedule.iter().map(freeze).collect() }
     }
 
     #[test]
@@ -97,17 +102,17 @@ mod tests {
         assert_eq!(trained(&f, 3), [1, 2, 3, 4]);
         assert_eq!(trained(&f, 5), [2]);
         assert_eq!(trained(&f, 6), [1, 2, 3, 4]);
-        assert!(f.changes() && !f.ever(NAMES[0]) && f.ever(NAMES[2]));
+        assert!(f.has_schedule() && !f.is_ever_trained(NAMES[0]) && f.is_ever_trained(NAMES[2]));
     }
 
     #[test]
-    fn what_makes_no_sense_is_named() {
-        let fault = |f: Freezing| f.check(NAMES.iter().copied()).unwrap_err();
-        let e = fault(freezing(&["vision"], &[]));
+    fn senseless_settings_are_named() {
+        let error = |f: Freezing| f.check(NAMES.iter().copied()).unwrap_err();
+        let e = error(freezing(&["vision"], &[]));
         assert!(e.contains("learner.frozen has `vision`"), "{e}");
-        assert!(fault(freezing(&["visual_tower"], &[])).contains("`visual_tower`"));
-        assert!(fault(freezing(&["language_model", "visual."], &[])).contains("every parameter is frozen"));
-        let e = fault(freezing(&["visual."], &[(&["language_model"], 4, 8)]));
+        assert!(error(freezing(&["visual_tower"], &[])).contains("`visual_tower`"));
+        assert!(error(freezing(&["language_model", "visual."], &[])).contains("every parameter is frozen"));
+        let e = error(freezing(&["visual."], &[(&["language_model"], 4, 8)]));
         assert!(e.contains("update 4") && e.contains("learner.freeze"), "{e}");
     }
 }

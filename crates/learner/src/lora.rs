@@ -1,40 +1,40 @@
-//! Adapters in stage 2: a model gets them as the configuration says, checkpoints hold them alone, and what comes out is the merged
-//! model and, beside it, the adapters. Must not know: losses, sockets.
+//! LoRA adapters in stage 2: they are attached to the model as configured, are the only weights in checkpoints, and are exported both
+//! merged into the model and on their own.
 
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use unveil_config::Config;
-use unveil_model::{LoraSpec, Vlm, copy_companions, fingerprint, read_adapters};
+use unveil_model::{LoraSpec, Vlm, copy_companion_files, fingerprint, read_adapters};
 
 use crate::error::{LearnerError, Result};
 
-/// The part of a checkpoint that is the adapters.
+/// Name of the adapters' part of a checkpoint.
 pub(crate) const ADAPTER: &str = "adapter";
 
-/// The model that adapters lie beside; its weights are in no checkpoint.
+/// The model that adapters are attached to; its weights are in no checkpoint.
 #[derive(Debug, Clone)]
-pub(crate) struct Base {
+pub(crate) struct BaseModel {
     /// Its directory.
     pub dir: PathBuf,
     /// Its [`fingerprint`].
     pub hash: String,
 }
 
-impl Base {
-    /// The model in `dir`.
+impl BaseModel {
+    /// Reads the model in `dir`.
     pub fn read(dir: &Path) -> Result<Self> {
         Ok(Self { dir: dir.to_owned(), hash: fingerprint(dir)? })
     }
 }
 
-/// Gives `vlm` fresh adapters where `learner.lora` asks for some, and says whether it does.
+/// Attaches fresh adapters to `vlm` if `learner.lora` asks for some, and returns whether it does.
 ///
 /// # Errors
-/// A target that no layer has, a rank above a matrix' side.
-pub(crate) fn adapt(vlm: &mut Vlm, config: &Config) -> Result<bool> {
+/// Returns [`LearnerError::Setting`] if no layer has a target, or if the rank exceeds a dimension of a matrix.
+pub(crate) fn attach_adapters(vlm: &mut Vlm, config: &Config) -> Result<bool> {
     let Some(spec) = spec(config) else { return Ok(false) };
-    vlm.adapt(&spec, config.run.seed).map_err(|e| LearnerError::Setting(format!("learner.lora: {e}")))?;
+    vlm.init_adapters(&spec, config.run.seed).map_err(|e| LearnerError::Setting(format!("learner.lora: {e}")))?;
     Ok(true)
 }
 
@@ -44,12 +44,12 @@ fn spec(config: &Config) -> Option<LoraSpec> {
     (l.rank > 0).then_some(spec)
 }
 
-/// What adapters are, as it is told and compared.
-pub(crate) fn told(s: &LoraSpec) -> String {
+/// Describes the settings of adapters; descriptions are compared to find out whether adapters fit.
+pub(crate) fn describe(s: &LoraSpec) -> String {
     format!("rank = {}, alpha = {}, rslora = {}", s.rank, s.alpha, s.rank_stabilised)
 }
 
-/// The file of a checkpoint that says what its adapters are.
+/// Returns the checkpoint file that describes the adapters: its name and contents. `None` without adapters.
 pub(crate) fn config_file(vlm: &Vlm, base: &Path) -> Result<Option<(String, Bytes)>> {
     let Some(adapters) = vlm.adapters() else { return Ok(None) };
     let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
@@ -59,38 +59,40 @@ pub(crate) fn config_file(vlm: &Vlm, base: &Path) -> Result<Option<(String, Byte
     Ok(Some((format!("{ADAPTER}/adapter_config.json"), bytes.into())))
 }
 
-/// Puts the adapters in `dir` in place of those of `vlm`.
+/// Loads the adapters in `dir` into those of `vlm`.
 ///
 /// # Errors
-/// They cannot be read, or are not those that `learner.lora` asks for.
+/// Returns an error of the model if they cannot be read, and [`LearnerError::Setting`] if they do not match `learner.lora`.
 pub(crate) fn load(vlm: &mut Vlm, dir: &Path) -> Result<()> {
     let (spec, named) = read_adapters(dir)?;
-    let fault = |what: String| LearnerError::Setting(format!("{}: {what}", dir.display()));
-    let Some(own) = vlm.adapters() else {
-        return Err(fault(format!("they are adapters of rank {}, but learner.lora.rank is 0: set it", spec.rank)));
+    let invalid = |what: String| LearnerError::Setting(format!("{}: {what}", dir.display()));
+    let Some(adapters) = vlm.adapters() else {
+        return Err(invalid(format!("the adapters have rank {}, but learner.lora.rank is 0: set it", spec.rank)));
     };
-    let (saved, now) = (told(&spec), told(own.spec()));
-    if saved != now {
-        return Err(fault(differ(&saved, &now)));
+    let saved = describe(&spec);
+    let configured = describe(adapters.spec());
+    if saved != configured {
+        return Err(invalid(mismatch(&saved, &configured)));
     }
-    vlm.load_adapters(&named).map_err(|e| fault(format!("the adapters do not fit learner.lora.targets: {e}")))
+    vlm.load_adapters(&named).map_err(|e| invalid(format!("the adapters do not fit learner.lora.targets: {e}")))
 }
 
-/// That adapters are not those that are asked for.
-pub(crate) fn differ(saved: &str, now: &str) -> String {
-    format!("the adapters were made with {saved}, but learner.lora says {now}: use the same")
+/// Returns the message for adapters whose settings are not the configured ones.
+pub(crate) fn mismatch(saved: &str, configured: &str) -> String {
+    format!("the adapters were trained with {saved}, but learner.lora has {configured}: use the same settings")
 }
 
-/// Where adapters are written that belong to the model directory `out`: `adapter` beside it.
-pub(crate) fn beside(out: &Path) -> PathBuf {
+/// Returns the directory for the adapters of the model directory `out`: `adapter` next to it.
+pub(crate) fn adapter_dir(out: &Path) -> PathBuf {
     out.with_file_name("adapter")
 }
 
-/// Writes `vlm` with its adapters merged to `merged`, with what lies beside the weights in `base`, and the adapters to `adapter`.
+/// Writes `vlm` with its adapters merged to `merged`, along with the other files of the model directory `base`, and the adapters to
+/// `adapter`.
 pub(crate) fn export(vlm: &mut Vlm, base: &Path, merged: &Path, adapter: &Path) -> Result<()> {
     std::fs::create_dir_all(merged).map_err(LearnerError::io(merged))?;
     vlm.merged(|vlm| vlm.save(merged))??;
-    copy_companions(base, merged)?;
+    copy_companion_files(base, merged)?;
     if let Some(adapters) = vlm.adapters() {
         adapters.save(adapter, &base.to_string_lossy())?;
     }

@@ -1,9 +1,8 @@
-//! AdamW over what this rank owns of all parameters, global-norm clipping, learning-rate schedule. State is keyed by parameter
-//! name.
+//! AdamW over this rank's shard of the parameters, clipping by global norm, and the learning-rate schedule. State is keyed by
+//! parameter name.
 //!
-//! Must not know: what the gradients are of. All that is owned lies in flat tensors, so that an update is about a dozen large
-//! operations rather than ten small ones per parameter. Parameters of fewer digits than fp32 have master weights in fp32, and so
-//! have those that are divided over ranks.
+//! The shard is kept in flat tensors, so that an update is about a dozen large operations instead of ten small ones per parameter.
+//! Parameters in bf16 have master weights in fp32, and so have sharded parameters.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -15,64 +14,70 @@ use unveil_collective::Collective;
 use unveil_config::schema::Optimizer;
 
 use crate::error::{LearnerError, Result};
-use crate::shard::{Course, Gathered, Gradients, Plan, Ranks, Slot, Stretch, SumsTime, Zero, end};
+use crate::shard::{
+    GradientReducer, OwnedRange, ParameterSlice, ParameterSlot, PassHooks, Ranks, ReduceTiming, ShardLayout,
+    ShardedParameters, ZeroStage, wait,
+};
 
-/// Learning rate of update number `step` (from 0) of `total`: linear warm-up, constant, then linear from `lr` to
-/// `lr * lr_end` over the last `decay` share of the updates.
+/// Returns the learning rate of update `step` (from 0) of `total`: linear warm-up, constant, then linear decay from `lr` to
+/// `lr * lr_end` over the last `decay` (a fraction) of the updates.
 pub fn lr_at(o: &Optimizer, step: u64, total: u64) -> f64 {
-    let falling = (o.decay * total as f64).max(1.0);
-    let fallen = ((step + 1) as f64 - (total as f64 - falling)).clamp(0.0, falling) / falling;
-    let rise = ((step + 1) as f64 / o.warmup.max(1) as f64).min(1.0);
-    let fall = if o.decay > 0.0 { 1.0 - fallen * (1.0 - o.lr_end) } else { 1.0 };
-    o.lr * rise.min(fall)
+    let decay_steps = (o.decay * total as f64).max(1.0);
+    let decayed = ((step + 1) as f64 - (total as f64 - decay_steps)).clamp(0.0, decay_steps) / decay_steps;
+    let warmup_factor = ((step + 1) as f64 / o.warmup.max(1) as f64).min(1.0);
+    let decay_factor = if o.decay > 0.0 { 1.0 - decayed * (1.0 - o.lr_end) } else { 1.0 };
+    o.lr * warmup_factor.min(decay_factor)
 }
 
-/// What this rank owns of all gradients, flat, with the global L2 norm.
+/// This rank's shard of the gradients, flat, and the L2 norm of all gradients.
 pub struct Gradient {
     flat: Tensor,
-    /// Norm before clipping; not finite when any gradient is not.
+    /// Global norm before clipping; not finite if any gradient is not.
     pub norm: f64,
 }
 
 /// AdamW (arXiv 1711.05101, algorithm 2): decoupled decay of matrices only (2 dimensions or more), bias-corrected moments in
-/// fp32. Same update as `torch.optim.AdamW` up to rounding. Moments, and master weights where there are any, are divided over
-/// the shards of a replica (ZeRO, arXiv 1910.02054).
+/// fp32. The update equals that of `torch.optim.AdamW` up to rounding. Moments, and master weights if there are any, are sharded over
+/// the ranks of a replica (ZeRO, arXiv 1910.02054).
 pub struct AdamW {
     options: Optimizer,
     ranks: Rc<Ranks>,
-    plan: Rc<Plan>,
-    gradients: Rc<RefCell<Gradients>>,
-    /// Kind of moments and master weights.
+    layout: Rc<ShardLayout>,
+    gradients: Rc<RefCell<GradientReducer>>,
+    /// Dtype of moments and master weights.
     kind: Kind,
-    first: Tensor,
-    second: Tensor,
-    /// Weights in `kind`; none where the parameters are that themselves.
+    /// First moment.
+    exp_avg: Tensor,
+    /// Second moment.
+    exp_avg_sq: Tensor,
+    /// Master weights in `kind`; `None` if the parameters serve as such.
     master: Option<Tensor>,
-    /// By parameter, updates that it took part in.
+    /// By parameter, the number of updates it took part in.
     counts: Vec<u64>,
-    /// By parameter, whether it is trained now.
+    /// By parameter, whether it is being trained.
     active: Vec<bool>,
     updates: u64,
 }
 
 impl AdamW {
-    /// An optimiser of one rank for leaf parameters, moments at 0.
+    /// Returns an optimiser on a single rank for leaf parameters, with moments of 0.
     ///
     /// # Errors
-    /// As [`AdamW::divided`].
+    /// See [`AdamW::sharded`].
     pub fn new(options: &Optimizer, parameters: &[(String, Tensor)]) -> Result<Self> {
-        Self::divided(options, parameters, Ranks::solo())
+        Self::sharded(options, parameters, Ranks::solo())
     }
 
-    /// An optimiser for leaf parameters, which are the same on all `ranks`; moments at 0, in fp32, or in fp64 for such parameters.
+    /// Returns an optimiser, sharded over `ranks`, for leaf parameters that are the same on all of them. Moments start at 0, in fp32,
+    /// or in fp64 for fp64 parameters.
     ///
     /// # Errors
-    /// No parameter, a parameter twice, or kinds that cannot be trained.
-    pub fn divided(options: &Optimizer, parameters: &[(String, Tensor)], ranks: Rc<Ranks>) -> Result<Self> {
-        let Some((_, any)) = parameters.first() else {
+    /// Returns [`LearnerError::Setting`] if there is no parameter, one is given twice, or a dtype cannot be trained.
+    pub fn sharded(options: &Optimizer, parameters: &[(String, Tensor)], ranks: Rc<Ranks>) -> Result<Self> {
+        let Some((_, first_parameter)) = parameters.first() else {
             return Err(LearnerError::Setting("nothing is trained: every parameter is frozen".into()));
         };
-        let double = any.kind() == Kind::Double;
+        let double = first_parameter.kind() == Kind::Double;
         for (name, tensor) in parameters {
             let kind = tensor.kind();
             if double != (kind == Kind::Double) || !matches!(kind, Kind::Float | Kind::Double | Kind::BFloat16) {
@@ -82,80 +87,92 @@ impl AdamW {
             }
         }
         let kind = if double { Kind::Double } else { Kind::Float };
-        let plan = Rc::new(Plan::new(parameters, ranks.size() > 1, ranks.shard())?);
-        let gradients = Rc::new(RefCell::new(Gradients::new(plan.clone(), ranks.clone(), kind)));
-        let zeros = || Tensor::f_zeros([plan.numel], (kind, any.device()));
-        let (counts, active) = (vec![0; parameters.len()], vec![true; parameters.len()]);
-        let (options, first, second) = (options.clone(), zeros()?, zeros()?);
-        let mut made =
-            Self { options, ranks, plan, gradients, kind, first, second, master: None, counts, active, updates: 0 };
-        if made.ranks.shards().is_some() || parameters.iter().any(|(_, t)| t.kind() != kind) {
-            made.master = Some(made.plan.owned(kind, |s| Ok(s.tensor.shallow_clone()))?);
+        let layout = Rc::new(ShardLayout::new(parameters, ranks.size() > 1, ranks.shard())?);
+        let gradients = Rc::new(RefCell::new(GradientReducer::new(layout.clone(), ranks.clone(), kind)));
+        let zeros = || Tensor::f_zeros([layout.numel], (kind, first_parameter.device()));
+        let exp_avg = zeros()?;
+        let exp_avg_sq = zeros()?;
+        let mut optimizer = Self {
+            options: options.clone(),
+            ranks,
+            layout,
+            gradients,
+            kind,
+            exp_avg,
+            exp_avg_sq,
+            master: None,
+            counts: vec![0; parameters.len()],
+            active: vec![true; parameters.len()],
+            updates: 0,
+        };
+        if optimizer.ranks.shards().is_some() || parameters.iter().any(|(_, t)| t.kind() != kind) {
+            let master = optimizer.layout.owned_values(kind, |s| Ok(s.tensor.shallow_clone()))?;
+            optimizer.master = Some(master);
         }
-        Ok(made)
+        Ok(optimizer)
     }
 
-    /// Number of scalars that are trained.
+    /// Returns the number of scalars in all parameters.
     pub fn numel(&self) -> i64 {
-        self.plan.slots().map(|s| s.count).sum()
+        self.layout.slots().map(|s| s.count).sum()
     }
 
-    /// Bytes of moments and master weights over all shards.
+    /// Returns the bytes of moments and master weights, summed over all shards.
     pub fn bytes(&self) -> u64 {
-        let kept = if self.master.is_some() { 3 } else { 2 };
-        self.numel() as u64 * kept * self.kind.elt_size_in_bytes() as u64
+        let copies = if self.master.is_some() { 3 } else { 2 };
+        self.numel() as u64 * copies * self.kind.elt_size_in_bytes() as u64
     }
 
-    /// Updates applied so far.
+    /// Returns the number of updates applied so far.
     pub fn updates(&self) -> u64 {
         self.updates
     }
 
-    /// How passes of the model take gradients; `gathered` is where its parameters are divided.
-    pub(crate) fn course(&self, gathered: Option<Rc<Gathered>>) -> Course {
+    /// Returns the hooks that collect gradients from passes of the model; `sharded` are its parameters if they are sharded.
+    pub(crate) fn hooks(&self, sharded: Option<Rc<ShardedParameters>>) -> PassHooks {
         let by_layer = self.ranks.size() > 1;
-        Course { gathered, gradients: Some(self.gradients.clone()), by_layer }
+        PassHooks { sharded, gradients: Some(self.gradients.clone()), by_layer }
     }
 
-    /// The parameters, and what this rank owns of their weights; none where nothing is divided.
-    pub(crate) fn source(&self) -> Option<(Rc<Plan>, Tensor)> {
-        self.master.as_ref().map(|m| (self.plan.clone(), m.shallow_clone()))
+    /// Returns the layout of the parameters and this rank's shard of the master weights; `None` without master weights.
+    pub(crate) fn master_shard(&self) -> Option<(Rc<ShardLayout>, Tensor)> {
+        self.master.as_ref().map(|m| (self.layout.clone(), m.shallow_clone()))
     }
 
-    /// Trains exactly the parameters that `filter` names from here on. The others keep weights and moments.
-    pub fn train(&mut self, filter: impl Fn(&str) -> bool) {
-        for (slot, active) in self.plan.slots().zip(&mut self.active) {
+    /// Trains only the parameters that `filter` accepts from now on. The others keep their weights and moments.
+    pub fn set_trained(&mut self, filter: impl Fn(&str) -> bool) {
+        for (slot, active) in self.layout.slots().zip(&mut self.active) {
             *active = filter(&slot.name);
             let _ = slot.tensor.set_requires_grad(*active);
         }
     }
 
-    /// Forgets the gradients of the last backward pass.
+    /// Drops all gradients collected so far.
     ///
     /// # Errors
-    /// A rank is gone.
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
     pub fn zero_grad(&mut self) -> Result<()> {
         self.gradients.borrow_mut().clear()
     }
 
-    /// Gathers what the backward passes of one rank left in the parameters.
+    /// Collects the gradients that plain backward passes on a single rank left in the parameters.
     ///
     /// # Errors
-    /// As [`AdamW::gradient`].
-    pub fn take_gradient(&mut self) -> Result<Gradient> {
-        let pass = self.course(None).begin()?;
-        pass.turn(true);
-        pass.finish()?;
+    /// See [`AdamW::gradient`].
+    pub fn collect_gradient(&mut self) -> Result<Gradient> {
+        let pass = self.hooks(None).begin()?;
+        pass.begin_backward(true);
+        pass.end_backward()?;
         self.gradient()
     }
 
-    /// The gradients that passes took, summed over ranks; a parameter that the loss did not touch counts 0.
+    /// Returns the gradients of the hooked passes, reduced over ranks; a parameter without a gradient counts as 0.
     ///
     /// # Errors
-    /// A rank is gone.
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
     pub fn gradient(&mut self) -> Result<Gradient> {
         let flat = self.gradients.borrow_mut().finish()?;
-        let mut norm = no_grad(|| norm(&flat))?;
+        let mut norm = no_grad(|| l2_norm(&flat))?;
         if let Some(shards) = self.ranks.shards() {
             let square = Tensor::f_from_slice(&[norm * norm])?.f_to_device(flat.device())?;
             norm = shards.all_reduce(square)?.f_double_value(&[0])?.sqrt();
@@ -163,24 +180,24 @@ impl AdamW {
         Ok(Gradient { flat, norm })
     }
 
-    /// The time of sums over ranks since it was asked for last.
-    pub(crate) fn take_sums_time(&mut self) -> SumsTime {
-        self.gradients.borrow_mut().take_time()
+    /// Returns the time of gradient reductions since the last call, and resets it.
+    pub(crate) fn take_reduce_timing(&mut self) -> ReduceTiming {
+        self.gradients.borrow_mut().take_timing()
     }
 
-    /// Copies of a gradient's parts in the parameters' shapes, by name. All ranks call it.
+    /// Returns copies of all gradients in the parameters' shapes, by name. All ranks call it.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub fn by_name(&self, gradient: &Gradient) -> Result<Vec<(String, Tensor)>> {
-        self.whole("", &gradient.flat)
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn gradient_by_name(&self, gradient: &Gradient) -> Result<Vec<(String, Tensor)>> {
+        self.gather_by_name("", &gradient.flat)
     }
 
-    /// Clips by global norm as `torch.nn.utils.clip_grad_norm_` does, then applies one update at learning rate `lr`. All ranks
+    /// Clips by global norm as `torch.nn.utils.clip_grad_norm_` does, then applies one update with learning rate `lr`. All ranks
     /// call it.
     ///
     /// # Errors
-    /// A rank is gone.
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
     pub fn step(&mut self, gradient: Gradient, lr: f64) -> Result<()> {
         self.updates += 1;
         for (count, _) in self.counts.iter_mut().zip(&self.active).filter(|(_, active)| **active) {
@@ -192,222 +209,236 @@ impl AdamW {
             if clip > 0.0 && gradient.norm > clip {
                 let _ = flat.g_mul_scalar_(clip / (gradient.norm + 1e-6));
             }
-            for (run, count) in self.runs() {
-                self.advance(&flat, run, count, lr)?;
+            for (range, count) in self.uniform_ranges() {
+                self.update_range(&flat, range, count, lr)?;
             }
-            // Divided parameters take theirs when they are gathered next.
-            if self.ranks.zero() == Zero::Parameters { Ok(()) } else { self.spread() }
+            // Sharded parameters get the new weights when they are gathered next.
+            if self.ranks.zero_stage() == ZeroStage::Parameters { Ok(()) } else { self.write_back() }
         })
     }
 
-    /// Stretches of what is owned whose parameters are trained and took part in equally many updates.
-    fn runs(&self) -> Vec<(Range<i64>, u64)> {
+    /// Returns ranges of the shard whose parameters are being trained, each with the number of updates its parameters took part in.
+    fn uniform_ranges(&self) -> Vec<(Range<i64>, u64)> {
         if self.active.iter().all(|a| *a) && self.counts.iter().all(|c| *c == self.counts[0]) {
-            return vec![(0..self.plan.numel, self.counts[0])];
+            return vec![(0..self.layout.numel, self.counts[0])];
         }
-        let mut runs: Vec<(Range<i64>, u64)> = Vec::new();
-        for piece in self.plan.pieces.iter().filter(|p| self.active[p.slot]) {
-            let count = self.counts[piece.slot];
-            match runs.last_mut() {
-                Some((run, c)) if *c == count && run.end == piece.own.start => run.end = piece.own.end,
-                _ => runs.push((piece.own.clone(), count)),
+        let mut ranges: Vec<(Range<i64>, u64)> = Vec::new();
+        for owned in self.layout.owned_ranges.iter().filter(|o| self.active[o.slot]) {
+            let count = self.counts[owned.slot];
+            match ranges.last_mut() {
+                Some((range, c)) if *c == count && range.end == owned.range.start => range.end = owned.range.end,
+                _ => ranges.push((owned.range.clone(), count)),
             }
         }
-        runs
+        ranges
     }
 
-    /// Moments and weights of one stretch, by update number `count` of its parameters.
-    fn advance(&mut self, gradient: &Tensor, run: Range<i64>, count: u64, lr: f64) -> Result<()> {
+    /// Updates moments and weights of one range of the shard, as update number `count` of its parameters.
+    fn update_range(&mut self, gradient: &Tensor, range: Range<i64>, count: u64, lr: f64) -> Result<()> {
         let o = &self.options;
         let [b1, b2] = o.betas;
         let t = count as f64;
-        let (c1, c2) = (1.0 - b1.powf(t), (1.0 - b2.powf(t)).sqrt());
-        let of = |t: &Tensor| t.f_narrow(0, run.start, run.end - run.start);
-        let (mut g, mut first, mut second) = (of(gradient)?, of(&self.first)?, of(&self.second)?);
-        let _ = first.f_lerp_(&g, 1.0 - b1)?;
+        let c1 = 1.0 - b1.powf(t);
+        let c2 = (1.0 - b2.powf(t)).sqrt();
+        let in_range = |t: &Tensor| t.f_narrow(0, range.start, range.end - range.start);
+        let mut g = in_range(gradient)?;
+        let mut exp_avg = in_range(&self.exp_avg)?;
+        let mut exp_avg_sq = in_range(&self.exp_avg_sq)?;
+        let _ = exp_avg.f_lerp_(&g, 1.0 - b1)?;
         let _ = g.square_();
-        let _ = second.f_lerp_(&g, 1.0 - b2)?;
+        let _ = exp_avg_sq.f_lerp_(&g, 1.0 - b2)?;
         // m / c1 / (sqrt(v) / c2 + eps) = (c2 / c1) m / (sqrt(v) + eps c2): fewer passes over memory.
-        let mut denominator = second.f_sqrt()?;
+        let mut denominator = exp_avg_sq.f_sqrt()?;
         let _ = denominator.g_add_scalar_(o.eps * c2);
-        let mut update = first.f_div(&denominator)?;
+        let mut update = exp_avg.f_div(&denominator)?;
         let _ = update.g_mul_scalar_(-lr * c2 / c1);
-        let decayed = |p: &&crate::shard::Piece| p.matrix && o.weight_decay != 0.0;
-        let pieces = self.plan.pieces.iter().filter(|p| run.start <= p.own.start && p.own.end <= run.end);
+        let is_decayed = |owned: &&OwnedRange| owned.matrix && o.weight_decay != 0.0;
+        let owned_ranges = &self.layout.owned_ranges;
+        let owned_ranges = owned_ranges.iter().filter(|o| range.start <= o.range.start && o.range.end <= range.end);
         if let Some(master) = &self.master {
-            for p in pieces.filter(decayed) {
-                let _ =
-                    master.f_narrow(0, p.own.start, p.own.end - p.own.start)?.g_mul_scalar_(1.0 - lr * o.weight_decay);
+            for owned in owned_ranges.filter(is_decayed) {
+                let length = owned.range.end - owned.range.start;
+                let mut weights = master.f_narrow(0, owned.range.start, length)?;
+                let _ = weights.g_mul_scalar_(1.0 - lr * o.weight_decay);
             }
-            let _ = of(master)?.f_add_(&update)?;
+            let _ = in_range(master)?.f_add_(&update)?;
             return Ok(());
         }
-        // Nothing is divided and parameters are their own masters: every piece is a whole parameter.
-        let slots: Vec<_> = self.plan.slots().collect();
-        for p in pieces {
-            let slot = slots[p.slot];
+        // Without sharding and master weights every owned range is a whole parameter.
+        let slots: Vec<_> = self.layout.slots().collect();
+        for owned in owned_ranges {
+            let slot = slots[owned.slot];
             let mut tensor = slot.tensor.shallow_clone();
-            if decayed(&p) {
+            if is_decayed(&owned) {
                 let _ = tensor.g_mul_scalar_(1.0 - lr * o.weight_decay);
             }
-            let part = update.f_narrow(0, p.own.start - run.start, slot.count)?.f_view(slot.shape.as_slice())?;
-            let _ = tensor.f_add_(&part)?;
+            let delta =
+                update.f_narrow(0, owned.range.start - range.start, slot.count)?.f_view(slot.shape.as_slice())?;
+            let _ = tensor.f_add_(&delta)?;
         }
         Ok(())
     }
 
-    /// Writes master weights, where there are any, to the parameters.
-    fn spread(&self) -> Result<()> {
+    /// Writes the master weights, if there are any, to the parameters.
+    fn write_back(&self) -> Result<()> {
         let Some(master) = &self.master else { return Ok(()) };
-        let mut coming = Vec::new();
-        for block in &self.plan.blocks {
-            let own = master.f_narrow(0, block.at, block.size())?.f_to_kind(block.kind)?.f_contiguous()?;
-            coming.push(match self.ranks.shards() {
-                Some(group) => Err(group.start_all_gather(own)?),
-                None => Ok(own),
+        let mut shards = Vec::new();
+        for bucket in &self.layout.buckets {
+            let shard = master.f_narrow(0, bucket.offset, bucket.size())?.f_to_kind(bucket.kind)?.f_contiguous()?;
+            shards.push(match self.ranks.shards() {
+                Some(group) => Err(group.start_all_gather(shard)?),
+                None => Ok(shard),
             });
         }
-        for (block, own) in self.plan.blocks.iter().zip(coming) {
-            let whole = match (own, self.ranks.shards()) {
-                (Err(work), Some(group)) => end(group, work)?,
+        for (bucket, shard) in self.layout.buckets.iter().zip(shards) {
+            let flat = match (shard, self.ranks.shards()) {
+                (Err(work), Some(group)) => wait(group, work)?,
                 (Err(_), None) => continue,
-                (Ok(whole), _) => whole,
+                (Ok(flat), _) => flat,
             };
-            for slot in &block.slots {
-                slot.tensor.shallow_clone().f_copy_(&block.part(&whole, slot)?)?;
+            for slot in &bucket.slots {
+                slot.tensor.shallow_clone().f_copy_(&bucket.view_of(&flat, slot)?)?;
             }
         }
         Ok(())
     }
 
-    /// What all ranks own, by the parameters' names behind `prefix`, in their shapes.
-    fn whole(&self, prefix: &str, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
+    /// Gathers the shards of all ranks, and returns copies in the parameters' shapes, named `prefix` and the parameter's name.
+    fn gather_by_name(&self, prefix: &str, flat: &Tensor) -> Result<Vec<(String, Tensor)>> {
         no_grad(|| {
             let mut out = Vec::new();
-            for block in &self.plan.blocks {
-                let own = flat.f_narrow(0, block.at, block.size())?;
-                let whole = match self.ranks.shards() {
-                    Some(group) => group.all_gather(own)?,
-                    None => own,
+            for bucket in &self.layout.buckets {
+                let shard = flat.f_narrow(0, bucket.offset, bucket.size())?;
+                let gathered = match self.ranks.shards() {
+                    Some(group) => group.all_gather(shard)?,
+                    None => shard,
                 };
-                for slot in &block.slots {
-                    out.push((format!("{prefix}{}", slot.name), block.part(&whole, slot)?.copy()));
+                for slot in &bucket.slots {
+                    out.push((format!("{prefix}{}", slot.name), bucket.view_of(&gathered, slot)?.copy()));
                 }
             }
             Ok(out)
         })
     }
 
-    /// The weights of all parameters, to their last digit, by name. All ranks call it.
+    /// Returns the master weights of all parameters, by name; the parameters themselves if there are none. All ranks call it.
     ///
     /// # Errors
-    /// A rank is gone.
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
     pub fn weights(&self) -> Result<Vec<(String, Tensor)>> {
         match &self.master {
-            Some(master) => self.whole("", master),
-            None => Ok(self.plan.slots().map(|s| (s.name.clone(), s.tensor.shallow_clone())).collect()),
+            Some(master) => self.gather_by_name("", master),
+            None => Ok(self.layout.slots().map(|s| (s.name.clone(), s.tensor.shallow_clone())).collect()),
         }
     }
 
-    /// Takes the parameters' weights over to their last digit: those that rank 0 gives by name, else those that the parameters have.
-    /// All ranks call it.
+    /// Sets the master weights, if there are any, to those that rank 0 gives by name, and for parameters not named to the present
+    /// weights. All ranks call it.
     ///
     /// # Errors
-    /// Names a weight that is misshapen; or a rank is gone.
+    /// Returns [`LearnerError::Setting`] if a weight has the wrong shape, and [`LearnerError::Ranks`] if another rank has failed or
+    /// timed out.
     pub fn load_weights(&mut self, named: &[(String, Tensor)]) -> Result<()> {
         let Some(master) = &self.master else { return Ok(()) };
-        let of = |s: &Slot| match named.iter().find(|(n, _)| *n == s.name) {
+        let weight_of = |s: &ParameterSlot| match named.iter().find(|(n, _)| *n == s.name) {
             None => Ok(s.tensor.shallow_clone()),
             Some((_, t)) if t.size() == s.shape => Ok(t.shallow_clone()),
             Some((_, t)) => Err(LearnerError::Setting(format!(
-                "the weight `{}` has shape {:?}, the parameter {:?}",
+                "weight `{}` has shape {:?}, but the parameter has shape {:?}",
                 s.name,
                 t.size(),
                 s.shape
             ))),
         };
-        let own = match self.ranks.all() {
-            None => self.plan.owned(self.kind, of)?,
-            Some(all) => no_grad(|| {
-                let mut parts = Vec::with_capacity(self.plan.blocks.len());
-                for block in &self.plan.blocks {
-                    let first = all.rank() == 0;
-                    let whole = block.join(self.kind, |s| if first { of(s).map(Some) } else { Ok(None) })?;
-                    parts.push(all.broadcast(whole, 0)?.f_narrow(0, block.own.start, block.size())?);
+        let owned = match self.ranks.world() {
+            None => self.layout.owned_values(self.kind, weight_of)?,
+            Some(world) => no_grad(|| {
+                let mut parts = Vec::with_capacity(self.layout.buckets.len());
+                for bucket in &self.layout.buckets {
+                    let is_source = world.rank() == 0;
+                    let flat =
+                        bucket.flatten(self.kind, |s| if is_source { weight_of(s).map(Some) } else { Ok(None) })?;
+                    parts.push(world.broadcast(flat, 0)?.f_narrow(0, bucket.owned.start, bucket.size())?);
                 }
                 Ok::<_, LearnerError>(Tensor::f_cat(&parts, 0)?)
             })?,
         };
-        no_grad(|| master.shallow_clone().f_copy_(&own).map(drop))?;
+        no_grad(|| master.shallow_clone().f_copy_(&owned).map(drop))?;
         Ok(())
     }
 
-    /// Moments by name: `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, copies in the parameters' shapes; and
-    /// `step.<parameter>` where a parameter took part in fewer updates than there were. All ranks call it.
+    /// Returns copies of the moments in the parameters' shapes, `exp_avg.<parameter>` and `exp_avg_sq.<parameter>`, and
+    /// `step.<parameter>` for each parameter that missed some updates. All ranks call it.
     ///
     /// # Errors
-    /// A rank is gone.
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut out = self.whole("exp_avg.", &self.first)?;
-        out.extend(self.whole("exp_avg_sq.", &self.second)?);
-        for (slot, count) in self.plan.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates) {
+        let mut out = self.gather_by_name("exp_avg.", &self.exp_avg)?;
+        out.extend(self.gather_by_name("exp_avg_sq.", &self.exp_avg_sq)?);
+        for (slot, count) in self.layout.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates) {
             out.push((format!("step.{}", slot.name), Tensor::f_from_slice(&[*count as f32])?));
         }
         Ok(out)
     }
 
-    /// Part `part` of what this rank owns of weights (to their last digit) and moments, where they are: for a checkpoint, and to be
-    /// overwritten from one.
-    pub(crate) fn stretches(&self, part: (usize, usize)) -> Result<Vec<(&'static str, Stretch)>> {
-        let sources =
-            [("weight", self.master.as_ref()), ("exp_avg", Some(&self.first)), ("exp_avg_sq", Some(&self.second))];
+    /// Returns part `part.0` of `part.1` of this rank's shard of weights (in full precision) and moments, as views: for writing a
+    /// checkpoint, and for overwriting from one.
+    pub(crate) fn owned_slices(&self, part: (usize, usize)) -> Result<Vec<(&'static str, ParameterSlice)>> {
+        let sources = [
+            ("weight", self.master.as_ref()),
+            ("exp_avg", Some(&self.exp_avg)),
+            ("exp_avg_sq", Some(&self.exp_avg_sq)),
+        ];
         let mut out = Vec::new();
         for (kind, flat) in sources {
-            out.extend(self.plan.stretches(flat, part)?.into_iter().map(|s| (kind, s)));
+            out.extend(self.layout.owned_slices(flat, part)?.into_iter().map(|s| (kind, s)));
         }
         Ok(out)
     }
 
-    /// The names of the parameters.
+    /// Iterates over the names of the parameters.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
-        self.plan.slots().map(|s| s.name.as_str())
+        self.layout.slots().map(|s| s.name.as_str())
     }
 
-    /// Kind of moments and master weights.
+    /// Returns the dtype of moments and master weights.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
     }
 
-    /// Updates of the parameters that took part in fewer than there were.
+    /// Returns the number of updates of each parameter that missed some.
     pub(crate) fn counts(&self) -> BTreeMap<String, u64> {
-        let counted = self.plan.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates);
-        counted.map(|(s, count)| (s.name.clone(), *count)).collect()
+        let late = self.layout.slots().zip(&self.counts).filter(|(_, count)| **count != self.updates);
+        late.map(|(s, count)| (s.name.clone(), *count)).collect()
     }
 
-    /// Goes on after `updates` updates, in fewer of which the parameters of `counts` took part, from weights and moments that were
-    /// written to [`AdamW::stretches`]: the parameters get the weights. All ranks call it.
+    /// Resumes after `updates` updates, of which the parameters in `counts` took part in fewer, from the weights and moments that were
+    /// written to [`AdamW::owned_slices`], and copies the weights to the parameters. All ranks call it.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub(crate) fn go_on(&mut self, updates: u64, counts: &BTreeMap<String, u64>) -> Result<()> {
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub(crate) fn resume(&mut self, updates: u64, counts: &BTreeMap<String, u64>) -> Result<()> {
         self.updates = updates;
-        self.counts = self.plan.slots().map(|s| counts.get(&s.name).copied().unwrap_or(updates)).collect();
-        no_grad(|| self.spread())
+        self.counts = self.layout.slots().map(|s| counts.get(&s.name).copied().unwrap_or(updates)).collect();
+        no_grad(|| self.write_back())
     }
 }
 
-/// Numbers whose squares are summed in their own kind; beyond that in fp64. One sum over millions of them in fp32 is off by 1e-4
-/// and more.
+/// Length of the runs whose squares are summed in their own dtype; the sums of runs are added in fp64. One fp32 sum over millions of
+/// elements is off by 1e-4 or more.
 const NORM_RUN: i64 = 4096;
 
-/// The L2 norm of a flat tensor.
-fn norm(flat: &Tensor) -> Result<f64> {
+/// Returns the L2 norm of a flat tensor.
+fn l2_norm(flat: &Tensor) -> Result<f64> {
     let count = flat.numel() as i64;
-    let whole = count / NORM_RUN * NORM_RUN;
-    let rows = flat.f_narrow(0, 0, whole)?.f_view([-1, NORM_RUN])?;
-    let of = |t: &Tensor| t.f_norm_scalaropt_dim(2, [-1i64].as_slice(), false)?.f_to_kind(Kind::Double)?.f_norm();
-    let (most, rest) = (of(&rows)?, of(&flat.f_narrow(0, whole, count - whole)?.f_view([1, count - whole])?)?);
-    Ok(most.f_double_value(&[])?.hypot(rest.f_double_value(&[])?))
+    let in_runs = count / NORM_RUN * NORM_RUN;
+    let runs = flat.f_narrow(0, 0, in_runs)?.f_view([-1, NORM_RUN])?;
+    let rest = flat.f_narrow(0, in_runs, count - in_runs)?.f_view([1, count - in_runs])?;
+    let norm_of_rows =
+        |t: &Tensor| t.f_norm_scalaropt_dim(2, [-1i64].as_slice(), false)?.f_to_kind(Kind::Double)?.f_norm();
+    let runs_norm = norm_of_rows(&runs)?;
+    let rest_norm = norm_of_rows(&rest)?;
+    Ok(runs_norm.f_double_value(&[])?.hypot(rest_norm.f_double_value(&[])?))
 }
 
 #[cfg(test)]
@@ -415,7 +446,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn schedule() {
+    fn learning_rate_schedule() {
         let o = Optimizer { lr: 1.0, warmup: 4, decay: 0.25, lr_end: 0.1, ..Default::default() };
         let at = |s| lr_at(&o, s, 20);
         assert_eq!((at(0), at(3), at(4), at(14)), (0.25, 1.0, 1.0, 1.0));
@@ -425,18 +456,18 @@ mod tests {
     }
 
     #[test]
-    fn norms_of_many_numbers_keep_their_digits() {
+    fn norm_of_many_elements_is_accurate() {
         tch::manual_seed(1);
         for count in [1, 4095, 4096, 5_000_001] {
             let flat = Tensor::randn([count], (Kind::Float, tch::Device::Cpu));
             let exact = flat.to_kind(Kind::Double).norm().double_value(&[]);
-            let found = norm(&flat).unwrap();
-            assert!((found - exact).abs() <= 1e-6 * exact, "{count}: {found} {exact}");
+            let computed = l2_norm(&flat).unwrap();
+            assert!((computed - exact).abs() <= 1e-6 * exact, "{count}: {computed} {exact}");
         }
     }
 
     #[test]
-    fn nothing_to_train_and_wrong_kinds_are_errors() {
+    fn missing_parameters_and_wrong_dtypes_are_errors() {
         let o = Optimizer::default();
         assert!(AdamW::new(&o, &[]).is_err());
         let half = Tensor::zeros([2], (Kind::Half, tch::Device::Cpu));
@@ -445,21 +476,22 @@ mod tests {
     }
 
     #[test]
-    fn state_round_trip() {
+    fn state_survives_a_round_trip() {
         let w = || Tensor::ones([2, 3], (Kind::Float, tch::Device::Cpu)).set_requires_grad(true);
-        let own = w();
-        let mut a = AdamW::new(&Optimizer::default(), &[("w".into(), own.shallow_clone())]).unwrap();
-        own.square().sum(Kind::Float).backward();
-        let g = a.take_gradient().unwrap();
+        let weight = w();
+        let mut a = AdamW::new(&Optimizer::default(), &[("w".into(), weight.shallow_clone())]).unwrap();
+        weight.square().sum(Kind::Float).backward();
+        let g = a.collect_gradient().unwrap();
         a.step(g, 0.1).unwrap();
         let other = w();
         let mut b = AdamW::new(&Optimizer::default(), &[("w".into(), other.shallow_clone())]).unwrap();
-        for ((kind, from), (k, to)) in a.stretches((0, 1)).unwrap().into_iter().zip(b.stretches((0, 1)).unwrap()) {
+        for ((kind, from), (k, to)) in a.owned_slices((0, 1)).unwrap().into_iter().zip(b.owned_slices((0, 1)).unwrap())
+        {
             assert_eq!((kind, from.begin, &from.shape), (k, to.begin, &to.shape));
-            no_grad(|| to.numbers.shallow_clone().copy_(&from.numbers));
+            no_grad(|| to.values.shallow_clone().copy_(&from.values));
         }
-        b.go_on(a.updates(), &BTreeMap::from([("w".into(), 7)])).unwrap();
-        assert!(b.first == a.first && b.second == a.second && other == own && other.requires_grad());
+        b.resume(a.updates(), &BTreeMap::from([("w".into(), 7)])).unwrap();
+        assert!(b.exp_avg == a.exp_avg && b.exp_avg_sq == a.exp_avg_sq && other == weight && other.requires_grad());
         assert_eq!((b.updates(), b.counts(), a.counts().len()), (1, BTreeMap::from([("w".into(), 7)]), 0));
     }
 }

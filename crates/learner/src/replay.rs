@@ -1,5 +1,6 @@
-//! One update from a dumped batch, with everything that another program needs to check it: `replay.json`, `grads.safetensors`,
-//! `model/` (merged where adapters are trained, with those in `adapter/`). Moments start at 0; rates and schedules are those of the dumped step.
+//! Replays one update from a dumped batch and writes everything that another program needs to check it: `replay.json`,
+//! `grads.safetensors` and `model/` (if adapters are trained: the merged model, with the adapters in `adapter/`). Moments start at 0;
+//! the learning rate and schedules are those of the dumped step.
 
 use std::path::Path;
 
@@ -7,35 +8,36 @@ use serde_json::{Value, json};
 use tch::Kind;
 use unveil_config::Config;
 use unveil_config::schema::Critic;
-use unveil_model::{ValueHead, copy_companions, write_safetensors};
+use unveil_model::{ValueHead, copy_companion_files, write_safetensors};
 
 use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::lora;
 use crate::settings::StepSettings;
-use crate::setup::{CRITIC, Models};
 use crate::shard::Ranks;
-use crate::stage::load_model_as;
-use crate::step::{Counters, Learner};
+use crate::stage::load_model;
+use crate::step::{CRITIC_PREFIX, Models};
+use crate::step::{Counters, PolicyTrainer};
 
-/// What an update starts from.
+/// Models that a replay starts from.
 #[derive(Debug, Clone, Copy)]
 pub struct ReplayModels<'a> {
-    /// Model directory, with a value head where there is one.
+    /// Model directory, including the value head if there is one.
     pub model: &'a Path,
-    /// Adapters as peft writes them, where `learner.lora` asks for some; none = fresh ones.
+    /// Directory of adapters in PEFT's format, if `learner.lora` asks for adapters; `None`: fresh ones.
     pub adapter: Option<&'a Path>,
-    /// Model that KL is to; none = `model` itself, without adapters.
+    /// Directory of the KL reference; `None`: `model` without adapters.
     pub reference: Option<&'a Path>,
 }
 
-/// Makes the update of the batch in `batch` from the weights in `models` under `config`, and writes results to `out`, computing in
-/// `kind` (fp32 or fp64). `banned` are ids that the rollout never samples. KL has the weight that it had before
-/// the dumped update. Gradients are those of the last optimiser step, before clipping. Agreement is
-/// reported, not enforced. Returns what `replay.json` holds.
+/// Runs the update of the dumped `batch` from `models` under `config`, computing in dtype `kind` (fp32 or fp64), and writes the results
+/// to `out`. `banned` are the token ids that are never sampled. The KL coefficient is the one before the dumped update. The written
+/// gradients are those of the last optimiser step, before clipping. Agreement is reported, not enforced. Returns the contents of
+/// `replay.json`.
 ///
 /// # Errors
-/// Files that cannot be read or do not fit, an update that had to be skipped.
+/// Returns [`LearnerError::Dump`], [`LearnerError::Io`] or an error of the model if a file cannot be read or does not fit, and
+/// [`LearnerError::Setting`] if the update was skipped.
 pub fn replay(
     config: &Config,
     models: ReplayModels<'_>,
@@ -45,43 +47,44 @@ pub fn replay(
     kind: Kind,
 ) -> Result<Value> {
     let device = unveil_model::device(&config.run.device)?;
-    let load = |dir: &Path| load_model_as(config, config.learner.threads, dir, kind, device);
+    let load = |dir: &Path| load_model(config, config.learner.threads, dir, kind, device);
     let model = models.model;
     let mut vlm = load(model)?;
-    let adapted = lora::adapt(&mut vlm, config)?;
+    let adapted = lora::attach_adapters(&mut vlm, config)?;
     if let Some(dir) = models.adapter {
         lora::load(&mut vlm, dir)?;
     }
-    let (groups, values, at) = dump::read(batch, vlm.config().vision.patch_len())?;
-    let other = models.reference.or((!adapted).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);
-    let reference = other.map(load).transpose()?;
+    let (groups, values, dumped) = dump::read(batch, vlm.config().vision.patch_len())?;
+    let reference = models.reference.or((!adapted).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);
+    let reference = reference.map(load).transpose()?;
     let settings = StepSettings { agreement_limit: f64::INFINITY, ..StepSettings::new(config, &vlm, banned) };
-    let (hidden, options) = (vlm.config().text.hidden_size, (kind, vlm.device()));
+    let hidden = vlm.config().text.hidden_size;
+    let options = (kind, vlm.device());
     let critic = if config.learner.critic == Critic::Separate { Some(load(model)?) } else { None };
-    let mut learner = Learner::on(Ranks::solo(), Models { vlm, reference, critic }, settings)?;
-    if let (Some(own), Some(stored)) = (&mut learner.policy.value_head, ValueHead::load(model, hidden, options)?) {
-        own.load_state(stored.named_parameters())?;
+    let mut learner = PolicyTrainer::distributed(Ranks::solo(), Models { vlm, reference, critic }, settings)?;
+    if let (Some(head), Some(stored)) = (&mut learner.policy.value_head, ValueHead::load(model, hidden, options)?) {
+        head.load_state(stored.named_parameters())?;
     }
-    learner.restore(Counters { updates: 0, ..at.counters }, Some(&at.kl));
-    learner.trace();
-    let report = learner.update_with(&groups, &values)?;
+    learner.restore_counters(Counters { updates: 0, ..dumped.counters }, Some(&dumped.kl));
+    learner.record_gradients();
+    let report = learner.update_with_values(&groups, &values)?;
     if let Some(why) = &report.skipped {
         return Err(LearnerError::Setting(format!("{}: the update was skipped: {why}", batch.display())));
     }
     std::fs::create_dir_all(out).map_err(LearnerError::io(out))?;
-    write_safetensors(&out.join("grads.safetensors"), &learner.take_trace())?;
-    let made = out.join("model");
+    write_safetensors(&out.join("grads.safetensors"), &learner.take_recorded_gradients())?;
+    let model_out = out.join("model");
     if adapted {
-        lora::export(learner.vlm_mut(), model, &made, &lora::beside(&made))?;
+        lora::export(learner.vlm_mut(), model, &model_out, &lora::adapter_dir(&model_out))?;
     } else {
-        learner.vlm().save(&made)?;
-        copy_companions(model, &made)?;
+        learner.vlm().save(&model_out)?;
+        copy_companion_files(model, &model_out)?;
     }
     if let Some(head) = learner.value_head() {
-        head.save(&made)?;
+        head.save(&model_out)?;
     }
     let (mut critic, _) = learner.state()?;
-    critic.retain(|(name, _)| name.starts_with(CRITIC));
+    critic.retain(|(name, _)| name.starts_with(CRITIC_PREFIX));
     if !critic.is_empty() {
         write_safetensors(&out.join("critic.safetensors"), &critic)?;
     }

@@ -1,5 +1,5 @@
-//! Checkpoints are written while training goes on: a copy in host memory, then a thread that uploads it; the one before must be whole
-//! first. Rank 0 commits when every rank has told what it wrote. Must not know: what is trained.
+//! Saving of checkpoints while training continues: state is copied to host memory and uploaded by a thread. At most one
+//! save is pending. Rank 0 commits once every rank has reported what it wrote.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,184 +11,196 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::runtime::Handle;
 use unveil_checkpoint::{
-    Access, CheckpointInfo, Checkpoints, Choice, Error, Object, Report, Resume, Retention, Snapshot, Store, Task, write,
+    Access, CheckpointHeader, CheckpointInfo, Checkpoints, Error, Object, Resume, ResumeCandidates, Retention, Store,
+    WriteReport, WriteTask, write,
 };
 use unveil_config::Config;
 use unveil_model::Vlm;
 
-use crate::crew::{Crew, Order};
+use crate::checkpoint_meta::CheckpointMeta;
 use crate::error::{LearnerError, Result};
-use crate::lora::{self, ADAPTER, Base};
-use crate::meter::Saves;
-use crate::snapshot::{Buffers, Copied, MODEL};
-use crate::state::Meta;
+use crate::lora::{self, ADAPTER, BaseModel};
+use crate::metrics::SaveMetrics;
+use crate::rank_control::{Command, RankControl};
+use crate::snapshot::{HostBufferPool, HostCopy, MODEL};
 
-/// How often a waiting rank 0 looks.
-const LOOK: Duration = Duration::from_millis(10);
+/// Interval at which rank 0 polls the pending save.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What came of a save.
+/// Result of a save.
 #[derive(Debug)]
-pub(crate) enum Ended {
-    /// The checkpoint is whole.
-    Saved(Saved),
-    /// There is none of this step, and training goes on: the one before stays, and the next save may work.
-    Failed(Failed),
+pub(crate) enum SaveResult {
+    /// The checkpoint is committed.
+    Saved(SavedCheckpoint),
+    /// No checkpoint of this step exists. Training continues: the previous checkpoint is kept, and the next save may
+    /// succeed.
+    Failed(FailedSave),
 }
 
 /// A save that failed.
 #[derive(Debug)]
-pub(crate) struct Failed {
+pub(crate) struct FailedSave {
     step: u64,
-    /// Saves that have failed in a row, this one among them.
+    /// Consecutive failed saves, including this one.
     in_a_row: u32,
-    /// The step of the newest checkpoint that is whole.
+    /// Step of the newest committed checkpoint.
     newest: Option<u64>,
     why: LearnerError,
 }
 
-/// A checkpoint that is whole.
+/// A committed checkpoint.
 #[derive(Debug)]
-pub(crate) struct Saved {
+pub(crate) struct SavedCheckpoint {
     info: CheckpointInfo,
-    /// What training stood still for: the wait for the one before, and the copy.
+    /// Time that training was blocked by the previous save.
     wait: Duration,
+    /// Time that training was blocked by the copy to host memory.
     copy: Duration,
-    /// What rank 0's objects took.
+    /// Upload time of rank 0's objects.
     upload: Duration,
 }
 
-/// The store of `config`'s checkpoints below `prefix`.
-pub(crate) fn store(handle: &Handle, config: &Config, prefix: &str, environment: &[(String, String)]) -> Result<Store> {
+/// Opens the checkpoint store of `config` under `prefix`.
+pub(crate) fn open_store(
+    handle: &Handle,
+    config: &Config,
+    prefix: &str,
+    environment: &[(String, String)],
+) -> Result<Store> {
     let base = if config.checkpoint.url.is_empty() { &config.run.dir } else { &config.checkpoint.url };
     let place = if prefix.is_empty() { base.clone() } else { format!("{}/{prefix}", base.trim_end_matches('/')) };
     Ok(handle.block_on(Store::open(&place, environment.to_vec(), Access::Write))?)
 }
 
-/// A save that goes on.
+/// A save in progress.
 struct Pending {
     thread: JoinHandle<Result<(CheckpointInfo, Duration), Error>>,
-    /// Rank 0's own objects are there.
+    /// Set once the objects of rank 0 are written.
     written: Arc<AtomicBool>,
-    /// Takes what the other ranks report; none when that is done.
-    others: Option<Sender<Vec<Report>>>,
-    /// Why another rank could not write its part.
-    fault: Option<LearnerError>,
+    /// Sends the reports of the other ranks to the writer; `None` once they are sent.
+    reports: Option<Sender<Vec<WriteReport>>>,
+    /// Error of another rank that could not write its shard.
+    rank_error: Option<LearnerError>,
     step: u64,
     wait: Duration,
     copy: Duration,
 }
 
-/// Rank 0's hold on the run's checkpoints.
+/// Saves the checkpoints of a run on rank 0, whose learner has claimed the run.
 pub(crate) struct Saver {
     handle: Handle,
     store: Store,
     checkpoints: Arc<Mutex<Checkpoints>>,
-    /// Memory of copies.
-    pub buffers: Buffers,
+    /// Host memory for copies.
+    pub buffers: HostBufferPool,
     pending: Option<Pending>,
     last: Option<u64>,
-    /// The step that is committed, or was resumed from.
+    /// Step that was last committed or resumed from.
     newest: Option<u64>,
     failures: u32,
-    /// Failures in a row that are an error.
-    most_failures: u32,
-    saves: Option<Saves>,
-    /// The learner's term.
+    /// Consecutive failures that end the run.
+    max_failures: u32,
+    metrics: Option<SaveMetrics>,
+    /// Term of this learner.
     pub term: u64,
 }
 
 impl Saver {
-    /// Claims the run under `checkpoint.url` (else the run directory) plus `prefix`.
+    /// Claims the run at `checkpoint.url` (or the run directory if unset) plus `prefix`.
     pub fn open(handle: &Handle, config: &Config, prefix: &str, environment: &[(String, String)]) -> Result<Self> {
         let c = &config.checkpoint;
         let retention = Retention { keep: c.keep, keep_best: true, keep_every: c.keep_every };
-        let store = store(handle, config, prefix, environment)?;
+        let store = open_store(handle, config, prefix, environment)?;
         let checkpoints = handle.block_on(Checkpoints::claim(store.clone(), retention))?;
         let term = checkpoints.term();
         Ok(Self {
             handle: handle.clone(),
             store,
             checkpoints: Arc::new(Mutex::new(checkpoints)),
-            buffers: Buffers::default(),
+            buffers: HostBufferPool::default(),
             pending: None,
             last: None,
             newest: None,
             failures: 0,
-            most_failures: c.max_failures,
-            saves: None,
+            max_failures: c.max_failures,
+            metrics: None,
             term,
         })
     }
 
-    /// Tells `saves` of every checkpoint that is committed from here on.
-    pub fn tell(&mut self, saves: Saves) {
-        self.saves = Some(saves);
+    /// Sets the metrics to update on every save.
+    pub fn set_metrics(&mut self, metrics: SaveMetrics) {
+        self.metrics = Some(metrics);
     }
 
-    /// Where it writes.
+    /// Returns the checkpoint store.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// What to go on from.
-    pub fn choice(&self, resume: Resume) -> Result<Choice> {
-        Ok(lock(&self.checkpoints).choice(resume)?)
+    /// Returns the checkpoints to resume from, newest first.
+    pub fn resume_candidates(&self, resume: Resume) -> Result<ResumeCandidates> {
+        Ok(lock(&self.checkpoints).resume_candidates(resume)?)
     }
 
-    /// Records what is gone on from.
-    pub fn resumed(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
+    /// Records the checkpoint that the run resumes from.
+    pub fn record_resume(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
         self.last = from.map(|c| c.step);
         self.newest = self.last;
-        Ok(self.handle.block_on(lock(&self.checkpoints).resumed(from))?)
+        Ok(self.handle.block_on(lock(&self.checkpoints).record_resume(from))?)
     }
 
-    /// The step that was saved, or resumed from, last; one whose save failed does not count.
+    /// Returns the step that was last saved or resumed from; failed saves do not count.
     pub fn last(&self) -> Option<u64> {
         self.last
     }
 
-    /// Starts writing what was copied after a wait of `wait`. None may be pending.
+    /// Starts writing a copy that was taken after a wait of `wait`. No save may be pending.
     pub fn save(
         &mut self,
         step: u64,
-        (wait, copied): (Duration, Copied),
+        (wait, copy): (Duration, HostCopy),
         files: Vec<Object>,
         save: Save<'_>,
     ) -> Result<()> {
         let meta: Value =
-            serde_json::to_value(save.meta).map_err(|e| LearnerError::State { step, what: e.to_string() })?;
-        let snapshot = Snapshot { step, meta, best: save.best };
-        let objects = files.into_iter().chain(copied.objects).collect();
-        let task = Task { step, term: self.term, rank: 0, objects };
-        let (send, reports) = channel();
-        let others = if save.alone { send.send(Vec::new()).ok().and(None) } else { Some(send) };
+            serde_json::to_value(save.meta).map_err(|e| LearnerError::CheckpointState { step, what: e.to_string() })?;
+        let header = CheckpointHeader { step, meta, best: save.best };
+        let objects = files.into_iter().chain(copy.objects).collect();
+        let task = WriteTask { step, term: self.term, rank: 0, objects };
+        let (send, receive) = channel();
+        let reports = if save.is_only_rank { send.send(Vec::new()).ok().and(None) } else { Some(send) };
         let written = Arc::new(AtomicBool::new(false));
         let work = {
-            let (handle, store, checkpoints) = (self.handle.clone(), self.store.clone(), self.checkpoints.clone());
+            let handle = self.handle.clone();
+            let store = self.store.clone();
+            let checkpoints = self.checkpoints.clone();
             let written = written.clone();
-            move || commit(&handle, &store, &checkpoints, (snapshot, task), (&*written, &reports))
+            move || commit(&handle, &store, &checkpoints, (header, task), (&*written, &receive))
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
         let thread = thread.map_err(LearnerError::io("thread checkpoint"))?;
-        self.pending = Some(Pending { thread, written, others, fault: None, step, wait, copy: copied.took });
+        self.pending = Some(Pending { thread, written, reports, rank_error: None, step, wait, copy: copy.took });
         self.last = Some(step);
         Ok(())
     }
 
-    /// Brings the pending save on: asks the other ranks, and returns what came of it once that is known.
+    /// Advances the pending save: gathers the reports of the other ranks, and returns the result once it is known.
     ///
     /// # Errors
-    /// It failed, and so did as many before it as `checkpoint.max_failures` allows; another learner holds the run; a rank is gone.
-    pub fn poll(&mut self, crew: &mut Crew) -> Result<Option<Ended>> {
+    /// Returns [`LearnerError::SavesFailed`] after `checkpoint.max_failures` consecutive failures,
+    /// [`LearnerError::Checkpoint`] if another learner has claimed the run, and [`LearnerError::Ranks`] if another rank
+    /// has failed or timed out.
+    pub fn poll(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
         let Some(p) = &mut self.pending else { return Ok(None) };
-        if p.others.is_some() && p.written.load(Ordering::Acquire) {
-            crew.give(|| Order::Collect)?;
-            if let Some(told) = crew.collect(Some(&[]))? {
-                let reports = told.iter().enumerate().skip(1).map(|(rank, text)| parse(rank, text));
-                match (reports.collect::<Result<Vec<_>>>(), p.others.take()) {
-                    (Ok(reports), Some(others)) => drop(others.send(reports)),
-                    // The writer hears that there is nothing more to come.
-                    (Err(fault), others) => (p.fault, _) = (Some(fault), others),
+        if p.reports.is_some() && p.written.load(Ordering::Acquire) {
+            control.command(|| Command::CollectReports)?;
+            if let Some(messages) = control.gather_bytes(Some(&[]))? {
+                let reports = messages.iter().enumerate().skip(1).map(|(rank, text)| decode_report(rank, text));
+                match (reports.collect::<Result<Vec<_>>>(), p.reports.take()) {
+                    (Ok(reports), Some(send)) => drop(send.send(reports)),
+                    // Dropping the sender ends the writer's wait.
+                    (Err(error), send) => (p.rank_error, _) = (Some(error), send),
                     (Ok(_), None) => {}
                 }
             }
@@ -197,72 +209,76 @@ impl Saver {
             return Ok(None);
         }
         let Some(p) = self.pending.take() else { return Ok(None) };
-        let ended = p.thread.join().map_err(|_| LearnerError::Lost("the checkpoint writer"))?;
-        let (info, upload) = match ended {
-            Ok(whole) => whole,
+        let result = p.thread.join().map_err(|_| LearnerError::ThreadEnded("the checkpoint writer"))?;
+        let (info, upload) = match result {
+            Ok(committed) => committed,
             Err(fenced @ Error::Fenced { .. }) => return Err(fenced.into()),
-            Err(e) => return self.failed(p.step, p.fault.unwrap_or(e.into())).map(|f| Some(Ended::Failed(f))),
+            Err(e) => {
+                return self.failed(p.step, p.rank_error.unwrap_or(e.into())).map(|f| Some(SaveResult::Failed(f)));
+            }
         };
         (self.newest, self.failures) = (Some(info.step), 0);
-        if let Some(saves) = &self.saves {
-            saves.committed(p.copy + upload);
+        if let Some(metrics) = &self.metrics {
+            metrics.committed(p.copy + upload);
         }
-        Ok(Some(Ended::Saved(Saved { info, wait: p.wait, copy: p.copy, upload })))
+        Ok(Some(SaveResult::Saved(SavedCheckpoint { info, wait: p.wait, copy: p.copy, upload })))
     }
 
-    /// Counts a save that failed.
-    fn failed(&mut self, step: u64, why: LearnerError) -> Result<Failed> {
+    /// Counts a failed save.
+    fn failed(&mut self, step: u64, why: LearnerError) -> Result<FailedSave> {
         self.failures += 1;
         self.last = self.newest;
-        if let Some(saves) = &self.saves {
-            saves.failed();
+        if let Some(metrics) = &self.metrics {
+            metrics.failed();
         }
-        if self.failures >= self.most_failures {
+        if self.failures >= self.max_failures {
             let in_a_row = self.failures;
-            return Err(LearnerError::Saves { step, in_a_row, source: Box::new(why) });
+            return Err(LearnerError::SavesFailed { step, in_a_row, source: Box::new(why) });
         }
-        let kept = self.newest.map_or_else(|| "there is none yet".to_owned(), |n| format!("that of step {n} stays"));
         tracing::warn!(
             step,
             in_a_row = self.failures,
-            "a checkpoint could not be written, {kept}, and training goes on: {why}"
+            newest = self.newest,
+            "checkpoint could not be written, training continues: {why}"
         );
-        Ok(Failed { step, in_a_row: self.failures, newest: self.newest, why })
+        Ok(FailedSave { step, in_a_row: self.failures, newest: self.newest, why })
     }
 
-    /// Waits for the pending save. A store that is slow makes training wait rather than a second copy.
+    /// Waits for the pending save; returns `None` if there is none. A slow store thus blocks training instead of taking
+    /// memory for a second copy.
     ///
     /// # Errors
-    /// As [`Saver::poll`].
-    pub fn wait(&mut self, crew: &mut Crew) -> Result<Option<Ended>> {
+    /// See [`Saver::poll`].
+    pub fn wait(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
         while self.pending.is_some() {
-            if let Some(ended) = self.poll(crew)? {
-                return Ok(Some(ended));
+            if let Some(result) = self.poll(control)? {
+                return Ok(Some(result));
             }
-            crew.hold()?;
-            std::thread::sleep(LOOK);
+            control.keepalive()?;
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(None)
     }
 
-    /// [`Saver::wait`] for the last save of a stage, which nothing comes after.
+    /// Waits for the last save of a stage, which must succeed.
     ///
     /// # Errors
-    /// As there, and where it failed.
-    pub fn wait_last(&mut self, crew: &mut Crew) -> Result<Option<Saved>> {
-        match self.wait(crew)? {
+    /// See [`Saver::poll`]; returns [`LearnerError::SavesFailed`] also after a single failure.
+    pub fn wait_last(&mut self, control: &mut RankControl) -> Result<Option<SavedCheckpoint>> {
+        match self.wait(control)? {
             None => Ok(None),
-            Some(Ended::Saved(saved)) => Ok(Some(saved)),
-            Some(Ended::Failed(f)) => {
-                Err(LearnerError::Saves { step: f.step, in_a_row: f.in_a_row, source: Box::new(f.why) })
+            Some(SaveResult::Saved(saved)) => Ok(Some(saved)),
+            Some(SaveResult::Failed(f)) => {
+                Err(LearnerError::SavesFailed { step: f.step, in_a_row: f.in_a_row, source: Box::new(f.why) })
             }
         }
     }
 
-    /// Writes the model of a step, whose checkpoint holds adapters to that of `vlm` on `base`, merged to `out`, and the adapters beside
-    /// it, replacing what is there.
-    pub fn export_adapted(&mut self, step: u64, out: &Path, vlm: &mut Vlm, base: &Base) -> Result<()> {
-        let (adapter, fresh) = (lora::beside(out), sibling(out));
+    /// Exports the adapters of a step next to `out`, and the model with the adapters merged (those of `vlm` on `base`)
+    /// to `out`. Existing directories are replaced.
+    pub fn export_adapted(&mut self, step: u64, out: &Path, vlm: &mut Vlm, base: &BaseModel) -> Result<()> {
+        let adapter = lora::adapter_dir(out);
+        let fresh = sibling(out);
         let fresh_adapter = sibling(&adapter);
         remove(&fresh_adapter)?;
         let export = unveil_checkpoint::export(&self.store, Some(step), &fresh_adapter, ADAPTER, "adapter_model");
@@ -271,14 +287,14 @@ impl Saver {
         vlm.load_adapters(&named)?;
         remove(&fresh)?;
         lora::export(vlm, &base.dir, &fresh, &fresh_adapter)?;
-        for (made, place) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
-            remove(place)?;
-            std::fs::rename(made, place).map_err(LearnerError::io(place))?;
+        for (from, to) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
+            remove(to)?;
+            std::fs::rename(from, to).map_err(LearnerError::io(to))?;
         }
         Ok(())
     }
 
-    /// Writes the model directory of a step to `out`, replacing what is there.
+    /// Exports the model directory of a step to `out`, replacing an existing one.
     pub fn export(&mut self, step: u64, out: &Path) -> Result<()> {
         let fresh = sibling(out);
         remove(&fresh)?;
@@ -288,100 +304,106 @@ impl Saver {
     }
 }
 
-/// What a save says.
+/// Metadata and options of a save.
 pub(crate) struct Save<'a> {
-    pub meta: &'a Meta,
+    pub meta: &'a CheckpointMeta,
+    /// Whether this is the best checkpoint so far.
     pub best: bool,
-    /// There is no other rank.
-    pub alone: bool,
+    /// Whether there are no other ranks to wait for.
+    pub is_only_rank: bool,
 }
 
-/// Writes rank 0's objects, waits for what the others report, commits.
+/// Writes the objects of rank 0, waits for the reports of the other ranks, and commits.
 fn commit(
     handle: &Handle,
     store: &Store,
     checkpoints: &Mutex<Checkpoints>,
-    (snapshot, task): (Snapshot, Task),
-    (written, others): (&AtomicBool, &Receiver<Vec<Report>>),
+    (header, task): (CheckpointHeader, WriteTask),
+    (written, other_reports): (&AtomicBool, &Receiver<Vec<WriteReport>>),
 ) -> Result<(CheckpointInfo, Duration), Error> {
     let mut checkpoints = lock(checkpoints);
-    let (step, start) = (snapshot.step, Instant::now());
-    let own = handle.block_on(async {
-        checkpoints.begin(step).await?;
+    let step = header.step;
+    let start = Instant::now();
+    let report = handle.block_on(async {
+        checkpoints.begin_save(step).await?;
         match write(store, task).await {
             Ok(report) => Ok(report),
-            Err(e) => Err(checkpoints.failed(step, e).await),
+            Err(e) => Err(checkpoints.abandon_save(step, e).await),
         }
     })?;
     let took = start.elapsed();
     written.store(true, Ordering::Release);
-    let Ok(others) = others.recv() else {
-        // The learner ends for a reason of its own.
+    let Ok(other_reports) = other_reports.recv() else {
         let why = "the learner ended before all ranks had reported".to_owned();
-        return Err(Error::Parts { place: store.place().to_owned(), step, why });
+        return Err(Error::IncompleteTensors { location: store.location().to_owned(), step, why });
     };
-    let reports = std::iter::once(own).chain(others).collect();
-    let info = handle.block_on(checkpoints.commit(snapshot, reports))?;
+    let reports = std::iter::once(report).chain(other_reports).collect();
+    let info = handle.block_on(checkpoints.commit(header, reports))?;
     Ok((info, took))
 }
 
-fn parse(rank: usize, text: &[u8]) -> Result<Report> {
-    let fault =
-        |what: String| LearnerError::Setting(format!("rank {rank} could not write its part of a checkpoint: {what}"));
-    let told: Result<Report, String> = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
-    told.map_err(fault)
+/// Decodes the report of another rank.
+fn decode_report(rank: usize, message: &[u8]) -> Result<WriteReport> {
+    let error =
+        |what: String| LearnerError::Setting(format!("rank {rank} could not write its shard of a checkpoint: {what}"));
+    let report: Result<WriteReport, String> = serde_json::from_slice(message).map_err(|e| error(e.to_string()))?;
+    report.map_err(error)
 }
 
-/// The part of another rank than 0 in saving.
-pub(crate) struct Helper {
+/// Writes the checkpoint shards of a rank other than 0.
+pub(crate) struct ShardWriter {
     runtime: tokio::runtime::Runtime,
     store: Store,
-    pub buffers: Buffers,
-    writing: Option<JoinHandle<Result<Report, Error>>>,
-    /// What is to be told.
+    pub buffers: HostBufferPool,
+    writing: Option<JoinHandle<Result<WriteReport, Error>>>,
+    /// Encoded report that rank 0 has not received yet.
     report: Option<Vec<u8>>,
 }
 
-impl Helper {
-    /// Opens the store that rank 0 writes to.
+impl ShardWriter {
+    /// Opens the checkpoint store of the run.
     pub fn open(config: &Config, environment: &[(String, String)]) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .map_err(LearnerError::io("runtime"))?;
-        let store = store(runtime.handle(), config, "", environment)?;
-        Ok(Self { runtime, store, buffers: Buffers::default(), writing: None, report: None })
+        let store = open_store(runtime.handle(), config, "", environment)?;
+        Ok(Self { runtime, store, buffers: HostBufferPool::default(), writing: None, report: None })
     }
 
-    /// Its store, and what runs requests to it.
-    pub fn place(&self) -> (&Handle, &Store) {
+    /// Returns the store and the runtime that runs requests to it.
+    pub fn store(&self) -> (&Handle, &Store) {
         (self.runtime.handle(), &self.store)
     }
 
-    /// Starts writing what was copied.
-    pub fn save(&mut self, (step, term, rank): (u64, u64, usize), copied: Copied) -> Result<()> {
-        // One that rank 0 gave up is of no use to it any more.
-        if let Some(before) = self.writing.take() {
-            let _ = before.join();
+    /// Starts writing a copy.
+    pub fn save(&mut self, (step, term, rank): (u64, u64, usize), copy: HostCopy) -> Result<()> {
+        // Rank 0 has abandoned a save that is still being written.
+        if let Some(previous) = self.writing.take() {
+            let _ = previous.join();
         }
         self.report = None;
-        let task = Task { step, term, rank, objects: copied.objects };
-        let (handle, store) = (self.runtime.handle().clone(), self.store.clone());
+        let task = WriteTask { step, term, rank, objects: copy.objects };
+        let handle = self.runtime.handle().clone();
+        let store = self.store.clone();
         let work = move || handle.block_on(write(&store, task));
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
         self.writing = Some(thread.map_err(LearnerError::io("thread checkpoint"))?);
         Ok(())
     }
 
-    /// Tells rank 0 what was written, if it was.
-    pub fn tell(&mut self, crew: &Crew) -> Result<()> {
+    /// Reports the result to rank 0 if the save has finished.
+    pub fn report(&mut self, control: &RankControl) -> Result<()> {
         if let Some(thread) = self.writing.take_if(|t| t.is_finished()) {
-            let done = thread.join().map_err(|_| LearnerError::Lost("the checkpoint writer"))?;
-            let text = serde_json::to_vec(&done.map_err(|e| e.to_string()));
-            self.report = Some(text.map_err(|e| LearnerError::Setting(format!("a report of objects: {e}")))?);
+            let result = thread.join().map_err(|_| LearnerError::ThreadEnded("the checkpoint writer"))?;
+            let message = serde_json::to_vec(&result.map_err(|e| e.to_string()));
+            let encode_error = |e: serde_json::Error| {
+                LearnerError::Setting(format!("cannot encode the report of a checkpoint shard: {e}"))
+            };
+            self.report = Some(message.map_err(encode_error)?);
         }
-        if crew.collect(self.report.as_deref())?.is_some() {
+        if control.gather_bytes(self.report.as_deref())?.is_some() {
             self.report = None;
         }
         Ok(())
@@ -392,11 +414,13 @@ fn lock(checkpoints: &Mutex<Checkpoints>) -> MutexGuard<'_, Checkpoints> {
     checkpoints.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns a hidden temporary path next to `out`.
 fn sibling(out: &Path) -> PathBuf {
     let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     out.with_file_name(format!(".{name}.new"))
 }
 
+/// Removes a directory if it exists.
 fn remove(dir: &Path) -> Result<()> {
     match std::fs::remove_dir_all(dir) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(LearnerError::io(dir)(e)),
@@ -404,8 +428,8 @@ fn remove(dir: &Path) -> Result<()> {
     }
 }
 
-impl Ended {
-    /// The `checkpoint` event, or `checkpoint_failed` with the newest step that is whole.
+impl SaveResult {
+    /// Returns the `checkpoint` event, or the `checkpoint_failed` event with the newest committed step.
     pub fn event(&self, stage: &str) -> Value {
         match self {
             Self::Saved(saved) => saved.event(stage),
@@ -417,20 +441,20 @@ impl Ended {
     }
 }
 
-impl Failed {
-    /// The step that there is no checkpoint of.
+impl FailedSave {
+    /// Returns the step whose save failed.
     pub fn step(&self) -> u64 {
         self.step
     }
 }
 
-impl Saved {
-    /// Its step.
+impl SavedCheckpoint {
+    /// Returns the step of the checkpoint.
     pub fn step(&self) -> u64 {
         self.info.step
     }
 
-    /// The `checkpoint` event: `wait_s` and `copy_s` are what training stood still for.
+    /// Returns the `checkpoint` event; `wait_s` and `copy_s` are the times that training was blocked.
     pub fn event(&self, stage: &str) -> Value {
         let i = &self.info;
         serde_json::json!({

@@ -1,72 +1,74 @@
-//! Everything of the configuration that enters a policy update, in one place that a test or a dump can fill by hand.
+//! The settings of a policy update, collected from the configuration so that a test or a dump can set them by hand.
 
 use tch::Kind;
-use unveil_algo::{Aggregation, Clip, Correction, Estimator, KlController, KlForm, KlGradient, Objective, RatioLevel};
+use unveil_algo::{
+    ClipRange, Correction, Estimator, KlController, KlForm, KlGradient, LossReduction, Objective, RatioLevel,
+};
 use unveil_config::Config;
-use unveil_config::schema::{self, Algorithm, Critic, Importance, KlPlace, LossMean, Optimizer, RatioBase, Whiten};
+use unveil_config::schema::{self, Algorithm, Critic, Importance, KlPlacement, Optimizer, RatioBase, Whiten};
 use unveil_model::{AttentionSet, Vlm};
 use unveil_reward::Scoring;
 
 use crate::freeze::Freezing;
 
-/// Everything of the configuration that enters an update.
+/// All settings of a policy update.
 #[derive(Debug, Clone)]
 pub struct StepSettings {
-    /// How rewards become advantages.
+    /// Estimator of advantages from rewards.
     pub estimator: Estimator,
-    /// Normalise advantages over the batch.
+    /// Whether advantages are normalised over the batch.
     pub whiten: bool,
-    /// Clip ranges, forms and weights of the loss. `kl_coef` is where the weight of KL starts, in the loss or in the reward.
+    /// ClipRange ranges, forms and coefficients of the loss. `kl_coef` is the initial KL coefficient, be KL part of the loss or the reward.
     pub objective: Objective,
-    /// What the ratio is taken to.
+    /// Denominator of the probability ratio.
     pub ratio_to: RatioBase,
     /// Whether KL is part of the loss or of the reward.
-    pub kl_in: KlPlace,
-    /// KL per response in nats that its weight is steered towards; 0 = the weight stays.
+    pub kl_in: KlPlacement,
+    /// Target of KL per response in nats, to which the KL coefficient is adapted; 0: the coefficient is constant.
     pub kl_target: f64,
-    /// Relative change of that weight at a relative error of 1.
+    /// Relative change of the coefficient per update at a relative error of 1.
     pub kl_gain: f64,
-    /// What values are computed from.
+    /// Backbone of the value head.
     pub critic: Critic,
-    /// Updates at the start that train the value loss alone.
+    /// Updates at the start that train the value loss only.
     pub critic_warmup: u64,
-    /// Passes over the batch.
+    /// Inner epochs: passes over each batch.
     pub inner_epochs: usize,
-    /// Mini-batches per pass.
+    /// Mini-batches per inner epoch.
     pub minibatches: usize,
-    /// Optimiser.
+    /// Settings of the optimiser.
     pub optimizer: Optimizer,
-    /// Updates of the whole run, for the schedule.
+    /// Updates of the whole run, for the learning-rate schedule.
     pub total_steps: u64,
-    /// Temperature of the distribution that log-probabilities are of.
+    /// Temperature at which log-probabilities are computed.
     pub temperature: f64,
-    /// Token ids that the rollout never samples.
+    /// Token ids that are never sampled.
     pub banned: Vec<u32>,
     /// Largest mean |delta log p| on tokens of the same version.
     pub agreement_limit: f64,
     /// Layers and heads whose attention enters the loss.
     pub attention: AttentionSet,
-    /// Class names and synonyms.
+    /// Class names and synonyms, to find mentions.
     pub scoring: Scoring,
-    /// Which parameters are trained at which update.
+    /// Parameters that are frozen, and when.
     pub freezing: Freezing,
-    /// Compute activations again in the backward pass.
+    /// Whether activations are recomputed in the backward pass.
     pub recompute: bool,
-    /// Padded tokens per forward pass.
+    /// Maximum of padded tokens per forward pass.
     pub token_budget: usize,
     /// Run seed, for the order of mini-batches.
     pub seed: u64,
 }
 
 impl StepSettings {
-    /// From the configuration; `banned` are the token ids that the rollout never samples.
+    /// Reads the configuration; `banned` are the tokenizer's ids that are never sampled.
     pub fn new(config: &Config, vlm: &Vlm, banned: &[u32]) -> Self {
         let l = &config.learner;
         let vision = &config.reward.vision_relevance;
         Self {
             estimator: estimator(l),
             whiten: match l.whiten {
-                Whiten::Auto => l.algorithm.whitens(),
+                Whiten::Auto => l.algorithm.whitens_by_default(),
                 Whiten::Always => true,
                 Whiten::Never => false,
             },
@@ -98,21 +100,23 @@ impl StepSettings {
 }
 
 impl StepSettings {
-    /// The weight of KL as it starts.
+    /// Returns the controller of the KL coefficient in its initial state.
     pub(crate) fn kl_controller(&self) -> KlController {
-        let (coef, target, gain) = (self.objective.kl_coef, self.kl_target, self.kl_gain);
+        let coef = self.objective.kl_coef;
+        let target = self.kl_target;
+        let gain = self.kl_gain;
         if target > 0.0 { KlController::Adaptive { coef, target, gain } } else { KlController::Fixed { coef } }
     }
 
-    /// The objective of update `step` (from 0) while KL weighs `kl_coef`.
+    /// Returns the objective of update `step` (from 0) at the KL coefficient `kl_coef`.
     pub(crate) fn objective_at(&self, step: u64, kl_coef: f64) -> Objective {
-        let kl_coef = if self.kl_in == KlPlace::Loss { kl_coef } else { 0.0 };
-        let whole = Objective { kl_coef, ..self.objective };
-        if step < self.critic_warmup { whole.critic_only() } else { whole }
+        let kl_coef = if self.kl_in == KlPlacement::Loss { kl_coef } else { 0.0 };
+        let objective = Objective { kl_coef, ..self.objective };
+        if step < self.critic_warmup { objective.critic_only() } else { objective }
     }
 }
 
-/// The configured limit, else what numbers of this kind allow.
+/// Returns the configured limit, or a default for the dtype if it is 0.
 fn agreement_limit(configured: f64, kind: Kind) -> f64 {
     match kind {
         _ if configured > 0.0 => configured,
@@ -131,12 +135,12 @@ fn estimator(l: &schema::Learner) -> Estimator {
     }
 }
 
-/// The loss without the attention term.
+/// Returns the configured objective without the attention term.
 fn objective(l: &schema::Learner, max_length: usize) -> Objective {
     let cap = l.importance_cap;
     let value_coef = if l.algorithm == Algorithm::Ppo { l.value_coef } else { 0.0 };
     Objective {
-        clip: Clip { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
+        clip: ClipRange { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
         ratio: match l.ratio {
             schema::RatioLevel::Token => RatioLevel::Token,
             schema::RatioLevel::Sequence => RatioLevel::Sequence,
@@ -147,12 +151,14 @@ fn objective(l: &schema::Learner, max_length: usize) -> Objective {
             Importance::Truncate => Correction::Truncate { cap },
             Importance::Mask => Correction::Mask { cap },
         },
-        aggregation: match l.loss_mean {
-            LossMean::Token => Aggregation::TokenMean,
-            LossMean::SequenceTokenMean => Aggregation::SequenceTokenMean,
-            LossMean::SequenceTokenSum => Aggregation::SequenceTokenSum,
-            LossMean::SequenceMaxLength => Aggregation::SequenceMaxLength { max_length: max_length as u64 },
-            LossMean::GroupTokenMean => Aggregation::GroupTokenMean,
+        reduction: match l.loss_mean {
+            schema::LossReduction::Token => LossReduction::TokenMean,
+            schema::LossReduction::SequenceTokenMean => LossReduction::SequenceTokenMean,
+            schema::LossReduction::SequenceTokenSum => LossReduction::SequenceTokenSum,
+            schema::LossReduction::SequenceMaxLength => {
+                LossReduction::SequenceMaxLength { max_length: max_length as u64 }
+            }
+            schema::LossReduction::GroupTokenMean => LossReduction::GroupTokenMean,
         },
         value_clip: l.value_clip,
         kl_coef: l.kl_coef,
@@ -169,11 +175,11 @@ fn objective(l: &schema::Learner, max_length: usize) -> Objective {
     }
 }
 
-/// Ids that are never sampled: the tokenizer's and the model's own vision tokens, as the engine has them.
+/// Returns the token ids that are never sampled, the same as in the engine: those of the tokenizer and the model's vision tokens.
 pub fn banned_ids(vlm: &Vlm, tokenizer: &[u32]) -> Vec<u32> {
     let c = vlm.config();
-    let own = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id];
-    let mut ids: Vec<u32> = tokenizer.iter().copied().chain(own).collect();
+    let vision = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id];
+    let mut ids: Vec<u32> = tokenizer.iter().copied().chain(vision).collect();
     ids.retain(|id| i64::from(*id) < c.text.vocab_size);
     ids.sort_unstable();
     ids.dedup();

@@ -1,5 +1,5 @@
-//! Stage 1: cross-entropy on the answers. Owns the order of the data, the update, and the stage's loop with evaluation and
-//! checkpoints.
+//! Stage 1, instruction tuning: cross-entropy on the answers. Owns the order of the data, the update, and the training
+//! loop with evaluation and checkpoints.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,52 +16,52 @@ use unveil_config::schema::Optimizer;
 use unveil_model::{PackedGroup, Vlm};
 use unveil_service::CancellationToken;
 
-use crate::allowed::{allowed, tell as tell_changes};
 use crate::batch::GroupInput;
-use crate::crew::Crew;
+use crate::checkpoint_meta::{CheckpointMeta, StaticFiles};
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::optim::{AdamW, lr_at};
 use crate::policy::forward_groups;
-use crate::resume::take_up;
-use crate::saver::{Ended, Save, Saver};
-use crate::snapshot::{Stand, State, held};
-use crate::stage::{Outcome, Stage, load_model_as};
-use crate::state::{Meta, StaticFiles};
+use crate::rank_control::RankControl;
+use crate::resume::compatibility::{allowed_changes, report_changes};
+use crate::resume::resume_on_all_ranks;
+use crate::saver::{Save, SaveResult, Saver};
+use crate::snapshot::{LocalState, TrainerProgress, state_slices};
+use crate::stage::{Outcome, Stage, load_model};
 use crate::step::{Counters, SKIP_LIMIT};
 
-/// Batches that are prepared ahead.
-const AHEAD: usize = 2;
-/// How often a stage that waits for data looks whether it is to stop.
-const LOOK: Duration = Duration::from_millis(50);
+/// Batches prepared ahead of the update.
+const PREFETCHED_BATCHES: usize = 2;
+/// Interval at which a wait for data checks for cancellation.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Images with the answers to be learnt.
+/// Images with their target answers.
 #[derive(Debug, Clone, Default)]
 pub struct SftBatch {
-    /// Prompt and image of each.
+    /// Prompt and image of each sample.
     pub inputs: Vec<Arc<GroupInput>>,
-    /// Answer tokens of each, end token included.
+    /// Answer tokens of each sample, end token included.
     pub targets: Vec<Vec<u32>>,
-    /// Pass of the first one.
+    /// Pass of the first sample.
     pub pass: u64,
 }
 
-/// Result of one update.
+/// Report of one update.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SftReport {
-    /// Mean cross-entropy per answer token in nats; not finite when the step was skipped for it.
+    /// Mean cross-entropy per answer token in nats; not finite if the update was skipped for that reason.
     pub loss: f64,
     /// Gradient norm before clipping.
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Answer tokens.
+    /// Number of answer tokens.
     pub tokens: usize,
-    /// Why the step was skipped.
+    /// Reason for skipping the update, if it was skipped.
     pub skipped: Option<String>,
 }
 
-/// A model in stage 1 with its optimiser.
+/// The trainer of stage 1: a model and its optimiser.
 pub struct SftTrainer {
     vlm: Vlm,
     optimizer: AdamW,
@@ -71,28 +71,29 @@ pub struct SftTrainer {
 }
 
 impl SftTrainer {
-    /// Trains all of `vlm` for `total` updates.
+    /// Creates a trainer of all parameters of `vlm`; `total` updates define the learning-rate schedule.
     pub fn new(vlm: Vlm, options: &Optimizer, total: u64) -> Result<Self> {
         vlm.set_trainable(|_| true);
         let optimizer = AdamW::new(options, vlm.named_parameters())?;
         Ok(Self { vlm, optimizer, options: options.clone(), total, counters: Counters::default() })
     }
 
-    /// The model.
+    /// Returns the model.
     pub fn vlm(&self) -> &Vlm {
         &self.vlm
     }
 
-    /// Updates so far, skipped ones among them.
+    /// Returns the number of updates so far, including skipped ones.
     pub fn step(&self) -> u64 {
         self.counters.step
     }
 
-    /// One update: mean cross-entropy over all answer tokens of the batch. A loss or gradient that is not finite skips the
-    /// step.
+    /// Performs one update on the mean cross-entropy over all answer tokens of the batch. It is skipped if the loss or
+    /// the gradient is not finite.
     ///
     /// # Errors
-    /// [`LearnerError::Skipped`] after [`SKIP_LIMIT`] skipped steps in a row; inputs that do not fit the model.
+    /// Returns [`LearnerError::Skipped`] after [`SKIP_LIMIT`] skipped updates in a row, and other errors if the inputs
+    /// do not fit the model.
     pub fn update(&mut self, batch: &SftBatch) -> Result<SftReport> {
         let mut report = SftReport { lr: lr_at(&self.options, self.counters.step, self.total), ..Default::default() };
         report.tokens = batch.targets.iter().map(Vec::len).sum();
@@ -102,7 +103,7 @@ impl SftTrainer {
         let mut why = None;
         if report.loss.is_finite() {
             loss.f_backward()?;
-            let gradient = self.optimizer.take_gradient()?;
+            let gradient = self.optimizer.collect_gradient()?;
             report.grad_norm = gradient.norm;
             if gradient.norm.is_finite() {
                 self.optimizer.step(gradient, report.lr)?;
@@ -120,9 +121,10 @@ impl SftTrainer {
         };
         self.counters.skipped += 1;
         self.counters.skipped_in_a_row += 1;
-        tracing::warn!(step = self.counters.step, why, "step skipped");
+        tracing::warn!(step = self.counters.step, why, "update skipped");
         if self.counters.skipped_in_a_row >= SKIP_LIMIT {
-            let (step, in_a_row) = (self.counters.step, self.counters.skipped_in_a_row);
+            let step = self.counters.step;
+            let in_a_row = self.counters.skipped_in_a_row;
             return Err(LearnerError::Skipped { step, in_a_row, why: why.to_owned() });
         }
         report.skipped = Some(why.to_owned());
@@ -141,18 +143,18 @@ impl SftTrainer {
         Ok(-logprobs.f_mean(Kind::Float)?)
     }
 
-    fn state(&self, part: (usize, usize)) -> Result<State<'_>> {
-        let held = held(&self.optimizer, part, Vec::new())?;
-        Ok(State { vlm: &self.vlm, optimizer: &self.optimizer, rank: 0, held })
+    fn local_state(&self, part: (usize, usize)) -> Result<LocalState<'_>> {
+        let slices = state_slices(&self.optimizer, part, Vec::new())?;
+        Ok(LocalState { vlm: &self.vlm, optimizer: &self.optimizer, rank: 0, slices })
     }
 
-    fn stand(&self) -> Stand {
-        Stand { counters: self.counters, counts: self.optimizer.counts(), kl: None }
+    fn progress(&self) -> TrainerProgress {
+        TrainerProgress { counters: self.counters, counts: self.optimizer.counts(), kl: None }
     }
 }
 
-/// Which records update `step` sees: a function of (seed, step) alone. Each pass visits every record once, in an order of its
-/// own. Returns (pass, record) pairs.
+/// Returns the samples of update `step` as (pass, record index) pairs, a function of `seed` and `step` only. Each pass
+/// visits every record once, in its own order.
 pub fn batch_indices(records: usize, batch: usize, seed: u64, step: u64) -> Vec<(u64, usize)> {
     let n = records.max(1) as u64;
     let mut order: (Option<u64>, Vec<usize>) = (None, Vec::new());
@@ -173,19 +175,19 @@ pub fn batch_indices(records: usize, batch: usize, seed: u64, step: u64) -> Vec<
         .collect()
 }
 
-/// Prepares batches on a thread of its own, from update `first` on; it ends when the receiver is dropped, or with a stop.
+/// Prepares the batches of `steps` on a thread that ends when the receiver is dropped or the stage is cancelled.
 fn prefetch(
     data: Arc<Dataset>,
     (batch, seed): (usize, u64),
     steps: Range<u64>,
     cancel: CancellationToken,
 ) -> Result<Receiver<Result<SftBatch>>> {
-    let (send, receive) = sync_channel(AHEAD);
+    let (send, receive) = sync_channel(PREFETCHED_BATCHES);
     let work = move || {
         for step in steps {
-            let Some(made) = make_batch(&data, batch, seed, step, &cancel).transpose() else { return };
-            let failed = made.is_err();
-            if send.send(made).is_err() || failed {
+            let Some(prepared) = make_batch(&data, batch, seed, step, &cancel).transpose() else { return };
+            let failed = prepared.is_err();
+            if send.send(prepared).is_err() || failed {
                 return;
             }
         }
@@ -194,7 +196,7 @@ fn prefetch(
     Ok(receive)
 }
 
-/// The batch of a step; none where a stop came before it was whole.
+/// Prepares the batch of an update; returns `None` if cancelled meanwhile.
 fn make_batch(
     data: &Dataset,
     batch: usize,
@@ -217,29 +219,30 @@ fn make_batch(
     Ok(Some(out))
 }
 
-/// The next batch; none where the stage is to stop.
+/// Waits for the next batch; returns `None` if the stage was cancelled.
 fn next_batch(batches: &Receiver<Result<SftBatch>>, cancel: &CancellationToken) -> Result<Option<SftBatch>> {
     loop {
-        let got = batches.recv_timeout(LOOK);
+        let received = batches.recv_timeout(POLL_INTERVAL);
         if cancel.is_cancelled() {
             return Ok(None);
         }
-        match got {
+        match received {
             Ok(batch) => return batch.map(Some),
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(LearnerError::Lost("the data thread")),
+            Err(RecvTimeoutError::Disconnected) => return Err(LearnerError::ThreadEnded("the data thread")),
         }
     }
 }
 
-/// Runs stage 1 to its end, or to an interrupt. Checkpoints go to the prefix `sft` under the run's; the model after the last
-/// update is written to [`Stage::out`]. Call it from a thread that runs no tokio runtime.
+/// Runs stage 1 until it ends or is interrupted. Checkpoints are saved under the prefix `sft` of the run; the model
+/// after the last update is written to [`Stage::out`]. Must not be called within a tokio runtime.
 ///
 /// # Errors
 /// See [`LearnerError`].
 pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     let config = stage.config;
-    let (seed, total) = (config.run.seed, config.sft.steps);
+    let seed = config.run.seed;
+    let total = config.sft.steps;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -247,7 +250,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         .map_err(LearnerError::io("runtime"))?;
     let files = StaticFiles::read(stage.model_dir)?;
     let mut trainer = SftTrainer::new(
-        load_model_as(
+        load_model(
             config,
             config.run.threads,
             stage.model_dir,
@@ -257,55 +260,56 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         &config.sft.optimizer,
         total,
     )?;
-    // A step number speaks of stage 2, which needs a stage 1 that is whole.
+    // A step number refers to stage 2, which requires a complete stage 1.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
     let mut saver = Saver::open(runtime.handle(), config, "sft", &stage.environment)?;
-    let mut crew = Crew::solo();
+    let mut control = RankControl::solo();
     let attempt = |reader: &Reader| {
-        let meta = Meta::read(reader, "sft", seed)?;
-        meta.fits(reader, &trainer.vlm, None, false)?;
-        allowed(reader.info().step, &meta.config, config)?;
-        trainer.state((0, 1))?.read(runtime.handle(), reader)?;
+        let meta = CheckpointMeta::read(reader, "sft", seed)?;
+        meta.check_fits(reader, &trainer.vlm, None, false)?;
+        allowed_changes(reader.info().step, &meta.config, config)?;
+        trainer.local_state((0, 1))?.read(runtime.handle(), reader)?;
         Ok(meta)
     };
-    let mut choice = saver.choice(resume)?;
-    let from = take_up(&crew, (runtime.handle(), saver.store()), Some(&mut choice), attempt)?;
-    if let Some((info, meta)) = &from {
-        let changed = allowed(info.step, &meta.config, config)?;
-        tell_changes(&mut *stage.progress, info.step, choice.warnings(), &changed);
+    let mut candidates = saver.resume_candidates(resume)?;
+    let resumed = resume_on_all_ranks(&control, (runtime.handle(), saver.store()), Some(&mut candidates), attempt)?;
+    if let Some((info, meta)) = &resumed {
+        let changed = allowed_changes(info.step, &meta.config, config)?;
+        report_changes(&mut *stage.progress, info.step, candidates.warnings(), &changed);
     }
-    saver.resumed(from.as_ref().map(|(info, _)| info))?;
+    saver.record_resume(resumed.as_ref().map(|(info, _)| info))?;
     let mut images = 0u64;
-    if let Some((_, meta)) = &from {
-        trainer.optimizer.go_on(meta.stand.counters.updates, &meta.stand.counts)?;
-        (trainer.counters, images) = (meta.stand.counters, meta.seen);
+    if let Some((_, meta)) = &resumed {
+        trainer.optimizer.resume(meta.progress.counters.updates, &meta.progress.counts)?;
+        (trainer.counters, images) = (meta.progress.counters, meta.seen);
     }
-    let kind = if from.is_some() { "resumed" } else { "started" };
+    let kind = if resumed.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
-    let save = |saver: &mut Saver, crew: &mut Crew, trainer: &SftTrainer, images: u64| {
-        let waiting = Instant::now();
-        let before = saver.wait(crew)?;
-        let wait = waiting.elapsed();
-        let copied = trainer.state((0, 1))?.copy(&saver.buffers)?;
-        let meta = Meta::new("sft", config, trainer.stand(), images);
-        let save = Save { meta: &meta, best: false, alone: true };
-        saver.save(trainer.step(), (wait, copied), files.objects(&trainer.vlm, None)?, save)?;
-        Ok::<_, LearnerError>(before)
+    let save = |saver: &mut Saver, control: &mut RankControl, trainer: &SftTrainer, images: u64| {
+        let wait_start = Instant::now();
+        let previous = saver.wait(control)?;
+        let wait = wait_start.elapsed();
+        let copy = trainer.local_state((0, 1))?.copy(&saver.buffers)?;
+        let meta = CheckpointMeta::new("sft", config, trainer.progress(), images);
+        let save = Save { meta: &meta, best: false, is_only_rank: true };
+        saver.save(trainer.step(), (wait, copy), files.objects(&trainer.vlm, None)?, save)?;
+        Ok::<_, LearnerError>(previous)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
     let steps = trainer.step()..total;
     let batches = prefetch(stage.data.clone(), (config.sft.batch, seed), steps, stage.cancel.clone())?;
     let mut outcome = Outcome::default();
-    let (started, before) = (Instant::now(), images);
+    let started = Instant::now();
+    let images_before = images;
     while trainer.step() < total && !stage.cancel.is_cancelled() {
-        let waiting = Instant::now();
+        let wait_start = Instant::now();
         let Some(batch) = next_batch(&batches, &stage.cancel)? else { break };
-        let wait_ms = waiting.elapsed().as_secs_f64() * 1e3;
+        let wait_ms = wait_start.elapsed().as_secs_f64() * 1e3;
         let report = trainer.update(&batch)?;
         let step = trainer.step();
         images += batch.inputs.len() as u64;
-        let rate = (images - before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
-        let step_ms = waiting.elapsed().as_secs_f64() * 1e3 - wait_ms;
+        let rate = (images - images_before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        let step_ms = wait_start.elapsed().as_secs_f64() * 1e3 - wait_ms;
         let mut event = json!({
             "kind": "sft", "step": step, "pass": batch.pass, "loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm,
             "tokens": report.tokens, "images_per_s": rate, "wait_ms": wait_ms, "step_ms": step_ms, "skipped_total": trainer.counters.skipped,
@@ -314,27 +318,27 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
             event["skipped"] = json!(why);
         }
         stage.event(&event)?;
-        stage.progress.update(step, images - before, &[("loss", report.loss)]);
+        stage.progress.update(step, images - images_before, &[("loss", report.loss)]);
         if step < total && due(config.sft.eval_every, step) {
             outcome.last = stage.evaluate("sft", &mut trainer.vlm, step)?;
         }
         if step < total
             && due(config.sft.checkpoint_every, step)
-            && let Some(saved) = save(&mut saver, &mut crew, &trainer, images)?
+            && let Some(saved) = save(&mut saver, &mut control, &trainer, images)?
         {
             stage.event(&saved.event("sft"))?;
         }
     }
     drop(batches);
-    let mut written = saver.wait(&mut crew)?;
-    if let Some(ended) = &written {
-        stage.event(&ended.event("sft"))?;
+    let mut last_save = saver.wait(&mut control)?;
+    if let Some(result) = &last_save {
+        stage.event(&result.event("sft"))?;
     }
     if saver.last() != Some(trainer.step()) {
-        save(&mut saver, &mut crew, &trainer, images)?;
-        written = saver.wait_last(&mut crew)?.map(Ended::Saved);
-        if let Some(ended) = &written {
-            stage.event(&ended.event("sft"))?;
+        save(&mut saver, &mut control, &trainer, images)?;
+        last_save = saver.wait_last(&mut control)?.map(SaveResult::Saved);
+        if let Some(result) = &last_save {
+            stage.event(&result.event("sft"))?;
         }
     }
     (outcome.step, outcome.skipped) = (trainer.step(), trainer.counters.skipped);
@@ -342,7 +346,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     if outcome.interrupted {
         return Ok(outcome);
     }
-    if written.is_some() {
+    if last_save.is_some() {
         let step = trainer.step();
         outcome.last = stage.evaluate("sft", &mut trainer.vlm, step)?.or(outcome.last);
     }
@@ -356,7 +360,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_pass_visits_each_record_once() {
+    fn each_pass_visits_every_record_once() {
         let all: Vec<(u64, usize)> = (0..7).flat_map(|s| batch_indices(10, 4, 3, s)).collect();
         for pass in 0..2 {
             let mut seen: Vec<usize> = all.iter().filter(|(p, _)| *p == pass).map(|(_, i)| *i).collect();

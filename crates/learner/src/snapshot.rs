@@ -1,5 +1,5 @@
-//! This rank's share of a checkpoint: which numbers of which parameters it has, their copy in host memory in the layout of the objects,
-//! and the way back. Must not know: stores' addresses, stages, when a checkpoint is made.
+//! This rank's share of a checkpoint: the slices of state that it owns, their copy to host memory in the layout of the
+//! checkpoint objects, and loading them back.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,50 +10,50 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use unveil_algo::KlController;
-use unveil_checkpoint::{Dtype, Layout, OBJECT, Object, Piece, Reader, Want};
+use unveil_checkpoint::{Dtype, MAX_OBJECT_BYTES, Object, ObjectLayout, ReadRequest, Reader, TensorSlice};
 use unveil_model::{Adapters, Vlm};
 use unveil_torch_ext::HostBuffer;
 
 use crate::error::{LearnerError, Result};
 use crate::lora::ADAPTER;
 use crate::optim::AdamW;
-use crate::setup::CRITIC;
-use crate::shard::{Plan, Stretch};
-use crate::step::{Counters, Learner};
+use crate::shard::{ParameterSlice, ShardLayout};
+use crate::step::CRITIC_PREFIX;
+use crate::step::{Counters, PolicyTrainer};
 
-/// The part of a checkpoint that is the model directory.
+/// Part of a checkpoint that forms the model directory.
 pub(crate) const MODEL: &str = "model";
 
-/// Bytes that a load holds beside the state.
-const AT_ONCE: usize = 1 << 30;
+/// Largest host buffer of a load, in bytes.
+const MAX_READ_BYTES: usize = 1 << 30;
 
-/// Where a learner stands beside its tensors.
+/// Trainer state that is not a tensor: counters and the KL coefficient.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Stand {
+pub struct TrainerProgress {
     pub(crate) counters: Counters,
-    /// By parameter, updates that it took part in, where these are fewer.
+    /// Number of updates of each parameter that was frozen in some of them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) counts: BTreeMap<String, u64>,
-    /// Weight of KL to the reference; stage 2.
+    /// Coefficient of the KL to the reference; stage 2 only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) kl: Option<KlController>,
 }
 
-/// Host memory for copies; what one save has used, the next one takes again.
+/// ExperienceServer memory for copies; what one save has used, the next one takes again.
 #[derive(Clone, Default)]
-pub struct Buffers(Arc<Mutex<Option<HostBuffer>>>);
+pub struct HostBufferPool(Arc<Mutex<Option<HostBuffer>>>);
 
-impl Buffers {
+impl HostBufferPool {
     fn take(&self, size: usize, device: Device) -> Result<HostBuffer> {
-        let before = self.lock().take().filter(|b| b.size() == size);
-        Ok(match before {
-            Some(b) => b,
+        let reusable = self.lock().take().filter(|b| b.size() == size);
+        Ok(match reusable {
+            Some(buffer) => buffer,
             None => {
-                let new = HostBuffer::new(size, device)?;
-                if let Some(why) = new.unlocked() {
-                    tracing::warn!("host memory for checkpoints is not locked, copies to it take longer: {why}");
+                let buffer = HostBuffer::new(size, device)?;
+                if let Some(why) = buffer.pin_error() {
+                    tracing::warn!("host memory for checkpoints is not page-locked, copies will be slower: {why}");
                 }
-                new
+                buffer
             }
         })
     }
@@ -63,56 +63,56 @@ impl Buffers {
     }
 }
 
-/// A buffer that goes back when nobody reads it any more.
-struct Lent {
+/// A buffer that returns to its pool once the last reader drops it.
+struct PooledBuffer {
     buffer: Option<HostBuffer>,
-    home: Buffers,
+    pool: HostBufferPool,
 }
 
-impl AsRef<[u8]> for Lent {
+impl AsRef<[u8]> for PooledBuffer {
     fn as_ref(&self) -> &[u8] {
         self.buffer.as_ref().map_or(&[], AsRef::as_ref)
     }
 }
 
-impl Drop for Lent {
+impl Drop for PooledBuffer {
     fn drop(&mut self) {
-        *self.home.lock() = self.buffer.take();
+        *self.pool.lock() = self.buffer.take();
     }
 }
 
-/// What a rank writes of a checkpoint.
-pub struct Copied {
-    /// Its shards.
+/// Copy of this rank's share of a checkpoint in host memory.
+pub struct HostCopy {
+    /// Shard objects.
     pub objects: Vec<Object>,
-    /// What the copy took.
+    /// Duration of the copy.
     pub took: Duration,
 }
 
-/// Numbers on this rank, with what they are of which parameter.
-pub(crate) struct Held {
+/// A slice of a parameter, or of one of its moments, that this rank owns.
+pub(crate) struct StateSlice {
     kind: &'static str,
-    stretch: Stretch,
+    slice: ParameterSlice,
 }
 
-/// State on this rank.
-pub(crate) struct State<'a> {
+/// State that this rank saves or loads.
+pub(crate) struct LocalState<'a> {
     pub vlm: &'a Vlm,
     pub optimizer: &'a AdamW,
     pub rank: usize,
-    pub held: Vec<Held>,
+    pub slices: Vec<StateSlice>,
 }
 
-/// The name of a parameter in checkpoints, and the part that it is exported with.
-fn key(vlm: &Vlm, name: &str) -> (String, &'static str) {
-    if name.starts_with(CRITIC) {
+/// Returns the name of a parameter in checkpoints, and the part of the checkpoint that it is exported with.
+fn checkpoint_name(vlm: &Vlm, name: &str) -> (String, &'static str) {
+    if name.starts_with(CRITIC_PREFIX) {
         return (name.to_owned(), "");
     }
     if vlm.parameter(name).is_some() {
         return (vlm.published_name(name), MODEL);
     }
     match vlm.adapters().filter(|a| a.named_parameters().iter().any(|(n, _)| n == name)) {
-        Some(_) => (Adapters::stored_name(name), ADAPTER),
+        Some(_) => (Adapters::peft_name(name), ADAPTER),
         None => (name.to_owned(), ""),
     }
 }
@@ -135,33 +135,38 @@ fn kind(dtype: Dtype) -> Kind {
     }
 }
 
-/// What an optimiser has, and weights that are not trained.
-pub(crate) fn held(optimizer: &AdamW, part: (usize, usize), untrained: Vec<Stretch>) -> Result<Vec<Held>> {
-    let weights = untrained.into_iter().map(|stretch| Held { kind: "weight", stretch });
-    let trained = optimizer.stretches(part)?.into_iter().map(|(kind, stretch)| Held { kind, stretch });
-    let mut all: Vec<Held> = weights.chain(trained).collect();
-    // Objects hold one kind each.
+/// Lists the slices of an optimiser's state and of weights that are not trained.
+pub(crate) fn state_slices(
+    optimizer: &AdamW,
+    part: (usize, usize),
+    untrained: Vec<ParameterSlice>,
+) -> Result<Vec<StateSlice>> {
+    let weights = untrained.into_iter().map(|slice| StateSlice { kind: "weight", slice });
+    let trained = optimizer.owned_slices(part)?.into_iter().map(|(kind, slice)| StateSlice { kind, slice });
+    let mut all: Vec<StateSlice> = weights.chain(trained).collect();
+    // Each object contains slices of one kind.
     all.sort_by_key(|h| h.kind != "weight");
     Ok(all)
 }
 
-impl State<'_> {
-    /// Copies everything to host memory, laid out as the objects are.
-    pub fn copy(&self, buffers: &Buffers) -> Result<Copied> {
-        let to = self.optimizer.kind();
-        let piece = |h: &Held| {
-            let (name, part) = key(self.vlm, &h.stretch.name);
-            Piece {
+impl LocalState<'_> {
+    /// Copies all slices to host memory, in the layout of the checkpoint objects.
+    pub fn copy(&self, buffers: &HostBufferPool) -> Result<HostCopy> {
+        let stored_kind = self.optimizer.kind();
+        let tensor_slice = |h: &StateSlice| {
+            let (name, artifact) = checkpoint_name(self.vlm, &h.slice.name);
+            TensorSlice {
                 kind: h.kind.to_owned(),
                 name,
-                part: if h.kind == "weight" { part.to_owned() } else { String::new() },
-                dtype: dtype(to),
-                shape: h.stretch.shape.iter().map(|n| *n as u64).collect(),
-                begin: h.stretch.begin as u64,
-                count: h.stretch.numbers.numel() as u64,
+                artifact: if h.kind == "weight" { artifact.to_owned() } else { String::new() },
+                dtype: dtype(stored_kind),
+                shape: h.slice.shape.iter().map(|n| *n as u64).collect(),
+                begin: h.slice.begin as u64,
+                count: h.slice.values.numel() as u64,
             }
         };
-        let layouts = Layout::divide(self.held.iter().map(piece).collect(), OBJECT);
+        let layouts =
+            ObjectLayout::split_into_objects(self.slices.iter().map(tensor_slice).collect(), MAX_OBJECT_BYTES);
         let mut firsts = Vec::with_capacity(layouts.len());
         let mut size = 0usize;
         for layout in &layouts {
@@ -170,129 +175,139 @@ impl State<'_> {
         }
         let start = Instant::now();
         let mut buffer = buffers.take(size, self.vlm.device())?;
-        // Layouts hold the same numbers in the same order, cut here and there.
-        let (mut at, mut done) = (0, 0);
+        // The slices of the layouts are ours in the same order, some of them split.
+        let mut current = 0;
+        let mut copied = 0;
         for (layout, first) in layouts.iter().zip(&firsts) {
             buffer.as_mut()[*first..first + layout.header().len()].copy_from_slice(layout.header());
-            for (p, place) in layout.pieces() {
-                let (numbers, count) = (&self.held[at].stretch.numbers, p.count as i64);
-                buffer.copy_in(first + place as usize, &numbers.f_narrow(0, done, count)?, to)?;
-                done += count;
-                if done == numbers.numel() as i64 {
-                    (at, done) = (at + 1, 0);
+            for (part, offset) in layout.slices() {
+                let values = &self.slices[current].slice.values;
+                let count = part.count as i64;
+                buffer.copy_in(first + offset as usize, &values.f_narrow(0, copied, count)?, stored_kind)?;
+                copied += count;
+                if copied == values.numel() as i64 {
+                    current += 1;
+                    copied = 0;
                 }
             }
         }
         let took = start.elapsed();
-        let whole = Bytes::from_owner(Lent { buffer: Some(buffer), home: buffers.clone() });
-        let object = |(i, (layout, first)): (usize, (Layout, usize))| Object {
+        let bytes = Bytes::from_owner(PooledBuffer { buffer: Some(buffer), pool: buffers.clone() });
+        let object = |(i, (layout, first)): (usize, (ObjectLayout, usize))| Object {
             name: format!("shards/rank-{:05}-{i:05}.safetensors", self.rank),
-            bytes: whole.slice(first..first + layout.size() as usize),
+            bytes: bytes.slice(first..first + layout.size() as usize),
             layout: Some(layout),
         };
-        Ok(Copied { objects: layouts.into_iter().zip(firsts).enumerate().map(object).collect(), took })
+        Ok(HostCopy { objects: layouts.into_iter().zip(firsts).enumerate().map(object).collect(), took })
     }
 
-    /// Reads everything from a checkpoint to where it is. The parameters of divided state are not touched yet.
+    /// Loads all slices from a checkpoint in place. Sharded parameters themselves are not updated yet.
     pub fn read(&self, handle: &Handle, reader: &Reader) -> Result<()> {
         for kind in ["weight", "exp_avg", "exp_avg_sq"] {
-            let mut rest: Vec<&Held> = self.held.iter().filter(|h| h.kind == kind).collect();
-            while !rest.is_empty() {
+            let mut remaining: Vec<&StateSlice> = self.slices.iter().filter(|h| h.kind == kind).collect();
+            while !remaining.is_empty() {
                 let mut bytes = 0;
-                let fits = rest.iter().take_while(|h| {
-                    let before = bytes;
-                    bytes += h.stretch.numbers.numel() * self.optimizer.kind().elt_size_in_bytes();
-                    before == 0 || bytes <= AT_ONCE
+                let fits = remaining.iter().take_while(|h| {
+                    let bytes_before = bytes;
+                    bytes += h.slice.values.numel() * self.optimizer.kind().elt_size_in_bytes();
+                    bytes_before == 0 || bytes <= MAX_READ_BYTES
                 });
                 let count = fits.count();
-                let batch: Vec<&Held> = rest.drain(..count).collect();
-                self.read_some(handle, reader, &batch)?;
+                let batch: Vec<&StateSlice> = remaining.drain(..count).collect();
+                self.read_batch(handle, reader, &batch)?;
             }
         }
         Ok(())
     }
 
-    /// Reads stretches by way of host memory for all of them.
-    fn read_some(&self, handle: &Handle, reader: &Reader, held: &[&Held]) -> Result<()> {
-        let (mut wants, mut places, mut size) = (Vec::new(), Vec::new(), 0usize);
-        for Held { kind: what, stretch: s } in held.iter().copied() {
-            let name = key(self.vlm, &s.name).0;
+    /// Loads slices through one host buffer for all of them.
+    fn read_batch(&self, handle: &Handle, reader: &Reader, slices: &[&StateSlice]) -> Result<()> {
+        let mut requests = Vec::new();
+        let mut targets = Vec::new();
+        let mut size = 0usize;
+        for StateSlice { kind: what, slice: s } in slices.iter().copied() {
+            let name = checkpoint_name(self.vlm, &s.name).0;
             let stored = reader.tensor(what, &name).map(|t| (t.dtype, t.shape.clone()));
             let shape: Vec<u64> = s.shape.iter().map(|n| *n as u64).collect();
             let width = match &stored {
                 Some((dtype, found)) if *found == shape => dtype.size() as usize,
                 Some((_, found)) => {
-                    let what = format!("its {what} of `{name}` has shape {found:?}, the parameter {shape:?}");
-                    return Err(LearnerError::State { step: reader.info().step, what });
+                    let what =
+                        format!("its {what} of `{name}` has shape {found:?}, but the parameter has shape {shape:?}");
+                    return Err(LearnerError::CheckpointState { step: reader.info().step, what });
                 }
                 None => 0,
             };
-            let count = s.numbers.numel();
-            let (kind, begin) = ((*what).to_owned(), s.begin as u64);
-            wants.push(Want { kind, name, begin, count: count as u64, to: size });
-            places.push((size, stored.map(|(d, _)| d), &s.numbers));
+            let count = s.values.numel();
+            let kind = (*what).to_owned();
+            let begin = s.begin as u64;
+            requests.push(ReadRequest { kind, name, begin, count: count as u64, destination: size });
+            targets.push((size, stored.map(|(d, _)| d), &s.values));
             size = (size + count * width).next_multiple_of(8);
         }
         let mut buffer = HostBuffer::new(size, Device::Cpu)?;
-        handle.block_on(reader.read(&wants, buffer.as_mut()))?;
-        for (at, stored, numbers) in places {
-            buffer.copy_out(at, kind(stored.unwrap_or(Dtype::F32)), numbers)?;
+        handle.block_on(reader.read(&requests, buffer.as_mut()))?;
+        for (offset, stored, values) in targets {
+            buffer.copy_out(offset, kind(stored.unwrap_or(Dtype::F32)), values)?;
         }
         Ok(())
     }
 }
 
-impl Learner {
-    /// This rank's state; where it is to be `read`, all that the rank needs, else what no other rank has.
-    pub(crate) fn local(&self, read: bool) -> Result<State<'_>> {
-        let (vlm, ranks) = (&self.policy.vlm, &self.ranks);
+impl PolicyTrainer {
+    /// Returns the state of this rank: everything that the rank needs if it is to be `read`, else only what no other
+    /// rank saves.
+    pub(crate) fn local_state(&self, read: bool) -> Result<LocalState<'_>> {
+        let vlm = &self.policy.vlm;
+        let ranks = &self.ranks;
         let part = if read { (0, 1) } else { ranks.replica() };
-        let untrained = match &self.policy.course.gathered {
-            // Adapters lie beside weights that are in no checkpoint.
+        let untrained = match &self.policy.hooks.sharded {
+            // Checkpoints of adapters do not contain the weights of the base model.
             _ if vlm.adapters().is_some() => Vec::new(),
-            Some(divided) => divided.untrained(part)?,
+            Some(divided) => divided.untrained_slices(part)?,
             None => {
                 let trained: Vec<_> = self.optimizer.names().collect();
                 let rest = vlm.named_parameters().iter().filter(|(n, _)| !trained.contains(&n.as_str()));
                 let rest: Vec<(String, Tensor)> = rest.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
                 let part = if read { (0, 1) } else { (ranks.rank(), ranks.size()) };
-                Plan::new(&rest, false, (0, 1))?.stretches(None, part)?
+                ShardLayout::new(&rest, false, (0, 1))?.owned_slices(None, part)?
             }
         };
-        let held = held(&self.optimizer, part, untrained)?;
-        Ok(State { vlm, optimizer: &self.optimizer, rank: ranks.rank(), held })
+        let slices = state_slices(&self.optimizer, part, untrained)?;
+        Ok(LocalState { vlm, optimizer: &self.optimizer, rank: ranks.rank(), slices })
     }
 
-    /// Copies what this rank is to write of a checkpoint to host memory: weights to their last digit, moments. Ranks do this without
-    /// each other.
+    /// Copies this rank's share of a checkpoint (fp32 master weights and moments) to host memory. Ranks do not
+    /// communicate.
     ///
     /// # Errors
-    /// There is not enough memory.
-    pub fn snapshot(&self, buffers: &Buffers) -> Result<Copied> {
-        self.local(false)?.copy(buffers)
+    /// Returns [`LearnerError::Memory`] if the host memory cannot be allocated.
+    pub fn snapshot(&self, buffers: &HostBufferPool) -> Result<HostCopy> {
+        self.local_state(false)?.copy(buffers)
     }
 
-    /// Where it stands beside its tensors.
-    pub fn stand(&self) -> Stand {
-        Stand { counters: self.counters(), counts: self.optimizer.counts(), kl: Some(self.kl_controller()) }
+    /// Returns the state that is not a tensor.
+    pub fn progress(&self) -> TrainerProgress {
+        TrainerProgress { counters: self.counters(), counts: self.optimizer.counts(), kl: Some(self.kl_controller()) }
     }
 
-    /// Reads this rank's share of a checkpoint, which any number of ranks under any stage may have written. Call it before the first
-    /// update, and [`Learner::go_on`] after it.
+    /// Loads this rank's share of a checkpoint, which may have been saved by any number of ranks under any ZeRO stage.
+    /// Call it before the first update, followed by [`PolicyTrainer::resume_from`].
     ///
     /// # Errors
-    /// A tensor is missing or misshapen, an object damaged; or a store error.
+    /// Returns [`LearnerError::CheckpointState`] if a tensor has the wrong shape, and [`LearnerError::Checkpoint`] if
+    /// one is missing, an object is damaged, or the store fails.
     pub fn read(&self, handle: &Handle, reader: &Reader) -> Result<()> {
-        self.local(true)?.read(handle, reader)
+        self.local_state(true)?.read(handle, reader)
     }
 
-    /// Goes on from what [`Learner::read`] read on all ranks; all ranks call it.
+    /// Resumes from the state that [`PolicyTrainer::read`] has loaded; all ranks call it.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub fn go_on(&mut self, stand: &Stand) -> Result<()> {
-        self.optimizer.go_on(stand.counters.updates, &stand.counts)?;
-        self.restore(stand.counters, stand.kl.as_ref());
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn resume_from(&mut self, progress: &TrainerProgress) -> Result<()> {
+        self.optimizer.resume(progress.counters.updates, &progress.counts)?;
+        self.restore_counters(progress.counters, progress.kl.as_ref());
         Ok(())
     }
 }

@@ -1,5 +1,5 @@
-//! What a training stage is given and gives back: configuration, data, and the traits through which it speaks to the event log,
-//! the terminal and the evaluation.
+//! Input and result of a training stage, and the traits that connect it to the event log, the progress display and the
+//! evaluation.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use unveil_service::CancellationToken;
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 
-/// Takes events, one JSON object each, for `events.jsonl`.
+/// Sink of the events in `events.jsonl`, one JSON object each.
 pub trait EventSink {
     /// Appends one event.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// Returns the I/O error if the file cannot be written.
     fn append(&mut self, event: &Value) -> std::io::Result<()>;
 }
 
@@ -36,11 +36,12 @@ impl EventSink for Vec<Value> {
     }
 }
 
-/// Shows a person how a stage goes.
+/// Displays the progress of a stage to the user.
 pub trait Progress {
-    /// Step `step` is done, `done` units (images, responses) were processed by this process so far, `parts` are numbers to show.
+    /// Shows that step `step` is complete and that this process has processed `done` units (images or responses);
+    /// `parts` are named values to show.
     fn update(&mut self, step: u64, done: u64, parts: &[(&str, f64)]);
-    /// A line worth reading.
+    /// Shows a line of text.
     fn note(&mut self, text: &str);
 }
 
@@ -54,10 +55,10 @@ impl Progress for StageProgress {
     }
 }
 
-/// Shows nothing.
-pub struct Silent;
+/// Displays nothing.
+pub struct SilentProgress;
 
-impl Progress for Silent {
+impl Progress for SilentProgress {
     fn update(&mut self, _: u64, _: u64, _: &[(&str, f64)]) {}
 
     fn note(&mut self, _: &str) {}
@@ -68,16 +69,16 @@ impl Progress for Silent {
 pub struct Evaluation {
     /// Metrics by name; they go into the `eval` event as they are.
     pub metrics: Map<String, Value>,
-    /// What the best checkpoint is chosen by; higher is better.
+    /// Score that selects the best checkpoint; higher is better.
     pub score: f64,
 }
 
-/// Evaluates the model on held-out data. Must leave the weights as they are.
+/// Evaluates the model on held-out data without changing its weights.
 pub trait Evaluator {
     /// Evaluates the weights after `step` updates.
     ///
     /// # Errors
-    /// Any; the stage ends with it, unless it was cancelled meanwhile.
+    /// Any error ends the stage, unless the stage was cancelled in the meantime.
     fn evaluate(&mut self, vlm: &mut Vlm, step: u64) -> Result<Evaluation, Box<dyn std::error::Error + Send + Sync>>;
 }
 
@@ -90,72 +91,74 @@ where
     }
 }
 
-/// What a stage works with.
+/// Input of a training stage.
 pub struct Stage<'a> {
-    /// The whole configuration.
+    /// Configuration of the run.
     pub config: &'a Config,
     /// Model directory that the stage starts from.
     pub model_dir: &'a Path,
-    /// Where the resulting model directory is written; what was there is replaced.
+    /// Output model directory; an existing one is replaced.
     pub out: &'a Path,
     /// Training records.
     pub data: Arc<Dataset>,
-    /// Environment for the object store (`AWS_*`), read by the configuration room.
+    /// Environment for the object store (`AWS_*`), read by the config crate.
     pub environment: Vec<(String, String)>,
-    /// Cancelled when the run is to stop: the stage saves a checkpoint and returns.
+    /// Stops the run when cancelled: the stage saves a checkpoint and returns.
     pub cancel: CancellationToken,
-    /// The event log.
+    /// Event log.
     pub events: &'a mut dyn EventSink,
-    /// The terminal.
+    /// Progress display.
     pub progress: &'a mut dyn Progress,
-    /// Held-out evaluation; none = no evaluation.
+    /// Held-out evaluation; `None` disables it.
     pub evaluator: Option<&'a mut dyn Evaluator>,
 }
 
 impl Stage<'_> {
+    /// Appends an event to the event log.
     pub(crate) fn event(&mut self, event: &Value) -> Result<()> {
         let path = Path::new(&self.config.run.dir).join("events.jsonl");
         self.events.append(event).map_err(LearnerError::io(path))
     }
 
-    /// Evaluates and logs; `None` when there is no evaluator, or the evaluation was cancelled.
+    /// Evaluates the model and logs the result; returns `None` if there is no evaluator or the evaluation was
+    /// cancelled.
     pub(crate) fn evaluate(&mut self, name: &str, vlm: &mut Vlm, step: u64) -> Result<Option<Evaluation>> {
         let Some(evaluator) = self.evaluator.as_mut() else { return Ok(None) };
         let started = std::time::Instant::now();
         let result = vlm.merged(|vlm| tch::no_grad(|| evaluator.evaluate(vlm, step)))?;
-        let found = match result {
-            Ok(e) => e,
+        let evaluation = match result {
+            Ok(evaluation) => evaluation,
             Err(_) if self.cancel.is_cancelled() => return Ok(None),
             Err(source) => return Err(LearnerError::Evaluate { step, source }),
         };
         let mut event = serde_json::json!({"kind": "eval", "stage": name, "step": step});
         if let Some(map) = event.as_object_mut() {
-            map.extend(found.metrics.clone());
-            map.insert("score".into(), found.score.into());
+            map.extend(evaluation.metrics.clone());
+            map.insert("score".into(), evaluation.score.into());
             map.insert("eval_s".into(), started.elapsed().as_secs_f64().into());
         }
         self.event(&event)?;
-        Ok(Some(found))
+        Ok(Some(evaluation))
     }
 }
 
-/// How a stage ended.
+/// Result of a stage.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Outcome {
-    /// It was cancelled; a checkpoint of `step` is saved and the exit code should be 130.
+    /// Whether the stage was cancelled; a checkpoint of `step` has been saved, and the exit code should be 130.
     pub interrupted: bool,
-    /// Updates done.
+    /// Number of updates.
     pub step: u64,
-    /// Step whose weights are in [`Stage::out`]; none after an interrupt.
+    /// Step whose weights are in [`Stage::out`]; `None` after an interrupt.
     pub exported: Option<u64>,
-    /// The last evaluation.
+    /// Last evaluation.
     pub last: Option<Evaluation>,
-    /// Steps that were skipped.
+    /// Number of skipped updates.
     pub skipped: u64,
 }
 
-/// Loads the model of a stage in `kind`, and sets the number of threads and whether results must be the same again.
-pub(crate) fn load_model_as(config: &Config, threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
+/// Loads the model of a stage with weights of dtype `kind`, and sets the number of threads and deterministic mode.
+pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
     unveil_torch_ext::set_deterministic(config.run.deterministic)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };

@@ -1,13 +1,14 @@
-//! Weights by broadcast over NCCL, from tensors on a GPU to tensors on a GPU, between two processes that share one. `make test-gpu`;
-//! it fails where there is no GPU.
+//! Weight broadcasts over NCCL between tensors on a GPU, in two processes that share one. Run by `make test-gpu`; fails
+//! without a GPU.
 
-#[path = "common/synced.rs"]
-mod synced;
+#[allow(dead_code)]
+#[path = "it/common/weight_sync.rs"]
+mod weight_sync;
 
 use std::io::{BufRead, BufReader, Write};
 
-use synced::{DIFFERENCE, Follower, Process, SOON, Served};
 use tch::Device;
+use weight_sync::{DIFFERENCE, SOON, TestProcess, TestSubscriber, WeightPublisher};
 
 const ADDRESS: &str = "UNVEIL_TEST_HOST";
 const VERSIONS: std::ops::Range<u64> = 1..4;
@@ -16,7 +17,7 @@ fn gpu() -> Device {
     unveil_model::device("cuda").unwrap_or_else(|e| panic!("this test needs a GPU: {e}"))
 }
 
-/// Waits for the word to go on.
+/// Waits for a line on stdin.
 fn wait() {
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line).unwrap();
@@ -24,14 +25,14 @@ fn wait() {
 
 #[test]
 #[ignore = "the learner's side, which another test starts"]
-fn host() {
-    let served = Served::new(gpu());
-    served.publish(0);
-    println!("ADDRESS {}", served.address());
+fn server() {
+    let publisher = WeightPublisher::new(gpu());
+    publisher.publish(0);
+    println!("ADDRESS {}", publisher.address());
     for version in VERSIONS {
         wait();
-        served.publish(version);
-        assert_eq!(served.sent(), (version, 1, 1, DIFFERENCE));
+        publisher.publish(version);
+        assert_eq!(publisher.sent(), (version, 1, 1, DIFFERENCE));
     }
     wait();
 }
@@ -41,42 +42,42 @@ fn host() {
 fn worker() {
     let address = std::env::var(ADDRESS).expect("started by another test");
     let device = gpu();
-    let follower = Follower::start(address, "worker".into(), device);
-    assert!(follower.has(0).whole);
+    let subscriber = TestSubscriber::start(address, "worker".into(), device);
+    assert!(subscriber.wait_for(0).whole);
     println!("HAS 0");
     for version in VERSIONS {
-        assert_eq!(follower.has_right(version), [device; 2], "they stay where they came to");
+        assert_eq!(subscriber.wait_for_difference(version), [device; 2], "tensors stay on their device");
         println!("HAS {version}");
     }
 }
 
-/// The next line that holds `word`, from there on.
+/// Returns the rest of the next line that contains `word`.
 fn line(lines: &mut impl Iterator<Item = String>, word: &str) -> String {
-    let found = lines.find_map(|l| l.split_once(word).map(|(_, rest)| rest.trim().to_owned()));
-    found.unwrap_or_else(|| panic!("no line with `{word}`: the process has failed"))
+    let rest = lines.find_map(|l| l.split_once(word).map(|(_, rest)| rest.trim().to_owned()));
+    rest.unwrap_or_else(|| panic!("no line with `{word}`: the process has failed"))
 }
 
 #[test]
-fn weights_go_from_gpu_to_gpu() {
+fn weights_are_broadcast_between_gpus() {
     gpu();
-    let start = |test: &str, mut told: Vec<(&str, String)>| {
-        // Two processes may share one GPU when NCCL takes them for two machines.
-        told.push(("NCCL_HOSTID", test.to_owned()));
+    let start = |test: &str, mut environment: Vec<(&str, String)>| {
+        // NCCL lets two processes share a GPU only if it believes that they are on different machines.
+        environment.push(("NCCL_HOSTID", test.to_owned()));
         let plain = [("NCCL_P2P_DISABLE", "1"), ("NCCL_SHM_DISABLE", "1"), ("NCCL_NET", "Socket")];
-        told.extend(plain.iter().chain(&[("NCCL_SOCKET_IFNAME", "lo")]).map(|(k, v)| (*k, (*v).to_owned())));
-        let mut process = Process::start(test, &told);
+        environment.extend(plain.iter().chain(&[("NCCL_SOCKET_IFNAME", "lo")]).map(|(k, v)| (*k, (*v).to_owned())));
+        let mut process = TestProcess::start(test, &environment);
         let lines = BufReader::new(process.0.stdout.take().unwrap()).lines().map_while(Result::ok);
         (process, lines)
     };
-    let (mut host, mut said) = start("host", vec![]);
-    let address = line(&mut said, "ADDRESS ");
-    let (mut worker, mut had) = start("worker", vec![(ADDRESS, address)]);
-    assert_eq!(line(&mut had, "HAS "), "0");
-    let mut go = host.0.stdin.take().unwrap();
+    let (mut server, mut server_lines) = start("server", vec![]);
+    let address = line(&mut server_lines, "ADDRESS ");
+    let (mut worker, mut worker_lines) = start("worker", vec![(ADDRESS, address)]);
+    assert_eq!(line(&mut worker_lines, "HAS "), "0");
+    let mut go = server.0.stdin.take().unwrap();
     for version in VERSIONS {
         writeln!(go, "go").unwrap();
-        assert_eq!(line(&mut had, "HAS "), version.to_string());
+        assert_eq!(line(&mut worker_lines, "HAS "), version.to_string());
     }
     writeln!(go, "go").unwrap();
-    assert!(worker.0.wait().unwrap().success() && host.0.wait().unwrap().success(), "within {SOON:?}");
+    assert!(worker.0.wait().unwrap().success() && server.0.wait().unwrap().success(), "within {SOON:?}");
 }

@@ -1,7 +1,7 @@
 """torch.optim.AdamW with clip_grad_norm_ on the gradients of IN. Usage: optim.py IN OUT LR CLIP DECAY FROZEN KIND
 
-The vector is not trained in the first FROZEN steps. With KIND bfloat16 gradients and parameters are rounded to it, and the
-optimiser has fp32 copies of the parameters.
+The vector is frozen in the first FROZEN steps. With KIND bfloat16, gradients and parameters are rounded to bfloat16, and the optimiser
+uses fp32 copies of the parameters.
 """
 import sys
 
@@ -17,8 +17,8 @@ groups = [dict(params=[params["matrix"]], weight_decay=decay), dict(params=[para
 opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
 for step in range(x["grad_matrix"].shape[0]):
     for n, p in params.items():
-        held = n == "vector" and step < frozen
-        p.grad = None if held else x[f"grad_{n}"][step].to(kind).float()
+        is_frozen = n == "vector" and step < frozen
+        p.grad = None if is_frozen else x[f"grad_{n}"][step].to(kind).float()
     torch.nn.utils.clip_grad_norm_(params.values(), clip)
     for g in opt.param_groups:
         g["lr"] = lr * (step + 1)

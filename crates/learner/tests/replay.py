@@ -1,15 +1,15 @@
-"""The update of a dumped batch, computed anew: padded copies, transformers, autograd, torch's AdamW.
+"""Recomputes the update of a dumped batch with padded copies, transformers, autograd and torch's AdamW.
 
-replay.py DIR DTYPE    with base/ (the model before), dump/, out/ (what replay wrote in float32 or float64); float64 comes first
+replay.py DIR DTYPE    with base/ (the initial model), dump/, out/ (written by replay in float32 or float64); float64 must run first
 
-Where there is an adapter/, peft trains it beside the frozen base/, and merges it at the end.
+If there is an adapter/, peft trains it on the frozen base/ and merges it at the end.
 
-In float64 ours must equal PyTorch's within 1e-9 per tensor by norm. What PyTorch has in float64 is then the truth that both are measured
-by in float32, so that a number which rounding decides is not held against the one or the other: ours may be off by 1e-4 in a gradient,
-1e-3 in a weight's change (1e-5 in a part of the loss), and in the change of all weights together by no more than 1e-4 beside twice what
-PyTorch's own float32 is off by. AdamW's first step is the sign of a gradient unless that is as small as its epsilon: there, and only
-there, a change is as uncertain as the last digits of a gradient near 0, and which side a single such number falls on is chance; so that
-bound is held over all weights. The worst numbers are shown with their gradients.
+In float64 our result must equal PyTorch's within 1e-9 per tensor by norm. PyTorch's float64 result then serves as the truth for both
+float32 results, so that differences decided by rounding count against neither: ours may deviate by 1e-4 in a gradient, by 1e-3 in the
+change of a weight (1e-5 in a part of the loss), and in the change of all weights together by at most 1e-4 plus twice the deviation of
+PyTorch's own float32. The first step of AdamW is the sign of a gradient unless the gradient is as small as epsilon: there, and only there,
+a change is as uncertain as the last digits of a gradient near 0, so this limit applies to all weights together. The worst values are
+printed with their gradients.
 """
 
 import json
@@ -25,7 +25,7 @@ root = pathlib.Path(sys.argv[1])
 
 
 def whole_precision(model):
-    """Takes the steps down to float32 out of the model's code; rotary frequencies stay float32 numbers, rounded once."""
+    """Removes casts to float32 from the model's code; rotary frequencies remain float32 values, rounded once."""
     plain = torch.Tensor.float
     torch.Tensor.float = lambda t: t if t.dtype == torch.float64 else plain(t)
 
@@ -54,7 +54,7 @@ BESIDE = 1e-4
 model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="sdpa").eval()
 if DT == torch.float64:
     whole_precision(model)
-# Random responses hold the padding token, whose row the embedding leaves out of its gradient otherwise.
+# Random responses contain the padding token, whose row the embedding would otherwise exclude from its gradient.
 model.get_input_embeddings().padding_idx = None
 critic = None
 if a["critic"] == "separate":
@@ -67,12 +67,12 @@ head = {k: v.to(DT).requires_grad_() for k, v in head.items()}
 lora = (root / "adapter").exists()
 if lora:
     model = PeftModel.from_pretrained(model, root / "adapter", is_trainable=True)
-# What is never sampled: ids of the dump and the model's own vision tokens.
+# Tokens that are never sampled: ids of the dump and the model's own vision tokens.
 banned = torch.tensor(s["banned"])
 
 
 def rows(group):
-    """Log-probabilities, entropies and values of each response that counts, each in a padded row with its own copy of the image."""
+    """Returns log-probabilities, entropies and values of each unmasked response, in a padded row with its own copy of the image."""
     i = dump["groups"].index(group)
     chosen = [r for r in group["responses"] if not r["masked"] and r["tokens"]]
     prompt, longest = group["prompt"], max(len(r["tokens"]) for r in chosen)
@@ -149,7 +149,7 @@ if not exact:
 
 
 def close(what, ours, theirs, tolerance):
-    """Holds ours to the truth by norm; returns the squares of what ours and theirs are off by, and of the truth."""
+    """Checks our deviation from the truth by norm; returns the squared norms of our and their deviation, and of the truth."""
     ours, theirs = ours.detach().double(), theirs.detach().double()
     if exact:
         truth[what] = theirs.clone().contiguous()
@@ -174,7 +174,7 @@ ours = load_file(root / "out/grads.safetensors")
 
 
 def stored(name):
-    """The name that a parameter has in files."""
+    """Returns the name of a parameter in files."""
     if name.startswith("critic."):
         found = stored(name.removeprefix("critic."))
         return found and f"critic.{found}"

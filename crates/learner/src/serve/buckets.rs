@@ -1,102 +1,107 @@
-//! The bytes of a version in the buckets that are broadcast: from the host's chunks, or from tensors that stay on their device.
-//! Must not know: who gets them.
+//! Splits the bytes of a version into the buckets of a broadcast: from chunks in host memory, or from tensors on a
+//! device.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 use unveil_model::Adapters;
-use unveil_proto::weights::BUCKET;
+use unveil_proto::weights::BUCKET_BYTES;
 
-use super::weights::{NewWeights, Packed};
+use super::weights::{NewWeights, PackedTensor};
 use crate::error::{LearnerError, Result};
 
-/// Bytes of a word; buckets hold whole words.
+/// Bytes per word; buckets consist of whole words.
 const WORD: usize = 8;
 
-/// Where the bytes are.
-pub(super) enum Source {
-    /// In host memory.
-    Host(Vec<Arc<Packed>>),
-    /// On a device: flat tensors of bytes, which nobody else writes to.
+/// Location of the bytes to broadcast.
+pub(super) enum BucketSource {
+    /// Chunks in host memory.
+    Host(Vec<Arc<PackedTensor>>),
+    /// Flat byte tensors on a device, not written to by anything else.
     Device(Vec<Tensor>),
 }
 
-impl Source {
-    /// A copy of the same tensors on `device`, as they are now in `new`. It takes their size in the device's memory until the
-    /// version is sent.
+impl BucketSource {
+    /// Copies the current tensors of `new` on `device`. The copy takes device memory until the version is sent.
     ///
     /// # Errors
-    /// A tensor is somewhere else, or there is no memory for the copy.
-    pub fn copied(&self, new: &NewWeights<'_>, device: Device) -> Result<Self> {
+    /// Returns [`LearnerError::Setting`] if a tensor is on another device, and [`LearnerError::Torch`] if there is no
+    /// memory for the copy.
+    pub fn copy_to_device(&self, new: &NewWeights<'_>, device: Device) -> Result<Self> {
         let Self::Host(tensors) = self else {
-            return Err(LearnerError::Setting("the tensors are on a device already".into()));
+            return Err(LearnerError::Setting("the tensors are already on a device".into()));
         };
         let adapters =
             new.adapters.map_or(&[][..], Adapters::named_parameters).iter().map(|(n, t)| (n, t, Kind::Float));
         let all = new.named.iter().map(|(n, t)| (n, t, new.kind)).chain(adapters);
         let all: HashMap<&str, (&Tensor, Kind)> = all.map(|(n, t, kind)| (n.as_str(), (t, kind))).collect();
-        let copy = |packed: &Arc<Packed>| {
-            let found = all.get(packed.name()).filter(|(t, _)| t.device() == device);
+        let copy = |packed: &Arc<PackedTensor>| {
+            let entry = all.get(packed.name()).filter(|(t, _)| t.device() == device);
             let (tensor, kind) =
-                found.ok_or_else(|| LearnerError::Setting(format!("`{}` is not on {device:?}", packed.name())))?;
-            let mut own = Tensor::f_empty(tensor.size(), (*kind, device))?;
-            own.f_copy_(&tensor.f_detach()?)?;
-            Ok(own.f_view([-1])?.f_view_dtype(Kind::Uint8)?)
+                entry.ok_or_else(|| LearnerError::Setting(format!("`{}` is not on {device:?}", packed.name())))?;
+            let mut copy = Tensor::f_empty(tensor.size(), (*kind, device))?;
+            copy.f_copy_(&tensor.f_detach()?)?;
+            Ok(copy.f_view([-1])?.f_view_dtype(Kind::Uint8)?)
         };
         let copies = tensors.iter().filter(|t| t.bytes() > 0).map(copy).collect::<Result<Vec<_>>>()?;
         if let Device::Cuda(index) = device {
-            // The thread that sends has another stream than the one that trains.
+            // The sending thread uses another CUDA stream than the training thread.
             tch::Cuda::synchronize(index as i64);
         }
         Ok(Self::Device(copies))
     }
 
-    /// Gives the bytes in buckets of [`BUCKET`] bytes as 64-bit words on `device`; the last one is filled up with zeros.
+    /// Passes the bytes to `send` in buckets of [`BUCKET_BYTES`] bytes, as 64-bit words on `device`; the last bucket is
+    /// padded with zeros.
     ///
     /// # Errors
-    /// Those of `give`; a bucket cannot be made.
-    pub fn each(&self, device: Device, mut give: impl FnMut(Tensor) -> Result<()>) -> Result<()> {
+    /// Returns the errors of `send`, and [`LearnerError::Torch`] if a bucket cannot be created.
+    pub fn for_each_bucket(&self, device: Device, mut send: impl FnMut(Tensor) -> Result<()>) -> Result<()> {
         match self {
             Self::Host(tensors) => {
-                let mut bucket: Vec<u8> = Vec::with_capacity(BUCKET);
-                let mut give = |bucket: &mut Vec<u8>| {
+                let mut bucket: Vec<u8> = Vec::with_capacity(BUCKET_BYTES);
+                let mut send_bytes = |bucket: &mut Vec<u8>| {
                     bucket.resize(bucket.len().next_multiple_of(WORD), 0);
                     let words = Tensor::f_from_data_size(bucket, &[(bucket.len() / WORD) as i64], Kind::Int64)?;
                     bucket.clear();
-                    give(words.f_to_device(device)?)
+                    send(words.f_to_device(device)?)
                 };
                 for mut data in tensors.iter().flat_map(|t| t.data()) {
                     while !data.is_empty() {
-                        let (part, rest) = data.split_at(data.len().min(BUCKET - bucket.len()));
+                        let (part, rest) = data.split_at(data.len().min(BUCKET_BYTES - bucket.len()));
                         bucket.extend_from_slice(part);
                         data = rest;
-                        if bucket.len() == BUCKET {
-                            give(&mut bucket)?;
+                        if bucket.len() == BUCKET_BYTES {
+                            send_bytes(&mut bucket)?;
                         }
                     }
                 }
-                if bucket.is_empty() { Ok(()) } else { give(&mut bucket) }
+                if bucket.is_empty() { Ok(()) } else { send_bytes(&mut bucket) }
             }
             Self::Device(tensors) => {
                 let mut left: usize = tensors.iter().map(Tensor::numel).sum();
-                let (mut tensors, mut at) = (tensors.iter(), 0);
-                let mut present = tensors.next();
+                let mut tensors = tensors.iter();
+                let mut current = tensors.next();
+                let mut offset = 0;
                 while left > 0 {
-                    let size = left.min(BUCKET);
+                    let size = left.min(BUCKET_BYTES);
                     let words = Tensor::f_zeros([size.div_ceil(WORD) as i64], (Kind::Int64, device))?;
-                    let (bytes, mut filled) = (words.f_view_dtype(Kind::Uint8)?, 0);
-                    while let Some(tensor) = present.filter(|_| filled < size) {
-                        let count = (tensor.numel() - at).min(size - filled);
-                        let from = tensor.f_narrow(0, at as i64, count as i64)?;
+                    let bytes = words.f_view_dtype(Kind::Uint8)?;
+                    let mut filled = 0;
+                    while let Some(tensor) = current.filter(|_| filled < size) {
+                        let count = (tensor.numel() - offset).min(size - filled);
+                        let from = tensor.f_narrow(0, offset as i64, count as i64)?;
                         bytes.f_narrow(0, filled as i64, count as i64)?.f_copy_(&from)?;
-                        (at, filled) = (at + count, filled + count);
-                        if at == tensor.numel() {
-                            (present, at) = (tensors.next(), 0);
+                        offset += count;
+                        filled += count;
+                        if offset == tensor.numel() {
+                            current = tensors.next();
+                            offset = 0;
                         }
                     }
                     left -= size;
-                    give(words)?;
+                    send(words)?;
                 }
                 Ok(())
             }
@@ -109,19 +114,19 @@ mod tests {
     use super::super::weights::Published;
     use super::*;
 
-    fn buckets(source: &Source) -> Vec<Vec<i64>> {
+    fn buckets(source: &BucketSource) -> Vec<Vec<i64>> {
         let mut out = Vec::new();
-        let give = |words: Tensor| {
+        let collect = |words: Tensor| {
             out.push(Vec::<i64>::try_from(words)?);
             Ok(())
         };
-        source.each(Device::Cpu, give).unwrap();
+        source.for_each_bucket(Device::Cpu, collect).unwrap();
         out
     }
 
     #[test]
-    fn a_copy_on_the_device_gives_the_same_buckets_as_the_host() {
-        let count = BUCKET as i64 / 2;
+    fn device_copies_and_host_chunks_give_equal_buckets() {
+        let count = BUCKET_BYTES as i64 / 2;
         for (kind, sizes) in [
             (Kind::BFloat16, vec![count, 3]),
             (Kind::Float, vec![1001, 1, count, count / 3]),
@@ -134,26 +139,26 @@ mod tests {
                 .enumerate()
                 .map(|(i, n)| (format!("t{i}"), Tensor::randn([*n], (Kind::Float, Device::Cpu))))
                 .collect();
-            let new = NewWeights { version: 1, named: &named, kind, adapters: None, changes: &|_| true };
-            let host = Source::Host(Published::make(&new, None).unwrap().changed(0).1);
-            let device = host.copied(&new, Device::Cpu).unwrap();
-            let wanted = buckets(&host);
-            // The copy stays what it was while training goes on.
+            let new = NewWeights { version: 1, named: &named, kind, adapters: None, may_change: &|_| true };
+            let host = BucketSource::Host(Published::pack(&new, None).unwrap().changed_after(0).1);
+            let device = host.copy_to_device(&new, Device::Cpu).unwrap();
+            let expected = buckets(&host);
+            // The copy does not change when training continues.
             named.iter().for_each(|(_, t)| drop(t.shallow_clone().fill_(0.0)));
-            let found = buckets(&device);
-            assert!(found == wanted, "{kind:?}, {sizes:?}");
+            let copied = buckets(&device);
+            assert!(copied == expected, "{kind:?}, {sizes:?}");
             let bytes = sizes.iter().sum::<i64>() as usize * kind.elt_size_in_bytes();
-            assert_eq!(found.iter().map(Vec::len).sum::<usize>(), bytes.div_ceil(WORD));
-            assert_eq!(found.len(), bytes.div_ceil(BUCKET));
+            assert_eq!(copied.iter().map(Vec::len).sum::<usize>(), bytes.div_ceil(WORD));
+            assert_eq!(copied.len(), bytes.div_ceil(BUCKET_BYTES));
         }
     }
 
     #[test]
-    fn what_is_elsewhere_is_not_copied() {
+    fn tensors_on_other_devices_are_refused() {
         let named = [("a".to_owned(), Tensor::zeros([3], (Kind::Float, Device::Cpu)))];
-        let new = NewWeights { version: 1, named: &named, kind: Kind::Float, adapters: None, changes: &|_| true };
-        let host = Source::Host(Published::make(&new, None).unwrap().changed(0).1);
-        let text = host.copied(&new, Device::Cuda(0)).map(drop).unwrap_err().to_string();
+        let new = NewWeights { version: 1, named: &named, kind: Kind::Float, adapters: None, may_change: &|_| true };
+        let host = BucketSource::Host(Published::pack(&new, None).unwrap().changed_after(0).1);
+        let text = host.copy_to_device(&new, Device::Cuda(0)).map(drop).unwrap_err().to_string();
         assert!(text.contains("`a` is not on Cuda(0)"), "{text}");
     }
 }

@@ -1,7 +1,7 @@
-//! The host of experience: the gRPC service that rollout workers talk to, around the state machine of the experience room.
+//! The experience server: the gRPC service for rollout workers around the state machine of the experience crate.
 //!
-//! The training thread and the handlers share the machine behind a lock that is held for moments only; images are prepared on
-//! blocking threads before their groups are leased, so no handler holds up the runtime. Must not know: tensors, losses.
+//! The training thread and the handlers share the state machine behind a lock that is held only briefly. Images are
+//! prepared on blocking threads before their groups are leased, so that no handler blocks the runtime.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -14,123 +14,127 @@ use tokio::sync::{Notify, Semaphore};
 use tonic::Status;
 use unveil_collective::Backend;
 use unveil_core::{GroupId, Sampling, WeightVersion};
-use unveil_experience::{Event, Experience, ExperienceError, Fate, Snapshot, Stats};
-use unveil_proto::v1::experience_server::ExperienceServer;
-use unveil_service::{Access, CancellationToken, Guard, Routes, Running, ServeOptions, limited};
+use unveil_experience::{Event, Experience, ExperienceError, ExperienceSnapshot, GroupOutcome, Stats};
+use unveil_proto::v1::experience_server::ExperienceServer as GrpcService;
+use unveil_service::{CancellationToken, Guard, Routes, RunningServer, ServeOptions, ServiceAccess, limited};
 
 use crate::batch::{GroupInput, TrainGroup};
 use crate::error::{LearnerError, Result};
 use broadcast::Broadcaster;
+use broadcast_groups::BroadcastGroups;
 use clock::Clock;
 use handler::Handler;
-use rounds::Rounds;
 use streams::Streams;
 use traces::Traces;
 use weights::Published;
 
 mod broadcast;
+mod broadcast_groups;
 mod buckets;
 mod clock;
-mod following;
 mod handler;
 mod leasing;
 mod limits;
-mod meter;
-mod rounds;
+mod metrics;
 mod streams;
+mod subscription;
 mod traces;
 mod weights;
 mod workers;
 
-pub use broadcast::Broadcasting;
-pub use rounds::Sent;
+pub use broadcast::BroadcastOptions;
+pub use broadcast_groups::BroadcastReport;
 pub use weights::NewWeights;
 
-/// A worker that was not heard of for so long is not counted on.
-const SILENT: Duration = Duration::from_secs(5);
-/// A worker that was not heard of for so long is taken for dead: others make its groups. Workers give a sign of life every two seconds.
-pub(crate) const DEAD: Duration = Duration::from_secs(8);
-/// How long the service and the thread of broadcasts may take to end.
-const CLOSING: Duration = Duration::from_secs(2);
+/// A worker that has been silent for this long is not counted as present.
+const PRESENCE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A worker that has been silent for this long is considered dead, and its groups return to the queue. Workers send a
+/// heartbeat every two seconds.
+pub(crate) const WORKER_TIMEOUT: Duration = Duration::from_secs(8);
+/// Time for the service and the broadcast thread to shut down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Calls at once; more are refused before their messages are read.
-const MOST_CALLS: usize = 1024;
-/// Longest time for a call, or until its stream begins.
-const CALL: Duration = Duration::from_secs(120);
+/// Maximum number of concurrent calls; more are refused before their messages are read.
+const MAX_CALLS: usize = 1024;
+/// Timeout of a call, or of the start of its stream.
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What goes to a worker with a lease.
+/// A group prepared for leasing.
 #[derive(Debug, Clone)]
-pub struct Leased {
-    /// Prompt and patches, kept for the update; the record goes to the worker.
+pub struct PreparedGroup {
+    /// Prompt and patches, kept for the update, and the record, which is sent to the worker.
     pub input: Arc<GroupInput>,
-    /// The encoded image.
+    /// Encoded image.
     pub image: Bytes,
-    /// BLAKE3 of its decoded pixels, hex.
+    /// BLAKE3 of the decoded pixels, in hexadecimal.
     pub image_hash: String,
 }
 
-/// Prepares the image of a group. Called on blocking threads, for several groups at once.
-pub trait LeaseSource: Send + Sync + 'static {
-    /// Record `index` for this turn of its pass.
+/// Prepares groups. Called on blocking threads, for several groups concurrently.
+pub trait GroupSource: Send + Sync + 'static {
+    /// Prepares record `index` for `group`.
     ///
     /// # Errors
-    /// The record cannot be used; the run ends with this error.
-    fn lease(&self, index: usize, group: &GroupId) -> Result<Leased>;
+    /// Returns an error if the record cannot be used; the run ends with it.
+    fn prepare(&self, index: usize, group: &GroupId) -> Result<PreparedGroup>;
 }
 
-struct State {
+/// State shared by the training thread and the handlers.
+struct ServerState {
     machine: Experience<TrainGroup>,
-    /// Groups that are prepared, until they are trained.
-    inputs: HashMap<GroupId, Leased>,
+    /// Prepared groups, kept until they are trained.
+    inputs: HashMap<GroupId, PreparedGroup>,
     preparing: HashSet<GroupId>,
-    /// None before the first version, and while the next one is written.
+    /// Published weights; `None` before the first version and while the next one is being written.
     weights: Option<Published>,
-    /// Checksum of every version that this process published.
+    /// Checksum of every version published by this process.
     checksums: BTreeMap<WeightVersion, u32>,
-    /// Workers that ever leased, and when they were last heard of.
+    /// Time of the last call of every worker.
     workers: BTreeMap<String, Duration>,
-    /// Process behind a worker's name.
+    /// Session of the process that uses a worker name.
     sessions: HashMap<String, u64>,
-    /// The last two versions that this process sent to a worker.
+    /// Last two versions that this process has sent to each worker.
     sent: HashMap<String, [Option<WeightVersion>; 2]>,
-    told: BTreeSet<String>,
-    /// Submissions that were refused for what they hold, by worker.
+    /// Workers that have been notified of the end of the run.
+    notified_of_end: BTreeSet<String>,
+    /// Number of submissions rejected for invalid content, by worker.
     rejected: BTreeMap<String, u64>,
-    /// None where weights are not broadcast.
-    rounds: Option<Rounds>,
+    /// Broadcast groups; `None` if weights are not broadcast.
+    broadcast_groups: Option<BroadcastGroups>,
     traces: Traces,
     finished: bool,
-    fault: Option<LearnerError>,
-    /// Why nothing can be leased any more.
-    broken: Option<String>,
+    /// Error for the training thread.
+    error: Option<LearnerError>,
+    /// Reason why leases are refused after an error.
+    refusal: Option<String>,
 }
 
 struct Shared {
-    state: Mutex<State>,
-    /// A batch may be whole, or something went wrong: for the training thread.
+    state: Mutex<ServerState>,
+    /// Wakes the training thread: a batch may be complete, or an error has occurred.
     ready: Condvar,
-    /// There may be something to lease: for waiting workers.
+    /// Wakes waiting workers: there may be something to lease or new weights.
     work: Notify,
-    /// Weights on their way.
+    /// Weight streams in progress.
     streams: Streams,
-    /// A group is prepared.
+    /// Signals that a group has been prepared.
     prepared: Notify,
-    /// Preparations at once.
-    places: Semaphore,
-    /// The service is to end.
-    ending: CancellationToken,
+    /// Limits concurrent preparations.
+    preparation_slots: Semaphore,
+    /// Cancelled when the service shuts down.
+    shutdown: CancellationToken,
     clock: Clock,
-    source: Arc<dyn LeaseSource>,
+    source: Arc<dyn GroupSource>,
     sampling: Sampling,
     stop: Vec<String>,
     vocab: u32,
-    fixed: Option<usize>,
-    /// Milliseconds within which leases must be renewed.
+    fixed_lease_size: Option<usize>,
+    /// Interval within which leases must be renewed, in milliseconds.
     renew_ms: u32,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ServerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -138,18 +142,19 @@ impl Shared {
         self.clock.now()
     }
 
+    /// Records an error that ends the run; returns the status for the current call.
     fn fail(&self, error: LearnerError) -> Status {
         let status = Status::internal(error.to_string());
         let mut state = self.lock();
-        state.broken.get_or_insert_with(|| error.to_string());
-        state.fault = state.fault.take().or(Some(error));
+        state.refusal.get_or_insert_with(|| error.to_string());
+        state.error = state.error.take().or(Some(error));
         drop(state);
         self.ready.notify_all();
         status
     }
 }
 
-/// Looks at the clock of leases, so that it knows a pause, until the host is gone.
+/// Reads the lease clock regularly, so that it detects pauses of the process, until the server is dropped.
 async fn tick(shared: Weak<Shared>) {
     while let Some(shared) = shared.upgrade() {
         shared.now();
@@ -158,59 +163,61 @@ async fn tick(shared: Weak<Shared>) {
     }
 }
 
-/// What the host serves with.
-pub struct HostOptions {
+/// Options of the experience server.
+pub struct ExperienceServerOptions {
     /// Listen address.
     pub listen: String,
-    /// How responses are sampled.
+    /// Sampling parameters of responses.
     pub sampling: Sampling,
-    /// Texts that end a response.
+    /// Strings that end a response.
     pub stop: Vec<String>,
-    /// Token ids of the model are below this.
+    /// Vocabulary size of the model.
     pub vocab: u32,
-    /// Groups that every lease has, whoever asks for how many; none = as many as are asked for and there are.
-    pub fixed: Option<usize>,
-    /// How weights are broadcast to the workers that can take part; none = each fetches them as a stream.
-    pub broadcast: Option<Broadcasting>,
+    /// Number of groups per lease call, whatever the worker asks for; `None`: as many as requested and available.
+    pub fixed_lease_size: Option<usize>,
+    /// Options for broadcasting weights; `None`: every worker fetches them as a stream.
+    pub broadcast: Option<BroadcastOptions>,
 }
 
-/// A running host; the training thread's end of it.
-pub struct Host {
+/// Handle of a running experience server, used by the training thread.
+pub struct ExperienceServer {
     shared: Arc<Shared>,
     handle: Handle,
     stop: CancellationToken,
-    running: Option<Running>,
+    running: Option<RunningServer>,
     broadcaster: Option<Broadcaster>,
     address: SocketAddr,
 }
 
-impl Host {
-    /// Starts serving. Nothing is leased before the first [`Host::publish`], and health says that the service is not ready.
+impl ExperienceServer {
+    /// Starts serving without TLS and token. Until the first [`ExperienceServer::publish`], nothing is leased and the
+    /// health service reports that the server is not ready.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns [`LearnerError::Service`] if the address cannot be bound.
     pub fn start(
         handle: &Handle,
-        options: HostOptions,
+        options: ExperienceServerOptions,
         machine: Experience<TrainGroup>,
-        source: Arc<dyn LeaseSource>,
+        source: Arc<dyn GroupSource>,
     ) -> Result<Self> {
-        Self::start_with(handle, options, Access::default(), machine, source)
+        Self::start_with_access(handle, options, ServiceAccess::default(), machine, source)
     }
 
-    /// [`Host::start`] with TLS and a token.
+    /// Starts serving with TLS and a token; see [`ExperienceServer::start`].
     ///
     /// # Errors
-    /// As there; also where the address is reached from elsewhere, and others could listen in or anybody could call.
-    pub fn start_with(
+    /// Returns [`LearnerError::Service`] if the address cannot be bound, or is reachable from other machines without
+    /// TLS or authentication.
+    pub fn start_with_access(
         handle: &Handle,
-        options: HostOptions,
-        access: Access,
+        options: ExperienceServerOptions,
+        access: ServiceAccess,
         machine: Experience<TrainGroup>,
-        source: Arc<dyn LeaseSource>,
+        source: Arc<dyn GroupSource>,
     ) -> Result<Self> {
         let renew_ms = (machine.settings().lease_s * 1e3).clamp(1.0, f64::from(u32::MAX)) as u32;
-        let state = State {
+        let state = ServerState {
             machine,
             inputs: HashMap::new(),
             preparing: HashSet::new(),
@@ -219,13 +226,15 @@ impl Host {
             workers: BTreeMap::new(),
             sessions: HashMap::new(),
             sent: HashMap::new(),
-            told: BTreeSet::new(),
+            notified_of_end: BTreeSet::new(),
             rejected: BTreeMap::new(),
-            rounds: options.broadcast.map(|how| Rounds::new(Backend::of(how.device).name())),
+            broadcast_groups: options
+                .broadcast
+                .map(|options| BroadcastGroups::new(Backend::for_device(options.device).name())),
             traces: Traces::default(),
             finished: false,
-            fault: None,
-            broken: None,
+            error: None,
+            refusal: None,
         };
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
@@ -234,22 +243,22 @@ impl Host {
             work: Notify::new(),
             streams: Streams::default(),
             prepared: Notify::new(),
-            places: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
-            ending: stop.clone(),
+            preparation_slots: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
+            shutdown: stop.clone(),
             clock: Clock::start(),
             source,
             sampling: options.sampling,
             stop: options.stop,
             vocab: options.vocab,
-            fixed: options.fixed,
+            fixed_lease_size: options.fixed_lease_size,
             renew_ms,
         });
-        let service = limited!(ExperienceServer::new(Handler { shared: shared.clone() }));
+        let service = limited!(GrpcService::new(Handler { shared: shared.clone() }));
         let serve = ServeOptions {
-            names: vec!["unveil.v1.Experience"],
-            drain: Duration::from_secs(1),
-            serving: false,
-            guard: Guard::new(access.token.as_ref(), MOST_CALLS, Some(CALL), &[]).admitting(access.callers),
+            health_names: vec!["unveil.v1.Experience"],
+            drain_timeout: Duration::from_secs(1),
+            initially_serving: false,
+            guard: Guard::new(access.token.as_ref(), MAX_CALLS, Some(CALL_TIMEOUT), &[]).with_callers(access.callers),
             tls: access.tls,
             insecure: access.insecure,
             ..Default::default()
@@ -257,76 +266,78 @@ impl Host {
         let routes = Routes::new(service);
         let running = handle.block_on(unveil_service::start(&options.listen, routes, serve, stop.clone()))?;
         let broadcaster =
-            options.broadcast.map(|how| Broadcaster::start(shared.clone(), how, access.token)).transpose()?;
+            options.broadcast.map(|options| Broadcaster::start(shared.clone(), options, access.token)).transpose()?;
         let address = running.address;
         handle.spawn(tick(Arc::downgrade(&shared)));
         Ok(Self { shared, handle: handle.clone(), stop, address, running: Some(running), broadcaster })
     }
 
-    /// Where it listens, with the real port.
+    /// Returns the listen address with the actual port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Makes weights available and opens the window for the leases that need them. The tensors are copied; they may change once
-    /// this returns.
+    /// Publishes a version of the weights and allows the leases that need it. The tensors are copied and may change
+    /// once this returns.
     ///
     /// # Errors
-    /// The version is not newer than the present one, or a tensor cannot be copied.
+    /// Returns [`LearnerError::Experience`] if the version is not newer than the current one, and
+    /// [`LearnerError::Torch`] if a tensor cannot be copied.
     pub fn publish(&self, new: &NewWeights<'_>) -> Result<()> {
         let version = new.version;
-        let before = {
+        let previous = {
             let mut state = self.shared.lock();
-            // The first weights of this process: the machine starts, or was restored, at their version.
+            // The state machine starts, or is restored, at the version of this process's first weights.
             let current = state.machine.version();
             if version < current || (version == current && !state.checksums.is_empty()) {
-                return Err(ExperienceError::VersionBack { version, current }.into());
+                return Err(ExperienceError::VersionRegression { version, current }.into());
             }
-            // Nobody is sent the version before from here on: those who ask wait for this one.
+            // From here on the previous version is not sent; requests wait for this one.
             state.weights.take()
         };
         self.shared.streams.sweep(version);
-        let made = Published::make(new, before)?;
+        let published = Published::pack(new, previous)?;
         let mut state = self.shared.lock();
-        state.machine.published(version)?;
-        let first = state.checksums.insert(version, made.checksum).is_none() && state.checksums.len() == 1;
+        state.machine.publish(version)?;
+        let is_first = state.checksums.insert(version, published.checksum).is_none() && state.checksums.len() == 1;
         let now = self.shared.now();
-        let job = state.rounds.as_mut().and_then(|rounds| rounds.begin(&made, now));
-        state.weights = Some(made);
+        let job = state.broadcast_groups.as_mut().and_then(|groups| groups.start(&published, now));
+        state.weights = Some(published);
         drop(state);
         if let Some((job, thread)) = job.zip(self.broadcaster.as_ref())
             && let Err(job) = thread.send(job, new)
-            && let Some(rounds) = &mut self.shared.lock().rounds
+            && let Some(groups) = &mut self.shared.lock().broadcast_groups
         {
-            rounds.ended(&job, &Err(LearnerError::Lost("the thread of broadcasts")));
+            groups.finished(&job, &Err(LearnerError::ThreadEnded("the broadcast thread")));
         }
-        if let Some(running) = self.running.as_ref().filter(|_| first) {
-            self.handle.block_on(running.serving());
+        if let Some(running) = self.running.as_ref().filter(|_| is_first) {
+            self.handle.block_on(running.set_serving());
         }
         self.shared.work.notify_waiters();
         Ok(())
     }
 
-    /// Waits for the next batch; `None` after `most`.
+    /// Waits for the next batch; returns `None` after `timeout`.
     ///
     /// # Errors
-    /// A record could not be prepared meanwhile.
-    pub fn next_batch(&self, most: Duration) -> Result<Option<Vec<TrainGroup>>> {
-        let until = Instant::now() + most;
+    /// Returns the error of a record that could not be prepared, or [`LearnerError::AllRecordsDropped`] if all records
+    /// have been set aside.
+    pub fn next_batch(&self, timeout: Duration) -> Result<Option<Vec<TrainGroup>>> {
+        let deadline = Instant::now() + timeout;
         let mut state = self.shared.lock();
         loop {
-            if let Some(fault) = state.fault.take() {
-                return Err(fault);
+            if let Some(error) = state.error.take() {
+                return Err(error);
             }
             let now = self.shared.now();
             state.machine.expire(now);
             let stale = state.machine.stats().stale;
             let batch = state.machine.next_batch(now);
             if state.machine.stats().stale > stale {
-                // Groups that have grown too old can be leased again.
+                // Stale groups can be leased again.
                 self.shared.work.notify_waiters();
             }
-            if state.machine.barren() {
+            if state.machine.all_set_aside() {
                 return Err(nothing_left(&state.machine.snapshot()));
             }
             if let Some(batch) = batch {
@@ -334,73 +345,72 @@ impl Host {
                     state.inputs.remove(id);
                 }
                 drop(state);
-                // With staleness allowed, what comes next can be leased from here on.
+                // If staleness is allowed, the next batch can be leased from here on.
                 self.shared.work.notify_waiters();
                 return Ok(Some(batch.into_iter().map(|(_, group)| group).collect()));
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
-            let slept = self.shared.ready.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
-            state = slept.0;
+            (state, _) = self.shared.ready.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Spans of update `step` in the traces of its groups; it lasts until they are dropped.
-    pub(crate) fn training(&self, step: u64, batch: &[TrainGroup]) -> Vec<tracing::Span> {
+    /// Opens a span for update `step` in the trace of each of its groups; the spans end when they are dropped.
+    pub(crate) fn training_spans(&self, step: u64, batch: &[TrainGroup]) -> Vec<tracing::Span> {
         self.shared.lock().traces.train(step, batch.iter().map(|g| &g.id))
     }
 
-    /// [`Host::settled`] with every group trained.
+    /// Records that update `step` has trained all groups; see [`ExperienceServer::settle`].
     ///
     /// # Errors
-    /// As there.
-    pub fn trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
-        let groups: Vec<_> = groups.iter().map(|g| (g.clone(), Fate::Trained)).collect();
-        self.settled(step, &groups)
+    /// Returns [`LearnerError::Experience`] if `groups` is not the batch that was taken.
+    pub fn mark_trained(&self, step: u64, groups: &[GroupId]) -> Result<()> {
+        let groups: Vec<_> = groups.iter().map(|g| (g.clone(), GroupOutcome::Trained)).collect();
+        self.settle(step, &groups)
     }
 
-    /// Counts what update `step` made of its batch.
+    /// Records the fate of each group in the batch of update `step`.
     ///
     /// # Errors
-    /// It is not the batch that was taken.
-    pub fn settled(&self, step: u64, groups: &[(GroupId, Fate)]) -> Result<()> {
+    /// Returns [`LearnerError::Experience`] if `groups` is not the batch that was taken.
+    pub fn settle(&self, step: u64, groups: &[(GroupId, GroupOutcome)]) -> Result<()> {
         let now = self.shared.now();
         let mut state = self.shared.lock();
-        state.machine.settled(step, groups, now)?;
+        state.machine.record_outcomes(step, groups, now)?;
         state.traces.end(groups.iter().map(|(id, _)| id));
         Ok(())
     }
 
-    /// Where the run stands in its data.
-    pub fn snapshot(&self) -> Snapshot {
+    /// Returns the position of the run in its data, for a checkpoint.
+    pub fn snapshot(&self) -> ExperienceSnapshot {
         self.shared.lock().machine.snapshot()
     }
 
-    /// Counts of groups.
+    /// Returns the counts of groups.
     pub fn stats(&self) -> Stats {
         self.shared.lock().machine.stats()
     }
 
-    /// What happened to groups since the last call.
+    /// Returns the events of groups since the last call.
     pub fn drain_events(&self) -> Vec<Event> {
         self.shared.lock().machine.drain_events()
     }
 
-    /// Broadcasts that reached their workers since the last call.
-    pub fn drain_broadcasts(&self) -> Vec<Sent> {
-        self.shared.lock().rounds.as_mut().map_or_else(Vec::new, Rounds::drain)
+    /// Returns the broadcasts that were completed since the last call.
+    pub fn drain_broadcasts(&self) -> Vec<BroadcastReport> {
+        self.shared.lock().broadcast_groups.as_mut().map_or_else(Vec::new, BroadcastGroups::drain_reports)
     }
 
-    /// Tells workers that the run is over, waits up to `most` until each that ever leased has heard it, and stops serving.
-    pub fn finish(mut self, most: Duration) {
-        let until = Instant::now() + most;
+    /// Notifies workers of the end of the run, waits up to `timeout` until each has been notified, and stops serving.
+    pub fn finish(mut self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
         self.shared.lock().finished = true;
-        while Instant::now() < until {
+        while Instant::now() < deadline {
             self.shared.work.notify_waiters();
             let state = self.shared.lock();
-            if state.workers.keys().all(|w| state.told.contains(w)) {
+            if state.workers.keys().all(|w| state.notified_of_end.contains(w)) {
                 break;
             }
             drop(state);
@@ -413,25 +423,25 @@ impl Host {
         self.stop.cancel();
         self.shared.work.notify_waiters();
         if let Some(broadcaster) = self.broadcaster.take() {
-            broadcaster.close(CLOSING);
+            broadcaster.close(SHUTDOWN_TIMEOUT);
         }
         if let Some(running) = self.running.take() {
-            let ended = self.handle.block_on(async { tokio::time::timeout(CLOSING, running.wait()).await });
-            if let Ok(Err(e)) = ended {
-                tracing::warn!(error = %e, "the experience service ended with an error");
+            let result = self.handle.block_on(async { tokio::time::timeout(SHUTDOWN_TIMEOUT, running.wait()).await });
+            if let Ok(Err(e)) = result {
+                tracing::warn!(error = %e, "experience service stopped with an error");
             }
         }
     }
 }
 
-/// Every record is set aside: with the reason of the last one.
-fn nothing_left(snapshot: &Snapshot) -> LearnerError {
-    let before = snapshot.ledger.set_aside().last().map(|d| d.why.clone());
-    let why = snapshot.aside.last().map(|(_, why)| why.clone()).or(before).unwrap_or_default();
-    LearnerError::NothingLeft { records: snapshot.records, why }
+/// Creates the error for a run whose records have all been set aside, with the reason of the last one.
+fn nothing_left(snapshot: &ExperienceSnapshot) -> LearnerError {
+    let earlier = snapshot.ledger.set_aside().last().map(|d| d.why.clone());
+    let why = snapshot.aside.last().map(|(_, why)| why.clone()).or(earlier).unwrap_or_default();
+    LearnerError::AllRecordsDropped { records: snapshot.records, why }
 }
 
-impl Drop for Host {
+impl Drop for ExperienceServer {
     fn drop(&mut self) {
         self.close();
     }

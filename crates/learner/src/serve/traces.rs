@@ -1,5 +1,5 @@
-//! The trace of each group that is under way: one span from its first lease to its update, with what happens to it below. Nothing is
-//! kept where no traces are made. Must not know: who collects them.
+//! Traces of the groups in progress: one span per group from its first lease to its update, the parent of all its other
+//! spans. Nothing is stored if tracing is disabled.
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use unveil_service::span;
 pub(super) struct Traces(HashMap<GroupId, Span>);
 
 impl Traces {
-    /// The span of a group; a group that is leased again stays in its trace.
+    /// Returns the span of a group; a group that is leased again keeps its trace.
     pub fn group(&mut self, id: &GroupId) -> Span {
         if let Some(span) = self.0.get(id) {
             return span.clone();
@@ -24,12 +24,12 @@ impl Traces {
         span
     }
 
-    /// A span of update `step` below each of its groups.
+    /// Creates a span for update `step` under each of its groups.
     pub fn train<'a>(&self, step: u64, ids: impl Iterator<Item = &'a GroupId>) -> Vec<Span> {
         ids.filter_map(|id| self.0.get(id)).map(|group| span!(parent: group, "train", step)).collect()
     }
 
-    /// These groups are done: their traces are whole.
+    /// Ends the traces of groups.
     pub fn end<'a>(&mut self, ids: impl Iterator<Item = &'a GroupId>) {
         ids.for_each(|id| drop(self.0.remove(id)));
     }

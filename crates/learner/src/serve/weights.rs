@@ -1,5 +1,5 @@
-//! Weights of one version as they travel: the bytes of each tensor in chunks, with their CRC-32C, and what of them a worker needs
-//! that holds an older version. Must not know: sockets, who asks.
+//! Weights of one version in wire format: the bytes of each tensor in chunks with their CRC-32C, and the difference to
+//! the version that a worker holds.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -9,120 +9,132 @@ use tch::{Kind, Tensor};
 use unveil_core::WeightVersion;
 use unveil_model::Adapters;
 use unveil_proto::v1;
-use unveil_proto::weights::{Sum, Sums, checksum, chunk};
+use unveil_proto::weights::{Checksum, TensorChecksums, chunk, version_checksum};
 
 use crate::error::{LearnerError, Result};
 
-/// Bytes per chunk, a multiple of every element size. One chunk is copied and checked without a pause, and stays in the
-/// processor's cache meanwhile.
-const CHUNK: usize = 1 << 20;
+/// Bytes per chunk, a multiple of every element size. A chunk is copied and checksummed while it is in the processor's
+/// cache.
+const CHUNK_BYTES: usize = 1 << 20;
 
-/// Weights as the training thread hands them over.
+/// Weights passed to [`super::ExperienceServer::publish`].
 pub struct NewWeights<'a> {
-    /// Their version.
+    /// Version of the weights.
     pub version: WeightVersion,
-    /// Every tensor by name: floating-point numbers of any layout, on any device.
+    /// All tensors by name, of any floating-point dtype, layout and device.
     pub named: &'a [(String, Tensor)],
-    /// Kind that they travel in: float, bfloat16 or half.
+    /// Dtype on the wire: float32, bfloat16 or float16.
     pub kind: Kind,
-    /// Adapters beside them, which travel in fp32 and change with every version.
+    /// Adapters, which are sent in fp32 and change with every version.
     pub adapters: Option<&'a Adapters>,
-    /// Whether a tensor of this name can change between versions. What cannot is taken over once, with the first version.
-    pub changes: &'a dyn Fn(&str) -> bool,
+    /// Returns whether a tensor can change between versions. Others are copied once, with the first version.
+    pub may_change: &'a dyn Fn(&str) -> bool,
 }
 
-/// One tensor's bytes.
-pub(super) struct Packed {
+/// Bytes of a tensor.
+pub(super) struct PackedTensor {
     name: String,
     dtype: &'static str,
     shape: Vec<u64>,
-    /// The version that changed it last.
-    since: WeightVersion,
-    sum: Sum,
+    /// Version of the last change.
+    changed_in: WeightVersion,
+    sum: Checksum,
     chunks: Vec<v1::WeightsChunk>,
 }
 
-impl Packed {
-    /// The tensor's name.
+impl PackedTensor {
+    /// Returns the name of the tensor.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// How many they are.
+    /// Returns the number of bytes.
     pub fn bytes(&self) -> u64 {
         self.sum.bytes
     }
 
-    /// The bytes in parts.
+    /// Returns the bytes, chunk by chunk.
     pub fn data(&self) -> impl Iterator<Item = &[u8]> {
         self.chunks.iter().map(|c| &c.data[..])
     }
 }
 
-/// Weights that workers can fetch. A version is written over the buffers of the one before, where no stream still sends them; streams
-/// of older ones are dropped, so beyond the model host memory holds one copy, and two while a stream is under way.
+/// Weights that workers can fetch. A new version reuses the buffers of the previous one unless a stream is still
+/// sending them; streams of older versions are dropped. Host memory thus holds one copy besides the model, and two
+/// while a stream is in progress.
 pub(super) struct Published {
     pub version: WeightVersion,
     pub checksum: u32,
     adapter_scale: Option<f64>,
-    tensors: Vec<Arc<Packed>>,
+    tensors: Vec<Arc<PackedTensor>>,
 }
 
 impl Published {
-    /// Copies the tensors into chunks, one after another; `before` gives its buffers, and the tensors that never change.
-    pub fn make(new: &NewWeights<'_>, before: Option<Self>) -> Result<Self> {
-        let before = before.map_or_else(Vec::new, |b| b.tensors).into_iter().map(|t| (t.name.clone(), t));
-        let mut before: HashMap<String, Arc<Packed>> = before.collect();
+    /// Copies the tensors into chunks, reusing the buffers of the previous version and its tensors that never change.
+    pub fn pack(new: &NewWeights<'_>, previous: Option<Self>) -> Result<Self> {
+        let previous = previous.map_or_else(Vec::new, |p| p.tensors).into_iter().map(|t| (t.name.clone(), t));
+        let mut previous: HashMap<String, Arc<PackedTensor>> = previous.collect();
         let adapters = new.adapters.map_or(&[][..], Adapters::named_parameters);
         let mut tensors = Vec::with_capacity(new.named.len() + adapters.len());
-        let named = new.named.iter().map(|(n, t)| (n, t, new.kind, (new.changes)(n)));
+        let named = new.named.iter().map(|(n, t)| (n, t, new.kind, (new.may_change)(n)));
         for (name, tensor, kind, changes) in named.chain(adapters.iter().map(|(n, t)| (n, t, Kind::Float, true))) {
-            let old = before.remove(name);
+            let old = previous.remove(name);
             if let Some(old) = old.as_ref().filter(|_| !changes) {
                 tensors.push(old.clone());
                 continue;
             }
-            // A stream that still sends the tensor keeps its buffers.
+            // The buffers cannot be reused if a stream is still sending the tensor.
             let chunks = old.and_then(Arc::into_inner).map_or_else(Vec::new, |p| p.chunks);
-            let chunks = pack(tensor, kind, chunks.into_iter().map(|c| c.data))?;
-            let sum = chunks
-                .iter()
-                .fold(Sum::default(), |sum, c| sum.then(Sum { crc32c: c.crc32c, bytes: c.data.len() as u64 }));
+            let chunks = pack_tensor(tensor, kind, chunks.into_iter().map(|c| c.data))?;
+            let sum = chunks.iter().fold(Checksum::default(), |sum, c| {
+                sum.concat(Checksum { crc32c: c.crc32c, bytes: c.data.len() as u64 })
+            });
             let shape = tensor.size().iter().map(|n| *n as u64).collect();
             let dtype = dtype(kind)?;
-            tensors.push(Arc::new(Packed { name: name.clone(), dtype, shape, since: new.version, sum, chunks }));
+            tensors.push(Arc::new(PackedTensor {
+                name: name.clone(),
+                dtype,
+                shape,
+                changed_in: new.version,
+                sum,
+                chunks,
+            }));
         }
-        let sums: Sums = tensors.iter().map(|t| (t.name.clone(), t.sum)).collect();
+        let sums: TensorChecksums = tensors.iter().map(|t| (t.name.clone(), t.sum)).collect();
         let adapter_scale = new.adapters.map(|a| a.spec().scale());
-        Ok(Self { version: new.version, checksum: checksum(&sums), adapter_scale, tensors })
+        Ok(Self { version: new.version, checksum: version_checksum(&sums), adapter_scale, tensors })
     }
 
-    /// What a worker needs that holds `base` (whole, and of this run), or nothing; and how many bytes of tensors that is.
+    /// Returns the chunks that a worker needs, and the bytes of tensors in them. `base` are the undamaged weights of
+    /// this run that the worker holds, if any.
     pub fn stream(
         &self,
         base: Option<v1::HeldWeights>,
     ) -> (u64, impl Iterator<Item = v1::WeightsChunk> + Send + use<>) {
         let held = base.as_ref().map(|b| b.version);
-        let sent: Vec<Arc<Packed>> =
-            self.tensors.iter().filter(|t| held.is_none_or(|held| t.since > held)).cloned().collect();
+        let sent: Vec<Arc<PackedTensor>> =
+            self.tensors.iter().filter(|t| held.is_none_or(|held| t.changed_in > held)).cloned().collect();
         let bytes = sent.iter().map(|t| t.bytes()).sum();
         let head = self.head(base, &sent);
         let head = chunk(prost::Message::encode_to_vec(&head).into());
-        // A tensor is let go of once it is sent.
+        // Each tensor is released once it has been sent.
         let chunks = sent.into_iter().flat_map(|t| (0..t.chunks.len()).map(move |i| t.chunks[i].clone()));
         (bytes, std::iter::once(head).chain(chunks))
     }
 
-    /// What changed after version `since`, ascending by name, and the head of it without a base.
-    pub fn changed(&self, since: WeightVersion) -> (v1::WeightsHead, Vec<Arc<Packed>>) {
-        let mut sent: Vec<Arc<Packed>> = self.tensors.iter().filter(|t| t.since > since).cloned().collect();
+    /// Returns the tensors changed after version `since`, ascending by name, and their header without a base.
+    pub fn changed_after(&self, since: WeightVersion) -> (v1::WeightsHead, Vec<Arc<PackedTensor>>) {
+        let mut sent: Vec<Arc<PackedTensor>> = self.tensors.iter().filter(|t| t.changed_in > since).cloned().collect();
         sent.sort_by(|a, b| a.name.cmp(&b.name));
         (self.head(None, &sent), sent)
     }
 
-    fn head(&self, base: Option<v1::HeldWeights>, sent: &[Arc<Packed>]) -> v1::WeightsHead {
-        let tensor =
-            |t: &Arc<Packed>| v1::WeightsTensor { name: t.name.clone(), dtype: t.dtype.into(), shape: t.shape.clone() };
+    fn head(&self, base: Option<v1::HeldWeights>, sent: &[Arc<PackedTensor>]) -> v1::WeightsHead {
+        let tensor = |t: &Arc<PackedTensor>| v1::WeightsTensor {
+            name: t.name.clone(),
+            dtype: t.dtype.into(),
+            shape: t.shape.clone(),
+        };
         v1::WeightsHead {
             version: self.version,
             checksum: self.checksum,
@@ -134,27 +146,29 @@ impl Published {
     }
 }
 
-/// How a kind of numbers is called on the wire.
+/// Returns the wire name of a dtype.
 fn dtype(kind: Kind) -> Result<&'static str> {
     match kind {
         Kind::Float => Ok("F32"),
         Kind::BFloat16 => Ok("BF16"),
         Kind::Half => Ok("F16"),
-        other => Err(LearnerError::Setting(format!("weights of kind {other:?} cannot travel"))),
+        other => Err(LearnerError::Setting(format!("weights of dtype {other:?} cannot be sent"))),
     }
 }
 
-/// Bytes of a tensor in `kind`, in buffers of the right size from `old` where nobody else has them.
-fn pack(tensor: &Tensor, kind: Kind, mut old: impl Iterator<Item = Bytes>) -> Result<Vec<v1::WeightsChunk>> {
+/// Copies the bytes of a tensor, converted to `kind`, into chunks. Buffers of `old` are reused if they have the right
+/// size and no other owner.
+fn pack_tensor(tensor: &Tensor, kind: Kind, mut old: impl Iterator<Item = Bytes>) -> Result<Vec<v1::WeightsChunk>> {
     let flat = tensor.f_detach()?.f_reshape([-1])?;
     let size = kind.elt_size_in_bytes();
-    let (total, step) = (tensor.numel(), CHUNK / size);
+    let total = tensor.numel();
+    let step = CHUNK_BYTES / size;
     let mut chunks = Vec::with_capacity(total.div_ceil(step));
-    for at in (0..total).step_by(step) {
-        let count = step.min(total - at);
-        let part = flat.f_narrow(0, at as i64, count as i64)?.f_to_kind(kind)?;
-        let kept = old.next().and_then(|b| b.try_into_mut().ok()).filter(|b| b.len() == count * size);
-        let mut buffer = kept.unwrap_or_else(|| BytesMut::zeroed(count * size));
+    for offset in (0..total).step_by(step) {
+        let count = step.min(total - offset);
+        let part = flat.f_narrow(0, offset as i64, count as i64)?.f_to_kind(kind)?;
+        let reusable = old.next().and_then(|b| b.try_into_mut().ok()).filter(|b| b.len() == count * size);
+        let mut buffer = reusable.unwrap_or_else(|| BytesMut::zeroed(count * size));
         part.f_copy_data_u8(&mut buffer, count)?;
         chunks.push(chunk(buffer.freeze()));
     }
@@ -180,9 +194,9 @@ mod tests {
         ]
     }
 
-    fn make(version: u64, named: &[(String, Tensor)], kind: Kind, before: Option<Published>) -> Published {
+    fn pack(version: u64, named: &[(String, Tensor)], kind: Kind, previous: Option<Published>) -> Published {
         let changes = |name: &str| !name.starts_with("visual.");
-        Published::make(&NewWeights { version, named, kind, adapters: None, changes: &changes }, before).unwrap()
+        Published::pack(&NewWeights { version, named, kind, adapters: None, may_change: &changes }, previous).unwrap()
     }
 
     fn head(chunks: &[v1::WeightsChunk]) -> v1::WeightsHead {
@@ -193,7 +207,7 @@ mod tests {
         p.stream(base).1.collect()
     }
 
-    /// The bytes of all tensors by another way: whole, by name.
+    /// Bytes of all tensors by an independent implementation: whole tensors by name.
     fn bytes(named: &[(String, Tensor)], kind: Kind) -> Vec<u8> {
         let mut sorted: Vec<_> = named.iter().collect();
         sorted.sort_by_key(|(n, _)| n.clone());
@@ -208,16 +222,16 @@ mod tests {
     }
 
     #[test]
-    fn chunks_hold_the_tensors_and_every_sum_fits() {
+    fn chunks_contain_the_tensors_with_valid_checksums() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let named = named(0.25);
-            let p = make(3, &named, kind, None);
+            let p = pack(3, &named, kind, None);
             let chunks = sent(&p, None);
             let head = head(&chunks);
             assert_eq!((head.version, head.base.is_none(), head.tensors.len()), (3, true, 3));
             assert_eq!(head.tensors[1].shape, [100_000, 7]);
-            assert_eq!(head.checksum, Sum::of(&bytes(&named, kind)).crc32c);
-            assert!(chunks.iter().all(|c| unveil_proto::weights::verify(c).is_ok() && c.data.len() <= CHUNK));
+            assert_eq!(head.checksum, Checksum::of(&bytes(&named, kind)).crc32c);
+            assert!(chunks.iter().all(|c| unveil_proto::weights::verify(c).is_ok() && c.data.len() <= CHUNK_BYTES));
             let data: Vec<u8> = chunks[1..].iter().flat_map(|c| c.data.to_vec()).collect();
             let in_order: Vec<u8> = named.iter().flat_map(|one| bytes(std::slice::from_ref(one), kind)).collect();
             assert!(data == in_order);
@@ -225,13 +239,14 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_gets_what_changed_since_its_version() {
-        let first = make(3, &named(0.25), Kind::Float, None);
-        let (old, frozen) = (first.checksum, Arc::as_ptr(&first.tensors[0]));
+    fn workers_receive_the_tensors_that_changed() {
+        let first = pack(3, &named(0.25), Kind::Float, None);
+        let old = first.checksum;
+        let frozen = Arc::as_ptr(&first.tensors[0]);
         let later = named(0.75);
-        let second = make(4, &later, Kind::Float, Some(first));
-        assert_eq!(Arc::as_ptr(&second.tensors[0]), frozen, "what never changes is not copied again");
-        assert_eq!(second.checksum, Sum::of(&bytes(&later, Kind::Float)).crc32c);
+        let second = pack(4, &later, Kind::Float, Some(first));
+        assert_eq!(Arc::as_ptr(&second.tensors[0]), frozen, "constant tensors are not copied again");
+        assert_eq!(second.checksum, Checksum::of(&bytes(&later, Kind::Float)).crc32c);
         let base = v1::HeldWeights { version: 3, checksum: old };
         let chunks = sent(&second, Some(base));
         let names: Vec<String> = head(&chunks).tensors.into_iter().map(|t| t.name).collect();
@@ -239,33 +254,35 @@ mod tests {
         assert_eq!(head(&chunks).base, Some(base));
         assert_eq!(chunks[1..].iter().map(|c| c.data.len()).sum::<usize>(), 700_003 * 4);
         assert_eq!(head(&sent(&second, None)).tensors.len(), 3);
-        // What is broadcast to those that hold version 3 or less, ascending by name.
+        // Tensors broadcast to workers that hold version 3 or 2, ascending by name.
         for (since, names) in [(3, &["model.b", "model.c"][..]), (2, &["model.b", "model.c", "visual.a"])] {
-            let (head, tensors) = second.changed(since);
+            let (head, tensors) = second.changed_after(since);
             let all: Vec<u8> = tensors.iter().flat_map(|t| t.data()).flatten().copied().collect();
             assert_eq!(head.tensors.iter().map(|t| t.name.as_str()).collect::<Vec<_>>(), names);
             assert_eq!((head.version, head.checksum, head.base), (4, second.checksum, None));
-            let of: Vec<_> = later.iter().filter(|(n, _)| names.contains(&n.as_str())).collect();
-            let of: Vec<_> = of.into_iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+            let changed = later.iter().filter(|(n, _)| names.contains(&n.as_str()));
+            let changed: Vec<_> = changed.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
             assert!(
-                all == bytes(&of, Kind::Float) && tensors.iter().map(|t| t.bytes()).sum::<u64>() == all.len() as u64
+                all == bytes(&changed, Kind::Float)
+                    && tensors.iter().map(|t| t.bytes()).sum::<u64>() == all.len() as u64
             );
         }
     }
 
     #[test]
-    fn buffers_are_used_again_unless_a_stream_has_them() {
-        let first = make(0, &named(1.0), Kind::Float, None);
-        let place = |p: &Published| p.tensors[1].chunks[0].data.as_ptr();
-        let at = place(&first);
+    fn buffers_are_reused_unless_a_stream_holds_them() {
+        let first = pack(0, &named(1.0), Kind::Float, None);
+        let address = |p: &Published| p.tensors[1].chunks[0].data.as_ptr();
+        let buffer = address(&first);
         let (_, stream) = first.stream(None);
-        let second = make(1, &named(2.0), Kind::Float, Some(first));
-        assert_ne!(place(&second), at, "a stream still sends version 0");
+        let second = pack(1, &named(2.0), Kind::Float, Some(first));
+        assert_ne!(address(&second), buffer, "a stream still sends version 0");
         let sent: Vec<u8> = stream.skip(1).flat_map(|c| c.data.to_vec()).collect();
-        let whole: Vec<u8> = named(1.0).iter().flat_map(|one| bytes(std::slice::from_ref(one), Kind::Float)).collect();
-        assert!(sent == whole, "the stream has version 0 to its end");
-        let at = place(&second);
-        let third = make(2, &named(3.0), Kind::Float, Some(second));
-        assert_eq!(place(&third), at);
+        let version_0: Vec<u8> =
+            named(1.0).iter().flat_map(|one| bytes(std::slice::from_ref(one), Kind::Float)).collect();
+        assert!(sent == version_0, "the stream has version 0 to its end");
+        let buffer = address(&second);
+        let third = pack(2, &named(3.0), Kind::Float, Some(second));
+        assert_eq!(address(&third), buffer);
     }
 }

@@ -1,5 +1,5 @@
-//! Gradients of a mini-batch: taken from the parameters block by block while a backward pass goes on, and summed over ranks
-//! meanwhile. Knows no pass and no optimiser.
+//! Gradients of a mini-batch: collected from the parameters bucket by bucket during the backward pass, and reduced over ranks
+//! meanwhile.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -8,71 +8,80 @@ use tch::{Kind, Tensor};
 use unveil_collective::{Collective, Work};
 use unveil_torch_ext::drop_grad;
 
-use super::plan::{Block, Plan};
-use super::ranks::{Ranks, Zero, end};
+use super::layout::{Bucket, ShardLayout};
+use super::ranks::{Ranks, ZeroStage, wait};
 use crate::error::Result;
 
-/// Time of sums over ranks.
+/// Time spent on gradient reductions.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct SumsTime {
-    /// From the beginning of the first of some to the end of the last.
-    pub under_way: Duration,
-    /// Of this, the time in which nothing else was done.
+pub(crate) struct ReduceTiming {
+    /// Time in which at least one reduction was in flight.
+    pub in_flight: Duration,
+    /// The part of it in which this rank did nothing but wait.
     pub waited: Duration,
 }
 
-/// What was taken so far.
-pub(crate) struct Gradients {
-    plan: Rc<Plan>,
+/// Collects the gradients of a mini-batch and reduces them over ranks.
+pub(crate) struct GradientReducer {
+    layout: Rc<ShardLayout>,
     ranks: Rc<Ranks>,
-    /// Kind of the sums.
+    /// Dtype of the sums.
     kind: Kind,
-    /// By block, this rank's own gradients over passes of this mini-batch, not yet summed over ranks.
+    /// By bucket, this rank's gradients over the passes of this mini-batch, not yet reduced.
     local: Vec<Option<Tensor>>,
-    /// By block, what is owned of the sum over all ranks.
+    /// By bucket, the part of the sum over all ranks that this rank owns.
     owned: Vec<Option<Tensor>>,
-    /// Sums over shards (over replicas where there are no shards) that have begun, in order.
-    begun: Vec<(usize, Work)>,
-    /// When the first of these began.
-    since: Option<Instant>,
-    /// Time that they were under way, and time spent waiting for them.
-    sums: SumsTime,
+    /// Reductions in flight over shards (over replicas without sharding), by bucket, in order.
+    in_flight: Vec<(usize, Work)>,
+    /// When the first of these was started.
+    started: Option<Instant>,
+    timing: ReduceTiming,
 }
 
-impl Gradients {
-    pub fn new(plan: Rc<Plan>, ranks: Rc<Ranks>, kind: Kind) -> Self {
-        let none = || plan.blocks.iter().map(|_| None).collect();
-        let (local, owned) = (none(), none());
-        Self { plan, ranks, kind, local, owned, begun: Vec::new(), since: None, sums: SumsTime::default() }
+impl GradientReducer {
+    pub fn new(layout: Rc<ShardLayout>, ranks: Rc<Ranks>, kind: Kind) -> Self {
+        let none = || layout.buckets.iter().map(|_| None).collect();
+        let local = none();
+        let owned = none();
+        Self {
+            layout,
+            ranks,
+            kind,
+            local,
+            owned,
+            in_flight: Vec::new(),
+            started: None,
+            timing: ReduceTiming::default(),
+        }
     }
 
-    /// Layers of the decoder, up to the last that has gradients.
+    /// Returns the number of decoder layers, up to the last one with gradients.
     pub fn layers(&self) -> usize {
-        self.plan.layers()
+        self.layout.layers()
     }
 
-    /// Takes the gradients of a layer, or of everything that belongs to none, after a backward pass; `last` says that no other
-    /// pass of the mini-batch follows.
-    pub fn take(&mut self, layer: Option<usize>, last: bool) -> Result<()> {
-        let plan = self.plan.clone();
-        let Some(index) = plan.blocks.iter().position(|b| b.layer == layer) else { return Ok(()) };
-        let block = &plan.blocks[index];
-        let kept = !last && self.ranks.zero() < Zero::Gradients;
-        if kept && block.slots.iter().all(|s| s.tensor.kind() == self.kind) {
-            // They add up where they are.
+    /// Collects the gradients of a layer (`None`: of everything outside the layers) after its backward pass; `last` marks the last
+    /// pass of the mini-batch.
+    pub fn accumulate(&mut self, layer: Option<usize>, last: bool) -> Result<()> {
+        let layout = self.layout.clone();
+        let Some(index) = layout.buckets.iter().position(|b| b.layer == layer) else { return Ok(()) };
+        let bucket = &layout.buckets[index];
+        let keep_local = !last && self.ranks.zero_stage() < ZeroStage::Gradients;
+        if keep_local && bucket.slots.iter().all(|s| s.tensor.kind() == self.kind) {
+            // They add up in the parameters' own gradient tensors.
             return Ok(());
         }
-        let mut flat = take_flat(block, self.kind)?;
+        let mut flat = take_flat_gradients(bucket, self.kind)?;
         if let Some(before) = self.local[index].take() {
             flat = before.f_add(&flat)?;
         }
-        if kept {
+        if keep_local {
             self.local[index] = Some(flat);
             return Ok(());
         }
-        // One sum of a block is in flight at a time: this is what bounds memory.
-        if self.begun.iter().any(|(b, _)| *b == index) {
-            self.settle()?;
+        // At most one reduction of a bucket is in flight, which bounds the memory.
+        if self.in_flight.iter().any(|(b, _)| *b == index) {
+            self.wait_all()?;
         }
         let work = match (self.ranks.shards(), self.ranks.replicas()) {
             (Some(shards), _) => shards.start_reduce_scatter(flat)?,
@@ -82,74 +91,74 @@ impl Gradients {
                 return Ok(());
             }
         };
-        self.since.get_or_insert_with(Instant::now);
-        self.begun.push((index, work));
+        self.started.get_or_insert_with(Instant::now);
+        self.in_flight.push((index, work));
         Ok(())
     }
 
-    /// Waits for the sums that have begun.
-    fn settle(&mut self) -> Result<()> {
+    /// Waits for all reductions in flight.
+    fn wait_all(&mut self) -> Result<()> {
         let start = Instant::now();
-        let done = self.end_all();
-        self.sums.waited += start.elapsed();
-        self.sums.under_way += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
-        done
+        let result = self.finish_reductions();
+        self.timing.waited += start.elapsed();
+        self.timing.in_flight += self.started.take().map_or(Duration::ZERO, |started| started.elapsed());
+        result
     }
 
-    /// The time of sums since it was asked for last.
-    pub fn take_time(&mut self) -> SumsTime {
-        std::mem::take(&mut self.sums)
+    /// Returns the time of reductions since the last call, and resets it.
+    pub fn take_timing(&mut self) -> ReduceTiming {
+        std::mem::take(&mut self.timing)
     }
 
-    fn end_all(&mut self) -> Result<()> {
+    fn finish_reductions(&mut self) -> Result<()> {
         let ranks = self.ranks.clone();
-        let mut outer = Vec::new();
-        for (index, work) in std::mem::take(&mut self.begun) {
+        let mut over_replicas = Vec::new();
+        for (index, work) in std::mem::take(&mut self.in_flight) {
             match (ranks.shards(), ranks.replicas()) {
                 (Some(shards), Some(replicas)) => {
-                    outer.push((index, replicas.start_all_reduce(end(shards, work)?)?));
+                    over_replicas.push((index, replicas.start_all_reduce(wait(shards, work)?)?));
                 }
-                (Some(group), None) | (None, Some(group)) => add(&mut self.owned[index], end(group, work)?)?,
+                (Some(group), None) | (None, Some(group)) => add(&mut self.owned[index], wait(group, work)?)?,
                 (None, None) => {}
             }
         }
-        for (index, work) in outer {
+        for (index, work) in over_replicas {
             if let Some(replicas) = ranks.replicas() {
-                add(&mut self.owned[index], end(replicas, work)?)?;
+                add(&mut self.owned[index], wait(replicas, work)?)?;
             }
         }
         Ok(())
     }
 
-    /// What this rank owns of the sum over all ranks, flat.
+    /// Waits for all reductions and returns the part of the sum over all ranks that this rank owns, flat.
     pub fn finish(&mut self) -> Result<Tensor> {
-        self.settle()?;
-        let plan = self.plan.clone();
-        let mut parts = Vec::with_capacity(plan.blocks.len());
-        for (block, owned) in plan.blocks.iter().zip(&mut self.owned) {
+        self.wait_all()?;
+        let layout = self.layout.clone();
+        let mut parts = Vec::with_capacity(layout.buckets.len());
+        for (bucket, owned) in layout.buckets.iter().zip(&mut self.owned) {
             parts.push(match owned.take() {
                 Some(t) => t,
-                None => Tensor::f_zeros([block.size()], (self.kind, block.slots[0].tensor.device()))?,
+                None => Tensor::f_zeros([bucket.size()], (self.kind, bucket.slots[0].tensor.device()))?,
             });
         }
         Ok(if parts.len() == 1 { parts.swap_remove(0) } else { Tensor::f_cat(&parts, 0)? })
     }
 
-    /// Forgets everything, gradients in the parameters too. Sums that have begun are waited for: all ranks make them.
+    /// Drops all gradients, those in the parameters too. Waits for the reductions in flight, which all ranks take part in.
     pub fn clear(&mut self) -> Result<()> {
-        self.settle()?;
+        self.wait_all()?;
         self.local.iter_mut().chain(&mut self.owned).for_each(|t| *t = None);
-        for slot in self.plan.slots() {
+        for slot in self.layout.slots() {
             drop_grad(&slot.tensor)?;
         }
         Ok(())
     }
 }
 
-/// A block's gradients, flat, taken out of the parameters; what a pass did not touch counts 0.
-fn take_flat(block: &Block, kind: Kind) -> Result<Tensor> {
-    let flat = block.join(kind, |s| Ok(Some(s.tensor.grad()).filter(Tensor::defined)))?;
-    for s in &block.slots {
+/// Moves the gradients of a bucket out of its parameters, flat; a parameter without a gradient counts as 0.
+fn take_flat_gradients(bucket: &Bucket, kind: Kind) -> Result<Tensor> {
+    let flat = bucket.flatten(kind, |s| Ok(Some(s.tensor.grad()).filter(Tensor::defined)))?;
+    for s in &bucket.slots {
         drop_grad(&s.tensor)?;
     }
     Ok(flat)

@@ -1,15 +1,15 @@
-//! State of a learner divided over ranks: who they are, what each owns, and the calls that make parameters whole and sum gradients
-//! around the layers of a pass. Must not know: losses, groups, where a batch comes from.
+//! Trainer state sharded over ranks (ZeRO, arXiv 1910.02054): the mesh of ranks, the layout of what each rank owns, and the hooks
+//! that all-gather parameters and reduce gradients around the layers of a pass.
 
-mod gathered;
 mod gradients;
+mod layout;
 mod pass;
-mod plan;
 mod ranks;
+mod sharded_parameters;
 
-pub(crate) use gathered::Gathered;
-pub(crate) use gradients::{Gradients, SumsTime};
-pub(crate) use pass::{Course, Pass};
-pub(crate) use plan::{Piece, Plan, Slot, Stretch};
-pub(crate) use ranks::end;
-pub use ranks::{Ranks, Zero};
+pub(crate) use gradients::{GradientReducer, ReduceTiming};
+pub(crate) use layout::{OwnedRange, ParameterSlice, ParameterSlot, ShardLayout};
+pub(crate) use pass::{HookedPass, PassHooks};
+pub(crate) use ranks::wait;
+pub use ranks::{Ranks, ZeroStage};
+pub(crate) use sharded_parameters::ShardedParameters;

@@ -1,145 +1,153 @@
-//! One pass through a model whose state is divided: brings parameters and takes gradients around the layers, in an order that is
-//! the same on all ranks whatever they compute, or whether they compute anything.
+//! Hooks of one pass through a model with sharded state: they gather parameters before a layer runs and reduce its gradients after.
+//! The collective calls come in the same order on all ranks, whether or not a rank has anything to compute.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use unveil_model::{Escort, Way};
+use unveil_model::{Direction, LayerHook};
 
-use super::gathered::Gathered;
-use super::gradients::Gradients;
+use super::gradients::GradientReducer;
+use super::sharded_parameters::ShardedParameters;
 use crate::error::{LearnerError, Result};
 
-/// What goes along with passes of one model.
+/// Hooks that gather parameters before a layer runs and reduce its gradients after.
 #[derive(Clone, Default)]
-pub(crate) struct Course {
-    /// Where parameters are divided.
-    pub gathered: Option<Rc<Gathered>>,
-    /// Where gradients are taken.
-    pub gradients: Option<Rc<RefCell<Gradients>>>,
-    /// Whether layers are escorted; else gradients are taken at the end.
+pub(crate) struct PassHooks {
+    /// Parameters to gather; `None` where they are not sharded.
+    pub sharded: Option<Rc<ShardedParameters>>,
+    /// Reducer of gradients; `None` for a model that is not trained.
+    pub gradients: Option<Rc<RefCell<GradientReducer>>>,
+    /// Whether the hooks run around each layer; if not, all gradients are collected at the end of the pass.
     pub by_layer: bool,
 }
 
-/// One pass there and, where it is asked for, back.
-pub(crate) struct Pass {
-    course: Course,
-    /// Layers that are behind it on the way there, and that are before it on the way back.
-    there: Cell<usize>,
-    back: Cell<usize>,
-    /// No other pass of the mini-batch follows.
+/// One forward pass under way, with its backward pass if there is one.
+pub(crate) struct HookedPass {
+    hooks: PassHooks,
+    /// Next layer that the forward pass will run.
+    next_forward: Cell<usize>,
+    /// One above the next layer that the backward pass will run.
+    next_backward: Cell<usize>,
+    /// Whether this is the last pass of its mini-batch.
     last: Cell<bool>,
-    fault: RefCell<Option<LearnerError>>,
+    /// The first error of the hooks.
+    error: RefCell<Option<LearnerError>>,
 }
 
-impl Course {
+impl PassHooks {
     fn layers(&self) -> usize {
-        let taken = self.gradients.as_ref().map_or(0, |g| g.borrow().layers());
-        self.gathered.as_ref().map_or(0, |g| g.layers).max(taken)
+        let with_gradients = self.gradients.as_ref().map_or(0, |g| g.borrow().layers());
+        self.sharded.as_ref().map_or(0, |s| s.layers).max(with_gradients)
     }
 
-    /// Begins a pass. All ranks begin theirs together.
+    /// Begins a pass. All ranks call it together.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub fn begin(&self) -> Result<Rc<Pass>> {
-        if let Some(g) = &self.gathered {
-            g.start(Some(0))?;
-            g.bring(None)?;
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn begin(&self) -> Result<Rc<HookedPass>> {
+        if let Some(sharded) = &self.sharded {
+            sharded.prefetch(Some(0))?;
+            sharded.gather(None)?;
         }
-        let back = Cell::new(self.layers());
-        let (there, last) = (Cell::new(0), Cell::new(false));
-        Ok(Rc::new(Pass { course: self.clone(), there, back, last, fault: RefCell::new(None) }))
+        Ok(Rc::new(HookedPass {
+            hooks: self.clone(),
+            next_forward: Cell::new(0),
+            next_backward: Cell::new(self.layers()),
+            last: Cell::new(false),
+            error: RefCell::new(None),
+        }))
     }
 }
 
-impl Pass {
-    /// What the tape is to be escorted by.
-    pub fn escort(self: &Rc<Self>) -> Option<Rc<dyn Escort>> {
-        self.course.by_layer.then(|| self.clone() as Rc<dyn Escort>)
+impl HookedPass {
+    /// Returns the hook to set on the tape; `None` where nothing is to be done layer by layer.
+    pub fn layer_hook(self: &Rc<Self>) -> Option<Rc<dyn LayerHook>> {
+        self.hooks.by_layer.then(|| self.clone() as Rc<dyn LayerHook>)
     }
 
-    /// The way there is done, or this rank has nothing to compute on it.
+    /// Ends the forward pass, including that of a rank that had nothing to compute.
     ///
     /// # Errors
-    /// What went wrong on the way.
-    pub fn arrive(&self) -> Result<()> {
-        self.catch_up(Way::Forward, self.course.layers());
-        self.fault.borrow_mut().take().map_or(Ok(()), Err)
+    /// Returns the first error of the hooks.
+    pub fn end_forward(&self) -> Result<()> {
+        self.run_skipped_layers(Direction::Forward, self.hooks.layers());
+        self.error.borrow_mut().take().map_or(Ok(()), Err)
     }
 
-    /// The way back begins; `last` says that no other pass of the mini-batch follows.
-    pub fn turn(&self, last: bool) {
+    /// Begins the backward pass; `last` marks the last pass of the mini-batch.
+    pub fn begin_backward(&self, last: bool) {
         self.last.set(last);
     }
 
-    /// The way back is done, or this rank has nothing to compute on it.
+    /// Ends the backward pass, including that of a rank that had nothing to compute.
     ///
     /// # Errors
-    /// What went wrong on the way.
-    pub fn finish(&self) -> Result<()> {
-        self.catch_up(Way::Backward, 0);
-        self.keep(self.take(None));
-        self.fault.borrow_mut().take().map_or(Ok(()), Err)
+    /// Returns the first error of the hooks.
+    pub fn end_backward(&self) -> Result<()> {
+        self.run_skipped_layers(Direction::Backward, 0);
+        self.keep_error(self.accumulate(None));
+        self.error.borrow_mut().take().map_or(Ok(()), Err)
     }
 
-    /// Makes the calls of layers that the pass did not visit up to `to`.
-    fn catch_up(&self, way: Way, to: usize) {
-        let next = || match way {
-            Way::Forward => (self.there.get() < to).then(|| self.there.get()),
-            Way::Backward => (self.back.get() > to).then(|| self.back.get() - 1),
+    /// Runs the hooks of the layers up to `to` that the pass itself did not visit.
+    fn run_skipped_layers(&self, direction: Direction, to: usize) {
+        let next = || match direction {
+            Direction::Forward => (self.next_forward.get() < to).then(|| self.next_forward.get()),
+            Direction::Backward => (self.next_backward.get() > to).then(|| self.next_backward.get() - 1),
         };
         while let Some(layer) = next() {
-            self.keep(self.come(layer, way));
-            self.keep(self.go(layer, way));
+            self.keep_error(self.gather(layer, direction));
+            self.keep_error(self.release(layer, direction));
         }
     }
 
-    fn come(&self, layer: usize, way: Way) -> Result<()> {
-        let Some(g) = &self.course.gathered else { return Ok(()) };
-        g.start(Some(layer))?;
-        let next = match way {
-            Way::Forward => Some(layer + 1).filter(|l| *l < g.layers),
-            Way::Backward => layer.checked_sub(1),
+    /// Gathers the parameters of `layer`, and starts to gather those of the layer after it.
+    fn gather(&self, layer: usize, direction: Direction) -> Result<()> {
+        let Some(sharded) = &self.hooks.sharded else { return Ok(()) };
+        sharded.prefetch(Some(layer))?;
+        let next = match direction {
+            Direction::Forward => Some(layer + 1).filter(|l| *l < sharded.layers),
+            Direction::Backward => layer.checked_sub(1),
         };
         if let Some(next) = next {
-            g.start(Some(next))?;
+            sharded.prefetch(Some(next))?;
         }
-        g.bring(Some(layer))
+        sharded.gather(Some(layer))
     }
 
-    fn go(&self, layer: usize, way: Way) -> Result<()> {
-        match way {
-            Way::Forward => self.there.set(layer + 1),
-            Way::Backward => self.back.set(layer),
+    /// Releases the parameters of `layer`; a backward pass also accumulates its gradients.
+    fn release(&self, layer: usize, direction: Direction) -> Result<()> {
+        match direction {
+            Direction::Forward => self.next_forward.set(layer + 1),
+            Direction::Backward => self.next_backward.set(layer),
         }
-        if let Some(g) = &self.course.gathered {
-            g.part(Some(layer))?;
+        if let Some(sharded) = &self.hooks.sharded {
+            sharded.release(Some(layer))?;
         }
-        if way == Way::Backward { self.take(Some(layer)) } else { Ok(()) }
+        if direction == Direction::Backward { self.accumulate(Some(layer)) } else { Ok(()) }
     }
 
-    fn take(&self, layer: Option<usize>) -> Result<()> {
-        let Some(gradients) = &self.course.gradients else { return Ok(()) };
-        gradients.borrow_mut().take(layer, self.last.get())
+    fn accumulate(&self, layer: Option<usize>) -> Result<()> {
+        let Some(gradients) = &self.hooks.gradients else { return Ok(()) };
+        gradients.borrow_mut().accumulate(layer, self.last.get())
     }
 
-    /// Keeps the first fault; the pass goes on, since nothing in the middle of it can end it.
-    fn keep(&self, result: Result<()>) {
+    /// Keeps the first error; the pass continues, because the tape cannot be stopped in the middle.
+    fn keep_error(&self, result: Result<()>) {
         if let Err(e) = result {
-            self.fault.borrow_mut().get_or_insert(e);
+            self.error.borrow_mut().get_or_insert(e);
         }
     }
 }
 
-impl Escort for Pass {
-    fn enter(&self, layer: usize, way: Way) {
-        let before = if way == Way::Forward { layer } else { layer + 1 };
-        self.catch_up(way, before);
-        self.keep(self.come(layer, way));
+impl LayerHook for HookedPass {
+    fn before(&self, layer: usize, direction: Direction) {
+        let visited = if direction == Direction::Forward { layer } else { layer + 1 };
+        self.run_skipped_layers(direction, visited);
+        self.keep_error(self.gather(layer, direction));
     }
 
-    fn leave(&self, layer: usize, way: Way) {
-        self.keep(self.go(layer, way));
+    fn after(&self, layer: usize, direction: Direction) {
+        self.keep_error(self.release(layer, direction));
     }
 }

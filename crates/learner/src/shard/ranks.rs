@@ -1,4 +1,4 @@
-//! The ranks of a learner: who they are, and the mesh of replicas of shards over which state is divided.
+//! The ranks of a learner, arranged as a mesh: replicas of the model, each sharded over several ranks.
 
 use std::rc::Rc;
 use std::time::Instant;
@@ -8,22 +8,22 @@ use unveil_collective::{Collective, Group, Mesh, Work, World};
 
 use crate::error::{LearnerError, Result};
 
-/// What is divided over the shards of a replica (ZeRO, arXiv 1910.02054).
+/// State that is sharded over the ranks of a replica (ZeRO stages, arXiv 1910.02054).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Zero {
-    /// Nothing: gradients are summed over all ranks.
+pub enum ZeroStage {
+    /// Nothing; gradients are all-reduced over all ranks (stage 0).
     None,
     /// Moments and master weights (stage 1).
     Optimizer,
-    /// Gradients too (stage 2).
+    /// Gradients as well (stage 2).
     Gradients,
-    /// Parameters too (stage 3).
+    /// Parameters as well (stage 3).
     Parameters,
 }
 
-impl Zero {
-    /// By the number of its stage; beyond 3 there is none, and 3 is meant.
-    pub fn stage(number: u8) -> Self {
+impl ZeroStage {
+    /// Returns the stage with this number; numbers above 3 count as 3.
+    pub fn from_number(number: u8) -> Self {
         match number {
             0 => Self::None,
             1 => Self::Optimizer,
@@ -33,30 +33,32 @@ impl Zero {
     }
 }
 
-/// All ranks of a learner.
+/// All ranks of a learner, as one of them sees them.
 pub struct Ranks {
-    /// None in a world of one.
+    /// `None` if there is a single rank.
     world: Option<(World, Mesh)>,
-    zero: Zero,
+    zero: ZeroStage,
 }
 
 impl Ranks {
-    /// A learner of one rank.
+    /// Returns the ranks of a learner that has only one.
     pub fn solo() -> Rc<Self> {
-        Rc::new(Self { world: None, zero: Zero::None })
+        Rc::new(Self { world: None, zero: ZeroStage::None })
     }
 
-    /// The ranks of `world`, state divided over `shards` of them (0 = all); stage 0 has shards of one rank. All ranks call this.
+    /// Arranges the ranks of `world` in replicas of `shards` ranks each (0: one replica of all ranks; stage 0: replicas of one rank).
+    /// All ranks call it.
     ///
     /// # Errors
-    /// The world does not divide into replicas of so many shards, or a rank does not come.
-    pub fn new(world: World, zero: Zero, shards: usize) -> Result<Rc<Self>> {
+    /// Returns [`LearnerError::Setting`] if the number of ranks is not a multiple of `shards`, and [`LearnerError::Ranks`] if a rank
+    /// fails or does not join in time.
+    pub fn new(world: World, zero: ZeroStage, shards: usize) -> Result<Rc<Self>> {
         let size = world.size();
         let shards = match (zero, shards) {
-            (Zero::None, 0 | 1) => 1,
-            (Zero::None, _) => {
+            (ZeroStage::None, 0 | 1) => 1,
+            (ZeroStage::None, _) => {
                 return Err(LearnerError::Setting(format!(
-                    "learner.parallel.shards is {shards}, but zero = 0 divides nothing: leave it out, or set zero to 1, 2 or 3"
+                    "learner.parallel.shards is {shards}, but zero = 0 shards nothing: leave it out, or set zero to 1, 2 or 3"
                 )));
             }
             (_, 0) => size,
@@ -67,76 +69,76 @@ impl Ranks {
         }
         if !size.is_multiple_of(shards) {
             return Err(LearnerError::Setting(format!(
-                "learner.parallel: {size} ranks do not divide into replicas of {shards} shards; choose a divisor of {size}"
+                "learner.parallel: {size} ranks cannot form replicas of {shards} shards; choose a divisor of {size}"
             )));
         }
         let mesh = world.mesh(size / shards, shards)?;
         Ok(Rc::new(Self { world: Some((world, mesh)), zero }))
     }
 
-    /// This rank.
+    /// Returns the number of this rank, from 0.
     pub fn rank(&self) -> usize {
         self.world.as_ref().map_or(0, |(w, _)| w.rank())
     }
 
-    /// Ranks in all.
+    /// Returns the number of ranks.
     pub fn size(&self) -> usize {
         self.world.as_ref().map_or(1, |(w, _)| w.size())
     }
 
-    /// What is divided.
-    pub fn zero(&self) -> Zero {
+    /// Returns which state is sharded.
+    pub fn zero_stage(&self) -> ZeroStage {
         self.zero
     }
 
-    /// This rank's shard, and how many there are.
+    /// Returns the index of this rank's shard and the number of shards.
     pub(crate) fn shard(&self) -> (usize, usize) {
         self.shards().map_or((0, 1), |g| (g.rank(), g.world_size()))
     }
 
-    /// This rank's replica, and how many there are.
+    /// Returns the index of this rank's replica and the number of replicas.
     pub(crate) fn replica(&self) -> (usize, usize) {
         self.replicas().map_or((0, 1), |g| (g.rank(), g.world_size()))
     }
 
-    /// The ranks over which state is divided, where it is.
+    /// Returns the ranks of this replica, over which state is sharded; `None` if it is not sharded.
     pub(crate) fn shards(&self) -> Option<&Group> {
         self.world.as_ref().map(|(_, m)| &m.shards).filter(|g| g.world_size() > 1)
     }
 
-    /// The ranks that hold the same shard, where there are several.
+    /// Returns the ranks that hold the same shard; `None` if there is a single replica.
     pub(crate) fn replicas(&self) -> Option<&Group> {
         self.world.as_ref().map(|(_, m)| &m.replicas).filter(|g| g.world_size() > 1)
     }
 
-    /// All ranks, where there are several.
-    pub(crate) fn all(&self) -> Option<&Group> {
+    /// Returns the group of all ranks; `None` if there is a single rank.
+    pub(crate) fn world(&self) -> Option<&Group> {
         self.world.as_ref().map(|(w, _)| w.group())
     }
 
-    /// Gives a contiguous tensor the numbers that it has on rank 0, in place.
+    /// Overwrites a contiguous tensor with its values on rank 0.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub(crate) fn align(&self, tensor: &Tensor) -> Result<()> {
-        if let Some(group) = self.all() {
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub(crate) fn broadcast_from_rank_0(&self, tensor: &Tensor) -> Result<()> {
+        if let Some(group) = self.world() {
             let _same = group.broadcast(tensor.f_detach()?.f_view([-1])?, 0)?;
         }
         Ok(())
     }
 
-    /// The sum of numbers over all ranks, number by number.
+    /// Returns the elementwise sum of `values` over all ranks.
     ///
     /// # Errors
-    /// A rank is gone.
-    pub(crate) fn sum(&self, numbers: Vec<f64>, device: tch::Device) -> Result<Vec<f64>> {
-        let Some(group) = self.all().filter(|_| !numbers.is_empty()) else { return Ok(numbers) };
-        let sum = group.all_reduce(Tensor::f_from_slice(&numbers)?.f_to_device(device)?)?;
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub(crate) fn all_reduce_sum(&self, values: Vec<f64>, device: tch::Device) -> Result<Vec<f64>> {
+        let Some(group) = self.world().filter(|_| !values.is_empty()) else { return Ok(values) };
+        let sum = group.all_reduce(Tensor::f_from_slice(&values)?.f_to_device(device)?)?;
         Ok(Vec::<f64>::try_from(sum.f_to_kind(Kind::Double)?)?)
     }
 }
 
-/// The end of a call that must come in the time that calls have.
-pub(crate) fn end(group: &Group, work: Work) -> Result<Tensor> {
-    Ok(work.wait(Instant::now() + group.limit())?)
+/// Waits for a collective, up to the group's timeout.
+pub(crate) fn wait(group: &Group, work: Work) -> Result<Tensor> {
+    Ok(work.wait(Instant::now() + group.timeout())?)
 }

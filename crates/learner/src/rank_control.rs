@@ -1,0 +1,240 @@
+//! Control of the ranks of a learner: rank 0 broadcasts a command, and all ranks execute it together.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+use unveil_collective::{Backend, Collective, Setup, Timeouts, World, open_reporting_address};
+use unveil_config::Config;
+use unveil_service::ServiceError;
+
+use crate::batch::TrainGroup;
+use crate::error::{LearnerError, Result};
+use crate::shard::{Ranks, ZeroStage};
+use crate::wire::GroupDump;
+
+/// An operation that all ranks execute.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Command {
+    /// Nothing to do yet.
+    Idle,
+    /// Updates the model with a batch.
+    Update(Vec<GroupDump>),
+    /// Computes the values of a batch for a dump.
+    ComputeValues(Vec<GroupDump>),
+    /// Gathers all sharded parameters on all ranks.
+    GatherParameters,
+    /// Writes a checkpoint: each rank writes its shard under this term.
+    Save {
+        /// Number of updates so far.
+        step: u64,
+        /// The term of rank 0.
+        term: u64,
+    },
+    /// Gathers the reports of the ranks on what they have written, if all have finished.
+    CollectReports,
+    /// Ends the stage.
+    Shutdown,
+}
+
+/// The ranks of a learner and the commands between them.
+pub(crate) struct RankControl {
+    pub ranks: Rc<Ranks>,
+    device: Device,
+    /// Longest time between two commands of rank 0.
+    keepalive_interval: Duration,
+    last_command: Instant,
+}
+
+impl RankControl {
+    /// Creates the control of a learner with one rank.
+    pub fn solo() -> Self {
+        Self {
+            ranks: Ranks::solo(),
+            device: Device::Cpu,
+            keepalive_interval: Duration::from_secs(1),
+            last_command: Instant::now(),
+        }
+    }
+
+    /// Connects all ranks. Rank 0 passes the rendezvous address to `on_listening` before it waits for the others.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Ranks`] if a rank does not join in time or has another configuration.
+    pub fn open(
+        config: &Config,
+        model: &Path,
+        records: &[String],
+        on_listening: impl FnOnce(SocketAddr),
+    ) -> Result<Self> {
+        let p = &config.learner.parallel;
+        let seconds = Duration::from_secs_f64;
+        let device = rank_device(config)?;
+        let ranks = if p.ranks == 1 {
+            Ranks::solo()
+        } else {
+            let timeouts = Timeouts {
+                rendezvous: seconds(p.join_s),
+                call: seconds(p.call_s),
+                heartbeat: seconds(p.lost_s),
+                ..Timeouts::default()
+            };
+            let setup = Setup {
+                rank: p.rank,
+                world: p.ranks,
+                address: p.rendezvous.clone(),
+                local_address: None,
+                backend: Backend::for_device(device),
+                fingerprint: fingerprint(config, model, records)?,
+                token: config.token().map_err(ServiceError::from)?,
+                timeouts,
+            };
+            let warn_and_forward = |address: SocketAddr| {
+                if !address.ip().is_loopback() {
+                    tracing::warn!(%address, "traffic between ranks is not encrypted: use a trusted network");
+                }
+                on_listening(address);
+            };
+            let world: World = open_reporting_address(&setup, warn_and_forward)?;
+            Ranks::new(world, ZeroStage::from_number(p.zero), p.shards)?
+        };
+        let keepalive_interval = (seconds(p.call_s) / 4).min(Duration::from_secs(1));
+        Ok(Self { ranks, device, keepalive_interval, last_command: Instant::now() })
+    }
+
+    /// Sends a command, on rank 0; it is built only if there are other ranks. Returns whether another rank was asked to
+    /// stop.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn command(&mut self, command: impl FnOnce() -> Command) -> Result<bool> {
+        if self.ranks.size() == 1 {
+            return Ok(false);
+        }
+        let encode_error = |e: rmp_serde::encode::Error| {
+            LearnerError::Setting(format!("cannot encode a command for the other ranks: {e}"))
+        };
+        let bytes = rmp_serde::to_vec_named(&command()).map_err(encode_error)?;
+        self.broadcast_bytes(Some(&bytes))?;
+        self.last_command = Instant::now();
+        self.any_stop_requested(false)
+    }
+
+    /// Sends [`Command::Idle`] if the last command was long ago. Returns whether another rank was asked to stop.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn keepalive(&mut self) -> Result<bool> {
+        if self.last_command.elapsed() < self.keepalive_interval { Ok(false) } else { self.command(|| Command::Idle) }
+    }
+
+    /// Waits for the next command of rank 0, on another rank; `stop` reports that this rank was asked to stop.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn next_command(&self, stop: bool) -> Result<Command> {
+        let bytes = self.broadcast_bytes(None)?;
+        let command = rmp_serde::from_slice(&bytes)
+            .map_err(|e| LearnerError::Setting(format!("cannot decode a command from rank 0: {e}")))?;
+        self.any_stop_requested(stop)?;
+        Ok(command)
+    }
+
+    /// Returns whether any rank was asked to stop; all ranks call it.
+    fn any_stop_requested(&self, this_rank: bool) -> Result<bool> {
+        Ok(self.ranks.all_reduce_sum(vec![f64::from(u8::from(this_rank))], self.device)?.iter().any(|n| *n > 0.0))
+    }
+
+    /// Broadcasts `bytes` from rank 0 and returns them; other ranks pass `None`.
+    pub fn broadcast_bytes(&self, bytes: Option<&[u8]>) -> Result<Vec<u8>> {
+        let Some(world) = self.ranks.world() else { return Ok(bytes.unwrap_or_default().to_vec()) };
+        let length = Tensor::from_slice(&[bytes.map_or(0, <[u8]>::len) as i64]).f_to_device(self.device)?;
+        let length = usize::try_from(world.broadcast(length, 0)?.f_int64_value(&[0])?).unwrap_or(0);
+        let mut words = words(bytes.unwrap_or_default());
+        words.resize(length.div_ceil(8).max(1), 0);
+        let sent = world.broadcast(Tensor::f_from_slice(&words)?.f_to_device(self.device)?, 0)?;
+        let words = Vec::<i64>::try_from(sent.f_to_device(Device::Cpu)?)?;
+        Ok(words.into_iter().flat_map(i64::to_le_bytes).take(length).collect())
+    }
+
+    /// Gathers bytes of every rank on all ranks, by rank; returns `None` while any rank passes `None`. All ranks call
+    /// it.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
+    pub fn gather_bytes(&self, bytes: Option<&[u8]>) -> Result<Option<Vec<Vec<u8>>>> {
+        let Some(world) = self.ranks.world() else { return Ok(bytes.map(|b| vec![b.to_vec()])) };
+        let mut lengths = vec![0.0; self.ranks.size()];
+        lengths[self.ranks.rank()] = bytes.map_or(0.0, |b| b.len() as f64 + 1.0);
+        let lengths = self.ranks.all_reduce_sum(lengths, self.device)?;
+        if lengths.contains(&0.0) {
+            return Ok(None);
+        }
+        let longest = lengths.iter().fold(0.0, |a: f64, b| a.max(*b)) as usize;
+        let mut padded = bytes.unwrap_or_default().to_vec();
+        padded.resize(longest.next_multiple_of(8), 0);
+        let words: Vec<i64> = words(&padded);
+        let count = words.len();
+        let gathered = world.all_gather(Tensor::f_from_slice(&words)?.f_to_device(self.device)?)?;
+        let gathered = Vec::<i64>::try_from(gathered.f_to_device(Device::Cpu)?)?;
+        let bytes_of_rank = |(rank, length): (usize, &f64)| -> Vec<u8> {
+            let words = gathered[rank * count..(rank + 1) * count].iter();
+            words.flat_map(|w| w.to_le_bytes()).take(*length as usize - 1).collect()
+        };
+        Ok(Some(lengths.iter().enumerate().map(bytes_of_rank).collect()))
+    }
+
+    /// Converts a batch to the form that is sent to other ranks.
+    pub fn to_wire(groups: &[TrainGroup]) -> Vec<GroupDump> {
+        groups.iter().map(|g| GroupDump::new(g, None)).collect()
+    }
+}
+
+/// Packs bytes into little-endian words; the last one is padded with zeros.
+fn words(bytes: &[u8]) -> Vec<i64> {
+    let to_word = |chunk: &[u8]| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        i64::from_le_bytes(word)
+    };
+    bytes.chunks(8).map(to_word).collect()
+}
+
+/// Returns the device of this rank. With several ranks, `auto` and `cuda` select the GPU with the rank's number.
+pub(crate) fn rank_device(config: &Config) -> Result<Device> {
+    let device = unveil_model::device(&config.run.device)?;
+    let by_rank = config.learner.parallel.ranks > 1 && matches!(config.run.device.as_str(), "auto" | "cuda");
+    Ok(match device {
+        Device::Cuda(_) if by_rank => {
+            let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(1).max(1);
+            Device::Cuda(config.learner.parallel.rank % count)
+        }
+        other => other,
+    })
+}
+
+/// Describes what must be equal on all ranks, one line per item.
+fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<String> {
+    let mut same = config.clone();
+    same.learner.parallel.rank = 0;
+    same.learner.parallel.rendezvous.clear();
+    same.learner.listen.clear();
+    same.learner.address.clear();
+    same.learner.metrics_listen.clear();
+    same.health.listen.clear();
+    same.telemetry = Default::default();
+    same.reward.address.clear();
+    // Paths of certificates and tokens may differ between machines.
+    same.tls.dir.clear();
+    same.auth = Default::default();
+    let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
+    lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
+    let path = model.join("config.json");
+    let shape = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    lines.push(format!("config.json of the model = {}", blake3::hash(&shape)));
+    lines.push(format!("records = {} with {}", records.len(), blake3::hash(records.join("\n").as_bytes())));
+    Ok(lines.join("\n"))
+}

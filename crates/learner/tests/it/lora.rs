@@ -1,0 +1,316 @@
+//! Adapters in stage 2: training, the KL reference, weight sync, checkpoints and export.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::common::small_run::{SmallRun, StopAt, experience, work};
+use crate::common::{configured, experience_settings, low_tokens, model, rollout, weights};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+use unveil_checkpoint::{Access, Manifest, ManifestTensor, Store};
+use unveil_config::schema::{Algorithm, Learner as LearnerConfig};
+use unveil_core::{GroupId, Sampling};
+use unveil_engine::{Engine, EngineOptions};
+use unveil_experience::Experience;
+use unveil_learner::{
+    BroadcastOptions, ExperienceServer, ExperienceServerOptions, GroupSource, LearnerError, NewWeights, Outcome,
+    PolicyTrainer, PreparedGroup, SilentProgress, TrainGroup, run_rl,
+};
+use unveil_model::{AdapterMerger, LoraSpec, Vlm, export, read_adapters};
+use unveil_rollout::sync::{BroadcastMember, WeightReceiver};
+use unveil_service::CancellationToken;
+
+fn spec(rank: i64) -> LoraSpec {
+    LoraSpec { rank, alpha: 8.0, rank_stabilised: false, targets: LearnerConfig::default().lora.targets }
+}
+
+fn add_noise(vlm: &mut Vlm, seed: i64) {
+    tch::manual_seed(seed);
+    let named = vlm.adapters().unwrap().named_parameters();
+    let noise: Vec<(String, Tensor)> = named.iter().map(|(n, t)| (n.clone(), t.detach().randn_like() * 0.1)).collect();
+    vlm.load_adapters(&noise).unwrap();
+}
+
+fn adapted(seed: u64) -> Vlm {
+    let mut vlm = model(seed);
+    vlm.init_adapters(&spec(4), 1).unwrap();
+    vlm
+}
+
+fn adapters(vlm: &Vlm) -> Vec<(String, Tensor)> {
+    vlm.adapters().unwrap().named_parameters().iter().map(|(n, t)| (n.clone(), t.detach().copy())).collect()
+}
+
+/// Adapters are trained, and nothing else.
+#[test]
+fn adapters_raise_a_toy_reward_with_frozen_weights() {
+    let vlm = adapted(3);
+    let before = weights(&vlm);
+    let fresh = adapters(&vlm);
+    let settings = configured(&vlm, 20, |l| l.optimizer.lr = 1e-2);
+    let mut learner = PolicyTrainer::new(vlm, None, settings).unwrap();
+    let mut means = Vec::new();
+    for step in 0..20 {
+        let batch = rollout(learner.vlm(), 4, 8, step, &low_tokens);
+        let report = learner.update(&batch).unwrap();
+        assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
+        means.push(report.reward["total"]);
+    }
+    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
+    let first = mean(&means[..3]);
+    let last = mean(&means[17..]);
+    assert!(last > first + 0.2, "{first} -> {last}");
+    assert!(weights(learner.vlm()) == before, "a frozen weight has changed");
+    let moved = adapters(learner.vlm());
+    assert!(moved.iter().zip(&fresh).all(|(a, b)| a.1 != b.1), "every adapter is trained");
+    // Generation with merged weights and the CPU kernels agrees as well.
+    let batch = learner.vlm_mut().merged(|vlm| rollout(vlm, 4, 8, 20, &low_tokens)).unwrap();
+    let report = learner.update(&batch).unwrap();
+    assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
+}
+
+/// The model without its adapters serves as the reference, bit for bit like a second copy.
+#[test]
+fn disabled_adapters_equal_a_reference_model() {
+    for recompute in [false, true] {
+        let update = |reference: Option<Vlm>| {
+            let mut vlm = adapted(5);
+            add_noise(&mut vlm, 8);
+            let settings = configured(&vlm, 10, |l| {
+                l.kl_coef = 0.2;
+                l.recompute = recompute;
+                l.inner_epochs = 2;
+            });
+            let mut learner = PolicyTrainer::new(vlm, reference, settings).unwrap();
+            let batch = rollout(learner.vlm(), 3, 4, 0, &low_tokens);
+            let report = learner.update(&batch).unwrap();
+            (report.kl_reference, report.loss, adapters(learner.vlm()))
+        };
+        let without_reference = update(None);
+        let copy = update(Some(model(5)));
+        assert!(without_reference.0 > 1e-3, "the reference is another model: {}", without_reference.0);
+        assert!(
+            without_reference == copy,
+            "{:?} is not {:?}",
+            (without_reference.0, without_reference.1),
+            (copy.0, copy.1)
+        );
+    }
+}
+
+fn run(small: &SmallRun, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerError> {
+    let (model, out) = (small.model(), small.dir.path().join("out/model"));
+    let cancel = CancellationToken::new();
+    let mut events = StopAt { kind: "train", step: stop, cancel: cancel.clone(), seen: vec![] };
+    let mut silent = SilentProgress;
+    let mut worker = None;
+    let stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
+    let outcome = run_rl(stage, |ready| worker = Some(work(experience(ready), small.model(), "w1")))?;
+    worker.unwrap().join().unwrap();
+    Ok((outcome, events.seen))
+}
+
+fn small(algorithm: Algorithm) -> SmallRun {
+    let mut small = SmallRun::new(5);
+    let l = &mut small.config.learner;
+    (l.algorithm, l.steps, l.checkpoint_every, l.kl_coef) = (algorithm, 4, 0, 0.1);
+    (l.lora.rank, l.lora.rslora) = (3, true);
+    l.lora.targets.push("visual.blocks.*.attn.qkv".into());
+    small
+}
+
+#[test]
+fn resumed_run_reaches_the_same_adapters() {
+    for algorithm in [Algorithm::Grpo, Algorithm::Ppo] {
+        let straight = small(algorithm);
+        let broken = small(algorithm);
+        let (outcome, events) = run(&straight, u64::MAX).unwrap();
+        assert_eq!((outcome.step, outcome.exported), (4, Some(4)));
+        let trained: Vec<&Value> = events.iter().filter(|e| e["kind"] == "train").collect();
+        assert!(trained.iter().all(|e| e["agreement"].as_f64().is_some_and(|a| a < 1e-5)), "{trained:?}");
+        assert!(trained[3]["kl_reference"].as_f64().unwrap() > 0.0, "the policy leaves the reference: {trained:?}");
+        assert_eq!((run(&broken, 2).unwrap().0.step, run(&broken, u64::MAX).unwrap().0.step), (2, 4));
+        let path_in = |s: &SmallRun, name: &str| s.dir.path().join("out").join(name);
+        for file in ["model/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"] {
+            let bytes = |s: &SmallRun| {
+                let text = std::fs::read(path_in(s, file)).unwrap();
+                // Only the path of the base model differs.
+                let place = s.model().display().to_string();
+                if file.ends_with("json") { String::from_utf8(text).unwrap().replace(&place, "").into() } else { text }
+            };
+            assert!(bytes(&straight) == bytes(&broken), "{file}: 2 + 2 updates are not 4 with {algorithm:?}");
+        }
+        // The exported model is the complete base model with the adapters merged.
+        let again = path_in(&straight, "again");
+        export(&straight.model(), &again, None, Some(&path_in(&straight, "adapter"))).unwrap();
+        let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+        assert!(read(&again) == read(&path_in(&straight, "model")) && read(&again) != read(&straight.model()));
+        unveil_data::preprocessor::Preprocessor::load(&path_in(&straight, "model")).unwrap();
+        // A checkpoint contains the adapters and only their moments.
+        let named = read_adapters(&path_in(&straight, "adapter")).unwrap().1;
+        let saved = newest_manifest(&straight);
+        assert!(saved.objects.iter().any(|o| o.name == "adapter/adapter_config.json"));
+        assert!(saved.objects.iter().all(|o| !o.name.starts_with("model/")));
+        let scalars = |kind: &str, part: &str| -> u64 {
+            let is_selected = |t: &&ManifestTensor| t.kind == kind && (part.is_empty() || t.artifact == part);
+            saved.tensors.iter().filter(is_selected).map(ManifestTensor::count).sum()
+        };
+        let adapters = named.iter().map(|(_, t)| t.numel() as u64).sum::<u64>();
+        assert_eq!(scalars("weight", "adapter"), adapters);
+        let head = scalars("weight", "") - adapters;
+        assert_eq!(head > 0, algorithm == Algorithm::Ppo, "the value head is there");
+        assert_eq!((scalars("exp_avg", ""), scalars("exp_avg_sq", "")), (adapters + head, adapters + head));
+    }
+}
+
+/// Returns the manifest of the newest checkpoint.
+fn newest_manifest(small: &SmallRun) -> Manifest {
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let none: [(&str, &str); 0] = [];
+        let store = Store::open(&small.config.run.dir, none, Access::Read).await.unwrap();
+        unveil_checkpoint::show(&store, None).await.unwrap().manifest
+    })
+}
+
+#[test]
+fn mismatched_checkpoints_are_refused() {
+    let mut small = small(Algorithm::Grpo);
+    assert_eq!(run(&small, 2).unwrap().0.step, 2);
+    let refused = |small: &SmallRun, words: &[&str]| {
+        let e = run(small, u64::MAX).map(|o| o.0).unwrap_err().to_string();
+        assert!(words.iter().all(|w| e.contains(w)), "{words:?}: {e}");
+    };
+    small.config.learner.lora.alpha = 7.0;
+    refused(&small, &["checkpoint of step 2", "alpha = 16", "alpha = 7", "use the same"]);
+    small.config.learner.lora.alpha = 16.0;
+    small.config.learner.lora.targets.pop();
+    refused(&small, &["checkpoint of step 2", "learner.lora.targets", "visual.blocks.0.attn.qkv.lora_A.weight"]);
+    small.config.learner.lora.targets = vec!["nothing".into()];
+    refused(&small, &["learner.lora", "`nothing`", "`q_proj`"]);
+    small.config.learner.lora.targets = small_targets();
+    small.config.learner.lora.rank = 0;
+    refused(&small, &["checkpoint of step 2", "adapters of rank 3", "learner.lora.rank is 0"]);
+    small.config.learner.lora.rank = 3;
+    let weights = small.model().join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    refused(&small, &["checkpoint of step 2", "BLAKE3", "model0", "never"]);
+    // A checkpoint of whole weights cannot be resumed with adapters.
+    let mut whole = SmallRun::new(5);
+    (whole.config.learner.steps, whole.config.learner.checkpoint_every) = (3, 0);
+    assert_eq!(run(&whole, 1).unwrap().0.step, 1);
+    whole.config.learner.lora.rank = 2;
+    refused(&whole, &["checkpoint of step 1", "whole weights", "learner.lora.rank"]);
+}
+
+fn small_targets() -> Vec<String> {
+    small(Algorithm::Grpo).config.learner.lora.targets
+}
+
+struct NoLeases;
+
+impl GroupSource for NoLeases {
+    fn prepare(&self, _: usize, _: &GroupId) -> Result<PreparedGroup, LearnerError> {
+        Err(LearnerError::Setting("nothing is leased here".into()))
+    }
+}
+
+/// Over real gRPC, the first version is sent whole and later ones as adapters only. A worker that joins late has the
+/// same bytes as an early one, in both dtypes, by stream and by broadcast.
+#[test]
+fn only_adapters_are_sent_after_the_first_version() {
+    let limit = Duration::from_secs(5);
+    for (kind, by_broadcast) in [(Kind::Float, false), (Kind::BFloat16, false), (Kind::Float, true)] {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let settings = experience_settings(1, 9.0);
+        let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
+        let listen = "127.0.0.1:0".to_owned();
+        let sampling = Sampling { n: 2, ..Default::default() };
+        let broadcast = by_broadcast.then_some(BroadcastOptions { device: Device::Cpu, timeout: limit });
+        let options =
+            ExperienceServerOptions { listen, sampling, stop: vec![], vocab: 50, fixed_lease_size: None, broadcast };
+        let server = ExperienceServer::start(runtime.handle(), options, machine, Arc::new(NoLeases)).unwrap();
+        let mut vlm = model(2);
+        vlm.init_adapters(
+            &LoraSpec { targets: vec!["q_proj".into(), "down_proj".into(), "visual.*.qkv".into()], ..spec(3) },
+            1,
+        )
+        .unwrap();
+        vlm.set_trainable(|_| false);
+        let publish = |vlm: &Vlm, version: u64| {
+            let changes = |name: &str| vlm.parameter(name).is_none_or(Tensor::requires_grad);
+            let named = vlm.named_parameters();
+            let adapters = vlm.adapters();
+            server.publish(&NewWeights { version, named, kind, adapters, may_change: &changes }).unwrap();
+        };
+        let address = server.address().to_string();
+        let patience = Duration::from_secs(5);
+        let connect = |name: &str| runtime.block_on(WeightReceiver::connect(&address, name, patience)).unwrap();
+        let engine = || {
+            let mut other = model(9);
+            if kind == Kind::BFloat16 {
+                let dir = tempfile::tempdir().unwrap();
+                other.save(dir.path()).unwrap();
+                other = Vlm::load(dir.path(), Device::Cpu, kind).unwrap();
+            }
+            Engine::new(other, EngineOptions::default()).unwrap()
+        };
+        let take = |receiver: &mut WeightReceiver, engine: &mut Engine<Vlm>| {
+            let update = runtime.block_on(receiver.fetch(patience)).unwrap().unwrap();
+            update.load_into(engine).unwrap();
+            let bytes: usize = update.tensors.iter().map(|(_, t)| t.numel() * t.kind().elt_size_in_bytes()).sum();
+            let received = (update.whole, update.tensors.len(), bytes);
+            receiver.adopt(update);
+            received
+        };
+        let base = vlm.named_parameters().iter().map(|(_, t)| t.numel()).sum::<usize>() * kind.elt_size_in_bytes();
+        let named_adapters = vlm.adapters().unwrap().named_parameters();
+        let count = named_adapters.len();
+        let size = named_adapters.iter().map(|(_, t)| t.numel() * 4).sum::<usize>();
+        let mut early = connect("early");
+        let mut follower = engine();
+        if by_broadcast {
+            early = early.with_broadcast(Some(BroadcastMember::start(Device::Cpu, limit, None).unwrap()));
+        }
+        publish(&vlm, 0);
+        let whole = vlm.named_parameters().len() + count;
+        assert_eq!(take(&mut early, &mut follower), (true, whole, base + size));
+        for version in 1..4 {
+            add_noise(&mut vlm, version);
+            publish(&vlm, version as u64);
+            assert_eq!(take(&mut early, &mut follower), (false, count, size));
+        }
+        assert!(size * 10 < base, "{size} of {base} bytes travel");
+        // The worker first reported its weights with the request for version 2.
+        let mut sent = Vec::new();
+        let end = Instant::now() + limit;
+        while by_broadcast && sent.len() < 2 && Instant::now() < end {
+            sent.extend(
+                server.drain_broadcasts().into_iter().map(|s| (s.version, s.round, s.workers, s.bytes as usize)),
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(sent, if by_broadcast { vec![(2, 1, 1, size), (3, 1, 1, size)] } else { vec![] });
+        let mut late = connect("late");
+        let mut joiner = engine();
+        assert_eq!(take(&mut late, &mut joiner), (true, whole, base + size));
+        assert_eq!((early.held(), follower.version(), joiner.version()), (late.held(), 3, 3));
+        let bits = |vlm: &Vlm| vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.copy())).collect::<Vec<_>>();
+        assert!(bits(follower.vlm()) == bits(joiner.vlm()), "errors accumulate over versions, {kind:?}");
+        // The weights equal the base with the last adapters merged once.
+        let mut fresh = engine();
+        let last = adapters(&vlm);
+        let named: Vec<_> = vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.to_kind(kind))).collect();
+        fresh.load_weights(0, &named).unwrap();
+        let scale = vlm.adapters().unwrap().spec().scale();
+        let mut once = model(9);
+        if kind == Kind::Float {
+            once.load_state(&named).unwrap();
+            AdapterMerger::default().merge(&mut once, &last, scale).unwrap();
+            assert!(bits(&once) == bits(follower.vlm()));
+        }
+        assert!(bits(fresh.vlm()) != bits(follower.vlm()));
+    }
+}
