@@ -1,5 +1,5 @@
-//! Weights that the learner broadcasts to all workers at once: the thread that makes this worker's calls in the world of a round.
-//! Must not know: the service, the engine.
+//! Receives weights that the learner broadcasts to all workers: a thread makes this worker's collective calls in the broadcast group of a
+//! round.
 
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -7,135 +7,142 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 use tokio::sync::oneshot;
-use unveil_collective::{Backend, Collective, CollectiveError, Setup, Timing, World, open};
+use unveil_collective::{Backend, Collective, CollectiveError, Setup, Timeouts, World, open};
 use unveil_core::Secret;
-use unveil_proto::v1::{Broadcast, Joins};
-use unveil_proto::weights::BUCKET;
+use unveil_proto::v1::{Broadcast, BroadcastCapability};
+use unveil_proto::weights::BUCKET_BYTES;
 
-use crate::crc::Checks;
-use crate::weights::{Assembly, Update};
+use crate::checksummer::Checksummer;
+use crate::weight_stream::{WeightAssembler, WeightUpdate};
 use crate::{Result, RolloutError};
 
-/// How long the thread is waited for at the end.
-const CLOSING: Duration = Duration::from_secs(2);
+/// Time to wait for the thread at shutdown.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
-struct Order {
-    ticket: Broadcast,
-    assembly: Assembly,
-    reply: oneshot::Sender<Result<Update, String>>,
+/// A broadcast to receive into an assembler, and where to send the result.
+struct ReceiveRequest {
+    offer: Broadcast,
+    assembler: WeightAssembler,
+    reply: oneshot::Sender<Result<WeightUpdate, String>>,
 }
 
-/// This worker's place in broadcasts. Dropping it ends the thread after the present call.
-pub struct Member {
+/// This worker's membership in broadcast groups. Dropping it ends the thread after the current call.
+pub struct BroadcastMember {
     device: Device,
-    orders: mpsc::Sender<Order>,
+    requests: mpsc::Sender<ReceiveRequest>,
     thread: JoinHandle<()>,
 }
 
-impl Member {
-    /// Starts the thread; tensors pass over `device`, and the learner and other workers are waited for up to `limit`. All prove that
-    /// they know `token` where there is one.
+impl BroadcastMember {
+    /// Starts the thread. Tensors are received on `device`; `limit` bounds the wait for the learner and other workers. If there is a
+    /// `token`, all members prove that they have it.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// Returns [`RolloutError::Io`] if the thread cannot be spawned.
     pub fn start(device: Device, limit: Duration, token: Option<Secret>) -> Result<Arc<Self>> {
-        let (orders, inbox) = mpsc::channel();
+        let (requests, inbox) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("unveil-broadcast".to_owned())
-            .spawn(move || Calls { device, limit, token, world: None, checks: Checks::new(device) }.serve(&inbox))
-            .map_err(RolloutError::io("cannot start a thread for broadcasts"))?;
-        Ok(Arc::new(Self { device, orders, thread }))
+            .spawn(move || {
+                let checksummer = Checksummer::new(device);
+                BroadcastThread { device, limit, token, world: None, checksummer }.serve(&inbox);
+            })
+            .map_err(RolloutError::io("cannot spawn the broadcast thread"))?;
+        Ok(Arc::new(Self { device, requests, thread }))
     }
 
-    /// Where tensors arrive.
+    /// Returns the device that receives the tensors.
     pub(crate) fn device(&self) -> Device {
         self.device
     }
 
-    /// What the learner is told of it, where it is in the world of `round`.
-    pub(crate) fn joins(&self, round: u64) -> Joins {
-        Joins { backend: Backend::of(self.device).name().to_owned(), round }
+    /// Returns the capability reported to the learner by a member of the broadcast group of `round`.
+    pub(crate) fn broadcast_capability(&self, round: u64) -> BroadcastCapability {
+        BroadcastCapability { backend: Backend::for_device(self.device).name().to_owned(), round }
     }
 
-    /// Takes part in a broadcast of what `assembly` waits for; the error says why nothing came of it.
-    pub(crate) async fn receive(&self, ticket: Broadcast, assembly: Assembly) -> Result<Update, String> {
+    /// Receives the tensors of `assembler` by the offered broadcast; the error is the reason of a failure.
+    pub(crate) async fn receive(&self, offer: Broadcast, assembler: WeightAssembler) -> Result<WeightUpdate, String> {
         let (reply, answer) = oneshot::channel();
-        let died = || "the thread of broadcasts has ended".to_owned();
-        self.orders.send(Order { ticket, assembly, reply }).map_err(|_| died())?;
+        let died = || "the broadcast thread has ended".to_owned();
+        self.requests.send(ReceiveRequest { offer, assembler, reply }).map_err(|_| died())?;
         answer.await.map_err(|_| died())?
     }
 
-    /// Leaves the world, and waits a moment for that.
+    /// Leaves the broadcast group and waits for it, up to [`SHUTDOWN_GRACE`].
     pub(crate) async fn close(self) {
-        drop(self.orders);
+        drop(self.requests);
         let joined = tokio::task::spawn_blocking(move || self.thread.join());
-        if tokio::time::timeout(CLOSING, joined).await.is_err() {
-            tracing::debug!("the world of broadcasts is left while others are in it");
+        if tokio::time::timeout(SHUTDOWN_GRACE, joined).await.is_err() {
+            tracing::debug!("leaving the broadcast group before other members");
         }
     }
 }
 
-struct Calls {
+/// State of the broadcast thread.
+struct BroadcastThread {
     device: Device,
     limit: Duration,
     token: Option<Secret>,
-    /// The world that the worker is in, and by what all in it knew each other: rounds of two learners may have the same number.
+    /// The broadcast group that the worker has joined, with its fingerprint: rounds of two learners may have the same number.
     world: Option<(String, World)>,
-    checks: Checks,
+    checksummer: Checksummer,
 }
 
-impl Calls {
-    fn serve(mut self, inbox: &mpsc::Receiver<Order>) {
-        while let Ok(Order { ticket, assembly, reply }) = inbox.recv() {
-            let done = self.receive(&ticket, assembly);
-            if let Some((_, world)) = self.world.take_if(|_| done.is_err()) {
-                world.part();
+impl BroadcastThread {
+    fn serve(mut self, inbox: &mpsc::Receiver<ReceiveRequest>) {
+        while let Ok(ReceiveRequest { offer, assembler, reply }) = inbox.recv() {
+            let received = self.receive(&offer, assembler);
+            if let Some((_, world)) = self.world.take_if(|_| received.is_err()) {
+                world.leave();
             }
-            drop(reply.send(done));
+            drop(reply.send(received));
         }
     }
 
-    fn receive(&mut self, ticket: &Broadcast, mut assembly: Assembly) -> Result<Update, String> {
-        let round = ticket.round;
-        let collected = self.join(ticket).and_then(|()| self.collect(&mut assembly));
+    fn receive(&mut self, offer: &Broadcast, mut assembler: WeightAssembler) -> Result<WeightUpdate, String> {
+        let round = offer.round;
+        let collected = self.join(offer).and_then(|()| self.collect(&mut assembler));
         collected
-            .map_err(|e| format!("the broadcast of version {} in round {round} failed: {e}", assembly.version()))?;
-        assembly.finish()
+            .map_err(|e| format!("the broadcast of version {} in round {round} failed: {e}", assembler.version()))?;
+        assembler.finish()
     }
 
-    /// Has the world of a round: the one that the worker is in, or a new one.
-    fn join(&mut self, ticket: &Broadcast) -> Result<(), CollectiveError> {
-        if let Some((_, old)) = self.world.take_if(|(fingerprint, _)| *fingerprint != ticket.fingerprint) {
-            old.part();
+    /// Joins the broadcast group of a round, unless the worker is already a member.
+    fn join(&mut self, offer: &Broadcast) -> Result<(), CollectiveError> {
+        if let Some((_, old)) = self.world.take_if(|(fingerprint, _)| *fingerprint != offer.fingerprint) {
+            old.leave();
         }
         if self.world.is_none() {
             let setup = Setup {
-                rank: ticket.rank as usize,
-                world: ticket.world as usize,
-                address: ticket.address.clone(),
-                local: None,
-                backend: Backend::of(self.device),
-                fingerprint: ticket.fingerprint.clone(),
+                rank: offer.rank as usize,
+                world: offer.world as usize,
+                address: offer.address.clone(),
+                local_address: None,
+                backend: Backend::for_device(self.device),
+                fingerprint: offer.fingerprint.clone(),
                 token: self.token.clone(),
-                timing: Timing::within(self.limit),
+                timeouts: Timeouts::within(self.limit),
             };
-            self.world = Some((ticket.fingerprint.clone(), open(&setup)?));
+            self.world = Some((offer.fingerprint.clone(), open(&setup)?));
         }
         Ok(())
     }
 
-    /// Takes the bytes of all tensors from rank 0. They stay on the device that they come to.
-    fn collect(&mut self, assembly: &mut Assembly) -> Result<(), CollectiveError> {
-        let wrong = |what: String| CollectiveError::Tensor { call: "broadcast", message: what };
-        let torch = |e: tch::TchError| wrong(e.to_string());
-        let world = self.world.as_ref().ok_or_else(|| CollectiveError::Setup("there is no world".into()))?;
-        let (group, mut left) = (world.1.group(), assembly.size());
+    /// Receives the bytes of all tensors from rank 0. They stay on the receiving device.
+    fn collect(&mut self, assembler: &mut WeightAssembler) -> Result<(), CollectiveError> {
+        let tensor_error = |message: String| CollectiveError::Tensor { call: "broadcast", message };
+        let torch_error = |e: tch::TchError| tensor_error(e.to_string());
+        let world =
+            self.world.as_ref().ok_or_else(|| CollectiveError::Setup("no broadcast group was joined".into()))?;
+        let group = world.1.group();
+        let mut left = assembler.size();
         while left > 0 {
-            let count = left.min(BUCKET);
-            let empty = Tensor::f_zeros([count.div_ceil(8) as i64], (Kind::Int64, self.device)).map_err(torch)?;
-            let bytes = group.broadcast(empty, 0)?.f_view_dtype(Kind::Uint8).map_err(torch)?;
-            let bytes = bytes.f_narrow(0, 0, count as i64).map_err(torch)?;
-            assembly.fill(&bytes, &mut self.checks).map_err(wrong)?;
+            let count = left.min(BUCKET_BYTES);
+            let empty = Tensor::f_zeros([count.div_ceil(8) as i64], (Kind::Int64, self.device)).map_err(torch_error)?;
+            let bytes = group.broadcast(empty, 0)?.f_view_dtype(Kind::Uint8).map_err(torch_error)?;
+            let bytes = bytes.f_narrow(0, 0, count as i64).map_err(torch_error)?;
+            assembler.fill(&bytes, &mut self.checksummer).map_err(tensor_error)?;
             left -= count;
         }
         group.barrier()

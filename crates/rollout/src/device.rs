@@ -1,4 +1,4 @@
-//! The one thread that owns the model. Commands go in by channel, answers come back by one-shot channels.
+//! The thread that owns the model. It receives commands through a channel and replies through one-shot channels.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,45 +7,46 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tch::Device as Place;
+use tch::Device;
 use tokio::sync::oneshot;
 use unveil_config::Config;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
 use unveil_model::{GpuMemory, gpu_memory};
 
-use crate::hand::Progress;
-use crate::weights::Update;
+use crate::held_leases::Progress;
+use crate::weight_stream::WeightUpdate;
 use crate::{Result, RolloutError, open_engine};
 
-/// What the thread needs to start.
+/// Parameters of the thread.
 pub(crate) struct DeviceSpec {
     pub model_dir: PathBuf,
     pub config: Config,
     pub banned: Vec<u32>,
-    /// Told of each step.
+    /// Counts the steps of the thread.
     pub progress: Progress,
 }
 
-/// Groups that were generated.
+/// A generated batch.
 pub(crate) struct Generated {
     pub outputs: Vec<GroupOutput>,
-    /// Milliseconds for all of them.
+    /// Time for the whole batch, in milliseconds.
     pub ms: f64,
-    /// Memory of the GPU when they were done.
+    /// GPU memory at the end of the batch.
     pub gpu: Option<GpuMemory>,
 }
 
-enum Command {
+/// A command to the thread, with the channel for its reply.
+enum DeviceCommand {
     Generate(Vec<GroupRequest>, oneshot::Sender<Result<Generated>>),
-    Load(Update, oneshot::Sender<Result<Update, String>>),
+    Load(WeightUpdate, oneshot::Sender<Result<WeightUpdate, String>>),
 }
 
-/// How long the thread is waited for at the end.
-const CLOSING: Duration = Duration::from_secs(2);
+/// Time to wait for the thread at shutdown.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
-/// Handle of the thread. Dropping it ends the thread after the present command.
+/// Handle of the thread. Dropping it ends the thread after the current command.
 pub(crate) struct DeviceThread {
-    commands: mpsc::Sender<Command>,
+    commands: mpsc::Sender<DeviceCommand>,
     thread: JoinHandle<()>,
 }
 
@@ -59,13 +60,13 @@ impl DeviceThread {
             .spawn(move || {
                 let engine = open_engine(&spec.config, &spec.model_dir, spec.config.rollout.threads, &spec.banned);
                 match engine.and_then(|engine| Ok((engine, unveil_model::device(&spec.config.run.device)?))) {
-                    Ok((engine, place)) => {
+                    Ok((engine, torch_device)) => {
                         if ready.send(Ok(())).is_ok() {
                             let progress = spec.progress;
-                            let device = Device {
+                            let device = DeviceLoop {
                                 engine,
-                                place,
-                                jobs: Vec::new(),
+                                torch_device,
+                                batches: Vec::new(),
                                 warned: false,
                                 progress,
                                 #[cfg(test)]
@@ -77,63 +78,64 @@ impl DeviceThread {
                     Err(e) => drop(ready.send(Err(e))),
                 }
             })
-            .map_err(RolloutError::io("cannot start the model's thread"))?;
+            .map_err(RolloutError::io("cannot spawn the model thread"))?;
         loaded.await.map_err(|_| RolloutError::Died("model thread"))??;
         Ok(Self { commands, thread })
     }
 
-    /// Ends the thread and waits for it, so that the process does not leave while it computes.
+    /// Ends the thread and waits for it, so that the process does not exit while it computes.
     pub async fn close(self) {
         drop(self.commands);
         let joined = tokio::task::spawn_blocking(move || self.thread.join());
-        if tokio::time::timeout(CLOSING, joined).await.is_err() {
-            tracing::warn!("the model's thread is still busy");
+        if tokio::time::timeout(SHUTDOWN_GRACE, joined).await.is_err() {
+            tracing::warn!("leaving the model thread while it is busy");
         }
     }
 
-    /// Generates groups, together with whatever is under way.
+    /// Generates groups, together with the batches in flight.
     pub async fn generate(&self, requests: Vec<GroupRequest>) -> Result<Generated> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Generate(requests, reply))?;
+        self.send(DeviceCommand::Generate(requests, reply))?;
         answer.await.map_err(|_| RolloutError::Died("model thread"))?
     }
 
-    /// Takes weights over between two steps and gives them back; the inner error says why they are refused.
-    pub async fn load(&self, update: Update) -> Result<Result<Update, String>> {
+    /// Loads weights between two steps and returns them; the inner error is the reason why the engine refuses them.
+    pub async fn load(&self, update: WeightUpdate) -> Result<Result<WeightUpdate, String>> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Load(update, reply))?;
+        self.send(DeviceCommand::Load(update, reply))?;
         answer.await.map_err(|_| RolloutError::Died("model thread"))
     }
 
-    fn send(&self, command: Command) -> Result<()> {
+    fn send(&self, command: DeviceCommand) -> Result<()> {
         self.commands.send(command).map_err(|_| RolloutError::Died("model thread"))
     }
 }
 
-/// Groups that were asked for together.
-struct Job {
+/// Groups that were requested together and are not all generated yet.
+struct PendingBatch {
     tickets: Vec<Ticket>,
     outputs: Vec<Option<GroupOutput>>,
     start: Instant,
     reply: oneshot::Sender<Result<Generated>>,
 }
 
-impl Job {
-    /// Answers when every group is there; otherwise it goes on.
-    fn settle(self, place: Place) -> Option<Self> {
+impl PendingBatch {
+    /// Replies if every group is generated; otherwise returns the batch.
+    fn reply_if_complete(self, torch_device: Device) -> Option<Self> {
         if self.outputs.iter().any(Option::is_none) {
             return Some(self);
         }
         let ms = self.start.elapsed().as_secs_f64() * 1e3;
         let outputs = self.outputs.into_iter().flatten().collect();
-        drop(self.reply.send(Ok(Generated { outputs, ms, gpu: gpu_memory(place) })));
+        drop(self.reply.send(Ok(Generated { outputs, ms, gpu: gpu_memory(torch_device) })));
         None
     }
 
-    fn put(&mut self, ticket: Ticket, output: GroupOutput) -> Option<GroupOutput> {
+    /// Stores the output of a group of this batch; returns the output of any other group.
+    fn store(&mut self, ticket: Ticket, output: GroupOutput) -> Option<GroupOutput> {
         match self.tickets.iter().position(|t| *t == ticket) {
-            Some(at) => {
-                self.outputs[at] = Some(output);
+            Some(index) => {
+                self.outputs[index] = Some(output);
                 None
             }
             None => Some(output),
@@ -141,23 +143,23 @@ impl Job {
     }
 }
 
-/// The engine, and who waits for what it makes.
-struct Device {
+/// State of the thread: the engine and the batches that wait for its output.
+struct DeviceLoop {
     engine: Engine,
-    place: Place,
-    jobs: Vec<Job>,
-    /// It was said that steps are not recorded.
+    torch_device: Device,
+    batches: Vec<PendingBatch>,
+    /// Whether the failure to capture GPU graphs has been logged.
     warned: bool,
     progress: Progress,
     #[cfg(test)]
     model_dir: PathBuf,
 }
 
-impl Device {
-    /// Takes commands between steps, so that weights change under groups that are under way. Ends when nobody is left to send.
-    fn serve(mut self, inbox: &mpsc::Receiver<Command>, cancel: &AtomicBool) {
+impl DeviceLoop {
+    /// Executes commands between steps, so that weights may change in the middle of groups. Ends when all senders are dropped.
+    fn serve(mut self, inbox: &mpsc::Receiver<DeviceCommand>, cancel: &AtomicBool) {
         loop {
-            let command = if self.jobs.is_empty() {
+            let command = if self.batches.is_empty() {
                 let Ok(command) = inbox.recv() else { return };
                 Some(command)
             } else {
@@ -168,8 +170,8 @@ impl Device {
                 }
             };
             match command {
-                Some(Command::Generate(requests, reply)) => self.submit(requests, reply),
-                Some(Command::Load(update, reply)) => drop(reply.send(self.load(update))),
+                Some(DeviceCommand::Generate(requests, reply)) => self.submit(requests, reply),
+                Some(DeviceCommand::Load(update, reply)) => drop(reply.send(self.load(update))),
                 None => self.step(cancel),
             }
         }
@@ -187,51 +189,52 @@ impl Device {
                 }
             }
         }
-        self.jobs.extend(Job { tickets, outputs, start: Instant::now(), reply }.settle(self.place));
+        let batch = PendingBatch { tickets, outputs, start: Instant::now(), reply };
+        self.batches.extend(batch.reply_if_complete(self.torch_device));
     }
 
-    fn load(&mut self, update: Update) -> Result<Update, String> {
-        self.progress.step();
+    fn load(&mut self, update: WeightUpdate) -> Result<WeightUpdate, String> {
+        self.progress.advance();
         update.load_into(&mut self.engine).map(|()| update).map_err(|e| e.to_string())
     }
 
-    /// One token for everything under way; after `cancel`, what there is.
+    /// Generates one token for all batches; after `cancel`, collects the partial outputs instead.
     fn step(&mut self, cancel: &AtomicBool) {
         #[cfg(test)]
-        crate::fixture::stand_still(&self.model_dir);
+        crate::fixture::wait_while_stalled(&self.model_dir);
         let done = if cancel.load(Ordering::Relaxed) {
-            let tickets: Vec<Ticket> = self.jobs.iter().flat_map(|j| j.tickets.iter().copied()).collect();
+            let tickets: Vec<Ticket> = self.batches.iter().flat_map(|b| b.tickets.iter().copied()).collect();
             Ok(tickets.into_iter().filter_map(|t| self.engine.cancel(t).map(|out| (t, out))).collect())
         } else {
             self.engine.step()
         };
-        if let Some(fault) = self.engine.graph_fault().filter(|_| !self.warned) {
+        if let Some(failure) = self.engine.graph_error().filter(|_| !self.warned) {
             tracing::warn!(
-                "a decode step could not be recorded as a GPU graph; steps run one operation after another until a later try succeeds: {fault}"
+                "cannot capture a decode step as a GPU graph, running without graphs until a retry succeeds: {failure}"
             );
             self.warned = true;
         }
         match done {
             Ok(done) => {
-                self.progress.step();
+                self.progress.advance();
                 for (ticket, output) in done {
-                    let mut left = Some(output);
-                    for job in &mut self.jobs {
-                        left = left.and_then(|output| job.put(ticket, output));
+                    let mut unclaimed = Some(output);
+                    for batch in &mut self.batches {
+                        unclaimed = unclaimed.and_then(|output| batch.store(ticket, output));
                     }
                 }
-                self.jobs =
-                    std::mem::take(&mut self.jobs).into_iter().filter_map(|job| job.settle(self.place)).collect();
+                let batches = std::mem::take(&mut self.batches).into_iter();
+                self.batches = batches.filter_map(|batch| batch.reply_if_complete(self.torch_device)).collect();
             }
             Err(e) => {
-                // The engine has dropped everything; each job is told why.
+                // The engine has dropped all groups; every batch gets the reason.
                 let why = e.to_string();
                 let mut first = Some(e);
-                for job in std::mem::take(&mut self.jobs) {
+                for batch in std::mem::take(&mut self.batches) {
                     let error = first
                         .take()
-                        .map_or_else(|| RolloutError::Engine(EngineError::Lost(why.clone())), RolloutError::Engine);
-                    drop(job.reply.send(Err(error)));
+                        .map_or_else(|| RolloutError::Engine(EngineError::Aborted(why.clone())), RolloutError::Engine);
+                    drop(batch.reply.send(Err(error)));
                 }
             }
         }

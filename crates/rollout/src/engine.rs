@@ -1,5 +1,5 @@
-//! The engine as the configuration has it: device, kind of numbers, attention that is read, room; and a request's texts that
-//! end a response. Shared by the worker, the offline commands and evaluation.
+//! Builds the engine from the configuration (device, dtype, captured attention, memory limit) and the rule for stop strings. Shared by
+//! the worker, the offline commands and evaluation.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tch::Kind;
 use unveil_config::Config;
 use unveil_config::schema::Dtype;
-use unveil_data::prepare::Preparer;
+use unveil_data::preprocessor::Preprocessor;
 use unveil_data::tokenizer::stop::StopStrings;
 use unveil_engine::{Engine, EngineOptions, StopRule};
 use unveil_model::{AttentionSet, Vlm, VlmConfig};
@@ -15,22 +15,25 @@ use unveil_torch_ext::set_deterministic;
 
 use crate::Result;
 
-/// The engine's options for a model: attention captured where vision relevance reads it, the tokenizer's vision tokens banned.
+/// Returns the engine's options for a model: captures the attention that vision relevance reads, and bans the tokens in `banned` (the
+/// tokenizer's vision tokens).
 pub fn engine_options(config: &Config, model: &VlmConfig, banned: &[u32]) -> EngineOptions {
-    let (vision, rollout) = (&config.reward.vision_relevance, &config.rollout);
+    let vision = &config.reward.vision_relevance;
+    let rollout = &config.rollout;
     EngineOptions {
         max_rows: rollout.max_rows,
         capture: Some(AttentionSet::configured(model, &vision.layers, &vision.heads)),
         banned: banned.to_vec(),
-        memory: (rollout.memory_gib > 0.0).then(|| (rollout.memory_gib * f64::from(1 << 30)) as u64),
+        memory_limit: (rollout.memory_gib > 0.0).then(|| (rollout.memory_gib * f64::from(1 << 30)) as u64),
         ..Default::default()
     }
 }
 
-/// Loads a model into an engine on the calling thread, which it then belongs to. `threads` 0 = all cores.
+/// Loads a model into an engine, which then belongs to the calling thread. With `threads` 0, all cores are used.
 ///
 /// # Errors
-/// The device cannot be used, the model directory does not hold together, or it lacks layers or heads that are to be read.
+/// Returns [`RolloutError::Model`](crate::RolloutError::Model) if the device or the model directory cannot be used, and
+/// [`RolloutError::Engine`](crate::RolloutError::Engine) if the model lacks a layer or head whose attention is captured.
 pub fn open_engine(config: &Config, dir: &Path, threads: usize, banned: &[u32]) -> Result<Engine> {
     set_deterministic(config.run.deterministic).map_err(unveil_model::ModelError::from)?;
     if threads > 0 {
@@ -45,15 +48,16 @@ pub fn open_engine(config: &Config, dir: &Path, threads: usize, banned: &[u32]) 
     Ok(Engine::new(vlm, options)?)
 }
 
-/// Ends a response when its text holds one of `stop`; none where there is nothing to look for.
-pub(crate) fn stop_rule(preparer: &Arc<Preparer>, stop: &[String]) -> Option<StopRule> {
+/// Returns a rule that ends a response once its text contains one of `stop`; `None` without stop strings.
+pub(crate) fn stop_rule(preprocessor: &Arc<Preprocessor>, stop: &[String]) -> Option<StopRule> {
     let stops = StopStrings::new(stop);
     if stops.is_empty() {
         return None;
     }
-    let preparer = preparer.clone();
+    let preprocessor = preprocessor.clone();
     Some(Arc::new(move || {
-        let (preparer, mut stops) = (preparer.clone(), stops.clone());
-        Box::new(move |token| stops.push(&preparer.tokenizer().token_bytes(token)))
+        let preprocessor = preprocessor.clone();
+        let mut stops = stops.clone();
+        Box::new(move |token| stops.push(&preprocessor.tokenizer().token_bytes(token)))
     }))
 }

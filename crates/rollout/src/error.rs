@@ -1,89 +1,89 @@
-//! What can end a worker or an offline command. One line each: what, where, what to do.
+//! Errors that end a worker or an offline command.
 
 use std::path::PathBuf;
 
-use unveil_data::prepare::PrepareError;
+use unveil_data::image_store::ImageError;
+use unveil_data::preprocessor::PreprocessError;
 use unveil_data::records::RecordsError;
-use unveil_data::store::ImageError;
 use unveil_engine::EngineError;
 use unveil_model::ModelError;
 use unveil_service::ServiceError;
 
-/// Why a rollout worker, `generate` or `score` stopped.
+/// Reason why a rollout worker, `generate` or `score` stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum RolloutError {
-    /// A service cannot be reached, or refused for good.
+    /// A service is unreachable or refuses permanently.
     #[error("the {role} service at {address}: {source}")]
     Service {
         /// `experience` or `reward`.
         role: &'static str,
-        /// Its address.
+        /// Address of the service.
         address: String,
-        /// What happened.
+        /// The cause.
         source: Box<ServiceError>,
     },
-    /// The peer sent something that does not hold together.
+    /// The experience service sent an inconsistent message.
     #[error("the experience service at {address} {what}")]
     Protocol {
-        /// Its address.
+        /// Address of the service.
         address: String,
-        /// What it did.
+        /// Description of the message, continuing the sentence.
         what: String,
     },
-    /// Weights arrived damaged, several times.
+    /// Weights arrived damaged several times.
     #[error("weights from {address} are refused: {what}")]
     Weights {
-        /// Where they came from.
+        /// Address of the experience service.
         address: String,
-        /// What is wrong with them.
+        /// The problem.
         what: String,
     },
-    /// A leased group or a record cannot be turned into model input.
+    /// A leased group or a record cannot be converted to model input.
     #[error("record `{record}`: {source}")]
     Prepare {
-        /// The record's id.
+        /// Id of the record.
         record: String,
-        /// What is wrong.
-        source: Box<PrepareError>,
+        /// The cause.
+        source: Box<PreprocessError>,
     },
     /// The model directory's processor or tokenizer cannot be read.
     #[error(transparent)]
-    Processor(#[from] PrepareError),
+    Processor(#[from] PreprocessError),
     /// An image cannot be read or decoded.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// A record file cannot be read.
     #[error(transparent)]
     Records(#[from] RecordsError),
-    /// A line of a response file is not usable.
+    /// A line of a response file is unusable.
     #[error("{}:{line}: {what}", path.display())]
     Line {
         /// The file.
         path: PathBuf,
         /// Line number from 1.
         line: usize,
-        /// What is wrong.
+        /// The problem.
         what: String,
     },
-    /// Some records could not be used; each was named when it came up.
-    #[error("{count} of {of} could not be used and were left out, the first: {first}")]
+    /// Some records or lines could not be used; each was named on stderr.
+    #[error("{count} of {total} could not be used and were left out, the first: {first}")]
     LeftOut {
-        /// How many.
+        /// Number of unusable records or lines.
         count: usize,
-        /// Of how many.
-        of: usize,
-        /// The first reason.
+        /// Number of all records or lines.
+        total: usize,
+        /// Reason for the first one.
         first: Box<RolloutError>,
     },
     /// A file cannot be read, or the output cannot be written.
     #[error("{what}: {source}")]
     Io {
-        /// Which file or stream.
+        /// The file or stream.
         what: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The token or a certificate that the configuration names is not there, or the page of metrics cannot be served.
+    /// The token or a certificate that the configuration names cannot be used, or the metrics page cannot be served.
     #[error(transparent)]
     Access(#[from] ServiceError),
     /// The engine refused or failed.
@@ -92,12 +92,13 @@ pub enum RolloutError {
     /// The model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A thread of the worker ended; its own message is in the log.
+    /// A thread or task of the worker ended; the log has its message.
     #[error("the worker's {0} ended unexpectedly")]
     Died(&'static str),
 }
 
 impl RolloutError {
+    /// Creates a conversion of I/O errors of the file or stream `what`.
     pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }

@@ -1,4 +1,4 @@
-//! The worker's side of the experience service: calls with retry.
+//! Client of the experience service: calls with retry.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,31 +11,31 @@ use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::v1::release_request::Cause;
 use unveil_service::{
-    Backoff, ClientOptions, ServiceError, authorised, carry, connect_with, limited, retry, with_deadline,
+    Backoff, ClientOptions, ServiceError, authorize, connect_with, inject, limited, retry, with_deadline,
 };
 
-use crate::hand::{Hand, Progress};
-use crate::ready::Ready;
+use crate::held_leases::{HeldLeases, Progress};
+use crate::readiness::Readiness;
 use crate::{Result, RolloutError};
 
-/// How long an answer may come late, beyond the time that the service may wait.
-const LATE: Duration = Duration::from_secs(10);
+/// Time that an answer may take beyond the time that the service may wait.
+const ANSWER_GRACE: Duration = Duration::from_secs(10);
 
-/// An answer, or why the service does not trust the weights that this worker holds.
-pub(crate) type Trusted<T> = Result<T, Distrust>;
+/// An answer, or the reason why the service rejects the weights that this worker holds.
+pub(crate) type WeightsChecked<T> = Result<T, WeightRejection>;
 
-/// Why the service does not trust weights.
+/// Reason why the service rejects weights.
 #[derive(Debug)]
-pub(crate) enum Distrust {
-    /// It has not sent them: they are of a learner that was there before it.
-    Foreign(String),
-    /// They are not as it sent them.
+pub(crate) enum WeightRejection {
+    /// The service never sent them: they come from an earlier learner.
+    OtherLearner(String),
+    /// Their checksum differs from the one that the service sent.
     Damaged(String),
 }
 
-/// A client; cheap to clone, clones share the connection.
+/// A client of the experience service; cheap to clone, clones share the connection.
 #[derive(Clone)]
-pub(crate) struct Experience {
+pub(crate) struct ExperienceConnection {
     inner: ExperienceClient<Channel>,
     pub address: String,
     worker: String,
@@ -43,17 +43,17 @@ pub(crate) struct Experience {
     patience: Duration,
 }
 
-impl Experience {
-    /// Connects, trying until `patience` is over.
+impl ExperienceConnection {
+    /// Connects, retrying for `patience`.
     pub async fn connect(address: &str, worker: &str, options: &ClientOptions, patience: Duration) -> Result<Self> {
-        let channel = connect_with(address, options, patience).await.map_err(|e| failed(address, e))?;
+        let channel = connect_with(address, options, patience).await.map_err(|e| service_error(address, e))?;
         let inner = limited!(ExperienceClient::new(channel));
         let token = options.token.clone().map(Arc::new);
         Ok(Self { inner, address: address.to_owned(), worker: worker.to_owned(), token, patience })
     }
 
     fn request<T>(&self, message: T, deadline: Duration) -> Result<Request<T>, Status> {
-        authorised(with_deadline(message, deadline), self.token.as_deref())
+        authorize(with_deadline(message, deadline), self.token.as_deref())
     }
 
     async fn call<T, F, Fut>(&self, what: &str, call: F) -> Result<T>
@@ -61,66 +61,68 @@ impl Experience {
         F: FnMut(Duration) -> Fut,
         Fut: Future<Output = Result<T, Status>>,
     {
-        retry(what, self.patience, Backoff::default(), call).await.map_err(|e| failed(&self.address, e))
+        retry(what, self.patience, Backoff::default(), call).await.map_err(|e| service_error(&self.address, e))
     }
 
-    /// Groups to generate, as call `call` of `hand`; waits up to `wait` on the server. `ready` hears whether the service answers: who
-    /// holds weights and is answered can do its work.
+    /// Leases groups as call number `call` of `leases`; the server waits up to `wait` for work. Records in `readiness` whether the service
+    /// answers: a worker that holds weights and gets an answer is ready.
     pub async fn lease(
         &self,
-        (hand, call): (&Hand, u64),
+        (leases, call): (&HeldLeases, u64),
         max_groups: usize,
         wait: Duration,
         weights: Option<v1::HeldWeights>,
-        ready: &Ready,
-    ) -> Result<Trusted<v1::LeaseResponse>> {
+        readiness: &Readiness,
+    ) -> Result<WeightsChecked<v1::LeaseResponse>> {
         let request = v1::LeaseRequest {
             worker: self.worker.clone(),
             max_groups: max_groups as u32,
             wait_ms: wait.as_millis() as u32,
             weights,
-            session: hand.session,
+            session: leases.session,
             call,
         };
         let answer = self.call("lease", |_| {
-            // A peer that vanished without a word must not be waited for.
-            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), wait + LATE));
+            // The deadline keeps the call from waiting for a peer that disappeared silently.
+            let mut client = self.inner.clone();
+            let request = self.request(request.clone(), wait + ANSWER_GRACE);
             async move {
                 let answer = client.lease(request?).await;
                 match (&answer, weights) {
-                    (Ok(_), Some(_)) => ready.learner(true),
+                    (Ok(_), Some(_)) => readiness.set_learner_answers(true),
                     (Ok(_), None) => {}
-                    (Err(_), _) => ready.learner(false),
+                    (Err(_), _) => readiness.set_learner_answers(false),
                 }
                 answer
             }
         });
-        trusted(answer.await)
+        check_weights(answer.await)
     }
 
-    /// Tells what is in hand, once: the next heartbeat follows soon. None where it did not arrive.
-    pub async fn heartbeat(&self, hand: &Hand, within: Duration) -> Option<v1::HeartbeatResponse> {
-        let (done, in_hand) = hand.told();
-        let request = v1::HeartbeatRequest { worker: self.worker.clone(), session: hand.session, done, in_hand };
+    /// Sends one heartbeat about `leases`, without retry since the next one follows soon; `None` if it was not delivered.
+    pub async fn heartbeat(&self, leases: &HeldLeases, within: Duration) -> Option<v1::HeartbeatResponse> {
+        let (done, in_hand) = leases.heartbeat_entries();
+        let request = v1::HeartbeatRequest { worker: self.worker.clone(), session: leases.session, done, in_hand };
         let mut client = self.inner.clone();
         let call = async { client.heartbeat(self.request(request, within)?).await };
         match tokio::time::timeout(within, call).await {
             Ok(Ok(answer)) => Some(answer.into_inner()),
             _ => {
-                tracing::debug!("a heartbeat did not arrive at {}", self.address);
+                tracing::debug!("heartbeat to {} not delivered", self.address);
                 None
             }
         }
     }
 
-    /// Fetches the image of a lease that has `bytes` bytes; none when the lease is lost. A stream that breaks off is asked for again
-    /// while some of it arrives within the patience.
+    /// Fetches the image of a lease, which has `bytes` bytes; `None` if the lease is lost. An interrupted stream is requested again as
+    /// long as some of it arrives within the patience.
     pub async fn image(&self, lease: &str, bytes: u64, progress: &Progress) -> Result<Option<Bytes>> {
-        let (mut backoff, mut since) = (Backoff::default(), Instant::now());
+        let mut backoff = Backoff::default();
+        let mut since = Instant::now();
         loop {
             let request = v1::ImageRequest { worker: self.worker.clone(), lease: lease.to_owned() };
             let mut image = BytesMut::new();
-            let what = match self.image_once(request, &mut image, bytes, progress).await {
+            let status = match self.image_once(request, &mut image, bytes, progress).await {
                 Ok(()) if image.len() as u64 == bytes => return Ok(Some(image.freeze())),
                 Ok(()) => {
                     let what =
@@ -133,12 +135,12 @@ impl Experience {
             if !image.is_empty() {
                 (backoff, since) = (Backoff::default(), Instant::now());
             }
-            if since.elapsed() >= self.patience || permanent(what.code()) {
-                let what = ServiceError::Call { what: format!("image of lease `{lease}`"), status: Box::new(what) };
-                return Err(failed(&self.address, what));
+            if since.elapsed() >= self.patience || is_permanent(status.code()) {
+                let call = ServiceError::Call { what: format!("image of lease `{lease}`"), status: Box::new(status) };
+                return Err(service_error(&self.address, call));
             }
-            tracing::warn!("the image of lease `{lease}` is asked for again: {}", what.message());
-            tokio::time::sleep(backoff.draw()).await;
+            tracing::warn!(lease, "retrying the image stream: {}", status.message());
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 
@@ -150,11 +152,11 @@ impl Experience {
         progress: &Progress,
     ) -> Result<(), Status> {
         let mut client = self.inner.clone();
-        let mut stream = client.image(self.request(request, LATE)?).await?.into_inner();
-        let stands = |_| Status::unavailable(format!("it stood still for {:.0} s", self.patience.as_secs_f64()));
-        while let Some(part) = tokio::time::timeout(self.patience, stream.message()).await.map_err(stands)?? {
-            image.extend_from_slice(&part.data);
-            progress.step();
+        let mut stream = client.image(self.request(request, ANSWER_GRACE)?).await?.into_inner();
+        let stalled = |_| Status::unavailable(format!("the stream stalled for {:.0} s", self.patience.as_secs_f64()));
+        while let Some(chunk) = tokio::time::timeout(self.patience, stream.message()).await.map_err(stalled)?? {
+            image.extend_from_slice(&chunk.data);
+            progress.advance();
             if image.len() as u64 > most {
                 break;
             }
@@ -162,54 +164,60 @@ impl Experience {
         Ok(())
     }
 
-    /// Hands a whole group in; where it is refused, the answer says why. The current span goes on in the service.
+    /// Submits a whole group; returns the verdict and the reason of a rejection. The service continues the current tracing span.
     pub async fn submit(
         &self,
         mut request: v1::SubmitRequest,
-    ) -> Result<Trusted<(v1::submit_response::Verdict, String)>> {
+    ) -> Result<WeightsChecked<(v1::submit_response::Verdict, String)>> {
         request.worker.clone_from(&self.worker);
         let answer = self.call("submit", |left| {
-            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), left));
-            async move { client.submit(carry(request?, &tracing::Span::current())).await }
+            let mut client = self.inner.clone();
+            let request = self.request(request.clone(), left);
+            async move { client.submit(inject(request?, &tracing::Span::current())).await }
         });
-        Ok(trusted(answer.await)?.map(|answer| (answer.verdict(), answer.why)))
+        Ok(check_weights(answer.await)?.map(|answer| (answer.verdict(), answer.why)))
     }
 
-    /// Opens a stream of what is newer than `holds`; waits up to `wait` on the server.
-    /// `joins` says how the worker can take them by broadcast.
+    /// Opens a stream of the weights newer than `holds`; the server waits up to `wait` for them. `broadcast_capability` describes how the
+    /// worker can receive them by broadcast.
     pub async fn weights(
         &self,
         holds: Option<v1::HeldWeights>,
         wait: Duration,
-        joins: Option<v1::Joins>,
+        broadcast_capability: Option<v1::BroadcastCapability>,
     ) -> Result<Streaming<v1::WeightsChunk>> {
-        let request =
-            v1::WeightsRequest { worker: self.worker.clone(), holds, wait_ms: wait.as_millis() as u32, joins };
+        let request = v1::WeightsRequest {
+            worker: self.worker.clone(),
+            holds,
+            wait_ms: wait.as_millis() as u32,
+            broadcast_capability,
+        };
         let answer = self.call("weights", |_| {
-            let (mut client, request) = (self.inner.clone(), self.request(request.clone(), wait + LATE));
+            let mut client = self.inner.clone();
+            let request = self.request(request.clone(), wait + ANSWER_GRACE);
             async move { client.weights(request?).await }
         });
         Ok(answer.await?.into_inner())
     }
 
-    /// Opens the call that tells that this worker takes part in broadcasts, as long as it is open.
-    pub async fn follow(&self) -> Result<Streaming<v1::FollowResponse>> {
-        let request = v1::FollowRequest { worker: self.worker.clone() };
-        let answer = self.call("follow", |_| {
-            let (mut client, request) =
-                (self.inner.clone(), authorised(Request::new(request.clone()), self.token.as_deref()));
-            async move { client.follow(request?).await }
+    /// Opens the call that registers this worker for broadcasts for as long as it is open.
+    pub async fn subscribe(&self) -> Result<Streaming<v1::SubscribeResponse>> {
+        let request = v1::SubscribeRequest { worker: self.worker.clone() };
+        let answer = self.call("subscribe", |_| {
+            let mut client = self.inner.clone();
+            let request = authorize(Request::new(request.clone()), self.token.as_deref());
+            async move { client.subscribe(request?).await }
         });
         Ok(answer.await?.into_inner())
     }
 
-    /// Hands leases back, once and for a short time: they run out by themselves otherwise.
+    /// Releases leases, without retry: otherwise they expire.
     pub async fn release(&self, leases: Vec<String>) {
-        self.give_back(leases, Cause::Unspecified, String::new()).await;
+        self.release_because(leases, Cause::Unspecified, String::new()).await;
     }
 
-    /// [`Experience::release`] with what became of them.
-    pub async fn give_back(&self, leases: Vec<String>, cause: Cause, why: String) {
+    /// Releases leases as [`ExperienceConnection::release`], and reports the cause.
+    pub async fn release_because(&self, leases: Vec<String>, cause: Cause, why: String) {
         let within = Duration::from_secs(1);
         let mut client = self.inner.clone();
         let worker = self.worker.clone();
@@ -217,23 +225,23 @@ impl Experience {
         let call = async move { client.release(request?).await };
         match tokio::time::timeout(within, call).await {
             Ok(Ok(_)) => {}
-            Ok(Err(e)) => tracing::warn!("leases were not handed back, they will run out: {}", e.message()),
-            Err(_) => tracing::warn!("leases were not handed back in time, they will run out"),
+            Ok(Err(e)) => tracing::warn!("leases not released, they will expire: {}", e.message()),
+            Err(_) => tracing::warn!("leases not released in time, they will expire"),
         }
     }
 }
 
-/// The service refuses a worker whose weights are not what it published with `FAILED_PRECONDITION`, or `NOT_FOUND` where it has never
-/// sent them.
-fn trusted<T>(answer: Result<tonic::Response<T>>) -> Result<Trusted<T>> {
+/// Recognises an answer by which the service rejects the worker's weights: `FAILED_PRECONDITION` if they differ from the published ones,
+/// `NOT_FOUND` if it never published them.
+fn check_weights<T>(answer: Result<tonic::Response<T>>) -> Result<WeightsChecked<T>> {
     match answer {
         Ok(answer) => Ok(Ok(answer.into_inner())),
         Err(RolloutError::Service { source, role, address }) => match *source {
             ServiceError::Call { status, .. } if status.code() == Code::FailedPrecondition => {
-                Ok(Err(Distrust::Damaged(status.message().to_owned())))
+                Ok(Err(WeightRejection::Damaged(status.message().to_owned())))
             }
             ServiceError::Call { status, .. } if status.code() == Code::NotFound => {
-                Ok(Err(Distrust::Foreign(status.message().to_owned())))
+                Ok(Err(WeightRejection::OtherLearner(status.message().to_owned())))
             }
             other => Err(RolloutError::Service { source: Box::new(other), role, address }),
         },
@@ -241,12 +249,12 @@ fn trusted<T>(answer: Result<tonic::Response<T>>) -> Result<Trusted<T>> {
     }
 }
 
-/// Whether the same call cannot succeed later: the service is there, and refuses.
-pub(crate) fn permanent(code: Code) -> bool {
+/// Whether a status is permanent: the service answers and refuses the call, so that a retry cannot succeed.
+pub(crate) fn is_permanent(code: Code) -> bool {
     use Code::{InvalidArgument, OutOfRange, PermissionDenied, Unauthenticated, Unimplemented};
     matches!(code, InvalidArgument | OutOfRange | PermissionDenied | Unauthenticated | Unimplemented)
 }
 
-fn failed(address: &str, source: ServiceError) -> RolloutError {
+fn service_error(address: &str, source: ServiceError) -> RolloutError {
     RolloutError::Service { role: "experience", address: address.to_owned(), source: Box::new(source) }
 }

@@ -1,4 +1,4 @@
-//! A tiny model directory and records for the tests of this crate, and an engine that stands still.
+//! A tiny model directory and records for the tests of this crate, and a switch that stalls engines.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::Duration;
 
 use unveil_core::Record;
-use unveil_data::store::Image;
+use unveil_data::image_store::Image;
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_model::{InitSpec, SpecialIds, init};
 
@@ -27,17 +27,17 @@ pub(crate) fn model_dir(dir: &Path, seed: u64) {
     init(&spec, dir).unwrap();
 }
 
-/// Directories of models whose engines stand still.
-pub(crate) static STUCK: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
+/// Directories of the models whose engines are stalled.
+pub(crate) static STALLED: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
 
-/// Waits while the engine of this model stands still.
-pub(crate) fn stand_still(model: &Path) {
-    while STUCK.lock().unwrap().contains(model) {
+/// Waits while the engine of this model is stalled.
+pub(crate) fn wait_while_stalled(model: &Path) {
+    while STALLED.lock().unwrap().contains(model) {
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// A picture with a bright square, different for each k.
+/// Returns a picture with a bright rectangle, different for each `k`.
 pub(crate) fn picture(k: u32) -> Image {
     let mut image = Image::new(96, 96);
     for y in 0..96 {
@@ -49,7 +49,7 @@ pub(crate) fn picture(k: u32) -> Image {
     image
 }
 
-/// The record of picture k.
+/// Returns the record of picture `k`.
 pub(crate) fn record(k: u32) -> Record {
     let v = serde_json::json!({"id": format!("r{k}"), "image": format!("r{k}.png"), "question": "What is abnormal, and where?",
         "category": "nodule", "boxes": [[20 + k, 30, 50, 60]]});

@@ -1,35 +1,34 @@
-//! The rollout worker: leases prompt groups, generates, asks the reward service, submits whole groups, takes new weights
-//! between two tokens. Also `unveil generate` and `unveil score`, which run the same engine over a record file.
+//! The rollout worker: leases prompt groups, generates responses, has them scored by the reward service, submits whole groups, and
+//! loads new weights between two tokens. Also `unveil generate` and `unveil score`, which run the same engine over a record file.
 //!
-//! Owns the thread that owns the model; asynchronous code talks to it by messages and never waits for it on a runtime
-//! thread. Must not know: the learner. Nothing is lost when a worker dies: what it leased goes to another one.
+//! Owns the thread that owns the model; asynchronous code sends it messages and never blocks a runtime thread on it. Nothing is lost
+//! when a worker dies: its leases go to other workers.
+//!
+//! Must not depend on: the learner.
 
+mod attention_budget;
+mod batch;
 mod broadcast;
-mod crc;
+mod checksummer;
 mod device;
 mod engine;
 mod error;
 mod experience;
-mod fit;
 mod groups;
-mod hand;
-mod heads;
-mod keeper;
+mod head_file;
+mod held_leases;
 mod meter;
 mod offline;
-mod ready;
-mod rewards;
+mod readiness;
+mod reward_connection;
 pub mod sync;
 mod text;
-mod weights;
+mod weight_state;
+mod weight_stream;
 mod worker;
 
 #[cfg(test)]
-mod broadcast_tests;
-#[cfg(test)]
 mod fixture;
-#[cfg(test)]
-mod offline_tests;
 #[cfg(test)]
 mod tests;
 

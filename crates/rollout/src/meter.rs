@@ -1,4 +1,4 @@
-//! What a worker tells Prometheus, and counts for its own report: groups, tokens, times, and how far its weights are behind.
+//! Prometheus metrics of a worker, which also make its report: groups, tokens, times, and the lag of its weights.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::gauge::Gauge;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
-use unveil_service::{Access, CancellationToken, Series, ServiceError, metrics_page, role_registry};
+use unveil_service::{CancellationToken, Series, ServiceAccess, ServiceError, role_registry, serve_metrics};
 
 /// Metrics of one worker. Clones share them.
 #[derive(Debug, Clone)]
@@ -27,27 +27,28 @@ pub(crate) struct Meter {
     reward: Histogram,
     swap: Histogram,
     swaps: Counter,
-    /// 1 while no rewards can be had.
-    away: Gauge,
-    present: Arc<Mutex<Present>>,
+    /// 1 while rewards are unavailable.
+    rewards_away: Gauge,
+    status: Arc<Mutex<DeviceStatus>>,
 }
 
+/// Latest values of the gauges.
 #[derive(Debug, Default)]
-struct Present {
+struct DeviceStatus {
     /// Version of the weights on the device.
     held: Option<u64>,
-    /// The newest that the learner told of.
+    /// Newest version reported by the learner.
     newest: u64,
     gpu: Option<GpuMemory>,
 }
 
-/// What becomes of a group whose weights the learner does not trust, beside its verdicts.
-const DISTRUSTED: &str = "distrusted";
-/// And of one whose lease went to another worker while it was made.
+/// Label of a group whose weights the learner rejected.
+const WEIGHTS_REJECTED: &str = "distrusted";
+/// Label of a group whose lease went to another worker.
 const LOST: &str = "lost";
-/// What becomes of a group that no reward could be had for.
+/// Label of a group that was released because rewards were unavailable.
 const UNSCORED: &str = "unscored";
-/// What becomes of a group that could not be made or scored.
+/// Label of a group that could not be generated or scored.
 const FAILED: &str = "failed";
 
 fn seconds() -> Histogram {
@@ -64,25 +65,25 @@ impl Meter {
             reward: seconds(),
             swap: seconds(),
             swaps: Counter::default(),
-            away: Gauge::default(),
-            present: Arc::default(),
+            rewards_away: Gauge::default(),
+            status: Arc::default(),
         }
     }
 
-    /// Serves `/metrics` on `listen` until `shutdown`; nothing where it is empty.
+    /// Serves `/metrics` on `listen` until `shutdown`, unless `listen` is empty. Returns the bound address.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// Returns a [`ServiceError`] if the address cannot be listened on.
     pub async fn serve(
         &self,
         listen: &str,
-        access: &Access,
+        access: &ServiceAccess,
         shutdown: CancellationToken,
     ) -> Result<Option<SocketAddr>, ServiceError> {
         if listen.is_empty() {
             return Ok(None);
         }
-        let address = metrics_page(listen, Arc::new(self.registry()), || (), access, shutdown).await?;
+        let address = serve_metrics(listen, Arc::new(self.registry()), || (), access, shutdown).await?;
         tracing::info!(%address, "metrics at /metrics");
         Ok(Some(address))
     }
@@ -90,33 +91,37 @@ impl Meter {
     fn registry(&self) -> Registry {
         let mut registry = role_registry("rollout");
         registry.register("leases", "Groups that were leased", self.leases.clone());
-        registry.register("groups", "Groups that were handed in, by verdict", self.groups.clone());
-        registry.register("weight_swaps", "Times that weights were taken over", self.swaps.clone());
-        registry.register("tokens", "Tokens of groups that the learner answered", self.tokens.clone());
-        registry.register("rewards_away", "1 while no rewards can be had and groups are given back", self.away.clone());
-        let help = "Time to generate a group, its share of the batch that it was generated in";
+        registry.register("groups", "Groups submitted or released, by verdict", self.groups.clone());
+        registry.register("weight_swaps", "Times that new weights were loaded", self.swaps.clone());
+        registry.register("tokens", "Tokens of the groups that the learner answered", self.tokens.clone());
+        registry.register(
+            "rewards_away",
+            "1 while rewards are unavailable and groups are released",
+            self.rewards_away.clone(),
+        );
+        let help = "Time to generate a group, as its share of its batch";
         registry.register_with_unit("generate", help, Unit::Seconds, self.generate.clone());
-        let help = "Time until a group was scored, tries and waits included";
+        let help = "Time until a group was scored, with retries and waits";
         registry.register_with_unit("reward", help, Unit::Seconds, self.reward.clone());
-        let help = "Time from the arrival of new weights until the device had taken them over";
+        let help = "Time from the arrival of new weights until the device had loaded them";
         registry.register_with_unit("weight_swap", help, Unit::Seconds, self.swap.clone());
         registry.register_collector(Box::new(self.clone()));
         registry
     }
 
-    /// So many groups were leased.
-    pub fn leased(&self, groups: usize) {
+    /// Counts leased groups.
+    pub fn count_leased(&self, groups: usize) {
         self.leases.inc_by(groups as u64);
     }
 
-    /// A group was generated and scored.
-    pub fn made(&self, generate_ms: f64, reward_ms: f64) {
+    /// Records the times of a group that was generated and scored.
+    pub fn observe_group(&self, generate_ms: f64, reward_ms: f64) {
         self.generate.observe(generate_ms / 1e3);
         self.reward.observe(reward_ms / 1e3);
     }
 
-    /// The learner's answer to a group of so many tokens.
-    pub fn answered(&self, verdict: Verdict, tokens: u64) {
+    /// Counts the learner's verdict on a group of `tokens` tokens.
+    pub fn count_verdict(&self, verdict: Verdict, tokens: u64) {
         self.count(match verdict {
             Verdict::Accepted => "accepted",
             Verdict::Duplicate => "duplicate",
@@ -128,81 +133,83 @@ impl Meter {
         self.tokens.inc_by(tokens);
     }
 
-    /// A group was not taken because of the weights that made it.
-    pub fn distrusted(&self) {
-        self.count(DISTRUSTED);
+    /// Counts a group that was rejected because of the weights that sampled it.
+    pub fn count_weights_rejected(&self) {
+        self.count(WEIGHTS_REJECTED);
     }
 
-    /// A group was dropped, for its lease is another worker's.
-    pub fn lost(&self) {
+    /// Counts a group that was dropped because another worker has its lease.
+    pub fn count_lost(&self) {
         self.count(LOST);
     }
 
-    /// A group was given back: no reward could be had, or it could not be made or scored.
-    pub fn given_back(&self, cause: Cause) {
+    /// Counts a group that was released because rewards were unavailable, or it could not be generated or scored.
+    pub fn count_released(&self, cause: Cause) {
         self.count(if cause == Cause::Unscored { UNSCORED } else { FAILED });
     }
 
-    /// Whether rewards can be had.
-    pub fn rewards(&self, back: bool) {
-        self.away.set(i64::from(!back));
+    /// Records whether rewards are available.
+    pub fn set_rewards_available(&self, available: bool) {
+        self.rewards_away.set(i64::from(!available));
     }
 
     fn count(&self, verdict: &'static str) {
         self.groups.get_or_create(&[("verdict", verdict)]).inc();
     }
 
-    /// The learner has published this version.
-    pub fn newest(&self, version: u64) {
-        let mut present = self.lock();
-        present.newest = present.newest.max(version);
+    /// Records a version published by the learner.
+    pub fn set_newest(&self, version: u64) {
+        let mut status = self.lock();
+        status.newest = status.newest.max(version);
     }
 
-    /// The learner was started again, and has no version that is newer than this.
-    pub fn back_to(&self, version: u64) {
+    /// Records that the learner was restarted at this version, its newest.
+    pub fn reset_newest(&self, version: u64) {
         self.lock().newest = version;
     }
 
-    /// The device has this version, after so long; none = the learner does not trust what it has.
-    pub fn holds(&self, version: Option<u64>, took: Duration) {
+    /// Records that the device has loaded this version in the time `took`; `None`: the learner rejected its weights.
+    pub fn set_held(&self, version: Option<u64>, took: Duration) {
         self.lock().held = version;
         if let Some(version) = version {
-            self.newest(version);
+            self.set_newest(version);
             self.swap.observe(took.as_secs_f64());
             self.swaps.inc();
         }
     }
 
-    /// Memory of the GPU as the device's thread saw it last.
-    pub fn gpu(&self, memory: Option<GpuMemory>) {
+    /// Records the GPU memory as last reported by the device thread.
+    pub fn set_gpu_memory(&self, memory: Option<GpuMemory>) {
         self.lock().gpu = memory;
     }
 
-    /// Groups accepted, groups answered otherwise, tokens, times that weights were taken over.
+    /// Returns the numbers of accepted groups, of other groups, of tokens, and of loaded weights.
     pub fn totals(&self) -> (u64, u64, u64, u64) {
-        let of = |verdict| self.groups.get_or_create(&[("verdict", verdict)]).get();
-        let refused = ["duplicate", "stale", "expired", "rejected", "unknown", DISTRUSTED, LOST, UNSCORED, FAILED]
-            .into_iter()
-            .map(of)
-            .sum();
-        (of("accepted"), refused, self.tokens.get(), self.swaps.get())
+        let count = |verdict| self.groups.get_or_create(&[("verdict", verdict)]).get();
+        let refused =
+            ["duplicate", "stale", "expired", "rejected", "unknown", WEIGHTS_REJECTED, LOST, UNSCORED, FAILED]
+                .into_iter()
+                .map(count)
+                .sum();
+        (count("accepted"), refused, self.tokens.get(), self.swaps.get())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Present> {
-        self.present.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, DeviceStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Collector for Meter {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut s = Series(encoder);
-        let present = self.lock();
-        if let Some(held) = present.held {
-            s.gauge("weight_version", "Version of the weights that generate", None, held as f64)?;
-            let lag = present.newest.saturating_sub(held);
-            s.gauge("weight_lag_versions", "Versions that these are behind the learner's", None, lag as f64)?;
+        let status = self.lock();
+        if let Some(held) = status.held {
+            s.gauge("weight_version", "Version of the weights on the device", None, held as f64)?;
+            let lag = status.newest.saturating_sub(held);
+            let help = "Number of versions that the weights on the device are behind the learner's";
+            s.gauge("weight_lag_versions", help, None, lag as f64)?;
         }
-        if let Some(gpu) = present.gpu {
+        if let Some(gpu) = status.gpu {
             let values = [("free", gpu.free as f64), ("total", gpu.total as f64)];
             s.gauges("gpu_memory", "Memory of the GPU", Some(&Unit::Bytes), "state", values)?;
         }
@@ -217,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn weights_that_lag_are_told_and_weights_that_are_not_held_are_not() {
+    fn metrics_report_staleness_only_when_weights_are_held() {
         let meter = Meter::new();
         let page = || {
             let mut page = String::new();
@@ -225,26 +232,26 @@ mod tests {
             page
         };
         assert!(!page().contains("unveil_rollout_weight_version") && !page().contains("gpu_memory"));
-        meter.holds(Some(3), Duration::from_millis(250));
-        let of = |page: &str, series: &str| -> f64 {
+        meter.set_held(Some(3), Duration::from_millis(250));
+        let value_of = |page: &str, series: &str| -> f64 {
             let value =
                 |l: &str| l.strip_prefix("unveil_rollout_")?.strip_prefix(series)?.strip_prefix(' ')?.parse().ok();
             page.lines().find_map(value).unwrap_or_else(|| panic!("{series} is not in\n{page}"))
         };
-        assert_eq!(of(&page(), "weight_lag_versions"), 0.0);
-        meter.newest(5);
-        let told = page();
-        assert_eq!((of(&told, "weight_version"), of(&told, "weight_lag_versions")), (3.0, 2.0));
-        assert_eq!(of(&told, "weight_swap_seconds_sum"), 0.25);
-        meter.holds(None, Duration::ZERO);
+        assert_eq!(value_of(&page(), "weight_lag_versions"), 0.0);
+        meter.set_newest(5);
+        let lagging = page();
+        assert_eq!((value_of(&lagging, "weight_version"), value_of(&lagging, "weight_lag_versions")), (3.0, 2.0));
+        assert_eq!(value_of(&lagging, "weight_swap_seconds_sum"), 0.25);
+        meter.set_held(None, Duration::ZERO);
         assert!(!page().contains("unveil_rollout_weight_version"));
-        meter.answered(Verdict::Accepted, 30);
-        meter.answered(Verdict::Stale, 12);
-        meter.distrusted();
-        meter.lost();
+        meter.count_verdict(Verdict::Accepted, 30);
+        meter.count_verdict(Verdict::Stale, 12);
+        meter.count_weights_rejected();
+        meter.count_lost();
         assert_eq!(meter.totals(), (1, 3, 42, 1));
-        meter.back_to(2);
-        meter.holds(Some(2), Duration::ZERO);
-        assert_eq!(of(&page(), "weight_lag_versions"), 0.0);
+        meter.reset_newest(2);
+        meter.set_held(Some(2), Duration::ZERO);
+        assert_eq!(value_of(&page(), "weight_lag_versions"), 0.0);
     }
 }

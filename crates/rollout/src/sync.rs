@@ -1,210 +1,221 @@
-//! The receiving end of weight sync: asks for what is newer than the weights it holds, checks it, asks again when it was damaged.
-//! Where the service offers a broadcast, it takes part; when that fails, it asks for the stream. A call that stays open tells the
-//! service that it can be counted on.
-//! Must not know: the engine.
+//! The receiving end of weight sync: fetches weights newer than those it holds, verifies them, and retries if they were damaged. If the
+//! service offers a broadcast, the receiver joins it, and falls back to the stream if that fails. A subscription that stays open
+//! registers the worker for broadcasts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tch::Device;
 use tonic::{Code, Status, Streaming};
-use unveil_proto::v1::{FollowResponse, HeldWeights, WeightsChunk};
+use unveil_proto::v1::{HeldWeights, SubscribeResponse, WeightsChunk};
 use unveil_service::{Backoff, ClientOptions};
 
-use crate::experience::{Experience, permanent};
-use crate::hand::Progress;
-use crate::weights::{Assembly, Known, Pool};
+use crate::experience::{ExperienceConnection, is_permanent};
+use crate::held_leases::Progress;
+use crate::weight_stream::{HeldVersion, TensorPool, WeightAssembler};
 use crate::{Result, RolloutError};
 
-pub use crate::broadcast::Member;
-pub use crate::weights::Update;
+pub use crate::broadcast::BroadcastMember;
+pub use crate::weight_stream::WeightUpdate;
 
-/// How often weights that arrived damaged are asked for again.
-const TRIES: usize = 3;
+/// Attempts to fetch weights that arrive damaged.
+const MAX_ATTEMPTS: usize = 3;
 
-/// Receives weights over a connection of its own, so that no lease waits behind them.
+/// Receives weights over a separate connection, so that no lease waits behind them.
 pub struct WeightReceiver {
-    experience: Experience,
-    known: Option<Known>,
-    pool: Pool,
+    experience: ExperienceConnection,
+    held: Option<HeldVersion>,
+    pool: TensorPool,
     patience: Duration,
-    place: Option<Place>,
+    membership: Option<BroadcastMembership>,
     progress: Progress,
-    /// Messages of streams that came.
+    /// Number of stream messages received so far.
     arrived: u64,
 }
 
-/// Its place in broadcasts.
-struct Place {
-    member: Arc<Member>,
-    /// The round whose world it is in; 0 = none.
+/// The receiver's membership in broadcast groups.
+struct BroadcastMembership {
+    member: Arc<BroadcastMember>,
+    /// Round whose broadcast group was joined; 0: none.
     round: u64,
-    /// The call that tells that it takes part.
-    following: Option<Streaming<FollowResponse>>,
+    /// Open call that registers the worker for broadcasts.
+    subscription: Option<Streaming<SubscribeResponse>>,
 }
 
-/// Why nothing arrived.
-enum Fault {
-    /// By broadcast; the stream may do better.
+/// Reason why weights were not received.
+enum ReceiveError {
+    /// The broadcast failed; the stream may succeed.
     Broadcast(String),
-    Stream(String),
-    /// The service dropped the stream: there is a newer version, or it was read too slowly.
+    /// The stream has invalid content or stalled.
+    Invalid(String),
+    /// The service dropped the stream: a newer version exists, or it was read too slowly.
     Dropped(String),
-    /// The stream broke off: the service, or the way to it, is gone for a while.
-    Broken(String),
+    /// The stream was interrupted: the service or the network is temporarily unavailable.
+    Interrupted(String),
 }
 
 impl WeightReceiver {
-    /// [`WeightReceiver::connect_with`] to a service without TLS and token.
+    /// Connects to a service without TLS and token; see [`WeightReceiver::connect_with`].
     ///
     /// # Errors
-    /// As there.
+    /// Returns [`RolloutError::Service`] if no server answers at the address.
     pub async fn connect(address: &str, worker: &str, patience: Duration) -> Result<Self> {
         Self::connect_with(address, worker, &ClientOptions::default(), patience).await
     }
 
-    /// Connects to the experience service, trying until `patience` is over. No message of a stream may take longer either.
+    /// Connects to the experience service, retrying for `patience`. `patience` also bounds the wait for each message of a stream.
     ///
     /// # Errors
-    /// Nobody answers at the address, or a certificate cannot be used.
+    /// Returns [`RolloutError::Service`] if no server answers at the address or a certificate cannot be used.
     pub async fn connect_with(
         address: &str,
         worker: &str,
         options: &ClientOptions,
         patience: Duration,
     ) -> Result<Self> {
-        let experience = Experience::connect(address, worker, options, patience).await?;
+        let experience = ExperienceConnection::connect(address, worker, options, patience).await?;
         let progress = Progress::default();
-        Ok(Self { experience, known: None, pool: Pool::new(), patience, place: None, progress, arrived: 0 })
+        Ok(Self { experience, held: None, pool: TensorPool::new(), patience, membership: None, progress, arrived: 0 })
     }
 
-    /// Takes part in broadcasts through `member`, or not any more.
+    /// Receives broadcasts through `member`; `None` disables them.
     #[must_use]
-    pub fn with_broadcast(self, member: Option<Arc<Member>>) -> Self {
-        Self { place: member.map(|member| Place { member, round: 0, following: None }), ..self }
+    pub fn with_broadcast(self, member: Option<Arc<BroadcastMember>>) -> Self {
+        Self { membership: member.map(|member| BroadcastMembership { member, round: 0, subscription: None }), ..self }
     }
 
-    /// Tells `progress` of each message that arrives.
+    /// Counts each received message as a step of `progress`.
     #[must_use]
     pub(crate) fn with_progress(self, progress: Progress) -> Self {
         Self { progress, ..self }
     }
 
-    /// What is held.
+    /// Returns the version and checksum of the held weights.
     pub fn held(&self) -> Option<HeldWeights> {
-        self.known.as_ref().map(Known::held)
+        self.held.as_ref().map(HeldVersion::to_wire)
     }
 
-    /// Forgets what is held: all tensors are fetched next.
+    /// Forgets the held weights, so that all tensors are fetched next.
     pub fn forget(&mut self) {
-        self.known = None;
+        self.held = None;
     }
 
-    /// Waits up to `wait` for weights newer than those held, and receives them. None when there are none.
+    /// Waits up to `wait` for weights newer than those held, and receives them; `None` if there are none.
+    ///
+    /// A stream that the service drops, for a newer version or a slow reader, is requested again; so is an interrupted one, as long as
+    /// some of it arrives within the patience.
     ///
     /// # Errors
-    /// The service stayed unreachable, or weights arrived damaged several times; the message names version and checksums. A stream that
-    /// the service drops, for a newer version or a slow reader, is asked for again; so is one that breaks off, while some of it arrives
-    /// within the patience.
-    pub async fn fetch(&mut self, wait: Duration) -> Result<Option<Update>> {
-        let mut left = TRIES;
-        self.follow().await?;
+    /// Returns [`RolloutError::Service`] if the service stays unreachable, and [`RolloutError::Weights`] if weights arrive damaged several
+    /// times or streams stay interrupted; the message names version and checksums.
+    pub async fn fetch(&mut self, wait: Duration) -> Result<Option<WeightUpdate>> {
+        let mut left = MAX_ATTEMPTS;
+        self.subscribe().await?;
         let mut by_broadcast = true;
-        let (mut backoff, mut since, mut before) = (Backoff::default(), Instant::now(), self.arrived);
+        let mut backoff = Backoff::default();
+        let mut since = Instant::now();
+        let mut before = self.arrived;
         loop {
-            let place = self.place.as_ref().filter(|_| by_broadcast);
-            let joins = place.map(|p| p.member.joins(p.round));
-            let stream = self.experience.weights(self.held(), wait, joins).await?;
+            let membership = self.membership.as_ref().filter(|_| by_broadcast);
+            let capability = membership.map(|p| p.member.broadcast_capability(p.round));
+            let stream = self.experience.weights(self.held(), wait, capability).await?;
             let what = match self.receive(stream).await {
-                Ok(found) => return Ok(found),
-                Err(Fault::Broadcast(what)) => {
-                    tracing::warn!("{what}; the weights are fetched from {} instead", self.experience.address);
+                Ok(update) => return Ok(update),
+                Err(ReceiveError::Broadcast(what)) => {
+                    tracing::warn!("falling back to the weight stream of {}: {what}", self.experience.address);
                     by_broadcast = false;
                     continue;
                 }
-                Err(Fault::Dropped(what)) => {
-                    tracing::warn!("{what}");
+                Err(ReceiveError::Dropped(what)) => {
+                    tracing::warn!("requesting weights again: {what}");
                     continue;
                 }
-                Err(Fault::Broken(what)) => {
+                Err(ReceiveError::Interrupted(what)) => {
                     if std::mem::replace(&mut before, self.arrived) < self.arrived {
                         (backoff, since) = (Backoff::default(), Instant::now());
                     }
                     if since.elapsed() >= self.patience {
                         return Err(RolloutError::Weights { address: self.experience.address.clone(), what });
                     }
-                    tracing::warn!("weights from {} are asked for again: {what}", self.experience.address);
-                    tokio::time::sleep(backoff.draw()).await;
+                    tracing::warn!("retrying the weight stream of {}: {what}", self.experience.address);
+                    tokio::time::sleep(backoff.next_delay()).await;
                     continue;
                 }
-                Err(Fault::Stream(what)) => what,
+                Err(ReceiveError::Invalid(what)) => what,
             };
             left -= 1;
             if left == 0 {
                 return Err(RolloutError::Weights { address: self.experience.address.clone(), what });
             }
-            tracing::warn!("weights from {} are refused and asked for again: {what}", self.experience.address);
-            tokio::time::sleep(backoff.draw()).await;
+            tracing::warn!("weights from {} refused, fetching them again: {what}", self.experience.address);
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 
-    /// Has the call open by which the service counts on this worker; it ends with the connection.
-    async fn follow(&mut self) -> Result<()> {
-        let Some(place) = &mut self.place else { return Ok(()) };
-        if let Some(following) = &mut place.following {
-            // Nothing ever comes by it: it stands, or it has ended.
-            if tokio::time::timeout(Duration::ZERO, following.message()).await.is_err() {
+    /// Opens the subscription that registers this worker for broadcasts, unless it is open. It ends with the connection.
+    async fn subscribe(&mut self) -> Result<()> {
+        let Some(membership) = &mut self.membership else { return Ok(()) };
+        if let Some(subscription) = &mut membership.subscription {
+            // No message is ever sent on it: it is either open or has ended.
+            if tokio::time::timeout(Duration::ZERO, subscription.message()).await.is_err() {
                 return Ok(());
             }
         }
-        place.following = Some(self.experience.follow().await?);
+        membership.subscription = Some(self.experience.subscribe().await?);
         Ok(())
     }
 
-    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<Update>, Fault> {
+    async fn receive(&mut self, mut stream: Streaming<WeightsChunk>) -> Result<Option<WeightUpdate>, ReceiveError> {
         let Some(first) = self.next(&mut stream).await? else { return Ok(None) };
-        let device = self.place.as_ref().map_or(Device::Cpu, |p| p.member.device());
-        let begun = Assembly::begin(&first, self.known.as_ref(), &mut self.pool, device);
-        let mut assembly = begun.map_err(Fault::Stream)?;
-        let Some(ticket) = assembly.broadcast() else {
+        let device = self.membership.as_ref().map_or(Device::Cpu, |p| p.member.device());
+        let assembler = WeightAssembler::begin(&first, self.held.as_ref(), &mut self.pool, device);
+        let mut assembler = assembler.map_err(ReceiveError::Invalid)?;
+        let Some(offer) = assembler.broadcast() else {
             while let Some(chunk) = self.next(&mut stream).await? {
-                assembly.push(&chunk).map_err(Fault::Stream)?;
+                assembler.push(&chunk).map_err(ReceiveError::Invalid)?;
             }
-            return assembly.finish().map(Some).map_err(Fault::Stream);
+            return assembler.finish().map(Some).map_err(ReceiveError::Invalid);
         };
-        let Some(place) = &mut self.place else {
-            let version = assembly.version();
-            return Err(Fault::Stream(format!("version {version} came by a broadcast that was not asked for")));
+        let Some(membership) = &mut self.membership else {
+            let version = assembler.version();
+            return Err(ReceiveError::Invalid(format!(
+                "version {version} is sent by a broadcast that was not requested"
+            )));
         };
-        let round = ticket.round;
-        // In no world, if nothing comes of it.
-        place.round = 0;
-        let update = place.member.receive(ticket, assembly).await.map_err(Fault::Broadcast)?;
-        place.round = round;
+        let round = offer.round;
+        // A failed broadcast leaves the worker without a broadcast group.
+        membership.round = 0;
+        let update = membership.member.receive(offer, assembler).await.map_err(ReceiveError::Broadcast)?;
+        membership.round = round;
         Ok(Some(update))
     }
 
-    async fn next(&mut self, stream: &mut Streaming<WeightsChunk>) -> Result<Option<WeightsChunk>, Fault> {
-        let broken = |e: Status| match e.code() {
-            Code::Aborted => Fault::Dropped(format!("the stream of weights was dropped: {}", e.message())),
-            code if permanent(code) => Fault::Stream(format!("the stream broke off: {code:?}: {}", e.message())),
-            code => Fault::Broken(format!("the stream broke off: {code:?}: {}", e.message())),
+    async fn next(&mut self, stream: &mut Streaming<WeightsChunk>) -> Result<Option<WeightsChunk>, ReceiveError> {
+        let classify = |e: Status| match e.code() {
+            Code::Aborted => ReceiveError::Dropped(format!("the weight stream was dropped: {}", e.message())),
+            code if is_permanent(code) => {
+                ReceiveError::Invalid(format!("the weight stream failed: {code:?}: {}", e.message()))
+            }
+            code => ReceiveError::Interrupted(format!("the weight stream was interrupted: {code:?}: {}", e.message())),
         };
         match tokio::time::timeout(self.patience, stream.message()).await {
             Ok(message) => {
                 if matches!(message, Ok(Some(_))) {
                     self.arrived += 1;
-                    self.progress.step();
+                    self.progress.advance();
                 }
-                message.map_err(broken)
+                message.map_err(classify)
             }
-            Err(_) => Err(Fault::Stream(format!("the stream stood still for {:.0} s", self.patience.as_secs_f64()))),
+            Err(_) => {
+                let what = format!("the weight stream stalled for {:.0} s", self.patience.as_secs_f64());
+                Err(ReceiveError::Invalid(what))
+            }
         }
     }
 
-    /// The update is what is held from here on; its memory is used for the next one.
-    pub fn taken(&mut self, update: Update) {
-        self.known = Some(Known { version: update.version, sums: update.sums });
+    /// Records `update` as the held weights; the next update reuses its memory.
+    pub fn adopt(&mut self, update: WeightUpdate) {
+        self.held = Some(HeldVersion { version: update.version, sums: update.sums });
         self.pool.extend(update.tensors);
     }
 }

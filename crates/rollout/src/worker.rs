@@ -1,5 +1,5 @@
-//! The worker's loop. Three things go on at once: one batch is scored and submitted, one is generated, the next is leased and
-//! prepared; weights come in beside them.
+//! The worker's loop. Three batches are in flight: one is scored and submitted, one is generated, the next is leased and prepared;
+//! weights arrive concurrently.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,118 +10,97 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use unveil_config::schema::WeightSync;
 use unveil_config::{Config, Role};
-use unveil_data::prepare::Preparer;
-use unveil_engine::GroupRequest;
-use unveil_proto::v1::LeasedGroup;
-use unveil_proto::v1::release_request::Cause;
-use unveil_proto::v1::submit_response::Verdict;
+use unveil_data::preprocessor::Preprocessor;
 use unveil_reward::Scoring;
-use unveil_service::{Access, Backoff, CancellationToken, Health, client_options};
+use unveil_service::{Backoff, CancellationToken, Health, ServiceAccess, client_options};
 
+use crate::batch::{WorkerShared, process_batch};
 use crate::device::{DeviceSpec, DeviceThread};
-use crate::experience::Experience;
-use crate::groups::{Delivery, Leased, Step, deliver, prepare};
-use crate::hand::Hand;
-use crate::keeper::{Weights, keep};
+use crate::experience::ExperienceConnection;
+use crate::held_leases::HeldLeases;
 use crate::meter::Meter;
-use crate::ready::Ready;
-use crate::rewards::Rewards;
-use crate::sync::{Member, WeightReceiver};
+use crate::readiness::Readiness;
+use crate::reward_connection::RewardConnection;
+use crate::sync::{BroadcastMember, WeightReceiver};
+use crate::weight_state::{POLL_INTERVAL, WeightState, sync_weights};
 use crate::{Result, RolloutError};
 
-/// Batches that are generated or ready to be.
-const AHEAD: usize = 2;
-/// Batches in hand: these, and one that is scored and submitted.
-const IN_HAND: u32 = AHEAD as u32 + 1;
+/// Batches that are prepared, waiting for the engine, or generated.
+const MAX_GENERATING_BATCHES: usize = 2;
+/// Batches in flight: these, and one that is scored and submitted.
+const MAX_BATCHES_IN_FLIGHT: u32 = MAX_GENERATING_BATCHES as u32 + 1;
 
-/// Shortest time between two calls that brought nothing.
-pub(crate) const IDLE: Duration = Duration::from_millis(20);
+/// Timeout of a heartbeat, which is not retried since the next one follows.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout of the last heartbeat.
+const LAST_HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a heartbeat may take; the next one follows.
-const BEAT: Duration = Duration::from_secs(2);
-/// How long handing back may take at the end.
-const LEAVING: Duration = Duration::from_secs(1);
+/// Interval at which a worker that waits for rewards checks whether the run has ended.
+const RUN_END_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often a worker that leases nothing asks whether the run is over.
-const ASKED: Duration = Duration::from_secs(1);
-
-/// What a worker needs.
+/// Options of a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
     /// The run's configuration.
     pub config: Config,
     /// Model directory: configuration, processor, tokenizer, and the weights of version 0.
     pub model_dir: PathBuf,
-    /// Experience service, `http://host:port`.
+    /// Address of the experience service, `http://host:port`.
     pub experience: String,
-    /// Reward service, `http://host:port`.
+    /// Address of the reward service, `http://host:port`.
     pub reward: String,
-    /// The worker's name, unique in the run.
+    /// Name of the worker, unique in the run.
     pub worker: String,
-    /// How long an unreachable experience service is waited for before the worker gives up.
+    /// Time to wait for an unreachable experience service before the worker gives up.
     pub patience: Duration,
-    /// How long the experience service may hold a lease call when there is no work.
+    /// Time that the experience service may hold a lease call without work.
     pub wait: Duration,
-    /// Hears that the worker has weights and is answered by the experience service, and when it is not answered any more.
+    /// Health service that reports the readiness of the worker.
     pub health: Health,
 }
 
 impl WorkerOptions {
-    /// Options with the configured patience and the usual wait (2 s).
+    /// Creates options with the configured patience and a wait of 2 s.
     pub fn new(config: Config, model_dir: PathBuf, experience: String, reward: String, worker: String) -> Self {
-        let (patience, wait) = (Duration::from_secs_f64(config.rollout.patience_s), Duration::from_secs(2));
+        let patience = Duration::from_secs_f64(config.rollout.patience_s);
+        let wait = Duration::from_secs(2);
         Self { config, model_dir, experience, reward, worker, patience, wait, health: Health::default() }
     }
 }
 
-/// What a worker did.
+/// Summary of a worker's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WorkerReport {
     /// Groups that were accepted.
     pub accepted: u64,
-    /// Groups that were answered otherwise (duplicate, stale, expired, rejected), or given back without a reward.
+    /// Groups that got another verdict (duplicate, stale, expired, rejected), or were released without a reward.
     pub refused: u64,
     /// Tokens of all submitted groups.
     pub tokens: u64,
-    /// Times that weights were taken over.
+    /// Times that new weights were loaded.
     pub weights: u64,
-    /// The run is over (false: the worker was asked to stop).
+    /// Whether the run has ended (false: the worker was asked to stop).
     pub finished: bool,
 }
 
-/// What the loop and its batches share.
-struct Shared {
-    experience: Experience,
-    rewards: Rewards,
-    preparer: Arc<Preparer>,
-    weights: Arc<Weights>,
-    hand: Arc<Hand>,
-    meter: Meter,
-    ready: Ready,
-    question: String,
-    scoring: Arc<Scoring>,
-    /// Batches that are generated at once. Strictly on-policy it is one, so that a batch's composition, and with it every bit of
-    /// what it makes, does not depend on time; otherwise the next one fills the places that responses leave.
-    turn: Semaphore,
-}
-
-/// Runs a worker until the run is over, `shutdown` is cancelled (leases are handed back, `Ok`), or it cannot go on.
+/// Runs a worker until the run has ended, `shutdown` is cancelled (leases are released, `Ok`), or it cannot continue.
 ///
 /// # Errors
-/// The model directory cannot be used; the experience service stayed unreachable (the message names its address) or sent
-/// something that does not hold together; weights arrived damaged; a leased record cannot be prepared; the page of metrics
-/// cannot be served.
+/// Returns [`RolloutError::Service`] if a service stays unreachable (the message names its address), [`RolloutError::Protocol`] if the
+/// experience service sends inconsistent messages, [`RolloutError::Weights`] if weights arrive damaged several times,
+/// [`RolloutError::Access`] if the metrics page cannot be served, and the errors of loading and running the model.
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
     let meter = Meter::new();
-    let access = Access::of(&options.config, Role::Rollout)?;
+    let access = ServiceAccess::of(&options.config, Role::Rollout)?;
     meter.serve(&options.config.rollout.metrics_listen, &access, shutdown.clone()).await?;
-    let starting = start(&options, &meter, &cancel);
+    let starting = set_up(&options, &meter, &cancel);
     let (shared, device, receiver, member) = tokio::select! {
         started = starting => started?,
         () = shutdown.cancelled() => return Ok(WorkerReport::default()),
     };
-    let (shared, device) = (Arc::new(shared), Arc::new(device));
+    let shared = Arc::new(shared);
+    let device = Arc::new(device);
     let mut worker = Worker { options, shared, device, tasks: JoinSet::new() };
     let outcome = tokio::select! {
         done = worker.work(receiver) => done.map(|()| true),
@@ -132,13 +111,13 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     };
     cancel.store(true, Ordering::Relaxed);
     worker.tasks.shutdown().await;
-    let held = worker.shared.hand.take();
+    let held = worker.shared.leases.drain();
     if !held.is_empty() {
-        tracing::info!("handing {} lease(s) back", held.len());
+        tracing::info!(leases = held.len(), "releasing leases");
         worker.shared.experience.release(held).await;
     }
-    // Also what a call brings that was under way.
-    worker.shared.experience.heartbeat(&worker.shared.hand, LEAVING).await;
+    // The last heartbeat lists no leases, which also frees those of a lease call in flight.
+    worker.shared.experience.heartbeat(&worker.shared.leases, LAST_HEARTBEAT_TIMEOUT).await;
     if let Some(member) = member.and_then(Arc::into_inner) {
         member.close().await;
     }
@@ -149,21 +128,22 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     outcome.map(|finished| WorkerReport { accepted, refused, tokens, weights, finished })
 }
 
-type Started = (Shared, DeviceThread, WeightReceiver, Option<Arc<Member>>);
+type Started = (WorkerShared, DeviceThread, WeightReceiver, Option<Arc<BroadcastMember>>);
 
-async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>) -> Result<Started> {
+/// Loads the model and connects to the services.
+async fn set_up(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>) -> Result<Started> {
     let config = &options.config;
     let dir = options.model_dir.clone();
     let boxes = config.model.boxes;
-    let preparer = tokio::task::spawn_blocking(move || Preparer::load_with(&dir, boxes))
+    let preprocessor = tokio::task::spawn_blocking(move || Preprocessor::load_with_box_form(&dir, boxes))
         .await
         .map_err(|_| RolloutError::Died("loader"))??;
-    let hand = Arc::new(Hand::new(Duration::from_secs_f64(config.rollout.lease_s)));
+    let leases = Arc::new(HeldLeases::new(Duration::from_secs_f64(config.rollout.lease_s)));
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         config: config.clone(),
-        banned: preparer.tokenizer().special().banned.clone(),
-        progress: hand.progress.clone(),
+        banned: preprocessor.tokenizer().special().banned.clone(),
+        progress: leases.progress.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
     let access = client_options(config, Role::Rollout)?;
@@ -171,92 +151,106 @@ async fn start(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>)
         WeightSync::Grpc => None,
         WeightSync::Broadcast => {
             let device = unveil_model::device(&config.run.device)?;
-            Some(Member::start(device, Duration::from_secs_f64(config.rollout.broadcast_s), access.token.clone())?)
+            Some(BroadcastMember::start(
+                device,
+                Duration::from_secs_f64(config.rollout.broadcast_s),
+                access.token.clone(),
+            )?)
         }
     };
-    let ready = Ready::new(options.health.clone());
-    let told = (ready.clone(), meter.clone());
-    let rewards = Rewards::new(&options.reward, access.clone(), config, told).await?;
-    let (at, worker, patience) = (&options.experience, &options.worker, options.patience);
-    let experience = Experience::connect(at, worker, &access, patience).await?;
+    let readiness = Readiness::new(options.health.clone());
+    let status = (readiness.clone(), meter.clone());
+    let rewards = RewardConnection::new(&options.reward, access.clone(), config, status).await?;
+    let address = &options.experience;
+    let worker = &options.worker;
+    let patience = options.patience;
+    let experience = ExperienceConnection::connect(address, worker, &access, patience).await?;
     let receiver =
-        WeightReceiver::connect_with(at, worker, &access, patience).await?.with_progress(hand.progress.clone());
-    tracing::info!("worker {} leases from {}", options.worker, options.experience);
-    let shared = Shared {
+        WeightReceiver::connect_with(address, worker, &access, patience).await?.with_progress(leases.progress.clone());
+    tracing::info!(worker, experience = address, "worker started");
+    let shared = WorkerShared {
         experience,
         rewards,
-        preparer: Arc::new(preparer),
-        weights: Arc::new(Weights::new(&options.experience, meter.clone())),
-        hand,
+        preprocessor: Arc::new(preprocessor),
+        weights: Arc::new(WeightState::new(&options.experience, meter.clone())),
+        leases,
         meter: meter.clone(),
-        ready,
+        readiness,
         question: config.data.question.clone(),
         scoring: Arc::new(Scoring::new(config)),
-        turn: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { AHEAD }),
+        generation_slots: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { MAX_GENERATING_BATCHES }),
     };
     Ok((shared, device, receiver.with_broadcast(member.clone()), member))
 }
 
 struct Worker {
     options: WorkerOptions,
-    shared: Arc<Shared>,
+    shared: Arc<WorkerShared>,
     device: Arc<DeviceThread>,
-    /// The keeper of weights, and batches; an error says that the worker cannot go on. A batch's place in hand is free once its
-    /// result was looked at.
+    /// Weight sync, heartbeats, and batches; after an error, the worker cannot continue. A batch keeps its permit until its result is
+    /// checked.
     tasks: JoinSet<(Result<()>, Option<OwnedSemaphorePermit>)>,
 }
 
 impl Worker {
     async fn work(&mut self, receiver: WeightReceiver) -> Result<()> {
-        let (shared, wait) = (self.shared.clone(), self.options.wait);
-        let living = shared.clone();
-        let keeper = keep(shared.weights.clone(), receiver, self.device.clone(), wait);
-        self.tasks.spawn(async { (keeper.await, None) });
-        self.tasks.spawn(async { (pulse(living).await, None) });
-        let (ahead, in_hand) = (Arc::new(Semaphore::new(AHEAD)), Arc::new(Semaphore::new(IN_HAND as usize)));
-        let most = self.options.config.rollout.groups_per_lease;
-        let (hand, mut backoff) = (shared.hand.clone(), Backoff::default());
+        let shared = self.shared.clone();
+        let wait = self.options.wait;
+        let heartbeats = send_heartbeats(shared.clone());
+        let weight_sync = sync_weights(shared.weights.clone(), receiver, self.device.clone(), wait);
+        self.tasks.spawn(async { (weight_sync.await, None) });
+        self.tasks.spawn(async { (heartbeats.await, None) });
+        let generating = Arc::new(Semaphore::new(MAX_GENERATING_BATCHES));
+        let in_flight = Arc::new(Semaphore::new(MAX_BATCHES_IN_FLIGHT as usize));
+        let max_groups = self.options.config.rollout.groups_per_lease;
+        let leases = shared.leases.clone();
+        let mut backoff = Backoff::default();
         loop {
-            let (place, turn) = self.unless_failed(permits(&in_hand, &ahead)).await?;
-            self.unless_failed(shared.weights.any()).await?;
-            // What cannot be scored is not generated.
-            self.unless_failed(rewards_back(&shared)).await?;
-            let (start, epoch, era) = (Instant::now(), shared.weights.epoch(), shared.weights.era());
-            let call = hand.call();
-            let leasing = shared.experience.lease((&hand, call), most, wait, shared.weights.present(), &shared.ready);
-            // The call goes on while batches end.
+            let permits = acquire_batch_permits(&in_flight, &generating);
+            let (in_flight_permit, generating_permit) = self.unless_failed(permits).await?;
+            self.unless_failed(shared.weights.wait_for_any()).await?;
+            // Groups that cannot be scored are not generated.
+            self.unless_failed(wait_for_rewards(&shared)).await?;
+            let start = Instant::now();
+            let generation = shared.weights.generation();
+            let era = shared.weights.era();
+            let call = leases.begin_call();
+            let held = shared.weights.held();
+            let leasing = shared.experience.lease((&leases, call), max_groups, wait, held, &shared.readiness);
+            // Batches may end while the call is in flight.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,
                 Err(why) => {
-                    hand.took(call, std::iter::empty());
-                    shared.weights.distrust(epoch, why)?;
-                    tokio::time::sleep(backoff.draw()).await;
+                    leases.finish_call(call, std::iter::empty());
+                    shared.weights.invalidate(generation, why)?;
+                    tokio::time::sleep(backoff.next_delay()).await;
                     continue;
                 }
             };
             backoff = Backoff::default();
-            hand.took(call, lease.groups.iter().map(|g| g.lease.clone()));
-            hand.renewed_within(lease.renew_ms);
-            shared.weights.trusted();
-            shared.meter.newest(lease.version);
-            shared.meter.leased(lease.groups.len());
+            leases.finish_call(call, lease.groups.iter().map(|g| g.lease.clone()));
+            leases.set_lease_duration(lease.renew_ms);
+            shared.weights.confirm();
+            shared.meter.set_newest(lease.version);
+            shared.meter.count_leased(lease.groups.len());
             if lease.groups.is_empty() {
                 if lease.finished {
                     break;
                 }
-                tokio::time::sleep(IDLE.saturating_sub(start.elapsed())).await;
+                tokio::time::sleep(POLL_INTERVAL.saturating_sub(start.elapsed())).await;
                 continue;
             }
-            let batch = one_batch(shared.clone(), self.device.clone(), lease.groups, turn, era);
-            self.tasks.spawn(async { (batch.await, Some(place)) });
+            let batch = process_batch(shared.clone(), self.device.clone(), lease.groups, generating_permit, era);
+            self.tasks.spawn(async { (batch.await, Some(in_flight_permit)) });
         }
-        let all = async { in_hand.acquire_many(IN_HAND).await.map_err(|_| RolloutError::Died("batches")) };
-        let _all = self.unless_failed(all).await?;
-        tracing::info!("the run is over");
+        let all_permits =
+            async { in_flight.acquire_many(MAX_BATCHES_IN_FLIGHT).await.map_err(|_| RolloutError::Died("batches")) };
+        let _all_permits = self.unless_failed(all_permits).await?;
+        tracing::info!("run finished");
         Ok(())
     }
 
-    /// What `work` gives, or the error of a task that fails meanwhile.
+    /// Returns the result of `work`, or the error of a task that fails in the meantime.
     async fn unless_failed<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::pin!(work);
         loop {
@@ -268,193 +262,44 @@ impl Worker {
     }
 }
 
-/// Waits until rewards can be had, or the run is over.
-async fn rewards_back(shared: &Shared) -> Result<()> {
-    while let Some(pause) = shared.rewards.pause() {
+/// Waits until rewards are available or the run has ended.
+async fn wait_for_rewards(shared: &WorkerShared) -> Result<()> {
+    while let Some(pause) = shared.rewards.retry_pause() {
         let until = Instant::now() + pause;
         while let Some(left) = until.checked_duration_since(Instant::now()) {
-            if shared.experience.heartbeat(&shared.hand, BEAT).await.is_some_and(|told| told.finished) {
+            let answer = shared.experience.heartbeat(&shared.leases, HEARTBEAT_TIMEOUT).await;
+            if answer.is_some_and(|answer| answer.finished) {
                 return Ok(());
             }
-            tokio::time::sleep(left.min(ASKED)).await;
+            tokio::time::sleep(left.min(RUN_END_POLL_INTERVAL)).await;
         }
-        shared.rewards.ask().await;
+        shared.rewards.probe().await;
     }
     Ok(())
 }
 
-/// Tells the experience service what the worker has in hand, until it is dropped.
-async fn pulse(shared: Arc<Shared>) -> Result<()> {
+/// Sends heartbeats about the held leases until it is dropped.
+async fn send_heartbeats(shared: Arc<WorkerShared>) -> Result<()> {
     loop {
-        for lease in shared.experience.heartbeat(&shared.hand, BEAT).await.unwrap_or_default().lost {
-            if shared.hand.has(&lease) {
-                tracing::warn!(lease, "the lease is not this worker's any more: its group is dropped");
-                shared.hand.remove(&lease);
+        for lease in shared.experience.heartbeat(&shared.leases, HEARTBEAT_TIMEOUT).await.unwrap_or_default().lost {
+            if shared.leases.contains(&lease) {
+                tracing::warn!(lease, "lease lost, dropping its group");
+                shared.leases.remove(&lease);
             }
         }
-        tokio::time::sleep(shared.hand.pause()).await;
+        tokio::time::sleep(shared.leases.heartbeat_pause()).await;
     }
 }
 
-/// Room for one more batch, until it is delivered and until it is generated.
-async fn permits(
-    in_hand: &Arc<Semaphore>,
-    ahead: &Arc<Semaphore>,
+/// Acquires the permits of one more batch: one held until it is delivered, one until it is generated.
+async fn acquire_batch_permits(
+    in_flight: &Arc<Semaphore>,
+    generating: &Arc<Semaphore>,
 ) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
     let closed = |_| RolloutError::Died("batches");
-    let in_hand = in_hand.clone().acquire_owned().await.map_err(closed)?;
-    Ok((in_hand, ahead.clone().acquire_owned().await.map_err(closed)?))
-}
-
-/// Prepares, generates and delivers the groups of one lease call, as far as their leases hold.
-async fn one_batch(
-    shared: Arc<Shared>,
-    device: Arc<DeviceThread>,
-    groups: Vec<LeasedGroup>,
-    ahead: OwnedSemaphorePermit,
-    era: u64,
-) -> Result<()> {
-    let need = groups.iter().map(|g| g.min_version).max().unwrap_or(0);
-    let mut prepared = Vec::with_capacity(groups.len());
-    for group in groups {
-        prepared.extend(one_preparation(&shared, group).await?);
-    }
-    if prepared.is_empty() {
-        return Ok(());
-    }
-    // Made by older weights, the groups would be too stale to train.
-    if !shared.weights.at_least(need, era).await? {
-        let leases: Vec<String> = prepared.into_iter().map(|(leased, _)| leased.lease).collect();
-        tracing::warn!("{} group(s) of a learner that is gone are dropped", leases.len());
-        give_back(&shared, leases, Cause::Unspecified, String::new()).await;
-        return Ok(());
-    }
-    let turn = shared.turn.acquire().await.map_err(|_| RolloutError::Died("batches"))?;
-    prepared.retain(|(leased, _)| shared.has(leased));
-    if prepared.is_empty() {
-        return Ok(());
-    }
-    let (leased, requests): (Vec<Leased>, Vec<_>) = prepared.into_iter().unzip();
-    let epoch = shared.weights.epoch();
-    let spans = leased.iter().map(|l| l.span(Step::Generate)).collect::<Vec<_>>();
-    let made = match device.generate(requests).await {
-        Ok(made) => made,
-        Err(e) => {
-            // The worker ends. One of these groups may be what it dies of.
-            let leases = leased.iter().map(|l| l.lease.clone());
-            give_back(&shared, leases.collect(), Cause::Failed, e.to_string()).await;
-            return Err(e);
-        }
-    };
-    drop((turn, spans));
-    shared.meter.gpu(made.gpu);
-    drop(ahead);
-    // A batch is generated as one; each group bears its share.
-    let each_ms = made.ms / leased.len().max(1) as f64;
-    let mut deliveries = JoinSet::new();
-    for (leased, output) in leased.into_iter().zip(made.outputs) {
-        shared.hand.step(&leased.lease);
-        deliveries.spawn(one_delivery(shared.clone(), leased, output, each_ms, epoch));
-    }
-    while let Some(done) = deliveries.join_next().await {
-        done.map_err(|_| RolloutError::Died("delivery"))??;
-    }
-    Ok(())
-}
-
-/// Turns a leased group into model input, with its image where that did not come with it; none when the lease is lost, or the group
-/// cannot be made and is given back with the reason: that is no reason for the worker to end.
-async fn one_preparation(shared: &Arc<Shared>, mut group: LeasedGroup) -> Result<Option<(Leased, GroupRequest)>> {
-    let lease = group.lease.clone();
-    if group.image_bytes > 0 {
-        let Some(image) = shared.experience.image(&lease, group.image_bytes, &shared.hand.progress).await? else {
-            tracing::warn!(lease, "the lease was lost before its image came");
-            shared.hand.remove(&lease);
-            shared.meter.lost();
-            return Ok(None);
-        };
-        group.image = image;
-    }
-    let s = shared.clone();
-    let work = move || prepare(&s.preparer, group, &s.question, &s.scoring, &s.experience.address);
-    let prepared = tokio::task::spawn_blocking(work).await.map_err(|_| RolloutError::Died("preparation"))?;
-    shared.hand.progress.step();
-    match prepared {
-        Ok(prepared) => Ok(Some(prepared)),
-        Err(e @ RolloutError::Prepare { .. }) => {
-            tracing::warn!(lease, "a group cannot be made and is given back: {e}");
-            give_back(shared, vec![lease], Cause::Failed, e.to_string()).await;
-            Ok(None)
-        }
-        Err(e) => Err(e),
-    }
-}
-
-/// Hands leases back that are still held, with what became of them.
-async fn give_back(shared: &Shared, mut leases: Vec<String>, cause: Cause, why: String) {
-    leases.retain(|lease| shared.hand.has(lease));
-    if leases.is_empty() {
-        return;
-    }
-    for lease in &leases {
-        shared.hand.remove(lease);
-        if cause != Cause::Unspecified {
-            shared.meter.given_back(cause);
-        }
-    }
-    shared.experience.give_back(leases, cause, why).await;
-}
-
-impl Shared {
-    /// Whether the work on a group still counts.
-    fn has(&self, leased: &Leased) -> bool {
-        let has = self.hand.has(&leased.lease);
-        if !has {
-            self.meter.lost();
-        }
-        has
-    }
-}
-
-/// Scores and submits a group; hands it back when its weights turned out to be wrong meanwhile.
-async fn one_delivery(
-    shared: Arc<Shared>,
-    leased: Leased,
-    output: unveil_engine::GroupOutput,
-    ms: f64,
-    epoch: u64,
-) -> Result<()> {
-    if !shared.has(&leased) {
-        return Ok(());
-    }
-    let versions = output.responses.iter().flat_map(|r| r.versions.iter().copied());
-    let Some(told) = shared.weights.told(epoch, versions) else {
-        shared.meter.distrusted();
-        give_back(&shared, vec![leased.lease], Cause::Unspecified, String::new()).await;
-        return Ok(());
-    };
-    let done = deliver(&shared.experience, &shared.rewards, &shared.preparer, &leased, output, ms, told).await?;
-    match done {
-        Delivery::Cancelled => return Ok(()),
-        Delivery::Unscored { cause, why } => {
-            tracing::warn!(lease = leased.lease, "a group is given back without scores: {why}");
-            give_back(&shared, vec![leased.lease], cause, why).await;
-            return Ok(());
-        }
-        Delivery::Answered { verdict, why, tokens, reward_ms } => {
-            shared.meter.made(ms, reward_ms);
-            shared.meter.answered(verdict, tokens);
-            if verdict != Verdict::Accepted {
-                tracing::warn!(lease = leased.lease, why, "a group was not counted: {}", verdict.as_str_name());
-            }
-        }
-        Delivery::Distrusted(why) => {
-            shared.meter.distrusted();
-            shared.weights.distrust(epoch, why)?;
-        }
-    }
-    shared.hand.remove(&leased.lease);
-    Ok(())
+    let in_flight_permit = in_flight.clone().acquire_owned().await.map_err(closed)?;
+    let generating_permit = generating.clone().acquire_owned().await.map_err(closed)?;
+    Ok((in_flight_permit, generating_permit))
 }
 
 #[cfg(test)]
@@ -462,7 +307,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_worker_has_the_configured_patience() {
+    fn options_have_the_configured_patience() {
         let mut config = Config::default();
         config.rollout.patience_s = 7.5;
         let options = WorkerOptions::new(config, "m".into(), "http://a".into(), "http://b".into(), "w".into());

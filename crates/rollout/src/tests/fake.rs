@@ -1,4 +1,4 @@
-//! A learner and a reward service that answer as they are told, and note what they hear.
+//! A fake learner and reward service: they answer as scripted and record the calls.
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
@@ -15,64 +15,66 @@ use unveil_proto::v1::reward_server::Reward;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_proto::{breakdown_to_wire, v1};
 
-/// How the stream of weights goes wrong.
+/// Damage to a stream of weights.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Damage {
-    /// A bit of this chunk is flipped.
+    /// Flips a bit of this chunk.
     Bit(usize),
-    /// It ends after so many chunks.
+    /// Ends the stream after this many chunks.
     Cut(usize),
-    /// It breaks off after so many chunks: who sent it is gone.
+    /// Interrupts the stream with an error after this many chunks.
     Broken(usize),
 }
 
+/// Script and record of the fake services.
 #[derive(Default)]
-pub(super) struct State {
-    /// What the next lease calls answer; afterwards `finished`, or nothing when `endless`.
+pub(super) struct FakeState {
+    /// Answers to the next lease calls; afterwards `finished`, or no groups if `endless`.
     pub leases: VecDeque<v1::LeaseResponse>,
     pub endless: bool,
-    /// Served weights: version and safetensors file; none are published yet where that is empty.
+    /// Published weights: version and safetensors file; nothing is published while the file is empty.
     pub weights: (u64, Vec<u8>),
-    /// What happens to the next streams; one that is `None` goes well, and so do those that follow.
+    /// Damage to the next streams; `None`, like an exhausted queue, leaves a stream intact.
     pub damage: VecDeque<Option<Damage>>,
-    /// Lease calls and submissions that are refused for the weights that they tell of.
-    pub distrust: (usize, usize),
-    /// The same, where the weights are another learner's.
+    /// Numbers of lease calls and submissions that are refused because of the worker's weights.
+    pub reject_weights: (usize, usize),
+    /// Numbers of lease calls and submissions that are refused because the weights come from another learner.
     pub foreign: (usize, usize),
-    /// A lease call with groups was answered, and so often.
+    /// Number of lease calls that were answered with groups.
     pub leased: usize,
-    /// Heartbeats, and the leases that are lost.
-    pub beats: Vec<v1::HeartbeatRequest>,
+    /// Heartbeats, and the leases that are reported lost.
+    pub heartbeats: Vec<v1::HeartbeatRequest>,
     pub lost: Vec<String>,
-    /// Images that are fetched, by lease; parts in which they come, call by call, each but the last one broken off.
+    /// Images fetched by lease: the chunks of each call; every call but the last is interrupted.
     pub images: HashMap<String, VecDeque<Vec<Vec<u8>>>>,
-    /// Calls for weights, and those that were answered with some.
-    pub asked: usize,
+    /// Number of calls for weights, and the versions held at the calls that were answered with weights.
+    pub weight_requests: usize,
     pub weights_calls: Vec<Option<u64>>,
-    pub told: Vec<Option<v1::HeldWeights>>,
+    /// Weights held at each lease call.
+    pub held_at_lease: Vec<Option<v1::HeldWeights>>,
     pub submitted: Vec<v1::SubmitRequest>,
     pub released: Vec<String>,
-    /// Calls that handed groups back for a reason.
-    pub given_back: Vec<v1::ReleaseRequest>,
-    /// What the reward service answers to the next calls instead of scores.
+    /// Release calls with a cause.
+    pub released_with_cause: Vec<v1::ReleaseRequest>,
+    /// Errors that the reward service returns to the next calls.
     pub unscored: VecDeque<Status>,
-    /// Calls that are answered without any score, since those who make them are away themselves.
-    pub out_of_reach: usize,
-    /// What the answer to the next submissions is instead of `accepted`.
+    /// Number of calls that are answered without scores because the scorers are unavailable.
+    pub unavailable_scorers: usize,
+    /// Reasons with which the next submissions are rejected.
     pub rejected: VecDeque<String>,
     pub scored: Vec<v1::ScoreRequest>,
 }
 
 #[derive(Clone, Default)]
-pub(super) struct Fake(Arc<Mutex<State>>);
+pub(super) struct Fake(Arc<Mutex<FakeState>>);
 
 impl Fake {
-    pub fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+    pub fn with<T>(&self, f: impl FnOnce(&mut FakeState) -> T) -> T {
         f(&mut self.0.lock().unwrap())
     }
 }
 
-/// A weights stream of all tensors of a safetensors file, in chunks of 64 KiB, and the checksum of the whole.
+/// Returns a weight stream of all tensors of a safetensors file, in chunks of 64 KiB, and the checksum of the whole.
 pub(super) fn stream(version: u64, file: &[u8]) -> (Vec<v1::WeightsChunk>, u32) {
     let file = SafeTensors::deserialize(file).unwrap();
     let mut named: Vec<_> = file.iter().collect();
@@ -99,13 +101,13 @@ impl Experience for Fake {
     async fn lease(&self, r: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseResponse>, Status> {
         let v1::LeaseRequest { weights: held, .. } = r.into_inner();
         self.with(|s| {
-            s.told.push(held);
+            s.held_at_lease.push(held);
             if s.foreign.0 > 0 {
                 s.foreign.0 -= 1;
                 return Err(Status::not_found("this learner has not published that version"));
             }
-            if s.distrust.0 > 0 {
-                s.distrust.0 -= 1;
+            if s.reject_weights.0 > 0 {
+                s.reject_weights.0 -= 1;
                 return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
             }
             let next = s.leases.pop_front();
@@ -117,7 +119,7 @@ impl Experience for Fake {
 
     async fn heartbeat(&self, r: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatResponse>, Status> {
         self.with(|s| {
-            s.beats.push(r.into_inner());
+            s.heartbeats.push(r.into_inner());
             Ok(Response::new(v1::HeartbeatResponse { lost: s.lost.clone(), finished: false }))
         })
     }
@@ -127,12 +129,12 @@ impl Experience for Fake {
     async fn image(&self, r: Request<v1::ImageRequest>) -> Result<Response<Self::ImageStream>, Status> {
         self.with(|s| {
             let calls = s.images.get_mut(&r.into_inner().lease).ok_or_else(|| Status::not_found("lost"))?;
-            let parts = calls.pop_front().unwrap_or_default().into_iter();
-            let mut all: Vec<_> = parts.map(|part| Ok(v1::ImageChunk { data: part.into() })).collect();
+            let chunks = calls.pop_front().unwrap_or_default().into_iter();
+            let mut messages: Vec<_> = chunks.map(|chunk| Ok(v1::ImageChunk { data: chunk.into() })).collect();
             if !calls.is_empty() {
-                all.push(Err(Status::unavailable("the learner is gone")));
+                messages.push(Err(Status::unavailable("the learner has stopped")));
             }
-            Ok(Response::new(Box::pin(tokio_stream::iter(all)) as Self::ImageStream))
+            Ok(Response::new(Box::pin(tokio_stream::iter(messages)) as Self::ImageStream))
         })
     }
 
@@ -142,8 +144,8 @@ impl Experience for Fake {
                 s.foreign.1 -= 1;
                 return Err(Status::not_found("this learner has not published that version"));
             }
-            if s.distrust.1 > 0 {
-                s.distrust.1 -= 1;
+            if s.reject_weights.1 > 0 {
+                s.reject_weights.1 -= 1;
                 return Err(Status::failed_precondition("worker `w0` holds weights with another CRC-32C"));
             }
             if let Some(why) = s.rejected.pop_front() {
@@ -154,9 +156,9 @@ impl Experience for Fake {
         })
     }
 
-    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowResponse, Status>> + Send>>;
+    type SubscribeStream = Pin<Box<dyn Stream<Item = Result<v1::SubscribeResponse, Status>> + Send>>;
 
-    async fn follow(&self, _: Request<v1::FollowRequest>) -> Result<Response<Self::FollowStream>, Status> {
+    async fn subscribe(&self, _: Request<v1::SubscribeRequest>) -> Result<Response<Self::SubscribeStream>, Status> {
         Err(Status::unimplemented("nothing is broadcast"))
     }
 
@@ -165,7 +167,7 @@ impl Experience for Fake {
         self.with(|s| {
             s.released.extend(r.leases.clone());
             if r.cause() != Cause::Unspecified {
-                s.given_back.push(r);
+                s.released_with_cause.push(r);
             }
         });
         Ok(Response::new(v1::ReleaseResponse {}))
@@ -175,7 +177,7 @@ impl Experience for Fake {
         let r = r.into_inner();
         let have = r.holds.map(|h| h.version);
         let none = self.with(|s| {
-            s.asked += 1;
+            s.weight_requests += 1;
             s.weights.1.is_empty()
         });
         if none {
@@ -198,7 +200,7 @@ impl Experience for Fake {
             None => {}
             Some(Damage::Broken(at)) => {
                 chunks.truncate(at);
-                broken = Some(Err(Status::unavailable("the learner is gone")));
+                broken = Some(Err(Status::unavailable("the learner has stopped")));
             }
             Some(Damage::Cut(at)) => chunks.truncate(at),
             Some(Damage::Bit(at)) => {
@@ -218,18 +220,18 @@ impl Reward for Fake {
         if let Some(status) = self.with(|s| s.unscored.pop_front()) {
             return Err(status);
         }
-        let away = self.with(|s| {
-            let away = s.out_of_reach > 0;
-            s.out_of_reach = s.out_of_reach.saturating_sub(1);
-            away
+        let unavailable = self.with(|s| {
+            let unavailable = s.unavailable_scorers > 0;
+            s.unavailable_scorers = s.unavailable_scorers.saturating_sub(1);
+            unavailable
         });
-        let one = |r: &v1::Response| {
+        let breakdown = |r: &v1::Response| {
             let masked = || Component::masked(MaskReason::Unavailable("the judge: 503".into()));
-            let (total, format) = if away { (None, masked()) } else { (Some(0.25), Component::value(0.25)) };
+            let (total, format) = if unavailable { (None, masked()) } else { (Some(0.25), Component::value(0.25)) };
             let components = [("format".to_owned(), format)].into();
             breakdown_to_wire(&Breakdown { id: String::new(), index: r.index as usize, total, components })
         };
-        let breakdowns = request.responses.iter().map(one).collect();
+        let breakdowns = request.responses.iter().map(breakdown).collect();
         self.with(|s| s.scored.push(request));
         Ok(Response::new(v1::ScoreResponse { breakdowns, scorer_version: "fake".into() }))
     }
