@@ -1,19 +1,17 @@
-//! Percentile bootstrap (Efron 1979) of a mean over records: the group of answers to one record is what is drawn.
-//!
-//! Must not know: what the numbers mean.
+//! Percentile bootstrap (Efron 1979) of a mean over records; all answers to a record are resampled together.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-/// How intervals are made.
+/// Parameters of the bootstrap intervals.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Bootstrap {
-    /// Share of the resampled means that an interval holds, in (0, 1).
+    /// Share of the resampled means inside an interval, in (0, 1).
     pub confidence: f64,
-    /// Resamples; 0 = no intervals.
+    /// Number of resamples; 0: no intervals.
     pub resamples: usize,
-    /// Seed of the resampling.
+    /// Random seed.
     pub seed: u64,
 }
 
@@ -23,32 +21,32 @@ impl Default for Bootstrap {
     }
 }
 
-/// A mean with its interval.
+/// A mean with its confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Estimate {
-    /// The mean; absent when there is nothing to average.
+    /// The mean; `None` if there is nothing to average.
     pub value: Option<f64>,
-    /// Lower end of the interval; absent without a value, or without resamples.
+    /// Lower end of the interval; `None` without a value or without resamples.
     pub low: Option<f64>,
-    /// Upper end.
+    /// Upper end of the interval.
     pub high: Option<f64>,
-    /// What was averaged over: answers, or what the metric counts in them.
+    /// Number of values averaged: answers, or what the metric counts in them.
     pub n: usize,
 }
 
-/// Sum and count of one record's answers, count above 0.
-pub type Sums = [f64; 2];
+/// Sum and count of a metric over the answers to one record; the count is above 0.
+pub type SumAndCount = [f64; 2];
 
 impl Bootstrap {
-    /// `resamples` draws of `n` indices below `n`; a function of (seed, stream, n, number of the resample) alone.
+    /// Returns `resamples` draws of `n` indices below `n`, a function of (seed, stream, n, number of the resample).
     pub fn draws(&self, stream: u64, n: usize) -> impl Iterator<Item = Vec<usize>> + use<> {
         let mut random = ChaCha8Rng::seed_from_u64(self.seed);
         random.set_stream(stream);
         (0..self.resamples).map(move |_| (0..n).map(|_| random.random_range(0..n)).collect())
     }
 
-    /// Mean over all answers of the records, `sum of sums / sum of counts`, and its percentile interval when records are drawn.
-    pub fn mean(&self, records: &[Sums]) -> Estimate {
+    /// Computes the mean over all answers, `sum of sums / sum of counts`, and its percentile interval under resampling of records.
+    pub fn mean(&self, records: &[SumAndCount]) -> Estimate {
         let all: Vec<usize> = (0..records.len()).collect();
         let n = records.iter().map(|r| r[1]).sum::<f64>() as usize;
         if n == 0 {
@@ -58,8 +56,8 @@ impl Bootstrap {
         self.estimate(ratio(records, &all), drawn, n)
     }
 
-    /// Mean of the strata's means, each with the same weight, and its interval when records are drawn within each stratum.
-    pub fn mean_of_means(&self, strata: &[Vec<Sums>]) -> Estimate {
+    /// Computes the mean of the strata's means with equal weights, and its interval under resampling of records within each stratum.
+    pub fn mean_of_means(&self, strata: &[Vec<SumAndCount>]) -> Estimate {
         let n = strata.len();
         if n == 0 {
             return Estimate { value: None, low: None, high: None, n };
@@ -83,16 +81,17 @@ impl Bootstrap {
     }
 }
 
-fn ratio(records: &[Sums], chosen: &[usize]) -> f64 {
+fn ratio(records: &[SumAndCount], chosen: &[usize]) -> f64 {
     let (sum, count) = chosen.iter().fold((0.0, 0.0), |(s, c), &i| (s + records[i][0], c + records[i][1]));
     sum / count
 }
 
-/// Quantile `q` in `[0, 1]` with linear interpolation between the sorted values, as `numpy.quantile` gives it.
+/// Computes quantile `q` in `[0, 1]` with linear interpolation, like `numpy.quantile`; `None` without values.
 fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
-    let at = q * sorted.len().checked_sub(1)? as f64;
-    let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
-    Some(low + (high - low) * at.fract())
+    let position = q * sorted.len().checked_sub(1)? as f64;
+    let low = sorted[position.floor() as usize];
+    let high = sorted[position.ceil() as usize];
+    Some(low + (high - low) * position.fract())
 }
 
 #[cfg(test)]
@@ -100,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn by_hand() {
+    fn intervals_match_by_hand() {
         let b = Bootstrap { confidence: 0.8, resamples: 200, seed: 3 };
         assert_eq!(b.mean(&[]).value, None);
         let one = b.mean(&[[3.0, 4.0]]);
@@ -111,12 +110,12 @@ mod tests {
         let none = Bootstrap { resamples: 0, ..b }.mean(&[[1.0, 1.0]]);
         assert_eq!((none.value, none.low, none.high), (Some(1.0), None, None));
         let strata = [vec![[1.0, 1.0]; 30], vec![[0.0, 1.0]]];
-        assert_eq!(b.mean_of_means(&strata).value, Some(0.5), "strata weigh the same");
+        assert_eq!(b.mean_of_means(&strata).value, Some(0.5), "strata have equal weights");
         assert_eq!(quantile(&[1.0, 2.0, 4.0], 0.75), Some(3.0));
     }
 
     #[test]
-    fn draws_differ_by_seed_and_stream_only() {
+    fn draws_depend_on_seed_and_stream_only() {
         let draw =
             |seed, stream| Bootstrap { seed, resamples: 3, ..Default::default() }.draws(stream, 50).collect::<Vec<_>>();
         assert_eq!(draw(1, 0), draw(1, 0));

@@ -1,27 +1,26 @@
-//! Held-out evaluation: answers of a model or of a file compared with the truth, the suites that count them, and what the report
-//! shows of them.
+//! Held-out evaluation: answers of a model or a file are compared with the truth, measured by suites, and prepared for the report.
 //!
-//! Must not know: tonic (it uses the scorers of the reward room as functions, never its service).
+//! Must not depend on: tonic (the scorers of the reward crate are used as functions, not through its service).
 
+mod answer;
+mod attention;
 mod bootstrap;
-mod judge;
-mod look;
 mod metrics;
 mod responses;
 mod samples;
 mod suite;
 mod summary;
 
-pub use bootstrap::{Bootstrap, Estimate, Sums};
-pub use judge::{Answer, Judged, Subject, judge};
-pub use look::{Look, Rows};
-pub use metrics::{Metrics, metrics};
-pub use responses::{judge_responses, shown_responses};
-pub use samples::{Sample, load_samples, load_usable};
-pub use suite::{Found, Grounding, SuiteResult, Withheld, check, measure};
-pub use summary::{Evaluation, Settings, evaluate, evaluate_withheld};
+pub use answer::{Answer, AnswerContext, EvaluatedAnswer, evaluate_answer};
+pub use attention::{AttentionMeasures, LesionAttention};
+pub use bootstrap::{Bootstrap, Estimate, SumAndCount};
+pub use metrics::{SummaryMetrics, summarize};
+pub use responses::{evaluate_responses, rewarded_responses};
+pub use samples::{EvalSample, load_samples, load_usable_samples};
+pub use suite::{GroundingMetrics, SuiteMetrics, SuiteResult, WithheldGrounding, check_suite, measure_suite};
+pub use summary::{EvalSettings, Evaluation, evaluate, evaluate_withheld};
 
-/// Why an evaluation failed.
+/// Error of an evaluation.
 #[derive(Debug, thiserror::Error)]
 pub enum EvalError {
     /// The record file cannot be read.
@@ -29,17 +28,17 @@ pub enum EvalError {
     Records(#[from] unveil_data::records::RecordsError),
     /// An image cannot be read.
     #[error(transparent)]
-    Image(#[from] unveil_data::store::ImageError),
-    /// A prompt cannot be made.
+    Image(#[from] unveil_data::image_store::ImageError),
+    /// A prompt cannot be created.
     #[error(transparent)]
-    Prepare(#[from] unveil_data::prepare::PrepareError),
-    /// A record's prompt cannot be made.
+    Prepare(#[from] unveil_data::preprocessor::PreprocessError),
+    /// The prompt of a record cannot be created.
     #[error("record \"{id}\": {source}")]
     Record {
-        /// The record.
+        /// Id of the record.
         id: String,
-        /// Why.
-        source: unveil_data::prepare::PrepareError,
+        /// Cause.
+        source: unveil_data::preprocessor::PreprocessError,
     },
     /// Generation failed.
     #[error(transparent)]
@@ -47,29 +46,29 @@ pub enum EvalError {
     /// The response file cannot be used.
     #[error(transparent)]
     Responses(#[from] unveil_reward::RewardError),
-    /// Nothing to evaluate.
+    /// There is no record or response to evaluate.
     #[error("{file} has no record of split `{split}`: nothing to evaluate")]
     Empty {
         /// The record file.
         file: String,
-        /// The split that was asked for.
+        /// The requested split.
         split: String,
     },
-    /// Nothing was answered.
+    /// There is no answer.
     #[error("there is no answer to measure")]
     NoAnswer,
-    /// A suite by source needs one.
-    #[error("record \"{id}\" names no `source`: the suite `mau` averages over sources, give every record one")]
+    /// A record without a source, which the suite needs.
+    #[error("record \"{id}\" has no `source`: the suite `mau` averages over sources, so every record needs one")]
     NoSource {
-        /// The record.
+        /// Id of the record.
         id: String,
     },
-    /// Scores and responses do not go together.
+    /// Scores and responses do not match.
     #[error("{file}: {what}")]
     Scores {
         /// The file of scores.
         file: String,
-        /// What is wrong and what to do.
+        /// Description of the problem, and what to do.
         what: String,
     },
 }

@@ -1,57 +1,58 @@
-//! Held-out samples, prepared once: the same images are evaluated many times during a run.
+//! Held-out samples. They are prepared once, because they are evaluated many times during a run.
 
 use unveil_core::Record;
 use unveil_data::codec::Sizes;
-use unveil_data::prepare::Preparer;
+use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
-use unveil_engine::GroupInput;
+use unveil_engine::PromptInput;
 use unveil_model::Prompt;
 
 use crate::EvalError;
 
-/// One held-out record with its prompt.
+/// A held-out record with its prompt.
 #[derive(Debug, Clone)]
-pub struct Sample {
+pub struct EvalSample {
     /// The record.
     pub record: Record,
     /// The image file, for the report.
     pub image: String,
-    /// Prompt and patches.
-    pub input: GroupInput,
-    /// Original and resized size.
+    /// Prompt and image patches.
+    pub input: PromptInput,
+    /// Original and resized image size.
     pub sizes: Sizes,
-    /// Merged token grid.
+    /// Grid of merged image tokens.
     pub grid: unveil_core::Grid,
 }
 
-/// Loads the records of `split` (all when empty), at most `limit` (0 = all), evenly spread over the file.
+/// Loads the records of `split` (all if empty), at most `limit` (0: all), evenly spread over the file.
 ///
 /// # Errors
-/// There is no such record, or one cannot be used.
+/// Returns [`EvalError::Empty`] if there is no such record, [`EvalError::Image`] or [`EvalError::Record`] if one cannot be used.
 pub fn load_samples(
     records: &RecordFile,
     split: &str,
     limit: usize,
     question: &str,
-    preparer: &Preparer,
-) -> Result<Vec<Sample>, EvalError> {
-    let chosen = chosen(records, split, limit)?;
-    chosen.into_iter().map(|record| load(records, record, question, preparer)).collect()
+    preprocessor: &Preprocessor,
+) -> Result<Vec<EvalSample>, EvalError> {
+    let chosen = select_records(records, split, limit)?;
+    chosen.into_iter().map(|record| load_sample(records, record, question, preprocessor)).collect()
 }
 
-/// [`load_samples`] of all records of `split` that can be used, and why the others cannot.
+/// Loads all usable records of `split` (all if empty); also returns the errors of the others.
 ///
 /// # Errors
-/// There is no such record.
-pub fn load_usable(
+/// Returns [`EvalError::Empty`] if there is no such record.
+pub fn load_usable_samples(
     records: &RecordFile,
     split: &str,
     question: &str,
-    preparer: &Preparer,
-) -> Result<(Vec<Sample>, Vec<EvalError>), EvalError> {
-    let (mut samples, mut left_out) = (Vec::new(), Vec::new());
-    for record in chosen(records, split, 0)? {
-        match load(records, record, question, preparer) {
+    preprocessor: &Preprocessor,
+) -> Result<(Vec<EvalSample>, Vec<EvalError>), EvalError> {
+    let mut samples = Vec::new();
+    let mut left_out = Vec::new();
+    for record in select_records(records, split, 0)? {
+        match load_sample(records, record, question, preprocessor) {
             Ok(sample) => samples.push(sample),
             Err(why) => left_out.push(why),
         }
@@ -59,7 +60,7 @@ pub fn load_usable(
     Ok((samples, left_out))
 }
 
-fn chosen<'a>(records: &'a RecordFile, split: &str, limit: usize) -> Result<Vec<&'a Record>, EvalError> {
+fn select_records<'a>(records: &'a RecordFile, split: &str, limit: usize) -> Result<Vec<&'a Record>, EvalError> {
     let all: Vec<&Record> = records.records.iter().filter(|r| split.is_empty() || r.split == split).collect();
     if all.is_empty() {
         return Err(EvalError::Empty { file: records.path.display().to_string(), split: split.to_owned() });
@@ -68,18 +69,29 @@ fn chosen<'a>(records: &'a RecordFile, split: &str, limit: usize) -> Result<Vec<
     Ok((0..keep).map(|i| all[i * all.len() / keep]).collect())
 }
 
-fn load(records: &RecordFile, record: &Record, question: &str, preparer: &Preparer) -> Result<Sample, EvalError> {
-    let (root, image) = (records.root(), records.open_image(record)?);
-    let asked = if record.question.is_empty() { question } else { &record.question };
+fn load_sample(
+    records: &RecordFile,
+    record: &Record,
+    question: &str,
+    preprocessor: &Preprocessor,
+) -> Result<EvalSample, EvalError> {
+    let root = records.root();
+    let image = records.open_image(record)?;
+    let question = if record.question.is_empty() { question } else { &record.question };
     let failed = |source| EvalError::Record { id: record.id.clone(), source };
-    let prepared = preparer.prepare(&image, asked).map_err(failed)?;
+    let prepared = preprocessor.prepare(&image, question).map_err(failed)?;
     let prompt = Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] };
     let path = root.file(record)?;
-    Ok(Sample {
+    Ok(EvalSample {
         record: record.clone(),
         image: std::fs::canonicalize(&path).unwrap_or(path).display().to_string(),
         sizes: prepared.image.sizes(),
         grid: prepared.image.merged,
-        input: GroupInput { id: record.id.clone(), prompt, patches: prepared.image.patches.into(), hashes: Vec::new() },
+        input: PromptInput {
+            id: record.id.clone(),
+            prompt,
+            patches: prepared.image.patches.into(),
+            hashes: Vec::new(),
+        },
     })
 }

@@ -1,4 +1,4 @@
-"""The suites over a response file, computed independently: torchvision's IoU, scipy's assignment and bootstrap, numpy.
+"""Computes the suites over a response file independently: torchvision's IoU, scipy's assignment and bootstrap, numpy.
 
 argv: R.jsonl, box form, JSON file with "draws" {stream: {n: [[index]]}}, "names" {category: [names]}. Prints one JSON object.
 """
@@ -16,7 +16,7 @@ path, form, given = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
 
 
 def read(text):
-    """(boxes as written, category, says none, fault)"""
+    """Returns (boxes as written, category, says none, fault)."""
     boxes, fault, last = [], None, 0
     for m in re.finditer(r"\[([^\[\]]*)(\]?)", text):
         parts = m[1].split(",")
@@ -57,7 +57,7 @@ def valid(b, size):
 
 
 def coverage(boxes, size, grid):
-    """Share of each cell under the union: on the lattice of all edges, a point of each tile is inside a box or not."""
+    """Returns the share of each cell covered by the union: on the lattice of all edges, each tile is inside a box or not."""
     rows, cols = grid
     boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     xs = np.unique(np.concatenate([np.arange(cols + 1) * size[0] / cols, boxes[:, 0], boxes[:, 2]]).clip(0, size[0]))

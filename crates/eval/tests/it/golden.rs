@@ -1,7 +1,7 @@
-//! The suites against torchvision, scipy and numpy (golden.py) on random response files.
+//! Comparison of the suites with torchvision, scipy and numpy (golden.py) on random response files.
 //!
-//! Metrics agree within 1e-9, intervals within 1e-6 where both sides are given the same resamples. scipy's own resamples differ, so
-//! its intervals are compared within 0.3 standard errors: each end of 4,000 resamples is uncertain by about 0.06 of them.
+//! Metrics agree within 1e-9, intervals within 1e-6 if both sides use the same resamples. scipy's resamples differ, so its intervals are
+//! compared within 0.3 standard errors: the uncertainty of each end with 4,000 resamples is about 0.06 standard errors.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use unveil_config::Config;
 use unveil_config::schema::Suite;
 use unveil_core::BoxForm;
-use unveil_eval::{Bootstrap, Evaluation, judge_responses, measure};
+use unveil_eval::{Bootstrap, Evaluation, evaluate_responses, measure_suite};
 
 const RECORDS: usize = 60;
 const SOURCES: [&str; 4] = ["chest", "gut", "kidney", "skull"];
@@ -29,14 +29,15 @@ fn python(script: &str, args: &[&Path], form: BoxForm) -> Value {
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
-/// A box with corners on quarters of a pixel, which f32 holds exactly.
-fn place(random: &mut ChaCha8Rng, size: [u32; 2]) -> [f64; 4] {
+/// Returns a random box with corners on quarters of a pixel, which are exact in f32.
+fn random_box(random: &mut ChaCha8Rng, size: [u32; 2]) -> [f64; 4] {
     let mut side = |most: u32| {
         let most = most * 4;
         let a = random.random_range(0..most - 8);
         (f64::from(a) / 4.0, f64::from(random.random_range(a + 4..=most)) / 4.0)
     };
-    let ((x1, x2), (y1, y2)) = (side(size[0]), side(size[1]));
+    let (x1, x2) = side(size[0]);
+    let (y1, y2) = side(size[1]);
     [x1, y1, x2, y2]
 }
 
@@ -52,8 +53,14 @@ fn box_text(b: [f64; 4], size: [u32; 2], resized: [u32; 2], form: BoxForm) -> St
     format!("[{},{},{},{}]", part(b[0], 0), part(b[1], 1), part(b[2], 0), part(b[3], 1))
 }
 
-/// An answer that is mostly near the truth, sometimes anything.
-fn answer(random: &mut ChaCha8Rng, truth: &[[f64; 4]], size: [u32; 2], resized: [u32; 2], form: BoxForm) -> String {
+/// Returns a random answer, usually close to the truth.
+fn random_answer(
+    random: &mut ChaCha8Rng,
+    truth: &[[f64; 4]],
+    size: [u32; 2],
+    resized: [u32; 2],
+    form: BoxForm,
+) -> String {
     let wrong =
         ["", "what?", "[1,2,3] nodule", "[1,2,3,4", "seen [1,2,3,4] nodule", "[0,0,9999,9999] nodule", "No finding"];
     if random.random_bool(0.15) {
@@ -71,14 +78,14 @@ fn answer(random: &mut ChaCha8Rng, truth: &[[f64; 4]], size: [u32; 2], resized: 
         }
     }
     while boxes.is_empty() || random.random_bool(0.2) {
-        boxes.push(box_text(place(random, size), size, resized, form));
+        boxes.push(box_text(random_box(random, size), size, resized, form));
     }
     let category = ["nodule", "Nodule", "pulmonary Nodule", "mass", "höhle nodule", ""].choose(random).unwrap();
     format!("{} {category}", boxes.join(", ")).trim_end().to_owned()
 }
 
-/// Byte ranges of random pieces of a text, on character borders.
-fn pieces(random: &mut ChaCha8Rng, text: &str) -> Vec<[usize; 2]> {
+/// Splits a text at random character boundaries and returns the byte ranges.
+fn random_spans(random: &mut ChaCha8Rng, text: &str) -> Vec<[usize; 2]> {
     let mut cuts: Vec<usize> = text.char_indices().map(|(i, _)| i).filter(|_| random.random_bool(0.4)).collect();
     cuts.extend([0, text.len()]);
     cuts.sort_unstable();
@@ -104,16 +111,16 @@ fn lines(random: &mut ChaCha8Rng, form: BoxForm) -> String {
         let size = [random.random_range(40..300), random.random_range(40..300)];
         let resized = [random.random_range(2..20) * 28, random.random_range(2..20) * 28];
         let count = *[0, 1, 1, 1, 1, 2, 3, 4].choose(random).unwrap();
-        let mut truth: Vec<[f64; 4]> = (0..count).map(|_| place(random, size)).collect();
+        let mut truth: Vec<[f64; 4]> = (0..count).map(|_| random_box(random, size)).collect();
         if random.random_bool(0.03) {
             truth = vec![[0.0, 0.0, f64::from(size[0]), f64::from(size[1])]];
         }
         let source = SOURCES.choose(random).unwrap();
         for index in 0..random.random_range(1..4) {
-            let response = answer(random, &truth, size, resized, form);
+            let response = random_answer(random, &truth, size, resized, form);
             let mut line = json!({"id": format!("r{i}"), "index": index, "image_size": size, "resized_size": resized,
                 "category": "nodule", "boxes": truth, "source": source, "response": response});
-            let spans = pieces(random, &response);
+            let spans = random_spans(random, &response);
             if random.random_bool(0.9) {
                 line["attention"] = attention(random, spans.len());
             }
@@ -126,12 +133,12 @@ fn lines(random: &mut ChaCha8Rng, form: BoxForm) -> String {
     out
 }
 
-/// Draws of every number of records that a metric may speak of.
+/// Returns the draws for every possible number of records.
 fn draws(b: &Bootstrap) -> Value {
-    let of = |stream: u64| -> Map<String, Value> {
+    let draws_of = |stream: u64| -> Map<String, Value> {
         (1..=RECORDS).map(|n| (n.to_string(), json!(b.draws(stream, n).collect::<Vec<_>>()))).collect()
     };
-    (0..SOURCES.len() as u64).map(|s| (s.to_string(), Value::Object(of(s)))).collect::<Map<_, _>>().into()
+    (0..SOURCES.len() as u64).map(|s| (s.to_string(), Value::Object(draws_of(s)))).collect::<Map<_, _>>().into()
 }
 
 #[track_caller]
@@ -151,12 +158,13 @@ fn same_estimate(name: &str, ours: &Value, theirs: &Value) {
 }
 
 #[test]
-fn suites_equal_torchvision_scipy_and_numpy() {
+fn suites_match_torchvision_scipy_and_numpy() {
     let seed: u64 = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     for (k, form) in [BoxForm::Absolute, BoxForm::PerMille, BoxForm::Llava].into_iter().enumerate() {
         let mut random = ChaCha8Rng::seed_from_u64(seed * 10 + k as u64);
         let dir = tempfile::tempdir().unwrap();
-        let (file, given) = (dir.path().join("r.jsonl"), dir.path().join("given.json"));
+        let file = dir.path().join("r.jsonl");
+        let given = dir.path().join("given.json");
         std::fs::write(&file, lines(&mut random, form)).unwrap();
         let mut config = Config::default();
         config.model.boxes = Some(form);
@@ -166,9 +174,10 @@ fn suites_equal_torchvision_scipy_and_numpy() {
         std::fs::write(&given, json!({"draws": draws(&few), "names": names}).to_string()).unwrap();
         let theirs = python("golden.py", &[&file, &given], form);
 
-        let judged = judge_responses(&config, &file, "").unwrap();
-        let suite = |suite, b: &Bootstrap| json!(measure(suite, &judged, None, b).unwrap());
-        let (grounding, mau) = (suite(Suite::Grounding, &few), suite(Suite::Mau, &few));
+        let answers = evaluate_responses(&config, &file, "").unwrap();
+        let suite = |suite, b: &Bootstrap| json!(measure_suite(suite, &answers, None, b).unwrap());
+        let grounding = suite(Suite::Grounding, &few);
+        let mau = suite(Suite::Mau, &few);
         let metrics = theirs["metrics"].as_object().unwrap();
         assert_eq!(metrics.len(), grounding["metrics"].as_object().unwrap().len());
         for (name, expected) in metrics {
@@ -178,7 +187,7 @@ fn suites_equal_torchvision_scipy_and_numpy() {
             ["mean_iou", "acc50", "soft_f1", "in_box_energy", "pointing_game", "invalid_boxes", "parse_failures"]
         {
             let v = theirs["metrics"][name]["value"].as_f64().unwrap();
-            assert!(v > 0.02 && v < 0.98, "{name} is {v}: nothing is compared");
+            assert!(v > 0.02 && v < 0.98, "{name} is {v}: the comparison is trivial");
         }
         assert_eq!((&grounding["faults"], &grounding["without_rows"]), (&theirs["faults"], &theirs["without_rows"]));
         assert!(theirs["without_rows"].as_u64().unwrap() > 3);
@@ -187,15 +196,15 @@ fn suites_equal_torchvision_scipy_and_numpy() {
         for (name, expected) in theirs["sources"].as_object().unwrap() {
             same_estimate(name, &mau["sources"][name], expected);
         }
-        let summary = json!(Evaluation::new(judged.clone()).metrics);
+        let summary = json!(Evaluation::new(answers.clone()).metrics);
         for (name, expected) in theirs["summary"].as_object().unwrap() {
             near(name, &summary[name], expected, 1e-9);
         }
         let many = suite(Suite::Grounding, &Bootstrap { resamples: 4000, seed, ..Default::default() });
         for (name, expected) in theirs["scipy"].as_object().unwrap() {
-            let slack = 0.3 * expected["se"].as_f64().unwrap();
-            near(name, &many["metrics"][name]["low"], &expected["low"], slack);
-            near(name, &many["metrics"][name]["high"], &expected["high"], slack);
+            let tolerance = 0.3 * expected["se"].as_f64().unwrap();
+            near(name, &many["metrics"][name]["low"], &expected["low"], tolerance);
+            near(name, &many["metrics"][name]["high"], &expected["high"], tolerance);
         }
     }
 }

@@ -1,42 +1,40 @@
-//! Where an answer looks: the attention of the tokens that name a class, averaged, against the lesion.
-//!
-//! Must not know: models, suites.
+//! Attention of an answer: the rows of the tokens that name a class, averaged and compared with the lesion.
 
 use std::ops::Range;
 
 use unveil_core::{Attention, BBox, Grid};
-use unveil_reward::mention::tokens_of;
+use unveil_reward::mention::overlapping_tokens;
 
-/// What can be said of where one answer looks.
+/// Attention of one answer to the lesion.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Look {
-    /// There is no lesion, or it fills the image: nothing to look at, or nothing to look away from.
+pub enum LesionAttention {
+    /// There is no lesion, or it fills the image.
     NotApplicable,
-    /// The class is named, but the rows of its tokens are not known.
+    /// The class is named, but the rows of its tokens are unknown.
     NoRows,
-    /// The class is not named: the answer looks nowhere.
+    /// The class is not named, so there is no attention to compare.
     Unnamed,
-    /// The rows of the tokens that name the class, averaged.
-    Measured(Rows),
+    /// Measures of the averaged rows of the tokens that name the class.
+    Measured(AttentionMeasures),
 }
 
-/// Numbers of one averaged row.
+/// Measures of one averaged attention row.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rows {
+pub struct AttentionMeasures {
     /// The cell with most attention (the first of several) touches a true box: the pointing game of Zhang et al. 2018
     /// (arXiv 1608.00507) with half a cell of tolerance.
     pub hit: bool,
-    /// Share of the attention that is inside the true boxes, in `[0, 1]`: the energy-based pointing game of Wang et al. 2020
-    /// (Score-CAM, arXiv 1910.01279). A cell counts by the share of it that the union of the boxes covers.
+    /// Share of the attention inside the true boxes, in `[0, 1]`: the energy-based pointing game of Wang et al. 2020
+    /// (Score-CAM, arXiv 1910.01279). A cell counts by the share that the union of the boxes covers.
     pub energy: f64,
-    /// Share of cells that touch a true box: what pointing at random would hit.
+    /// Share of cells that touch a true box: the hit rate of random pointing.
     pub hit_chance: f64,
-    /// Share of the image that the true boxes cover: the energy of even attention.
+    /// Share of the image that the true boxes cover: the energy of uniform attention.
     pub energy_chance: f64,
 }
 
-impl Rows {
-    /// Numbers of an averaged row over `grid`, boxes in pixels of an image of `size` = `[width, height]`.
+impl AttentionMeasures {
+    /// Computes the measures of an averaged row over `grid`; boxes in pixels of an image of `size` = `[width, height]`.
     pub(crate) fn new(row: &[f64], grid: Grid, boxes: &[BBox], size: [u32; 2]) -> Self {
         let covered = grid.coverage(boxes, size[0] as f32, size[1] as f32);
         let cells = covered.len().max(1) as f64;
@@ -55,18 +53,18 @@ impl Rows {
     }
 }
 
-/// Mean row of the tokens that `mention` covers, each row scaled to sum to 1; `None` when there is no token, or a row is missing or is no
+/// Averages the rows of the tokens that `mention` covers, each scaled to sum 1; `None` if there is no token, or a row is missing or not a
 /// distribution over the grid.
 pub(crate) fn mean_row(attention: &Attention, mention: &Range<usize>, spans: &[(usize, usize)]) -> Option<Vec<f64>> {
-    let tokens = tokens_of(mention, spans);
+    let tokens = overlapping_tokens(mention, spans);
     let cells = attention.grid[0].checked_mul(attention.grid[1])?;
     if tokens.is_empty() || cells == 0 {
         return None;
     }
     let mut mean = vec![0.0; cells];
     for token in &tokens {
-        let at = attention.tokens.iter().position(|t| t == token)?;
-        let row = attention.rows.get(at).filter(|r| r.len() == cells)?;
+        let index = attention.tokens.iter().position(|t| t == token)?;
+        let row = attention.rows.get(index).filter(|r| r.len() == cells)?;
         let total: f64 = row.iter().map(|p| f64::from(*p)).sum();
         if !(total > 0.0 && total.is_finite()) || row.iter().any(|p| *p < 0.0) {
             return None;
@@ -83,9 +81,9 @@ mod tests {
     const GRID: Grid = Grid { rows: 2, cols: 2 };
 
     #[test]
-    fn by_hand() {
+    fn measures_match_by_hand() {
         let boxes = [BBox::from([0.0, 0.0, 5.0, 10.0])];
-        let rows = |row: &[f64]| Rows::new(row, GRID, &boxes, [20, 20]);
+        let rows = |row: &[f64]| AttentionMeasures::new(row, GRID, &boxes, [20, 20]);
         let r = rows(&[0.4, 0.4, 0.1, 0.1]);
         assert_eq!((r.hit, r.energy, r.hit_chance, r.energy_chance), (true, 0.2, 0.25, 0.125));
         assert!(!rows(&[0.3, 0.4, 0.2, 0.1]).hit);

@@ -1,0 +1,4 @@
+//! Integration tests of the evaluation crate.
+
+mod golden;
+mod responses;
