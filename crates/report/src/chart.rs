@@ -1,22 +1,24 @@
-//! Line charts as inline SVG: one panel, one or a few series, no script needed. Must not know: HTML.
+//! Line charts as inline SVG, without scripts: one panel with one or a few series.
 
 use serde::Serialize;
 
-/// One curve: points `(x, y)`; points that are not finite are left out.
+/// A named curve of points `(x, y)`; points that are not finite are left out.
 pub(crate) struct Series<'a> {
     pub name: &'a str,
     pub points: Vec<(f64, f64)>,
 }
 
 const COLOURS: [&str; 6] = ["#1f6feb", "#d1495b", "#2a9d8f", "#b8860b", "#7b4fa3", "#555555"];
-const W: f64 = 420.0;
-const H: f64 = 220.0;
+/// Size of a chart in SVG units.
+const WIDTH: f64 = 420.0;
+const HEIGHT: f64 = 220.0;
+/// Margins of the plot in SVG units.
 const LEFT: f64 = 46.0;
 const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 26.0;
 
-/// A chart as its template draws it: positions in the units of the SVG, numbers as they are written.
+/// Values of the chart template: positions in SVG units, formatted numbers.
 #[derive(Debug, Serialize)]
 pub(crate) struct Panel {
     title: String,
@@ -25,9 +27,9 @@ pub(crate) struct Panel {
     height: f64,
     left: f64,
     right: f64,
-    /// Right end of the labels of the y axis.
+    /// Right end of the y axis labels.
     labels: f64,
-    /// Base line of the labels of the x axis.
+    /// Baseline of the x axis labels.
     base: f64,
     middle: f64,
     ticks_y: Vec<TickY>,
@@ -55,13 +57,13 @@ struct Curve {
     colour: &'static str,
     opacity: f64,
     points: String,
-    /// A smoothed curve over a noisy one.
+    /// Points of the smoothed curve, if the curve is noisy.
     smooth: Option<String>,
     dots: Vec<[String; 2]>,
 }
 
-/// Returns a panel with a title and the given curves; none when there is nothing to draw.
-pub(crate) fn panel(title: &str, x_name: &'static str, series: &[Series<'_>]) -> Option<Panel> {
+/// Returns a panel with a title and the given curves; `None` if there are fewer than two points.
+pub(crate) fn line_chart(title: &str, x_name: &'static str, series: &[Series<'_>]) -> Option<Panel> {
     let finite = |points: &[(f64, f64)]| -> Vec<(f64, f64)> {
         points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
     };
@@ -77,11 +79,11 @@ pub(crate) fn panel(title: &str, x_name: &'static str, series: &[Series<'_>]) ->
     if y1 - y0 < 1e-9 {
         (y0, y1) = (y0 - 0.5, y1 + 0.5);
     }
-    let px = |x: f64| LEFT + (x - x0) / (x1 - x0).max(1e-9) * (W - LEFT - RIGHT);
-    let py = |y: f64| H - BOTTOM - (y - y0) / (y1 - y0) * (H - TOP - BOTTOM);
+    let px = |x: f64| LEFT + (x - x0) / (x1 - x0).max(1e-9) * (WIDTH - LEFT - RIGHT);
+    let py = |y: f64| HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let tick = |k: u8| {
         let y = y0 + (y1 - y0) * f64::from(k) / 4.0;
-        TickY { at: format!("{:.1}", py(y)), below: format!("{:.1}", py(y) + 4.0), text: short(y) }
+        TickY { at: format!("{:.1}", py(y)), below: format!("{:.1}", py(y) + 4.0), text: format_number(y) }
     };
     let path = |points: &[(f64, f64)]| {
         points.iter().map(|&(x, y)| format!("{:.1},{:.1}", px(x), py(y))).collect::<Vec<_>>().join(" ")
@@ -105,20 +107,20 @@ pub(crate) fn panel(title: &str, x_name: &'static str, series: &[Series<'_>]) ->
     Some(Panel {
         title: title.to_owned(),
         x_name,
-        width: W,
-        height: H,
+        width: WIDTH,
+        height: HEIGHT,
         left: LEFT,
-        right: W - RIGHT,
+        right: WIDTH - RIGHT,
         labels: LEFT - 5.0,
-        base: H - 9.0,
-        middle: (W + LEFT) / 2.0,
+        base: HEIGHT - 9.0,
+        middle: (WIDTH + LEFT) / 2.0,
         ticks_y: (0..=4).map(tick).collect(),
-        ticks_x: ends.map(|(x, anchor)| TickX { at: format!("{:.1}", px(x)), anchor, text: short(x) }).into(),
+        ticks_x: ends.map(|(x, anchor)| TickX { at: format!("{:.1}", px(x)), anchor, text: format_number(x) }).into(),
         curves: series.iter().zip(COLOURS.iter().cycle()).map(curve).collect(),
     })
 }
 
-/// Centred moving average over a twentieth of the points.
+/// Computes the centred moving average over a twentieth of the points.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let half = (points.len() / 40).max(1);
     (0..points.len())
@@ -129,7 +131,8 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-fn short(v: f64) -> String {
+/// Formats a number with at most three decimals or in scientific notation.
+fn format_number(v: f64) -> String {
     let text = if v == v.trunc() && v.abs() < 1e6 {
         format!("{v}")
     } else if v.abs() >= 0.01 && v.abs() < 1000.0 {
@@ -149,10 +152,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn draws_only_what_is_finite() {
-        let s = |p: &[(f64, f64)]| panel("t", "step", &[Series { name: "a", points: p.to_vec() }]);
-        assert!(s(&[(0.0, 1.0)]).is_none());
-        let drawn = s(&[(0.0, 1.0), (1.0, f64::NAN), (2.0, 3.0)]).unwrap();
+    fn non_finite_points_are_left_out() {
+        let chart = |p: &[(f64, f64)]| line_chart("t", "step", &[Series { name: "a", points: p.to_vec() }]);
+        assert!(chart(&[(0.0, 1.0)]).is_none());
+        let drawn = chart(&[(0.0, 1.0), (1.0, f64::NAN), (2.0, 3.0)]).unwrap();
         assert_eq!((drawn.curves[0].dots.len(), drawn.curves[0].points.as_str()), (2, "46.0,194.0 410.0,10.0"));
     }
 }

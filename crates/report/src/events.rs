@@ -1,4 +1,4 @@
-//! `events.jsonl`: one JSON object per line, appended whole. Owns the file and its mirror as TensorBoard scalars.
+//! The event log `events.jsonl`, one JSON object per line, and its mirror as TensorBoard scalars.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -9,7 +9,7 @@ use unveil_core::redact;
 
 use crate::tensorboard::TensorBoard;
 
-/// Appends events of one role; numbers of `sft`, `train` and `eval` events also go to TensorBoard.
+/// Appends events of one role; numbers of `sft`, `train` and `eval` events are also written to TensorBoard.
 pub struct EventLog {
     path: PathBuf,
     file: File,
@@ -17,18 +17,25 @@ pub struct EventLog {
 }
 
 impl EventLog {
-    /// Opens `<run>/events.jsonl` for appending and a TensorBoard file in `<run>/metrics/<role>`.
+    /// Opens `<run>/events.jsonl` for appending, and a TensorBoard file in `<run>/metrics/<role>`.
+    ///
+    /// # Errors
+    /// Returns an error if one of the files cannot be opened.
     pub fn open(run: &Path, role: &str) -> std::io::Result<Self> {
         let path = run.join("events.jsonl");
-        let at = |e: std::io::Error| std::io::Error::new(e.kind(), format!("cannot write {}: {e}", path.display()));
-        std::fs::create_dir_all(run).map_err(at)?;
-        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(at)?;
-        end_line(&mut file).map_err(at)?;
+        let with_path =
+            |e: std::io::Error| std::io::Error::new(e.kind(), format!("cannot write {}: {e}", path.display()));
+        std::fs::create_dir_all(run).map_err(with_path)?;
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(with_path)?;
+        terminate_last_line(&mut file).map_err(with_path)?;
         let board = TensorBoard::create(&run.join("metrics").join(role))?;
         Ok(Self { path, file, board })
     }
 
-    /// Appends one event in a single write, so that lines of several processes never mix.
+    /// Appends one event in a single write, so that lines of several processes never interleave.
+    ///
+    /// # Errors
+    /// Returns an error if a file cannot be written.
     pub fn append(&mut self, event: &Value) -> std::io::Result<()> {
         let mut line = redact(&event.to_string()).into_owned();
         line.push('\n');
@@ -43,15 +50,15 @@ impl EventLog {
                 kind.to_owned()
             };
             let mut scalars = Vec::new();
-            flatten(&prefix, event, &mut scalars);
+            collect_scalars(&prefix, event, &mut scalars);
             self.board.scalars(step, &scalars)?;
         }
         Ok(())
     }
 }
 
-/// Ends a line that a crash has cut, so that the next event does not share its fate.
-fn end_line(file: &mut File) -> std::io::Result<()> {
+/// Terminates a line that a crash has truncated, so that the next event starts on its own line.
+fn terminate_last_line(file: &mut File) -> std::io::Result<()> {
     if file.seek(SeekFrom::End(0))? == 0 {
         return Ok(());
     }
@@ -61,19 +68,23 @@ fn end_line(file: &mut File) -> std::io::Result<()> {
     if last == *b"\n" { Ok(()) } else { file.write_all(b"\n") }
 }
 
-fn flatten(prefix: &str, value: &Value, out: &mut Vec<(String, f32)>) {
+/// Collects the numbers of an event under `prefix/key` names.
+fn collect_scalars(prefix: &str, value: &Value, out: &mut Vec<(String, f32)>) {
     match value {
         Value::Number(n) => out.push((prefix.to_owned(), n.as_f64().unwrap_or(f64::NAN) as f32)),
         Value::Object(map) => {
             for (k, v) in map.iter().filter(|(k, _)| !matches!(k.as_str(), "step" | "kind" | "stage" | "term")) {
-                flatten(&format!("{prefix}/{k}"), v, out);
+                collect_scalars(&format!("{prefix}/{k}"), v, out);
             }
         }
         _ => {}
     }
 }
 
-/// Reads every whole event of a run; a last line cut by a crash is left out.
+/// Reads all events of a run; lines that are not JSON (truncated by a crash) are left out.
+///
+/// # Errors
+/// Returns an error if the file exists but cannot be read.
 pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
     let path = run.join("events.jsonl");
     let file = match File::open(&path) {
@@ -90,8 +101,8 @@ pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
     Ok(out)
 }
 
-/// Events of the lineage that led to the newest state: when a stage was started again or resumed from an earlier step, what it
-/// had logged beyond that step is left out, and so is what a learner logs whose term is over.
+/// Returns the events of the lineage that led to the newest state. If a stage was restarted or resumed from an earlier step, its events
+/// beyond that step are left out, and so are events of a learner whose term is over.
 pub fn lineage(events: Vec<Value>) -> Vec<Value> {
     let stage = |e: &Value| match e["kind"].as_str() {
         Some("sft") => "sft".to_owned(),
@@ -99,18 +110,18 @@ pub fn lineage(events: Vec<Value>) -> Vec<Value> {
         _ => e["stage"].as_str().unwrap_or_default().to_owned(),
     };
     let mut out: Vec<Value> = Vec::with_capacity(events.len());
-    let mut newest = 0;
+    let mut newest_term = 0;
     for event in events {
         if let Some(term) = event["term"].as_u64() {
-            // A fresh start counts its terms from 1 again.
-            if term < newest && event["kind"] != "started" {
+            // A fresh start counts terms from 1 again.
+            if term < newest_term && event["kind"] != "started" {
                 continue;
             }
-            newest = term;
+            newest_term = term;
         }
         if let (Some("started" | "resumed"), Some(from)) = (event["kind"].as_str(), event["step"].as_u64()) {
-            let again = stage(&event);
-            out.retain(|e| stage(e) != again || e["step"].as_u64().is_none_or(|s| s <= from));
+            let restarted = stage(&event);
+            out.retain(|e| stage(e) != restarted || e["step"].as_u64().is_none_or(|s| s <= from));
         }
         out.push(event);
     }
@@ -123,7 +134,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn lineage_leaves_out_what_was_done_again() {
+    fn lineage_leaves_out_repeated_steps() {
         let train = |step: u64, v: f64| json!({"kind": "train", "step": step, "v": v});
         let all = vec![
             json!({"kind": "sft", "step": 3}),
@@ -144,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn appends_and_skips_a_torn_line() {
+    fn truncated_lines_are_skipped() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = EventLog::open(dir.path(), "learner").unwrap();
         log.append(&json!({"kind": "train", "step": 1, "reward": {"total": 0.5}})).unwrap();
@@ -152,12 +163,12 @@ mod tests {
         let mut f = OpenOptions::new().append(true).open(dir.path().join("events.jsonl")).unwrap();
         f.write_all(b"{\"kind\": \"tra").unwrap();
         drop(f);
-        let boards = std::fs::read_dir(dir.path().join("metrics/learner")).unwrap().count();
-        assert_eq!(boards, 1);
+        let files = std::fs::read_dir(dir.path().join("metrics/learner")).unwrap().count();
+        assert_eq!(files, 1);
         assert_eq!(read_events(dir.path()).unwrap().len(), 1);
         let mut again = EventLog::open(dir.path(), "learner").unwrap();
         again.append(&json!({"kind": "train", "step": 2})).unwrap();
         let steps: Vec<_> = read_events(dir.path()).unwrap().into_iter().map(|e| e["step"].clone()).collect();
-        assert_eq!(steps, [json!(1), json!(2)], "the torn line takes no other with it");
+        assert_eq!(steps, [json!(1), json!(2)], "the truncated line does not damage the next one");
     }
 }

@@ -1,4 +1,4 @@
-//! `report.html`: one self-contained page made from the files of a run directory.
+//! The report page `report.html`: one self-contained page, generated from the files of a run directory.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,41 +6,22 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::ImageFolders;
-use crate::chart::{Panel, Series, panel};
+use crate::chart::{Panel, Series, line_chart};
 use crate::events::{lineage, read_events};
-use crate::figure::{Figure, Prediction, figure};
+use crate::prediction::{Figure, Prediction, figure};
+use crate::rewarded_response::load_rewarded_responses;
 use crate::sample_page::write_samples;
-use crate::shown::run_samples;
-use crate::suites::{Suites, suites};
+use crate::suites::{SuiteSection, suite_section};
 use crate::templates::{POLICY, render};
-
-/// The page cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum ReportError {
-    /// The directory is not a run.
-    #[error("{0} is not a run directory: it has no events.jsonl; give the directory named by run.dir")]
-    NotARun(PathBuf),
-    /// A file cannot be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// A page's template and its values do not fit each other: a fault of this program.
-    #[error("a page cannot be made: {0:#}")]
-    Template(minijinja::Error),
-}
+use crate::{ImageFolders, ReportError};
 
 const STYLE: &str = include_str!("page.css");
 
-/// Writes `<run>/report.html` and returns its path. `images` held-out images are shown, from below the run directory and `folders`; where
-/// the run keeps responses, `samples.html` beside it shows `samples` of them (0 = all).
+/// Writes `<run>/report.html` and returns its path. It shows `images` held-out images from below the run directory and `folders`. If the
+/// run keeps responses, `samples.html` next to it shows `samples` of them (0: all).
 ///
 /// # Errors
-/// The directory is no run; a file cannot be read or written.
+/// Returns [`ReportError::NotARun`] if the directory has no event log, [`ReportError::Io`] if a file cannot be read or written.
 pub fn write_report(run: &Path, images: usize, samples: usize, folders: &ImageFolders) -> Result<PathBuf, ReportError> {
     let io = |path: &Path| {
         let path = path.to_owned();
@@ -49,14 +30,14 @@ pub fn write_report(run: &Path, images: usize, samples: usize, folders: &ImageFo
     if !run.join("events.jsonl").exists() {
         return Err(ReportError::NotARun(run.to_owned()));
     }
-    let folders = folders.with(run);
+    let folders = folders.and_below(run);
     let events = lineage(read_events(run).map_err(io(run))?);
     let summary: Value = std::fs::read_to_string(run.join("summary.json"))
         .ok()
         .and_then(|t| serde_json::from_str(&t).ok())
         .unwrap_or_default();
     let name = run.file_name().map_or_else(|| run.display().to_string(), |n| n.to_string_lossy().into_owned());
-    let responses = run_samples(run, samples)?;
+    let responses = load_rewarded_responses(run, samples)?;
     if !responses.is_empty() {
         let title = format!("{name}: rewarded responses");
         write_samples(&title, &responses, run, &folders, &run.join("samples.html"))?;
@@ -71,7 +52,7 @@ pub fn write_report(run: &Path, images: usize, samples: usize, folders: &ImageFo
             results,
             facts,
             charts: charts(&events),
-            suites: suites(&events),
+            suites: suite_section(&events),
             gallery: gallery(run, &folders, images),
             responses: responses.len(),
             config: std::fs::read_to_string(run.join("config.toml")).unwrap_or_default(),
@@ -82,48 +63,49 @@ pub fn write_report(run: &Path, images: usize, samples: usize, folders: &ImageFo
     Ok(path)
 }
 
-/// What stands in the page.
+/// Values of the report template.
 #[derive(Serialize)]
 struct Page {
     policy: &'static str,
     style: &'static str,
     name: String,
-    results: Vec<Outcome>,
+    results: Vec<MetricRow>,
     facts: Vec<String>,
     charts: Vec<Panel>,
-    suites: Option<Suites>,
-    gallery: Vec<Pair>,
+    suites: Option<SuiteSection>,
+    gallery: Vec<GalleryEntry>,
     responses: usize,
     config: String,
 }
 
 /// A metric before and after stage 2.
 #[derive(Serialize)]
-struct Outcome {
+struct MetricRow {
     name: &'static str,
     before: String,
     after: String,
 }
 
-/// A held-out image and the answers to it.
+/// A held-out image with the answers before and after stage 2.
 #[derive(Serialize)]
-struct Pair {
+struct GalleryEntry {
     truth: String,
     id: String,
     before: Option<Figure>,
     after: Option<Figure>,
 }
 
-fn headline(summary: &Value) -> (Vec<Outcome>, Vec<String>) {
+/// Returns the table of metrics and the facts below it.
+fn headline(summary: &Value) -> (Vec<MetricRow>, Vec<String>) {
     let rows = [
         ("mean_iou", "Mean IoU (one true box)"),
         ("acc50", "IoU at least 0.5"),
         ("soft_f1", "Soft F1 (all)"),
-        ("accuracy", "Category right"),
+        ("accuracy", "Accuracy of the category"),
         ("vision_lift", "Vision lift"),
     ];
     let cell = |stage: &str, key: &str| summary[stage][key].as_f64().map_or("–".into(), |v| format!("{v:.3}"));
-    let row = |(key, name)| Outcome { name, before: cell("before", key), after: cell("after", key) };
+    let row = |(key, name)| MetricRow { name, before: cell("before", key), after: cell("after", key) };
     let number = |k: &str| summary[k].as_f64();
     let mut facts = Vec::new();
     facts.extend(summary["after"]["n"].as_u64().map(|n| format!("{n} held-out images")));
@@ -134,56 +116,66 @@ fn headline(summary: &Value) -> (Vec<Outcome>, Vec<String>) {
     (rows.map(row).into(), facts)
 }
 
+/// Returns the charts of both stages.
 fn charts(events: &[Value]) -> Vec<Panel> {
-    let of = |kind: &str| events.iter().filter(|e| e["kind"] == kind).collect::<Vec<_>>();
+    let events_of = |kind: &str| events.iter().filter(|e| e["kind"] == kind).collect::<Vec<_>>();
     let points = |rows: &[&Value], pointer: &str| {
         rows.iter().filter_map(|e| Some((e["step"].as_f64()?, e.pointer(pointer)?.as_f64()?))).collect::<Vec<_>>()
     };
-    let one = |title: &str, rows: &[&Value], pointer: &str| {
-        panel(title, "step", &[Series { name: title, points: points(rows, pointer) }])
+    let single = |title: &str, rows: &[&Value], pointer: &str| {
+        line_chart(title, "step", &[Series { name: title, points: points(rows, pointer) }])
     };
-    let (sft, train, eval) = (of("sft"), of("train"), of("eval"));
+    let sft = events_of("sft");
+    let train = events_of("train");
+    let eval = events_of("eval");
     let rl: Vec<&Value> = eval.iter().copied().filter(|e| e["stage"] == "rl").collect();
-    let mut parts: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+    let mut components: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     for e in &train {
         if let (Some(step), Some(map)) = (e["step"].as_f64(), e["reward"].as_object()) {
             for (k, v) in map {
                 if let Some(v) = v.as_f64() {
-                    parts.entry(k.replace('_', " ")).or_default().push((step, v));
+                    components.entry(k.replace('_', " ")).or_default().push((step, v));
                 }
             }
         }
     }
-    let rewards: Vec<Series<'_>> = parts.iter().map(|(name, p)| Series { name, points: p.clone() }).collect();
-    let held_out = [("mean IoU", "/mean_iou"), ("soft F1", "/soft_f1"), ("category right", "/accuracy")]
+    let rewards: Vec<Series<'_>> = components.iter().map(|(name, p)| Series { name, points: p.clone() }).collect();
+    let held_out = [("mean IoU", "/mean_iou"), ("soft F1", "/soft_f1"), ("accuracy of the category", "/accuracy")]
         .map(|(name, pointer)| Series { name, points: points(&rl, pointer) });
     let panels = [
-        one("Stage 1: cross-entropy", &sft, "/loss"),
-        panel("Stage 2: held-out validation", "step", &held_out),
-        one("Stage 2: vision lift, validation", &rl, "/vision_lift"),
-        panel("Stage 2: reward by component", "step", &rewards),
-        one("Stage 2: approximate KL per update", &train, "/kl"),
-        one("Stage 2: entropy of the policy", &train, "/entropy"),
-        one("Stage 2: agreement, mean |Δ log p| of the same weights", &train, "/agreement"),
-        one("Stage 2: drift, mean |Δ log p| of stale tokens", &train, "/drift"),
-        one("Stage 2: gradient norm", &train, "/grad_norm"),
+        single("Stage 1: cross-entropy", &sft, "/loss"),
+        line_chart("Stage 2: held-out validation", "step", &held_out),
+        single("Stage 2: vision lift, validation", &rl, "/vision_lift"),
+        line_chart("Stage 2: reward by component", "step", &rewards),
+        single("Stage 2: approximate KL per update", &train, "/kl"),
+        single("Stage 2: entropy of the policy", &train, "/entropy"),
+        single("Stage 2: agreement, mean |Δ log p| of the same weights", &train, "/agreement"),
+        single("Stage 2: drift, mean |Δ log p| of stale tokens", &train, "/drift"),
+        single("Stage 2: gradient norm", &train, "/grad_norm"),
     ];
     panels.into_iter().flatten().collect()
 }
 
-fn gallery(run: &Path, folders: &ImageFolders, images: usize) -> Vec<Pair> {
+/// Returns the first `images` held-out images.
+fn gallery(run: &Path, folders: &ImageFolders, images: usize) -> Vec<GalleryEntry> {
     let read = |name: &str| -> Vec<Prediction> {
         std::fs::read_to_string(run.join("eval").join(name))
             .map(|t| t.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
             .unwrap_or_default()
     };
-    let (before, after) = (read("before.jsonl"), read("after.jsonl"));
+    let before = read("before.jsonl");
+    let after = read("after.jsonl");
     let shown = if before.is_empty() { &after } else { &before };
-    let pair = |p: &Prediction| {
+    let entry = |p: &Prediction| {
         let find = |list: &[Prediction]| list.iter().find(|q| q.id == p.id).map(|q| figure(run, folders, q));
-        Pair { truth: p.truth_in_words().to_owned(), id: p.id.clone(), before: find(&before), after: find(&after) }
+        GalleryEntry {
+            truth: p.truth_in_words().to_owned(),
+            id: p.id.clone(),
+            before: find(&before),
+            after: find(&after),
+        }
     };
-    shown.iter().take(images).map(pair).collect()
+    shown.iter().take(images).map(entry).collect()
 }
 
 #[cfg(test)]
@@ -192,13 +184,14 @@ mod tests {
     use serde_json::json;
     use unveil_core::Grid;
 
-    /// A line of predictions or of kept responses can name any file of the machine: what lies outside the run's folders is in no page.
+    /// A line of predictions or responses can name any file of the machine.
     #[test]
-    fn images_outside_the_folders_are_in_neither_page() {
-        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    fn images_outside_the_folders_are_on_no_page() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
         let run = dir.path();
         let outside = other.path().join("a.png");
-        std::fs::write(&outside, unveil_data::store::Image::new(8, 8).to_png().unwrap()).unwrap();
+        std::fs::write(&outside, unveil_data::image_store::Image::new(8, 8).to_png().unwrap()).unwrap();
         std::fs::create_dir(run.join("eval")).unwrap();
         std::fs::create_dir(run.join("rollouts")).unwrap();
         std::fs::write(run.join("events.jsonl"), "").unwrap();

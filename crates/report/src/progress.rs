@@ -1,10 +1,13 @@
-//! The progress line of a stage: a bar with rate, reward parts and time left on a terminal, a line every few seconds elsewhere.
+//! Progress of a stage on stderr: a bar with rate, reward components and remaining time on a terminal, else a line every few seconds.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use unveil_core::tell;
+use unveil_core::stderr_line;
+
+/// Interval between progress lines where stderr is not a terminal.
+const PRINT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Progress of one stage, on stderr.
 pub struct StageProgress {
@@ -18,7 +21,7 @@ pub struct StageProgress {
 }
 
 impl StageProgress {
-    /// A stage of `total` steps; the rate is counted in `unit` (images, responses) handed to [`StageProgress::update`].
+    /// Starts a stage of `total` steps; the rate counts the `unit` (images, responses) passed to [`StageProgress::update`].
     pub fn new(name: &str, total: u64, unit: &'static str) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total);
@@ -31,20 +34,25 @@ impl StageProgress {
         Self { name: name.to_owned(), total, unit, started: Instant::now(), first: None, bar, printed: None }
     }
 
-    /// Shows step `step`; `done` units were processed by this process so far, `parts` are named numbers to show.
+    /// Shows step `step`; `done` is the number of units this process has processed, `parts` are named numbers to show.
     pub fn update(&mut self, step: u64, done: u64, parts: &[(&str, f64)]) {
         let first = *self.first.get_or_insert(step.saturating_sub(1));
         let elapsed = self.started.elapsed().as_secs_f64().max(1e-3);
-        let made = step.saturating_sub(first).max(1);
-        let left = elapsed / made as f64 * self.total.saturating_sub(step) as f64;
+        let steps = step.saturating_sub(first).max(1);
+        let remaining = elapsed / steps as f64 * self.total.saturating_sub(step) as f64;
         let shown: Vec<String> = parts.iter().map(|(k, v)| format!("{k} {v:.3}")).collect();
-        let message =
-            format!("{:.1} {}/s  {}  {} left", done as f64 / elapsed, self.unit, shown.join("  "), clock(left));
+        let message = format!(
+            "{:.1} {}/s  {}  {} left",
+            done as f64 / elapsed,
+            self.unit,
+            shown.join("  "),
+            format_duration(remaining)
+        );
         if let Some(bar) = &self.bar {
             bar.set_position(step);
             bar.set_message(message);
-        } else if step >= self.total || self.printed.is_none_or(|t| t.elapsed() > Duration::from_secs(5)) {
-            tell(&format!("{:>9} {step}/{}  {message}", self.name, self.total));
+        } else if step >= self.total || self.printed.is_none_or(|t| t.elapsed() > PRINT_INTERVAL) {
+            stderr_line(&format!("{:>9} {step}/{}  {message}", self.name, self.total));
             self.printed = Some(Instant::now());
         }
     }
@@ -53,11 +61,11 @@ impl StageProgress {
     pub fn note(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
-            None => _ = tell(text),
+            None => _ = stderr_line(text),
         }
     }
 
-    /// Leaves the last state on the screen.
+    /// Ends the bar, leaving its last state on the screen.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.abandon();
@@ -65,7 +73,8 @@ impl StageProgress {
     }
 }
 
-fn clock(seconds: f64) -> String {
+/// Formats seconds as hours and minutes, or as minutes and seconds.
+fn format_duration(seconds: f64) -> String {
     let s = seconds.round().clamp(0.0, 1e9) as u64;
     if s >= 3600 { format!("{}h{:02}m", s / 3600, s / 60 % 60) } else { format!("{}m{:02}s", s / 60, s % 60) }
 }
@@ -73,8 +82,8 @@ fn clock(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn clock_reads_well() {
-        assert_eq!(super::clock(59.6), "1m00s");
-        assert_eq!(super::clock(3725.0), "1h02m");
+    fn durations_are_formatted() {
+        assert_eq!(super::format_duration(59.6), "1m00s");
+        assert_eq!(super::format_duration(3725.0), "1h02m");
     }
 }

@@ -2,9 +2,9 @@
 (() => {
   const { images, samples } = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const list = byId("list"), one = byId("one");
+  const list = byId("list"), detail = byId("detail");
   const rows = [...list.children];
-  const off = { t: false, p: false, a: false };
+  const hiddenLayers = { t: false, p: false, a: false };
   let shown = rows.slice(), current = null;
 
   const make = (tag, props = {}, ...children) => {
@@ -19,7 +19,7 @@
   };
   const number = (v) => (v === null ? "–" : v.toFixed(3));
 
-  // Small images of the list, when they come into view.
+  // Thumbnails of the list are set when they become visible.
   const lazy = new IntersectionObserver((seen) => {
     for (const { isIntersecting, target } of seen) {
       if (!isIntersecting) continue;
@@ -52,21 +52,21 @@
       }
     }
     box.append(svg);
-    for (const key of "tpa") box.classList.toggle("no" + key, off[key]);
+    for (const key of "tpa") box.classList.toggle("no" + key, hiddenLayers[key]);
     return box;
   }
 
   function legend(s) {
     const entry = (key, mark, text) => {
-      const tick = make("input", { type: "checkbox", checked: !off[key] });
+      const tick = make("input", { type: "checkbox", checked: !hiddenLayers[key] });
       tick.addEventListener("change", () => toggle(key));
       return make("label", {}, tick, make("i", { className: mark }), text);
     };
-    const lost = s.predicted.filter((b) => !drawable(b)).length;
+    const invalid = s.predicted.filter((b) => !drawable(b)).length;
     return make("div", { className: "key" },
       entry("t", "true", `true (${s.truth.length})`),
-      entry("p", "pred", `predicted (${s.predicted.length}${lost ? `, ${lost} impossible and not drawn` : ""})`),
-      entry("a", "heat", s.heat ? `attention of the named class, at most ${s.peak.toPrecision(2)} of 1` : "attention: no rows that name the class"));
+      entry("p", "pred", `predicted (${s.predicted.length}${invalid ? `, ${invalid} invalid and not drawn` : ""})`),
+      entry("a", "heat", s.heat ? `attention of the named class, maximum ${s.peak.toPrecision(2)} of 1` : "attention: no rows of tokens that name the class"));
   }
 
   function table(s) {
@@ -86,13 +86,13 @@
   function show(row) {
     if (current) current.classList.remove("on");
     current = row;
-    one.replaceChildren();
+    detail.replaceChildren();
     if (!row) return;
     row.classList.add("on");
     row.scrollIntoView({ block: "nearest" });
     const s = samples[row.dataset.i];
     const where = `#${s.index}${s.step === null ? "" : ` · step ${s.step}`} · ${s.reference ?? (s.truth.length ? s.category : "no finding")}`;
-    one.append(
+    detail.append(
       make("h2", {}, s.id + " ", make("span", { textContent: where })),
       make("div", { className: "view" },
         make("div", {}, stage(s), legend(s)),
@@ -107,7 +107,7 @@
   }
 
   function toggle(key) {
-    off[key] = !off[key];
+    hiddenLayers[key] = !hiddenLayers[key];
     show(current);
   }
 
@@ -115,18 +115,18 @@
     const bound = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
     const [low, high, mask, order] = [bound("low"), bound("high"), byId("mask").value, byId("order").value];
     const words = byId("find").value.toLowerCase().trim();
-    const keep = (s) => {
+    const matches = (s) => {
       if ((low !== null || high !== null) && s.total === null) return false;
       if (low !== null && s.total < low || high !== null && s.total > high) return false;
       if (mask === "none" ? s.masks.length : mask === "all" ? s.total !== null : mask && !s.masks.includes(mask)) return false;
       return !words || (words.match(/^step \d+$/) ? `step ${s.step}` === words : `${s.id} ${s.text} ${s.category}`.toLowerCase().includes(words));
     };
-    const of = (row) => samples[row.dataset.i];
-    shown = rows.filter((row) => !(row.hidden = !keep(of(row))));
+    const sampleOf = (row) => samples[row.dataset.i];
+    shown = rows.filter((row) => !(row.hidden = !matches(sampleOf(row))));
     const sorted = rows.slice();
     if (order) {
-      const sign = order === "up" ? 1 : -1, last = (row) => of(row).total === null;
-      const rank = (a, b) => last(a) - last(b) || sign * (of(a).total - of(b).total);
+      const sign = order === "up" ? 1 : -1, last = (row) => sampleOf(row).total === null;
+      const rank = (a, b) => last(a) - last(b) || sign * (sampleOf(a).total - sampleOf(b).total);
       sorted.sort(rank);
       shown.sort(rank);
     }

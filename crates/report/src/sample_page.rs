@@ -1,7 +1,7 @@
-//! The sample page: rewarded responses one by one, with image, boxes, attention and every component's number. One file, no network.
+//! The sample page: rewarded responses one by one, with image, boxes, attention and reward components. It is a single file that uses no
+//! network.
 //!
-//! The list stands in the page; image, boxes and attention of a response are drawn by `sample_page.js` when it is looked at, from
-//! data in the page. Must not know: where the responses come from.
+//! The page contains the list and the data; `sample_page.js` draws image, boxes and attention of the selected response.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,38 +11,41 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use unveil_core::{Component, MaskReason};
 
-use crate::shown::Shown;
+use crate::rewarded_response::RewardedResponse;
 use crate::templates::{SCRIPT_POLICY, render};
 use crate::thumbnail::Thumbnails;
 use crate::{ImageFolders, ReportError};
 
 const STYLE: &str = include_str!("sample_page.css");
 const SCRIPT: &str = include_str!("sample_page.js");
-/// Writes the page of `samples` to `out`; image paths are relative to `base`, and are shown where `images` lets them be.
+
+/// Writes the page of `samples` to `out`. Image paths are relative to `base`; only images allowed by `images` are shown. An image that
+/// cannot be read is shown as a grey area.
 ///
 /// # Errors
-/// The page cannot be written. An image that cannot be read is shown as a grey field.
+/// Returns [`ReportError::Io`] if the page cannot be written.
 pub fn write_samples(
     title: &str,
-    samples: &[Shown],
+    samples: &[RewardedResponse],
     base: &Path,
     images: &ImageFolders,
     out: &Path,
 ) -> Result<(), ReportError> {
     let mut thumbnails = Thumbnails::default();
     let mut masks: BTreeMap<String, usize> = BTreeMap::new();
-    let (mut rows, mut data) = (Vec::with_capacity(samples.len()), Vec::with_capacity(samples.len()));
+    let mut rows = Vec::with_capacity(samples.len());
+    let mut data = Vec::with_capacity(samples.len());
     for s in samples {
         let image = match s.image.as_os_str().is_empty() {
             true => None,
-            false => thumbnails.number(images, &base.join(&s.image)),
+            false => thumbnails.index_of(images, &base.join(&s.image)),
         };
-        let why: Vec<String> = s.components.iter().filter_map(|(name, c)| mask(name, c)).collect();
+        let why: Vec<String> = s.components.iter().filter_map(|(name, c)| mask_text(name, c)).collect();
         why.iter().for_each(|w| *masks.entry(w.clone()).or_default() += 1);
-        rows.push(row(s, &why));
-        data.push(entry(s, image, &why));
+        rows.push(list_row(s, &why));
+        data.push(script_data(s, image, &why));
     }
-    // In a script element only `</` and `<!--` end or change what is read (HTML, "Restrictions for contents of script elements").
+    // In a script element, only `</` and `<!--` have a meaning (HTML, "Restrictions for contents of script elements").
     let data = json!({"images": thumbnails.into_uris(), "samples": data}).to_string().replace('<', "\\u003c");
     let page = render(
         "samples.html",
@@ -54,8 +57,8 @@ pub fn write_samples(
     unveil_core::write_atomic(out, page.as_bytes()).map_err(|source| ReportError::Io { path: out.to_owned(), source })
 }
 
-/// `component: reason` of a masked component.
-fn mask(name: &str, c: &Component) -> Option<String> {
+/// Returns `component: reason` for a masked component.
+fn mask_text(name: &str, c: &Component) -> Option<String> {
     let reason = match &c.reason {
         _ if !c.masked => return None,
         Some(MaskReason::NotApplicable) => "not applicable",
@@ -68,29 +71,30 @@ fn mask(name: &str, c: &Component) -> Option<String> {
     Some(format!("{}: {reason}", name.replace('_', " ")))
 }
 
-/// One line of the list.
-fn row(s: &Shown, why: &[String]) -> Value {
+/// Returns one line of the list.
+fn list_row(s: &RewardedResponse, why: &[String]) -> Value {
     let step = s.step.map_or_else(String::new, |n| format!("step {n} · "));
     let total = s.total.map_or_else(|| "no reward".to_owned(), |t| format!("{t:.3}"));
     json!({"total": total, "name": format!("{step}{} #{}", s.id, s.index), "masked": why.join("; ")})
 }
 
-fn entry(s: &Shown, image: Option<usize>, why: &[String]) -> Value {
+/// Returns the data of one response for the script.
+fn script_data(s: &RewardedResponse, image: Option<usize>, why: &[String]) -> Value {
     let component = |(name, c): (&String, &Component)| {
         let failed = match &c.reason {
             Some(MaskReason::Failed(what) | MaskReason::Unavailable(what)) => Some(what),
             _ => None,
         };
-        json!({"name": name.replace('_', " "), "value": c.value, "why": mask(name, c), "failed": failed, "detail": c.detail})
+        json!({"name": name.replace('_', " "), "value": c.value, "why": mask_text(name, c), "failed": failed, "detail": c.detail})
     };
     let peak = s.heat.iter().copied().filter(|v| v.is_finite()).fold(0.0, f32::max);
     let heat: Vec<u8> = s.heat.iter().map(|v| (v / peak.max(f32::MIN_POSITIVE) * 255.0).round() as u8).collect();
-    let known = !heat.is_empty() && Some(heat.len()) == s.grid.rows.checked_mul(s.grid.cols);
+    let complete = !heat.is_empty() && Some(heat.len()) == s.grid.rows.checked_mul(s.grid.cols);
     json!({
         "image": image, "step": s.step, "id": s.id, "index": s.index, "size": s.size, "category": s.category,
         "reference": s.reference, "text": s.text,
         "truth": s.truth, "predicted": s.predicted, "total": s.total, "masks": why,
-        "grid": known.then_some([s.grid.rows, s.grid.cols]), "heat": known.then(|| STANDARD.encode(&heat)), "peak": peak,
+        "grid": complete.then_some([s.grid.rows, s.grid.cols]), "heat": complete.then(|| STANDARD.encode(&heat)), "peak": peak,
         "components": s.components.iter().map(component).collect::<Vec<_>>(),
     })
 }
@@ -99,10 +103,10 @@ fn entry(s: &Shown, image: Option<usize>, why: &[String]) -> Value {
 mod tests {
     use super::*;
     use unveil_core::{Breakdown, Grid};
-    use unveil_data::store::Image;
+    use unveil_data::image_store::Image;
 
-    fn sample(i: usize, image: &str, c: Component) -> Shown {
-        let mut s = Shown {
+    fn sample(i: usize, image: &str, c: Component) -> RewardedResponse {
+        let mut s = RewardedResponse {
             step: Some(3),
             id: format!("</script><b>{i}"),
             index: i,
@@ -122,18 +126,18 @@ mod tests {
         s
     }
 
-    /// What stands between two marks of the page.
+    /// Returns the part of the page between two marks.
     fn between<'a>(page: &'a str, from: &str, to: &str) -> &'a str {
         page.split_once(from).and_then(|(_, rest)| rest.split_once(to)).map_or("", |(inside, _)| inside)
     }
 
     #[test]
-    fn a_thousand_responses_stay_small_and_safe() {
+    fn page_of_a_thousand_responses_is_small_and_safe() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.png"), Image::new(600, 600).to_png().unwrap()).unwrap();
-        let samples: Vec<Shown> = (0..1000)
+        let samples: Vec<RewardedResponse> = (0..1000)
             .map(|i| match i % 3 {
-                0 => sample(i, "a.png", Component::value(0.25).with("lift", 2.0)),
+                0 => sample(i, "a.png", Component::value(0.25).with_detail("lift", 2.0)),
                 1 => sample(i, "gone.png", Component::masked(MaskReason::NoAttention)),
                 _ => sample(i, "", Component::masked(MaskReason::Failed("<late>".into()))),
             })
@@ -142,7 +146,7 @@ mod tests {
         write_samples("run <1>", &samples, dir.path(), &ImageFolders::new([dir.path()]), &out).unwrap();
         let page = std::fs::read_to_string(&out).unwrap();
         assert!(page.len() < 2 << 20, "{} bytes", page.len());
-        assert_eq!(page.matches("<script").count(), 2, "nothing of a response becomes a script");
+        assert_eq!(page.matches("<script").count(), 2, "no text of a response becomes a script");
         assert!(page.contains("run &lt;1&gt;") && !page.contains("<b>7") && !page.contains("<img src"));
         assert!(!page.contains("http://") && !page.contains("https://"), "the page must not load anything");
         let policy = "http-equiv=\"Content-Security-Policy\" content=\"default-src &#x27;none&#x27;; img-src data:;";
@@ -153,7 +157,7 @@ mod tests {
             "<option value=\"vision relevance: no attention\">vision relevance: no attention (333)</option>"
         ));
         let data: Value = serde_json::from_str(between(&page, "id=\"data\">", "</script>")).unwrap();
-        assert_eq!(data["images"].as_array().unwrap().len(), 1, "an image is there once");
+        assert_eq!(data["images"].as_array().unwrap().len(), 1, "each image is included once");
         let s = &data["samples"];
         assert_eq!((&s[0]["image"], &s[1]["image"], &s[3]["image"]), (&json!(0), &Value::Null, &json!(0)));
         assert_eq!(s[0]["text"], "<img src=x onerror=alert(1)>");
@@ -166,10 +170,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_known_is_nothing_drawn() {
+    fn missing_values_are_not_drawn() {
         let dir = tempfile::tempdir().unwrap();
         let b = Breakdown { id: "a".into(), index: 0, total: None, components: BTreeMap::new() };
-        let bare = Shown {
+        let bare = RewardedResponse {
             heat: Vec::new(),
             total: b.total,
             components: b.components,

@@ -1,15 +1,13 @@
-//! The suites' numbers over the steps of a run, from its `eval` events.
-//!
-//! Must not know: how the suites are computed; only the names of the keys that it draws.
+//! Section of the report about the metrics suites: their values over the steps of a run, from its `eval` events.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::chart::{Panel, Series, panel};
+use crate::chart::{Panel, Series, line_chart};
 
-/// Keys of the grounding suite that are drawn together, and what they are called.
+/// Charts of the grounding suite: title, and name and key of each series.
 const GROUNDING: [(&str, &[(&str, &str)]); 3] = [
     (
         "Grounding: boxes",
@@ -35,7 +33,7 @@ const GROUNDING: [(&str, &[(&str, &str)]); 3] = [
     ),
 ];
 
-/// Columns of the table.
+/// Name and key of each column of the table.
 const COLUMNS: [(&str, &str); 9] = [
     ("mean IoU", "/grounding/mean_iou"),
     ("IoU ≥ 0.5", "/grounding/acc50"),
@@ -48,9 +46,9 @@ const COLUMNS: [(&str, &str); 9] = [
     ("MAU accuracy", "/mau/accuracy"),
 ];
 
-/// What the page shows of the suites.
+/// Values of the suite section of the report template.
 #[derive(Debug, Serialize)]
-pub(crate) struct Suites {
+pub(crate) struct SuiteSection {
     charts: Vec<Panel>,
     columns: Vec<&'static str>,
     rows: Vec<Row>,
@@ -62,8 +60,8 @@ struct Row {
     cells: Vec<String>,
 }
 
-/// Returns curves of stage 2 and a table of all evaluations; none where the run measured no suite.
-pub(crate) fn suites(events: &[Value]) -> Option<Suites> {
+/// Returns the curves of stage 2 and the table of all evaluations; `None` if the run measured no suite.
+pub(crate) fn suite_section(events: &[Value]) -> Option<SuiteSection> {
     let measured = |e: &&Value| e["kind"] == "eval" && (e["grounding"].is_object() || e["mau"].is_object());
     let all: Vec<&Value> = events.iter().filter(measured).collect();
     if all.is_empty() {
@@ -77,7 +75,7 @@ pub(crate) fn suites(events: &[Value]) -> Option<Suites> {
         .iter()
         .filter_map(|(title, series)| {
             let series = series.iter().map(|(name, p)| Series { name, points: points(p) });
-            panel(title, "step", &series.filter(|s| !s.points.is_empty()).collect::<Vec<_>>())
+            line_chart(title, "step", &series.filter(|s| !s.points.is_empty()).collect::<Vec<_>>())
         })
         .collect();
     let mut sources: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
@@ -89,7 +87,7 @@ pub(crate) fn suites(events: &[Value]) -> Option<Suites> {
     let mean = Series { name: "mean over the sources", points: points("/mau/accuracy") };
     let by_source = sources.iter().map(|(name, p)| Series { name, points: p.clone() });
     let by_source = std::iter::once(mean).chain(by_source).collect::<Vec<_>>();
-    charts.extend(panel("MAU: accuracy by source", "step", &by_source));
+    charts.extend(line_chart("MAU: accuracy by source", "step", &by_source));
     let used: Vec<&(&'static str, &str)> =
         COLUMNS.iter().filter(|(_, p)| all.iter().any(|e| e.pointer(p).is_some_and(Value::is_number))).collect();
     let row = |e: &&Value| {
@@ -100,7 +98,11 @@ pub(crate) fn suites(events: &[Value]) -> Option<Suites> {
             cells: used.iter().map(|(_, p)| cell(p)).collect(),
         }
     };
-    Some(Suites { charts, columns: used.iter().map(|(name, _)| *name).collect(), rows: all.iter().map(row).collect() })
+    Some(SuiteSection {
+        charts,
+        columns: used.iter().map(|(name, _)| *name).collect(),
+        rows: all.iter().map(row).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -110,15 +112,15 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_was_measured_is_shown() {
+    fn measured_suites_are_shown() {
         let eval = |stage: &str, step: u64, v: f64| {
             json!({"kind": "eval", "stage": stage, "step": step,
                 "grounding": {"mean_iou": v, "pointing_game": null, "withheld": {"mean_iou": 0.125}},
                 "mau": {"accuracy": v, "sources": {"a<b": v}}})
         };
-        assert!(suites(&[json!({"kind": "eval", "stage": "rl", "step": 1, "mean_iou": 0.5})]).is_none());
-        let found = suites(&[eval("sft", 9, 0.25), eval("rl", 10, 0.5), eval("rl", 20, 0.75)]).unwrap();
-        let values = json!({"name": "x", "policy": POLICY, "style": "", "suites": found});
+        assert!(suite_section(&[json!({"kind": "eval", "stage": "rl", "step": 1, "mean_iou": 0.5})]).is_none());
+        let section = suite_section(&[eval("sft", 9, 0.25), eval("rl", 10, 0.5), eval("rl", 20, 0.75)]).unwrap();
+        let values = json!({"name": "x", "policy": POLICY, "style": "", "suites": section});
         let html = render("report.html", values).unwrap();
         for part in
             ["stage 1, step 9", "stage 2, step 20", "<td>0.750</td>", "<td>0.125</td>", "a&lt;b", "MAU accuracy"]

@@ -1,32 +1,32 @@
-//! The pages' templates. Their names end in `.html`, so every value is escaped unless it is marked safe; safe are our own style sheets,
-//! scripts, and JSON in which no `<` is left. Must not know: what the pages show.
+//! Templates of the pages. Their names end in `.html`, so every value is escaped unless it is marked safe. Only our own style sheets and
+//! scripts, and JSON without `<`, are marked safe.
 
 use minijinja::Environment;
 use serde::Serialize;
 
 use crate::ReportError;
 
-/// What a page without a script may load: images that are data, its own style.
+/// Content security policy of a page without a script: inline images and style only.
 pub(crate) const POLICY: &str = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
-/// The same of a page with a script of its own.
+/// Content security policy of a page with an inline script.
 pub(crate) const SCRIPT_POLICY: &str =
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
 
-/// Fills the template `name`.
+/// Renders the template `name`.
 ///
 /// # Errors
-/// [`ReportError::Template`]: a template and its values do not fit each other.
+/// Returns [`ReportError::Template`] if the template does not fit `values`.
 pub(crate) fn render(name: &'static str, values: impl Serialize) -> Result<String, ReportError> {
-    let mut all = Environment::new();
-    all.set_trim_blocks(true);
-    all.set_lstrip_blocks(true);
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
     for (name, text) in [
         ("base.html", include_str!("pages/base.html")),
         ("parts.html", include_str!("pages/parts.html")),
         ("report.html", include_str!("pages/report.html")),
         ("samples.html", include_str!("pages/samples.html")),
     ] {
-        all.add_template(name, text).map_err(ReportError::Template)?;
+        environment.add_template(name, text).map_err(ReportError::Template)?;
     }
-    all.get_template(name).and_then(|t| t.render(values)).map_err(ReportError::Template)
+    environment.get_template(name).and_then(|t| t.render(values)).map_err(ReportError::Template)
 }

@@ -21,7 +21,7 @@ struct Event {
     session_log: Option<SessionLog>,
 }
 
-/// Says that a program began to write at the event's step: readers drop what earlier files have from there on.
+/// Marks that a program started to write at the event's step: readers drop later steps of earlier files.
 #[derive(Clone, PartialEq, Message)]
 struct SessionLog {
     #[prost(int32, tag = "1")]
@@ -41,7 +41,7 @@ struct Summary {
 struct SummaryValue {
     #[prost(string, tag = "1")]
     tag: String,
-    /// Written where it is 0, too: a value that is left out is none.
+    /// Optional, so that 0 is written, too: an omitted value is missing.
     #[prost(float, optional, tag = "2")]
     simple_value: Option<f32>,
 }
@@ -49,12 +49,15 @@ struct SummaryValue {
 /// Writes scalars to one event file.
 pub struct TensorBoard {
     file: File,
-    /// Nothing was written yet but the file's version.
+    /// Only the file version has been written.
     fresh: bool,
 }
 
 impl TensorBoard {
-    /// Creates a new event file in `dir`. Earlier files stay beside it; of a run that was resumed, readers show each step once.
+    /// Creates a new event file in `dir`, next to earlier files. Readers show each step of a resumed run once.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be created.
     pub fn create(dir: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(dir)?;
         let now = now();
@@ -67,6 +70,9 @@ impl TensorBoard {
     }
 
     /// Writes the scalars of one step.
+    ///
+    /// # Errors
+    /// Returns an error if the file cannot be written.
     pub fn scalars(&mut self, step: i64, scalars: &[(String, f32)]) -> std::io::Result<()> {
         if std::mem::take(&mut self.fresh) {
             let session_log = Some(SessionLog { status: START });
@@ -81,14 +87,15 @@ impl TensorBoard {
         let length = (data.len() as u64).to_le_bytes();
         let mut out = Vec::with_capacity(data.len() + 16);
         out.extend_from_slice(&length);
-        out.extend_from_slice(&masked(&length).to_le_bytes());
+        out.extend_from_slice(&masked_crc(&length).to_le_bytes());
         out.extend_from_slice(&data);
-        out.extend_from_slice(&masked(&data).to_le_bytes());
+        out.extend_from_slice(&masked_crc(&data).to_le_bytes());
         self.file.write_all(&out)
     }
 }
 
-fn masked(data: &[u8]) -> u32 {
+/// Computes the masked CRC-32C of TFRecord.
+fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
@@ -101,16 +108,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tensorboard_reads_it() {
+    fn tensorboard_reads_the_scalars() {
         let dir = tempfile::tempdir().unwrap();
         let mut b = TensorBoard::create(dir.path()).unwrap();
         b.scalars(3, &[("train/loss".into(), 0.25), ("train/reward/total".into(), -1.5)]).unwrap();
         b.scalars(4, &[("train/loss".into(), 0.125)]).unwrap();
-        assert_eq!(read(dir.path()), "[(3, 0.25), (4, 0.125)] -1.5");
+        assert_eq!(read_scalars(dir.path()), "[(3, 0.25), (4, 0.125)] -1.5");
     }
 
     #[test]
-    fn steps_that_a_resumed_run_makes_again_are_shown_once() {
+    fn repeated_steps_of_a_resumed_run_are_shown_once() {
         let dir = tempfile::tempdir().unwrap();
         for (steps, factor) in [(1..=18, 1.0), (11..=20, 100.0)] {
             let mut b = TensorBoard::create(dir.path()).unwrap();
@@ -119,13 +126,13 @@ mod tests {
                     .unwrap();
             }
         }
-        let want: Vec<String> =
+        let expected: Vec<String> =
             (1..=20).map(|s| format!("({s}, {:?})", if s > 10 { s as f32 * 100.0 } else { s as f32 })).collect();
-        assert_eq!(read(dir.path()), format!("[{}] 0.0", want.join(", ")));
+        assert_eq!(read_scalars(dir.path()), format!("[{}] 0.0", expected.join(", ")));
     }
 
-    /// What TensorBoard shows of a folder.
-    fn read(dir: &Path) -> String {
+    /// Returns the scalars that TensorBoard reads from a folder.
+    fn read_scalars(dir: &Path) -> String {
         let script = "import sys\n\
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n\
             a = EventAccumulator(sys.argv[1]); a.Reload()\n\

@@ -1,6 +1,4 @@
-//! Images small enough that a page can hold a thousand of them: scaled down, JPEG, each file once.
-//!
-//! Must not know: what the images show.
+//! Thumbnails small enough for a page with a thousand of them: scaled-down JPEG, each file once.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -9,8 +7,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
+use unveil_data::image_store::Image;
 use unveil_data::processor::{Filter, resize};
-use unveil_data::store::Image;
 
 use crate::ImageFolders;
 
@@ -19,7 +17,7 @@ const SIDE: u32 = 320;
 /// JPEG quality, 1 to 100.
 const QUALITY: u8 = 85;
 
-/// Thumbnails of a page, each file once.
+/// Thumbnails of a page, one per file.
 #[derive(Default)]
 pub(crate) struct Thumbnails {
     known: HashMap<PathBuf, Option<usize>>,
@@ -27,20 +25,20 @@ pub(crate) struct Thumbnails {
 }
 
 impl Thumbnails {
-    /// The number of `path`'s thumbnail; none where there is no image that can be read.
-    pub(crate) fn number(&mut self, images: &ImageFolders, path: &Path) -> Option<usize> {
+    /// Returns the index of the thumbnail of `path`; `None` if the image cannot be read.
+    pub(crate) fn index_of(&mut self, images: &ImageFolders, path: &Path) -> Option<usize> {
         if let Some(known) = self.known.get(path) {
             return *known;
         }
-        let number = decode(images, path).and_then(|i| thumbnail(&i)).map(|uri| {
+        let index = decode(images, path).and_then(|i| thumbnail(&i)).map(|uri| {
             self.uris.push(uri);
             self.uris.len() - 1
         });
-        self.known.insert(path.to_owned(), number);
-        number
+        self.known.insert(path.to_owned(), index);
+        index
     }
 
-    /// Data URIs by number.
+    /// Returns the data URIs by index.
     pub(crate) fn into_uris(self) -> Vec<String> {
         self.uris
     }
@@ -71,14 +69,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_file_once_and_small() {
+    fn thumbnails_are_small_and_unique() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.png");
         std::fs::write(&path, Image::new(900, 300).to_png().unwrap()).unwrap();
         let images = ImageFolders::new([dir.path()]);
         let mut t = Thumbnails::default();
-        let mut number = |path: &Path| t.number(&images, path);
-        assert_eq!((number(&path), number(&path), number(Path::new("gone.png"))), (Some(0), Some(0), None));
+        let mut index = |path: &Path| t.index_of(&images, path);
+        assert_eq!((index(&path), index(&path), index(Path::new("gone.png"))), (Some(0), Some(0), None));
         let uris = t.into_uris();
         let bytes = STANDARD.decode(uris[0].strip_prefix("data:image/jpeg;base64,").unwrap()).unwrap();
         let back = Image::decode(&bytes, "x").unwrap();

@@ -1,6 +1,4 @@
-//! One rewarded response as the sample page shows it, and those that a run keeps in `rollouts/`.
-//!
-//! Must not know: how rewards are made, models.
+//! Rewarded responses as the sample page shows them, and the reader of those that a run keeps in `rollouts/`.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -11,41 +9,41 @@ use unveil_core::{Attention, BBox, Breakdown, Component, Grid};
 
 use crate::{Prediction, ReportError};
 
-/// One response with image, boxes, attention and reward.
+/// A response with image, boxes, attention and reward.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Shown {
-    /// Update of stage 2 that it was trained in.
+pub struct RewardedResponse {
+    /// Update of stage 2 that trained on it; `None` for a response outside a run.
     pub step: Option<u64>,
     /// Record id.
     pub id: String,
-    /// Position within its group.
+    /// Index within its group.
     pub index: usize,
-    /// Image file, absolute or relative to the run directory; empty where there is none.
+    /// Image file, absolute or relative to the run directory; empty if there is none.
     pub image: PathBuf,
-    /// `[width, height]` in which the boxes are given.
+    /// `[width, height]` in pixels, to which the boxes refer.
     pub size: [u32; 2],
     /// True category.
     pub category: String,
-    /// The answer of a record that is answered in text; none where regions are asked for.
+    /// Reference answer of a text record; `None` for grounding records.
     pub reference: Option<String>,
     /// True boxes.
     pub truth: Vec<BBox>,
     /// Boxes of the answer, as written.
     pub predicted: Vec<BBox>,
-    /// The answer.
+    /// Text of the response.
     pub text: String,
     /// Grid of `heat`.
     pub grid: Grid,
-    /// Attention of the tokens that name the class over the image tokens, row-major; empty when not known.
+    /// Attention of the tokens that name the class over the image tokens, row-major; empty if unknown.
     pub heat: Vec<f32>,
-    /// Weighted total; absent when all is masked.
+    /// Weighted total; `None` if all components are masked.
     pub total: Option<f64>,
-    /// By name.
+    /// Reward components by name.
     pub components: BTreeMap<String, Component>,
 }
 
-impl Shown {
-    /// A compared answer and its reward.
+impl RewardedResponse {
+    /// Combines a prediction and its reward.
     pub fn new(p: Prediction, b: Breakdown) -> Self {
         Self {
             step: None,
@@ -66,9 +64,9 @@ impl Shown {
     }
 }
 
-/// A line of `rollouts/step-N.jsonl`, as far as it is shown.
+/// The keys of a line of `rollouts/step-N.jsonl` that are shown.
 #[derive(Deserialize)]
-struct Line {
+struct RolloutLine {
     step: u64,
     id: String,
     index: usize,
@@ -78,7 +76,7 @@ struct Line {
     image_size: [u32; 2],
     total: Option<f64>,
     components: Option<BTreeMap<String, Component>>,
-    /// What the policy saw; lines of earlier versions name the record's own image only, which augmentation may have changed.
+    /// Image that the policy saw. Older lines only name the record's image, which augmentation may have changed.
     #[serde(default)]
     seen: PathBuf,
     #[serde(default)]
@@ -89,9 +87,9 @@ struct Line {
     attention: Option<Attention>,
 }
 
-impl From<Line> for Shown {
-    fn from(line: Line) -> Self {
-        let (grid, heat) = line.attention.as_ref().map_or((Grid { rows: 0, cols: 0 }, Vec::new()), mean);
+impl From<RolloutLine> for RewardedResponse {
+    fn from(line: RolloutLine) -> Self {
+        let (grid, heat) = line.attention.as_ref().map_or((Grid { rows: 0, cols: 0 }, Vec::new()), mean_row);
         Self {
             step: Some(line.step),
             id: line.id,
@@ -111,8 +109,8 @@ impl From<Line> for Shown {
     }
 }
 
-/// Mean of the rows that fit the grid.
-fn mean(a: &Attention) -> (Grid, Vec<f32>) {
+/// Averages the rows that fit the grid.
+fn mean_row(a: &Attention) -> (Grid, Vec<f32>) {
     let grid = Grid { rows: a.grid[0], cols: a.grid[1] };
     let cells = grid.rows.checked_mul(grid.cols);
     let rows: Vec<&Vec<f32>> = a.rows.iter().filter(|r| Some(r.len()) == cells).collect();
@@ -120,12 +118,12 @@ fn mean(a: &Attention) -> (Grid, Vec<f32>) {
     (grid, (0..cells).map(|j| rows.iter().map(|r| r[j]).sum::<f32>() / rows.len() as f32).collect())
 }
 
-/// Responses that `run` keeps, by step, at most `limit` (0 = all): whole steps, evenly spread over the run. A line cut by a crash
-/// is left out; no folder is no response.
+/// Loads the responses that `run` keeps, by step, about `limit` (0: all): whole steps, evenly spread over the run. Lines truncated by a
+/// crash are left out; without the folder there are no responses.
 ///
 /// # Errors
-/// A file cannot be read.
-pub fn run_samples(run: &Path, limit: usize) -> Result<Vec<Shown>, ReportError> {
+/// Returns [`ReportError::Io`] if a file cannot be read.
+pub fn load_rewarded_responses(run: &Path, limit: usize) -> Result<Vec<RewardedResponse>, ReportError> {
     let folder = run.join("rollouts");
     let io = |path: &Path| {
         let path = path.to_owned();
@@ -142,15 +140,21 @@ pub fn run_samples(run: &Path, limit: usize) -> Result<Vec<Shown>, ReportError> 
         steps.extend(number.and_then(|n| n.parse().ok()).map(|n| (n, path.clone())));
     }
     steps.sort();
-    let mut files: Vec<Vec<Shown>> = Vec::with_capacity(steps.len());
+    let mut files: Vec<Vec<RewardedResponse>> = Vec::with_capacity(steps.len());
     for (_, path) in &steps {
         let lines = BufReader::new(std::fs::File::open(path).map_err(io(path))?).lines();
         let lines = lines.collect::<Result<Vec<_>, _>>().map_err(io(path))?;
-        files.push(lines.iter().filter_map(|l| serde_json::from_str::<Line>(l).ok()).map(Shown::from).collect());
+        files.push(
+            lines
+                .iter()
+                .filter_map(|l| serde_json::from_str::<RolloutLine>(l).ok())
+                .map(RewardedResponse::from)
+                .collect(),
+        );
     }
-    let all: usize = files.iter().map(Vec::len).sum();
-    let most = files.iter().map(Vec::len).max().unwrap_or(0).max(1);
-    let keep = if limit == 0 || all <= limit { files.len() } else { (limit / most).clamp(1, files.len()) };
+    let total: usize = files.iter().map(Vec::len).sum();
+    let longest = files.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    let keep = if limit == 0 || total <= limit { files.len() } else { (limit / longest).clamp(1, files.len()) };
     let chosen: Vec<usize> = match (keep, files.len()) {
         (_, 0) => Vec::new(),
         (1, n) => vec![n - 1],
@@ -165,9 +169,9 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn whole_steps_evenly_spread() {
+    fn whole_steps_are_spread_evenly() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(run_samples(dir.path(), 0).unwrap().is_empty());
+        assert!(load_rewarded_responses(dir.path(), 0).unwrap().is_empty());
         std::fs::create_dir(dir.path().join("rollouts")).unwrap();
         let line = |step: u64, index: usize| {
             json!({"step": step, "id": "a", "index": index, "text": "x", "category": "c", "boxes": [], "image_size": [4, 4],
@@ -177,11 +181,13 @@ mod tests {
             let text = format!("{}\n{}\n{{torn", line(step, 0), line(step, 1));
             std::fs::write(dir.path().join(format!("rollouts/step-{step}.jsonl")), text).unwrap();
         }
-        let steps = |limit| run_samples(dir.path(), limit).unwrap().iter().filter_map(|s| s.step).collect::<Vec<_>>();
+        let steps = |limit| {
+            load_rewarded_responses(dir.path(), limit).unwrap().iter().filter_map(|s| s.step).collect::<Vec<_>>()
+        };
         assert_eq!(steps(0).len(), 20);
         assert_eq!(steps(6), [1, 1, 5, 5, 10, 10]);
         assert_eq!(steps(1), [10, 10]);
-        let first = &run_samples(dir.path(), 0).unwrap()[0];
+        let first = &load_rewarded_responses(dir.path(), 0).unwrap()[0];
         assert_eq!((first.heat.as_slice(), first.grid.cols, first.total), (&[0.75, 0.25][..], 2, Some(0.5)));
     }
 }

@@ -1,15 +1,15 @@
-//! A held-out image with true box, predicted box and attention heat map, over the embedded image. Must not know: HTML.
+//! Predictions on held-out images, and figures of them: the embedded image with true boxes, predicted boxes and attention heat map.
 
 use std::path::Path;
 
 use base64::Engine;
 use serde::{Deserialize, Serialize};
 use unveil_core::{BBox, Grid};
-use unveil_data::store::Image;
+use unveil_data::image_store::Image;
 
 use crate::ImageFolders;
 
-/// One held-out answer; a line of `eval/before.jsonl` and `eval/after.jsonl`.
+/// An answer to a held-out image; one line of `eval/before.jsonl` or `eval/after.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Prediction {
     /// Record id.
@@ -20,33 +20,33 @@ pub struct Prediction {
     pub size: [u32; 2],
     /// True category.
     pub category: String,
-    /// The answer of a record that is answered in text; absent where regions are asked for. Numbers speak of the latter only.
+    /// Reference answer of a text record; absent for grounding records. The metrics below apply to the latter only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// True boxes, original pixels.
+    /// True boxes in original pixels.
     pub truth: Vec<BBox>,
-    /// Predicted boxes, original pixels.
+    /// Predicted boxes in original pixels.
     pub boxes: Vec<BBox>,
     /// The answer as generated.
     pub text: String,
-    /// Category named right.
+    /// Whether the category is right.
     pub correct: bool,
-    /// IoU of the one true box; absent when there is not exactly one.
+    /// IoU of the first predicted box with the true box; absent unless there is exactly one true box.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iou: Option<f64>,
-    /// Soft F1.
+    /// Soft F1 of predicted and true boxes.
     pub soft_f1: f64,
-    /// Attention mass on the lesion over its area; absent when there is no lesion.
+    /// Attention mass on the lesion divided by its share of the area; absent if there is no lesion.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lift: Option<f64>,
     /// Grid of `heat`.
     pub grid: Grid,
-    /// Attention of the category's tokens over the image tokens, row-major, sums to 1; empty when no category was named.
+    /// Attention of the category's tokens over the image tokens, row-major, sum 1; empty if no category was named.
     pub heat: Vec<f32>,
 }
 
 impl Prediction {
-    /// What is right, in words: the reference of an answer in text, else the class, else that nothing is there.
+    /// Returns the true answer in words: the reference of a text record, else the category, else "no finding".
     pub(crate) fn truth_in_words(&self) -> &str {
         match &self.reference {
             Some(reference) => reference,
@@ -56,32 +56,32 @@ impl Prediction {
     }
 }
 
-/// A figure as its template draws it, in pixels of the image.
+/// Values of the figure template, in pixels of the image.
 #[derive(Debug, Serialize)]
 pub(crate) struct Figure {
     width: u32,
     height: u32,
-    /// Data URI; none where there is no image that can be shown.
+    /// Data URI; `None` if there is no image that can be shown.
     image: Option<String>,
     /// Width and height of a cell of the heat map.
     cell: [String; 2],
-    heat: Vec<Cell>,
-    boxes: Vec<Outline>,
-    /// Width of the boxes' lines.
+    heat: Vec<HeatCell>,
+    boxes: Vec<BoxOutline>,
+    /// Line width of the boxes.
     line: String,
     text: String,
     facts: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
-struct Cell {
+struct HeatCell {
     x: String,
     y: String,
     opacity: String,
 }
 
 #[derive(Debug, Clone, Serialize)]
-struct Outline {
+struct BoxOutline {
     x: f32,
     y: f32,
     width: f32,
@@ -92,21 +92,23 @@ struct Outline {
 /// Returns the figure of one prediction, whose image path is relative to `run`.
 pub(crate) fn figure(run: &Path, images: &ImageFolders, p: &Prediction) -> Figure {
     let [w, h] = p.size.map(f64::from);
-    let (cw, ch) = (w / p.grid.cols.max(1) as f64, h / p.grid.rows.max(1) as f64);
+    let cw = w / p.grid.cols.max(1) as f64;
+    let ch = h / p.grid.rows.max(1) as f64;
     let peak = p.heat.iter().copied().filter(|v| v.is_finite()).fold(1e-9, f32::max);
     let cell = |(j, v): (usize, &f32)| {
         let opacity = 0.55 * v / peak;
-        let (row, column) = (j / p.grid.cols, j % p.grid.cols);
-        (opacity > 0.02).then(|| Cell {
+        let row = j / p.grid.cols;
+        let column = j % p.grid.cols;
+        (opacity > 0.02).then(|| HeatCell {
             x: format!("{:.1}", column as f64 * cw),
             y: format!("{:.1}", row as f64 * ch),
             opacity: format!("{opacity:.2}"),
         })
     };
-    let known = p.grid.rows.checked_mul(p.grid.cols) == Some(p.heat.len());
-    let outlines = |boxes: &[BBox], class: &'static str| -> Vec<Outline> {
+    let complete = p.grid.rows.checked_mul(p.grid.cols) == Some(p.heat.len());
+    let outlines = |boxes: &[BBox], class: &'static str| -> Vec<BoxOutline> {
         let drawn = boxes.iter().filter(|b| b.area() > 0.0);
-        drawn.map(|b| Outline { x: b.x1, y: b.y1, width: b.x2 - b.x1, height: b.y2 - b.y1, class }).collect()
+        drawn.map(|b| BoxOutline { x: b.x1, y: b.y1, width: b.x2 - b.x1, height: b.y2 - b.y1, class }).collect()
     };
     let mut facts = vec![match (p.iou, &p.reference) {
         (_, Some(_)) => "answered in text".to_owned(),
@@ -119,7 +121,7 @@ pub(crate) fn figure(run: &Path, images: &ImageFolders, p: &Prediction) -> Figur
         height: p.size[1],
         image: embed(images, &run.join(&p.image)),
         cell: [format!("{cw:.1}"), format!("{ch:.1}")],
-        heat: if known { p.heat.iter().enumerate().filter_map(cell).collect() } else { Vec::new() },
+        heat: if complete { p.heat.iter().enumerate().filter_map(cell).collect() } else { Vec::new() },
         boxes: [outlines(&p.truth, "true"), outlines(&p.boxes, "pred")].concat(),
         line: format!("{:.2}", w / 96.0),
         text: p.text.clone(),
@@ -127,12 +129,13 @@ pub(crate) fn figure(run: &Path, images: &ImageFolders, p: &Prediction) -> Figur
     }
 }
 
+/// Returns an image file as a data URI; formats that browsers do not show are converted to PNG.
 fn embed(images: &ImageFolders, path: &Path) -> Option<String> {
     let mut bytes = images.read(path)?;
     let kind = match &bytes[..] {
         [0x89, b'P', b'N', b'G', ..] => "png",
         [0xff, 0xd8, ..] => "jpeg",
-        // What browsers do not show.
+        // Formats that browsers do not show.
         _ => {
             bytes = Image::decode(&bytes, &path.display().to_string()).and_then(|i| i.to_png()).ok()?;
             "png"
@@ -145,7 +148,7 @@ fn embed(images: &ImageFolders, path: &Path) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A DICOM file of 2 x 1 pixels.
+    /// Returns a DICOM file of 2 x 1 pixels.
     fn dicom() -> Vec<u8> {
         let element = |tag: [u16; 2], vr: &str, value: &[u8]| {
             let mut out = [tag[0].to_le_bytes(), tag[1].to_le_bytes()].concat();
@@ -170,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_in_text_is_shown_with_its_reference() {
+    fn text_answers_are_shown_with_their_reference() {
         let line = r#"{"id":"q","image":"","size":[4,4],"category":"","truth":[],"boxes":[],"text":"a <b>","correct":false,"soft_f1":0.0,
             "grid":{"rows":0,"cols":0},"heat":[]}"#;
         let mut p: Prediction = serde_json::from_str(line).unwrap();
@@ -181,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_browsers_do_not_show_becomes_png() {
+    fn formats_unknown_to_browsers_become_png() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.dcm");
         std::fs::write(&path, dicom()).unwrap();
