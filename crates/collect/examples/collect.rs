@@ -1,4 +1,4 @@
-//! Collects answers from an endpoint: `collect RECORDS OUT BASE_URL`. The tests kill it.
+//! Collects answers from an endpoint: `collect RECORDS OUT BASE_URL`. The tests start this program and kill it.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! The journal: JSON lines of every request and answer, each on disk before the run goes on. What it holds is never asked again.
+//! The journal: JSON lines of every request and answer, each synced to disk before the run continues. Answered requests are not repeated.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -11,54 +11,58 @@ use serde::{Deserialize, Serialize};
 
 use crate::CollectError;
 
-/// One line.
+/// An entry of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-pub(crate) enum Entry {
-    /// A request that is about to be sent. The image is told by the hash of what is sent.
+pub(crate) enum JournalEntry {
+    /// A request that is about to be sent. The image is identified by the hash of the PNG sent.
     Ask { key: String, id: String, stage: String, model: String, system: Option<String>, user: String, image: String },
-    /// Its answer.
+    /// The answer to a request.
     Answer {
         key: String,
         #[serde(flatten)]
-        answer: Answer,
+        answer: StoredAnswer,
     },
-    /// Its failure, after all tries.
+    /// The failure of a request after all attempts.
     Failed { key: String, error: String },
 }
 
-/// An answer with what it cost.
+/// An answer with its cost.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Answer {
+pub(crate) struct StoredAnswer {
     pub(crate) text: String,
     pub(crate) finish: String,
-    /// Tokens of the prompt and of the answer.
+    /// Number of tokens of the prompt and of the answer.
     pub(crate) usage: [u64; 2],
-    /// The endpoint did not report them: they are a guess.
+    /// Whether `usage` is an estimate, because the endpoint did not report it.
     #[serde(default)]
     pub(crate) guessed: bool,
-    /// In the currency of the configured prices.
+    /// Cost in the currency of the configured prices.
     pub(crate) cost: f64,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Line {
+struct JournalLine {
     #[serde(flatten)]
-    entry: Entry,
+    entry: JournalEntry,
     /// Seconds since 1970.
     time: f64,
 }
 
-/// The journal file, held against other runs.
+/// The journal file, locked against other runs.
 #[derive(Debug)]
 pub(crate) struct Journal {
     path: PathBuf,
     file: Mutex<File>,
-    answers: Mutex<HashMap<String, Answer>>,
+    answers: Mutex<HashMap<String, StoredAnswer>>,
 }
 
 impl Journal {
-    /// Opens or makes the file. A last line without an end was being written when a run died: it is cut off.
+    /// Opens or creates the file. An incomplete last line, left by a run that was killed, is removed.
+    ///
+    /// # Errors
+    /// Returns [`CollectError::InUse`] if another run uses the file, [`CollectError::Line`] if a line cannot be parsed, or
+    /// [`CollectError::Io`].
     pub(crate) fn open(path: &Path) -> Result<Self, CollectError> {
         let io = || CollectError::io(path);
         if let Some(folder) = path.parent() {
@@ -72,28 +76,28 @@ impl Journal {
         })?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(io())?;
-        let whole = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |k| k + 1);
-        file.set_len(whole as u64).and_then(|()| file.seek(SeekFrom::End(0))).map_err(io())?;
+        let complete = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |k| k + 1);
+        file.set_len(complete as u64).and_then(|()| file.seek(SeekFrom::End(0))).map_err(io())?;
         let mut answers = HashMap::new();
-        for (k, line) in bytes[..whole].split(|b| *b == b'\n').enumerate().filter(|(_, l)| !l.is_empty()) {
-            let line: Line = serde_json::from_slice(line).map_err(|e| CollectError::Line {
+        for (k, line) in bytes[..complete].split(|b| *b == b'\n').enumerate().filter(|(_, l)| !l.is_empty()) {
+            let line: JournalLine = serde_json::from_slice(line).map_err(|e| CollectError::Line {
                 path: path.to_owned(),
                 line: k + 1,
-                what: format!("no line of a journal: {e}; move the file away to start afresh"),
+                what: format!("not a journal entry: {e}; move the file away to start over"),
             })?;
-            if let Entry::Answer { key, answer } = line.entry {
+            if let JournalEntry::Answer { key, answer } = line.entry {
                 answers.insert(key, answer);
             }
         }
         Ok(Self { path: path.to_owned(), file: Mutex::new(file), answers: Mutex::new(answers) })
     }
 
-    /// The answer to a request, where there is one.
-    pub(crate) fn answer(&self, key: &str) -> Option<Answer> {
+    /// Returns the answer to a request, if there is one.
+    pub(crate) fn answer(&self, key: &str) -> Option<StoredAnswer> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned()
     }
 
-    /// What all answers cost so far, the largest cost of one, and their tokens.
+    /// Returns the total cost of all answers, the highest cost of one, and their tokens.
     pub(crate) fn spent(&self) -> (f64, f64, [u64; 2]) {
         let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         answers.values().fold((0.0, 0.0, [0, 0]), |(sum, most, tokens), a| {
@@ -102,15 +106,18 @@ impl Journal {
         })
     }
 
-    /// Writes a line and waits until it is on disk.
-    pub(crate) fn append(&self, entry: Entry) -> Result<(), CollectError> {
+    /// Appends an entry and waits until it is on disk.
+    ///
+    /// # Errors
+    /// Returns [`CollectError::Io`] if the file cannot be written.
+    pub(crate) fn append(&self, entry: JournalEntry) -> Result<(), CollectError> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         let io = || CollectError::io(&self.path);
-        let mut line = serde_json::to_vec(&Line { entry: entry.clone(), time }).map_err(|e| io()(e.into()))?;
+        let mut line = serde_json::to_vec(&JournalLine { entry: entry.clone(), time }).map_err(|e| io()(e.into()))?;
         line.push(b'\n');
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.write_all(&line).and_then(|()| file.sync_data()).map_err(io())?;
-        if let Entry::Answer { key, answer } = entry {
+        if let JournalEntry::Answer { key, answer } = entry {
             self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(key, answer);
         }
         Ok(())
@@ -122,8 +129,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn answer(text: &str, cost: f64) -> Answer {
-        Answer { text: text.into(), finish: "stop".into(), usage: [3, 4], guessed: false, cost }
+    fn answer(text: &str, cost: f64) -> StoredAnswer {
+        StoredAnswer { text: text.into(), finish: "stop".into(), usage: [3, 4], guessed: false, cost }
     }
 
     fn journal(dir: &Path) -> PathBuf {
@@ -133,8 +140,9 @@ mod tests {
     fn fill(path: &Path, n: usize) {
         let j = Journal::open(path).unwrap();
         for k in 0..n {
-            let (key, text) = (format!("k{k}"), format!("text {k}\n\u{2028}ü"));
-            let ask = Entry::Ask {
+            let key = format!("k{k}");
+            let text = format!("text {k}\n\u{2028}ü");
+            let ask = JournalEntry::Ask {
                 key: key.clone(),
                 id: "r".into(),
                 stage: "diagnosis".into(),
@@ -144,13 +152,13 @@ mod tests {
                 image: "h".into(),
             };
             j.append(ask).unwrap();
-            j.append(Entry::Answer { key, answer: answer(&text, 0.5) }).unwrap();
+            j.append(JournalEntry::Answer { key, answer: answer(&text, 0.5) }).unwrap();
         }
-        j.append(Entry::Failed { key: "f".into(), error: "x".into() }).unwrap();
+        j.append(JournalEntry::Failed { key: "f".into(), error: "x".into() }).unwrap();
     }
 
     #[test]
-    fn it_remembers_and_holds_others_off() {
+    fn answers_are_kept_and_the_file_is_locked() {
         let dir = tempfile::tempdir().unwrap();
         let path = journal(dir.path());
         fill(&path, 3);
@@ -162,25 +170,25 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap().replacen("\"kind\"", "\"kin\"", 1);
         std::fs::write(&path, text).unwrap();
         let e = Journal::open(&path).unwrap_err().to_string();
-        assert!(e.contains("journal.jsonl:1:") && e.contains("start afresh"), "{e}");
+        assert!(e.contains("journal.jsonl:1:") && e.contains("start over"), "{e}");
     }
 
     proptest! {
         #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
         #[test]
-        fn a_journal_cut_anywhere_opens_with_its_whole_lines(at in 0.0f64..1.0) {
+        fn truncated_journal_keeps_its_complete_lines(fraction in 0.0f64..1.0) {
             let dir = tempfile::tempdir().unwrap();
             let path = journal(dir.path());
             fill(&path, 3);
             let bytes = std::fs::read(&path).unwrap();
-            let cut = &bytes[..(bytes.len() as f64 * at) as usize];
+            let cut = &bytes[..(bytes.len() as f64 * fraction) as usize];
             std::fs::write(&path, cut).unwrap();
-            let whole = String::from_utf8_lossy(cut).matches('\n').count();
+            let lines = String::from_utf8_lossy(cut).matches('\n').count();
             let j = Journal::open(&path).unwrap();
             let kept = (0..3).filter(|k| j.answer(&format!("k{k}")).is_some()).count();
-            prop_assert_eq!(kept, whole / 2);
-            j.append(Entry::Answer { key: "new".into(), answer: answer("n", 0.0) }).unwrap();
+            prop_assert_eq!(kept, lines / 2);
+            j.append(JournalEntry::Answer { key: "new".into(), answer: answer("n", 0.0) }).unwrap();
             drop(j);
             let again = Journal::open(&path).unwrap();
             prop_assert!(again.answer("new").is_some());

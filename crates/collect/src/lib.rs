@@ -1,24 +1,26 @@
-//! Collecting answers for records from a vision model, and having people review them.
+//! Collection of answers for records from a vision model, and their review by a user.
 //!
-//! Two prompts, as for the MAU data (arXiv 2501.01377): the first asks for a diagnosis, given image, class and region; the second has the
-//! model rewrite it as detect, localise, recognise. Every request and answer is kept in a journal, so that a run that was killed goes
-//! on without asking again. A page shows what was collected; what a person decided there makes the final records.
+//! There are two prompts, as for the MAU data (arXiv 2501.01377): the first asks for a diagnosis, given image, class and region; the second
+//! lets the model rewrite it as detect, localise, recognise. Every request and answer is recorded in a journal, so a run that was killed
+//! continues without repeating requests. HTML pages show the answers for review; the decisions made there determine the final records.
 //!
-//! Must not know: tch, how models are trained on the records.
+//! Must not depend on: tch, how models are trained on the records.
 
 mod answer;
+mod budget;
+mod context;
 mod decisions;
 mod error;
+mod files;
 mod journal;
-mod ledger;
-mod mark;
+mod marks;
 mod page;
 mod prompts;
 mod run;
-mod stage;
 
-pub use decisions::{Reviewed, review};
+pub use decisions::{ReviewSummary, review};
 pub use error::CollectError;
+pub use files::{COLLECTED, JOURNAL};
 pub use page::write_pages;
 pub use prompts::Prompts;
-pub use run::{COLLECTED, Failure, JOURNAL, Stop, Summary, collect};
+pub use run::{CollectSummary, FailedRecord, StopReason, collect};

@@ -33,10 +33,10 @@ const NAMES = { accept: "accepted", edit: "edited", reject: "rejected" };
 
 function card(item, k) {
   const text = make("textarea", { "aria-label": "answer", spellcheck: "true" });
-  const mine = decisions[item.id];
-  text.value = mine && mine.key === item.key && mine.answer ? mine.answer : item.reflection;
+  const saved = decisions[item.id];
+  text.value = saved && saved.key === item.key && saved.answer ? saved.answer : item.reflection;
   const state = make("span", { class: "state" });
-  // The card would otherwise take the choice back to itself.
+  // Without this, the click would also select the card.
   const button = (decision, label) => make("button", { type: "button", text: label, onclick: (e) => { e.stopPropagation(); decide(k, decision); } });
   const accept = button("accept", "Accept");
   const reset = button(null, "Undo");
@@ -68,21 +68,21 @@ function decide(k, decision) {
 }
 
 function save() {
-  try { localStorage.setItem(store, JSON.stringify(decisions)); } catch (e) { /* the download still has them */ }
+  try { localStorage.setItem(store, JSON.stringify(decisions)); } catch (e) { /* the download still contains them */ }
 }
 
 function decision(item) {
-  const mine = decisions[item.id];
-  return mine && mine.key === item.key ? mine.decision : "";
+  const saved = decisions[item.id];
+  return saved && saved.key === item.key ? saved.decision : "";
 }
 
 function show(k) {
-  const item = items[k], mine = decision(item);
-  item.article.className = mine + (k === current ? " current" : "");
-  const open = mine === "edit" ? decisions[item.id].answer !== item.text.value : item.text.value !== item.reflection;
-  item.state.textContent = (NAMES[mine] || "") + (open && mine !== "reject" ? " (unsaved edit)" : "");
+  const item = items[k], status = decision(item);
+  item.article.className = status + (k === current ? " current" : "");
+  const unsaved = status === "edit" ? decisions[item.id].answer !== item.text.value : item.text.value !== item.reflection;
+  item.state.textContent = (NAMES[status] || "") + (unsaved && status !== "reject" ? " (unsaved edit)" : "");
   item.accept.disabled = !item.usable && item.text.value === item.reflection;
-  item.accept.title = item.accept.disabled ? "It has to be edited first: " + item.faults.join(", ") : "";
+  item.accept.title = item.accept.disabled ? "Edit it first: " + item.faults.join(", ") : "";
   const done = items.filter((i) => decision(i)).length;
   document.getElementById("count").textContent = `${done} of ${items.length} decided`;
   document.querySelector(".bar i").style.width = (100 * done) / Math.max(1, items.length) + "%";
@@ -106,10 +106,10 @@ function select(k, scroll) {
 }
 
 function filter() {
-  const want = document.getElementById("filter").value;
+  const shown = document.getElementById("filter").value;
   for (const item of items) {
-    const mine = decision(item);
-    item.article.hidden = !(want === "all" || (want === "open" && !mine) || (want === "faulty" && item.faults.length) || want === mine);
+    const status = decision(item);
+    item.article.hidden = !(shown === "all" || (shown === "open" && !status) || (shown === "faulty" && item.faults.length) || shown === status);
   }
 }
 
@@ -130,7 +130,7 @@ async function load(event) {
         decisions[d.id] = d;
         if (d.answer) item.text.value = d.answer;
       }
-    } catch (e) { /* a line that is no decision changes nothing */ }
+    } catch (e) { /* lines that are not decisions are ignored */ }
   }
   save();
   items.forEach((_, k) => show(k));

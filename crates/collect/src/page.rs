@@ -1,7 +1,7 @@
-//! Pages on which a person accepts, edits or rejects what was collected. Each is one HTML file that needs nothing else, and hands the
-//! decisions back as a downloaded file of JSON lines.
+//! Pages on which a reviewer accepts, edits or rejects collected answers. Each is a self-contained HTML file; the decisions are downloaded
+//! from it as JSON lines.
 //!
-//! All texts come from outside: they go into the page as JSON, and its script puts them there as text, never as markup.
+//! Texts are untrusted: they are embedded as JSON, and the script inserts them as text, never as markup.
 
 use std::path::{Path, PathBuf};
 
@@ -11,21 +11,23 @@ use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 use serde_json::{Value, json};
 use unveil_core::Record;
+use unveil_data::image_store::{ContentHash, Image};
 use unveil_data::processor::{Filter, resize};
 use unveil_data::records::RecordFile;
-use unveil_data::store::{ContentHash, Image};
 
-use crate::answer::usable;
+use crate::answer::is_usable_answer;
 use crate::{COLLECTED, CollectError};
 
 /// Longer side of the images on a page, in pixels.
 const SIDE: u32 = 640;
+/// JPEG quality, 1 to 100.
 const QUALITY: u8 = 85;
 
-/// Writes `review-001.html` and so on into `dir` for the answers in its record file, `per_page` on each; older pages there go.
+/// Writes `review-001.html` and so on into `dir` for the answers in its record file, `per_page` on each, and removes older pages. An image
+/// that cannot be read is missing on its page.
 ///
 /// # Errors
-/// The record file or a page cannot be read or written. An image that cannot be read is missing on its page.
+/// Returns [`CollectError::Records`] if the record file cannot be read, [`CollectError::Io`] if a page cannot be written or removed.
 pub fn write_pages(dir: &Path, per_page: usize) -> Result<Vec<PathBuf>, CollectError> {
     let file = RecordFile::load(&dir.join(COLLECTED))?;
     for old in std::fs::read_dir(dir).map_err(CollectError::io(dir))?.flatten().map(|e| e.path()) {
@@ -39,17 +41,19 @@ pub fn write_pages(dir: &Path, per_page: usize) -> Result<Vec<PathBuf>, CollectE
     let count = chunks.len();
     let mut pages = Vec::with_capacity(count);
     for (k, records) in chunks.enumerate() {
-        let items: Vec<Value> = records.iter().map(|r| item(&file, r)).collect();
+        let items: Vec<Value> = records.iter().map(|r| page_item(&file, r)).collect();
         let path = dir.join(format!("review-{:03}.html", k + 1));
-        unveil_core::write_atomic(&path, page(&items, k + 1, count).as_bytes()).map_err(CollectError::io(&path))?;
+        unveil_core::write_atomic(&path, render_page(&items, k + 1, count).as_bytes())
+            .map_err(CollectError::io(&path))?;
         pages.push(path);
     }
     Ok(pages)
 }
 
-fn item(file: &RecordFile, r: &Record) -> Value {
-    let about = &r.extra["collect"];
-    let reflection = about["reflection"].as_str().unwrap_or_default();
+/// Returns the data of one answer for the script.
+fn page_item(file: &RecordFile, r: &Record) -> Value {
+    let collected = &r.extra["collect"];
+    let reflection = collected["reflection"].as_str().unwrap_or_default();
     let label = |k: usize| r.labels.get(k).unwrap_or(&r.category);
     let boxes = r.boxes.iter().enumerate();
     let boxes: Vec<Value> =
@@ -57,14 +61,14 @@ fn item(file: &RecordFile, r: &Record) -> Value {
     let image = file.open_image(r).ok();
     let size = image.as_ref().map(|i| [i.width(), i.height()]).or(r.image_size).unwrap_or([1, 1]);
     json!({
-        "id": r.id, "key": about["key"], "category": r.category, "question": r.question, "modality": r.modality, "source": r.source,
+        "id": r.id, "key": collected["key"], "category": r.category, "question": r.question, "modality": r.modality, "source": r.source,
         "size": size, "boxes": boxes, "image": image.and_then(embed).unwrap_or_default(),
-        "diagnosis": about["diagnosis"], "reflection": reflection, "faults": about["faults"],
-        "usable": !reflection.is_empty() && usable(r, reflection),
+        "diagnosis": collected["diagnosis"], "reflection": reflection, "faults": collected["faults"],
+        "usable": !reflection.is_empty() && is_usable_answer(r, reflection),
     })
 }
 
-/// The image as a JPEG data URL, shrunk.
+/// Returns the shrunk image as a JPEG data URL.
 fn embed(image: Image) -> Option<String> {
     let scale = (f64::from(SIDE) / f64::from(image.width().max(image.height()))).min(1.0);
     let side = |v: u32| ((f64::from(v) * scale).round() as u32).max(1);
@@ -76,27 +80,29 @@ fn embed(image: Image) -> Option<String> {
     Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(out)))
 }
 
-fn page(items: &[Value], number: usize, of: usize) -> String {
-    // In a script element only `</` and `<!--` end or change what is read (HTML, "Restrictions for contents of script elements").
+/// Renders page `number` of `total`.
+fn render_page(items: &[Value], number: usize, total: usize) -> String {
+    // In a script element, only `</` and `<!--` have a meaning (HTML, "Restrictions for contents of script elements").
     let data = Value::from(items).to_string().replace('<', "\\u003c");
     let keys: String = items.iter().map(|i| i["key"].to_string()).collect();
-    // Decisions are remembered per content, so that another set's page in the same folder does not show them.
+    // Decisions are stored under a hash of the content, so that pages of other answers in the same folder do not show them.
     let name = format!("{number:03}-{}", &ContentHash::of(keys.as_bytes()).to_string()[..8]);
-    let (style, script) = (include_str!("page.css"), include_str!("page.js"));
+    let style = include_str!("page.css");
+    let script = include_str!("page.js");
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n\
-         <title>Review {number} of {of}</title>\n<style>\n{style}</style>\n</head>\n<body data-name=\"{name}\">\n<header><div class=\"row\">\
-         <h1>Collected answers, page {number} of {of}</h1><span id=\"count\"></span>\
+         <title>Review {number} of {total}</title>\n<style>\n{style}</style>\n</head>\n<body data-name=\"{name}\">\n<header><div class=\"row\">\
+         <h1>Collected answers, page {number} of {total}</h1><span id=\"count\"></span>\
          <select id=\"filter\" aria-label=\"show\"><option value=\"all\">all</option><option value=\"open\">undecided</option>\
-         <option value=\"faulty\">with remarks</option><option value=\"accept\">accepted</option><option value=\"edit\">edited</option>\
+         <option value=\"faulty\">with problems</option><option value=\"accept\">accepted</option><option value=\"edit\">edited</option>\
          <option value=\"reject\">rejected</option></select>\
          <label class=\"file\">Load decisions<input type=\"file\" id=\"load\" accept=\".jsonl\"></label>\
          <button type=\"button\" class=\"save\" id=\"download\">Download decisions</button>\
          <div class=\"bar\"><i></i></div></div></header>\n<main><p class=\"help\"><kbd>A</kbd> accept, <kbd>E</kbd> edit \
          (<kbd>Esc</kbd> leaves the text, <kbd>S</kbd> saves it), <kbd>R</kbd> reject, <kbd>U</kbd> undo, <kbd>J</kbd> <kbd>K</kbd> next and \
-         previous. Frames fade under the pointer. Boxes and class are added to the answer by themselves.</p></main>\n\
+         previous. Frames fade under the pointer. Boxes and class are added to the answer automatically.</p></main>\n\
          <script type=\"application/json\" id=\"items\">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
 }
@@ -106,9 +112,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_cannot_leave_their_element() {
+    fn texts_are_escaped() {
         let items = [json!({"id": "</script><script>alert(1)</script>", "key": "k", "note": "<!-- x"})];
-        let html = page(&items, 1, 1);
+        let html = render_page(&items, 1, 1);
         assert_eq!(html.matches("<script").count(), 2);
         assert!(html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:;"));
         assert!(!html.contains("alert(1)</script>") && !html.contains("<!-- x"));

@@ -1,4 +1,4 @@
-//! The two prompts: templates in minijinja, built in or from files of the user. Above a line `===` stands the system message.
+//! The two prompts: minijinja templates, built in or from the user's files. The system message is above a line `===`.
 
 use std::path::Path;
 
@@ -7,29 +7,29 @@ use serde::Serialize;
 
 use crate::CollectError;
 
-/// Steps that one template may take.
-const FUEL: u64 = 100_000;
+/// Maximum number of instructions that a template may execute.
+const MAX_INSTRUCTIONS: u64 = 100_000;
 
-/// What a template can use.
+/// Variables of a template.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct Facts {
-    /// The abnormal class, in words.
+pub(crate) struct PromptVariables {
+    /// Name of the abnormal class.
     pub(crate) category: String,
-    /// CT, X-ray…; may be empty.
+    /// Modality (CT, X-ray, …); may be empty.
     pub(crate) modality: String,
-    /// The record's question.
+    /// Question of the record.
     pub(crate) question: String,
-    /// The record's source.
+    /// Source of the record.
     pub(crate) source: String,
     /// Width of the image that is sent, in pixels.
     pub(crate) width: u32,
-    /// Height of the image that is sent.
+    /// Height of the image that is sent, in pixels.
     pub(crate) height: u32,
     /// The marked regions.
     pub(crate) regions: Vec<Region>,
     /// Colour of the marks.
     pub(crate) colour: &'static str,
-    /// The answer to the first prompt; empty in the first.
+    /// Answer to the first prompt; empty in the first prompt.
     pub(crate) diagnosis: String,
 }
 
@@ -43,14 +43,14 @@ pub(crate) struct Region {
     pub(crate) y2: i64,
 }
 
-/// A filled prompt.
+/// A rendered prompt.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Filled {
+pub(crate) struct FilledPrompt {
     pub(crate) system: Option<String>,
     pub(crate) user: String,
 }
 
-/// Both templates.
+/// The templates of both prompts.
 #[derive(Debug)]
 pub struct Prompts {
     env: Environment<'static>,
@@ -58,18 +58,18 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// The built-in texts, diagnosis and reflection: what a user's file would replace.
+    /// Built-in templates for diagnosis and reflection, which a user's files replace.
     pub const BUILT_IN: [&'static str; 2] =
         [include_str!("prompts/diagnosis.txt"), include_str!("prompts/reflection.txt")];
 
-    /// Templates from these files (diagnosis, reflection); an empty path takes the built-in one.
+    /// Loads templates from these files (diagnosis, reflection); an empty path selects the built-in template.
     ///
     /// # Errors
-    /// A file that cannot be read or is no template, or uses a name that there is not.
+    /// Returns [`CollectError::Io`] if a file cannot be read, [`CollectError::Prompt`] if it is not a template or uses an unknown variable.
     pub fn load(files: [&str; 2]) -> Result<Self, CollectError> {
         let mut env = Environment::new();
         env.set_undefined_behavior(UndefinedBehavior::Strict);
-        env.set_fuel(Some(FUEL));
+        env.set_fuel(Some(MAX_INSTRUCTIONS));
         let mut names = ["built-in diagnosis".to_owned(), "built-in reflection".to_owned()];
         for ((file, name), built_in) in files.into_iter().zip(&mut names).zip(Self::BUILT_IN) {
             let text = if file.is_empty() {
@@ -78,11 +78,11 @@ impl Prompts {
                 *name = file.to_owned();
                 std::fs::read_to_string(file).map_err(CollectError::io(Path::new(file)))?
             };
-            env.add_template_owned(name.clone(), text).map_err(|e| fault(name, &e))?;
+            env.add_template_owned(name.clone(), text).map_err(|e| prompt_error(name, &e))?;
         }
         let prompts = Self { env, names };
         let region = Region { label: "x".to_owned(), x1: 0, y1: 0, x2: 1, y2: 1 };
-        let facts = Facts {
+        let variables = PromptVariables {
             category: "x".to_owned(),
             modality: String::new(),
             question: String::new(),
@@ -94,15 +94,18 @@ impl Prompts {
             diagnosis: "x".to_owned(),
         };
         for stage in 0..2 {
-            prompts.fill(stage, &facts)?;
+            prompts.render(stage, &variables)?;
         }
         Ok(prompts)
     }
 
-    /// The prompt of stage 0 (diagnosis) or 1 (reflection).
-    pub(crate) fn fill(&self, stage: usize, facts: &Facts) -> Result<Filled, CollectError> {
+    /// Renders the prompt of stage 0 (diagnosis) or 1 (reflection).
+    ///
+    /// # Errors
+    /// Returns [`CollectError::Prompt`] if the template fails or the prompt is empty.
+    pub(crate) fn render(&self, stage: usize, variables: &PromptVariables) -> Result<FilledPrompt, CollectError> {
         let name = &self.names[stage];
-        let text = self.env.get_template(name).and_then(|t| t.render(facts)).map_err(|e| fault(name, &e))?;
+        let text = self.env.get_template(name).and_then(|t| t.render(variables)).map_err(|e| prompt_error(name, &e))?;
         let (system, user) = match text.split_once("\n===\n") {
             Some((system, user)) => (Some(system.trim().to_owned()), user),
             None => (None, text.as_str()),
@@ -111,11 +114,11 @@ impl Prompts {
         if user.is_empty() {
             return Err(CollectError::Prompt { name: name.clone(), what: "it is empty".to_owned() });
         }
-        Ok(Filled { system, user })
+        Ok(FilledPrompt { system, user })
     }
 }
 
-fn fault(name: &str, e: &minijinja::Error) -> CollectError {
+fn prompt_error(name: &str, e: &minijinja::Error) -> CollectError {
     let line = e.line().map_or_else(String::new, |l| format!("line {l}: "));
     CollectError::Prompt { name: name.to_owned(), what: format!("{line}{e}") }
 }
@@ -124,8 +127,8 @@ fn fault(name: &str, e: &minijinja::Error) -> CollectError {
 mod tests {
     use super::*;
 
-    pub(crate) fn facts() -> Facts {
-        Facts {
+    pub(crate) fn variables() -> PromptVariables {
+        PromptVariables {
             category: "liver lesion".into(),
             modality: "CT".into(),
             question: "What is abnormal, and where?".into(),
@@ -139,9 +142,9 @@ mod tests {
     }
 
     #[test]
-    fn built_in_prompts_hold_class_region_and_diagnosis() {
+    fn built_in_prompts_contain_class_region_and_diagnosis() {
         let p = Prompts::load(["", ""]).unwrap();
-        let first = p.fill(0, &facts()).unwrap();
+        let first = p.render(0, &variables()).unwrap();
         assert!(first.system.unwrap().starts_with("You are an experienced"));
         for part in [
             "(CT)",
@@ -152,23 +155,23 @@ mod tests {
         ] {
             assert!(first.user.contains(part), "{part}: {}", first.user);
         }
-        let second = p.fill(1, &facts()).unwrap().user;
-        let at = ["What is abnormal, and where?", "A dark mass.", "Detect", "Localise", "Recognise"]
+        let second = p.render(1, &variables()).unwrap().user;
+        let positions = ["What is abnormal, and where?", "A dark mass.", "Detect", "Localise", "Recognise"]
             .map(|part| second.find(part));
-        assert!(at.is_sorted() && at.iter().all(Option::is_some), "{second}");
+        assert!(positions.is_sorted() && positions.iter().all(Option::is_some), "{second}");
     }
 
     #[test]
-    fn files_replace_them_and_faults_are_named() {
+    fn files_replace_templates_and_errors_name_them() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, text: &str| {
             let path = dir.path().join(name);
             std::fs::write(&path, text).unwrap();
             path.display().to_string()
         };
-        let own = file("own.txt", "What of {{ category }}?");
-        let filled = Prompts::load([&own, ""]).unwrap().fill(0, &facts()).unwrap();
-        assert_eq!(filled, Filled { system: None, user: "What of liver lesion?".into() });
+        let custom = file("own.txt", "What of {{ category }}?");
+        let filled = Prompts::load([&custom, ""]).unwrap().render(0, &variables()).unwrap();
+        assert_eq!(filled, FilledPrompt { system: None, user: "What of liver lesion?".into() });
         for (text, what) in [
             ("{{ nothing }}", "undefined"),
             ("{% if %}", "line 1"),

@@ -1,20 +1,20 @@
-//! Collecting against a server that is slow, drops, answers 429 and 500 and nonsense; killing and resuming; budget; review.
+//! Tests against a server that is slow, drops connections, and replies 429, 500 and invalid text; killing and resuming; budget; review.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use unveil_collect::{COLLECTED, CollectError, JOURNAL, Stop, Summary, collect, review};
+use unveil_collect::{COLLECTED, CollectError, CollectSummary, JOURNAL, StopReason, collect, review};
 use unveil_config::schema::Collect;
 use unveil_core::{Record, Secret};
 use unveil_data::codec::{Sizes, answer_text, codec, read_answer};
+use unveil_data::image_store::Image;
 use unveil_data::records::RecordFile;
-use unveil_data::store::Image;
 use unveil_service::CancellationToken;
 use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 
-/// Records with a box each, but the last, in which nothing is found.
-fn data(dir: &Path, n: usize) -> PathBuf {
+/// Writes `n` records with one box each, except the last, which has no finding.
+fn write_data(dir: &Path, n: usize) -> PathBuf {
     let mut lines = Vec::new();
     for k in 0..n {
         let mut image = Image::new(60, 40);
@@ -46,11 +46,11 @@ fn settings(server: &WebServer) -> Collect {
     }
 }
 
-async fn run(data: &Path, out: &Path, settings: &Collect) -> Summary {
+async fn run(data: &Path, out: &Path, settings: &Collect) -> CollectSummary {
     collect(data, out, settings, None, CancellationToken::new(), |_, _, _| ()).await.unwrap()
 }
 
-/// The parts of the user's message of a request.
+/// Returns text and image URL of the user message of a request.
 fn parts(request: &WebRequest) -> (String, String) {
     let body: Value = serde_json::from_str(&request.body).unwrap();
     let content = &body["messages"].as_array().unwrap().last().unwrap()["content"];
@@ -62,11 +62,11 @@ fn completion(text: &str) -> String {
     json!({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1000, "completion_tokens": 100}}).to_string()
 }
 
-/// Answers as a good model would.
-fn good(request: &WebRequest) -> WebReply {
+/// Replies like a good model.
+fn good_reply(request: &WebRequest) -> WebReply {
     let (text, _) = parts(request);
     let second = text.contains("A colleague answered");
-    WebReply::now(
+    WebReply::immediate(
         200,
         completion(if second { "Something dark and round lies in the liver: a liver cyst." } else { "A liver cyst." }),
     )
@@ -78,22 +78,23 @@ fn journal(out: &Path) -> Vec<Value> {
 }
 
 #[tokio::test]
-async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
+async fn both_prompts_are_sent_and_yield_training_answers() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
-    let server = WebServer::start(good);
+    let file = write_data(dir.path(), 4);
+    let out = dir.path().join("out");
+    let server = WebServer::start(good_reply);
     let key = Some(Secret::new("sk-secret"));
-    let mut heard = Vec::new();
-    let s = collect(&file, &out, &settings(&server), key, CancellationToken::new(), |done, of, cost| {
-        heard.push((done, of, cost))
+    let mut progress = Vec::new();
+    let s = collect(&file, &out, &settings(&server), key, CancellationToken::new(), |done, total, cost| {
+        progress.push((done, total, cost))
     })
     .await
     .unwrap();
     assert_eq!((s.to_ask, s.answered, s.asked, s.reused, s.faulty), (3, 3, 6, 0, 0), "{s:?}");
-    assert!(s.is_complete() && heard.last().is_some_and(|h| (h.0, h.1) == (3, 3)));
-    // 6 answers of 1000 prompt and 100 answer tokens at 1 and 2 a million.
+    assert!(s.is_complete() && progress.last().is_some_and(|p| (p.0, p.1) == (3, 3)));
+    // 6 answers of 1000 prompt and 100 answer tokens at 1 and 2 per million.
     assert!((s.cost - 6.0 * 1.2e-3).abs() < 1e-12 && s.tokens == [6000, 600], "{s:?}");
-    let seen = server.seen();
+    let seen = server.requests();
     let (first, image) = parts(seen.iter().find(|r| !parts(r).0.contains("colleague")).unwrap());
     assert!(first.contains("liver cyst: from (10, 8) to (30, 28)") && first.contains("(CT)"), "{first}");
     assert_eq!(seen[0].header("authorization"), Some("Bearer sk-secret"));
@@ -115,7 +116,8 @@ async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
     assert_eq!(written.open_image(r).unwrap().width(), 60);
     let sizes = Sizes { original: (60, 40), resized: (56, 56) };
     let target = answer_text(codec(unveil_core::BoxForm::PerMille), r, &sizes).unwrap();
-    let back = read_answer(codec(unveil_core::BoxForm::PerMille), &unveil_core::Reading::default(), &target, &sizes);
+    let back =
+        read_answer(codec(unveil_core::BoxForm::PerMille), &unveil_core::AnswerReader::default(), &target, &sizes);
     assert!(back.boxes[0].iou(&r.boxes[0]) > 0.95 && back.category == "liver cyst", "{target}");
 
     let lines = journal(&out);
@@ -126,13 +128,14 @@ async fn both_prompts_go_out_with_the_marked_image_and_make_training_answers() {
 }
 
 #[tokio::test]
-async fn a_bad_server_is_asked_again_and_answers_are_asked_for_once() {
+async fn failed_requests_are_retried_and_answers_reused() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
+    let file = write_data(dir.path(), 4);
+    let out = dir.path().join("out");
     let server = WebServer::start(|r| match r.number {
-        0 => WebReply::now(500, "oops"),
+        0 => WebReply::immediate(500, "oops"),
         1 => WebReply::Drop,
-        2 => WebReply::now(200, "{\"choices\": 3}"),
+        2 => WebReply::immediate(200, "{\"choices\": 3}"),
         3 => WebReply::Stall,
         4 => WebReply::Answer {
             delay: Duration::ZERO,
@@ -140,73 +143,79 @@ async fn a_bad_server_is_asked_again_and_answers_are_asked_for_once() {
             headers: vec!["Retry-After: 0.1".into()],
             body: b"slow".to_vec(),
         },
-        5 => WebReply::Break(completion("x").into()),
-        _ => good(r),
+        5 => WebReply::Truncate(completion("x").into()),
+        _ => good_reply(r),
     });
     let s = run(&file, &out, &settings(&server)).await;
     assert_eq!((s.answered, s.asked), (3, 6), "{s:?}");
-    assert_eq!(server.seen().len(), 12);
+    assert_eq!(server.requests().len(), 12);
     let again = run(&file, &out, &settings(&server)).await;
-    assert_eq!((again.answered, again.asked, again.reused, server.seen().len()), (3, 0, 6, 12), "{again:?}");
+    assert_eq!((again.answered, again.asked, again.reused, server.requests().len()), (3, 0, 6, 12), "{again:?}");
     assert_eq!(again.cost, s.cost);
 }
 
 #[tokio::test]
-async fn a_record_that_fails_is_told_and_asked_again_the_next_time() {
+async fn failed_records_are_reported_and_retried_by_the_next_run() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 4), dir.path().join("out"));
+    let file = write_data(dir.path(), 4);
+    let out = dir.path().join("out");
     std::fs::write(dir.path().join("1.png"), b"no image").unwrap();
     let image = |r: &WebRequest| parts(r).1;
     let first = std::sync::Mutex::new(None::<String>);
     let server = WebServer::start(move |r| {
-        let bad = first.lock().unwrap().get_or_insert_with(|| image(r)).clone();
-        if image(r) == bad { WebReply::now(400, "the picture is not allowed") } else { good(r) }
+        let refused = first.lock().unwrap().get_or_insert_with(|| image(r)).clone();
+        if image(r) == refused { WebReply::immediate(400, "the picture is not allowed") } else { good_reply(r) }
     });
     let s = run(&file, &out, &settings(&server)).await;
     assert_eq!((s.answered, s.failed.len(), s.is_complete()), (1, 2, false), "{s:?}");
     let reasons: String = s.failed.iter().map(|f| f.reason.clone()).collect();
     assert!(reasons.contains("not allowed") && reasons.contains("1.png"), "{reasons}");
     assert_eq!(journal(&out).iter().filter(|l| l["kind"] == "failed").count(), 1);
-    let well = WebServer::start(good);
+    let well = WebServer::start(good_reply);
     let s = run(&file, &out, &settings(&well)).await;
     assert_eq!((s.answered, s.failed.len(), s.asked, s.reused), (2, 1, 2, 2), "{s:?}");
 }
 
 #[tokio::test]
-async fn an_endpoint_that_refuses_or_is_down_stops_the_run() {
+async fn run_stops_if_the_endpoint_refuses_or_is_down() {
     let dir = tempfile::tempdir().unwrap();
-    let file = data(dir.path(), 30);
-    let no = WebServer::start(|_| WebReply::now(401, "wrong key"));
+    let file = write_data(dir.path(), 30);
+    let no = WebServer::start(|_| WebReply::immediate(401, "wrong key"));
     let s = run(&file, &dir.path().join("a"), &settings(&no)).await;
-    assert!(matches!(&s.stopped, Some(Stop::Refused { answer }) if answer.contains("wrong key")), "{s:?}");
-    assert!(no.seen().len() <= 4, "{}", no.seen().len());
-    let down = WebServer::start(|_| WebReply::now(503, "away"));
+    assert!(matches!(&s.stopped, Some(StopReason::Refused { answer }) if answer.contains("wrong key")), "{s:?}");
+    assert!(no.requests().len() <= 4, "{}", no.requests().len());
+    let down = WebServer::start(|_| WebReply::immediate(503, "away"));
     let s = run(&file, &dir.path().join("b"), &Collect { tries: 1, ..settings(&down) }).await;
-    assert!(matches!(&s.stopped, Some(Stop::Down { failure }) if failure.contains("away")), "{s:?}");
-    assert!((6..=8).contains(&down.seen().len()) && s.answered == 0, "{}", down.seen().len());
+    assert!(matches!(&s.stopped, Some(StopReason::Down { failure }) if failure.contains("away")), "{s:?}");
+    assert!((6..=8).contains(&down.requests().len()) && s.answered == 0, "{}", down.requests().len());
 }
 
 #[tokio::test]
-async fn the_budget_stops_and_counts_over_runs() {
+async fn budget_applies_across_runs() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 12), dir.path().join("out"));
-    let server = WebServer::start(good);
+    let file = write_data(dir.path(), 12);
+    let out = dir.path().join("out");
+    let server = WebServer::start(good_reply);
     // An answer costs 0.0012; eight fit.
     let limited = Collect { budget: 0.01, concurrency: 1, ..settings(&server) };
     let s = run(&file, &out, &limited).await;
-    assert_eq!(s.stopped, Some(Stop::Budget));
-    assert!(s.cost <= 0.01 && server.seen().len() == 8 && s.answered == 4, "{} {s:?}", server.seen().len());
+    assert_eq!(s.stopped, Some(StopReason::Budget));
+    assert!(s.cost <= 0.01 && server.requests().len() == 8 && s.answered == 4, "{} {s:?}", server.requests().len());
     let again = run(&file, &out, &limited).await;
-    assert_eq!((again.asked, again.answered, again.stopped), (0, 4, Some(Stop::Budget)), "what is there stays");
+    assert_eq!(
+        (again.asked, again.answered, again.stopped),
+        (0, 4, Some(StopReason::Budget)),
+        "existing answers are kept"
+    );
     let more = run(&file, &out, &Collect { budget: 1.0, ..limited }).await;
-    assert_eq!((more.answered, more.asked + 8, server.seen().len()), (11, 22, 22), "{more:?}");
+    assert_eq!((more.answered, more.asked + 8, server.requests().len()), (11, 22, 22), "{more:?}");
 }
 
 #[tokio::test]
-async fn the_rate_is_kept() {
+async fn request_rate_is_limited() {
     let dir = tempfile::tempdir().unwrap();
-    let file = data(dir.path(), 4);
-    let server = WebServer::start(good);
+    let file = write_data(dir.path(), 4);
+    let server = WebServer::start(good_reply);
     let start = std::time::Instant::now();
     // Two at once, then one every 0.1 s: the sixth starts 0.4 s after the first.
     let s = run(&file, &dir.path().join("out"), &Collect { per_minute: 600.0, ..settings(&server) }).await;
@@ -214,31 +223,33 @@ async fn the_rate_is_kept() {
 }
 
 #[tokio::test]
-async fn a_stop_keeps_what_was_answered() {
+async fn interrupted_run_keeps_its_answers() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 30), dir.path().join("out"));
+    let file = write_data(dir.path(), 30);
+    let out = dir.path().join("out");
     let cancel = CancellationToken::new();
     let inner = cancel.clone();
     let server = WebServer::start(move |r| {
         if r.number == 9 {
             inner.cancel();
         }
-        good(r)
+        good_reply(r)
     });
     let s = collect(&file, &out, &settings(&server), None, cancel, |_, _, _| ()).await.unwrap();
-    assert_eq!(s.stopped, Some(Stop::Interrupted));
+    assert_eq!(s.stopped, Some(StopReason::Interrupted));
     let held = journal(&out).iter().filter(|l| l["kind"] == "answer").count();
     let s = run(&file, &out, &settings(&server)).await;
     assert!(s.is_complete() && s.reused == held && s.asked == 58 - held && held >= 4, "{held} {s:?}");
 }
 
 #[test]
-fn a_killed_run_goes_on_without_asking_for_what_it_has() {
+fn killed_run_resumes_without_repeating_answers() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 16), dir.path().join("out"));
+    let file = write_data(dir.path(), 16);
+    let out = dir.path().join("out");
     let server = WebServer::start(|r| {
         std::thread::sleep(Duration::from_millis(40));
-        good(r)
+        good_reply(r)
     });
     let program = std::env::current_exe().unwrap().parent().unwrap().join("../examples/collect");
     let url = format!("{}/v1", server.url());
@@ -249,19 +260,20 @@ fn a_killed_run_goes_on_without_asking_for_what_it_has() {
     };
     for asked in [5, 14] {
         let mut child = start();
-        while server.seen().len() < asked {
-            assert_eq!(child.try_wait().unwrap(), None, "it ended before it was killed");
+        while server.requests().len() < asked {
+            assert_eq!(child.try_wait().unwrap(), None, "it exited before it was killed");
             std::thread::sleep(Duration::from_millis(2));
         }
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    // What was sent and not yet written when the run died is all that may be asked for twice: three requests, twice killed.
+    // Only requests in flight at a kill may be repeated: three requests, two kills.
     let answers = |out: &Path| {
         let text = std::fs::read_to_string(out.join(JOURNAL)).unwrap();
         text.lines().filter(|l| l.contains("\"kind\":\"answer\"")).count()
     };
-    let (held, before) = (answers(&out), server.seen().len());
+    let held = answers(&out);
+    let before = server.requests().len();
     assert!(held >= before - 6 && held >= 5, "{held} of {before}");
     let done = start().wait_with_output().unwrap();
     let summary: Value = serde_json::from_slice(&done.stdout).unwrap();
@@ -269,59 +281,62 @@ fn a_killed_run_goes_on_without_asking_for_what_it_has() {
         (&summary["answered"], &summary["reused"], &summary["asked"]),
         (&json!(15), &json!(held), &json!(30 - held))
     );
-    assert_eq!((server.seen().len() - before, answers(&out)), (30 - held, 30), "each answer once");
+    assert_eq!((server.requests().len() - before, answers(&out)), (30 - held, 30), "each answer once");
 }
 
 #[tokio::test]
-async fn other_prompts_ask_anew_and_bad_settings_ask_nothing() {
+async fn changed_prompts_ask_again_and_bad_settings_fail() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 2), dir.path().join("out"));
-    let server = WebServer::start(good);
+    let file = write_data(dir.path(), 2);
+    let out = dir.path().join("out");
+    let server = WebServer::start(good_reply);
     run(&file, &out, &settings(&server)).await;
-    let own = dir.path().join("own.txt");
-    std::fs::write(&own, "Be brief.\n===\nA colleague answered: {{ diagnosis }}. Rewrite it.").unwrap();
-    let changed = Collect { reflection_prompt: own.display().to_string(), ..settings(&server) };
+    let prompt = dir.path().join("own.txt");
+    std::fs::write(&prompt, "Be brief.\n===\nA colleague answered: {{ diagnosis }}. Rewrite it.").unwrap();
+    let changed = Collect { reflection_prompt: prompt.display().to_string(), ..settings(&server) };
     let s = run(&file, &out, &changed).await;
     assert_eq!((s.asked, s.reused), (1, 1));
-    let body: Value = serde_json::from_str(&server.seen().last().unwrap().body).unwrap();
+    let body: Value = serde_json::from_str(&server.requests().last().unwrap().body).unwrap();
     assert_eq!(body["messages"][0], json!({"role": "system", "content": "Be brief."}));
     assert_eq!(body["messages"][1]["content"][0]["text"], "A colleague answered: A liver cyst.. Rewrite it.");
     let none = dir.path().join("none.jsonl");
     std::fs::write(&none, r#"{"id":"a","image":"0.png"}"#).unwrap();
     let quiet = CancellationToken::new;
     let e = collect(&none, &out, &settings(&server), None, quiet(), |_, _, _| ()).await.unwrap_err();
-    assert!(matches!(e, CollectError::Nothing(_)) && e.to_string().contains("none.jsonl"), "{e}");
-    let bad = Collect { base_url: "nowhere".into(), ..settings(&server) };
-    let e = collect(&file, &out, &bad, None, quiet(), |_, _, _| ()).await.unwrap_err();
+    assert!(matches!(e, CollectError::NothingToAsk(_)) && e.to_string().contains("none.jsonl"), "{e}");
+    let invalid = Collect { base_url: "nowhere".into(), ..settings(&server) };
+    let e = collect(&file, &out, &invalid, None, quiet(), |_, _, _| ()).await.unwrap_err();
     assert!(e.to_string().contains("nowhere"), "{e}");
     let e = collect(&file, &out, &Collect::default(), None, quiet(), |_, _, _| ()).await.unwrap_err();
     assert!(e.to_string().contains("collect.base_url"), "{e}");
 }
 
 #[tokio::test]
-async fn a_private_authority_is_trusted_where_it_is_named() {
+async fn configured_certificate_authority_is_trusted() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path(), "private");
-    let (file, out) = (data(dir.path(), 2), dir.path().join("out"));
-    let server = WebServer::start_tls(&authority.sign("seer"), good);
+    let file = write_data(dir.path(), 2);
+    let out = dir.path().join("out");
+    let server = WebServer::start_tls(&authority.sign("seer"), good_reply);
     let without = Collect { tries: 1, deadline_s: 5.0, ..settings(&server) };
     let s = run(&file, &out, &without).await;
-    assert_eq!((s.answered, s.failed.len(), server.seen().len()), (0, 1, 0), "{s:?}");
+    assert_eq!((s.answered, s.failed.len(), server.requests().len()), (0, 1, 0), "{s:?}");
     assert!(s.failed[0].reason.contains("certificate"), "{:?}", s.failed);
     let s = run(&file, &out, &Collect { ca: authority.ca(), ..without }).await;
     assert!(s.is_complete() && s.answered == 1, "{s:?}");
 }
 
-/// Answers with faults for some records; then a review with every kind of decision.
+/// Collects answers with problems for some records, then reviews them with every kind of decision.
 #[tokio::test]
-async fn decisions_make_the_final_records() {
+async fn decisions_determine_the_final_records() {
     let dir = tempfile::tempdir().unwrap();
-    let (file, out) = (data(dir.path(), 7), dir.path().join("out"));
+    let file = write_data(dir.path(), 7);
+    let out = dir.path().join("out");
     let server = WebServer::start(|r| {
         let (text, _) = parts(r);
         match text.contains("A colleague answered") {
-            true if r.number % 2 == 0 => WebReply::now(200, completion("At [1, 2, 3, 4] is a liver cyst.")),
-            _ => good(r),
+            true if r.number % 2 == 0 => WebReply::immediate(200, completion("At [1, 2, 3, 4] is a liver cyst.")),
+            _ => good_reply(r),
         }
     });
     let s = run(&file, &out, &Collect { concurrency: 1, page_size: 4, ..settings(&server) }).await;
@@ -353,17 +368,13 @@ async fn decisions_make_the_final_records() {
     assert_eq!((done.edited, done.rejected, done.not_asked), (1, 1, 1), "{done:?}");
     let usable_first = !all[0].answer.is_empty();
     assert_eq!((done.accepted, done.records), (usize::from(usable_first), 2 + usize::from(usable_first)));
-    let told: Vec<&str> = done.ignored.keys().map(String::as_str).collect();
+    let ignored: Vec<&str> = done.ignored.keys().map(String::as_str).collect();
     assert_eq!(
-        told,
-        [
-            "no record has this id",
-            "the answer has changed since",
-            "the answer is empty or holds coordinates of its own"
-        ]
+        ignored,
+        ["no record has this id", "the answer has changed since", "the answer is empty or contains coordinates"]
     );
     let kept = RecordFile::load(&last).unwrap();
-    unveil_data::check::require(&kept, None).unwrap();
+    unveil_data::check::require_valid(&kept, None).unwrap();
     let edited = kept.records.iter().find(|r| r.id == all[1].id).unwrap();
     assert_eq!(
         (edited.answer.as_str(), &edited.extra["collect"]["status"]),
@@ -373,5 +384,5 @@ async fn decisions_make_the_final_records() {
     assert!(more.records >= done.records && more.unreviewed == done.unreviewed);
     std::fs::write(&decisions, "{\"id\": 3}").unwrap();
     let e = review(&out, &[decisions], &last, false).unwrap_err().to_string();
-    assert!(e.contains("decisions.jsonl:1: no decision"), "{e}");
+    assert!(e.contains("decisions.jsonl:1: not a decision"), "{e}");
 }
