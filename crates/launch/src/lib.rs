@@ -1,80 +1,78 @@
-//! The local supervisor of roles: prepares data and model, runs stage 1, stage 2 and the evaluations as child processes, and
-//! tears everything down together whatever happens. Beside it the submission of runs to clusters.
+//! The local supervisor: prepares data and model, runs stage 1, stage 2 and the evaluations as child processes, and ends them all together
+//! in every case. Also the submission of runs to clusters.
 //!
-//! Must not know: tch. It starts programs and reads their files; what they compute is theirs.
+//! It starts programs and reads their files, but computes nothing itself. Must not depend on: tch.
 
-mod child;
 mod gpus;
 mod memory;
 mod prepare;
-mod restarts;
+mod restart_backoff;
+mod role_process;
 mod stage2;
 pub mod submit;
 mod train;
 
 pub use prepare::prepare_data;
-pub use train::{Options, train};
+pub use train::{TrainOptions, train};
 
 use std::path::PathBuf;
 
-/// Why a run ended early.
+/// Errors that end a run early.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     /// A file or directory cannot be read or written.
     #[error("{what} {path}: {source}")]
     Io {
-        /// What was being done.
+        /// The failed operation.
         what: &'static str,
-        /// Where.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// Another run uses the directory.
     #[error("run directory {0} is in use by another `unveil train`; wait for it, or choose another run.dir")]
     InUse(PathBuf),
     /// The run directory belongs to a different configuration.
-    #[error("{dir} holds a run with another configuration: {difference}; choose another run.dir or delete it")]
+    #[error("{dir} contains a run with another configuration: {difference}; choose another run.dir or delete it")]
     OtherConfig {
-        /// The directory.
+        /// The run directory.
         dir: PathBuf,
-        /// What differs and may not.
+        /// The differences that are not allowed.
         difference: String,
     },
-    /// The configuration that a run has kept cannot be read.
-    #[error(
-        "{path} is damaged: {why}. Remove that file alone: the run then goes on with the configuration that is given"
-    )]
+    /// The saved configuration of a run cannot be read.
+    #[error("{path} is damaged: {why}. Remove only that file: the run then continues with the given configuration")]
     DamagedConfig {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         why: String,
     },
     /// The data cannot be used.
     #[error("{0}")]
     Data(String),
     /// A role ended with an error.
-    #[error("{role} ended with {status}; its last lines are {place}")]
+    #[error("{role} ended with {status}; its last messages are {place}")]
     Role {
-        /// Which role.
+        /// Name of the role.
         role: String,
-        /// How it ended.
+        /// Its exit status.
         status: String,
-        /// Where its messages are.
+        /// Where its messages can be read.
         place: String,
     },
-    /// A role did not announce itself in time.
-    #[error("{role} did not come up within {seconds} s; what it said is {place}")]
+    /// A role was not ready in time.
+    #[error("{role} was not ready within {seconds} s; its messages are {place}")]
     NotReady {
-        /// Which role.
+        /// Name of the role.
         role: String,
-        /// How long was waited.
+        /// The timeout in seconds.
         seconds: u64,
-        /// Where its messages are.
+        /// Where its messages can be read.
         place: String,
     },
-    /// The GPUs of this machine do not do for the run.
+    /// The GPUs of this machine do not suffice for the run.
     #[error("{0}")]
     Gpus(String),
     /// Interrupted by a signal.

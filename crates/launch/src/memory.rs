@@ -1,11 +1,11 @@
-//! Peak memory of this process and all its descendants: the highest sum of proportional set sizes, sampled twice a second.
+//! Peak memory of this process and all its descendants: the highest sum of their proportional set sizes, sampled twice a second.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Samples in a thread until dropped.
+/// Samples the memory on a thread until dropped.
 pub(crate) struct PeakMemory {
     peak_kib: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -14,10 +14,12 @@ pub(crate) struct PeakMemory {
 impl PeakMemory {
     /// Starts sampling.
     pub fn start() -> Self {
-        let (peak_kib, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (peak, done) = (peak_kib.clone(), stop.clone());
+        let peak_kib = Arc::new(AtomicU64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let peak = peak_kib.clone();
+        let stopped = stop.clone();
         std::thread::spawn(move || {
-            while !done.load(Ordering::Relaxed) {
+            while !stopped.load(Ordering::Relaxed) {
                 peak.fetch_max(total_pss_kib(), Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(500));
             }
@@ -25,7 +27,7 @@ impl PeakMemory {
         Self { peak_kib, stop }
     }
 
-    /// Highest sum so far in MiB.
+    /// Returns the highest sum so far in MiB.
     pub fn peak_mib(&self) -> f64 {
         self.peak_kib.load(Ordering::Relaxed) as f64 / 1024.0
     }
@@ -45,7 +47,8 @@ fn total_pss_kib() -> u64 {
             children.entry(parent).or_default().push(pid);
         }
     }
-    let (mut todo, mut sum) = (vec![std::process::id()], 0);
+    let mut todo = vec![std::process::id()];
+    let mut sum = 0;
     while let Some(pid) = todo.pop() {
         sum += pss_kib(pid).unwrap_or(0);
         todo.extend(children.remove(&pid).unwrap_or_default());
@@ -66,7 +69,7 @@ fn pss_kib(pid: u32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn counts_this_process() {
+    fn this_process_is_counted() {
         let before = super::total_pss_kib();
         let block = vec![1u8; 64 << 20];
         let after = super::total_pss_kib();

@@ -1,21 +1,24 @@
-//! Data of a run: synthesised or imported once into `<run>/data`, checked before anything is trained.
+//! Preparation of a run's data: synthesised or imported once into `<run>/data`, and checked before training.
 
 use std::path::Path;
 
 use unveil_config::Config;
 use unveil_config::schema::DataKind;
+use unveil_data::image_root::PathPolicy;
 use unveil_data::import::{ClassFilter, Format, ImportOptions};
 use unveil_data::records::RecordFile;
-use unveil_data::root::Reach;
 use unveil_data::synth::SynthSpec;
 use unveil_data::{check, import, synth};
 
 use crate::LaunchError;
 
-/// Name of the file in `<run>/data` that says which images an earlier start found whole.
+/// File in `<run>/data` that records which images an earlier start found intact.
 const IMAGES_FILE: &str = "images.json";
 
-/// Makes the record file if it is not there yet, then refuses data that cannot be trained on.
+/// Creates the record file if it does not exist, and rejects data that cannot be trained on. Progress lines go to `note`.
+///
+/// # Errors
+/// Returns [`LaunchError::Data`] if the data cannot be created or used, and [`LaunchError::Io`] if a directory cannot be created.
 pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
     let fail = |e: &dyn std::fmt::Display| LaunchError::Data(e.to_string());
     let records = config.records();
@@ -32,7 +35,7 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
                     size: s.size,
                     ..SynthSpec::default()
                 };
-                note(&format!("data: drawing {} synthetic images", spec.n()));
+                note(&format!("data: generating {} synthetic images", spec.n()));
                 synth::generate(&spec, folder, |_, _| ()).map_err(|e| fail(&e))?;
             }
             DataKind::Voc => {
@@ -59,10 +62,11 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
             DataKind::Jsonl => {}
         }
     }
-    let file = RecordFile::load_with(&records, Reach::new(config.data.outside)).map_err(|e| fail(&e))?;
-    let seen = check::require(&file, Some(&config.run_dir().join("data").join(IMAGES_FILE))).map_err(|e| fail(&e))?;
-    note(&format!("data: {} images decoded, {} known to be whole", seen.decoded, seen.known));
-    for slip in &seen.slips {
+    let file = RecordFile::load_with(&records, PathPolicy::new(config.data.outside)).map_err(|e| fail(&e))?;
+    let seen =
+        check::require_valid(&file, Some(&config.run_dir().join("data").join(IMAGES_FILE))).map_err(|e| fail(&e))?;
+    note(&format!("data: {} images decoded, {} unchanged since an earlier run", seen.decoded, seen.cached));
+    for slip in &seen.misspelled_keys {
         note(&format!("warning: {slip}"));
     }
     let count = |split: &str| file.records.iter().filter(|r| r.split == split).count();
@@ -77,7 +81,7 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
     }
     if config.learner.steps > 0 {
         let trained = file.records.iter().filter(|r| r.split == d.train_split);
-        unveil_reward::require(config, trained)
+        unveil_reward::check_records(config, trained)
             .map_err(|e| LaunchError::Data(format!("{}: {e}", records.display())))?;
     }
     note(&format!("data: {} train, {} val, {} test", count(&d.train_split), count(&d.val_split), count(&d.test_split)));
@@ -87,12 +91,12 @@ pub fn prepare_data(config: &Config, note: &dyn Fn(&str)) -> Result<(), LaunchEr
 #[cfg(test)]
 mod tests {
     use unveil_config::schema::RelevanceKind;
-    use unveil_data::store::Image;
+    use unveil_data::image_store::Image;
 
     use super::*;
 
     #[test]
-    fn a_record_without_any_reward_is_refused_before_anything_is_trained() {
+    fn records_without_any_reward_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         for (split, shade) in [("train", 10), ("val", 20), ("test", 30)] {
             let mut image = Image::new(96, 96);
@@ -119,7 +123,7 @@ mod tests {
         let prepared = |c: &Config| prepare_data(c, &|_| ()).map_err(|e| e.to_string());
         let e = prepared(&config).unwrap_err();
         assert!(["records.jsonl", "\"q7\"", "reward.relevance.weight"].iter().all(|w| e.contains(w)), "{e}");
-        // Stage 1 alone asks for no rewards; with relevance there is one.
+        // Stage 1 needs no rewards; relevance provides one.
         let mut first = config.clone();
         first.learner.steps = 0;
         prepared(&first).unwrap();

@@ -1,4 +1,4 @@
-//! `unveil train`: the whole main job in one run directory, resumable at every point.
+//! `unveil train`: a whole run in one run directory, resumable at every point.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -7,33 +7,33 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use unveil_config::Config;
 
-use crate::child::{Role, Start};
 use crate::gpus::{self, Gpus, Placement};
 use crate::memory::PeakMemory;
+use crate::role_process::{RoleCommand, RoleProcess};
 use crate::stage2::Stage2;
 use crate::{LaunchError, io, prepare_data};
 
 /// Programs and callbacks of a run.
-pub struct Options<'a> {
+pub struct TrainOptions<'a> {
     /// The `unveil` binary.
     pub unveil: PathBuf,
     /// The torch-free `unveil-reward` binary.
     pub unveil_reward: PathBuf,
     /// True once the run was interrupted.
     pub stop: &'a dyn Fn() -> bool,
-    /// Shows one line to the person.
+    /// Shows one line to the user.
     pub note: &'a dyn Fn(&str),
-    /// Ends before stage 2, whose roles something else starts.
+    /// Whether to end before stage 2, whose roles are started by something else.
     pub prepare: bool,
 }
 
-/// Runs the main job and returns the content of `summary.json`; none where it was only prepared.
+/// Runs both stages and returns the contents of `summary.json`; `None` if the run was only prepared.
 ///
 /// # Errors
-/// [`LaunchError`]; whatever was written before stays whole, and the same call goes on from there.
-pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, LaunchError> {
+/// See [`LaunchError`]. Everything written before the error stays intact, and the same call resumes from it.
+pub fn train(config: &Config, options: &TrainOptions<'_>) -> Result<Option<Value>, LaunchError> {
     let started = Instant::now();
-    let (gpus, placement) = place(config, options.prepare)?;
+    let (gpus, placement) = assign_gpus(config, options.prepare)?;
     let run = config.run_dir();
     let logs = run.join("logs");
     for dir in [&run, &logs, &run.join("eval")] {
@@ -42,8 +42,8 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
     let _lock = lock(&run)?;
     let file = write_config(config, &run, options.note)?;
     let memory = PeakMemory::start();
-    let job = Job { config, options, run: &run, logs: &logs, file: &file, gpus: &gpus };
-    let wall = Wall::resume(&run, started);
+    let job = TrainJob { config, options, run: &run, logs: &logs, file: &file, gpus: &gpus };
+    let wall = WallClock::resume(&run, started);
     job.prepare()?;
 
     let initial = config.initial_model();
@@ -51,17 +51,17 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
         let m = &config.model;
         let args = ["model", "init", "--family", &m.family, "--preset", &m.preset, "--out"].map(str::to_owned);
         let seed = ["--seed".to_owned(), config.run.seed.to_string()];
-        job.finish("model", args.into_iter().chain([initial.display().to_string()]).chain(seed).collect(), false)?;
+        job.run_to_end("model", args.into_iter().chain([initial.display().to_string()]).chain(seed).collect(), false)?;
     }
     if config.sft.steps > 0 && !config.stage1_model().join("config.json").exists() {
-        job.finish("sft", job.role_args("sft"), true)?;
+        job.run_to_end("sft", job.role_args("sft"), true)?;
     }
     let before = job.evaluate(&config.stage1_model(), "before")?;
     if options.prepare {
         return Ok(None);
     }
     if config.learner.steps > 0 && !config.final_model().join("config.json").exists() {
-        if let Some(line) = placement.shown() {
+        if let Some(line) = placement.describe() {
             (options.note)(&line);
         }
         let stage2 = Stage2 {
@@ -90,40 +90,43 @@ pub fn train(config: &Config, options: &Options<'_>) -> Result<Option<Value>, La
     Ok(Some(summary))
 }
 
-/// The GPUs of the run, and who has which in stage 2; known before anything is written.
-fn place(config: &Config, prepare: bool) -> Result<(Gpus, Placement), LaunchError> {
-    let visible = unveil_config::environment().into_iter().find(|(name, _)| name == gpus::VISIBLE);
-    let gpus = Gpus::find(&config.run.device, visible.as_ref().map(|(_, value)| value.as_str()))?;
-    let (mut ranks, mut workers) = (config.learner.parallel.ranks, config.rollout.workers);
+/// Returns the GPUs of the run and their assignment in stage 2, before anything is written.
+fn assign_gpus(config: &Config, prepare: bool) -> Result<(Gpus, Placement), LaunchError> {
+    let visible = unveil_config::environment().into_iter().find(|(name, _)| name == gpus::VISIBLE_DEVICES);
+    let gpus = Gpus::detect(&config.run.device, visible.as_ref().map(|(_, value)| value.as_str()))?;
+    let mut ranks = config.learner.parallel.ranks;
+    let mut workers = config.rollout.workers;
     if prepare || config.learner.steps == 0 {
         // Stage 2 does not run here.
-        (ranks, workers) = (0, 0);
+        ranks = 0;
+        workers = 0;
     }
-    let placement = gpus.place(ranks, workers, config.launch.share_gpus)?;
+    let placement = gpus.assign(ranks, workers, config.launch.share_gpus)?;
     Ok((gpus, placement))
 }
 
-struct Job<'a> {
+/// A run and its directories.
+struct TrainJob<'a> {
     config: &'a Config,
-    options: &'a Options<'a>,
+    options: &'a TrainOptions<'a>,
     run: &'a Path,
     logs: &'a Path,
     file: &'a Path,
     gpus: &'a Gpus,
 }
 
-impl Job<'_> {
+impl TrainJob<'_> {
     fn role_args(&self, command: &str) -> Vec<String> {
         [command, "--config", &self.file.display().to_string(), "--supervised"].map(str::to_owned).to_vec()
     }
 
-    /// Prepares the data on a thread of its own, which an interrupt leaves behind: record files appear whole or not at all.
+    /// Prepares the data on a separate thread, which an interrupt abandons: record files are written atomically.
     fn prepare(&self) -> Result<(), LaunchError> {
         let (tx, lines) = mpsc::channel();
         let config = self.config.clone();
         let work = std::thread::spawn(move || {
             prepare_data(&config, &|line| {
-                let _nobody_listens = tx.send(line.to_owned());
+                let _receiver_may_be_dropped = tx.send(line.to_owned());
             })
         });
         loop {
@@ -137,17 +140,17 @@ impl Job<'_> {
         work.join().map_err(|_| LaunchError::Data("preparing the data failed: a thread panicked".into()))?
     }
 
-    /// Runs one program of ours to its end and returns its stdout lines.
-    fn finish(&self, name: &str, args: Vec<String>, shown: bool) -> Result<Vec<String>, LaunchError> {
+    /// Runs a command of `unveil` to its end and returns its stdout lines.
+    fn run_to_end(&self, name: &str, args: Vec<String>, shown: bool) -> Result<Vec<String>, LaunchError> {
         let log = self.logs.join(format!("{name}.log"));
-        // Roles that run alone have the first GPU.
-        let (program, gpu) = (&self.options.unveil, self.gpus.first());
-        // What writes a new model has no `--set`, and no device.
+        let program = &self.options.unveil;
+        // Roles that run alone get the first GPU. `unveil model init` has no `--set` and uses no device.
+        let gpu = self.gpus.first();
         let gpu = gpu.as_ref().filter(|_| name != "model");
-        let mut role = Role::start(Start { name, program, args, log: &log, shown, gpu })?;
+        let mut role = RoleProcess::start(RoleCommand { name, program, args, log: &log, shown, gpu })?;
         loop {
-            if let Some(status) = role.exited() {
-                return if status.success() { Ok(role.output()) } else { Err(role.failed(status)) };
+            if let Some(status) = role.exit_status() {
+                return if status.success() { Ok(role.output()) } else { Err(role.failure(status)) };
             }
             if (self.options.stop)() {
                 role.terminate();
@@ -158,11 +161,11 @@ impl Job<'_> {
         }
     }
 
-    /// Metrics of a model on the held-out test split; kept in `eval/`, not computed twice.
+    /// Returns the metrics of a model on the held-out test split; they are kept in `eval/` and not computed twice.
     fn evaluate(&self, model: &Path, name: &str) -> Result<Value, LaunchError> {
         let result = self.run.join("eval").join(format!("{name}.json"));
-        if let Some(known) = std::fs::read_to_string(&result).ok().and_then(|t| serde_json::from_str(&t).ok()) {
-            return Ok(known);
+        if let Some(metrics) = std::fs::read_to_string(&result).ok().and_then(|t| serde_json::from_str(&t).ok()) {
+            return Ok(metrics);
         }
         (self.options.note)(&format!("evaluating the held-out images ({name} stage 2)"));
         let predictions = self.run.join("eval").join(format!("{name}.jsonl"));
@@ -182,7 +185,7 @@ impl Job<'_> {
             "--predictions".into(),
             predictions.display().to_string(),
         ];
-        let lines = self.finish("eval", args.to_vec(), false)?;
+        let lines = self.run_to_end("eval", args.to_vec(), false)?;
         let metrics: Value = lines.last().and_then(|l| serde_json::from_str(l).ok()).ok_or_else(|| {
             LaunchError::Data(format!("`unveil eval` printed no metrics; see {}", self.logs.display()))
         })?;
@@ -191,14 +194,14 @@ impl Job<'_> {
     }
 }
 
-/// Seconds spent on this run, over all its starts; kept in `wall_s`.
-struct Wall {
+/// Seconds spent on this run over all its starts; saved in `wall_s`.
+struct WallClock {
     path: PathBuf,
     earlier: f64,
     started: Instant,
 }
 
-impl Wall {
+impl WallClock {
     fn resume(run: &Path, started: Instant) -> Self {
         let path = run.join("wall_s");
         let earlier = std::fs::read_to_string(&path).ok().and_then(|t| t.trim().parse().ok()).unwrap_or(0.0);
@@ -210,7 +213,7 @@ impl Wall {
     }
 }
 
-impl Drop for Wall {
+impl Drop for WallClock {
     fn drop(&mut self) {
         let _best_effort = unveil_core::write_atomic(&self.path, format!("{:.1}\n", self.seconds()).as_bytes());
     }
@@ -226,17 +229,17 @@ fn lock(run: &Path) -> Result<std::fs::File, LaunchError> {
     }
 }
 
-/// Writes the effective configuration; where the run is there already, only what a run may change may differ.
+/// Writes the effective configuration. If the run exists, only keys that may change during a run may differ.
 fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<PathBuf, LaunchError> {
     let path = run.join("config.toml");
     let text = config.to_toml().map_err(|e| LaunchError::Data(format!("configuration: {e}")))?;
     if let Ok(old) = std::fs::read_to_string(&path) {
         let damaged = |why: String| LaunchError::DamagedConfig { path: path.clone(), why };
-        // An empty file is not one of defaults: something stopped while it wrote.
+        // An empty file does not mean defaults: a write was interrupted.
         if old.trim().is_empty() {
             return Err(damaged("it is empty".into()));
         }
-        let old = unveil_config::read(&path.display().to_string(), &old).map_err(|e| damaged(e.to_string()))?;
+        let old = unveil_config::parse(&path.display().to_string(), &old).map_err(|e| damaged(e.to_string()))?;
         let (allowed, refused): (Vec<_>, Vec<_>) =
             unveil_config::changes(&old, config).into_iter().partition(|c| c.allowed);
         if !refused.is_empty() {
@@ -244,27 +247,27 @@ fn write_config(config: &Config, run: &Path, note: &dyn Fn(&str)) -> Result<Path
             return Err(LaunchError::OtherConfig { dir: run.to_owned(), difference });
         }
         for change in allowed.iter().filter(|c| c.key != "run.resume") {
-            note(&format!("the run goes on with {change}"));
+            note(&format!("the run continues with {change}"));
         }
         if allowed.iter().any(|c| c.key == "learner.steps") {
-            forget_end(config, run)?;
+            remove_results(config, run)?;
         }
     }
     unveil_core::write_atomic(&path, text.as_bytes()).map_err(io("cannot write", &path))?;
     Ok(path)
 }
 
-/// Removes what a run has at its end, which has moved: stage 2 goes on to the new one, and is measured again. Its checkpoints stay.
-fn forget_end(config: &Config, run: &Path) -> Result<(), LaunchError> {
-    let gone = |path: &Path, result: std::io::Result<()>| match result {
+/// Removes the results of a run whose end has moved, so that stage 2 continues to the new end and is evaluated again. Checkpoints stay.
+fn remove_results(config: &Config, run: &Path) -> Result<(), LaunchError> {
+    let ignore_missing = |path: &Path, result: std::io::Result<()>| match result {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(io("cannot remove", path)(e)),
         _ => Ok(()),
     };
     for file in [run.join("summary.json"), run.join("eval").join("after.json")] {
-        gone(&file, std::fs::remove_file(&file))?;
+        ignore_missing(&file, std::fs::remove_file(&file))?;
     }
     let model = config.final_model();
-    gone(&model, std::fs::remove_dir_all(&model))
+    ignore_missing(&model, std::fs::remove_dir_all(&model))
 }
 
 #[cfg(test)]
@@ -277,9 +280,9 @@ mod tests {
         config
     }
 
-    /// A crash or a full disk in the middle of a write: such a file is not one of defaults, nor of another run.
+    /// A crash or a full disk during a write must not be mistaken for defaults or for another run.
     #[test]
-    fn a_kept_configuration_that_is_empty_or_cut_is_damaged_and_not_another_one() {
+    fn truncated_saved_configuration_is_reported_as_damaged() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
         config.data.synth.size = 64;
@@ -290,8 +293,8 @@ mod tests {
         for cut in ["", " \n", &whole[..within]] {
             std::fs::write(&path, cut).unwrap();
             let e = write_config(&config, dir.path(), &|_| {}).unwrap_err().to_string();
-            assert!(e.contains("config.toml is damaged") && e.contains("Remove that file alone"), "{e}");
-            assert_eq!(std::fs::read_to_string(&path).unwrap(), cut, "it stays as it was");
+            assert!(e.contains("config.toml is damaged") && e.contains("Remove only that file"), "{e}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), cut, "the file is not touched");
         }
         std::fs::remove_file(&path).unwrap();
         write_config(&config, dir.path(), &|_| {}).unwrap();
@@ -299,12 +302,13 @@ mod tests {
     }
 
     #[test]
-    fn the_kept_configuration_is_replaced_whole() {
+    fn saved_configuration_is_replaced_atomically() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
         let path = write_config(&config, dir.path(), &|_| {}).unwrap();
-        let (before, whole) = (dir.path().join("before"), std::fs::read_to_string(&path).unwrap());
-        // Whoever has the file that is replaced has all of it.
+        let before = dir.path().join("before");
+        let whole = std::fs::read_to_string(&path).unwrap();
+        // A reader of the replaced file still sees all of it.
         std::fs::hard_link(&path, &before).unwrap();
         config.learner.steps += 1;
         write_config(&config, dir.path(), &|_| {}).unwrap();

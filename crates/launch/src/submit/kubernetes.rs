@@ -1,7 +1,6 @@
-//! A run configuration as values of the Helm chart in `cluster/helm/unveil`, and the calls of helm that use them.
+//! Converts a run configuration to values of the Helm chart in `cluster/helm/unveil`, and calls helm with them.
 //!
-//! Pods share no disk: checkpoints lie in an object store, and every path of the configuration is one inside the containers. Must not
-//! know: what the chart makes of the values.
+//! Pods share no disk: checkpoints are in an object store, and every path of the configuration is a path inside the containers.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -11,13 +10,13 @@ use std::process::{Command, Stdio};
 use unveil_config::Config;
 use unveil_config::schema::DataKind;
 
-/// Schemes of object stores that a checkpoint URL may have.
-const STORES: [&str; 5] = ["s3://", "s3a://", "gs://", "az://", "azure://"];
+/// URL schemes of object stores.
+const STORE_SCHEMES: [&str; 5] = ["s3://", "s3a://", "gs://", "az://", "azure://"];
 
-/// Why a run cannot be handed to Kubernetes.
+/// Errors of a submission to Kubernetes.
 #[derive(Debug, thiserror::Error)]
 pub enum KubernetesError {
-    /// The configuration is one for a single machine; all faults at once.
+    /// The configuration is for a single machine; holds one message per problem.
     #[error("the configuration cannot run on Kubernetes:\n  {}", .0.join("\n  "))]
     Config(Vec<String>),
     /// The configuration cannot be written as TOML.
@@ -26,46 +25,46 @@ pub enum KubernetesError {
     /// The values cannot be written.
     #[error("cannot write {path}: {source}; name another file with --write")]
     Write {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// helm is there and cannot be run.
+    /// helm exists but cannot be run.
     #[error("cannot run {program}: {source}")]
     Helm {
-        /// What was called.
+        /// The program.
         program: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// helm refused.
-    #[error("`{command}` ended with {status}; what helm says is above")]
+    /// helm failed.
+    #[error("`{command}` ended with {status}; see helm's messages above")]
     Refused {
-        /// The call, as a shell would take it.
+        /// The command line, quoted for a shell.
         command: String,
-        /// How it ended.
+        /// The exit status.
         status: String,
     },
 }
 
-/// What the values are applied to.
+/// A Helm release and the chart it installs.
 #[derive(Debug, Clone)]
 pub struct Release {
     /// Name of the release.
     pub name: String,
-    /// Namespace; none = that of the current context.
+    /// Namespace; `None`: that of the current context.
     pub namespace: Option<String>,
     /// Chart: a directory, or a reference that helm understands.
     pub chart: String,
-    /// Values files of the user's own; they win over the generated ones, and the last one wins.
+    /// The user's values files; they override the generated values, later files override earlier ones.
     pub values: Vec<PathBuf>,
-    /// The program, `helm` unless a test says otherwise.
+    /// The program to run, normally `helm`.
     pub helm: OsString,
 }
 
 impl Release {
-    /// `helm upgrade --install` with the generated values in `file`.
+    /// Returns the arguments of `helm upgrade --install` with the generated values in `file`.
     pub fn install_args(&self, file: &Path) -> Vec<OsString> {
         self.args(&["upgrade", "--install"], file)
     }
@@ -80,57 +79,59 @@ impl Release {
         out
     }
 
-    /// The manifests that the values make (`helm template`); none where helm is not installed.
+    /// Renders the manifests for the values (`helm template`); returns `None` if helm is not installed.
     ///
     /// # Errors
-    /// helm cannot be run, or refuses the values.
+    /// Returns [`KubernetesError::Helm`] if helm cannot be run, and [`KubernetesError::Refused`] if it rejects the values.
     pub fn manifests(&self, values: &str) -> Result<Option<String>, KubernetesError> {
         let args = self.args(&["template"], Path::new("-"));
         let spawned = Command::new(&self.helm).args(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-        let Some(mut child) = self.found(spawned)? else { return Ok(None) };
+        let Some(mut child) = self.if_installed(spawned)? else { return Ok(None) };
         let fail = |source| KubernetesError::Helm { program: self.helm.display().to_string(), source };
-        // helm may refuse a flag before it reads: its own message is the better one.
-        let fed = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(values.as_bytes()));
+        // helm may reject a flag before it reads stdin; its own message is then the better one.
+        let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(values.as_bytes()));
         let out = child.wait_with_output().map_err(fail)?;
         if !out.status.success() {
             return Err(self.refused(&args, &out.status.to_string()));
         }
-        fed.map_err(fail)?;
+        written.map_err(fail)?;
         Ok(Some(String::from_utf8_lossy(&out.stdout).into_owned()))
     }
 
-    /// Writes the values to `file` and installs or upgrades the release; false where helm is not installed.
+    /// Writes the values to `file` and installs or upgrades the release; returns false if helm is not installed.
     ///
     /// # Errors
-    /// The file cannot be written; helm cannot be run, or refuses.
+    /// Returns [`KubernetesError::Write`] if the file cannot be written, [`KubernetesError::Helm`] if helm cannot be run, and
+    /// [`KubernetesError::Refused`] if it fails.
     pub fn install(&self, values: &str, file: &Path) -> Result<bool, KubernetesError> {
         let fail = |source| KubernetesError::Write { path: file.to_owned(), source };
         unveil_core::write_atomic(file, values.as_bytes()).map_err(fail)?;
         let args = self.install_args(file);
-        // What helm says is for the person; stdout is for results.
-        let ran = Command::new(&self.helm).args(&args).stdin(Stdio::null()).stdout(std::io::stderr()).status();
-        match self.found(ran)? {
+        // helm's messages are for the user; stdout is reserved for results.
+        let outcome = Command::new(&self.helm).args(&args).stdin(Stdio::null()).stdout(std::io::stderr()).status();
+        match self.if_installed(outcome)? {
             None => Ok(false),
             Some(status) if status.success() => Ok(true),
             Some(status) => Err(self.refused(&args, &status.to_string())),
         }
     }
 
-    fn found<T>(&self, outcome: std::io::Result<T>) -> Result<Option<T>, KubernetesError> {
+    /// Returns `None` if the program does not exist.
+    fn if_installed<T>(&self, outcome: std::io::Result<T>) -> Result<Option<T>, KubernetesError> {
         match outcome {
-            Ok(there) => Ok(Some(there)),
+            Ok(value) => Ok(Some(value)),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(KubernetesError::Helm { program: self.helm.display().to_string(), source }),
         }
     }
 
     fn refused(&self, args: &[OsString], status: &str) -> KubernetesError {
-        KubernetesError::Refused { command: shell(&self.helm, args), status: status.to_owned() }
+        KubernetesError::Refused { command: shell_command(&self.helm, args), status: status.to_owned() }
     }
 }
 
-/// A call as a shell takes it: what is not plain stands in single quotes.
-pub fn shell(program: &OsString, args: &[OsString]) -> String {
+/// Returns a command line for a shell, with single quotes around words that need them.
+pub fn shell_command(program: &OsString, args: &[OsString]) -> String {
     let quoted = |word: &OsString| {
         let word = word.display().to_string();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@=+,".contains(c);
@@ -139,17 +140,17 @@ pub fn shell(program: &OsString, args: &[OsString]) -> String {
     std::iter::once(program).chain(args).map(quoted).collect::<Vec<_>>().join(" ")
 }
 
-/// The values that a configuration stands for, as YAML.
+/// Returns the chart values for a configuration, as YAML.
 ///
 /// # Errors
-/// [`KubernetesError::Config`] names every key that only makes sense where roles share a disk.
-pub fn values(config: &Config) -> Result<String, KubernetesError> {
-    let faults = faults(config);
-    if !faults.is_empty() {
-        return Err(KubernetesError::Config(faults));
+/// Returns [`KubernetesError::Config`] naming every key that needs a shared disk, and [`KubernetesError::Toml`].
+pub fn helm_values(config: &Config) -> Result<String, KubernetesError> {
+    let problems = problems(config);
+    if !problems.is_empty() {
+        return Err(KubernetesError::Config(problems));
     }
     let mut inside = config.clone();
-    // Its heads are in the configuration already.
+    // The heads in this file have been read into the configuration.
     inside.reward.vision_relevance.heads_file.clear();
     let mut out = String::from("# Values of the Helm chart, written by `unveil submit kubernetes`.\n");
     let text = inside.to_toml()?;
@@ -168,17 +169,18 @@ pub fn values(config: &Config) -> Result<String, KubernetesError> {
     out.push_str(&format!("rollout:\n  replicas: {}\n", config.rollout.workers));
     out.push_str(&format!("stage1:\n  enabled: {}\n", config.sft.steps > 0));
     if !config.reward.address.is_empty() {
-        out.push_str("# reward.address names a service that runs already.\nreward:\n  enabled: false\n");
+        out.push_str("# reward.address names a running service.\nreward:\n  enabled: false\n");
     }
     Ok(out)
 }
 
-fn faults(c: &Config) -> Vec<String> {
+/// Returns one message per key that cannot work on Kubernetes.
+fn problems(c: &Config) -> Vec<String> {
     let mut out = Vec::new();
     let url = &c.checkpoint.url;
-    if !STORES.iter().any(|scheme| url.starts_with(scheme)) {
+    if !STORE_SCHEMES.iter().any(|scheme| url.starts_with(scheme)) {
         out.push(format!(
-            "checkpoint.url is `{url}`: pods share no disk, so name an object store (--set checkpoint.url=s3://bucket/prefix)"
+            "checkpoint.url is `{url}`: pods share no disk, so use an object store (--set checkpoint.url=s3://bucket/prefix)"
         ));
     }
     if c.learner.steps == 0 {
@@ -199,7 +201,7 @@ fn faults(c: &Config) -> Vec<String> {
     ];
     for (key, path) in paths.into_iter().filter(|(_, path)| !path.is_empty() && !Path::new(path).is_absolute()) {
         out.push(format!(
-            "{key} is `{path}`: it is a path inside the containers, so make it absolute and mount what it names \
+            "{key} is `{path}`: it is a path inside the containers, so make it absolute and mount the file or directory there \
              (`inputs` in the values)"
         ));
     }
@@ -219,33 +221,33 @@ mod tests {
         c
     }
 
-    /// What stands under `config: |`.
-    fn inner(values: &str) -> Config {
+    /// Parses the configuration under `config: |`.
+    fn embedded_config(values: &str) -> Config {
         let lines = values.lines().skip_while(|l| *l != "config: |").skip(1);
         let lines = lines.take_while(|l| l.is_empty() || l.starts_with("  ")).map(|l| l.get(2..).unwrap_or_default());
         toml::from_str(&lines.collect::<Vec<_>>().join("\n")).unwrap()
     }
 
     #[test]
-    fn a_configuration_becomes_values() {
+    fn configuration_becomes_values() {
         let mut c = config();
         c.data.question = "What is abnormal?\nSay \"where\": #1\ttoo".into();
-        let text = values(&c).unwrap();
+        let text = helm_values(&c).unwrap();
         for line in ["  url: \"s3://bucket/runs/a\"", "  ranks: 4", "  replicas: 3", "  enabled: true"] {
             assert!(text.lines().any(|l| l == line), "{line}: {text}");
         }
         assert!(!text.contains("\nreward:"), "{text}");
         if text.contains("config: |\n") {
-            assert_eq!(inner(&text), c);
+            assert_eq!(embedded_config(&text), c);
         } else {
             let line = text.lines().find_map(|l| l.strip_prefix("config: ")).unwrap();
             let toml: String = serde_json::from_str(line).unwrap();
             assert_eq!(toml::from_str::<Config>(&toml).unwrap(), c);
         }
-        assert_eq!(inner(&values(&config()).unwrap()), config(), "as a block of lines where that is possible");
+        assert_eq!(embedded_config(&helm_values(&config()).unwrap()), config(), "a block of lines if possible");
         c.reward.address = "https://scores.example:7071".into();
         c.sft.steps = 0;
-        let text = values(&c).unwrap();
+        let text = helm_values(&c).unwrap();
         assert!(
             text.contains("stage1:\n  enabled: false\n") && text.contains("\nreward:\n  enabled: false\n"),
             "{text}"
@@ -253,13 +255,13 @@ mod tests {
     }
 
     #[test]
-    fn what_needs_a_shared_disk_is_refused() {
+    fn keys_that_need_a_shared_disk_are_rejected() {
         let mut c = config();
         c.checkpoint.url = "runs/a".into();
         c.learner.steps = 0;
         (c.model.dir, c.reward.symbolic.table) = ("models/x".into(), "/inputs/table.json".into());
         (c.data.kind, c.data.root) = (DataKind::Jsonl, "records.jsonl".into());
-        let e = values(&c).unwrap_err().to_string();
+        let e = helm_values(&c).unwrap_err().to_string();
         for word in ["checkpoint.url is `runs/a`", "s3://", "learner.steps is 0", "data.root", "model.dir", "`inputs`"]
         {
             assert!(e.contains(word), "{word}: {e}");
@@ -267,7 +269,7 @@ mod tests {
         assert!(!e.contains("symbolic"), "{e}");
     }
 
-    /// A stand-in for helm that writes down how it was called, and what it got on stdin.
+    /// Returns a release whose helm is a script that records its arguments.
     fn helm(dir: &Path, script: &str) -> Release {
         let program = dir.join("helm");
         std::fs::write(&program, format!("#!/bin/sh\nprintf '%s\\n' \"$@\" > {}/args\n{script}\n", dir.display()))
@@ -289,9 +291,10 @@ mod tests {
     }
 
     #[test]
-    fn helm_gets_the_values() {
+    fn helm_receives_the_values() {
         let dir = folder("install");
-        let (release, file) = (helm(&dir, "cat"), dir.join("demo.values.yaml"));
+        let release = helm(&dir, "cat");
+        let file = dir.join("demo.values.yaml");
         assert!(release.install("a: 1\n", &file).unwrap());
         let args = std::fs::read_to_string(dir.join("args")).unwrap();
         let generated = file.display().to_string();
@@ -301,14 +304,14 @@ mod tests {
             [&wanted[..], &[&generated, "--values", "my values.yaml"]].concat()
         );
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "a: 1\n");
-        assert_eq!(release.manifests("a: 1\n").unwrap().as_deref(), Some("a: 1\n"), "values come in by stdin");
-        let command = shell(&release.helm, &release.install_args(&file));
+        assert_eq!(release.manifests("a: 1\n").unwrap().as_deref(), Some("a: 1\n"), "values are passed on stdin");
+        let command = shell_command(&release.helm, &release.install_args(&file));
         assert!(command.ends_with("--values 'my values.yaml'"), "{command}");
         std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
-    fn helm_refuses_or_is_not_there() {
+    fn failing_and_missing_helm_are_reported() {
         let dir = folder("refuse");
         let mut release = helm(&dir, "exit 3");
         let e = release.install("a: 1\n", &dir.join("v.yaml")).unwrap_err().to_string();

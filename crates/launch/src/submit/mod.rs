@@ -1,5 +1,4 @@
-//! Submission of a run to a cluster: what is chosen on the command line and in the configuration becomes what the cluster's own
-//! tools take. Must not know: tch, the roles' work.
+//! Submission of a run to a cluster: turns command-line options and the configuration into input for the cluster's own tools.
 
 pub mod kubernetes;
 pub mod slurm;

@@ -1,19 +1,19 @@
-//! The text of the batch script: directives and settings in front of the fixed part. Must not know: what may be combined.
+//! Text of the batch script: directives and settings, followed by the fixed part.
 
 use std::path::{Path, PathBuf};
 
 use unveil_config::Config;
 use unveil_config::schema::Auth;
 
-use super::{Place, Runtime, SlurmOptions, absolute};
+use super::{Runtime, SlurmOptions, SubmitContext, absolute};
 
-/// The script with settings for use by hand; what follows the mark is the same in every job.
+/// The script with settings for manual use; everything after the settings is the same in every job.
 pub(super) const TEMPLATE: &str = include_str!("../../../../../cluster/slurm/unveil.sbatch");
 const BEGIN: &str = "# --- settings ---\n";
 const END: &str = "# --- end of settings ---\n";
 
-/// Where everything lies and how much of it there is.
-pub(super) struct Layout {
+/// Paths and task counts of a job.
+pub(super) struct JobLayout {
     pub directory: PathBuf,
     pub config: PathBuf,
     pub sets: Vec<String>,
@@ -26,32 +26,35 @@ pub(super) struct Layout {
     pub gpus: usize,
 }
 
-impl Layout {
-    pub fn new(config: &Config, options: &SlurmOptions, place: &Place) -> Self {
-        let directory = absolute(&place.directory, Path::new(""));
-        let at = |path: &Path| absolute(&directory, path);
-        let (run, file) = (at(&config.run_dir()), at(&place.config));
+impl JobLayout {
+    /// Resolves the paths of a job against the working directory.
+    pub fn new(config: &Config, options: &SlurmOptions, context: &SubmitContext) -> Self {
+        let directory = absolute(&context.directory, Path::new(""));
+        let resolve = |path: &Path| absolute(&directory, path);
+        let run = resolve(&config.run_dir());
+        let file = resolve(&context.config);
         let mut mounts = Vec::new();
         if options.container.is_some() {
-            let own = [Some(directory.as_path()), Some(run.as_path()), file.parent()];
-            for dir in own.into_iter().flatten().map(Path::to_owned).chain(options.mount.iter().map(|m| at(m))) {
+            let required = [Some(directory.as_path()), Some(run.as_path()), file.parent()];
+            let chosen = options.mount.iter().map(|m| resolve(m));
+            for dir in required.into_iter().flatten().map(Path::to_owned).chain(chosen) {
                 if !mounts.iter().any(|m| dir.starts_with(m)) {
                     mounts.push(dir);
                 }
             }
         }
         let program = match (&options.program, &options.container) {
-            // A name alone is looked for by the shell.
+            // A bare name is looked up by the shell.
             (Some(program), _) if program.components().count() == 1 => program.clone(),
-            (Some(program), _) => at(program),
+            (Some(program), _) => resolve(program),
             (None, Some(_)) => PathBuf::from("unveil"),
-            (None, None) => place.program.clone(),
+            (None, None) => context.program.clone(),
         };
-        let secrets = options.secrets.as_deref().map(at);
+        let secrets = options.secrets.as_deref().map(resolve);
         Self {
             directory,
             config: file,
-            sets: place.sets.clone(),
+            sets: context.sets.clone(),
             program,
             run,
             secrets,
@@ -61,6 +64,7 @@ impl Layout {
         }
     }
 
+    /// Returns the directory of logs.
     pub fn logs(&self) -> PathBuf {
         self.run.join("logs")
     }
@@ -68,27 +72,27 @@ impl Layout {
 
 /// Processes and GPUs of one node.
 #[derive(Clone, Copy, Default)]
-struct Share {
+struct NodeResources {
     tasks: usize,
     gpus: usize,
 }
 
-impl Share {
-    fn of(tasks: usize, gpus: usize) -> Self {
-        Self { tasks, gpus: tasks * gpus }
+impl NodeResources {
+    fn new(tasks: usize, gpus_per_task: usize) -> Self {
+        Self { tasks, gpus: tasks * gpus_per_task }
     }
 
-    fn beside(self, other: Self) -> Self {
+    fn plus(self, other: Self) -> Self {
         Self { tasks: self.tasks + other.tasks, gpus: self.gpus + other.gpus }
     }
 
-    fn or(self, other: Self) -> Self {
+    fn max(self, other: Self) -> Self {
         Self { tasks: self.tasks.max(other.tasks), gpus: self.gpus.max(other.gpus) }
     }
 }
 
-/// The whole script. The options have been checked.
-pub(super) fn render(config: &Config, options: &SlurmOptions, layout: &Layout) -> String {
+/// Renders the script; the options must have been checked.
+pub(super) fn render(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> String {
     let (head, rest) = TEMPLATE.split_once(BEGIN).unwrap_or_default();
     let body = rest.split_once(END).unwrap_or_default().1;
     let mut out = format!("{head}{BEGIN}");
@@ -101,7 +105,7 @@ pub(super) fn render(config: &Config, options: &SlurmOptions, layout: &Layout) -
     out + END + body
 }
 
-fn directives(config: &Config, options: &SlurmOptions, layout: &Layout) -> Vec<String> {
+fn directives(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> Vec<String> {
     let output = if options.seeds.is_some() { "slurm-%A_%a.out" } else { "slurm-%j.out" };
     let logs = layout.logs().display().to_string().replace('%', "%%");
     let mut out = vec![
@@ -113,38 +117,38 @@ fn directives(config: &Config, options: &SlurmOptions, layout: &Layout) -> Vec<S
         format!("--signal=B:USR1@{}", options.grace),
     ];
     out.extend(options.seeds.as_ref().map(|seeds| format!("--array={seeds}")));
-    let learner = Share::of(config.learner.parallel.ranks / options.learner_nodes, layout.gpus);
-    let places = if options.rollout_nodes == 0 { options.learner_nodes } else { options.rollout_nodes };
-    let rollout = Share::of(config.rollout.workers / places, layout.gpus)
-        .beside(Share::of(layout.reward_tasks.div_ceil(places), 0));
-    let block = |nodes: usize, share: Share, more: &[String]| {
-        let mut block = vec![
+    let learner = NodeResources::new(config.learner.parallel.ranks / options.learner_nodes, layout.gpus);
+    let worker_nodes = if options.rollout_nodes == 0 { options.learner_nodes } else { options.rollout_nodes };
+    let rollout = NodeResources::new(config.rollout.workers / worker_nodes, layout.gpus)
+        .plus(NodeResources::new(layout.reward_tasks.div_ceil(worker_nodes), 0));
+    let allocation = |nodes: usize, resources: NodeResources, more: &[String]| {
+        let mut lines = vec![
             format!("--nodes={nodes}"),
-            format!("--ntasks-per-node={}", share.tasks),
+            format!("--ntasks-per-node={}", resources.tasks),
             format!("--cpus-per-task={}", options.cpus),
         ];
-        block.extend((share.gpus > 0).then(|| format!("--gpus-per-node={}", share.gpus)));
-        block.extend(more.iter().map(|m| m.split_once('=').map_or_else(|| format!("--{m}"), |(k, v)| directive(k, v))));
-        block
+        lines.extend((resources.gpus > 0).then(|| format!("--gpus-per-node={}", resources.gpus)));
+        lines.extend(more.iter().map(|m| m.split_once('=').map_or_else(|| format!("--{m}"), |(k, v)| directive(k, v))));
+        lines
     };
     if options.heterogeneous {
-        out.extend(block(options.learner_nodes, learner, &options.sbatch));
+        out.extend(allocation(options.learner_nodes, learner, &options.sbatch));
         out.push("hetjob".into());
-        out.extend(block(options.rollout_nodes, rollout, &options.rollout_sbatch));
+        out.extend(allocation(options.rollout_nodes, rollout, &options.rollout_sbatch));
     } else {
-        let share = if options.rollout_nodes == 0 { learner.beside(rollout) } else { learner.or(rollout) };
-        out.extend(block(options.learner_nodes + options.rollout_nodes, share, &options.sbatch));
+        let resources = if options.rollout_nodes == 0 { learner.plus(rollout) } else { learner.max(rollout) };
+        out.extend(allocation(options.learner_nodes + options.rollout_nodes, resources, &options.sbatch));
     }
     out
 }
 
-/// Names and values, as the shell reads them.
-pub(super) fn settings(config: &Config, options: &SlurmOptions, layout: &Layout) -> Vec<(&'static str, String)> {
-    let path = |p: &Path| word(&p.display().to_string());
-    let maybe = |text: Option<String>| text.map_or_else(String::new, |t| word(&t));
+/// Returns the settings as names and values in shell syntax.
+pub(super) fn settings(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> Vec<(&'static str, String)> {
+    let path = |p: &Path| shell_word(&p.display().to_string());
+    let optional = |text: Option<String>| text.map_or_else(String::new, |t| shell_word(&t));
     let list = |all: Vec<String>| format!("({})", all.join(" "));
     let checkpoints = &config.checkpoint.url;
-    // A URL stays as it is; a directory does not depend on where the job starts.
+    // A URL is kept; a directory is made independent of where the job starts.
     let checkpoints = match checkpoints.contains("://") || checkpoints.is_empty() {
         true => checkpoints.clone(),
         false => absolute(&layout.directory, Path::new(checkpoints)).display().to_string(),
@@ -162,9 +166,9 @@ pub(super) fn settings(config: &Config, options: &SlurmOptions, layout: &Layout)
     vec![
         ("UNVEIL", path(&layout.program)),
         ("CONFIG", path(&layout.config)),
-        ("SETS", list(layout.sets.iter().map(|s| word(s)).collect())),
+        ("SETS", list(layout.sets.iter().map(|s| shell_word(s)).collect())),
         ("RUN_DIR", path(&layout.run)),
-        ("CHECKPOINTS", maybe(Some(checkpoints).filter(|c| !c.is_empty()))),
+        ("CHECKPOINTS", optional(Some(checkpoints).filter(|c| !c.is_empty()))),
         ("RANKS", config.learner.parallel.ranks.to_string()),
         ("LEARNER_NODES", options.learner_nodes.to_string()),
         ("WORKERS", config.rollout.workers.to_string()),
@@ -176,14 +180,14 @@ pub(super) fn settings(config: &Config, options: &SlurmOptions, layout: &Layout)
         ("GPUS", layout.gpus.to_string()),
         ("MAX_RESTARTS", options.max_restarts.to_string()),
         ("SECRETS", layout.secrets.as_deref().map_or_else(String::new, path)),
-        ("RUNTIME", maybe(runtime)),
-        ("IMAGE", maybe(options.container.clone())),
+        ("RUNTIME", optional(runtime)),
+        ("IMAGE", optional(options.container.clone())),
         ("MOUNTS", list(layout.mounts.iter().map(|m| path(m)).collect())),
     ]
 }
 
-/// A word of the shell: as it is where that is safe, else in single quotes.
-pub(super) fn word(text: &str) -> String {
+/// Returns a word in shell syntax, in single quotes if necessary.
+pub(super) fn shell_word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
     if !text.is_empty() && text.chars().all(plain) {
         text.to_owned()
@@ -192,7 +196,7 @@ pub(super) fn word(text: &str) -> String {
     }
 }
 
-/// A directive with a value, as sbatch reads it: quotes keep blanks and `#`, and nothing else is special within them.
+/// Returns a directive with a value in the syntax of sbatch: quotes protect blanks and `#`, and nothing else is special within them.
 fn directive(key: &str, value: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+*[]&|".contains(c);
     match value.chars().all(plain) {

@@ -1,4 +1,4 @@
-//! What the script does, with `srun`, `scontrol` and the roles played by small programs that write down how they were called.
+//! Behaviour of the script, with small programs in place of `srun`, `scontrol` and the roles; they record how they were called.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,7 @@ use crate::job;
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// Runs the command of a step as its first task, and writes down its options.
+/// Runs the command of a step as its first task, and records its options.
 const SRUN: &str = r#"#!/bin/bash
 options=()
 while [[ $1 == --* ]]; do options+=("$1"); shift; done
@@ -30,7 +30,7 @@ while :; do
 done
 "#;
 
-/// Knows nodes by their names, and the job from `$PLAY/job`; starting a job again ends the script that asks for it.
+/// Describes nodes by their names and the job by `$PLAY/job`; requeueing a job ends the calling script.
 const SCONTROL: &str = r#"#!/bin/bash
 case "$1 $2" in
   "show hostnames") tr , '\n' <<<"$3" ;;
@@ -40,7 +40,7 @@ case "$1 $2" in
 esac
 "#;
 
-/// The roles: `$PLAY/ROLE` is a piece of shell that says how one goes, where it is there; each call is written down.
+/// The roles: each call is recorded, and `$PLAY/ROLE`, if it exists, is shell code that replaces the role's behaviour.
 const ROLES: &str = r#"#!/bin/bash
 printf '%s\n' "$*" >>"$PLAY/calls"
 run=$(printf '%s\n' "$@" | sed -n 's/^run.dir=//p')
@@ -78,21 +78,21 @@ impl Play {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         }
         let play = Self { sandbox };
-        play.says("job", "JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1 ");
+        play.write("job", "JobState=RUNNING Reason=None Requeue=1 Restarts=0 BatchFlag=1 ");
         play
     }
 
-    fn says(&self, file: &str, text: &str) {
+    fn write(&self, file: &str, text: &str) {
         self.sandbox.write(file, text);
     }
 
-    fn told(&self, file: &str) -> Vec<String> {
+    fn lines(&self, file: &str) -> Vec<String> {
         let text = fs::read_to_string(self.sandbox.path(file)).unwrap_or_default();
         text.lines().map(str::to_owned).collect()
     }
 
     fn calls(&self) -> String {
-        self.told("calls").join("\n")
+        self.lines("calls").join("\n")
     }
 
     /// Starts the script of a run without TLS, with one learner node and two worker nodes.
@@ -105,8 +105,8 @@ impl Play {
         let program = program.to_string_lossy();
         let flags = [&["--rollout-nodes", "2", "--program", &program], flags].concat();
         let sets = ["rollout.workers=2", "run.device=cpu", "checkpoint.url=s3://bucket/a", set];
-        let made = job(&self.sandbox.path("").to_string_lossy(), &flags, &sets).unwrap_or_else(|e| panic!("{e}"));
-        let script = self.sandbox.write("script", made.script);
+        let job = job(&self.sandbox.path("").to_string_lossy(), &flags, &sets).unwrap_or_else(|e| panic!("{e}"));
+        let script = self.sandbox.write("script", job.script);
         let mut command = self.sandbox.command(Path::new("bash"), &[&script.to_string_lossy()]);
         let path = format!("{}:/usr/bin:/bin", self.sandbox.path("bin").display());
         command.env("PATH", path).env("PLAY", self.sandbox.path(""));
@@ -121,11 +121,11 @@ impl Play {
 }
 
 #[test]
-fn secrets_reach_the_steps_of_a_job_that_exports_nothing() {
+fn secrets_reach_steps_without_exported_environment() {
     let play = Play::new();
     let file = play.sandbox.write("secrets", "AWS_SECRET_ACCESS_KEY=marked\n");
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-    play.says("learner", "echo \"learner sees $AWS_SECRET_ACCESS_KEY\" >>\"$PLAY/calls\"");
+    play.write("learner", "echo \"learner sees $AWS_SECRET_ACCESS_KEY\" >>\"$PLAY/calls\"");
     let file = file.to_string_lossy();
     let flags = ["--secrets", &file, "--sbatch", "export=NONE"];
     play.run(&flags, &[("SLURM_EXPORT_ENV", "NONE")]).ok();
@@ -133,12 +133,12 @@ fn secrets_reach_the_steps_of_a_job_that_exports_nothing() {
 }
 
 #[test]
-fn the_steps_of_a_run_in_order() {
+fn steps_of_a_run_are_in_order() {
     let play = Play::new();
-    play.says("learner", "sleep 1.2");
+    play.write("learner", "sleep 1.2");
     let done = play.run(&[], &[]).ok();
     assert!(done.stderr.contains("start 1, learner http://addr-n1:11233, ports from 11232"), "{}", done.stderr);
-    let calls = play.told("calls");
+    let calls = play.lines("calls");
     let named = |part: &str| -> Vec<&String> { calls.iter().filter(|c| c.starts_with(part)).collect() };
     assert!(calls[0].starts_with("train ") && calls[0].ends_with(" --prepare"), "{calls:#?}");
     assert!(calls.last().is_some_and(|c| c.starts_with("train ") && !c.contains("--prepare")), "{calls:#?}");
@@ -163,123 +163,128 @@ fn the_steps_of_a_run_in_order() {
         );
         assert!(workers.iter().any(|w| w.ends_with(&wanted)), "{wanted}: {workers:#?}");
     }
-    let steps = play.told("steps");
+    let steps = play.lines("steps");
     let learner = steps.iter().find(|s| s.contains("--job-name=learner ")).expect("the learner's step");
     for option in
         ["--exact", "--cpus-per-task=4", "--kill-on-bad-exit=1", "--nodelist=n1", "--gres=none", "/logs/learner-%t.log"]
     {
         assert!(learner.contains(option), "{option}: {learner}");
     }
-    let seconds: f64 = play.told("runs/run/wall_s")[0].parse().unwrap();
+    let seconds: f64 = play.lines("runs/run/wall_s")[0].parse().unwrap();
     assert!((11.0..40.0).contains(&seconds), "10 s of preparation, and what the roles took: {seconds}");
-    assert_eq!(play.told("requeued"), Vec::<String>::new());
+    assert_eq!(play.lines("requeued"), Vec::<String>::new());
 }
 
 #[test]
-fn a_signal_saves_and_starts_again() {
+fn signal_saves_and_requeues() {
     let play = Play::new();
-    play.says("learner", "touch \"$PLAY/up\"; while :; do sleep 0.05; done");
+    play.write("learner", "touch \"$PLAY/up\"; while :; do sleep 0.05; done");
     let mut script = play.start(&[], &[]);
     script.until("the learner", SOON, || play.sandbox.path("up").exists().then_some(()));
     script.until("all roles", SOON, || (play.calls().matches("rollout-").count() >= 2).then_some(()));
     std::thread::sleep(Duration::from_millis(300));
     script.signal(Signal::SIGUSR1);
     let done = script.wait(SOON).ok();
-    assert!(done.stderr.contains("told to stop by USR1") && done.stderr.contains("starting again"), "{}", done.stderr);
-    assert_eq!(play.told("requeued"), ["77"]);
+    assert!(
+        done.stderr.contains("received USR1, stopping") && done.stderr.contains("requeuing the job"),
+        "{}",
+        done.stderr
+    );
+    assert_eq!(play.lines("requeued"), ["77"]);
     let calls = play.calls();
     for role in ["learner told", "rollout told", "reward told"] {
         assert!(calls.contains(role), "{role}\n{calls}");
     }
     let started = |role: &str| calls.lines().filter(|c| c.starts_with(&format!("{role} --config"))).count();
-    assert_eq!((started("learner"), started("rollout")), (1, 2), "nothing is started again here: {calls}");
-    assert!(!calls.lines().last().is_some_and(|c| c.starts_with("train ")), "it is not over: {calls}");
+    assert_eq!((started("learner"), started("rollout")), (1, 2), "the script itself restarts nothing: {calls}");
+    assert!(!calls.lines().last().is_some_and(|c| c.starts_with("train ")), "the run is not finished: {calls}");
 }
 
 #[test]
-fn a_failure_starts_again_unless_it_comes_twice_at_one_update() {
+fn failure_is_requeued_unless_repeated_at_one_update() {
     let play = Play::new();
-    play.says(
+    play.write(
         "learner",
         "echo '{\"kind\":\"train\",\"step\":'$SLURM_RESTART_COUNT',\"pass\":0}' >>\"$run/events.jsonl\"; sleep 0.7; exit 1",
     );
     let start = |count: &str| {
-        play.says("job", &format!("JobState=RUNNING Requeue=1 Restarts={count} "));
+        play.write("job", &format!("JobState=RUNNING Requeue=1 Restarts={count} "));
         play.run(&[], &[("SLURM_RESTART_COUNT", count)])
     };
     start("0").ok();
     start("1").ok();
-    assert_eq!(play.told("requeued"), ["77", "77"], "an update lies between the two");
-    play.says("learner", "sleep 0.7; exit 1");
+    assert_eq!(play.lines("requeued"), ["77", "77"], "there is an update between the two");
+    play.write("learner", "sleep 0.7; exit 1");
     let done = start("2").exits(1);
     assert!(
         done.stderr.contains("learner ended with code 1") && done.stderr.contains("no update in between"),
         "{}",
         done.stderr
     );
-    assert_eq!(play.told("requeued").len(), 2);
+    assert_eq!(play.lines("requeued").len(), 2);
 }
 
 #[test]
-fn the_limit_of_restarts_is_kept() {
+fn restart_limit_is_respected() {
     let play = Play::new();
-    play.says("learner", "sleep 0.7; exit 1");
-    play.says("job", "JobState=RUNNING Requeue=1 Restarts=2 ");
+    play.write("learner", "sleep 0.7; exit 1");
+    play.write("job", "JobState=RUNNING Requeue=1 Restarts=2 ");
     let done = play.run(&["--max-restarts", "2"], &[("SLURM_RESTART_COUNT", "2")]).exits(1);
     assert!(done.stderr.contains("the limit of 2 is reached"), "{}", done.stderr);
-    // Slurm itself starts a job again after a dead node, and does not count.
+    // Slurm itself requeues a job after a node failure, without regard to the limit.
     let done = play.run(&["--max-restarts", "2"], &[("SLURM_RESTART_COUNT", "3")]).exits(1);
-    assert!(done.stderr.contains("started again 3 times; the limit is 2"), "{}", done.stderr);
-    assert_eq!(play.told("requeued"), Vec::<String>::new());
+    assert!(done.stderr.contains("restarted 3 times; the limit is 2"), "{}", done.stderr);
+    assert_eq!(play.lines("requeued"), Vec::<String>::new());
 }
 
 #[test]
-fn a_start_that_is_over_does_not_touch_the_job() {
+fn finished_start_does_not_requeue_the_job() {
     for state in ["JobState=RUNNING Restarts=1 ", "JobState=CANCELLED Restarts=0 ", "JobState=PENDING Restarts=1 "] {
         let play = Play::new();
-        play.says("learner", "sleep 0.7; exit 1");
-        play.says("job", state);
+        play.write("learner", "sleep 0.7; exit 1");
+        play.write("job", state);
         let done = play.run(&[], &[]).exits(1);
         assert!(done.stderr.contains("this start of job 77 is over"), "{state}: {}", done.stderr);
-        assert_eq!(play.told("requeued"), Vec::<String>::new(), "{state}");
+        assert_eq!(play.lines("requeued"), Vec::<String>::new(), "{state}");
     }
 }
 
 #[test]
-fn a_refused_configuration_ends_the_job() {
+fn rejected_configuration_ends_the_job() {
     for (role, code) in [("prepare", 2), ("learner", 2), ("rollout", 2)] {
         let play = Play::new();
-        play.says(role, "exit 2");
+        play.write(role, "exit 2");
         let slow = if role == "learner" { "sleep 0.7; exit 2" } else { "while :; do sleep 0.05; done" };
-        play.says("learner", slow);
+        play.write("learner", slow);
         let done = play.run(&[], &[]).exits(code);
         assert!(
             done.stderr.contains(role) && done.stderr.contains("refuses its configuration"),
             "{role}: {}",
             done.stderr
         );
-        assert_eq!(play.told("requeued"), Vec::<String>::new(), "{role}");
+        assert_eq!(play.lines("requeued"), Vec::<String>::new(), "{role}");
     }
 }
 
 #[test]
-fn a_worker_that_dies_is_started_again_under_another_name() {
+fn failed_worker_is_restarted_under_another_name() {
     let play = Play::new();
-    play.says("rollout", "[[ $* != *rollout-1-0#0 ]] || exit 7");
-    play.says("learner", "until grep -q 'rollout-1-0#1' \"$PLAY/calls\"; do sleep 0.05; done");
+    play.write("rollout", "[[ $* != *rollout-1-0#0 ]] || exit 7");
+    play.write("learner", "until grep -q 'rollout-1-0#1' \"$PLAY/calls\"; do sleep 0.05; done");
     let done = play.run(&[], &[]).ok();
-    assert!(done.stderr.contains("rollout-1 ended with code 7; starting it again"), "{}", done.stderr);
+    assert!(done.stderr.contains("rollout-1 ended with code 7; restarting it"), "{}", done.stderr);
     assert!(!play.calls().contains("rollout-0-0#1"), "{}", play.calls());
 }
 
 #[test]
-fn a_seed_of_an_array_is_a_run_of_its_own() {
+fn each_seed_of_an_array_is_a_separate_run() {
     let play = Play::new();
-    play.says("learner", "sleep 0.7; exit 1");
+    play.write("learner", "sleep 0.7; exit 1");
     let array = [("SLURM_ARRAY_JOB_ID", "77"), ("SLURM_ARRAY_TASK_ID", "3")];
     play.run(&["--seeds", "0-3"], &array).ok();
-    assert_eq!(play.told("requeued"), ["77_3"], "the other seeds go on");
-    let (calls, run) = (play.calls(), play.sandbox.path("runs/run/seed-3"));
+    assert_eq!(play.lines("requeued"), ["77_3"], "the other seeds continue");
+    let calls = play.calls();
+    let run = play.sandbox.path("runs/run/seed-3");
     for part in [&format!("run.dir={} ", run.display()), "run.seed=3 ", "checkpoint.url=s3://bucket/a/seed-3 "] {
         assert!(calls.lines().filter(|c| !c.ends_with(" told")).all(|c| c.contains(part)), "{part}: {calls}");
     }
@@ -287,16 +292,16 @@ fn a_seed_of_an_array_is_a_run_of_its_own() {
 }
 
 #[test]
-fn a_heterogeneous_job_names_its_parts() {
+fn heterogeneous_job_names_its_parts() {
     let play = Play::new();
     let lists = [("SLURM_JOB_NODELIST_HET_GROUP_0", "n1"), ("SLURM_JOB_NODELIST_HET_GROUP_1", "m1,m2")];
     play.run(&["--heterogeneous"], &lists).ok();
-    let steps = play.told("steps");
+    let steps = play.lines("steps");
     for (name, group) in [("prepare", 0), ("learner", 0), ("reward-0", 1), ("rollout-0", 1), ("rollout-1", 1)] {
         let step = steps.iter().find(|s| s.contains(&format!("--job-name={name} "))).expect(name);
         assert!(step.contains(&format!("--het-group={group}")), "{step}");
     }
-    // A job whose nodes are not those of the settings.
+    // The nodes of the job do not match the settings.
     let done = play.run(&["--heterogeneous"], &[lists[0], ("SLURM_JOB_NODELIST_HET_GROUP_1", "m1")]).exits(2);
     assert!(
         done.stderr.contains("the job has 1 + 1 nodes, but LEARNER_NODES is 1 and ROLLOUT_NODES 2"),
@@ -306,18 +311,18 @@ fn a_heterogeneous_job_names_its_parts() {
 }
 
 #[test]
-fn secrets_reach_the_roles_and_no_argument() {
+fn secrets_reach_the_roles_but_no_argument() {
     let play = Play::new();
-    play.says("secrets", "KEY='very secret $x'\n");
+    play.write("secrets", "KEY='very secret $x'\n");
     let path = play.sandbox.path("secrets");
     let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
     mode(0o600);
-    play.says("learner", "[ \"$KEY\" = 'very secret $x' ] || exit 2");
+    play.write("learner", "[ \"$KEY\" = 'very secret $x' ] || exit 2");
     let flags = ["--secrets", &path.to_string_lossy()];
     play.run(&flags, &[]).ok();
-    let all = play.calls() + &play.told("steps").join("\n");
+    let all = play.calls() + &play.lines("steps").join("\n");
     assert!(!all.contains("very secret"), "{all}");
-    // What became readable after the submission is not used.
+    // A file that became readable after the submission is not used.
     let script = play.sandbox.path("script");
     mode(0o644);
     let mut again = play.sandbox.command(Path::new("bash"), &[&script.to_string_lossy()]);
@@ -332,7 +337,7 @@ fn secrets_reach_the_roles_and_no_argument() {
 }
 
 #[test]
-fn containers_are_started_as_asked() {
+fn containers_use_the_chosen_runtime() {
     let play = Play::new();
     let flags = ["--container", "image.sif", "--mount", "/scratch"];
     play.run(&flags, &[]).ok();
@@ -341,7 +346,7 @@ fn containers_are_started_as_asked() {
     let wanted = format!(
         "--container-image=image.sif --container-workdir={here} --container-mounts={here}:{here},/scratch:/scratch "
     );
-    let steps = play.told("steps");
+    let steps = play.lines("steps");
     assert!(steps.len() >= 5 && steps.iter().all(|s| s.contains(&wanted)), "{wanted}: {steps:#?}");
 
     let play = Play::new();
@@ -350,16 +355,16 @@ fn containers_are_started_as_asked() {
     for part in ["apptainer exec", "apptainer --pwd", "apptainer --bind", "apptainer /scratch", "learner --config"] {
         assert!(calls.contains(part), "{part}: {calls}");
     }
-    assert!(!play.told("steps").iter().any(|s| s.contains("container")), "srun knows nothing of it");
+    assert!(!play.lines("steps").iter().any(|s| s.contains("container")), "srun gets no container options");
 }
 
 #[test]
-fn certificates_and_a_token_are_those_of_the_run() {
+fn certificates_and_token_belong_to_the_run() {
     let play = Play::new();
     let run = play.sandbox.path("runs/run");
     let start = || {
         play.start_with("run.seed=1", &[], &[]).wait(SOON).ok();
-        let calls = play.told("calls");
+        let calls = play.lines("calls");
         let tls = calls.iter().rfind(|c| c.starts_with("tls init")).expect("certificates").clone();
         let token = fs::read_to_string(run.join("tls/token")).expect("a token");
         (calls.join("\n"), tls, token)
@@ -374,7 +379,7 @@ fn certificates_and_a_token_are_those_of_the_run() {
         assert!(calls.lines().skip(1).all(|c| format!("{c} ").contains(&part)), "{part}: {calls}");
     }
     assert!(calls.contains("learner.address=https://addr-n1:11233 "), "{calls}");
-    // Another start: the authority and the token stay.
+    // Another start keeps the authority and the token.
     fs::remove_dir_all(run.join("model")).unwrap();
     let (_, tls, again) = start();
     assert_eq!((tls, again), (format!("{wanted} --renew"), token));

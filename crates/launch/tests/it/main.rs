@@ -1,17 +1,17 @@
-//! The batch script of a Slurm job: what is written for which choices, what is refused, and what it does, with Slurm's commands played
-//! by small programs. With a real Slurm it runs in the workspace's `tests/`.
+//! Tests of the batch script of a Slurm job: its settings, rejected options, and its behaviour with small programs in place of Slurm's
+//! commands. The workspace's `tests/` run it on a real Slurm.
 
-mod behaviour;
-mod choices;
-mod refusals;
+mod script_behaviour;
+mod script_refusals;
+mod script_settings;
 
 use std::path::PathBuf;
 
 use clap::Parser;
 use unveil_config::{Config, ConfigError};
-use unveil_launch::submit::slurm::{Job, Place, SlurmOptions};
+use unveil_launch::submit::slurm::{SlurmJob, SlurmOptions, SubmitContext};
 
-/// Flags as a user writes them.
+/// Parses flags as the command line does.
 #[derive(Parser)]
 struct Flags {
     #[command(flatten)]
@@ -27,18 +27,18 @@ pub(crate) fn config(sets: &[&str]) -> Config {
     unveil_config::load_from(None, std::iter::empty(), &sets).unwrap_or_else(|e| panic!("{sets:?}: {e}"))
 }
 
-/// The job that `flags` make of a configuration with `sets`, submitted from `directory`.
-pub(crate) fn job(directory: &str, flags: &[&str], sets: &[&str]) -> Result<Job, ConfigError> {
-    let place = Place {
+/// Returns the job for `flags` and a configuration with `sets`, submitted from `directory`.
+pub(crate) fn job(directory: &str, flags: &[&str], sets: &[&str]) -> Result<SlurmJob, ConfigError> {
+    let context = SubmitContext {
         directory: directory.into(),
         config: "run.toml".into(),
         sets: sets.iter().map(|s| (*s).to_owned()).collect(),
         program: PathBuf::from("/opt/unveil/bin/unveil"),
     };
-    Job::new(&config(sets), &options(flags), &place)
+    SlurmJob::new(&config(sets), &options(flags), &context)
 }
 
-/// Directives and settings of a script.
+/// Returns the directives and settings of a script.
 pub(crate) fn settings(script: &str) -> &str {
     let from = script.split_once("# --- settings ---\n").expect("settings").1;
     from.split_once("# --- end of settings ---").expect("their end").0

@@ -1,12 +1,12 @@
-//! What is written for which choices.
+//! Directives and settings of the script for various options.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
 use crate::{job, settings};
 
-/// Runs a script through a checker that reads standard input; what it says where it is not content.
-fn complaint(program: &str, args: &[&str], script: &str) -> Option<String> {
+/// Runs a script through a checker that reads stdin, and returns the checker's messages if it fails.
+fn check_script(program: &str, args: &[&str], script: &str) -> Option<String> {
     let mut child = Command::new(program)
         .args(args)
         .stdin(Stdio::piped())
@@ -14,22 +14,22 @@ fn complaint(program: &str, args: &[&str], script: &str) -> Option<String> {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|e| panic!("{program}: {e}"));
-    child.stdin.take().expect("a pipe").write_all(script.as_bytes()).expect("it reads");
-    let done = child.wait_with_output().expect("it ends");
-    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
-    (!done.status.success()).then(|| said.into_owned())
+    child.stdin.take().expect("a pipe").write_all(script.as_bytes()).expect("the checker reads stdin");
+    let done = child.wait_with_output().expect("the checker ends");
+    let messages = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+    (!done.status.success()).then(|| messages.into_owned())
 }
 
 fn written(flags: &[&str], sets: &[&str]) -> String {
     let script = job("/home/me", flags, sets).unwrap_or_else(|e| panic!("{flags:?}: {e}")).script;
-    assert_eq!(complaint("bash", &["-n"], &script), None);
+    assert_eq!(check_script("bash", &["-n"], &script), None);
     if Command::new("shellcheck").arg("--version").output().is_ok() {
-        assert_eq!(complaint("shellcheck", &["-"], &script), None);
+        assert_eq!(check_script("shellcheck", &["-"], &script), None);
     }
     settings(&script).to_owned()
 }
 
-const FIRST: &str = "#SBATCH --job-name=unveil
+const COMMON_DIRECTIVES: &str = "#SBATCH --job-name=unveil
 #SBATCH --chdir=/home/me
 #SBATCH --output=/home/me/runs/run/logs/slurm-%j.out
 #SBATCH --open-mode=append
@@ -69,25 +69,25 @@ RUNTIME=
 IMAGE=
 MOUNTS=()
 ";
-    assert_eq!(written(&[&flags[..], &more].concat(), &sets), format!("{FIRST}{wanted}"));
+    assert_eq!(written(&[&flags[..], &more].concat(), &sets), format!("{COMMON_DIRECTIVES}{wanted}"));
 }
 
 #[test]
-fn everything_on_the_nodes_of_the_learner() {
+fn all_roles_share_the_learner_nodes() {
     let text =
         written(&["--rollout-nodes", "0", "--max-restarts", "3"], &["learner.parallel.ranks=2", "rollout.workers=2"]);
     for line in ["--nodes=1", "--ntasks-per-node=5", "--cpus-per-task=4", "--gpus-per-node=4"] {
         assert!(text.contains(&format!("#SBATCH {line}\n")), "{line}\n{text}");
     }
     assert!(text.contains("\nROLLOUT_NODES=0\n") && text.contains("\nMAX_RESTARTS=3\n"), "{text}");
-    // On CPUs nothing is asked for that they do not have; a reward service elsewhere takes no place.
+    // A job on CPUs requests no GPUs, and an external reward service takes no task.
     let text = written(&[], &["run.device=cpu", "reward.address=https://rewards:9000"]);
     assert!(!text.contains("gpus") && text.contains("\nGPUS=0\n") && text.contains("\nREWARD_TASKS=0\n"), "{text}");
     assert!(text.contains("#SBATCH --ntasks-per-node=1\n"), "{text}");
 }
 
 #[test]
-fn a_heterogeneous_job_has_two_parts() {
+fn heterogeneous_job_has_two_parts() {
     let flags = ["--heterogeneous", "--learner-nodes", "1", "--rollout-nodes", "4", "--sbatch", "partition=a"];
     let flags = [&flags[..], &["--rollout-sbatch", "partition=b", "--rollout-sbatch", "comment=it's b"]].concat();
     let text = written(
@@ -112,17 +112,17 @@ UNVEIL=";
 }
 
 #[test]
-fn an_array_of_seeds() {
+fn seeds_become_a_job_array() {
     let text = written(&["--seeds", "0,5,7-9%2"], &["checkpoint.url=saved"]);
     assert!(text.contains("#SBATCH --array=0,5,7-9%2\n"), "{text}");
     assert!(text.contains("/logs/slurm-%A_%a.out\n") && text.contains("\nCHECKPOINTS=/home/me/saved\n"), "{text}");
 }
 
 #[test]
-fn containers_see_what_the_run_needs() {
+fn containers_mount_the_directories_of_the_run() {
     let flags = ["--container", "registry#unveil:1", "--mount", "/scratch/data", "--mount", "/home/me/models"];
     let text = written(&flags, &["run.dir=/scratch/runs/a"]);
-    // What lies below a directory that it sees is not named again.
+    // A directory below a mounted one is not mounted again.
     let wanted = "RUNTIME=pyxis\nIMAGE='registry#unveil:1'\nMOUNTS=(/home/me /scratch/runs/a /scratch/data)\n";
     assert!(text.contains(wanted) && text.contains("\nUNVEIL=unveil\n"), "{text}");
     let text = written(&[&flags[..2], &["--runtime", "apptainer", "--program", "bin/unveil"]].concat(), &[]);
@@ -130,33 +130,32 @@ fn containers_see_what_the_run_needs() {
 }
 
 #[test]
-fn the_template_has_the_same_settings() {
+fn template_has_the_same_settings() {
     let names = |text: &str| -> Vec<String> {
         let lines = text.lines().filter(|l| !l.starts_with('#'));
         lines.filter_map(|l| l.split_once('=')).map(|(name, _)| name.to_owned()).collect()
     };
     let template = include_str!("../../../../cluster/slurm/unveil.sbatch");
     assert_eq!(names(settings(template)), names(&written(&[], &[])));
-    assert_eq!(complaint("bash", &["-n"], template), None);
+    assert_eq!(check_script("bash", &["-n"], template), None);
     let script = job("/home/me", &[], &[]).unwrap().script;
     let end = |text: &str| text.split_once("# --- end of settings ---").expect("an end").1.to_owned();
-    assert_eq!(end(template), end(&script), "what follows the settings is the same");
+    assert_eq!(end(template), end(&script), "everything after the settings is the same");
 }
 
 #[test]
-fn odd_paths_reach_the_shell_as_they_are() {
+fn unusual_paths_reach_the_shell_unchanged() {
     let odd = ["/a b/#c", "/it's/a run", "/$HOME/`id`/$(id)", "/say \"so\"/*?[x]", "/100%/~me/!!", "/ünïcode/é;&|<>"];
     for (i, dir) in odd.into_iter().enumerate() {
         let sets = ["data.question=Who's there? $HOME \"you\" `id`", &format!("run.dir={dir}")].map(str::to_owned);
         let sets = sets.iter().map(String::as_str).collect::<Vec<_>>();
-        let made = job("/home/me", &[], &sets).unwrap_or_else(|e| panic!("{dir}: {e}"));
+        let job = job("/home/me", &[], &sets).unwrap_or_else(|e| panic!("{dir}: {e}"));
         let print = "printf '%s\\0' \"$RUN_DIR\" \"$CONFIG\" \"${SETS[@]}\"";
-        let shell =
-            Command::new("bash").args(["-c", &format!("{}\n{print}", settings(&made.script))]).output().unwrap();
+        let shell = Command::new("bash").args(["-c", &format!("{}\n{print}", settings(&job.script))]).output().unwrap();
         assert!(shell.status.success(), "{dir}: {}", String::from_utf8_lossy(&shell.stderr));
         let values: Vec<&[u8]> = shell.stdout.split(|b| *b == 0).collect();
         let wanted = [dir, "/home/me/run.toml", sets[0], sets[1], ""];
         assert_eq!(values, wanted.map(str::as_bytes), "number {i}");
-        assert_eq!(made.logs, std::path::Path::new(dir).join("logs"));
+        assert_eq!(job.logs, std::path::Path::new(dir).join("logs"));
     }
 }

@@ -1,20 +1,20 @@
-//! What is refused, with what words.
+//! Rejected options and their messages.
 
 use std::os::unix::fs::PermissionsExt;
 
 use crate::job;
 
-/// The message of choices that cannot work.
+/// Asserts that the options are rejected with a message that contains all `words`.
 #[track_caller]
 fn refused(flags: &[&str], sets: &[&str], words: &[&str]) {
-    let e = job("/home/me", flags, sets).expect_err("it cannot work").to_string();
+    let e = job("/home/me", flags, sets).expect_err("the options are rejected").to_string();
     for word in words {
         assert!(e.contains(word), "{flags:?} {sets:?}: \"{word}\" is not in: {e}");
     }
 }
 
 #[test]
-fn choices_that_cannot_work_are_named() {
+fn conflicting_options_are_named() {
     let ranks = ["learner.parallel.ranks=3"];
     refused(&["--learner-nodes", "2"], &ranks, &["learner.parallel.ranks is 3", "--learner-nodes 2"]);
     refused(&["--learner-nodes", "0"], &[], &["--learner-nodes is 0"]);
@@ -36,7 +36,7 @@ fn choices_that_cannot_work_are_named() {
     refused(&both, &[], &["--seeds and --heterogeneous", "a job per seed"]);
     refused(&["--heterogeneous", "--rollout-nodes", "0"], &[], &["--heterogeneous needs --rollout-nodes"]);
     refused(&["--rollout-sbatch", "partition=b"], &[], &["--rollout-sbatch needs --heterogeneous"]);
-    // All faults at once.
+    // All problems are reported together.
     refused(&both, &["learner.steps=0", "run.resume=never"], &["--seeds", "learner.steps", "run.resume"]);
 }
 
@@ -51,20 +51,20 @@ fn seeds_are_numbers_and_ranges() {
 }
 
 #[test]
-fn options_of_sbatch_that_would_break_the_script() {
-    for own in ["nodes=3", "array=1-2", "output=/tmp/x", "signal=USR1@1", "wrap=ls", "no-requeue", "hetjob"] {
-        refused(&["--sbatch", own], &[], &["--sbatch", own, "the script sets"]);
+fn reserved_sbatch_options_are_rejected() {
+    for reserved in ["nodes=3", "array=1-2", "output=/tmp/x", "signal=USR1@1", "wrap=ls", "no-requeue", "hetjob"] {
+        refused(&["--sbatch", reserved], &[], &["--sbatch", reserved, "the script sets"]);
     }
-    for bad in
+    for malformed in
         ["--partition=a", "-p=a", "P=a", "=a", "a b=c", "partition=a\nrm -rf x", "comment=\"it's\"", "comment=a\\b"]
     {
-        refused(&[&format!("--sbatch={bad}")], &[], &["--sbatch"]);
+        refused(&[&format!("--sbatch={malformed}")], &[], &["--sbatch"]);
     }
     refused(&["--heterogeneous", "--rollout-sbatch", "nodes=3"], &[], &["nodes"]);
 }
 
 #[test]
-fn paths_that_a_job_cannot_be_told() {
+fn unsupported_paths_are_rejected() {
     for dir in ["/a\\b", "/a\nb", "/both ' and \"", "/bell\u{7}"] {
         refused(&[], &[&format!("run.dir={dir}")], &["run directory"]);
     }
@@ -74,20 +74,20 @@ fn paths_that_a_job_cannot_be_told() {
 }
 
 #[test]
-fn secrets_that_others_can_read() {
+fn readable_secrets_are_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("secrets");
     let shown = file.to_string_lossy().into_owned();
     refused(&["--secrets", &shown], &[], &["--secrets", &shown]);
     std::fs::write(&file, "AWS_SECRET_ACCESS_KEY=very-secret\n").unwrap();
-    for (mode, fine) in [(0o644, false), (0o640, false), (0o604, false), (0o600, true), (0o400, true)] {
+    for (mode, accepted) in [(0o644, false), (0o640, false), (0o604, false), (0o600, true), (0o400, true)] {
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
         match job("/home/me", &["--secrets", &shown], &[]) {
-            Ok(made) => {
-                assert!(fine, "{mode:o}");
-                assert!(made.script.contains(&format!("SECRETS={shown}\n")) && !made.script.contains("very-secret"));
+            Ok(job) => {
+                assert!(accepted, "{mode:o}");
+                assert!(job.script.contains(&format!("SECRETS={shown}\n")) && !job.script.contains("very-secret"));
             }
-            Err(e) => assert!(!fine && e.to_string().contains("chmod 600"), "{mode:o}: {e}"),
+            Err(e) => assert!(!accepted && e.to_string().contains("chmod 600"), "{mode:o}: {e}"),
         }
     }
 }

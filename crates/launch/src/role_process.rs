@@ -1,5 +1,5 @@
-//! One role as a child process: its own process group, a stdin pipe whose end-of-file tells it that the supervisor is gone,
-//! its log, and the line by which it announces its address.
+//! One role as a child process: with its own process group, a log, a stdin pipe whose end of file tells it that the supervisor has ended,
+//! and a line on stdout that announces its address.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -11,37 +11,37 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use unveil_core::tell;
+use unveil_core::stderr_line;
 
 use crate::gpus::Gpu;
 use crate::{LaunchError, io};
 
-/// What a role is started with.
-pub(crate) struct Start<'a> {
+/// How a role is started.
+pub(crate) struct RoleCommand<'a> {
     pub name: &'a str,
     pub program: &'a Path,
     pub args: Vec<String>,
     pub log: &'a Path,
-    /// The terminal shows what it says on stderr (it draws the progress line), not the log.
+    /// Whether its stderr goes to the terminal (it draws the progress line) instead of the log.
     pub shown: bool,
-    /// Its GPU, where there are some; none = what the run sees.
+    /// Its GPU; `None`: all that the run sees.
     pub gpu: Option<&'a Gpu>,
 }
 
-/// A running role. Dropping it ends the process.
-pub(crate) struct Role {
+/// A running role. The process is ended on drop.
+pub(crate) struct RoleProcess {
     pub name: String,
-    /// Absent when the terminal shows what the role says.
+    /// Path of the log; `None` if stderr goes to the terminal.
     log: Option<PathBuf>,
     child: Child,
     lines: mpsc::Receiver<String>,
     _stdin: Option<ChildStdin>,
 }
 
-impl Role {
-    /// Starts it.
-    pub fn start(start: Start<'_>) -> Result<Self, LaunchError> {
-        let Start { name, program, args, log, shown, gpu } = start;
+impl RoleProcess {
+    /// Starts the process.
+    pub fn start(command: RoleCommand<'_>) -> Result<Self, LaunchError> {
+        let RoleCommand { name, program, args, log, shown, gpu } = command;
         let stderr = if shown {
             Stdio::inherit()
         } else {
@@ -49,9 +49,9 @@ impl Role {
         };
         let mut child = Command::new(program)
             .args(args)
-            .args(gpu.and_then(Gpu::set).into_iter().flat_map(|set| ["--set", set]))
-            .envs(gpu.map(Gpu::variable))
-            // Roles share the cores: a thread that waits must not spin.
+            .args(gpu.and_then(Gpu::config_override).into_iter().flat_map(|set| ["--set", set]))
+            .envs(gpu.map(Gpu::env_variable))
+            // Roles share the cores, so waiting threads must not spin.
             .env("OMP_WAIT_POLICY", "PASSIVE")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -73,28 +73,28 @@ impl Role {
         Ok(Self { name: name.to_owned(), log: (!shown).then(|| log.to_owned()), child, lines, _stdin: stdin })
     }
 
-    /// Waits for the role's ready line and returns the address in it; `look` is asked meanwhile whether there is any use in waiting.
-    pub fn address(
+    /// Waits for the role's ready line and returns the address in it. An error of `check`, which is called meanwhile, ends the wait.
+    pub fn wait_for_address(
         &mut self,
-        within: Duration,
-        look: &mut dyn FnMut() -> Result<(), LaunchError>,
+        timeout: Duration,
+        check: &mut dyn FnMut() -> Result<(), LaunchError>,
     ) -> Result<String, LaunchError> {
-        let deadline = Instant::now() + within;
+        let deadline = Instant::now() + timeout;
         while Instant::now() < deadline {
-            look()?;
+            check()?;
             if let Ok(line) = self.lines.recv_timeout(Duration::from_millis(100)) {
                 let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
                 if let Some(address) = value["address"].as_str() {
                     return Ok(address.to_owned());
                 }
-            } else if let Some(status) = self.exited() {
-                return Err(self.failed(status));
+            } else if let Some(status) = self.exit_status() {
+                return Err(self.failure(status));
             }
         }
-        Err(LaunchError::NotReady { role: self.name.clone(), seconds: within.as_secs(), place: self.place() })
+        Err(LaunchError::NotReady { role: self.name.clone(), seconds: timeout.as_secs(), place: self.log_hint() })
     }
 
-    /// What the role printed on stdout since the last call.
+    /// Returns the lines that the role printed on stdout since the last call.
     pub fn output(&self) -> Vec<String> {
         let mut all: Vec<String> = self.lines.try_iter().collect();
         while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(200)) {
@@ -103,44 +103,44 @@ impl Role {
         all
     }
 
-    /// Exit status, when it has ended.
-    pub fn exited(&mut self) -> Option<ExitStatus> {
+    /// Returns the exit status if the process has ended.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// The error of a role that ended by itself; shows the end of its log, and holds what the role could not write there.
-    pub fn failed(&self, status: ExitStatus) -> LaunchError {
+    /// Returns the error for a role that ended by itself, including what it could not write to its log, and prints the end of the log.
+    pub fn failure(&self, status: ExitStatus) -> LaunchError {
         let text = self.log.as_ref().and_then(|l| std::fs::read_to_string(l).ok()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         for line in &lines[lines.len().saturating_sub(8)..] {
-            tell(&format!("  {}: {line}", self.name));
+            stderr_line(&format!("  {}: {line}", self.name));
         }
         let unwritten = self.output().iter().find_map(|line| {
             let value: serde_json::Value = serde_json::from_str(line).ok()?;
             Some(format!("{status} ({})", value["error"].as_str()?))
         });
         let status = unwritten.unwrap_or_else(|| status.to_string());
-        LaunchError::Role { role: self.name.clone(), status, place: self.place() }
+        LaunchError::Role { role: self.name.clone(), status, place: self.log_hint() }
     }
 
-    /// Where to read what the role said.
-    fn place(&self) -> String {
+    /// Returns where the role's messages can be read.
+    fn log_hint(&self) -> String {
         self.log.as_ref().map_or_else(|| "above".to_owned(), |l| format!("above and in {}", l.display()))
     }
 
-    /// Asks the role to end.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
-        let _gone = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
+        let _may_have_ended = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
     }
 
-    /// Waits for the end until `deadline`, then kills it with its process group.
+    /// Waits until `deadline` for the process to end, then kills its process group.
     pub fn reap(&mut self, deadline: Instant) -> Option<ExitStatus> {
         loop {
-            if let Some(status) = self.exited() {
+            if let Some(status) = self.exit_status() {
                 return Some(status);
             }
             if Instant::now() >= deadline {
-                let _gone = kill(Pid::from_raw(-self.child.id().cast_signed()), Signal::SIGKILL);
+                let _may_have_ended = kill(Pid::from_raw(-self.child.id().cast_signed()), Signal::SIGKILL);
                 return self.child.wait().ok();
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -148,7 +148,7 @@ impl Role {
     }
 }
 
-impl Drop for Role {
+impl Drop for RoleProcess {
     fn drop(&mut self) {
         self.terminate();
         self.reap(Instant::now() + Duration::from_secs(2));
@@ -160,14 +160,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_error_of_a_role_whose_log_cannot_be_written_is_told() {
+    fn failure_includes_what_could_not_be_logged() {
         let dir = tempfile::tempdir().unwrap();
         let args = ["-c", r#"echo '{"error":"cannot write x: No space left on device"}'; exit 1"#].map(str::to_owned);
-        let (program, log) = (Path::new("sh"), dir.path().join("eval.log"));
-        let start = Start { name: "eval", program, args: args.to_vec(), log: &log, shown: false, gpu: None };
-        let mut role = Role::start(start).unwrap();
+        let program = Path::new("sh");
+        let log = dir.path().join("eval.log");
+        let command = RoleCommand { name: "eval", program, args: args.to_vec(), log: &log, shown: false, gpu: None };
+        let mut role = RoleProcess::start(command).unwrap();
         let status = role.reap(Instant::now() + Duration::from_secs(60)).unwrap();
-        let said = role.failed(status).to_string();
-        assert!(said.contains("eval ended with exit status: 1 (cannot write x: No space left on device)"), "{said}");
+        let message = role.failure(status).to_string();
+        assert!(
+            message.contains("eval ended with exit status: 1 (cannot write x: No space left on device)"),
+            "{message}"
+        );
     }
 }
