@@ -7,30 +7,30 @@ use unveil_service::issue::{Existing, IssueOptions, issue};
 
 #[derive(Subcommand)]
 pub enum TlsCommand {
-    /// Makes an authority and a certificate and key per role; `tls.dir` of a configuration names the directory. One JSON object.
+    /// Creates an authority, and a certificate and key per role; set `tls.dir` to the directory. Prints one JSON object.
     Init(InitArgs),
 }
 
 #[derive(Args)]
 pub struct InitArgs {
-    /// Directory to make: ca.crt and ca.key, and a folder per role with tls.crt, tls.key and ca.crt.
+    /// Directory to create: ca.crt and ca.key, and a subdirectory per role with tls.crt, tls.key and ca.crt.
     #[arg(long)]
     out: PathBuf,
-    /// Names and addresses by which learner and reward service are reached; loopback and the roles' names are always among them.
+    /// Additional names and addresses of learner and reward service; loopback and the role names are always included.
     #[arg(long, value_delimiter = ',', value_name = "HOST,…")]
     hosts: Vec<String>,
-    /// Days that the certificates of the roles last.
+    /// Validity of the role certificates in days.
     #[arg(long, default_value_t = 365)]
     days: u32,
-    /// Makes new certificates and keys of the roles by the authority that is there.
+    /// Renews certificates and keys of the roles with the existing authority.
     #[arg(long, conflicts_with = "force")]
     renew: bool,
-    /// Replaces what is there, the authority too.
+    /// Replaces existing files, including the authority.
     #[arg(long)]
     force: bool,
 }
 
-/// Runs one command.
+/// Runs `unveil tls …`.
 pub fn run(command: &TlsCommand) -> anyhow::Result<()> {
     let TlsCommand::Init(args) = command;
     let existing = match (args.renew, args.force) {
@@ -38,7 +38,7 @@ pub fn run(command: &TlsCommand) -> anyhow::Result<()> {
         (_, true) => Existing::Replace,
         _ => Existing::Refuse,
     };
-    let made = issue(&args.out, &IssueOptions { hosts: args.hosts.clone(), days: args.days, existing })?;
-    println!("{}", serde_json::to_string(&made)?);
+    let issued = issue(&args.out, &IssueOptions { hosts: args.hosts.clone(), days: args.days, existing })?;
+    println!("{}", serde_json::to_string(&issued)?);
     Ok(())
 }

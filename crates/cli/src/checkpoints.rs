@@ -1,4 +1,4 @@
-//! `unveil checkpoint …` on any path or URL.
+//! `unveil checkpoint …` for checkpoints at a path or URL.
 
 use std::path::PathBuf;
 
@@ -7,31 +7,31 @@ use clap::{Args, Subcommand};
 use unveil_checkpoint::{self as checkpoint, Access, Retention, Store};
 
 #[derive(Debug, Args)]
-pub struct Place {
+pub struct CheckpointArgs {
     /// Path or URL, e.g. runs/quickstart or s3://bucket/prefix.
     url: String,
-    /// One step instead of the newest (show, export) or all (verify).
+    /// A single step instead of the newest (show, export) or all (verify).
     #[arg(long)]
     step: Option<u64>,
 }
 
 #[derive(Subcommand)]
 pub enum CheckpointCommand {
-    /// One JSON line per checkpoint, oldest first.
+    /// Prints one JSON line per checkpoint, oldest first.
     List {
         /// Path or URL.
         url: String,
     },
-    /// Manifest of one checkpoint, the checkpoints before it in its lineage, and the accounting of stage 2: groups trained per
-    /// pass, how many came twice, and how many were lost, dropped (with their records and why), skipped or wholly masked.
-    Show(Place),
-    /// Reads every object and compares its checksum; exit code 1 when one is damaged.
-    Verify(Place),
-    /// Writes the Hugging Face model directory of a checkpoint, or its adapters as peft reads them where it has those alone.
+    /// Prints the manifest of a checkpoint, its lineage, and the accounting of stage 2: groups trained per pass, and groups trained twice,
+    /// lost, dropped (with records and reasons), skipped or wholly masked.
+    Show(CheckpointArgs),
+    /// Reads every object and compares its checksum; exits with 1 if one is damaged.
+    Verify(CheckpointArgs),
+    /// Writes the Hugging Face model directory of a checkpoint, or its adapters in peft format if it has only adapters.
     Export {
         #[command(flatten)]
-        place: Place,
-        /// Directory to make.
+        checkpoint: CheckpointArgs,
+        /// Directory to create.
         #[arg(long)]
         out: PathBuf,
     },
@@ -39,24 +39,24 @@ pub enum CheckpointCommand {
     Prune {
         /// Path or URL.
         url: String,
-        /// Newest ones that stay (the best stays besides).
+        /// Number of newest checkpoints to keep (the best one is kept in addition).
         #[arg(long, default_value_t = 2)]
         keep: usize,
-        /// Those whose step is a multiple of this stay besides (0 = none).
+        /// Also keeps checkpoints whose step is a multiple of this (0: none).
         #[arg(long, default_value_t = 0)]
         keep_every: u64,
-        /// Also deletes what aborted saves left.
+        /// Also deletes the remains of aborted saves.
         #[arg(long)]
         orphans: bool,
     },
 }
 
-/// A checkpoint with its lineage and its accounting; the latter is null for stage 1, which has no groups.
-async fn with_accounting(store: &Store, shown: checkpoint::Shown) -> anyhow::Result<serde_json::Value> {
-    let position = shown.manifest.meta.get("experience").filter(|e| !e.is_null()).cloned();
-    let snapshot: Option<unveil_experience::Snapshot> = position.map(serde_json::from_value).transpose()?;
-    let before = checkpoint::list(store).await?.into_iter().filter(|c| c.current == shown.info.current);
-    let lineage: Vec<_> = before
+/// Returns a checkpoint with its lineage and accounting; the latter is null for stage 1, which has no groups.
+async fn with_accounting(store: &Store, shown: checkpoint::CheckpointDetails) -> anyhow::Result<serde_json::Value> {
+    let experience = shown.manifest.meta.get("experience").filter(|e| !e.is_null()).cloned();
+    let snapshot: Option<unveil_experience::ExperienceSnapshot> = experience.map(serde_json::from_value).transpose()?;
+    let checkpoints = checkpoint::list(store).await?.into_iter().filter(|c| c.current == shown.info.current);
+    let lineage: Vec<_> = checkpoints
         .filter(|c| c.seq <= shown.info.seq)
         .map(|c| serde_json::json!({"step": c.step, "term": c.term}))
         .collect();
@@ -66,43 +66,43 @@ async fn with_accounting(store: &Store, shown: checkpoint::Shown) -> anyhow::Res
     Ok(out)
 }
 
-/// Runs one command.
+/// Runs `unveil checkpoint …`.
 pub fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(act(command))
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(execute(command))
 }
 
 async fn open(url: &str, access: Access) -> anyhow::Result<Store> {
     Ok(Store::open(url, unveil_config::environment(), access).await?)
 }
 
-async fn act(command: &CheckpointCommand) -> anyhow::Result<()> {
+async fn execute(command: &CheckpointCommand) -> anyhow::Result<()> {
     match command {
         CheckpointCommand::List { url } => {
             for info in checkpoint::list(&open(url, Access::Read).await?).await? {
                 println!("{}", serde_json::to_string(&info)?);
             }
         }
-        CheckpointCommand::Show(p) => {
-            let store = open(&p.url, Access::Read).await?;
-            let shown = checkpoint::show(&store, p.step).await?;
+        CheckpointCommand::Show(args) => {
+            let store = open(&args.url, Access::Read).await?;
+            let shown = checkpoint::show(&store, args.step).await?;
             println!("{}", with_accounting(&store, shown).await?);
         }
-        CheckpointCommand::Verify(p) => {
-            let checks = checkpoint::verify(&open(&p.url, Access::Read).await?, p.step).await?;
+        CheckpointCommand::Verify(args) => {
+            let checks = checkpoint::verify(&open(&args.url, Access::Read).await?, args.step).await?;
             for check in &checks {
                 println!("{}", serde_json::to_string(check)?);
             }
-            let bad = checks.iter().filter(|c| !c.ok).count();
-            if bad > 0 {
-                bail!("{bad} of {} objects are damaged", checks.len());
+            let damaged = checks.iter().filter(|c| !c.ok).count();
+            if damaged > 0 {
+                bail!("{damaged} of {} objects are damaged", checks.len());
             }
         }
-        CheckpointCommand::Export { place, out } => {
-            let store = open(&place.url, Access::Read).await?;
-            let shown = checkpoint::show(&store, place.step).await?;
-            let whole = shown.manifest.tensors.iter().any(|t| t.part == "model");
-            let (part, stem) = if whole { ("model", "model") } else { ("adapter", "adapter_model") };
-            let files = checkpoint::export(&store, Some(shown.info.step), out, part, stem).await?;
+        CheckpointCommand::Export { checkpoint: args, out } => {
+            let store = open(&args.url, Access::Read).await?;
+            let shown = checkpoint::show(&store, args.step).await?;
+            let has_model = shown.manifest.tensors.iter().any(|t| t.artifact == "model");
+            let (artifact, stem) = if has_model { ("model", "model") } else { ("adapter", "adapter_model") };
+            let files = checkpoint::export(&store, Some(shown.info.step), out, artifact, stem).await?;
             println!("{}", serde_json::json!({ "out": out, "files": files }));
         }
         CheckpointCommand::Prune { url, keep, keep_every, orphans } => {

@@ -1,4 +1,4 @@
-//! `unveil data …`: synthesise, import, check, describe, collect, review.
+//! `unveil data …`: synthesis, import, checks, statistics, collection and review of records.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -10,83 +10,83 @@ use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_collect::{CollectError, Prompts};
 use unveil_config::{Config, ConfigError};
 use unveil_core::Record;
-use unveil_data::fits::{Limits, Use, misfits};
+use unveil_data::context_fit::{RecordUse, TokenLimits, find_misfits};
+use unveil_data::image_root::PathPolicy;
 use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
-use unveil_data::prepare::Preparer;
+use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
-use unveil_data::root::Reach;
 use unveil_data::synth::{self, SynthSpec};
 use unveil_data::{check, stats};
 
-use crate::roles::context;
+use crate::roles::context_length;
 
 #[derive(Subcommand)]
 pub enum DataCommand {
-    /// Draws synthetic records with exact boxes.
+    /// Generates synthetic records with exact boxes.
     Synth {
-        /// Number of records (a tenth each for val and test).
+        /// Number of records, a tenth each for val and test.
         #[arg(long)]
         n: usize,
         /// Seed; the same seed gives the same bytes.
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// Output folder.
+        /// Output directory.
         #[arg(long)]
         out: PathBuf,
-        /// Side of the images in pixels.
+        /// Side length of the images in pixels.
         #[arg(long, default_value_t = 96)]
         size: u32,
-        /// Share of records without a finding.
+        /// Fraction of records without a finding.
         #[arg(long)]
         no_finding: Option<f64>,
-        /// Share of records with two or three lesions.
+        /// Fraction of records with two or three lesions.
         #[arg(long)]
         several: Option<f64>,
     },
-    /// Imports another format; the report is one JSON object.
+    /// Imports another format; prints a report as one JSON object.
     Import(ImportArgs),
-    /// Looks for faults; one JSON line each, exit code 1 when there is an error among them. Ends with a line on stderr that says how much
-    /// was looked at.
+    /// Checks a record file: prints one JSON line per finding, exits with 1 on errors, else prints the number of checked records and images on
+    /// stderr.
     Check {
         /// Record file.
         data: PathBuf,
-        /// Also names images that look alike across splits.
+        /// Also reports near-duplicate images across splits.
         #[arg(long)]
         near: bool,
-        /// Images may lie outside the folder of the record file, as with data.outside = true.
+        /// Allows images outside the directory of the record file, like data.outside = true.
         #[arg(long)]
         outside: bool,
-        /// A table for people instead of JSON lines.
+        /// Prints a readable table instead of JSON lines.
         #[arg(long)]
         table: bool,
-        /// Also whether every record fits this model: length of prompt and answer, image sizes, special tokens.
+        /// Also checks that every record fits this model: length of prompt and answer, image size, special tokens.
         #[arg(long, value_name = "DIR")]
         model: Option<PathBuf>,
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// Counts and sizes, as one JSON object.
+    /// Prints counts and sizes as one JSON object.
     Stats {
         /// Record file.
         data: PathBuf,
-        /// Images may lie outside the folder of the record file, as with data.outside = true.
+        /// Allows images outside the directory of the record file, like data.outside = true.
         #[arg(long)]
         outside: bool,
     },
-    /// Asks a vision model about every record with a region, by two prompts; goes on where an earlier run ended.
+    /// Collects answers of a vision model for every record with a region, with two prompts; continues an earlier run.
     Collect(CollectArgs),
-    /// Makes the final records of what a person decided on the pages of `collect`.
+    /// Writes the final records from the decisions made on the pages of `collect`.
     Review {
-        /// Output folder of `collect`.
+        /// Output directory of `collect`.
         #[arg(long)]
         dir: PathBuf,
-        /// Files that the pages hand back; of several decisions about a record the last counts.
+        /// Decision files downloaded from the pages; the last decision about a record counts.
         #[arg(long, required = true, num_args = 1..)]
         decisions: Vec<PathBuf>,
         /// Record file to write.
         #[arg(long)]
         out: PathBuf,
-        /// Also writes answers that nobody decided about.
+        /// Also writes answers without a decision.
         #[arg(long)]
         keep_unreviewed: bool,
     },
@@ -97,37 +97,37 @@ pub struct ImportArgs {
     /// Format.
     #[arg(value_parser = PossibleValuesParser::new(Format::ALL.map(Format::name)))]
     format: String,
-    /// Source folder.
+    /// Source directory.
     #[arg(long)]
     src: PathBuf,
     /// Record file to write.
     #[arg(long)]
     out: PathBuf,
-    /// Only this split.
+    /// Imports this split only.
     #[arg(long)]
     split: Option<String>,
-    /// Only this class; images without it become "no finding".
+    /// Imports this class only; images without it become "no finding".
     #[arg(long)]
     class: Option<String>,
-    /// Words for that class.
+    /// Category name for that class.
     #[arg(long, requires = "class")]
     category: Option<String>,
-    /// Written to every record in place of what the data set says.
+    /// Modality of every record, instead of that in the data set.
     #[arg(long)]
     modality: Option<String>,
-    /// Asked of every image that brings no question of its own.
+    /// Question for images without one.
     #[arg(long)]
     question: Option<String>,
-    /// Splits by patient, or image, instead of the published ones.
+    /// Makes new splits by patient, or by image, instead of using the published ones.
     #[arg(long)]
     resplit: bool,
-    /// Folder of images that are not in the source folder.
+    /// Directory of the images, if they are not in the source directory.
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
-    /// Task of the benchmark that the files belong to (med-grit: VG, ROC, RC, MIA), in place of what their names say.
+    /// Task of the benchmark files (med-grit: VG, ROC, RC, MIA), instead of the one in their names.
     #[arg(long)]
     task: Option<String>,
-    /// Leaves out images that are also in another split: the copy in test stays before val before train.
+    /// Drops copies of images in several splits; keeps the copy in test, else val, else train.
     #[arg(long)]
     drop_leaks: bool,
 }
@@ -137,17 +137,17 @@ pub struct CollectArgs {
     /// Record file.
     #[arg(long, required_unless_present = "write_prompts")]
     data: Option<PathBuf>,
-    /// Output folder: journal, records and pages.
+    /// Output directory for journal, records and pages.
     #[arg(long, required_unless_present = "write_prompts")]
     out: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigArgs,
-    /// Writes the built-in prompts into DIR, to be changed and named by `collect.diagnosis_prompt` and `collect.reflection_prompt`.
+    /// Writes the built-in prompts to DIR, as templates for `collect.diagnosis_prompt` and `collect.reflection_prompt`.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["data", "out"])]
     write_prompts: Option<PathBuf>,
 }
 
-/// Runs one command.
+/// Runs `unveil data …`.
 pub fn run(command: &DataCommand) -> anyhow::Result<()> {
     match command {
         DataCommand::Synth { n, seed, out, size, no_finding, several } => {
@@ -159,27 +159,27 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
             println!("{}", serde_json::json!({ "records": records.len(), "file": file }));
             Ok(())
         }
-        DataCommand::Import(args) => imported(args),
+        DataCommand::Import(args) => import_records(args),
         DataCommand::Check { data, near, outside, table, model, config } => {
-            let reach = Reach::new(*outside);
-            // Its errors begin with the file.
-            let mut found = check::check_file(data, reach, *near)?;
+            let policy = PathPolicy::new(*outside);
+            // Its errors name the file.
+            let mut report = check::check_file(data, policy, *near)?;
             if let Some(model) = model {
-                let more = unfit(data, reach, model, &config.load()?)?;
-                found.findings = check::joined(std::mem::take(&mut found.findings), more);
+                let misfits = find_model_misfits(data, policy, model, &config.load()?)?;
+                report.findings = check::merge_findings(std::mem::take(&mut report.findings), misfits);
             }
-            checked(data, &found, *table)
+            print_check_report(data, &report, *table)
         }
         DataCommand::Stats { data, outside } => {
-            let records = RecordFile::load_with(data, Reach::new(*outside))?;
+            let records = RecordFile::load_with(data, PathPolicy::new(*outside))?;
             println!("{}", serde_json::to_string(&stats::stats(&records))?);
             Ok(())
         }
-        DataCommand::Collect(args) => collected(args),
+        DataCommand::Collect(args) => collect_answers(args),
         DataCommand::Review { dir, decisions, out, keep_unreviewed } => {
             let report = unveil_collect::review(dir, decisions, out, *keep_unreviewed)?;
             for (reason, ids) in &report.ignored {
-                eprintln!("not followed: {reason}: {}", ids.join(", "));
+                eprintln!("ignored: {reason}: {}", ids.join(", "));
             }
             println!("{}", serde_json::to_string(&report)?);
             Ok(())
@@ -187,7 +187,7 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
     }
 }
 
-fn imported(args: &ImportArgs) -> anyhow::Result<()> {
+fn import_records(args: &ImportArgs) -> anyhow::Result<()> {
     let class = args.class.as_ref().map(|class| ClassFilter {
         class: class.clone(),
         category: args.category.clone().unwrap_or_else(|| class.clone()),
@@ -203,33 +203,33 @@ fn imported(args: &ImportArgs) -> anyhow::Result<()> {
         drop_leaks: args.drop_leaks,
     };
     let report = import::import(args.format.parse()?, &args.src, &args.out, &options)?;
-    warn(&report);
+    print_warnings(&report);
     println!("{}", serde_json::to_string(&report)?);
     Ok(())
 }
 
-/// Says on stderr what was left out and what leaks; the first of each kind in words, all in the report.
-fn warn(report: &ImportReport) {
+/// Prints on stderr what was left out and what leaks between splits; the first of each kind, since the report has all.
+fn print_warnings(report: &ImportReport) {
     for note in &report.notes {
         eprintln!("warning: {note}");
     }
-    for left in report.left_out.iter().take(20) {
-        eprintln!("left out: {} object {} ({}): {}", left.file, left.object, left.label, left.reason);
+    for item in report.left_out.iter().take(20) {
+        eprintln!("left out: {} object {} ({}): {}", item.file, item.object, item.label, item.reason);
     }
     if report.left_out_count() > 20 {
         for (reason, count) in &report.left_out_by_reason {
             eprintln!("left out: {count} in all: {reason}");
         }
     }
-    if let Some(l) = report.leaks.first() {
+    if let Some(leak) = report.leaks.first() {
         eprintln!(
-            "warning: {} records show an image that is also in another split, e.g. \"{}\" ({}) and \"{}\" ({}): --drop-leaks keeps the \
-             copy in test before val before train",
+            "warning: {} records show an image that is also in another split, e.g. \"{}\" ({}) and \"{}\" ({}): --drop-leaks keeps \
+             only the copy in test, else val, else train",
             report.leaks.len(),
-            l.copy,
-            l.copy_split,
-            l.id,
-            l.split
+            leak.copy,
+            leak.copy_split,
+            leak.id,
+            leak.split
         );
     }
     if let Some(patient) = report.split_patients.first() {
@@ -240,58 +240,71 @@ fn warn(report: &ImportReport) {
     }
 }
 
-/// Records that do not fit a model. Those of the validation and test splits are only asked, all others are also learnt.
-fn unfit(data: &Path, reach: Reach, model: &Path, config: &Config) -> anyhow::Result<Vec<check::Finding>> {
-    let preparer = Preparer::load_with(model, config.model.boxes)?;
-    let records = RecordFile::load_some(data, reach, |_| ())?;
-    let limits = Limits {
-        context: context(model)?,
+/// Finds records that do not fit a model. Those of the validation and test splits are only prompted, all others are also trained on.
+fn find_model_misfits(
+    data: &Path,
+    policy: PathPolicy,
+    model: &Path,
+    config: &Config,
+) -> anyhow::Result<Vec<check::Finding>> {
+    let preprocessor = Preprocessor::load_with_box_form(model, config.model.boxes)?;
+    let records = RecordFile::load_lenient(data, policy, |_| ())?;
+    let limits = TokenLimits {
+        context: context_length(model)?,
         new_tokens: config.rollout.max_new_tokens,
         question: config.data.question.clone(),
     };
-    let asked = [&config.data.val_split, &config.data.test_split];
-    let used = |r: &Record| if asked.contains(&&r.split) { Use::Asked } else { Use::Trained };
-    Ok(misfits(&records, &preparer, &limits, used, &|| false))
+    let held_out = [&config.data.val_split, &config.data.test_split];
+    let record_use = |r: &Record| if held_out.contains(&&r.split) { RecordUse::Prompted } else { RecordUse::Trained };
+    Ok(find_misfits(&records, &preprocessor, &limits, record_use, &|| false))
 }
 
-fn checked(data: &Path, checked: &check::Checked, table: bool) -> anyhow::Result<()> {
+/// Prints the findings of a check; fails if there are errors among them.
+fn print_check_report(data: &Path, report: &check::CheckReport, table: bool) -> anyhow::Result<()> {
     if table {
-        print!("{}", as_table(&checked.findings));
+        print!("{}", format_table(&report.findings));
     } else {
-        for finding in &checked.findings {
+        for finding in &report.findings {
             println!("{}", serde_json::to_string(finding)?);
         }
     }
-    let [errors, warnings] = [check::Severity::Error, check::Severity::Warning].map(|s| checked.count(s));
+    let [errors, warnings] = [check::Severity::Error, check::Severity::Warning].map(|s| report.count(s));
     if errors > 0 {
-        bail!("{}: {errors} of {} findings are errors", data.display(), checked.findings.len());
+        bail!("{}: {errors} of {} findings are errors", data.display(), report.findings.len());
     }
     let warnings = match warnings {
         0 => String::new(),
         1 => ", 1 warning".to_owned(),
         n => format!(", {n} warnings"),
     };
-    eprintln!("ok: {} records, {} images decoded{warnings}", checked.records, checked.images);
+    eprintln!("ok: {} records, {} images decoded{warnings}", report.records, report.images);
     Ok(())
 }
 
-/// Findings in columns: how bad, the line, the record, what is wrong.
-fn as_table(findings: &[check::Finding]) -> String {
+/// Formats findings in columns: severity, line, record, problem.
+fn format_table(findings: &[check::Finding]) -> String {
     let severity = |f: &check::Finding| match f.severity {
         check::Severity::Error => "error",
         check::Severity::Warning => "warning",
     };
     let line = |f: &check::Finding| f.file.rsplit(':').next().unwrap_or_default().to_owned();
-    let width = |of: &dyn Fn(&check::Finding) -> usize| findings.iter().map(of).max().unwrap_or(0);
-    let (lines, ids) = (width(&|f| line(f).chars().count()), width(&|f| plain(&f.id).chars().count()));
+    let width = |length: &dyn Fn(&check::Finding) -> usize| findings.iter().map(length).max().unwrap_or(0);
+    let lines = width(&|f| line(f).chars().count());
+    let ids = width(&|f| escape_control(&f.id).chars().count());
     let row = |f: &check::Finding| {
-        format!("{:<7}  {:>lines$}  {:<ids$}  {}\n", severity(f), line(f), plain(&f.id), plain(&f.what))
+        format!(
+            "{:<7}  {:>lines$}  {:<ids$}  {}\n",
+            severity(f),
+            line(f),
+            escape_control(&f.id),
+            escape_control(&f.what)
+        )
     };
     findings.iter().map(row).collect()
 }
 
-/// A text of a data set without what a terminal would obey.
-fn plain(text: &str) -> String {
+/// Escapes control characters in a text of a data set, which a terminal would interpret.
+fn escape_control(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() { out.extend(c.escape_default()) } else { out.push(c) }
@@ -299,56 +312,60 @@ fn plain(text: &str) -> String {
     out
 }
 
-fn collected(args: &CollectArgs) -> anyhow::Result<()> {
+fn collect_answers(args: &CollectArgs) -> anyhow::Result<()> {
     if let Some(dir) = &args.write_prompts {
-        std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let files = ["diagnosis.txt", "reflection.txt"].map(|n| dir.join(n));
         for (file, text) in files.iter().zip(Prompts::BUILT_IN) {
-            unveil_core::write_atomic(file, text.as_bytes()).with_context(|| format!("writing {}", file.display()))?;
+            unveil_core::write_atomic(file, text.as_bytes())
+                .with_context(|| format!("cannot write {}", file.display()))?;
         }
         println!("{}", serde_json::json!({ "prompts": files }));
         return Ok(());
     }
-    let (Some(data), Some(out)) = (&args.data, &args.out) else { bail!("--data and --out are needed") };
+    let (Some(data), Some(out)) = (&args.data, &args.out) else { bail!("--data and --out are required") };
     let settings = args.config.load()?.collect;
-    let key = unveil_config::secret("collect.key_env", &settings.key_env, "")?;
+    let key = unveil_config::read_secret("collect.key_env", &settings.key_env, "")?;
     let live = std::io::stderr().is_terminal();
-    let told = |done: usize, of: usize, cost: f64| {
-        if live || done == of || done.is_multiple_of(100) {
+    let report_progress = |done: usize, total: usize, cost: f64| {
+        if live || done == total || done.is_multiple_of(100) {
             eprint!(
-                "{}{done} of {of} answered, {cost:.4} spent{}",
+                "{}{done} of {total} answered, {cost:.4} spent{}",
                 if live { "\r" } else { "" },
-                if live && done < of { "" } else { "\n" }
+                if live && done < total { "" } else { "\n" }
             );
         }
     };
     let summary = run_role(false, 2, |cancel| async {
-        unveil_collect::collect(data, out, &settings, key, cancel, told).await.map_err(wrong_settings)
+        unveil_collect::collect(data, out, &settings, key, cancel, report_progress).await.map_err(classify_error)
     })?;
     println!("{}", serde_json::to_string(&summary)?);
     for failure in summary.failed.iter().take(20) {
         eprintln!("no answer: {}: {}", failure.id, failure.reason);
     }
     match &summary.stopped {
-        Some(unveil_collect::Stop::Interrupted) => Err(Stop::Interrupted.into()),
-        Some(unveil_collect::Stop::Budget) => bail!(
-            "the budget of {} is spent ({} of {} records are answered): raise collect.budget and run this again",
+        Some(unveil_collect::StopReason::Interrupted) => Err(Stop::Interrupted.into()),
+        Some(unveil_collect::StopReason::Budget) => bail!(
+            "the budget of {} is spent ({} of {} records are answered): raise collect.budget and repeat the command",
             settings.budget,
             summary.answered,
             summary.to_ask
         ),
-        Some(unveil_collect::Stop::Refused { answer: said } | unveil_collect::Stop::Down { failure: said }) => {
-            bail!("{}: {said}; what was answered is kept: run this again", settings.base_url)
+        Some(
+            unveil_collect::StopReason::Refused { answer: message }
+            | unveil_collect::StopReason::Down { failure: message },
+        ) => {
+            bail!("{}: {message}; collected answers are kept: repeat the command", settings.base_url)
         }
         None if !summary.failed.is_empty() => {
-            bail!("{} of {} records have no answer: run this again", summary.failed.len(), summary.to_ask)
+            bail!("{} of {} records have no answer: repeat the command", summary.failed.len(), summary.to_ask)
         }
         None => Ok(()),
     }
 }
 
-/// Settings that are missing are wrong configuration (exit code 2), not a failure.
-fn wrong_settings(e: CollectError) -> anyhow::Error {
+/// Turns missing settings into configuration errors (exit code 2).
+fn classify_error(e: CollectError) -> anyhow::Error {
     match e {
         CollectError::NoEndpoint => ConfigError::Invalid(vec![e.to_string()]).into(),
         other => other.into(),

@@ -1,71 +1,76 @@
-//! What both binaries share: configuration arguments, exit codes, the runtime of a role. Must not hold any logic of a room.
+//! Code shared by both binaries: configuration arguments, exit codes, the runtime of a role. Must not contain the logic of any crate.
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use unveil_config::schema::LogForm;
+use unveil_config::schema::LogFormat;
 use unveil_config::{Config, ConfigError, Loaded};
-use unveil_core::{redact, tell};
+use unveil_core::{redact, stderr_line};
 use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
 /// Configuration file and overrides.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
-    /// Configuration file (TOML); defaults alone without it.
+    /// Configuration file (TOML); without it, the defaults apply.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Overrides one key, e.g. `--set run.seed=1`; may be repeated.
+    /// Overrides a key, e.g. `--set run.seed=1`; repeatable.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
 }
 
 impl ConfigArgs {
     /// Loads and checks the configuration.
+    ///
+    /// # Errors
+    /// Returns a [`ConfigError`] with all problems of one kind.
     pub fn load(&self) -> Result<Config, ConfigError> {
-        self.loaded().map(|loaded| loaded.config)
+        self.load_with_origins().map(|loaded| loaded.config)
     }
 
-    /// The same, with where each value comes from.
-    pub fn loaded(&self) -> Result<Loaded, ConfigError> {
+    /// Loads and checks the configuration, with the origins of its values.
+    ///
+    /// # Errors
+    /// Returns a [`ConfigError`] with all problems of one kind.
+    pub fn load_with_origins(&self) -> Result<Loaded, ConfigError> {
         Loaded::new(self.config.as_deref(), unveil_config::environment().into_iter(), &self.sets)
     }
 }
 
-/// Logs and spans of this process as the configuration has them. `level` is a filter of log lines; keep the result until the role
-/// has ended.
+/// Sets up logs and traces of this process as configured. `level` filters log lines; keep the result until the role has ended.
 ///
 /// # Errors
-/// The collector's address cannot be used.
-pub fn telemetry(config: &Config, role: &str, level: &str) -> Result<Tracing, ServiceError> {
-    let json = config.telemetry.log == LogForm::Json;
+/// Returns a [`ServiceError`] if the address of the collector is invalid.
+pub fn init_telemetry(config: &Config, role: &str, level: &str) -> Result<Tracing, ServiceError> {
+    let json = config.telemetry.log == LogFormat::Json;
     init_tracing(&TraceOptions { role, level, json, run: &config.run.dir, collector: &config.telemetry.otlp_endpoint })
 }
 
-/// What a role process needs besides its configuration.
+/// Arguments of a role process.
 #[derive(Debug, Clone, Args)]
 pub struct RoleArgs {
     /// Configuration.
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Ends when standard input ends (set by `unveil train`, whose death must end its roles).
+    /// Exits when standard input ends (set by `unveil train`, whose death must end its roles).
     #[arg(long, hide = true)]
     pub supervised: bool,
 }
 
-/// A stop that was asked for (exit code 130) rather than a failure (1); what is written is whole.
+/// A requested stop (exit code 130) rather than a failure (1); written files are complete.
 #[derive(Debug)]
 pub enum Stop {
-    /// By a signal.
+    /// Stopped by a signal.
     Interrupted,
-    /// By the supervisor, which tells the person itself.
+    /// Stopped by the supervisor, which reports it to the user itself.
     Supervised,
 }
 
 impl Stop {
-    /// The stop of a role.
-    pub fn of_role(supervised: bool) -> Self {
+    /// Returns the kind of stop of a role.
+    pub fn for_role(supervised: bool) -> Self {
         if supervised { Self::Supervised } else { Self::Interrupted }
     }
 }
@@ -78,19 +83,19 @@ impl std::fmt::Display for Stop {
 
 impl std::error::Error for Stop {}
 
-/// Prints an error as one line and gives the exit code: 0 done, 1 failed, 2 wrong configuration, 130 interrupted.
+/// Prints an error as one line and returns the exit code: 0 success, 1 failure, 2 wrong configuration, 130 interrupted.
 pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     let Err(error) = result else { return ExitCode::SUCCESS };
-    let said = match error.downcast_ref::<Stop>() {
+    let message = match error.downcast_ref::<Stop>() {
         Some(Stop::Supervised) => None,
         Some(Stop::Interrupted) => Some(error.to_string()),
         None => Some(redact(&one_line(&error)).to_string()),
     };
-    if let Some(said) = said
-        && !tell(&format!("error: {said}"))
+    if let Some(message) = message
+        && !stderr_line(&format!("error: {message}"))
     {
-        // Where the log cannot be written, the disk being full, a supervisor hears of it all the same.
-        let _nobody_listens = writeln!(std::io::stdout(), "{}", serde_json::json!({ "error": said }));
+        // If the log cannot be written, for example on a full disk, the supervisor still gets the error through stdout.
+        let _closed = writeln!(std::io::stdout(), "{}", serde_json::json!({ "error": message }));
     }
     if error.downcast_ref::<ConfigError>().is_some() {
         ExitCode::from(2)
@@ -101,17 +106,20 @@ pub fn exit(result: anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// The error with its causes; one whose text an earlier message already holds is not said again.
+/// Formats the error with its causes; causes whose text is already included are left out.
 fn one_line(error: &anyhow::Error) -> String {
     error
         .chain()
         .map(ToString::to_string)
-        .reduce(|said, cause| if said.contains(&cause) { said } else { format!("{said}: {cause}") })
+        .reduce(|line, cause| if line.contains(&cause) { line } else { format!("{line}: {cause}") })
         .unwrap_or_default()
 }
 
-/// Runs an async role: a runtime of `threads` worker threads, a token that is cancelled by SIGINT, SIGTERM, or the end of
-/// standard input when `supervised`.
+/// Runs an async role on a runtime with `threads` worker threads. Its token is cancelled by SIGINT, SIGTERM and, if `supervised`, by the end
+/// of standard input.
+///
+/// # Errors
+/// Returns the error of the role, or of setting up the runtime and the signal handlers.
 pub fn run_role<F, T>(supervised: bool, threads: usize, role: impl FnOnce(CancellationToken) -> F) -> anyhow::Result<T>
 where
     F: Future<Output = anyhow::Result<T>>,
@@ -121,7 +129,7 @@ where
         let token = unveil_service::cancel_on_signal()?;
         if supervised {
             let parent = token.clone();
-            when_input_ends(move || parent.cancel());
+            on_stdin_end(move || parent.cancel());
         }
         role(token).await
     });
@@ -129,15 +137,16 @@ where
     result
 }
 
-/// For supervised commands that have no stop token: the process ends when standard input does.
-pub fn end_with_supervisor() {
-    when_input_ends(|| std::process::exit(130));
+/// Exits the process when standard input ends; for supervised commands without a stop token.
+pub fn exit_with_supervisor() {
+    on_stdin_end(|| std::process::exit(130));
 }
 
-fn when_input_ends(act: impl FnOnce() + Send + 'static) {
+/// Calls `action` on a separate thread when standard input ends.
+fn on_stdin_end(action: impl FnOnce() + Send + 'static) {
     std::thread::spawn(move || {
         let _end_of_input = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
-        act();
+        action();
     });
 }
 
@@ -146,7 +155,7 @@ mod tests {
     use anyhow::Context;
 
     #[test]
-    fn a_cause_is_said_once() {
+    fn causes_are_printed_once() {
         let cause = || std::io::Error::other("disk on fire");
         let e = Err::<(), _>(cause()).context("cannot write x: disk on fire").unwrap_err();
         assert_eq!(super::one_line(&e), "cannot write x: disk on fire");

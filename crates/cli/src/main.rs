@@ -1,11 +1,11 @@
-//! `unveil`: every role and tool. Arguments in, rooms called, results on stdout as JSON, logs on stderr.
+//! `unveil`: all roles and tools. Parses arguments, calls the crates, prints results on stdout as JSON and logs on stderr.
 
-mod before;
 mod certificates;
 mod checkpoints;
 mod dataset;
 mod evaluation;
 mod models;
+mod preflight;
 mod prepare;
 mod roles;
 mod submit;
@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use unveil_cli::{ConfigArgs, RoleArgs, exit};
 
-/// Trains grounded medical vision-language models by reinforcement.
+/// Trains grounded medical vision-language models by reinforcement learning.
 #[derive(Parser)]
 #[command(name = "unveil", version)]
 struct Cli {
@@ -26,27 +26,27 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The whole main job on this machine: data, stage 1, stage 2, evaluation, report.
+    /// Runs a complete training on this machine: data, stage 1, stage 2, evaluation, report.
     Train {
         #[command(flatten)]
         config: ConfigArgs,
-        /// auto: newest checkpoint that verifies; never: start stage 2 afresh; or a step.
+        /// auto: newest valid checkpoint; never: start stage 2 afresh; or a step.
         #[arg(long, value_name = "auto|never|STEP")]
         resume: Option<String>,
-        /// Ends before stage 2: data, model and stage 1 alone, for places that start the roles themselves.
+        /// Stops before stage 2: only data, model and stage 1, for clusters that start the roles themselves.
         #[arg(long)]
         prepare: bool,
         #[command(flatten)]
         dump: DumpArgs,
     },
-    /// Stage 1: instruction tuning.
+    /// Runs stage 1: supervised fine-tuning.
     Sft(RoleArgs),
-    /// Stage 2: the learner, which also hosts the experience service.
+    /// Runs the learner of stage 2, which also hosts the experience service.
     #[command(args_conflicts_with_subcommands = true)]
     Learner {
         #[command(flatten)]
         role: RoleArgs,
-        /// auto: newest checkpoint that verifies; never: start afresh; or a step.
+        /// auto: newest valid checkpoint; never: start afresh; or a step.
         #[arg(long, value_name = "auto|never|STEP")]
         resume: Option<String>,
         #[command(flatten)]
@@ -54,7 +54,7 @@ enum Command {
         #[command(subcommand)]
         command: Option<LearnerCommand>,
     },
-    /// Stage 2: a rollout worker.
+    /// Runs a rollout worker of stage 2.
     Rollout {
         #[command(flatten)]
         role: RoleArgs,
@@ -62,43 +62,43 @@ enum Command {
         #[arg(long, default_value = "rollout")]
         worker: String,
     },
-    /// Data and model for a role on a machine of its own, before it starts.
+    /// Prepares data and model for a role on a separate machine, before it starts.
     Prepare(prepare::PrepareArgs),
-    /// The reward service and offline scoring (handed to `unveil-reward`).
+    /// Runs the reward service or scores offline (calls `unveil-reward`).
     #[command(disable_help_flag = true)]
     Reward {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Generates responses for records; JSON lines.
+    /// Generates responses for records; prints JSON lines.
     Generate(models::GenerateArgs),
-    /// Teacher-forced log-probabilities of given responses; JSON lines.
+    /// Computes teacher-forced log-probabilities of given responses; prints JSON lines.
     Score(models::ScoreArgs),
-    /// Metrics of a model on held-out records, or of given responses; one JSON object.
+    /// Computes metrics of a model on held-out records, or of given responses; prints one JSON object.
     Eval(evaluation::EvalArgs),
-    /// Model directories.
+    /// Creates, exports and inspects model directories.
     #[command(subcommand)]
     Model(models::ModelCommand),
-    /// Records and images.
+    /// Creates, imports, checks and collects records.
     #[command(subcommand)]
     Data(dataset::DataCommand),
-    /// Checkpoints at a path or URL.
+    /// Lists, verifies, exports and prunes checkpoints.
     #[command(subcommand)]
     Checkpoint(checkpoints::CheckpointCommand),
-    /// Hands a run to a cluster.
+    /// Submits a run to a cluster.
     #[command(subcommand)]
     Submit(submit::SubmitCommand),
-    /// Configuration.
+    /// Checks and shows configurations.
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Certificates for mutual TLS between the roles.
+    /// Creates certificates for mutual TLS between the roles.
     #[command(subcommand)]
     Tls(certificates::TlsCommand),
-    /// Writes report.html and samples.html of a run directory, or a page of given responses and their rewards.
+    /// Writes report.html and samples.html of a run directory, or a page with given responses and their rewards.
     Report(evaluation::ReportArgs),
 }
 
-/// Keeps the batches of a run.
+/// Arguments for batch dumps.
 #[derive(Debug, Clone, clap::Args)]
 struct DumpArgs {
     /// Writes every batch to DIR/step-N before its update, for `unveil learner replay`.
@@ -108,16 +108,18 @@ struct DumpArgs {
 
 #[derive(Subcommand)]
 enum LearnerCommand {
-    /// One update from a dumped batch: replay.json, grads.safetensors and model/ in OUT.
+    /// Replays one update from a dumped batch: writes replay.json, grads.safetensors and model/ to OUT.
     Replay(models::ReplayArgs),
 }
 
 #[derive(Subcommand)]
 enum ConfigCommand {
-    /// Loads and checks, and looks whether the files that are named are there; one line on stderr says what was found.
-    Check(before::CheckArgs),
+    /// Loads and checks a configuration and the existence of its files; prints a summary line on stderr.
+    Check(preflight::CheckArgs),
     /// Prints the effective configuration as TOML.
     Show(ConfigArgs),
+    /// Prints the JSON Schema of configuration files, for editors.
+    Schema,
 }
 
 fn main() -> ExitCode {
@@ -146,9 +148,13 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Data(command) => dataset::run(&command),
         Command::Checkpoint(command) => checkpoints::run(&command),
         Command::Submit(command) => submit::run(&command),
-        Command::Config(ConfigCommand::Check(args)) => before::check(&args),
+        Command::Config(ConfigCommand::Check(args)) => preflight::check(&args),
         Command::Config(ConfigCommand::Show(args)) => {
             print!("{}", args.load()?.to_toml()?);
+            Ok(())
+        }
+        Command::Config(ConfigCommand::Schema) => {
+            println!("{:#}", unveil_config::json_schema());
             Ok(())
         }
         Command::Tls(command) => certificates::run(&command),
@@ -156,7 +162,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
-/// Flags that stand for configuration keys.
+/// Converts flags to overrides of configuration keys.
 fn overrides(resume: Option<String>, dump: DumpArgs) -> impl Iterator<Item = String> {
     let resume = resume.map(|r| format!("run.resume={r}"));
     resume.into_iter().chain(dump.dump_batch.map(|dir| format!("run.dump_batch={}", dir.display())))

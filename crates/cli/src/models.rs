@@ -1,4 +1,4 @@
-//! `unveil model`, `generate`, `score`, `learner replay`: what runs a model outside of training and evaluation.
+//! `unveil model`, `generate`, `score` and `learner replay`: commands on models outside of training and evaluation.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -7,21 +7,21 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use tch::{Device, Kind};
-use unveil_cli::{ConfigArgs, telemetry};
+use unveil_cli::{ConfigArgs, init_telemetry};
 use unveil_config::schema::Model as ModelConfig;
-use unveil_config::{directory_fault, shown_count};
-use unveil_core::{Sampling, tell};
-use unveil_data::prepare::{Family, Preparer};
+use unveil_config::{directory_problem, format_count};
+use unveil_core::{Sampling, stderr_line};
+use unveil_data::preprocessor::{Family, Preprocessor};
 use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_learner::ReplayModels;
 use unveil_model::{InitSpec, Preset, SpecialIds, Vlm, VlmConfig};
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
 
-use crate::before::model_directory;
+use crate::preflight::require_model_dir;
 
 #[derive(Subcommand)]
 pub enum ModelCommand {
-    /// Writes a from-scratch model directory.
+    /// Creates a model directory with random weights.
     Init {
         /// Model family.
         #[arg(long, default_value_t = ModelConfig::default().family)]
@@ -35,21 +35,21 @@ pub enum ModelCommand {
         /// Seed of the weights.
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// Also writes a published shape, which is large and has no published tokenizer.
+        /// Confirms writing a preset with a published shape, which is large and does not have the published tokenizer.
         #[arg(long)]
         yes: bool,
     },
-    /// Writes a model directory again, as transformers reads it, in another kind of numbers or with adapters merged if asked.
+    /// Exports a model directory for transformers, optionally in another dtype or with adapters merged.
     Export {
         /// Model directory.
         dir: PathBuf,
         /// Directory to write.
         #[arg(long)]
         out: PathBuf,
-        /// float32, bfloat16 or float16; as stored without it.
-        #[arg(long, value_parser = kind_of)]
+        /// Dtype: float32, bfloat16 or float16; defaults to the stored one.
+        #[arg(long, value_parser = parse_dtype)]
         dtype: Option<Kind>,
-        /// Directory with adapters as peft writes them, to be merged into the weights.
+        /// Directory with adapters in peft format to merge into the weights.
         #[arg(long)]
         adapter: Option<PathBuf>,
     },
@@ -73,25 +73,25 @@ pub struct GenerateArgs {
     /// Responses per record.
     #[arg(long, default_value_t = 1)]
     n: usize,
-    /// 0 is greedy.
+    /// Sampling temperature; 0 is greedy decoding.
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
-    /// Draw among the k most probable tokens only; 0 = all.
+    /// Samples from the k most probable tokens only; 0 disables the filter.
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Draw among the most probable tokens that together reach this probability; 1 = all.
+    /// Samples from the smallest set of most probable tokens that reaches this probability; 1 disables the filter.
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
-    /// Draw among tokens with at least this share of the most probable one's probability; 0 = all.
+    /// Samples only tokens with at least this fraction of the most probable token's probability; 0 disables the filter.
     #[arg(long, default_value_t = 0.0)]
     min_p: f64,
-    /// Length cap in tokens.
+    /// Maximum response length in tokens.
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
-    /// Text that ends a response; may be repeated.
+    /// String that ends a response; repeatable.
     #[arg(long)]
     stop: Vec<String>,
-    /// Seed.
+    /// Sampling seed.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
@@ -106,13 +106,13 @@ pub struct ScoreArgs {
     /// Records with `index` and `response` or `tokens`.
     #[arg(long)]
     data: PathBuf,
-    /// Temperature of the distribution that is scored.
+    /// Temperature of the scored distribution.
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
-    /// Scores the training answers of records that have neither `response` nor `tokens`.
+    /// Scores the training answers of records without `response` and `tokens`.
     #[arg(long)]
     answers: bool,
-    /// Also writes attention by layer and head, of the tokens that name the class: what `reward calibrate` reads.
+    /// Also writes the attention of the tokens that name the class, by layer and head, for `reward calibrate`.
     #[arg(long, value_name = "FILE")]
     heads: Option<PathBuf>,
 }
@@ -121,13 +121,13 @@ pub struct ScoreArgs {
 pub struct ReplayArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Model directory that the update starts from.
+    /// Model directory before the update.
     #[arg(long)]
     model: PathBuf,
-    /// Adapters that it starts from as peft writes them, where learner.lora asks for some; fresh ones without it.
+    /// Adapters before the update in peft format, if learner.lora is enabled; defaults to fresh ones.
     #[arg(long)]
     adapter: Option<PathBuf>,
-    /// Model directory that KL is to, where it has a weight; as `--model` without it.
+    /// Reference model directory of the KL term, if it has a weight; defaults to `--model`.
     #[arg(long)]
     reference: Option<PathBuf>,
     /// Dumped batch: a directory with batch.json and batch.safetensors.
@@ -136,17 +136,17 @@ pub struct ReplayArgs {
     /// Directory to write.
     #[arg(long)]
     out: PathBuf,
-    /// float32, or float64 to compare with other programs.
-    #[arg(long, value_parser = training_kind, default_value = "float32")]
+    /// Dtype: float32, or float64 for comparison with other programs.
+    #[arg(long, value_parser = parse_training_dtype, default_value = "float32")]
     dtype: Kind,
 }
 
-/// `unveil model …`
+/// Runs `unveil model …`.
 pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
     match command {
         ModelCommand::Init { family, preset, out, seed, yes } => {
             let shape = unveil_model::preset(family, preset)?;
-            large(shape, out, *yes)?;
+            confirm_published_shape(shape, out, *yes)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
                 family: Family::named(family).with_context(|| format!("no processor for the family `{family}`"))?,
@@ -173,50 +173,49 @@ pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
                 },
             };
             let numbers: Vec<u32> = vocabulary.numbers.collect();
-            unveil_model::init_with_numbers(&spec, &numbers, out)?;
+            unveil_model::init_with_number_tokens(&spec, &numbers, out)?;
             println!("{}", describe(out)?);
             Ok(())
         }
         ModelCommand::Export { dir, out, dtype, adapter } => {
-            model_directory("DIR", dir)?;
-            if let Some(fault) = adapter.as_deref().and_then(|dir| directory_fault("--adapter", dir)) {
-                bail!("{fault}");
+            require_model_dir("DIR", dir)?;
+            if let Some(problem) = adapter.as_deref().and_then(|dir| directory_problem("--adapter", dir)) {
+                bail!("{problem}");
             }
             unveil_model::export(dir, out, *dtype, adapter.as_deref())?;
             println!("{}", describe(out)?);
             Ok(())
         }
         ModelCommand::Inspect { dir } => {
-            model_directory("DIR", dir)?;
+            require_model_dir("DIR", dir)?;
             println!("{}", describe(dir)?);
             Ok(())
         }
     }
 }
 
-/// Says how large a published shape is before it is written, and asks whether it is meant: the tokenizer that comes with it is not that
-/// of the published model.
-fn large(shape: &Preset, out: &Path, yes: bool) -> anyhow::Result<()> {
+/// Requires `--yes` for a preset with a published shape, and prints its size: it does not have the tokenizer of the published model.
+fn confirm_published_shape(shape: &Preset, out: &Path, yes: bool) -> anyhow::Result<()> {
     if shape.vocabulary() == 0 {
         return Ok(());
     }
     let (count, bytes) = shape.size(0);
-    let size = format!("{} parameters, {:.1} GB", shown_count(count), bytes as f64 / 1e9);
+    let size = format!("{} parameters, {:.1} GB", format_count(count), bytes as f64 / 1e9);
     if !yes {
         bail!(
-            "{} of {} has the shape of the published model ({size}) with fresh weights and with the small tokenizer of models from scratch, \
-             which does not fill its vocabulary of {}: it is for measurements. Say --yes if that is meant; to train the published model, \
-             name its directory in model.dir",
+            "{} of {} has the shape of the published model ({size}) with random weights and the small tokenizer of models from scratch, which \
+             does not fill its vocabulary of {}: it is for benchmarks. Add --yes to write it; to train the published model, set model.dir \
+             to its directory",
             shape.name,
             shape.family.name(),
             shape.vocabulary()
         );
     }
-    tell(&format!("writing {size} to {}", out.display()));
+    stderr_line(&format!("writing {size} to {}", out.display()));
     Ok(())
 }
 
-fn kind_of(name: &str) -> Result<Kind, String> {
+fn parse_dtype(name: &str) -> Result<Kind, String> {
     match name {
         "float32" => Ok(Kind::Float),
         "bfloat16" => Ok(Kind::BFloat16),
@@ -225,8 +224,8 @@ fn kind_of(name: &str) -> Result<Kind, String> {
     }
 }
 
-/// The name that [`kind_of`] reads.
-fn kind_name(kind: Kind) -> String {
+/// Returns the name of a dtype.
+fn dtype_name(kind: Kind) -> String {
     match kind {
         Kind::Float => "float32".to_owned(),
         Kind::BFloat16 => "bfloat16".to_owned(),
@@ -236,7 +235,7 @@ fn kind_name(kind: Kind) -> String {
     }
 }
 
-fn training_kind(name: &str) -> Result<Kind, String> {
+fn parse_training_dtype(name: &str) -> Result<Kind, String> {
     match name {
         "float32" => Ok(Kind::Float),
         "float64" => Ok(Kind::Double),
@@ -244,26 +243,27 @@ fn training_kind(name: &str) -> Result<Kind, String> {
     }
 }
 
+/// Describes a model directory as JSON.
 fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
-    let preparer = Preparer::load(dir)?;
+    let preprocessor = Preprocessor::load(dir)?;
     let vlm = Vlm::load(dir, Device::Cpu, VlmConfig::load(dir)?.dtype)?;
     let count = |prefix: &str| -> i64 {
-        let of = vlm.named_parameters().iter().filter(|(n, _)| n.starts_with(prefix));
-        of.map(|(_, t)| t.numel() as i64).sum()
+        let parameters = vlm.named_parameters().iter().filter(|(n, _)| n.starts_with(prefix));
+        parameters.map(|(_, t)| t.numel() as i64).sum()
     };
     let c = vlm.config();
     Ok(json!({
-        "dir": dir, "family": preparer.family().name(), "boxes": preparer.box_form(), "dtype": kind_name(c.dtype),
+        "dir": dir, "family": preprocessor.family().name(), "boxes": preprocessor.box_form(), "dtype": dtype_name(c.dtype),
         "parameters": count(""), "vision_parameters": count("visual."),
         "tied": c.tie_word_embeddings,
         "layers": c.text.num_hidden_layers, "hidden": c.text.hidden_size, "vocab": c.text.vocab_size,
-        "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preparer.tokenizer().vocab_size(),
+        "vision_relevance_layer": c.default_capture_layer(), "tokenizer_vocab": preprocessor.tokenizer().vocab_size(),
     }))
 }
 
-/// `unveil generate`
+/// Runs `unveil generate`.
 pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
-    let model = offline(&args.config, &args.model)?;
+    let model = offline_model(&args.config, &args.model)?;
     let options = GenerateOptions {
         data: args.data.clone(),
         sampling: Sampling {
@@ -284,16 +284,17 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-fn offline(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
-    model_directory("--model", dir)?;
+/// Loads the configuration for a model directory given on the command line.
+fn offline_model(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
+    require_model_dir("--model", dir)?;
     Ok(OfflineModel { dir: dir.to_owned(), config: config.load()? })
 }
 
-/// `unveil score`
+/// Runs `unveil score`.
 pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     let options = ScoreOptions {
-        model: offline(&args.config, &args.model)?,
+        model: offline_model(&args.config, &args.model)?,
         data: args.data.clone(),
         temperature: args.temperature,
         answers: args.answers,
@@ -303,14 +304,14 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// `unveil learner replay`
+/// Runs `unveil learner replay`.
 pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    let _tracing = telemetry(&config, "replay", "warn")?;
-    model_directory("--model", &args.model)?;
-    args.reference.as_deref().map_or(Ok(()), |dir| model_directory("--reference", dir))?;
-    let preparer = Preparer::load_with(&args.model, config.model.boxes)?;
-    let banned = &preparer.tokenizer().special().banned;
+    let _tracing = init_telemetry(&config, "replay", "warn")?;
+    require_model_dir("--model", &args.model)?;
+    args.reference.as_deref().map_or(Ok(()), |dir| require_model_dir("--reference", dir))?;
+    let preprocessor = Preprocessor::load_with_box_form(&args.model, config.model.boxes)?;
+    let banned = &preprocessor.tokenizer().special().banned;
     println!(
         "{}",
         unveil_learner::replay(

@@ -1,4 +1,4 @@
-//! `unveil prepare`: what a role must find on its machine before it starts, where roles share no disk. What is there already stays.
+//! `unveil prepare`: creates the inputs of a role on its machine before it starts, for roles without a shared disk. Existing files are kept.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,63 +9,65 @@ use serde_json::json;
 use unveil_checkpoint::{self as checkpoint, Access, Store};
 use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_config::Config;
-use unveil_core::tell;
+use unveil_core::stderr_line;
 
-use crate::before::model_directory;
 use crate::models::{ModelCommand, model};
+use crate::preflight::require_model_dir;
 
-/// How often stage 1's checkpoint is looked for.
-const LOOK: Duration = Duration::from_secs(3);
+/// Interval of checks for the checkpoint of stage 1.
+const POLL_INTERVAL: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum For {
-    /// Data, and the model that stage 1 starts from.
+enum PreparedRole {
+    /// Data, and the initial model of stage 1.
     Sft,
-    /// Data, and the model that stage 2 starts from.
+    /// Data, and the initial model of stage 2.
     Learner,
-    /// The model that stage 2 starts from.
+    /// The initial model of stage 2.
     Rollout,
 }
 
 #[derive(Args)]
 pub struct PrepareArgs {
-    /// The role that starts here next.
-    role: For,
+    /// Role that will start on this machine.
+    role: PreparedRole,
     #[command(flatten)]
     config: ConfigArgs,
-    /// Seconds to wait for the end of stage 1, whose model comes from its checkpoint.
+    /// Seconds to wait for the end of stage 1, whose model is read from its checkpoint.
     #[arg(long, default_value_t = 0)]
     wait: u64,
 }
 
-/// `unveil prepare ROLE`
+/// Runs `unveil prepare ROLE`.
 pub fn run(args: &PrepareArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    if args.role != For::Rollout {
-        unveil_launch::prepare_data(&config, &|line| _ = tell(line))?;
+    if args.role != PreparedRole::Rollout {
+        unveil_launch::prepare_data(&config, &|line| _ = stderr_line(line))?;
     }
-    let fetched = args.role != For::Sft && config.sft.steps > 0;
-    let dir = if fetched { config.stage1_model() } else { config.initial_model() };
+    let from_stage1 = args.role != PreparedRole::Sft && config.sft.steps > 0;
+    let dir = if from_stage1 { config.stage1_model() } else { config.initial_model() };
     if !dir.join("config.json").exists() {
-        if fetched {
-            fetch(&config, &dir, Duration::from_secs(args.wait))?;
+        if from_stage1 {
+            fetch_stage1_model(&config, &dir, Duration::from_secs(args.wait))?;
         } else if config.model.dir.is_empty() {
-            let (m, seed) = (&config.model, config.run.seed);
-            let (family, preset) = (m.family.clone(), m.preset.clone());
+            let seed = config.run.seed;
+            let family = config.model.family.clone();
+            let preset = config.model.preset.clone();
             model(&ModelCommand::Init { family, preset, out: dir, seed, yes: false })?;
             return Ok(());
         } else {
-            model_directory("model.dir", &dir)?;
+            require_model_dir("model.dir", &dir)?;
         }
     }
     println!("{}", json!({ "dir": dir }));
     Ok(())
 }
 
-/// Stage 1's model of its last step from the object store.
-fn fetch(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
-    let (url, step) = (&config.sft_checkpoint_url(), config.sft.steps);
-    let until = Instant::now() + wait;
+/// Fetches the model of the last step of stage 1 from its checkpoint.
+fn fetch_stage1_model(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
+    let url = &config.sft_checkpoint_url();
+    let step = config.sft.steps;
+    let deadline = Instant::now() + wait;
     if let Some(parent) = dir.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     }
@@ -74,19 +76,19 @@ fn fetch(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
         checkpoint::export(&store, Some(step), dir, "model", "model").await.map(|_| ())
     };
     run_role(false, 1, |token| async move {
-        let mut said = String::new();
+        let mut last_reason = String::new();
         loop {
             let Err(e) = export().await else { return Ok(()) };
-            if Instant::now() >= until {
+            if Instant::now() >= deadline {
                 return Err(e).with_context(|| format!("stage 1 has not ended: no model of step {step} in {url}"));
             }
-            let why = e.to_string();
-            if why != said {
-                tell(&format!("waiting for stage 1: {why}"));
-                said = why;
+            let reason = e.to_string();
+            if reason != last_reason {
+                stderr_line(&format!("waiting for stage 1: {reason}"));
+                last_reason = reason;
             }
             tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
                 () = token.cancelled() => return Err(Stop::Interrupted.into()),
             }
         }

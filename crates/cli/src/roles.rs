@@ -1,4 +1,4 @@
-//! Roles: the supervisor and what it starts.
+//! Roles: the supervisor and the processes that it starts.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -6,18 +6,19 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use unveil_cli::{ConfigArgs, RoleArgs, Stop, run_role, telemetry};
+use unveil_cli::{ConfigArgs, RoleArgs, Stop, init_telemetry, run_role};
 use unveil_config::schema::Suite;
-use unveil_config::{Config, ConfigError, Stage as Training};
-use unveil_core::tell;
-use unveil_data::prepare::Preparer;
+use unveil_config::{Config, ConfigError, TrainingStage};
+use unveil_core::stderr_line;
+use unveil_data::image_root::PathPolicy;
+use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
-use unveil_data::root::Reach;
 use unveil_engine::Engine;
-use unveil_eval::{Bootstrap, Settings, check, evaluate, evaluate_withheld, load_samples, measure};
-use unveil_launch::{LaunchError, Options};
+use unveil_eval::{Bootstrap, EvalSettings, check_suite, evaluate, evaluate_withheld, load_samples, measure_suite};
+use unveil_launch::{LaunchError, TrainOptions};
 use unveil_learner::{
-    Dataset, Evaluation, EventSink, Outcome, Progress, Ready, Silent, Stage, check_records, limits, run_rl,
+    Dataset, Evaluation, EventSink, Outcome, Progress, Ready, SilentProgress, Stage, check_records, run_rl,
+    training_limits,
 };
 use unveil_model::{Vlm, VlmConfig};
 use unveil_report::{EventLog, StageProgress};
@@ -25,37 +26,43 @@ use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::{Health, announce};
 
-use crate::before;
-use crate::evaluation::{SAMPLES, run_images};
+use crate::evaluation::{SAMPLE_PAGE_RESPONSES, run_images};
+use crate::preflight;
 
-fn sibling(name: &str) -> anyhow::Result<PathBuf> {
-    let me = std::env::current_exe().context("cannot find this program's own path")?;
-    let path = me.with_file_name(name);
+/// Returns the path of a binary next to this one.
+fn sibling_binary(name: &str) -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe().context("cannot determine the path of this program")?;
+    let path = program.with_file_name(name);
     if !path.exists() {
-        bail!("{} is missing: build it with `cargo build --bins`, or copy it beside {}", path.display(), me.display());
+        bail!(
+            "{} is missing: build it with `cargo build --bins`, or copy it next to {}",
+            path.display(),
+            program.display()
+        );
     }
     Ok(path)
 }
 
-/// `unveil train`; with `prepare` only what comes before stage 2.
+/// Runs `unveil train`; with `prepare` only the part before stage 2.
 pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
-    let loaded = args.loaded()?;
+    let loaded = args.load_with_origins()?;
     let config = loaded.config.clone();
     let rank = config.learner.parallel.rank;
     if rank > 0 {
-        let what = format!(
-            "learner.parallel.rank is {rank}: `unveil train` starts all ranks by itself; use `unveil learner` for one"
+        let message = format!(
+            "learner.parallel.rank is {rank}: `unveil train` starts all ranks itself; use `unveil learner` for a single rank"
         );
-        return Err(ConfigError::Invalid(vec![what]).into());
+        return Err(ConfigError::Invalid(vec![message]).into());
     }
-    only_listeners_of_one(&config)?;
-    before::all(&loaded, &Training::ALL)?;
-    let _tracing = telemetry(&config, "train", "info")?;
-    let (unveil, unveil_reward) = (sibling("unveil")?, sibling("unveil-reward")?);
+    check_shared_listeners(&config)?;
+    preflight::check_all(&loaded, &TrainingStage::ALL)?;
+    let _tracing = init_telemetry(&config, "train", "info")?;
+    let unveil = sibling_binary("unveil")?;
+    let unveil_reward = sibling_binary("unveil-reward")?;
     let summary = run_role(false, 1, |token| async move {
-        let note = |line: &str| _ = tell(line);
+        let note = |line: &str| _ = stderr_line(line);
         let stop = || token.is_cancelled();
-        let options = Options { unveil, unveil_reward, stop: &stop, note: &note, prepare };
+        let options = TrainOptions { unveil, unveil_reward, stop: &stop, note: &note, prepare };
         let summary = tokio::task::block_in_place(|| unveil_launch::train(&config, &options)).map_err(|e| match e {
             LaunchError::Interrupted => anyhow::Error::new(Stop::Interrupted).context(e.to_string()),
             e => e.into(),
@@ -64,10 +71,10 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
             let page = unveil_report::write_report(
                 &config.run_dir(),
                 config.eval.report_images,
-                SAMPLES,
+                SAMPLE_PAGE_RESPONSES,
                 &run_images(&config),
             )?;
-            tell(&format!("report: {}", page.display()));
+            stderr_line(&format!("report: {}", page.display()));
         }
         Ok(summary)
     })?;
@@ -77,77 +84,79 @@ pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `train` starts several processes with one configuration: a port of its own for each of them cannot be in it.
-fn only_listeners_of_one(config: &Config) -> Result<(), ConfigError> {
+/// Refuses fixed ports that several processes of `train` would share, since all have the same configuration.
+fn check_shared_listeners(config: &Config) -> Result<(), ConfigError> {
     let fixed = |listen: &str| !listen.is_empty() && !listen.ends_with(":0");
-    let mut faults = Vec::new();
+    let mut problems = Vec::new();
     if fixed(&config.health.listen) {
-        let what = "every role that `unveil train` starts would listen there: leave it empty, or use port 0";
-        faults.push(format!("health.listen is `{}`: {what}", config.health.listen));
+        let advice = "every role that `unveil train` starts would listen there: leave it empty, or use port 0";
+        problems.push(format!("health.listen is `{}`: {advice}", config.health.listen));
     }
-    let (listen, workers) = (&config.rollout.metrics_listen, config.rollout.workers);
+    let listen = &config.rollout.metrics_listen;
+    let workers = config.rollout.workers;
     if workers > 1 && fixed(listen) {
-        let what = "each would listen there: leave it empty, or use port 0";
-        faults
-            .push(format!("rollout.metrics_listen is `{listen}` and `unveil train` starts {workers} workers: {what}"));
+        let advice = "each would listen there: leave it empty, or use port 0";
+        problems.push(format!(
+            "rollout.metrics_listen is `{listen}` and `unveil train` starts {workers} workers: {advice}"
+        ));
     }
-    if faults.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(faults)) }
+    if problems.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(problems)) }
 }
 
-/// `unveil reward …`: becomes `unveil-reward …`.
+/// Runs `unveil reward …`: replaces this process by `unveil-reward …`.
 pub fn reward(args: &[String]) -> anyhow::Result<()> {
-    let error = Command::new(sibling("unveil-reward")?).args(args).exec();
+    let error = Command::new(sibling_binary("unveil-reward")?).args(args).exec();
     Err(error).context("cannot start unveil-reward")
 }
 
-/// `unveil sft`
+/// Runs `unveil sft`.
 pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
-    let loaded = args.config.loaded()?;
+    let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
-    let _tracing = telemetry(&config, "sft", "warn")?;
+    let _tracing = init_telemetry(&config, "sft", "warn")?;
     let paths = (config.initial_model(), config.stage1_model());
-    before::role(&loaded, &paths.0, true)?;
-    before::rates(&loaded, &[Training::Sft])?;
+    preflight::check_role_inputs(&loaded, &paths.0, true)?;
+    preflight::check_learning_rates(&loaded, &[TrainingStage::Sft])?;
     let progress = StageProgress::new("stage 1", config.sft.steps, "images");
-    stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
-        health.ready();
+    run_stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
+        health.set_ready();
         unveil_learner::run_sft(stage)
     })
 }
 
-/// `unveil learner`
+/// Runs `unveil learner`.
 pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
-    let loaded = args.config.loaded()?;
+    let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
-    let _tracing = telemetry(&config, "learner", "warn")?;
+    let _tracing = init_telemetry(&config, "learner", "warn")?;
     let paths = (config.stage1_model(), config.final_model());
-    before::role(&loaded, &paths.0, true)?;
-    before::rates(&loaded, &[Training::Learner])?;
+    preflight::check_role_inputs(&loaded, &paths.0, true)?;
+    preflight::check_learning_rates(&loaded, &[TrainingStage::Learner])?;
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
-    stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
+    run_stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
         run_rl(stage, |ready| {
             let (role, address) = match ready {
                 Ready::Ranks(address) => ("rendezvous", address),
                 Ready::Experience(address) => {
-                    health.ready();
+                    health.set_ready();
                     ("learner", address)
                 }
-                Ready::Joined => return health.ready(),
+                Ready::Joined => return health.set_ready(),
             };
             if let Err(e) = announce(role, address) {
-                tell(&format!("the ready line could not be written: {e}"));
+                stderr_line(&format!("cannot write the ready line: {e}"));
             }
         })
     })
 }
 
-/// The records of a run.
-fn records(config: &Config) -> Result<RecordFile, unveil_data::records::RecordsError> {
-    RecordFile::load_with(&config.records(), Reach::new(config.data.outside))
+/// Loads the records of a run.
+fn load_records(config: &Config) -> Result<RecordFile, unveil_data::records::RecordsError> {
+    RecordFile::load_with(&config.records(), PathPolicy::new(config.data.outside))
 }
 
-/// Runs one training stage on a thread of its own, which owns the model.
-fn stage(
+/// Runs one training stage on a separate thread, which owns the model.
+fn run_stage(
     supervised: bool,
     role: &str,
     config: &Config,
@@ -158,30 +167,33 @@ fn stage(
     let outcome = run_role(supervised, 1, |cancel| async move {
         let (health, _) = Health::start(&config.health.listen, cancel.clone()).await?;
         let work = || -> anyhow::Result<Outcome> {
-            let preparer = Arc::new(Preparer::load_with(&model_dir, config.model.boxes)?);
-            let context = context(&model_dir)?;
-            let records = records(config)?;
+            let preprocessor = Arc::new(Preprocessor::load_with_box_form(&model_dir, config.model.boxes)?);
+            let context = context_length(&model_dir)?;
+            let records = load_records(config)?;
             if config.learner.parallel.rank == 0 {
-                check_records(config, &records, &preparer, context, &cancel)?;
+                check_records(config, &records, &preprocessor, context, &cancel)?;
             }
             if cancel.is_cancelled() {
                 return Ok(Outcome { interrupted: true, ..Outcome::default() });
             }
-            let mut evaluator = validation(config, &model_dir)?;
-            // Only rank 0 has something to tell.
-            let (mut nobody, mut silent) = (Vec::new(), Silent);
+            let mut evaluator = validation_evaluator(config, &model_dir)?;
+            // Only rank 0 reports events and progress.
+            let mut discarded = Vec::new();
+            let mut silent = SilentProgress;
             let mut shown = (config.learner.parallel.rank == 0)
                 .then(|| Ok::<_, anyhow::Error>((EventLog::open(&config.run_dir(), role)?, progress)))
                 .transpose()?;
             let (events, progress): (&mut dyn EventSink, &mut dyn Progress) = match &mut shown {
                 Some((events, progress)) => (events, progress),
-                None => (&mut nobody, &mut silent),
+                None => (&mut discarded, &mut silent),
             };
             let stage = Stage {
                 config,
                 model_dir: &model_dir,
                 out: &out,
-                data: Arc::new(Dataset::new(config, records, preparer)?.within(limits(config, context))),
+                data: Arc::new(
+                    Dataset::new(config, records, preprocessor)?.with_limits(training_limits(config, context)),
+                ),
                 environment: unveil_config::environment(),
                 cancel,
                 events,
@@ -194,67 +206,72 @@ fn stage(
             std::thread::scope(|s| s.spawn(work).join().map_err(|_| anyhow::anyhow!("the {role} thread panicked")))
         })?
     })?;
-    if outcome.interrupted { Err(Stop::of_role(supervised).into()) } else { Ok(()) }
+    if outcome.interrupted { Err(Stop::for_role(supervised).into()) } else { Ok(()) }
 }
 
-/// Tokens that the model of a directory takes in all.
-pub fn context(model_dir: &Path) -> anyhow::Result<usize> {
+/// Returns the context length in tokens of the model in a directory.
+pub fn context_length(model_dir: &Path) -> anyhow::Result<usize> {
     Ok(VlmConfig::load(model_dir)?.text.max_position_embeddings.max(0) as usize)
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
+type EvaluatorError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Held-out evaluation on the validation split, for use during training.
-fn validation(
+/// Returns the evaluation on the validation split for use during training.
+fn validation_evaluator(
     config: &Config,
     model_dir: &Path,
-) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, Failure>> {
-    let preparer = Preparer::load_with(model_dir, config.model.boxes)?;
-    let (data, eval) = (&config.data, &config.eval);
-    let samples = load_samples(&records(config)?, &data.val_split, eval.val_limit, &data.question, &preparer)?;
-    let settings =
-        Settings { max_new_tokens: config.rollout.max_new_tokens, batch: eval.batch, scoring: Scoring::new(config) };
+) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, EvaluatorError>> {
+    let preprocessor = Preprocessor::load_with_box_form(model_dir, config.model.boxes)?;
+    let data = &config.data;
+    let eval = &config.eval;
+    let samples = load_samples(&load_records(config)?, &data.val_split, eval.val_limit, &data.question, &preprocessor)?;
+    let settings = EvalSettings {
+        max_new_tokens: config.rollout.max_new_tokens,
+        batch: eval.batch,
+        scoring: Scoring::new(config),
+    };
     for suite in &eval.suites {
-        let of_regions = samples.iter().filter(|s| !s.record.is_text());
-        check(*suite, of_regions.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
+        let grounding_samples = samples.iter().filter(|s| !s.record.is_text());
+        check_suite(*suite, grounding_samples.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }
     let config = config.clone();
     Ok(move |vlm: &mut Vlm, _step: u64| {
-        let options = engine_options(&config, vlm.config(), &preparer.tokenizer().special().banned);
+        let options = engine_options(&config, vlm.config(), &preprocessor.tokenizer().special().banned);
         let mut engine = Engine::new(&*vlm, options)?;
-        let found = evaluate(&mut engine, &preparer, &samples, &settings)?;
-        let score = (found.metrics.mean_iou + found.metrics.soft_f1) / 2.0;
-        let mut metrics = serde_json::to_value(found.metrics)?.as_object().cloned().unwrap_or_default();
+        let evaluation = evaluate(&mut engine, &preprocessor, &samples, &settings)?;
+        let score = (evaluation.metrics.mean_iou + evaluation.metrics.soft_f1) / 2.0;
+        let mut metrics = serde_json::to_value(evaluation.metrics)?.as_object().cloned().unwrap_or_default();
         let withheld = match config.eval.suites.contains(&Suite::Grounding) {
-            true => Some(evaluate_withheld(&mut engine, &preparer, &samples, &settings)?.judged),
+            true => Some(evaluate_withheld(&mut engine, &preprocessor, &samples, &settings)?.answers),
             false => None,
         };
         let no_intervals = Bootstrap { resamples: 0, ..Default::default() };
         for suite in &config.eval.suites {
-            let values = measure(*suite, &found.judged, withheld.as_deref(), &no_intervals)?.values();
+            let values = measure_suite(*suite, &evaluation.answers, withheld.as_deref(), &no_intervals)?.values();
             metrics.insert(suite.name().to_owned(), values.into());
         }
         Ok(Evaluation { metrics, score })
     })
 }
 
-/// `unveil rollout`
+/// Runs `unveil rollout`.
 pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
-    let loaded = args.config.loaded()?;
+    let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
-    let _tracing = telemetry(&config, "rollout", "info")?;
+    let _tracing = init_telemetry(&config, "rollout", "info")?;
     for (key, address) in [("learner.address", &config.learner.address), ("reward.address", &config.reward.address)] {
         if address.is_empty() {
             bail!("a rollout worker needs {key} (http://host:port)");
         }
     }
-    before::role(&loaded, &config.stage1_model(), false)?;
-    let (model, experience, reward) =
-        (config.stage1_model(), config.learner.address.clone(), config.reward.address.clone());
+    preflight::check_role_inputs(&loaded, &config.stage1_model(), false)?;
+    let model = config.stage1_model();
+    let experience = config.learner.address.clone();
+    let reward = config.reward.address.clone();
     let mut options = WorkerOptions::new(config, model, experience, reward, worker);
     let report = run_role(args.supervised, 1, |token| async move {
         (options.health, _) = Health::start(&options.config.health.listen, token.clone()).await?;
         Ok(unveil_rollout::run(options, token).await?)
     })?;
-    if report.finished { Ok(()) } else { Err(Stop::of_role(args.supervised).into()) }
+    if report.finished { Ok(()) } else { Err(Stop::for_role(args.supervised).into()) }
 }

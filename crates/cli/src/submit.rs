@@ -1,4 +1,4 @@
-//! `unveil submit …`: a run on a cluster.
+//! `unveil submit …`: runs on a cluster.
 
 use clap::Subcommand;
 
@@ -7,13 +7,13 @@ mod slurm;
 
 #[derive(Subcommand)]
 pub enum SubmitCommand {
-    /// Installs the Helm chart with a run's configuration, or says how where helm is not installed.
+    /// Installs the Helm chart with the configuration of a run, or prints the command if helm is not installed.
     Kubernetes(kubernetes::KubernetesArgs),
-    /// As one Slurm job, which saves and starts again by itself when it is preempted.
+    /// Submits one Slurm job, which saves and restarts automatically when it is preempted.
     Slurm(slurm::SlurmArgs),
 }
 
-/// `unveil submit …`
+/// Runs `unveil submit …`.
 pub fn run(command: &SubmitCommand) -> anyhow::Result<()> {
     match command {
         SubmitCommand::Kubernetes(args) => kubernetes::run(args),

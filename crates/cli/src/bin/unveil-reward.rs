@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Parser, Subcommand};
-use unveil_cli::{ConfigArgs, RoleArgs, exit, run_role, telemetry};
+use unveil_cli::{ConfigArgs, RoleArgs, exit, init_telemetry, run_role};
 use unveil_service::{READY, check_health};
 
-/// How long `health` waits for an answer.
-const ANSWER_WITHIN: Duration = Duration::from_secs(3);
+/// Timeout of `health`.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Scores responses: localization, vision relevance, format, relevance, and what users add.
+/// Scores responses: localization, vision relevance, format, relevance, and custom components.
 #[derive(Parser)]
 #[command(name = "unveil-reward", version)]
 struct Cli {
@@ -24,7 +24,7 @@ struct Cli {
 enum Command {
     /// Serves scores over gRPC.
     Serve(RoleArgs),
-    /// Scores a file of responses; one breakdown per line on stdout.
+    /// Scores a file of responses; prints one breakdown per line.
     Score {
         #[command(flatten)]
         config: ConfigArgs,
@@ -32,26 +32,26 @@ enum Command {
         #[arg(long)]
         data: PathBuf,
     },
-    /// Asks a role's health listener; exit code 1 when the answer is no or nobody answers.
+    /// Queries the health endpoint of a role; exits with 1 if it is unhealthy or does not answer.
     Health {
         #[command(flatten)]
         config: ConfigArgs,
-        /// Its address, host:port; `health.listen` of the configuration without it.
+        /// Address of the endpoint, host:port; defaults to `health.listen` of the configuration.
         #[arg(long)]
         address: Option<String>,
-        /// Alive is not enough: it must be ready.
+        /// Requires the role to be ready, not only alive.
         #[arg(long)]
         ready: bool,
     },
-    /// Chooses the attention heads that look at lesions; writes the file that reward.vision_relevance.heads_file names.
+    /// Chooses the attention heads that attend to lesions; writes a file for reward.vision_relevance.heads_file.
     Calibrate {
-        /// What `unveil score --heads` writes: JSON lines {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
+        /// Output of `unveil score --heads`: JSON lines {"id","image_size","boxes","grid","heads":[{"layer","head","row"}]}.
         #[arg(long)]
         data: PathBuf,
-        /// Heads to choose at most.
+        /// Maximum number of heads to choose.
         #[arg(long, default_value_t = 4)]
         top: usize,
-        /// Where the choice goes.
+        /// File to write.
         #[arg(long)]
         out: PathBuf,
     },
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
 
 fn serve(args: &RoleArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    let _tracing = telemetry(&config, "reward", "info")?;
+    let _tracing = init_telemetry(&config, "reward", "info")?;
     let threads = std::thread::available_parallelism().map_or(2, usize::from).max(2);
     run_role(args.supervised, threads, |token| async move { Ok(unveil_reward::run_serve(&config, token).await?) })
 }
@@ -79,11 +79,11 @@ fn health(config: &ConfigArgs, address: Option<String>, ready: bool) -> anyhow::
         None => config.load()?.health.listen,
     };
     if address.is_empty() {
-        bail!("there is no listener to ask: give --address, or set health.listen");
+        bail!("no health endpoint: give --address, or set health.listen");
     }
     let service = if ready { READY } else { "" };
-    let asked = run_role(false, 1, |_| async { Ok(check_health(&address, service, ANSWER_WITHIN).await?) });
-    if !asked? {
+    let healthy = run_role(false, 1, |_| async { Ok(check_health(&address, service, HEALTH_TIMEOUT).await?) });
+    if !healthy? {
         bail!("{address} is not {}", if ready { "ready" } else { "alive" });
     }
     Ok(())

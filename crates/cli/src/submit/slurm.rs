@@ -3,10 +3,10 @@
 use anyhow::Context;
 use clap::Args;
 use unveil_cli::ConfigArgs;
-use unveil_config::{ConfigError, Stage};
-use unveil_launch::submit::slurm::{Job, Place, SlurmOptions};
+use unveil_config::{ConfigError, TrainingStage};
+use unveil_launch::submit::slurm::{SlurmJob, SlurmOptions, SubmitContext};
 
-use crate::before::rates;
+use crate::preflight::check_learning_rates;
 
 #[derive(Args)]
 pub struct SlurmArgs {
@@ -14,29 +14,29 @@ pub struct SlurmArgs {
     config: ConfigArgs,
     #[command(flatten)]
     options: Box<SlurmOptions>,
-    /// Prints the batch script and does nothing else.
+    /// Only prints the batch script.
     #[arg(long)]
     dry_run: bool,
 }
 
-/// `unveil submit slurm`
+/// Runs `unveil submit slurm`.
 pub fn run(args: &SlurmArgs) -> anyhow::Result<()> {
-    let loaded = args.config.loaded()?;
-    rates(&loaded, &Stage::ALL)?;
+    let loaded = args.config.load_with_origins()?;
+    check_learning_rates(&loaded, &TrainingStage::ALL)?;
     let config = loaded.config;
-    let named = args.config.config.clone();
-    let place = Place {
-        directory: std::env::current_dir().context("cannot find the working directory")?,
-        config: named.ok_or_else(|| ConfigError::Invalid(vec!["submit needs --config FILE".into()]))?,
+    let config_file = args.config.config.clone();
+    let context = SubmitContext {
+        directory: std::env::current_dir().context("cannot determine the working directory")?,
+        config: config_file.ok_or_else(|| ConfigError::Invalid(vec!["submit needs --config FILE".into()]))?,
         sets: args.config.sets.clone(),
-        program: std::env::current_exe().context("cannot find this program's own path")?,
+        program: std::env::current_exe().context("cannot determine the path of this program")?,
     };
-    let job = Job::new(&config, &args.options, &place)?;
+    let job = SlurmJob::new(&config, &args.options, &context)?;
     if args.dry_run {
         print!("{}", job.script);
         return Ok(());
     }
-    let number = job.submit()?;
-    println!("{}", serde_json::json!({"job": number, "script": job.path, "logs": job.logs}));
+    let id = job.submit()?;
+    println!("{}", serde_json::json!({"job": id, "script": job.path, "logs": job.logs}));
     Ok(())
 }
