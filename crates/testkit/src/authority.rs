@@ -1,27 +1,27 @@
-//! A certificate authority of a test's own, and what it signs, as PEM files.
+//! A certificate authority for tests, with certificates as PEM files.
 
 use std::path::{Path, PathBuf};
 
-/// The authority; its files are in the folder that it was given.
+/// A certificate authority; its files are in `dir/name`.
 pub struct Authority {
     dir: PathBuf,
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
 }
 
 impl Authority {
-    /// A new one in `dir/name`.
+    /// Creates an authority with its files in `dir/name`.
     pub fn new(dir: &Path, name: &str) -> Self {
         let key = rcgen::KeyPair::generate().expect("a key");
         let mut params = rcgen::CertificateParams::new(Vec::new()).expect("parameters");
         params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         params.distinguished_name.push(rcgen::DnType::CommonName, name);
         let dir = dir.join(name);
-        std::fs::create_dir(&dir).expect("a folder for the authority");
+        std::fs::create_dir(&dir).expect("a directory for the authority");
         std::fs::write(dir.join("ca.pem"), params.self_signed(&key).expect("a certificate").pem()).expect("ca.pem");
         Self { dir, issuer: rcgen::Issuer::new(params, key) }
     }
 
-    /// Paths of a certificate for `localhost` and `127.0.0.1`, and of its key.
+    /// Signs a certificate for `localhost` and `127.0.0.1`; returns the paths of the certificate and its key.
     pub fn sign(&self, name: &str) -> [String; 2] {
         let key = rcgen::KeyPair::generate().expect("a key");
         let params = rcgen::CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()]).expect("parameters");
@@ -32,7 +32,7 @@ impl Authority {
         paths
     }
 
-    /// Path of the authority's own certificate.
+    /// Returns the path of the authority's certificate.
     pub fn ca(&self) -> String {
         self.dir.join("ca.pem").display().to_string()
     }

@@ -1,4 +1,4 @@
-//! Machines with addresses of their own on one network: network namespaces on a bridge, each with a hosts file that a test rewrites.
+//! Hosts with separate addresses on one network: network namespaces on a bridge, with a hosts file that tests rewrite.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::Sandbox;
 
-/// Makes the bridge and the hosts, writes their process ids, and stays. Arguments: folder, number of hosts.
-const SCRIPT: &str = r#"
+/// Creates the bridge and the hosts, writes their process ids, and sleeps. Arguments: directory, number of hosts.
+const SETUP_SCRIPT: &str = r#"
 set -e
 PATH=$PATH:/usr/sbin:/sbin
 dir=$1; n=$2
@@ -30,8 +30,8 @@ touch "$dir/ready"
 exec sleep 900
 "#;
 
-/// Some hosts. They live in a user namespace of their own, so no right on the machine is needed beyond user namespaces, and nothing
-/// of its network is touched. They end with the sandbox.
+/// Hosts in a separate user namespace: user namespaces are the only privilege that is required, and the network of the machine is not
+/// touched. They end with the sandbox.
 pub struct Hosts {
     holder: Child,
     dir: PathBuf,
@@ -39,18 +39,28 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// `count` hosts, numbered from 1, that know no names yet.
+    /// Starts `count` hosts, numbered from 1, without host names.
     ///
     /// # Panics
-    /// The machine allows no user namespaces, or has no `ip`.
+    /// Panics if the machine does not allow user namespaces or has no `ip`.
     #[track_caller]
     pub fn start(sandbox: &Sandbox, count: u8) -> Self {
         let dir = sandbox.path("hosts");
-        std::fs::create_dir(&dir).expect("a folder for the hosts");
+        std::fs::create_dir(&dir).expect("a directory for the hosts");
         std::fs::write(dir.join("hosts"), "127.0.0.1 localhost\n").expect("a hosts file");
         let shown = dir.to_string_lossy();
-        let args =
-            ["--user", "--map-root-user", "--net", "--mount", "sh", "-c", SCRIPT, "sh", &shown, &count.to_string()];
+        let args = [
+            "--user",
+            "--map-root-user",
+            "--net",
+            "--mount",
+            "sh",
+            "-c",
+            SETUP_SCRIPT,
+            "sh",
+            &shown,
+            &count.to_string(),
+        ];
         let mut holder = sandbox
             .command(Path::new("unshare"), &args)
             .stdin(Stdio::null())
@@ -61,10 +71,10 @@ impl Hosts {
         while !dir.join("ready").exists() {
             if let Ok(Some(status)) = holder.try_wait() {
                 panic!(
-                    "hosts cannot be made ({status}): user namespaces (sysctl kernel.unprivileged_userns_clone) and iproute2 are needed"
+                    "hosts cannot be created ({status}): user namespaces (sysctl kernel.unprivileged_userns_clone) and iproute2 are required"
                 );
             }
-            assert!(start.elapsed() < Duration::from_secs(20), "hosts were not made within 20 s");
+            assert!(start.elapsed() < Duration::from_secs(20), "hosts were not created within 20 s");
             std::thread::sleep(Duration::from_millis(10));
         }
         let pid = |i: u8| std::fs::read_to_string(dir.join(format!("pid-{i}"))).expect("the host's process id");
@@ -72,13 +82,13 @@ impl Hosts {
         Self { holder, dir, pids }
     }
 
-    /// The address of a host.
+    /// Returns the address of a host.
     pub fn address(host: u8) -> Ipv4Addr {
         Ipv4Addr::new(10, 77, 0, host)
     }
 
-    /// Prepares a program to run on a host. It starts in `/`: give whole paths.
-    pub fn on(&self, sandbox: &Sandbox, host: u8, program: &Path, args: &[&str]) -> Command {
+    /// Prepares a command on a host. Its working directory is `/`: use absolute paths.
+    pub fn command(&self, sandbox: &Sandbox, host: u8, program: &Path, args: &[&str]) -> Command {
         let target = &self.pids[usize::from(host) - 1];
         let enter = ["--preserve-credentials", "--user", "--net", "--mount", "--target", target];
         let mut command = sandbox.command(Path::new("nsenter"), &enter);
@@ -86,21 +96,21 @@ impl Hosts {
         command
     }
 
-    /// Says which host each name stands for, on all hosts and from now on.
+    /// Sets the host names, on all hosts and with immediate effect.
     #[track_caller]
-    pub fn name(&self, names: &[(&str, u8)]) {
+    pub fn set_names(&self, names: &[(&str, u8)]) {
         let mut text = "127.0.0.1 localhost\n".to_owned();
         for (name, host) in names {
             text.push_str(&format!("{} {name}\n", Self::address(*host)));
         }
-        // In place: the file is mounted.
+        // Written in place, because the file is bind-mounted.
         std::fs::write(self.dir.join("hosts"), text).expect("the hosts file");
     }
 }
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        let _gone = self.holder.kill();
+        let _already_exited = self.holder.kill();
         let _reaped = self.holder.wait();
     }
 }

@@ -1,41 +1,41 @@
-//! Where the built programs, the workspace and Python are.
+//! Paths of the workspace, the built programs, Python and test data.
 
 use std::path::{Path, PathBuf};
 
-/// The root of the workspace.
+/// Returns the root of the workspace.
 pub fn workspace() -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.ancestors().nth(2).unwrap_or(here).to_owned()
+    let crate_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    crate_dir.ancestors().nth(2).unwrap_or(crate_dir).to_owned()
 }
 
-/// A built program: beside the folder of the running test (`target/debug/deps/x` -> `target/debug/NAME`).
+/// Returns the path of a built program, next to the directory of the running test (`target/debug/deps/x` -> `target/debug/NAME`).
 ///
 /// # Panics
-/// It is not built.
+/// Panics if it is not built.
 #[track_caller]
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the running test has a path");
-    let folder = test.ancestors().nth(2).expect("the running test lies in target/PROFILE/deps");
+    let folder = test.ancestors().nth(2).expect("the running test is in target/PROFILE/deps");
     let path = folder.join(name);
     assert!(path.is_file(), "{} is missing: build it with `cargo build --workspace --bins`", path.display());
     path
 }
 
-/// The BCCD data set: `UNVEIL_BCCD`, else `shared/data/bccd` beside the workspace.
+/// Returns the directory of the BCCD data set: `UNVEIL_BCCD`, or else `shared/data/bccd` next to the workspace.
 ///
 /// # Panics
-/// It is not there.
+/// Panics if it does not exist.
 #[track_caller]
 pub fn bccd() -> PathBuf {
     let path = std::env::var_os("UNVEIL_BCCD").map_or_else(|| workspace().join("../shared/data/bccd"), PathBuf::from);
-    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its folder", path.display());
+    assert!(path.join("Annotations").is_dir(), "BCCD is not at {}: set UNVEIL_BCCD to its directory", path.display());
     path
 }
 
-/// A Python with the reference implementations: `UNVEIL_PYTHON`, else `.venv` of the workspace.
+/// Returns a Python interpreter with the reference implementations: `UNVEIL_PYTHON`, or else `.venv` in the workspace.
 ///
 /// # Panics
-/// There is none.
+/// Panics if it does not exist.
 #[track_caller]
 pub fn python() -> PathBuf {
     let path = std::env::var_os("UNVEIL_PYTHON").map_or_else(|| workspace().join(".venv/bin/python"), PathBuf::from);

@@ -1,4 +1,4 @@
-//! A temporary directory, the programs started in it, and the certainty that they end with it.
+//! A temporary directory for the programs of a test, which end with it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::process::{Finished, Found, Process, with_variable};
+use crate::process::{Finished, FoundProcess, Process, with_variable};
 use crate::{binary, python};
 
-/// Marks every process of a sandbox, also those that a program of it started and left behind.
-const MARK: &str = "TESTKIT_SANDBOX";
+/// Environment variable that marks all processes of a sandbox, including orphans.
+const MARKER_VARIABLE: &str = "TESTKIT_SANDBOX";
 
-/// Longest time for a command that should just do its work.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// Timeout of an ordinary command.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Where a test's programs run. Dropping it kills all of them and deletes the directory.
+/// Directory in which the programs of a test run. On drop it kills all of them and deletes the directory.
 pub struct Sandbox {
     dir: TempDir,
     started: AtomicUsize,
@@ -29,20 +29,20 @@ impl Default for Sandbox {
 }
 
 impl Sandbox {
-    /// A fresh one.
+    /// Creates an empty sandbox.
     #[track_caller]
     pub fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("unveil-test-").tempdir().expect("a temporary directory");
-        std::fs::create_dir(dir.path().join(".output")).expect("a folder in it");
+        std::fs::create_dir(dir.path().join(".output")).expect("a directory in it");
         Self { dir, started: AtomicUsize::new(0) }
     }
 
-    /// A path in it.
+    /// Returns a path in the sandbox.
     pub fn path(&self, relative: &str) -> PathBuf {
         self.dir.path().join(relative)
     }
 
-    /// Writes a file in it.
+    /// Writes a file in the sandbox.
     #[track_caller]
     pub fn write(&self, relative: &str, content: impl AsRef<[u8]>) -> PathBuf {
         let path = self.path(relative);
@@ -50,10 +50,10 @@ impl Sandbox {
         path
     }
 
-    /// Prepares a program to run in it: one thread for tensors, no configuration from the environment.
+    /// Prepares a command in the sandbox: one tensor thread, no configuration from the environment.
     pub fn command(&self, program: &Path, args: &[&str]) -> Command {
         let mut command = Command::new(program);
-        command.args(args).current_dir(self.dir.path()).env(MARK, self.mark()).env("OMP_NUM_THREADS", "1");
+        command.args(args).current_dir(self.dir.path()).env(MARKER_VARIABLE, self.marker()).env("OMP_NUM_THREADS", "1");
         for (name, _) in std::env::vars_os().filter(|(n, _)| n.to_string_lossy().starts_with("UNVEIL__")) {
             command.env_remove(name);
         }
@@ -73,100 +73,100 @@ impl Sandbox {
         self.start(&mut self.command(&binary("unveil"), args))
     }
 
-    /// Runs `unveil` to its end.
+    /// Runs `unveil` until it exits.
     #[track_caller]
     pub fn unveil(&self, args: &[&str]) -> Finished {
-        self.spawn(args).wait(PATIENCE)
+        self.spawn(args).wait(COMMAND_TIMEOUT)
     }
 
-    /// Runs a Python program to its end.
+    /// Runs a Python program until it exits.
     #[track_caller]
     pub fn python(&self, code: &str, args: &[&str]) -> Finished {
         let mut command = self.command(&python(), &["-c", code]);
-        self.start(command.args(args)).wait(PATIENCE)
+        self.start(command.args(args)).wait(COMMAND_TIMEOUT)
     }
 
-    /// All living processes that were started in it, directly or not.
-    pub fn processes(&self) -> Vec<Found> {
-        with_variable(MARK, &self.mark())
+    /// Returns all running processes that were started in the sandbox, directly or indirectly.
+    pub fn processes(&self) -> Vec<FoundProcess> {
+        with_variable(MARKER_VARIABLE, &self.marker())
     }
 
-    /// Those of them with `NAME=VALUE` in the environment that they were started with.
-    pub fn processes_with(&self, name: &str, value: &str) -> Vec<Found> {
-        let own = self.processes();
-        with_variable(name, value).into_iter().filter(|p| own.contains(p)).collect()
+    /// Returns the processes of the sandbox that were started with `NAME=VALUE` in their environment.
+    pub fn processes_with(&self, name: &str, value: &str) -> Vec<FoundProcess> {
+        let processes = self.processes();
+        with_variable(name, value).into_iter().filter(|p| processes.contains(p)).collect()
     }
 
-    /// The living process of a command such as `learner` or `rollout`.
-    pub fn role(&self, command: &str) -> Option<Found> {
+    /// Returns the running process of a subcommand such as `learner` or `rollout`.
+    pub fn find_role(&self, command: &str) -> Option<FoundProcess> {
         self.processes().into_iter().find(|p| p.command() == command)
     }
 
-    /// Requires that every process of it ends in time.
+    /// Asserts that all processes of the sandbox exit in time.
     #[track_caller]
-    pub fn all_gone(&self, within: Duration) {
+    pub fn assert_all_exit(&self, within: Duration) {
         let start = Instant::now();
         loop {
-            let left = self.processes();
-            if left.is_empty() {
+            let running = self.processes();
+            if running.is_empty() {
                 return;
             }
-            assert!(start.elapsed() < within, "still running after {within:?}: {left:#?}");
+            assert!(start.elapsed() < within, "still running after {within:?}: {running:#?}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Writes `micro.toml`: the whole main job in seconds, with run directory `run`. Stage 1 learns the form of the answers, so
-    /// that rewards differ; stage 2 goes once and a half over eight records in six updates, with a checkpoint after each
-    /// second one.
+    /// Writes `micro.toml`, a complete run of a few seconds with run directory `run`. Stage 1 learns the form of answers, so that rewards
+    /// differ; stage 2 makes one and a half passes over eight records in six updates, with a checkpoint after every second one.
     pub fn micro_config(&self) -> PathBuf {
-        self.write("micro.toml", micro(&self.path("run")))
+        self.write("micro.toml", micro_config(&self.path("run")))
     }
 
-    /// Runs `unveil data synth --n N --seed S` and returns the record file in `folder`.
+    /// Runs `unveil data synth --n N --seed S` and returns the record file in `dir`.
     #[track_caller]
-    pub fn synth(&self, folder: &str, n: usize, seed: u64) -> PathBuf {
-        let out = self.path(folder);
-        let (n, seed) = (n.to_string(), seed.to_string());
+    pub fn synth(&self, dir: &str, n: usize, seed: u64) -> PathBuf {
+        let out = self.path(dir);
+        let n = n.to_string();
+        let seed = seed.to_string();
         self.unveil(&["data", "synth", "--n", &n, "--seed", &seed, "--size", "64", "--out", &out.to_string_lossy()])
             .ok();
         out.join("records.jsonl")
     }
 
-    /// Runs `unveil model init` and returns the directory.
+    /// Runs `unveil model init` for a tiny model and returns its directory.
     #[track_caller]
-    pub fn tiny_model(&self, folder: &str, seed: u64) -> PathBuf {
-        self.tiny_model_of("qwen2_5_vl", folder, seed)
+    pub fn tiny_model(&self, dir: &str, seed: u64) -> PathBuf {
+        self.tiny_model_of_family("qwen2_5_vl", dir, seed)
     }
 
-    /// The same of another family.
-    pub fn tiny_model_of(&self, family: &str, folder: &str, seed: u64) -> PathBuf {
-        let out = self.path(folder);
-        let (seed, dir) = (seed.to_string(), out.to_string_lossy());
-        self.unveil(&["model", "init", "--family", family, "--seed", &seed, "--out", &dir]).ok();
+    /// Runs `unveil model init` for a tiny model of the given family and returns its directory.
+    pub fn tiny_model_of_family(&self, family: &str, dir: &str, seed: u64) -> PathBuf {
+        let out = self.path(dir);
+        let seed = seed.to_string();
+        self.unveil(&["model", "init", "--family", family, "--seed", &seed, "--out", &out.to_string_lossy()]).ok();
         out
     }
 
-    fn mark(&self) -> String {
+    fn marker(&self) -> String {
         self.dir.path().to_string_lossy().into_owned()
     }
 }
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        // A process may start another one while it is being killed: look until none is left.
+        // A process may start another one while it is being killed, so repeat until none is left.
         for _ in 0..100 {
-            let left = self.processes();
-            if left.is_empty() {
+            let running = self.processes();
+            if running.is_empty() {
                 break;
             }
-            left.iter().for_each(Found::kill);
+            running.iter().for_each(FoundProcess::kill);
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
 
-fn micro(run: &Path) -> String {
+fn micro_config(run: &Path) -> String {
     format!(
         r#"[run]
 dir = "{}"

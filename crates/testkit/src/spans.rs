@@ -1,4 +1,4 @@
-//! An OpenTelemetry collector that keeps what it is sent: OTLP over gRPC, on a thread of its own.
+//! An OpenTelemetry collector (OTLP over gRPC) on its own thread that keeps the spans it receives.
 
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,32 +12,32 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
-/// One span as it came in; ids in hexadecimal, no parent = empty.
+/// A received span; ids are hexadecimal.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Span {
-    /// `service.name` of its resource.
+    /// `service.name` of the resource.
     pub service: String,
-    /// Its name.
+    /// Name of the span.
     pub name: String,
-    /// Its trace.
+    /// Trace id.
     pub trace: String,
-    /// Itself.
+    /// Span id.
     pub id: String,
-    /// The span above it.
+    /// Id of the parent span; empty for a root span.
     pub parent: String,
-    /// Begin and end in nanoseconds since 1970.
+    /// Start and end in nanoseconds since 1970.
     pub time: (u64, u64),
     attributes: Vec<(String, String)>,
 }
 
 impl Span {
-    /// The value of an attribute, as text.
+    /// Returns the value of an attribute as text.
     pub fn attribute(&self, key: &str) -> Option<&str> {
         self.attributes.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
     }
 }
 
-/// A collector on a port of loopback. It ends when it is dropped.
+/// A collector on a loopback port, stopped on drop.
 #[derive(Debug)]
 pub struct SpanCollector {
     endpoint: String,
@@ -46,14 +46,14 @@ pub struct SpanCollector {
 }
 
 impl SpanCollector {
-    /// Listens.
+    /// Starts the collector.
     pub fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port of loopback");
         listener.set_nonblocking(true).expect("a listener for tokio");
         let endpoint = format!("http://{}", listener.local_addr().expect("its address"));
         let spans = Arc::<Mutex<Vec<Span>>>::default();
         let (stop, stopped) = oneshot::channel::<()>();
-        let service = TraceServiceServer::new(Keeper(spans.clone()));
+        let service = TraceServiceServer::new(SpanStore(spans.clone()));
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             runtime.block_on(async {
@@ -67,17 +67,20 @@ impl SpanCollector {
         Self { endpoint, spans, _stop: stop }
     }
 
-    /// `http://host:port`.
+    /// Returns the endpoint, `http://host:port`.
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }
 
-    /// What came in so far.
+    /// Returns the spans received so far.
     pub fn spans(&self) -> Vec<Span> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits until what came in is enough.
+    /// Waits until the received spans satisfy `enough`, and returns them.
+    ///
+    /// # Panics
+    /// Panics if the time is up.
     pub fn until(&self, within: Duration, enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         let start = Instant::now();
         loop {
@@ -91,27 +94,27 @@ impl SpanCollector {
     }
 }
 
-struct Keeper(Arc<Mutex<Vec<Span>>>);
+struct SpanStore(Arc<Mutex<Vec<Span>>>);
 
 #[tonic::async_trait]
-impl TraceService for Keeper {
+impl TraceService for SpanStore {
     async fn export(
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for of_resource in request.into_inner().resource_spans {
-            let resource = texts(of_resource.resource.map(|r| r.attributes).unwrap_or_default());
+        let mut spans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for resource_spans in request.into_inner().resource_spans {
+            let resource = attributes_as_text(resource_spans.resource.map(|r| r.attributes).unwrap_or_default());
             let service = resource.into_iter().find(|(k, _)| k == "service.name").map(|(_, v)| v).unwrap_or_default();
-            for s in of_resource.scope_spans.into_iter().flat_map(|s| s.spans) {
-                kept.push(Span {
+            for s in resource_spans.scope_spans.into_iter().flat_map(|s| s.spans) {
+                spans.push(Span {
                     service: service.clone(),
                     name: s.name,
                     trace: hex(&s.trace_id),
                     id: hex(&s.span_id),
                     parent: hex(&s.parent_span_id),
                     time: (s.start_time_unix_nano, s.end_time_unix_nano),
-                    attributes: texts(s.attributes),
+                    attributes: attributes_as_text(s.attributes),
                 });
             }
         }
@@ -123,7 +126,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn texts(attributes: Vec<KeyValue>) -> Vec<(String, String)> {
+fn attributes_as_text(attributes: Vec<KeyValue>) -> Vec<(String, String)> {
     let text = |value: Option<AnyValue>| match value.and_then(|v| v.value) {
         Some(Value::StringValue(s)) => s,
         Some(Value::IntValue(i)) => i.to_string(),

@@ -1,4 +1,4 @@
-//! A small HTTP/1.1 server that does what a test tells it, also what no server should: stall, drop, talk nonsense.
+//! A small scripted HTTP/1.1 server that can also misbehave: stall, drop connections, send garbage.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -10,10 +10,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-/// What came in.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct WebRequest {
-    /// How many came before it.
+    /// Number of earlier requests.
     pub number: usize,
     /// Path of the URL.
     pub path: String,
@@ -24,47 +24,47 @@ pub struct WebRequest {
 }
 
 impl WebRequest {
-    /// The value of a header.
+    /// Returns the value of a header.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 }
 
-/// What to do with a request.
+/// Reaction to a request.
 #[derive(Debug, Clone)]
 pub enum WebReply {
     /// Answer after `delay`.
     Answer {
-        /// Wait before the answer.
+        /// Delay before the answer.
         delay: Duration,
         /// Status code.
         code: u16,
-        /// Further header lines, `Name: value`.
+        /// Additional header lines, `Name: value`.
         headers: Vec<String>,
         /// Body.
         body: Vec<u8>,
     },
-    /// Close the connection without a word.
+    /// Close the connection without an answer.
     Drop,
-    /// Announce a body, send half of it, close.
-    Break(Vec<u8>),
+    /// Announce a body, send half of it, and close.
+    Truncate(Vec<u8>),
     /// Keep the connection open and never answer.
     Stall,
 }
 
 impl WebReply {
-    /// An answer at once.
-    pub fn now(code: u16, body: impl Into<Vec<u8>>) -> Self {
-        Self::after(Duration::ZERO, code, body)
+    /// Answers immediately.
+    pub fn immediate(code: u16, body: impl Into<Vec<u8>>) -> Self {
+        Self::delayed(Duration::ZERO, code, body)
     }
 
-    /// An answer after a while.
-    pub fn after(delay: Duration, code: u16, body: impl Into<Vec<u8>>) -> Self {
+    /// Answers after `delay`.
+    pub fn delayed(delay: Duration, code: u16, body: impl Into<Vec<u8>>) -> Self {
         Self::Answer { delay, code, headers: Vec::new(), body: body.into() }
     }
 }
 
-/// The running server; it ends when dropped.
+/// The running server, stopped on drop.
 pub struct WebServer {
     scheme: &'static str,
     address: SocketAddr,
@@ -73,12 +73,12 @@ pub struct WebServer {
 }
 
 impl WebServer {
-    /// Serves on a free port of the loopback; `act` decides about each request, from any thread.
+    /// Serves on a free loopback port; `act` decides on each request, from any thread.
     pub fn start(act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static) -> Self {
         Self::open(None, act)
     }
 
-    /// The same over TLS, with a certificate and its key (PEM files).
+    /// Serves like [`WebServer::start`] over TLS, with a certificate and its key (PEM files).
     pub fn start_tls(
         [certificate, key]: &[String; 2],
         act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static,
@@ -95,20 +95,25 @@ impl WebServer {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
         let address = listener.local_addr().expect("a bound listener has an address");
-        let (stop, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (act, count) = (Arc::new(act), Arc::new(AtomicUsize::new(0)));
-        let (stopped, log) = (Arc::clone(&stop), Arc::clone(&seen));
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let act = Arc::new(act);
+        let count = Arc::new(AtomicUsize::new(0));
+        let stopped = Arc::clone(&stop);
+        let log = Arc::clone(&seen);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                let (act, count, log, stop) =
-                    (Arc::clone(&act), Arc::clone(&count), Arc::clone(&log), Arc::clone(&stopped));
+                let act = Arc::clone(&act);
+                let count = Arc::clone(&count);
+                let log = Arc::clone(&log);
+                let stop = Arc::clone(&stopped);
                 let tls = tls.clone();
                 std::thread::spawn(move || match tls {
                     None => serve(stream, &*act, &count, &log, &stop),
-                    // A client that does not trust the certificate ends the connection: there is nothing to read then.
+                    // A client that does not trust the certificate closes the connection; reading then ends.
                     Some(tls) => {
                         let connection = ServerConnection::new(tls).expect("a TLS connection");
                         serve(StreamOwned::new(connection, stream), &*act, &count, &log, &stop);
@@ -119,13 +124,13 @@ impl WebServer {
         Self { scheme, address, stop, seen }
     }
 
-    /// `http://127.0.0.1:port`, or `https://` of that.
+    /// Returns the URL, `http://127.0.0.1:port` or `https://127.0.0.1:port`.
     pub fn url(&self) -> String {
         format!("{}://{}", self.scheme, self.address)
     }
 
-    /// The requests so far.
-    pub fn seen(&self) -> Vec<WebRequest> {
+    /// Returns the requests so far.
+    pub fn requests(&self) -> Vec<WebRequest> {
         self.seen.lock().expect("no test thread panicked").clone()
     }
 }
@@ -133,7 +138,7 @@ impl WebServer {
 impl Drop for WebServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // Wakes the accepting thread, so that it sees the flag.
+        // Wake the accepting thread, so that it sees the flag.
         drop(TcpStream::connect(self.address));
     }
 }
@@ -157,7 +162,7 @@ fn serve(
                 let out = reader.get_mut();
                 out.write_all(&[head.as_bytes(), &body].concat()).and_then(|()| out.flush()).is_ok()
             }
-            WebReply::Break(body) => {
+            WebReply::Truncate(body) => {
                 let head = format!("HTTP/1.1 200 x\r\ncontent-length: {}\r\n\r\n", body.len());
                 let half = &body[..body.len() / 2];
                 let out = reader.get_mut();

@@ -1,16 +1,16 @@
-//! A stand-in for NVIDIA's driver library: it counts GPUs and says how much memory each has.
+//! A fake of NVIDIA's driver library that reports GPUs and their memory.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A `libcuda.so.1` of its own, deleted with this.
+/// A fake `libcuda.so.1`, deleted on drop.
 pub struct FakeDriver {
     dir: tempfile::TempDir,
     library: PathBuf,
 }
 
-/// Contexts are numbers from 1 on, a stack of them is current; only what asks about memory and counts GPUs is there.
+/// Source of the library. Contexts are numbers from 1, kept on a stack; only the functions that count GPUs and report memory exist.
 const SOURCE: &str = r"
 static int stack[16], depth, retained[COUNT + 1];
 int cuInit(unsigned flags) { return flags; }
@@ -30,10 +30,11 @@ int fake_held(void) { int all = depth; for (int i = 0; i < COUNT; i++) all += re
 ";
 
 impl FakeDriver {
-    /// A driver of GPUs with so many bytes free, and so many in all. Where no context is current it answers for the first.
+    /// Builds a driver with one GPU per entry of `memory`, its free and total bytes. Without a current context it reports the first GPU.
     pub fn build(memory: &[(u64, u64)]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let (source, library) = (dir.path().join("fake.c"), dir.path().join("libcuda.so.1"));
+        let source = dir.path().join("fake.c");
+        let library = dir.path().join("libcuda.so.1");
         let mut text = format!("#define COUNT {}\nstatic unsigned long memory[COUNT + 1][2] = {{", memory.len());
         for (free, total) in memory {
             write!(text, "{{{free}ul, {total}ul}}, ").expect("text");
@@ -42,17 +43,17 @@ impl FakeDriver {
         text += SOURCE;
         std::fs::write(&source, text).expect("the temporary directory can be written");
         let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
-        assert!(built.is_ok_and(|s| s.success()), "cc is needed to build the stand-in for the driver");
+        assert!(built.is_ok_and(|s| s.success()), "cc is required to build the fake driver");
         Self { dir, library }
     }
 
-    /// The library.
+    /// Returns the path of the library.
     pub fn library(&self) -> &Path {
         &self.library
     }
 
-    /// Where it lies, for `LD_LIBRARY_PATH`.
-    pub fn folder(&self) -> &Path {
+    /// Returns the directory of the library, for `LD_LIBRARY_PATH`.
+    pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 }
