@@ -1,19 +1,19 @@
 """Saving and loading checkpoints: `make bench-checkpoint`.
 
-The state is that of a learner of the 100m shape: weights in fp32 and two moments, 1.2 GB, in host memory. A save is all of it: the copy,
-objects with BLAKE3, manifest, log entry; to local disk with every file synced. A load reads, checks every byte, and puts the numbers in
-their place; from local disk its files are dropped from the page cache first. In turns, each save to a place of its own; the first of a
+The state is that of a learner of the 100m shape in host memory: fp32 weights and two moments, 1.2 GB. A save includes the copy, objects
+with BLAKE3, manifest and log entry; on local disk every file is synced. A load reads and verifies every byte and copies it into the
+tensors; on local disk the files are first dropped from the page cache. The sides take turns and save to separate paths; the first side of a
 round alternates. Limits and peer:
 
-    raw     the same client writes the same bytes as objects of the same sizes (in parts of 16 MiB, 8 in flight, where the store
-            has parts), and reads them in ranges of 16 MiB, 8 in flight; nothing is hashed or copied
+    raw     the same client writes the same bytes as objects of the same sizes (in parts of 16 MiB, 8 in flight, if the store
+            supports parts), and reads them in ranges of 16 MiB, 8 in flight, without hashing and copying
     dcp     torch.distributed.checkpoint, one process, as many writer threads as cores, files synced
 
 Rows (GB/s):
-    local-save-raw, local-load-raw, s3-save-raw, s3-load-raw   ratio = share of the raw rate (aim 0.8), peer null
-    local-save-dcp, local-load-dcp                             against torch.distributed.checkpoint (aim 1)
-    copy-save                                                  what training stands still for: the copy of a learner's state
-                                                               (copy_bench), as a share of memcpy (aim 0.5)
+    local-save-raw, local-load-raw, s3-save-raw, s3-load-raw   ratio = share of the raw rate (target 0.8), peer null
+    local-save-dcp, local-load-dcp                             against torch.distributed.checkpoint (target 1)
+    copy-save                                                  the time that blocks training: the copy of a learner's state
+                                                               (copy_bench), as a share of memcpy (target 0.5)
 
 The S3 server is moto on loopback, on the same cores as both sides. `spread` is (highest - lowest) / median of the ratios of the rounds.
 """
@@ -48,12 +48,12 @@ sys.stdin.read()
 
 
 def cold(folder):
-    """Drops a folder's files from the page cache."""
+    """Drops the files of a directory from the page cache."""
     prepare([p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.stat().st_size > 1 << 20], "cold")
 
 
 def local(ours, peer, rounds, place):
-    """Saves and loads on local disk, of both sides and raw."""
+    """Measures saves and loads on local disk: ours, peer and raw."""
     sides = [("ours", ours, ""), ("raw", ours, "raw_"), ("dcp", peer, "")]
     out = {}
     for r in range(rounds):
@@ -70,7 +70,7 @@ def local(ours, peer, rounds, place):
 
 
 def remote(ours, rounds):
-    """Saves and loads on the S3 server, ours and raw."""
+    """Measures saves and loads on the S3 server: ours and raw."""
     sides, out = [("ours", ""), ("raw", "raw_")], {}
     for r in range(rounds):
         for side, prefix in sides if r % 2 == 0 else sides[::-1]:
@@ -84,7 +84,7 @@ def remote(ours, rounds):
 
 
 def on_s3(command, rounds, threads):
-    """Starts a server, measures on it, ends it."""
+    """Starts a server, runs the measurement, and stops it."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               stderr=subprocess.DEVNULL)
     try:
@@ -98,7 +98,7 @@ def on_s3(command, rounds, threads):
 
 
 def copy(programs, options, threads):
-    """The copy of a learner's state against memcpy; the first round makes the memory."""
+    """Measures the copy of a learner's state against memcpy; the first round allocates the memory."""
     model = shapes.make(options.shape, "float32")
     command = [programs / "copy_bench", model, str(threads), str(options.rounds)]
     done = subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE, text=True)
@@ -119,7 +119,7 @@ def rate(replies):
 
 
 def rows_of(name, found, peer, label=None):
-    """Rows of saves and loads against `raw` (a share) or a peer."""
+    """Returns the rows of saves and loads against `raw` (a share) or a peer."""
     out = []
     for op in ("save", "load"):
         ours, other = found["ours", op], found[peer, op]
@@ -135,9 +135,9 @@ def main():
     parser.add_argument("--shape", default="100m", choices=list(shapes.SHAPES))
     parser.add_argument("--s3-shape", default="100m", choices=list(shapes.SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--programs", default=str(PROGRAMS), help="the folder of checkpoint_bench and copy_bench")
-    parser.add_argument("--no-copy", dest="copy", action="store_false", help="leave the copy of a learner's state out")
-    parser.add_argument("--dir", default=str(shapes.OUT), help="where to write: a directory on the disk to be measured")
+    parser.add_argument("--programs", default=str(PROGRAMS), help="directory of checkpoint_bench and copy_bench")
+    parser.add_argument("--no-copy", dest="copy", action="store_false", help="skip the copy of a learner's state")
+    parser.add_argument("--dir", default=str(shapes.OUT), help="output directory, on the disk to measure")
     options = parser.parse_args()
     programs = pathlib.Path(options.programs)
     if not (programs / "checkpoint_bench").exists():

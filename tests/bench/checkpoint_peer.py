@@ -1,7 +1,7 @@
-"""The peer of the checkpoint benchmark: torch.distributed.checkpoint of the same tensors to a local directory, one process.
+"""Peer of the checkpoint benchmark: torch.distributed.checkpoint of the same tensors to a local directory, in one process.
 
-`checkpoint_peer.py SHAPES.json THREADS`: parameters in fp32 with two moments each; commands `save` and `load` with `url`. Its writer gets
-as many threads as there are, and syncs its files, as ours does.
+`checkpoint_peer.py SHAPES.json THREADS`: parameters in fp32 with two moments each; commands `save` and `load` with `url`. Its writer uses
+THREADS threads and syncs its files, like ours.
 """
 
 import json

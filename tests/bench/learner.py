@@ -2,11 +2,11 @@
 
 A batch is 4 prompts, each with one image of 256 tokens and about 30 text tokens, and n responses of 64 tokens to each. An update is
 forward, loss (clip, token mean over the batch), backward, clipping by norm and AdamW, from token ids and pixel values on the host.
-TRL's side is what its trainer does with a batch that was generated and rewarded: `GRPOTrainer.compute_loss`, backward, clipping,
-torch's AdamW. Both sides start from the same random weights and see the same batch, log-probabilities and advantages, with the same
-number of threads, as processes that wait on their input while it is the other's turn.
+TRL's side runs the steps of its trainer on a generated and rewarded batch: `GRPOTrainer.compute_loss`, backward, clipping,
+torch's AdamW. Both sides start from the same random weights and get the same batch, log-probabilities and advantages, with the same
+number of threads, as processes that wait for input during the other's turn.
 
-First, both sides must find the same loss and the same gradient norm; the benchmark ends with an error otherwise.
+First, both sides must compute the same loss and the same gradient norm; otherwise the benchmark fails.
 
 Rows, for each shape (shapes.py has the sizes):
     SHAPE-n8, SHAPE-n4       samples (responses) per second with 8 and 4 responses per prompt
@@ -31,7 +31,7 @@ GROUPS, NEW = 4, 64
 
 
 class Pair:
-    """Both sides with one model and one batch."""
+    """Both sides with the same model and batch."""
 
     def __init__(self, shape, n, args):
         self.dir, prompts = shapes.make(shape, "float32"), shapes.prompts(shape, GROUPS)
@@ -51,21 +51,21 @@ class Pair:
             child.__exit__()
 
     def turn(self, side, calls):
-        """Seconds of one update."""
+        """Returns the seconds of one update."""
         own = self.ours.cpu_seconds, self.peer.cpu_seconds
         reply = self.quiet.turn(lambda: sum(cpu() for cpu in own), lambda: side.ask("update", calls=calls))
         return sum(reply["seconds"]) / calls
 
 
 def check(shape, n, pair):
-    """The first update of both sides: same loss, same gradient norm."""
+    """Checks that the first update of both sides has the same loss and gradient norm."""
     ours, peer = pair.ours.ask("update", calls=1), pair.peer.ask("update", calls=1)
     for key in ("loss", "grad_norm"):
         gap = abs(ours[key] - peer[key])
         if gap > 1e-3 * max(abs(peer[key]), 1e-3):
             raise SystemExit(f"bench: {shape}-n{n}: {key} is {ours[key]} on our side and {peer[key]} on the peer's: the two sides do "
-                             "not make the same update")
-    return (f"{shape}-n{n}: both sides find a loss of {peer['loss']:.6f} and a gradient norm of {peer['grad_norm']:.6f} (ours "
+                             "not compute the same update")
+    return (f"{shape}-n{n}: both sides compute a loss of {peer['loss']:.6f} and a gradient norm of {peer['grad_norm']:.6f} (ours "
             f"{ours['loss']:.6f}, {ours['grad_norm']:.6f})")
 
 
@@ -94,11 +94,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="tiny", help=f"of {','.join(shapes.SHAPES)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
-    parser.add_argument("--sync", action="store_true", help="the rows of sync.py as well")
-    parser.add_argument("--ranks", action="store_true", help="the rows of ranks.py as well")
-    parser.add_argument("--name", default="learner", help="of the file under target/bench")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
+    parser.add_argument("--others", type=float, default=0.1, help="maximum cores that other programs may use during a turn")
+    parser.add_argument("--sync", action="store_true", help="also measure the rows of sync.py")
+    parser.add_argument("--ranks", action="store_true", help="also measure the rows of ranks.py")
+    parser.add_argument("--name", default="learner", help="name of the file under target/bench")
     args = parser.parse_args()
     unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
     if unknown or args.rounds < 1:

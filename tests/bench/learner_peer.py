@@ -1,10 +1,10 @@
-"""The peer of learner.py: TRL's GRPO update step, driven line by line (see process.py).
+"""Peer of learner.py: TRL's GRPO update step, controlled line by line (see process.py).
 
 learner_peer.py MODEL_DIR PROMPTS N NEW BATCH THREADS
 
-Writes BATCH before it says that it is ready: random responses `tokens [G, n, new]`, their log-probabilities under the weights
-(`logprobs`, moved by noise so that ratios are not 1), `rewards [G, n]`. Command: `update {calls}` gives the seconds of each update,
-and the loss and the gradient norm of the first.
+Writes BATCH before it reports readiness: random responses `tokens [G, n, new]`, their log-probabilities under the weights
+(`logprobs`, with noise so that ratios are not 1), `rewards [G, n]`. Command: `update {calls}` returns the seconds of each update,
+and the loss and gradient norm of the first.
 """
 
 import json
@@ -44,7 +44,7 @@ class Peer:
         data = load_file(prompts)
         groups = sum(k.endswith(".tokens") for k in data)
         generator = torch.Generator().manual_seed(5)
-        # No special tokens: they are the last of the vocabulary, and neither side would sample them.
+        # Without special tokens, the last of the vocabulary, which neither side samples.
         tokens = torch.randint(0, text.vocab_size - 8, (groups, n, new), generator=generator)
         rewards = torch.rand(groups, n, generator=generator)
         own = [data[f"{g:03}.tokens"] for g in range(groups)]
@@ -85,7 +85,7 @@ class Peer:
 
 def main():
     out = sys.stdout
-    sys.stdout = sys.stderr  # what the trainer prints is no answer
+    sys.stdout = sys.stderr  # keep the trainer's output out of the replies on stdout
     peer = Peer(*sys.argv[1:7])
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:

@@ -1,9 +1,9 @@
 """Loading a model directory against reading its files: `make bench-load`.
 
-The directory has the published 3B configuration and random bfloat16 weights in shards of up to 5 GB (7.5 GB in all; written
-once, kept under target/bench/models). Ours loads it in a fresh process and then reads a byte of every page of every parameter.
-The limit is a sequential read(2) of the same files into one 8 MiB buffer. Both see the same page cache: *warm*, all of it
-there; *cold*, dropped before every turn (both states are verified with mincore). In turns; the first of a round alternates.
+The directory has the published 3B configuration and random bfloat16 weights in shards of up to 5 GB (7.5 GB in total; written
+once, kept under target/bench/models). Ours loads it in a fresh process and then reads one byte of every page of every parameter.
+The limit is a sequential read(2) of the same files into one 8 MiB buffer. Both use the same page cache: *warm*, completely
+cached; *cold*, dropped before every turn (both states are verified with mincore). The sides take turns; the first of a round alternates.
 
 Rows:
     3b-warm-load, 3b-cold-load     bytes per second; ratio = share of the rate of the plain read
@@ -41,7 +41,7 @@ print('{"seconds":%f}' % (time.perf_counter() - start))
 
 @dataclass
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     shape: str = "3b"
     rounds: int = 5
@@ -50,12 +50,12 @@ class Options:
 
 
 def weight_files(directory):
-    """The shards."""
+    """Returns the shards."""
     return sorted(directory.glob("*.safetensors"))
 
 
 def resident(path):
-    """Share of a file that is in the page cache."""
+    """Returns the fraction of a file in the page cache."""
     size = path.stat().st_size
     pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
@@ -76,7 +76,7 @@ def resident(path):
 
 
 def prepare(files, state):
-    """Fills or drops the page cache of the files, and verifies it."""
+    """Fills or drops the page cache of the files, and verifies the result."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         if state == "cold":
@@ -95,7 +95,7 @@ def prepare(files, state):
 
 
 def run(command):
-    """One fresh process; its JSON line."""
+    """Runs a fresh process and returns its JSON line."""
     done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"bench: {command[0]} {command[1]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -103,7 +103,7 @@ def run(command):
 
 
 def measure(options):
-    """All rows."""
+    """Returns all rows."""
     directory, name = shapes.make(options.shape, "bfloat16"), options.shape
     program = shapes.OUT.parent / "release" / "examples" / "load"
     if not program.exists():
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--shape", default="3b", choices=list(shapes.SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="leave from_pretrained out")
+    parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="skip from_pretrained")
     options = Options(**vars(parser.parse_args()))
     table.write("load", table.machine(), measure(options))
 

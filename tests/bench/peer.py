@@ -1,16 +1,16 @@
-"""The peer: `generate` of transformers, driven line by line (see process.py).
+"""Peer: `generate` of transformers, controlled line by line (see process.py).
 
 peer.py MODEL_DIR PROMPTS DEVICE DTYPE THREADS
 
 Commands
     greedy     {groups, new}                       tokens of the most probable continuation of each prompt
     generate   {groups, n, new, cache, calls}      seconds of each call
-    gaps       {responses}                         by how much each token's logit lies below the highest, in standard deviations
-    bandwidth  {}                                  bytes per second that a large copy on the device reads and writes
+    gaps       {responses}                         gap of each token's logit to the highest, in standard deviations
+    bandwidth  {}                                  bytes per second read and written by a large copy on the device
 
-What makes the comparison fair: the image goes through the vision tower once per prompt and its features are repeated (as
-`generate` does by itself), attention is `sdpa`, filters of the distribution are off, special tokens are suppressed by the
-same list, the end token among them, so that no minimum length has to be watched.
+For a fair comparison, the image is encoded once per prompt and its features are repeated (as `generate` does), attention is
+`sdpa`, sampling filters are off, and the same list of special tokens is suppressed, including the end token, so that no minimum
+length is needed.
 """
 
 import json
@@ -43,7 +43,7 @@ class Peer:
         self.images += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
 
     def inputs(self, groups, responses=None):
-        """Left-padded inputs of the first prompts, with responses behind them if given."""
+        """Returns left-padded inputs of the first prompts, followed by responses if given."""
         config, rows = self.model.config, []
         for g in range(groups):
             rows.append(self.prompts[f"{g:03}.tokens"].tolist() + (responses[g] if responses else []))
@@ -62,7 +62,7 @@ class Peer:
                 c.text_config.eos_token_id]
 
     def run(self, inputs, new, cache, **how):
-        """One call of generate, from inputs on the device to new tokens on the host."""
+        """Runs one call of generate, from inputs on the device to new tokens on the host."""
         self.model.model.rope_deltas = None
         options = {"cache_implementation": "static"} if cache != "dynamic" else {}
         if cache == "static-compiled":
@@ -125,7 +125,7 @@ class Peer:
 
 def main():
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # keep library output out of the replies on stdout
 
     def say(reply):
         out.write(json.dumps(reply) + "\n")

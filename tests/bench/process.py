@@ -1,4 +1,4 @@
-"""A program under measurement: reads one JSON command per line, answers with one JSON line, waits on its input in between."""
+"""A measured program: reads one JSON command per line, replies with one JSON line, and waits for input in between."""
 
 import json
 import os
@@ -12,7 +12,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Child:
-    """One side. Its messages go to target/bench/logs/NAME.log."""
+    """One side of a benchmark. Its messages are written to target/bench/logs/NAME.log."""
 
     def __init__(self, name, command, threads):
         logs = OUT / "logs"
@@ -32,12 +32,12 @@ class Child:
         self.process.wait()
 
     def ask(self, op, **args):
-        """Runs one command to its end."""
+        """Runs one command and returns its reply."""
         try:
             self.process.stdin.write(json.dumps({"op": op, **args}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # answer() says what happened
+            pass  # answer() reports the failure
         return self.answer()
 
     def answer(self):
@@ -52,21 +52,21 @@ class Child:
         return reply
 
     def cpu_seconds(self):
-        """Processor time so far, all threads."""
+        """Returns the CPU time of all threads so far."""
         fields = open(f"/proc/{self.process.pid}/stat").read().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
     def peak_mib(self):
-        """Highest resident set so far."""
+        """Returns the peak resident set size in MiB so far."""
         return status_mib(self.process.pid, "VmHWM")
 
     def resident_mib(self):
-        """Resident set now."""
+        """Returns the current resident set size in MiB."""
         return status_mib(self.process.pid, "VmRSS")
 
 
 def status_mib(pid, field):
-    """A field of /proc/PID/status that is given in kB, in MiB."""
+    """Returns a field of /proc/PID/status in MiB (the file has kB)."""
     for line in open(f"/proc/{pid}/status"):
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
@@ -74,13 +74,13 @@ def status_mib(pid, field):
 
 
 class Quiet:
-    """Waits for the machine to be free, and says afterwards whether it was: other programs falsify a turn."""
+    """Waits until the machine is idle and checks that it stayed so, since other programs distort a turn."""
 
     def __init__(self, limit, patience=600.0):
         self.limit, self.patience, self.repeated = limit, patience, 0
 
     def turn(self, own, work):
-        """Runs `work` until it ran with others using at most `limit` cores on average; `own` gives our processor time."""
+        """Runs `work`, repeating it until other programs used at most `limit` cores on average; `own` returns our CPU time."""
         for _ in range(50):
             self.wait()
             busy, mine, start = busy_seconds(), own(), time.monotonic()
@@ -92,7 +92,7 @@ class Quiet:
         raise SystemExit(f"bench: other programs use more than {self.limit} cores; stop them, or raise --others")
 
     def wait(self):
-        """Until one second passes with the machine free."""
+        """Waits for one second with the machine idle."""
         end = time.monotonic() + self.patience
         while time.monotonic() < end:
             busy = busy_seconds()
@@ -103,7 +103,7 @@ class Quiet:
 
 
 def busy_seconds():
-    """Processor time of the whole machine so far, time taken by its host included."""
+    """Returns the CPU time of the whole machine so far, including time stolen by its host."""
     fields = [int(x) for x in open("/proc/stat").readline().split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / TICKS

@@ -1,9 +1,9 @@
-"""Two ranks of a learner on this host: how much of the gradients' sum over ranks is hidden behind the backward pass; part of
+"""Two ranks of a learner on this host: fraction of the gradient all-reduce that is hidden behind the backward pass; part of
 `make bench-learner`.
 
-Each rank is a process with one thread and computes half of the batch of learner.py; ranks talk by Gloo over loopback. In turns:
-updates whose sums begin layer by layer while the backward pass goes on, and updates whose sums all begin after it. What counts is how long
-the rank waits for sums that comes last, which waits for nothing else: the other one waits for it, too.
+Each rank is a process with one thread and computes half of the batch of learner.py; ranks communicate over Gloo on loopback. Updates that
+start the all-reduce layer by layer during the backward pass alternate with updates that start it afterwards. The result is the waiting time of
+the rank that arrives last, since the other one also waits for it.
 
 Rows:
     SHAPE-ranks2-hidden      1 - wait with overlap / wait without; peer null
@@ -29,11 +29,11 @@ def free_port():
 
 
 def measure(shape, rounds):
-    """All rows; learner.py has made the batch."""
+    """Returns all rows; learner.py has written the batch."""
     prompts = shapes.prompts(shape, GROUPS)
     batch = shapes.OUT / "models" / f"{shape}-learner-n{N}.safetensors"
     if not batch.exists():
-        raise SystemExit(f"bench: {batch} is missing: learner.py makes it")
+        raise SystemExit(f"bench: {batch} is missing: learner.py creates it")
     address = f"127.0.0.1:{free_port()}"
     with ThreadPoolExecutor(RANKS) as pool:
         def start(rank):
@@ -42,7 +42,7 @@ def measure(shape, rounds):
         ranks = list(pool.map(start, range(RANKS)))
         try:
             def turn(overlap):
-                """Seconds of an update, and those that the last rank waits, medians."""
+                """Returns the median seconds of an update, and of the waiting of the last rank."""
                 replies = list(pool.map(lambda c: c.ask("update", calls=6, overlap=overlap), ranks))
                 last = [min(waits) for waits in zip(*(r["waits"] for r in replies))]
                 return median(max(s) for s in zip(*(r["seconds"] for r in replies))), median(last)
@@ -57,7 +57,7 @@ def measure(shape, rounds):
     shares = [1 - a / b for (_, a), (_, b) in zip(found[True], found[False])]
     update, wait = ({o: median(v[i] for v in found[o]) * 1e3 for o in found} for i in (0, 1))
     notes = [f"{shape}, {RANKS} ranks of one thread: an update takes {update[True]:.0f} ms, of which the last rank waits {wait[True]:.2f} "
-             f"ms for sums; {update[False]:.0f} ms and {wait[False]:.2f} ms where they begin after the backward pass"]
+             f"ms for the all-reduce; {update[False]:.0f} ms and {wait[False]:.2f} ms if it starts after the backward pass"]
     print("bench:", notes[0], flush=True)
     return [table.row(f"{shape}-ranks{RANKS}-hidden", "share of the sums' time", median(shares), None, None, median(shares),
                       table.spread(shares))], notes

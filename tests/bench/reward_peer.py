@@ -1,7 +1,7 @@
-"""Localization, vision relevance and format as reward functions for TRL are written: numpy and scipy, one function per component
-that gets the completions and, per completion, the columns of its record, and returns a list of numbers. `reward_peer.py DIR values`
-prints all scores; `reward_peer.py DIR flat SECONDS` gives responses per second; `grouped` in its place hands over one group per call
-and shares what its completions have in common, which TRL's functions cannot know.
+"""Localization, vision relevance and format in the style of TRL reward functions: numpy and scipy, one function per component that gets
+the completions and, per completion, the columns of its record, and returns a list of numbers. `reward_peer.py DIR values` prints all
+scores; `reward_peer.py DIR flat SECONDS` prints responses per second; `grouped` instead of `flat` passes one group per call and shares
+work between its completions, which TRL's functions cannot.
 """
 
 import json
@@ -21,7 +21,7 @@ FORM = re.compile(r"\s*(?:\[[^\[\]]*\][\s,]*)+[^\[\]]*\S[^\[\]]*")
 
 
 def read_boxes(text):
-    """Every bracket with four numbers."""
+    """Returns all brackets with four numbers."""
     boxes = []
     for inner in BOX.findall(text):
         try:
@@ -34,13 +34,13 @@ def read_boxes(text):
 
 
 def valid(boxes, image):
-    """Finite, not inverted, with area, inside (a pixel of slack)."""
+    """Returns whether a box is finite, not inverted, has area and is inside the image (with one pixel of slack)."""
     ok = np.isfinite(boxes).all(1) & (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])
     return ok & (boxes[:, :2] >= -1).all(1) & (boxes[:, 2] <= image[0] + 1) & (boxes[:, 3] <= image[1] + 1)
 
 
 def iou(a, b):
-    """Matrix of IoUs."""
+    """Returns the matrix of IoUs."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     inside = np.clip(high - low, 0, None).prod(2)
@@ -49,7 +49,7 @@ def iou(a, b):
 
 
 def localization_reward(completions, boxes, image):
-    """Soft F1."""
+    """Computes the soft F1 score."""
     scores = []
     for text, truth in zip(completions, boxes):
         said = read_boxes(text)
@@ -64,7 +64,7 @@ def localization_reward(completions, boxes, image):
 
 
 def coverage(truth, grid, image):
-    """Share of each cell that the union of the boxes covers: exact, by cutting the image at every edge."""
+    """Returns the fraction of each cell covered by the union of the boxes; exact, by cutting the image at every edge."""
     xs = np.unique(np.concatenate([np.linspace(0, image[0], grid[1] + 1), truth[:, 0], truth[:, 2]]).clip(0, image[0]))
     ys = np.unique(np.concatenate([np.linspace(0, image[1], grid[0] + 1), truth[:, 1], truth[:, 3]]).clip(0, image[1]))
     mx, my = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
@@ -80,7 +80,7 @@ def coverage(truth, grid, image):
 
 
 def vision_reward(completions, spans, tokens, rows, category, boxes, grid, image, shared=None):
-    """Chance-corrected attention of the class tokens on the boxes; `shared` = their coverage where all completions have the same."""
+    """Computes the chance-corrected attention of the class tokens to the boxes; `shared` is their coverage if equal for all completions."""
     scores = []
     for text, span, token, row, name, truth in zip(completions, spans, tokens, rows, category, boxes):
         m = coverage(truth, grid, image) if shared is None else shared
@@ -101,12 +101,12 @@ def vision_reward(completions, spans, tokens, rows, category, boxes, grid, image
 
 
 def format_reward(completions):
-    """The form that was asked for."""
+    """Scores the form of the answer."""
     return [1.0 if FORM.fullmatch(t) and len(read_boxes(t)) == t.count("[") else 0.0 for t in completions]
 
 
 def score(batch, grid, image, grouped):
-    """All components of a batch, and the total."""
+    """Returns all components of a batch, and the total."""
     texts, boxes = batch["texts"], batch["boxes"]
     shared = coverage(boxes[0], grid, image) if grouped else None
     place = localization_reward(texts, boxes, image)
@@ -116,7 +116,7 @@ def score(batch, grid, image, grouped):
 
 
 def load(folder):
-    """Groups as a trainer would hand them over."""
+    """Returns groups as passed by a trainer."""
     data = json.load(open(f"{folder}/groups.json"))
     raw = open(f"{folder}/rows.bin", "rb").read()
     grid, image = tuple(data["grid"]), tuple(data["image"])
@@ -134,7 +134,7 @@ def load(folder):
 
 
 def main():
-    """See the top."""
+    """Runs the mode given on the command line."""
     groups, grid, image = load(sys.argv[1])
     if sys.argv[2] == "values":
         print(json.dumps([r for g in groups for r in score(g, grid, image, False)]))

@@ -1,26 +1,27 @@
 """Rollout against `generate` of transformers, in turns: `make bench-rollout`, `make bench-gpu`.
 
-Each of 4 prompts holds one image of 256 tokens and about 30 text tokens; n responses of 64 tokens are sampled to each, at
-temperature 1 with no filter. A side's number is tokens per second over whole calls, from pixel values to tokens on the host,
-image encoding included. Both sides run the same random weights with the same number of threads, as processes that wait on
-their input while it is the other's turn. Ours also returns log-probabilities and attention rows; the peer does not.
+Each of 4 prompts has one image of 256 tokens and about 30 text tokens; n responses of 64 tokens are sampled for each, at
+temperature 1 without filters. The result is tokens per second over complete calls, from pixel values to tokens on the host,
+including image encoding. Both sides use the same random weights with the same number of threads, as processes that wait for
+input during the other's turn. Ours also returns log-probabilities and attention rows; the peer does not.
 
-First, both sides must give the same 64 most probable tokens to each prompt; the benchmark ends with an error that names the
-first difference otherwise. In bfloat16, where rounding decides near ties, this is done with the 6m shape in float32 on the same
-device, and of the shape itself our tokens must lie close to the peer's highest logits on average. The peer's fastest cache is used, as measured before the rounds.
+First, both sides must generate the same 64 greedy tokens for each prompt; otherwise the benchmark fails with the first
+difference. In bfloat16, where rounding decides near ties, this is checked with the 6m shape in float32 on the same device, and for
+the shape itself our tokens must be close to the peer's highest logits on average. The peer uses its fastest cache, measured before the
+rounds.
 
 Rows, for each shape (shapes.py has the sizes):
     SHAPE-n8, SHAPE-n1       tokens per second with 8 and 1 responses per prompt, attention capture on
-    SHAPE-attention-n8       share of rollout time that the capture costs: ours with and without it, in turns
-    SHAPE-images-n8          images that go through the vision tower, per image
-    SHAPE-memory-n8          peak memory of one call above the loaded model, in a process of its own
-    SHAPE-growth-n8          our peak of a call with 8 responses per prompt over that with 1
-    SHAPE-bandwidth-n8       (--bandwidth) share of the memory-bandwidth bound of decoding with 64 responses under way: bytes of
-                             weights, keys and values that a step must read, over the bandwidth of a large copy, over the
+    SHAPE-attention-n8       fraction of rollout time spent on the capture: ours with and without it, in turns
+    SHAPE-images-n8          number of times that each image is encoded
+    SHAPE-memory-n8          peak memory of one call above the loaded model, in a separate process
+    SHAPE-growth-n8          our peak of a call with 8 responses per prompt, divided by that with 1
+    SHAPE-bandwidth-n8       (--bandwidth) share of the memory-bandwidth bound of decoding 64 responses: bytes of weights,
+                             keys and values that a step must read, divided by the bandwidth of a large copy and by the
                              time of a step
-`spread` is (highest - lowest) / median of the ratios of the rounds. A turn waits until the machine is free, and is repeated
-when other programs used more than --others cores while it ran. The notes say how often, and how much processor time the idle
-side used.
+`spread` is (highest - lowest) / median of the ratios of the rounds. A turn waits until the machine is idle, and is repeated
+if other programs used more than --others cores meanwhile. The notes give the number of repetitions and the CPU time of the idle
+side.
 
     rollout.py --shapes 6m,100m --rounds 5 [--device cuda --dtype bfloat16] [--load] [--name rollout]
 """
@@ -36,11 +37,11 @@ import table
 from process import Child, Quiet
 
 GROUPS, PROMPTS, NEW, TURN_SECONDS = 4, 8, 64, 2.0
-CLOSE = 0.25  # standard deviations of the logits; an answer of another model lies about 4 below the highest
+CLOSE = 0.25  # standard deviations of the logits; tokens of another model are about 4 below the highest
 
 
 class Pair:
-    """Both sides with one model, and the processor time of whoever waits."""
+    """Both sides with the same model, and the CPU time of the waiting side."""
 
     def __init__(self, shape, args, dtype=None):
         self.shape, self.args, self.dtype = shape, args, dtype or args.dtype
@@ -64,7 +65,7 @@ class Pair:
             child.__exit__()
 
     def turn(self, side, **command):
-        """Seconds of each call of one turn; the other side must sleep."""
+        """Returns the seconds of each call of one turn; the other side must sleep."""
         other = self.peer if side is self.ours else self.ours
         own = self.ours.cpu_seconds, self.peer.cpu_seconds
         before = other.cpu_seconds()
@@ -82,13 +83,13 @@ def binary(name):
 
 
 def check(pair):
-    """Equal greedy tokens, or near ties where the number kind rounds."""
+    """Checks for equal greedy tokens, or for near ties in bfloat16."""
     ours = pair.ours.ask("greedy", groups=GROUPS, new=NEW)["tokens"]
     if pair.dtype != "float32":
         gaps = pair.peer.ask("gaps", responses=ours)["gaps"]
         gap = mean(gap for row in gaps for gap in row)
         if not gap <= CLOSE:
-            raise SystemExit(f"bench: {pair.shape}: our greedy tokens lie {gap:.3f} standard deviations below the peer's highest "
+            raise SystemExit(f"bench: {pair.shape}: our greedy tokens are {gap:.3f} standard deviations below the peer's highest "
                              "logits on average: the two sides do not run the same model")
         return f"{pair.shape}: our greedy tokens lie {gap:.4f} standard deviations below the peer's highest logits on average"
     peer = pair.peer.ask("greedy", groups=GROUPS, new=NEW)["tokens"]
@@ -105,7 +106,7 @@ def check(pair):
 
 
 def fastest_cache(pair, n, names):
-    """The peer's cache with the shortest second call (the first may compile), and all of these."""
+    """Returns the peer's cache with the shortest second call (the first may compile), and the times of all caches."""
     times = {}
     for cache in names:
         pair.peer.ask("generate", groups=GROUPS, n=n, new=NEW, cache=cache, calls=1)
@@ -116,7 +117,7 @@ def fastest_cache(pair, n, names):
 
 
 def rounds(pair, n, caches, count):
-    """Turns A B A B …, the first of a round alternating; returns seconds per call of each side and without capture."""
+    """Runs turns A B A B …, with the first of a round alternating; returns seconds per call of each side, and of ours without capture."""
     cache, times = fastest_cache(pair, n, caches)
     work = dict(groups=GROUPS, n=n, new=NEW)
     pair.ours.ask("generate", **work, capture=True, calls=1)
@@ -139,7 +140,7 @@ def rounds(pair, n, caches, count):
 
 
 def calls_for(seconds):
-    """Calls in one turn, so that a turn is long against the clock and the scheduler."""
+    """Returns the number of calls in a turn, so that it is long compared with clock resolution and scheduling."""
     return max(1, round(TURN_SECONDS / seconds))
 
 
@@ -160,7 +161,7 @@ def speed_rows(pair, count, caches):
 
 
 def memory_rows(pair):
-    """Peaks of one call in a fresh process, and images encoded."""
+    """Measures the peak memory of one call in a fresh process, and the number of encoded images."""
     above, images, shape = {}, {}, pair.shape
     for side, n, how in (("ours", 1, {"capture": True}), ("ours", 8, {"capture": True}), ("peer", 8, {"cache": "dynamic"})):
         with pair.start(side) as child:
@@ -178,7 +179,7 @@ def memory_rows(pair):
 
 
 def bandwidth_row(pair, count):
-    """Decoding with 64 responses under way (8 prompts x 8), against what memory can deliver."""
+    """Measures decoding of 64 responses (8 prompts x 8) against the memory bandwidth."""
     text, groups, n, short = shapes.config_of(pair.shape).text_config, PROMPTS, 8, 16
     size = {"float32": 4, "bfloat16": 2}[pair.dtype]
     weights = shapes.decoder_parameters(pair.shape) * size
@@ -190,7 +191,7 @@ def bandwidth_row(pair, count):
     work = dict(groups=groups, n=n, capture=True)
     pair.ours.ask("generate", **work, new=NEW, calls=1)
     for _ in range(count):
-        # Two lengths differ in decode steps only; the mean row of the difference lies half way between them.
+        # Calls of two lengths differ in decode steps only; the mean length of these steps is half way between them.
         calls = calls_for(median(pair.turn(pair.ours, **work, new=short, calls=1)))
         first = median(pair.turn(pair.ours, **work, new=short, calls=calls))
         second = median(pair.turn(pair.ours, **work, new=NEW, calls=calls))
@@ -211,17 +212,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
     parser.add_argument("--caches", default="dynamic,static-compiled",
-                        help="the peer's caches to choose from: dynamic, static, static-compiled")
-    parser.add_argument("--others", type=float, default=0.1, help="cores that other programs may use during a turn")
-    parser.add_argument("--bandwidth", action="store_true", help="the share of the memory-bandwidth bound as well")
-    parser.add_argument("--load", action="store_true", help="the rows of load.py as well")
-    parser.add_argument("--name", default="rollout", help="of the file under target/bench")
+                        help="caches of the peer to choose from: dynamic, static, static-compiled")
+    parser.add_argument("--others", type=float, default=0.1, help="maximum cores that other programs may use during a turn")
+    parser.add_argument("--bandwidth", action="store_true", help="also measure the share of the memory-bandwidth bound")
+    parser.add_argument("--load", action="store_true", help="also measure the rows of load.py")
+    parser.add_argument("--name", default="rollout", help="name of the file under target/bench")
     args = parser.parse_args()
     unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
     if unknown or args.rounds < 1:
-        parser.error(f"there is no shape {unknown[0]}" if unknown else "--rounds must be at least 1")
+        parser.error(f"unknown shape {unknown[0]}" if unknown else "--rounds must be at least 1")
     if args.device != "cpu":
         require_gpu()
     caches = args.caches.split(",")
@@ -251,7 +252,7 @@ def main():
 def require_gpu():
     import torch
     if not torch.cuda.is_available():
-        raise SystemExit("bench: no GPU is usable here (torch.cuda.is_available() is false): bench-gpu needs an NVIDIA GPU and "
+        raise SystemExit("bench: no usable GPU (torch.cuda.is_available() is false): bench-gpu needs an NVIDIA GPU and "
                          "its driver; make bench-rollout runs on the CPU")
 
 

@@ -1,8 +1,8 @@
-"""The model shapes of the benchmarks, as Hugging Face directories with random weights, and the prompts that go with them.
+"""Model shapes of the benchmarks as Hugging Face directories with random weights, and their prompts.
 
 Shapes keep the proportions of the published family: a vision tower of a fifth to a quarter of all parameters, few
 key/value heads, a gated MLP several times as wide as the residual stream, 14-pixel patches merged 2 x 2, 112-pixel windows.
-`tiny` is the preset of that name, with patches of 8 pixels and windows of 32.
+`tiny` is the preset of the same name, with patches of 8 pixels and windows of 32.
 
     tiny    1,060,000 parameters   decoder 128 wide, 4 layers; vision tower 64 wide, 3 blocks
     6m      6,112,896 parameters   decoder 192 wide, 8 layers; vision tower 128 wide, 5 blocks
@@ -10,8 +10,8 @@ key/value heads, a gated MLP several times as wide as the residual stream, 14-pi
     3b  3,754,622,976 parameters   the published 3B configuration
     7b  8,292,166,656 parameters   the published 7B configuration
 
-Weights are wide enough for attention and logits that differ from token to token. Directories are written shard by shard,
-so that the memory that is needed is that of one shard; they are kept under target/bench/models.
+Weights are wide enough that attention and logits differ from token to token. Directories are written shard by shard, so that
+only one shard is in memory; they are kept under target/bench/models.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OUT = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "bench"
-RECIPE = 3  # counted up when what is written here changes
+RECIPE = 3  # increase when the written content changes
 SHARD_BYTES = 5_000_000_000
 
 # vocabulary, decoder (hidden, layers, heads, kv heads, intermediate, rotary section, rotary base), vision tower (hidden,
@@ -39,13 +39,13 @@ SHAPES = {
     "3b": (151936, (2048, 36, 16, 2, 11008, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), True),
     "7b": (152064, (3584, 28, 28, 4, 18944, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), False),
 }
-PATCH = {"tiny": (8, 32)}  # side of a patch and of a window in pixels, where they are not the published 14 and 112
+PATCH = {"tiny": (8, 32)}  # side of a patch and of a window in pixels, if not the published 14 and 112
 GRID = [1, 32, 32]  # patches of an image: 256 image tokens
-TEXT_TOKENS = 30  # of a prompt, on average
+TEXT_TOKENS = 30  # mean text tokens of a prompt
 
 
 def config_of(shape):
-    """The shape as a configuration of transformers; the last ids of the vocabulary are the special ones."""
+    """Returns the shape as a configuration of transformers; the last ids of the vocabulary are the special tokens."""
     vocab, text, vision, tied = SHAPES[shape]
     hidden, layers, heads, kv, intermediate, section, theta = text
     patch, window = PATCH.get(shape, (14, 112))
@@ -64,7 +64,7 @@ def config_of(shape):
 
 
 def tensors_of(config):
-    """Published names and shapes, in the order of the model."""
+    """Returns published tensor names and shapes, in the order of the model."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     out = {}
@@ -77,12 +77,12 @@ def tensors_of(config):
 
 
 def parameters(shape):
-    """Number of all parameters, the vision tower's included; a tied output matrix counts once."""
+    """Returns the number of all parameters, including the vision tower; a tied output matrix counts once."""
     return sum(torch.Size(s).numel() for s in tensors_of(config_of(shape)).values())
 
 
 class Noise:
-    """Normal numbers, cut from one random block that is drawn once: cheap for billions of them."""
+    """Returns normally distributed numbers, cut from one random block: cheap for billions of them."""
 
     def __init__(self, seed, dtype):
         generator = torch.Generator().manual_seed(seed)
@@ -101,19 +101,19 @@ class Noise:
 
 
 def weight(name, shape, noise, hidden):
-    """A tensor that matters: norms and biases vary, matrices keep the scale of what goes through them."""
+    """Returns a non-trivial tensor: norms and biases vary, matrices preserve the scale of activations."""
     if len(shape) == 1:
         bias = name.endswith(".bias")
         return noise.take(shape, 0.2) + (0 if bias else 1)
     if "embed_tokens" in name or name.startswith("lm_head"):
         return noise.take(shape, 3 / hidden**0.5)
-    # Wide enough that the most probable tokens vary, narrow enough that rounding in fp32 does not decide between them.
+    # Wide enough that the most probable tokens vary, narrow enough that fp32 rounding does not decide between them.
     gain = 1.0 if name.startswith("visual.") else 1.6
     return noise.take(shape, gain / torch.Size(shape[1:]).numel()**0.5)
 
 
 def make(shape, dtype):
-    """The directory of a shape in a number kind; written the first time."""
+    """Returns the directory of a shape in a dtype; written on first use."""
     final = OUT / "models" / f"{shape}-{dtype}"
     stamp = json.dumps([RECIPE, SHAPES[shape], dtype])
     if (final / "recipe.json").exists() and (final / "recipe.json").read_text() == stamp:
@@ -135,7 +135,7 @@ def make(shape, dtype):
 
 
 def write_shards(where, tensors, noise, kind, hidden):
-    """Shards of at most SHARD_BYTES and their index, or one model.safetensors where that suffices."""
+    """Writes shards of at most SHARD_BYTES and their index, or a single model.safetensors if it fits."""
     shards, size = [[]], 0
     for name, shape in tensors.items():
         own = torch.Size(shape).numel() * kind.itemsize
@@ -160,7 +160,7 @@ def write_shards(where, tensors, noise, kind, hidden):
 
 
 def prompts(shape, count):
-    """A safetensors file with `count` prompts: one image of 256 tokens and about 30 text tokens of unequal number."""
+    """Writes a safetensors file with `count` prompts: one image of 256 tokens and about 30 text tokens, varying in number."""
     config = config_of(shape)
     path = OUT / "models" / f"{shape}-prompts-{count}.safetensors"
     generator = torch.Generator().manual_seed(11)
@@ -180,7 +180,7 @@ def prompts(shape, count):
 
 
 def decoder_parameters(shape):
-    """Parameters that a decode step reads: all but the vision tower, and the embedding only where it is the output matrix."""
+    """Returns the number of parameters read by a decode step: all but the vision tower; the embedding only if it is the output matrix."""
     config = config_of(shape)
     skip = "visual." if config.tie_word_embeddings else ("visual.", "model.embed_tokens.")
     return sum(torch.Size(s).numel() for name, s in tensors_of(config).items() if not name.startswith(skip))

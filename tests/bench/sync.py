@@ -1,15 +1,15 @@
 """Weight sync from a learner to a worker on the same host, as a share of plain loopback TCP: part of `make bench-learner`.
 
-Two processes of `sync_bench` (crates/learner/examples) hold tensors of the 3B shape in the kind of numbers that travels. A sync is
-what a run does for each version: the learner copies its tensors into chunks with their CRC-32C, the worker fetches them over gRPC,
-checks every chunk and the whole, and copies them into its model. Its time is from the first of these to the last, with nothing
-else going on. The limit is the same number of bytes between the same two processes over a plain TCP connection, written from and
-read into one buffer of 1 MiB, without checksums. In turns; the first of a round alternates. Buffers are made by one sync before.
-Then the worker joins, and the same goes by a broadcast over Gloo, whose world a first one makes.
+Two processes of `sync_bench` (crates/learner/examples) hold tensors of the 3B shape in the transferred dtype. A sync is the weight
+transfer of one version in a run: the learner copies its tensors into chunks with CRC-32C, the worker fetches them over gRPC, verifies
+every chunk and the whole, and copies them into its model. The measured time covers all of this, on an otherwise idle machine. The limit is
+the same number of bytes between the same two processes over a plain TCP connection, with one buffer of 1 MiB on each side and without
+checksums. The methods take turns; the first of a round alternates. A sync before the measurement allocates the buffers. Then the worker
+receives the same bytes by a broadcast over Gloo, whose group is created by a first broadcast.
 
 Rows:
-    3b-grpc-sync     bytes per second; ratio = share of the plain rate (aim 0.25), peer null
-    3b-gloo-sync     the same by broadcast to one worker; peer = the gRPC stream of the same round
+    3b-grpc-sync     bytes per second; ratio = share of the plain rate (target 0.25), peer null
+    3b-gloo-sync     broadcast to one worker; peer = the gRPC stream of the same round
 """
 
 import argparse
@@ -29,7 +29,7 @@ PROGRAM = shapes.OUT.parent / "release" / "examples" / "sync_bench"
 
 
 def chosen(shape, gigabytes, width):
-    """Names and shapes of the model, or of its first tensors up to a size."""
+    """Returns names and shapes of the model, or of its first tensors up to a size."""
     out, total = {}, 0
     for name, size in shapes.tensors_of(shapes.config_of(shape)).items():
         total += shapes.torch.Size(size).numel() * width
@@ -40,14 +40,14 @@ def chosen(shape, gigabytes, width):
 
 
 def both(pool, sender, receiver, op):
-    """One command to both at the same time; both replies and the seconds until both are there."""
+    """Sends a command to both sides at the same time; returns both replies and the seconds until the later one."""
     start = time.perf_counter()
     replies = [pool.submit(child.ask, op) for child in (sender, receiver)]
     return [r.result() for r in replies], time.perf_counter() - start
 
 
 def measure(options):
-    """All rows."""
+    """Returns all rows."""
     if not PROGRAM.exists():
         raise SystemExit(f"bench: {PROGRAM} is missing; run it through make, or cargo build --release --examples")
     width = {"bfloat16": 2, "float32": 4}[options.dtype]
@@ -62,7 +62,7 @@ def measure(options):
 
 
 def broadcast(pool, sender, receiver):
-    """One sync by broadcast in a world that stands; as `both`."""
+    """Runs one sync by broadcast in an existing group; returns the same as `both`."""
     receiver.ask("join")
     both(pool, sender, receiver, "sync")
     sender.ask("sent")
@@ -70,7 +70,7 @@ def broadcast(pool, sender, receiver):
     deadline = time.monotonic() + 10
     while not sender.ask("sent")["broadcasts"]:
         if time.monotonic() > deadline:
-            raise SystemExit("bench: a version that was to be broadcast went as a stream")
+            raise SystemExit("bench: a version was streamed instead of broadcast")
         time.sleep(0.01)
     receiver.ask("leave")
     return found
@@ -101,7 +101,7 @@ def rounds(options, pool, sender, receiver, size):
 
 @dataclass
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     shape: str = "3b"
     gigabytes: float = 0
@@ -112,7 +112,7 @@ class Options:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="3b", choices=list(shapes.SHAPES))
-    parser.add_argument("--gigabytes", type=float, default=0, help="only the first tensors, up to this size; 0 = all")
+    parser.add_argument("--gigabytes", type=float, default=0, help="only the first tensors up to this size; 0: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=5)
     rows, notes = measure(Options(**vars(parser.parse_args())))

@@ -1,6 +1,6 @@
-"""Rows of a benchmark: medians, spread, the machine, and the JSON file they go to.
+"""Rows of a benchmark, with medians, spread and a description of the machine, and their JSON file.
 
-A row: name, unit, ours, peer, peer_name, ratio, spread. `ratio` above 1 means ours is better; where `peer` is null the row is
+A row: name, unit, ours, peer, peer_name, ratio, spread. `ratio` above 1 means ours is better; if `peer` is null, the row is
 a share of a limit and `ratio` is that share. `spread` is (highest - lowest) / median of the ratios of the single rounds.
 """
 
@@ -13,12 +13,12 @@ from shapes import OUT
 
 
 def spread(ratios):
-    """(highest - lowest) / median."""
+    """Returns (highest - lowest) / median."""
     return (max(ratios) - min(ratios)) / median(ratios) if median(ratios) else 0.0
 
 
 def row(name, unit, ours, peer, peer_name, ratio, spread=None):
-    """One row; prints it."""
+    """Prints and returns a row."""
     def short(x):
         return "-" if x is None else f"{x:.4g}"
     print(f"{name:28} {short(ours):>9} {short(peer):>9}  ratio {short(ratio):>7}  spread {short(spread):>7}  "
@@ -27,7 +27,7 @@ def row(name, unit, ours, peer, peer_name, ratio, spread=None):
 
 
 def machine(gpu=None):
-    """What it was measured on."""
+    """Describes the machine."""
     import torch
     import transformers
     models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
@@ -39,7 +39,7 @@ def machine(gpu=None):
 
 
 def write(name, machine, rows, notes=()):
-    """target/bench/NAME.json."""
+    """Writes target/bench/NAME.json."""
     path = OUT / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "rows": rows, "notes": list(notes)}, indent=1) + "\n")

@@ -1,5 +1,5 @@
-//! `make chaos SEED=… FAULTS=…`: the soak, with every fault as it happens and the verdict as JSON at the end. Exit code 1 when anything is
-//! wrong.
+//! Runs the soak (`make chaos SEED=… FAULTS=…`): prints every fault as it happens and the verdict as JSON at the end. Exits with code 1 if
+//! anything is wrong.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         eprintln!("usage: chaos SEED FAULTS");
         return ExitCode::from(2);
     };
-    let plan = Plan { seed, faults: faults as usize, longest: Duration::from_secs(12) };
+    let plan = Plan { seed, faults: faults as usize, max_duration: Duration::from_secs(12) };
     let verdict = soak(plan, &mut |line| println!("{line}"));
     match serde_json::to_string_pretty(&verdict) {
         Ok(text) => println!("{text}"),

@@ -1,9 +1,9 @@
-"""Values that the chart is rendered with. Must not know: what is tested about them."""
+"""Values with which the tests render the chart."""
 from chart import SHAPES, merged, values_of
 
-#: The least that there must be.
+#: The required values.
 GOOD = {"objectStore": {"url": "s3://b/p"}, "auth": {"existingSecret": "unveil-token"}}
-#: Everything that can be switched on, beside what the values files have.
+#: All optional features that the values files do not use.
 EVERYTHING = {
     "podLabels": {"team": "imaging"},
     "podAnnotations": {"example.com/note": "a"},
@@ -23,7 +23,7 @@ EVERYTHING = {
 
 
 def cases():
-    """(name, values): each shape, a shape together with another endpoint, everything at once, and without what can be left out."""
+    """Returns (name, values): each shape, a shape with another endpoint, all features together, and the minimum."""
     out = [(name, values_of(name)) for name in SHAPES]
     out.append(("one-gpu+s3-endpoint", values_of("one-gpu", "s3-endpoint")))
     out.append(("everything", merged(values_of("cpu-demo", "s3-endpoint"), EVERYTHING)))

@@ -1,4 +1,4 @@
-"""The chart as Helm's own engine renders it, and the parts of what comes out. Must not know: what is right or wrong about them."""
+"""Rendering of the chart with Helm's engine, and access to the rendered objects."""
 import copy
 import functools
 import os
@@ -12,13 +12,13 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 CHART = ROOT / "cluster/helm/unveil"
 VALUES = {path.stem: path for path in sorted((CHART / "values").glob("*.yaml"))}
-#: Those with a run beside them; the others are laid over one of these.
+#: Values files with a run configuration; the others are used on top of one of these.
 SHAPES = [name for name, path in VALUES.items() if path.with_suffix(".toml").exists()]
 RELEASE, NAMESPACE = "demo", "med"
 
 
 class Strict(yaml.SafeLoader):
-    """Refuses a key that is given twice, which YAML libraries let pass and Kubernetes does not."""
+    """Loader that refuses duplicate keys, which YAML libraries accept and Kubernetes does not."""
 
 
 def _mapping(loader, node):
@@ -33,7 +33,7 @@ Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def submit(*arguments, folder="/"):
-    """`unveil submit kubernetes`, where helm is not installed."""
+    """Runs `unveil submit kubernetes` without helm."""
     command = [os.environ["UNVEIL"], "submit", "kubernetes", *arguments]
     return subprocess.run(command, env=os.environ | {"PATH": "/nowhere"}, cwd=folder, capture_output=True, text=True)
 
@@ -46,7 +46,7 @@ def _generated(path):
 
 
 def values_of(*names):
-    """What `submit` makes of the run beside the first values file, and the files laid over it one after the other."""
+    """Returns the values that `submit` generates for the run of the first values file, overlaid with all given files."""
     run = VALUES[names[0]].with_suffix(".toml")
     out = _generated(run) if run.exists() else {}
     for name in names:
@@ -55,7 +55,7 @@ def values_of(*names):
 
 
 def merged(base, over):
-    """Maps are joined, everything else is replaced."""
+    """Merges maps recursively; other values are replaced."""
     out = copy.deepcopy(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -64,34 +64,34 @@ def merged(base, over):
 
 
 def files(values):
-    """Rendered text by template."""
+    """Returns the rendered text by template."""
     with helm_python.Chart.load(CHART) as chart:
         return chart.render(values=values, name=RELEASE, namespace=NAMESPACE)
 
 
 def render(values):
-    """The objects, in the order of their templates; the notes are none."""
+    """Returns the rendered objects in the order of their templates, without the notes."""
     text = files(values)
     documents = (d for name in sorted(text) if name.endswith(".yaml") for d in yaml.load_all(text[name], Strict))
     return [d for d in documents if d]
 
 
 def named(documents, kind, end=""):
-    """The one object of that kind whose name ends so."""
+    """Returns the single object of a kind whose name has the given ending."""
     found = [d for d in documents if d["kind"] == kind and d["metadata"]["name"].endswith(end)]
     assert len(found) == 1, f"{kind} …{end}: {[d['metadata']['name'] for d in found]}"
     return found[0]
 
 
 def job(documents, role):
-    """The Job of a role."""
+    """Returns the Job of a role."""
     found = [d for d in documents if d["kind"] == "Job" and d["metadata"]["labels"]["app.kubernetes.io/component"] == role]
     assert len(found) == 1, f"Jobs of {role}: {len(found)}"
     return found[0]
 
 
 def pods(documents):
-    """(what it is called, labels, pod specification) of everything that runs."""
+    """Returns (name, labels, pod specification) of all workloads."""
     out = []
     for d in documents:
         name = f"{d['kind']} {d['metadata']['name']}"
@@ -104,12 +104,12 @@ def pods(documents):
 
 
 def containers(spec):
-    """(container, whether it is an init container)."""
+    """Returns (container, whether it is an init container)."""
     return [(c, True) for c in spec.get("initContainers", [])] + [(c, False) for c in spec["containers"]]
 
 
 def environment(documents, container):
-    """Variables with plain values, those of ConfigMaps first, as the kubelet sets them."""
+    """Returns the variables with plain values in the order of the kubelet: ConfigMaps first."""
     maps = {d["metadata"]["name"]: d["data"] for d in documents if d["kind"] == "ConfigMap"}
     out = {}
     for source in container.get("envFrom", []):

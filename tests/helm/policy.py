@@ -1,4 +1,4 @@
-"""What every rendered chart must keep to. Each rule returns its faults as lines; none is good."""
+"""Rules for every rendered chart. Each rule yields its violations as lines."""
 import re
 
 from chart import containers, pods
@@ -10,12 +10,12 @@ READ_ONLY = {"configMap", "secret", "projected", "downwardAPI", "image"}
 
 
 def faults(documents):
-    """All rules over all objects."""
+    """Returns the violations of all rules."""
     return [line for rule in (security, images, resources, probes, volumes, secrets, references, networks, monitors) for line in rule(documents)]
 
 
 def security(documents):
-    """The restricted profile of the pod security standards, and a root file system that is read-only."""
+    """The restricted profile of the pod security standards, and a read-only root file system."""
     for name, _, spec in pods(documents):
         pod = spec.get("securityContext", {})
         for key in ("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"):
@@ -40,7 +40,7 @@ def security(documents):
 
 
 def images(documents):
-    """No tag that moves."""
+    """No mutable image tags."""
     for name, _, spec in pods(documents):
         for c, _ in containers(spec):
             if not PINNED.match(c["image"]):
@@ -48,7 +48,7 @@ def images(documents):
 
 
 def resources(documents):
-    """Requests and limits of processor and memory; what is extended (GPUs) has a limit of the same size or none."""
+    """Requests and limits of CPU and memory; extended resources (GPUs) have an equal limit or none."""
     for name, _, spec in pods(documents):
         for c, _ in containers(spec):
             for side in ("requests", "limits"):
@@ -58,7 +58,7 @@ def resources(documents):
 
 
 def probes(documents):
-    """Start-up, liveness and readiness by gRPC at a declared port, of everything that stays. A test pod ends by itself."""
+    """gRPC start-up, liveness and readiness probes at a declared port for all workloads except test pods, which end by themselves."""
     for name, labels, spec in pods(documents):
         if labels["app.kubernetes.io/component"] == "test":
             continue
@@ -67,7 +67,7 @@ def probes(documents):
             for probe in () if init else ("startupProbe", "livenessProbe", "readinessProbe"):
                 found = c.get(probe, {}).get("grpc", {})
                 if found.get("port") not in ports:
-                    yield f"{name}, {c['name']}: no {probe} at a port of its own"
+                    yield f"{name}, {c['name']}: no {probe} at one of its ports"
                 if (found.get("service") == "ready") != (probe == "readinessProbe"):
                     yield f"{name}, {c['name']}: {probe} asks for the wrong service"
         taken = [p["containerPort"] for c in spec["containers"] for p in c.get("ports", [])]
@@ -76,7 +76,7 @@ def probes(documents):
 
 
 def volumes(documents):
-    """What can be written is a pod's own and bounded; everything else is mounted read-only."""
+    """Writable volumes belong to one pod and have a size limit; all others are mounted read-only."""
     for name, _, spec in pods(documents):
         kinds = {}
         for v in spec.get("volumes", []):
@@ -90,7 +90,7 @@ def volumes(documents):
         for c, _ in containers(spec):
             for m in c.get("volumeMounts", []):
                 if m["name"] not in kinds:
-                    yield f"{name}, {c['name']}: mounts {m['name']}, which there is not"
+                    yield f"{name}, {c['name']}: mounts {m['name']}, which does not exist"
                 elif kinds[m["name"]] not in WRITABLE and m.get("readOnly") is not True:
                     yield f"{name}, {c['name']}: mounts {m['name']} writable"
             paths = [m["mountPath"] for m in c.get("volumeMounts", [])]
@@ -99,10 +99,10 @@ def volumes(documents):
 
 
 def secrets(documents):
-    """Secrets are named, never held."""
+    """Secrets are referenced, never contained."""
     for d in documents:
         if d["kind"] == "Secret":
-            yield f"Secret {d['metadata']['name']}: the chart makes none"
+            yield f"Secret {d['metadata']['name']}: the chart must not create secrets"
         for key, value in (d.get("data") or {}).items() if d["kind"] == "ConfigMap" else ():
             if SECRETIVE.search(key) and value and not key.endswith("_ENV"):
                 yield f"ConfigMap {d['metadata']['name']}: {key} holds a value"
@@ -115,7 +115,7 @@ def secrets(documents):
 
 
 def references(documents):
-    """Whatever one object names of another is there: accounts, ConfigMaps, ports, targets, labels."""
+    """References between objects resolve: accounts, ConfigMaps, ports, targets, labels."""
     names = {(d["kind"], d["metadata"]["name"]) for d in documents}
     everywhere = pods(documents)
     for d in documents:
@@ -126,7 +126,7 @@ def references(documents):
         if d["kind"] == "HorizontalPodAutoscaler":
             target = d["spec"]["scaleTargetRef"]
             if (target["kind"], target["name"]) not in names:
-                yield f"{d['metadata']['name']}: scales {target['name']}, which there is not"
+                yield f"{d['metadata']['name']}: scales {target['name']}, which does not exist"
             scaled = [x for x in documents if (x["kind"], x["metadata"]["name"]) == (target["kind"], target["name"])]
             if any("replicas" in x["spec"] for x in scaled):
                 yield f"{d['metadata']['name']}: an upgrade would undo what it scaled"
@@ -140,25 +140,25 @@ def references(documents):
             ports = {p["containerPort"] for spec in chosen for c in spec["containers"] for p in c.get("ports", [])}
             for port in d["spec"].get("ports", []):
                 if port["targetPort"] not in ports:
-                    yield f"Service {d['metadata']['name']}: nobody listens on {port['targetPort']}"
+                    yield f"Service {d['metadata']['name']}: no container listens on {port['targetPort']}"
     made = {d["spec"]["secretName"] for d in documents if d["kind"] == "Certificate"}
     for name, _, spec in everywhere:
         for v in spec.get("volumes", []):
             secret = v.get("secret", {}).get("secretName", "")
             if made and v["name"] == "tls" and secret not in made:
-                yield f"{name}: nobody makes the secret {secret}"
+                yield f"{name}: no certificate creates the secret {secret}"
         account = spec.get("serviceAccountName")
         if account and account != "default" and any(k == "ServiceAccount" for k, _ in names) and ("ServiceAccount", account) not in names:
-            yield f"{name}: account {account} is not there"
+            yield f"{name}: account {account} does not exist"
         maps = [s["configMapRef"]["name"] for c, _ in containers(spec) for s in c.get("envFrom", []) if "configMapRef" in s]
         maps += [v["configMap"]["name"] for v in spec.get("volumes", []) if v["name"] == "config"]
         for m in maps:
             if ("ConfigMap", m) not in names:
-                yield f"{name}: ConfigMap {m} is not there"
+                yield f"{name}: ConfigMap {m} does not exist"
 
 
 def networks(documents):
-    """Each role has a policy of its own, once there are policies."""
+    """Each role has its own network policy, if there are any."""
     policies = [d["spec"] for d in documents if d["kind"] == "NetworkPolicy"]
     for name, labels, _ in pods(documents) if policies else ():
         mine = [p for p in policies if p["podSelector"]["matchLabels"].items() <= labels.items()]
@@ -170,10 +170,10 @@ def networks(documents):
 
 
 def monitors(documents):
-    """Once pods are asked for metrics, all that have a page are."""
+    """If pods are scraped, all pods with a metrics port are."""
     asked = {r["regex"] for d in documents if d["kind"] == "PodMonitor" for e in d["spec"]["podMetricsEndpoints"]
              for r in e["relabelings"] if r["action"] == "keep"}
     for name, labels, spec in pods(documents) if asked else ():
         has = any(p["name"] == "metrics" for c in spec["containers"] for p in c.get("ports", []))
         if has and labels["app.kubernetes.io/component"] not in asked:
-            yield f"{name}: nobody asks for its metrics"
+            yield f"{name}: its metrics are not scraped"

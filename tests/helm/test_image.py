@@ -1,4 +1,4 @@
-"""The container's recipe: what is pinned, who runs, what agrees with the chart and with the setup of a checkout. And the shell in it."""
+"""Tests of the Dockerfile: pinned versions, user, shell syntax, agreement with the chart and with the setup of a checkout."""
 import pathlib
 import re
 import subprocess
@@ -17,7 +17,7 @@ SECRETIVE = re.compile(r"secret|token|passw|credential|[_-]key\b", re.I)
 
 
 def faults(stages):
-    """Lines that say what is wrong with a recipe."""
+    """Yields the problems of a Dockerfile."""
     names = {s.name for s in stages}
     by_name = {s.name: s for s in stages}
     for s in stages:
@@ -29,13 +29,13 @@ def faults(stages):
             if kind == "ADD":
                 yield f"{s.name}: ADD fetches and unpacks: use COPY"
             if kind == "COPY" and (source := re.search(r"--from=(\S+)", arguments)) and source[1] not in names:
-                yield f"{s.name}: copies from {source[1]}, which there is not"
+                yield f"{s.name}: copies from {source[1]}, which does not exist"
             if kind == "RUN" and subprocess.run(["sh", "-n", "-c", arguments], capture_output=True).returncode:
-                yield f"{s.name}: no shell reads `{arguments}`"
+                yield f"{s.name}: invalid shell syntax: `{arguments}`"
             if kind == "RUN" and "apt-get install" in arguments and "rm -rf /var/lib/apt/lists" not in arguments:
                 yield f"{s.name}: package lists stay in the image"
             if kind == "RUN" and re.search(r"curl|wget|git clone", arguments):
-                yield f"{s.name}: fetches what nobody pinned: {arguments}"
+                yield f"{s.name}: fetches something unpinned: {arguments}"
             for package in re.findall(r"pip install .*", arguments) if kind == "RUN" else ():
                 if not re.search(r"==\d", package):
                     yield f"{s.name}: {package} is not pinned"
@@ -58,10 +58,10 @@ def faults(stages):
 
 
 class Image(unittest.TestCase):
-    def test_the_recipe_keeps_to_the_rules(self):
+    def test_the_dockerfile_follows_the_rules(self):
         self.assertEqual(list(faults(dockerfile.read())), [])
 
-    def test_each_rule_finds_what_it_is_for(self):
+    def test_each_rule_detects_its_violation(self):
         text = (DOCKER / "Dockerfile").read_text()
         breaks = {
             "is not pinned": ("debian:12.12-slim AS base", "debian:latest AS base"),
@@ -69,8 +69,8 @@ class Image(unittest.TestCase):
             "runs as root": ("USER 10001:10001", "USER root"),
             "may hold a secret": ("ARG REVISION=unknown", "ARG REGISTRY_TOKEN"),
             "ADD fetches": ("COPY . .", "ADD . ."),
-            "which there is not": ("--from=build-reward", "--from=nothing"),
-            "no shell reads": ("RUN unveil --version &&", "RUN unveil --version && ("),
+            "which does not exist": ("--from=build-reward", "--from=nothing"),
+            "invalid shell syntax": ("RUN unveil --version &&", "RUN unveil --version && ("),
             "package lists stay": (" && rm -rf /var/lib/apt/lists/*", ""),
             "no health command": ("HEALTHCHECK", "STOPSIGNAL"),
             "no label revision": ("image.revision", "image.rev"),
@@ -83,7 +83,7 @@ class Image(unittest.TestCase):
                 found = list(faults(dockerfile.read(path)))
                 self.assertTrue(any(words in line for line in found), found)
 
-    def test_versions_are_those_of_a_checkout(self):
+    def test_versions_equal_those_of_a_checkout(self):
         recipe = " ".join(line for s in dockerfile.read() for line in s.all("RUN"))
         setup = (ROOT / ".ci/setup").read_text()
         for package, variable in (("torch", "torch_version"), ("nvidia-cuda-crt", "cuda_crt")):
@@ -91,7 +91,7 @@ class Image(unittest.TestCase):
         rust = re.search(r'rust-version = "([\d.]+)"', (ROOT / "Cargo.toml").read_text())[1]
         self.assertTrue(dockerfile.read()[0].base.split(":")[1].startswith(rust), rust)
 
-    def test_the_chart_runs_what_the_images_hold(self):
+    def test_the_chart_runs_programs_of_the_images(self):
         stages = {s.name: s for s in dockerfile.read()}
         user = stages["unveil"].all("USER")[-1].split(":")
         holds = {name: set(re.findall(r"/release/(\S+)", " ".join(stages[name].all("COPY")))) for name in IMAGES}
@@ -102,7 +102,7 @@ class Image(unittest.TestCase):
                 program = re.search(r"exec (\S+)", command[-1])[1] if command[0] == "/bin/sh" else command[0]
                 self.assertIn(program, holds[image], c["name"])
 
-    def test_values_and_chart_have_one_version(self):
+    def test_values_and_chart_have_the_same_version(self):
         versions = {re.search(r'^version = "(.*)"', (ROOT / "Cargo.toml").read_text(), re.M)[1]}
         chart = (ROOT / "cluster/helm/unveil/Chart.yaml").read_text()
         versions |= {re.search(rf"^{key}: (.*)$", chart, re.M)[1] for key in ("version", "appVersion")}

@@ -1,4 +1,4 @@
-"""The policies hold for every chart, and each of them finds what it is for."""
+"""Tests that every chart follows the policies, and that each policy detects its violation."""
 import copy
 import unittest
 
@@ -8,12 +8,12 @@ import policy
 
 
 class Policies(unittest.TestCase):
-    def test_every_chart_keeps_to_them(self):
+    def test_every_chart_follows_the_policies(self):
         for name, values in cases():
             with self.subTest(name):
                 self.assertEqual(policy.faults(render(values)), [])
 
-    def test_each_rule_finds_what_it_is_for(self):
+    def test_each_rule_detects_its_violation(self):
         def container(d):
             return d["spec"]["template"]["spec"]["containers"][0]
 
@@ -35,7 +35,7 @@ class Policies(unittest.TestCase):
             "mounts config writable": lambda d: container(d)["volumeMounts"][0].pop("readOnly"),
             "MY_TOKEN holds a value": lambda d: container(d)["env"].append({"name": "MY_TOKEN", "value": "abc"}),
             "selects 0 kinds of pods": lambda d: d["spec"]["template"]["metadata"]["labels"].pop("app.kubernetes.io/name"),
-            "nobody listens on 7070": lambda d: container(d)["ports"].pop(1),
+            "no container listens on 7070": lambda d: container(d)["ports"].pop(1),
             "0 network policies": lambda d: d["spec"]["template"]["metadata"]["labels"].update({"app.kubernetes.io/instance": "other"}),
         }
         documents = render(values_of("cpu-demo"))
@@ -46,20 +46,20 @@ class Policies(unittest.TestCase):
                 found = policy.faults(broken)
                 self.assertTrue(any(words in line for line in found), found)
 
-    def test_a_certificate_that_nobody_makes_is_found(self):
+    def test_missing_certificates_are_detected(self):
         documents = render(values_of("four-nodes"))
         named(documents, "Certificate", "-reward")["spec"]["secretName"] = "other"
         found = policy.faults(documents)
-        self.assertTrue(any("nobody makes the secret demo-unveil-reward-tls" in line for line in found), found)
+        self.assertTrue(any("no certificate creates the secret demo-unveil-reward-tls" in line for line in found), found)
 
-    def test_metrics_that_nobody_asks_for_are_found(self):
+    def test_unscraped_metrics_are_detected(self):
         documents = render(values_of("four-nodes"))
         monitor = named(documents, "PodMonitor", "")["spec"]
         monitor["podMetricsEndpoints"] = [e for e in monitor["podMetricsEndpoints"] if "rollout" not in str(e["relabelings"])]
         found = policy.faults(documents)
-        self.assertTrue(any("rollout: nobody asks for its metrics" in line for line in found), found)
+        self.assertTrue(any("rollout: its metrics are not scraped" in line for line in found), found)
 
-    def test_only_who_needs_the_object_store_gets_its_keys(self):
+    def test_only_users_of_the_object_store_get_its_keys(self):
         for name, _, spec in pods(render(values_of("cpu-demo"))):
             for c, init in containers(spec):
                 has = any("secretRef" in s for s in c.get("envFrom", []))

@@ -1,4 +1,4 @@
-"""What the chart sets is what the program takes, and what the program submits is a chart. `UNVEIL` names the program."""
+"""Tests that the program accepts the settings of the chart, and that its submissions are valid charts. `UNVEIL` is the program."""
 import functools
 import itertools
 import json
@@ -18,7 +18,7 @@ import policy
 
 
 def flat(table, prefix=""):
-    """A configuration key by key."""
+    """Flattens a configuration to dotted keys."""
     out = {}
     for key, value in table.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -26,7 +26,7 @@ def flat(table, prefix=""):
 
 
 class Program(unittest.TestCase):
-    """What the chart sets is what the program takes."""
+    """The program accepts the settings of the chart."""
 
     def check(self, toml, variables, *args):
         with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ class Program(unittest.TestCase):
             toml = named(documents, "ConfigMap", "-config")["data"]["config.toml"]
             for c in (c for _, _, spec in pods(documents) for c, _ in containers(spec)):
                 own = {k: v for k, v in environment(documents, c).items() if k.startswith("UNVEIL__") and "HEALTH" not in k}
-                # Roles whose variables do not contradict each other are asked about at once.
+                # Roles with compatible variables are checked together.
                 fits = (known for known in together if all(known.get(k, v) == v for k, v in own.items()))
                 known = next(fits, None)
                 together.append(own) if known is None else known.update(own)
@@ -52,7 +52,7 @@ class Program(unittest.TestCase):
                     self.assertIn('dir = "/run/unveil"', done.stdout)
                     self.assertIn(f'url = "{values["objectStore"]["url"]}"', done.stdout)
 
-    def test_an_unknown_key_would_be_found(self):
+    def test_unknown_keys_are_detected(self):
         documents = render(merged(GOOD, {"set": {"learner.stepps": "5"}}))
         spec = job(documents, "learner")["spec"]["template"]["spec"]
         done = self.check("", environment(documents, spec["containers"][0]))
@@ -85,7 +85,7 @@ class Program(unittest.TestCase):
                 done = self.check(named(documents, "ConfigMap", "-config")["data"]["config.toml"], values, *last)
                 self.assertEqual((done.returncode, done.stderr), (0, ""))
 
-    def test_what_submit_makes_is_a_chart_that_keeps_to_the_policies(self):
+    def test_submissions_follow_the_policies(self):
         config, url = ROOT / "configs/quickstart.toml", "s3://bucket/runs/a"
         sets = ["--set", f"checkpoint.url={url}", "--set", "learner.parallel.ranks=2", "--set", "rollout.workers=3"]
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ class Program(unittest.TestCase):
         changed = {k for k, v in flat(inside).items() if flat(before)[k] != v}
         own = {"run.dir", "run.device", "health.listen", "learner.listen", "learner.address", "learner.metrics_listen", "rollout.metrics_listen", "reward.listen",
                "reward.address", "reward.service.metrics_listen", "tls.insecure", "auth.token_env"}
-        self.assertEqual(changed, own, "the chart changes its own keys and no other")
+        self.assertEqual(changed, own, "the chart changes only its own keys")
 
     def test_workers_and_probes_find_the_services(self):
         documents = render(values_of("four-nodes"))

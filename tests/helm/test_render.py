@@ -1,5 +1,5 @@
-"""The chart linted, rendered, held against the schemas of Kubernetes and against snapshots. With `--write-snapshots` the snapshots are
-written again."""
+"""Lints and renders the chart, and compares it with the schemas of Kubernetes and with snapshots. `--write-snapshots` updates the
+snapshots."""
 import copy
 import difflib
 import functools
@@ -21,19 +21,19 @@ VERSIONS = ("1.29", "1.30", "1.31", "1.32", "1.33", "1.34")
 CUSTOM = {"Certificate": "certificate.json", "PodMonitor": "podmonitor.json"}
 SNAPSHOTS = HERE / "snapshots"
 WRITE = "--write-snapshots" in sys.argv
-# Each of the schema files is read once, not once per object.
+# Read each schema file once, not once per object.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 def complaints(values):
-    """Warnings (2) and errors (3) of `helm lint --strict`."""
+    """Returns the warnings (2) and errors (3) of `helm lint --strict`."""
     report = helm_python.lint(CHART, values=values, strict=True)
     return [m for m in report["messages"] if m["severity"] >= 2] + (report["errors"] or [])
 
 
 def snapshot(values):
-    """Every object, without what all have in common: labels are told by their component, the restricted security context of a
-    container by its name, and of a pod's ranks the first two are shown."""
+    """Returns all objects as YAML, abbreviated: common labels are replaced by their component, the restricted security context of a container
+    by its name, and only the first two ranks of a pod are included."""
     documents = render(values)
     restricted = named(documents, "Deployment", "-rollout")["spec"]["template"]["spec"]["containers"][0]["securityContext"]
 
@@ -61,14 +61,14 @@ def snapshot(values):
 
 
 class Lines(yaml.SafeDumper):
-    """Text of several lines as lines."""
+    """Dumper that writes multi-line text as a block."""
 
 
 Lines.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
 
 
 class Rendering(unittest.TestCase):
-    def test_openshift_chooses_users_itself(self):
+    def test_openshift_assigns_users_itself(self):
         for name, values in cases():
             with self.subTest(name):
                 plain, there = render(values), render(merged(values, {"openshift": True, "networkPolicy": {"enabled": True}}))
@@ -87,7 +87,7 @@ class Rendering(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(complaints(values), [])
 
-    def test_lint_would_find_a_wrong_value(self):
+    def test_lint_detects_invalid_values(self):
         self.assertTrue(complaints(merged(GOOD, {"learner": {"ranks": 0}})))
 
     def test_kubernetes_accepts_every_object(self):
@@ -101,7 +101,7 @@ class Rendering(unittest.TestCase):
                     else:
                         kubernetes_validate.validate(d, version, strict=True)
 
-    def test_a_misspelt_key_would_be_found(self):
+    def test_misspelt_keys_are_detected(self):
         documents = render(values_of("four-nodes"))
         broken = copy.deepcopy(job(documents, "learner"))
         broken["spec"]["podFailurePolicies"] = []
@@ -124,10 +124,10 @@ class Rendering(unittest.TestCase):
             before = path.read_text() if path.exists() else ""
             diff = difflib.unified_diff(before.splitlines(), text.splitlines(), str(path), "rendered now", lineterm="", n=2)
             shown = "\n".join(itertools.islice(diff, 80))
-            self.assertEqual(shown, "", f"\n{shown}\n\nIf this is meant: python tests/helm/test_render.py --write-snapshots, and review the difference.")
+            self.assertEqual(shown, "", f"\n{shown}\n\nIf this is intended, run tests/helm/test_render.py --write-snapshots and review the difference.")
         self.assertEqual({p.stem for p in SNAPSHOTS.glob("*.yaml")}, set(SHAPES), "snapshots without a values file, or the other way round")
 
-    def test_another_specification_is_another_job(self):
+    def test_changed_specifications_are_new_jobs(self):
         values = values_of("one-gpu")
         name = lambda v: job(render(v), "learner")["metadata"]["name"]
         self.assertEqual(name(values), name(copy.deepcopy(values)))

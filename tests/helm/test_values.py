@@ -1,4 +1,4 @@
-"""Wrong values, and the message that refuses them; schema and defaults have the same keys."""
+"""Tests of the messages for invalid values, and of equal keys in schema and defaults."""
 import re
 import unittest
 
@@ -7,7 +7,7 @@ import helm_python
 from cases import GOOD
 from chart import CHART, merged, render
 
-#: (values that are wrong, words that the message must hold)
+#: (invalid values, parts of the expected message)
 WRONG = [
     ({"objectStore": {"url": "runs/a"}}, ["/objectStore/url", "runs/a", "s3"]),
     ({"objectStore": {"url": ""}}, ["/objectStore/url"]),
@@ -39,7 +39,7 @@ WRONG = [
     ({"inputs": [{"name": "m", "mountPath": "/m", "roles": ["learner"], "fetch": {"image": "aws-cli:latest", "command": ["a"]}}]},
      ["/inputs/0/fetch/image", "latest"]),
     ({"inputs": [{"name": "m", "mountPath": "/m", "roles": ["learner"]}]}, ["inputs", "`m`", "`volume` or `fetch`"]),
-    ({"inputs": [{"name": "tmp", "mountPath": "/m", "roles": ["learner"], "volume": {"configMap": {"name": "a"}}}]}, ["tmp", "taken"]),
+    ({"inputs": [{"name": "tmp", "mountPath": "/m", "roles": ["learner"], "volume": {"configMap": {"name": "a"}}}]}, ["tmp", "already used"]),
     ({"tls": {"mode": "on"}}, ["/tls/mode", "certManager"]),
     ({"tls": {"mode": "certManager"}}, ["/tls/issuerRef/name"]),
     ({"tls": {"mode": "secret", "existingSecrets": {"learner": "a", "rollout": "b"}}}, ["/tls/existingSecrets/reward"]),
@@ -48,9 +48,9 @@ WRONG = [
     ({"auth": {"existingSecret": ""}, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}, ["auth.existingSecret is empty"]),
     ({"set": {"learner.steps": 500}}, ["/set/learner.steps", "number", "string"]),
     ({"set": {"steps": "500"}}, ["steps", "does not match pattern"]),
-    ({"set": {"run.dir": "/data"}}, ["set names run.dir", "the chart itself"]),
-    ({"set": {"learner.parallel.ranks": "4"}}, ["set names learner.parallel.ranks"]),
-    ({"learner": {"ranks": 6, "ranksPerPod": 4}}, ["learner.ranks is 6", "4 ranks a pod"]),
+    ({"set": {"run.dir": "/data"}}, ["set contains run.dir", "the chart sets itself"]),
+    ({"set": {"learner.parallel.ranks": "4"}}, ["set contains learner.parallel.ranks"]),
+    ({"learner": {"ranks": 6, "ranksPerPod": 4}}, ["learner.ranks is 6", "4 ranks per pod"]),
     ({"rollout": {"autoscaling": {"enabled": True, "minReplicas": 9, "maxReplicas": 3}}}, ["rollout.autoscaling", "9", "3"]),
     ({"serviceAccount": {"create": False, "name": "a", "annotations": {"a": "b"}}}, ["serviceAccount.annotations", "create is false"]),
     ({"networkPolicy": {"egressPorts": [70000]}}, ["/networkPolicy/egressPorts/0"]),
@@ -59,7 +59,7 @@ WRONG = [
 
 
 class WrongValues(unittest.TestCase):
-    def test_each_is_refused_with_the_place_and_the_reason(self):
+    def test_invalid_values_are_refused_with_path_and_reason(self):
         render(GOOD)
         for values, words in WRONG:
             with self.subTest(values=values):
@@ -69,7 +69,7 @@ class WrongValues(unittest.TestCase):
                 for word in words:
                     self.assertIn(word, message)
 
-    def test_every_default_is_in_the_schema_and_every_key_has_a_default(self):
+    def test_schema_and_defaults_have_the_same_keys(self):
         def keys(node, prefix=""):
             node = schema["definitions"][node["$ref"].rsplit("/", 1)[1]] if "$ref" in node else node
             for key, below in node.get("properties", {}).items():

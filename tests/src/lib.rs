@@ -1,5 +1,5 @@
-//! Tests that cross crates live in `tests/`, next to this folder; here is what they share with the examples: the soak.
+//! The soak, shared by the tests that cross crates (in `tests/`, next to this directory) and the examples.
 //!
-//! Panics say what to do: this crate serves tests only.
+//! This crate serves tests only; its panics say what to do.
 
 pub mod chaos;

@@ -1,4 +1,4 @@
-//! What can go wrong, drawn at random, and how each thing is done and undone.
+//! Faults of the soak: their random choice, injection and end.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,46 +7,46 @@ use nix::sys::signal::Signal;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
-use unveil_testkit::{StoreCall, StoreFault, StoreProxy, Weather, committed};
+use unveil_testkit::{NetworkCondition, StoreCall, StoreFault, StoreProxy, committed_steps};
 
-use super::crew::{Crew, Role};
+use super::role_supervisor::{Role, RoleSupervisor};
 
-/// Something that goes wrong, for a while or at once.
+/// A fault, lasting or instantaneous.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// kill -9.
     Kill(Role),
-    /// SIGSTOP, and SIGCONT after the time.
+    /// SIGSTOP, and SIGCONT after a time.
     Pause(Role, Duration),
-    /// The network between a worker and the learner (0) or the reward service (1).
+    /// A condition of the network between a worker and the learner (link 0) or the reward service (link 1).
     Network {
-        /// Which worker.
+        /// Number of the worker.
         worker: usize,
-        /// Which of its links.
+        /// Number of its link.
         link: usize,
-        /// What the network does.
-        weather: Weather,
-        /// For how long.
+        /// Condition of the network.
+        condition: NetworkCondition,
+        /// Duration.
         time: Duration,
     },
-    /// The object store answers some requests wrongly or not at all.
+    /// The object store answers some requests incorrectly or not at all.
     Store {
-        /// How.
+        /// Fault of the store.
         fault: StoreFault,
-        /// One request of so many.
+        /// Fraction of affected requests: one in this many.
         one_in: usize,
-        /// For how long.
+        /// Duration.
         time: Duration,
     },
     /// A bit of an object of the newest checkpoint flips, and the learner is killed.
     Damage,
-    /// An object of the newest checkpoint is gone, and the learner is killed.
+    /// An object of the newest checkpoint is removed, and the learner is killed.
     Loss,
 }
 
 impl Fault {
-    /// Under what its recovery is counted.
-    pub fn group(&self) -> &'static str {
+    /// Returns the kind under which its recovery is reported.
+    pub fn kind(&self) -> &'static str {
         match self {
             Self::Kill(Role::Learner) | Self::Damage | Self::Loss => "learner",
             Self::Kill(Role::Rollout(_)) => "rollout",
@@ -57,15 +57,15 @@ impl Fault {
         }
     }
 
-    /// How long it lasts.
-    pub fn time(&self) -> Duration {
+    /// Returns how long it lasts.
+    pub fn duration(&self) -> Duration {
         match self {
             Self::Pause(_, time) | Self::Network { time, .. } | Self::Store { time, .. } => *time,
             Self::Kill(_) | Self::Damage | Self::Loss => Duration::ZERO,
         }
     }
 
-    /// The role that has to start again because of it.
+    /// Returns the role that it kills.
     pub fn killed(&self) -> Option<Role> {
         match self {
             Self::Kill(role) => Some(*role),
@@ -75,44 +75,44 @@ impl Fault {
     }
 }
 
-/// Draws faults: every kind once in each round, in random order, with random victims and times.
-pub struct Deck {
+/// Deck of faults: every kind once per round, in random order, with random victims and durations.
+pub struct FaultDeck {
     rng: ChaCha8Rng,
     workers: usize,
-    longest: Duration,
-    left: Vec<usize>,
+    max_duration: Duration,
+    remaining: Vec<usize>,
 }
 
-/// Kinds of [`Deck::card`].
+/// Number of kinds in [`FaultDeck::fault_of_kind`].
 const KINDS: usize = 16;
 
-impl Deck {
-    /// A fresh deck; no fault lasts longer than `longest`.
-    pub fn new(rng: ChaCha8Rng, workers: usize, longest: Duration) -> Self {
-        Self { rng, workers, longest, left: Vec::new() }
+impl FaultDeck {
+    /// Creates a deck; no fault lasts longer than `max_duration`.
+    pub fn new(rng: ChaCha8Rng, workers: usize, max_duration: Duration) -> Self {
+        Self { rng, workers, max_duration, remaining: Vec::new() }
     }
 
-    /// The next fault.
+    /// Draws the next fault.
     pub fn draw(&mut self) -> Fault {
-        if self.left.is_empty() {
-            self.left = (0..KINDS).collect();
-            self.left.shuffle(&mut self.rng);
+        if self.remaining.is_empty() {
+            self.remaining = (0..KINDS).collect();
+            self.remaining.shuffle(&mut self.rng);
         }
-        let kind = self.left.pop().unwrap_or_default();
-        self.card(kind)
+        let kind = self.remaining.pop().unwrap_or_default();
+        self.fault_of_kind(kind)
     }
 
-    /// How long nothing goes wrong until the next fault.
-    pub fn calm(&mut self) -> Duration {
-        self.longest.mul_f64(self.rng.random_range(0.0..0.4))
+    /// Draws the pause before the next fault.
+    pub fn pause(&mut self) -> Duration {
+        self.max_duration.mul_f64(self.rng.random_range(0.0..0.4))
     }
 
-    fn card(&mut self, kind: usize) -> Fault {
+    fn fault_of_kind(&mut self, kind: usize) -> Fault {
         let rng = &mut self.rng;
         let worker = rng.random_range(0..self.workers);
         let link = rng.random_range(0..2);
-        let time = self.longest.mul_f64(rng.random_range(0.2..1.0));
-        let network = |weather| Fault::Network { worker, link, weather, time };
+        let time = self.max_duration.mul_f64(rng.random_range(0.2..1.0));
+        let network = |condition| Fault::Network { worker, link, condition, time };
         let store = |fault, one_in| Fault::Store { fault, one_in, time };
         match kind {
             0 => Fault::Kill(Role::Rollout(worker)),
@@ -121,16 +121,19 @@ impl Deck {
             3 => Fault::Pause(Role::Rollout(worker), time),
             4 => Fault::Pause(Role::Learner, time),
             5 => Fault::Pause(Role::Reward, time),
-            6 => network(Weather::Slow { delay: Duration::from_millis(rng.random_range(20..200)), rate: 4 << 20 }),
-            7 => network(Weather::Cut),
-            8 => network(Weather::Silent),
+            6 => network(NetworkCondition::Slow {
+                delay: Duration::from_millis(rng.random_range(20..200)),
+                rate: 4 << 20,
+            }),
+            7 => network(NetworkCondition::Cut),
+            8 => network(NetworkCondition::Silent),
             9 => store([StoreFault::Status(500, "InternalError"), StoreFault::Status(503, "SlowDown")][link], 2),
             10 => store(StoreFault::Status(403, "AccessDenied"), 3),
             11 => store(StoreFault::Status(507, "InsufficientStorage"), 1),
-            12 => store(if link == 0 { StoreFault::Half } else { StoreFault::LostAnswer }, 3),
+            12 => store(if link == 0 { StoreFault::TruncatedAnswer } else { StoreFault::LostAnswer }, 3),
             13 => {
-                let late = Duration::from_millis(rng.random_range(100..1500));
-                store(if link == 0 { StoreFault::Late(late) } else { StoreFault::Silence(self.longest) }, 2)
+                let delay = Duration::from_millis(rng.random_range(100..1500));
+                store(if link == 0 { StoreFault::Delay(delay) } else { StoreFault::Silence(self.max_duration) }, 2)
             }
             14 => Fault::Damage,
             _ => Fault::Loss,
@@ -138,50 +141,57 @@ impl Deck {
     }
 }
 
-/// Does a fault. `place` is the folder of the run's prefix in the store; returns the object that was damaged or removed.
-pub fn inflict(fault: &Fault, crew: &mut Crew<'_>, store: &StoreProxy, place: &Path) -> Option<PathBuf> {
+/// Begins a fault. `objects` is the directory of the run's objects in the store. Returns the object that was damaged or removed.
+pub fn begin_fault(
+    fault: &Fault,
+    roles: &mut RoleSupervisor<'_>,
+    store: &StoreProxy,
+    objects: &Path,
+) -> Option<PathBuf> {
     match fault {
-        Fault::Kill(role) => crew.signal(*role, Signal::SIGKILL),
-        Fault::Pause(role, _) => crew.signal(*role, Signal::SIGSTOP),
-        Fault::Network { worker, link, weather, .. } => crew.links(*worker)[*link].set(*weather),
+        Fault::Kill(role) => roles.signal(*role, Signal::SIGKILL),
+        Fault::Pause(role, _) => roles.signal(*role, Signal::SIGSTOP),
+        Fault::Network { worker, link, condition, .. } => roles.links(*worker)[*link].set(*condition),
         Fault::Store { fault, one_in, .. } => {
-            let (fault, one_in) = (*fault, *one_in);
-            let full = matches!(fault, StoreFault::Status(507, _));
-            store.fail(move |c: &StoreCall| {
-                let hit = c.number.is_multiple_of(one_in) && (!full || matches!(c.method.as_str(), "PUT" | "POST"));
+            let fault = *fault;
+            let one_in = *one_in;
+            let writes_only = matches!(fault, StoreFault::Status(507, _));
+            store.inject_faults(move |c: &StoreCall| {
+                let hit =
+                    c.number.is_multiple_of(one_in) && (!writes_only || matches!(c.method.as_str(), "PUT" | "POST"));
                 hit.then_some(fault)
             });
         }
         Fault::Damage | Fault::Loss => {
-            let object = newest_object(place);
+            let object = newest_object(objects);
             match (&object, fault) {
                 (Some(path), Fault::Loss) => drop(std::fs::remove_file(path)),
-                (Some(path), _) => flip(path),
+                (Some(path), _) => flip_bit(path),
                 _ => {}
             }
-            crew.signal(Role::Learner, Signal::SIGKILL);
+            roles.signal(Role::Learner, Signal::SIGKILL);
             return object;
         }
     }
     None
 }
 
-/// Ends a fault that lasts.
-pub fn heal(fault: &Fault, crew: &mut Crew<'_>, store: &StoreProxy) {
+/// Ends a lasting fault.
+pub fn end_fault(fault: &Fault, roles: &mut RoleSupervisor<'_>, store: &StoreProxy) {
     match fault {
-        Fault::Pause(role, _) => crew.signal(*role, Signal::SIGCONT),
-        Fault::Network { worker, link, .. } => crew.links(*worker)[*link].set(Weather::Fine),
-        Fault::Store { .. } => store.heal(),
+        Fault::Pause(role, _) => roles.signal(*role, Signal::SIGCONT),
+        Fault::Network { worker, link, .. } => roles.links(*worker)[*link].set(NetworkCondition::Normal),
+        Fault::Store { .. } => store.clear_faults(),
         Fault::Kill(_) | Fault::Damage | Fault::Loss => {}
     }
 }
 
-/// The largest object of the newest checkpoint that is there; none where no other could take its place.
-fn newest_object(place: &Path) -> Option<PathBuf> {
-    let folder = |step: &u64| place.join(format!("checkpoints/step-{step}"));
-    let mut steps = committed(place);
-    steps.retain(|step| folder(step).is_dir());
-    let newest = steps.last().filter(|_| steps.len() > 1).map(folder)?;
+/// Returns the largest object of the newest checkpoint; `None` unless there is another checkpoint to fall back to.
+fn newest_object(objects: &Path) -> Option<PathBuf> {
+    let step_dir = |step: &u64| objects.join(format!("checkpoints/step-{step}"));
+    let mut steps = committed_steps(objects);
+    steps.retain(|step| step_dir(step).is_dir());
+    let newest = steps.last().filter(|_| steps.len() > 1).map(step_dir)?;
     let mut todo = vec![newest];
     let mut largest: Option<(u64, PathBuf)> = None;
     while let Some(dir) = todo.pop() {
@@ -195,7 +205,7 @@ fn newest_object(place: &Path) -> Option<PathBuf> {
     largest.map(|(_, path)| path)
 }
 
-fn flip(path: &Path) {
+fn flip_bit(path: &Path) {
     if let Ok(mut bytes) = std::fs::read(path) {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;

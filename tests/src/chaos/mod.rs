@@ -1,7 +1,7 @@
-//! The soak: a whole run on an object store, faults of every kind one after another, and a verdict on what was lost.
+//! The soak: a complete run on an object store under a sequence of faults of every kind, and a verdict on what was lost.
 
-mod crew;
 mod fault;
+mod role_supervisor;
 mod tally;
 
 use std::collections::BTreeMap;
@@ -14,146 +14,154 @@ use serde::Serialize;
 use serde_json::Value;
 use unveil_testkit::{Finished, Lineage, Sandbox, StoreProxy, StoreServer, binary};
 
-use crew::{Crew, Role, Tail};
-use fault::{Deck, Fault, heal, inflict};
-use tally::Tally;
+use fault::{Fault, FaultDeck, begin_fault, end_fault};
+use role_supervisor::{EventTail, Role, RoleSupervisor};
+use tally::GroupTally;
 
-/// Records of the training data, and groups of an update.
+/// Number of records in the training data.
 const RECORDS: usize = 8;
-const GROUPS: usize = 2;
-/// Rollout workers.
+/// Groups per update.
+const GROUPS_PER_UPDATE: usize = 2;
+/// Number of rollout workers.
 const WORKERS: usize = 2;
-/// No update for so long after a fault is over is a hang.
-const HANG: Duration = Duration::from_secs(180);
+/// Time without an update after the end of a fault that counts as a hang.
+const HANG_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// What a soak does.
+/// Parameters of a soak.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// Seed of everything random.
+    /// Seed of all random choices.
     pub seed: u64,
-    /// How many faults.
+    /// Number of faults.
     pub faults: usize,
-    /// No fault lasts longer.
-    pub longest: Duration,
+    /// Maximum duration of a fault.
+    pub max_duration: Duration,
 }
 
-/// What it found.
+/// Result of a soak.
 #[derive(Debug, Clone, Serialize)]
 pub struct Verdict {
-    /// Everything below is as it should be.
+    /// Whether everything below is as expected.
     pub ok: bool,
     /// Seed of the soak.
     pub seed: u64,
-    /// Faults that were done.
+    /// Number of injected faults.
     pub faults: usize,
     /// Updates of the final lineage.
     pub steps: u64,
-    /// Groups missing in passes that are over.
+    /// Groups missing in completed passes.
     pub groups_lost: usize,
-    /// Groups that a pass trained more than once.
+    /// Groups trained more than once in a pass.
     pub groups_doubled: usize,
     /// Groups that were set aside and never trained.
     pub groups_dropped: u64,
-    /// Groups that entered an update without any reward: trained as nothing.
+    /// Groups that entered an update without any reward.
     pub groups_wholly_masked: u64,
     /// Groups whose update was skipped.
     pub groups_skipped: u64,
-    /// Whether the newest checkpoint's own accounting says the same.
+    /// Whether the accounting in the newest checkpoint agrees.
     pub accounting: bool,
-    /// Objects of checkpoints that cannot be read, beyond those that the soak damaged.
+    /// Unreadable objects of checkpoints, except for those that the soak damaged.
     pub unreadable: Vec<String>,
-    /// Faults after which nothing went on.
+    /// Faults after which the run did not continue.
     pub hangs: Vec<String>,
     /// Processes that panicked.
     pub panics: Vec<String>,
-    /// Processes that ended by themselves and were started again, as under a store that refuses writes.
+    /// Processes that exited by themselves and were restarted, as under a store that refuses writes.
     pub ended: Vec<String>,
-    /// Longest recovery by what failed, in seconds: from the start of the new process of a learner, from the death of a worker or
-    /// a reward service, from the end of any other fault, to the next update.
+    /// Longest recovery by kind of fault, in seconds to the next update: from the restart of a learner, from the death of a worker or a
+    /// reward service, or from the end of any other fault.
     pub worst_recovery_s: BTreeMap<&'static str, f64>,
     /// Wall time in seconds.
     pub wall_s: f64,
 }
 
-/// Limits of `worst_recovery_s`: a dead worker costs at most 15 s, a dead learner is back within 60 s of its restart.
-const LIMITS: [(&str, f64); 2] = [("rollout", 15.0), ("learner", 60.0)];
+/// Limits of `worst_recovery_s` in seconds: for a dead worker, and for a learner after its restart.
+const RECOVERY_LIMITS_S: [(&str, f64); 2] = [("rollout", 15.0), ("learner", 60.0)];
 
-/// Whether every recovery kept its limit. On a machine that is busy with other things no recovery is held to less than `start_s`, the
-/// seconds that the whole run took from its start to its second update: what has died starts and trains no faster than that.
+/// Returns whether every recovery kept its limit. On a busy machine no limit is below `start_s`, the time in seconds from the start of
+/// the run to its second update: a restarted process is no faster.
 fn within_limits(worst: &BTreeMap<&'static str, f64>, start_s: f64) -> bool {
-    LIMITS.iter().all(|(role, limit)| worst.get(role).is_none_or(|s| *s <= limit.max(start_s)))
+    RECOVERY_LIMITS_S.iter().all(|(role, limit)| worst.get(role).is_none_or(|s| *s <= limit.max(start_s)))
 }
 
-/// Runs a soak and says each fault through `tell`.
+/// Runs a soak and reports its progress through `report`.
 ///
 /// # Panics
-/// The run cannot be prepared at all.
-pub fn soak(plan: Plan, tell: &mut dyn FnMut(&str)) -> Verdict {
-    let begun = Instant::now();
-    tell(&format!("seed {}", plan.seed));
+/// Panics if the run cannot be prepared.
+pub fn soak(plan: Plan, report: &mut dyn FnMut(&str)) -> Verdict {
+    let soak_start = Instant::now();
+    report(&format!("seed {}", plan.seed));
     let sandbox = Sandbox::new();
     let s3 = StoreServer::start(&sandbox);
-    let place = s3.folder("run").expect("the soak damages objects in a server of its own: unset UNVEIL_TEST_STORE");
+    let objects =
+        s3.object_dir("run").expect("the soak damages objects and needs its own server: unset UNVEIL_TEST_STORE");
     let store = StoreProxy::start(s3.endpoint());
-    let ground = Ground { sandbox: &sandbox, s3: &s3, run: sandbox.path("run"), config: sandbox.micro_config() };
-    ground.prepare();
+    let setup = SoakRun { sandbox: &sandbox, s3: &s3, run: sandbox.path("run"), config: sandbox.micro_config() };
+    setup.prepare();
 
-    let sets = ground.sets();
+    let sets = setup.sets();
     let started = Instant::now();
-    let mut crew = Crew::start(&sandbox, &s3, &store, ground.config.clone(), sets, WORKERS);
-    let mut watch = Watch { tail: Tail::of(&ground.run), worst: BTreeMap::new() };
-    let mut deck = Deck::new(ChaCha8Rng::seed_from_u64(plan.seed), WORKERS, plan.longest);
-    let (mut hangs, mut damaged, mut done) = (Vec::new(), Vec::new(), 0);
-    if watch.until_update(&mut crew, started, 2).is_none() {
-        hangs.push("nothing was trained before the first fault".to_owned());
+    let mut roles = RoleSupervisor::start(&sandbox, &s3, &store, setup.config.clone(), sets, WORKERS);
+    let mut monitor = UpdateMonitor { events: EventTail::new(&setup.run), worst: BTreeMap::new() };
+    let mut deck = FaultDeck::new(ChaCha8Rng::seed_from_u64(plan.seed), WORKERS, plan.max_duration);
+    let mut hangs = Vec::new();
+    let mut damaged = Vec::new();
+    let mut done = 0;
+    if monitor.wait_for_updates(&mut roles, started, 2).is_none() {
+        hangs.push("there was no update before the first fault".to_owned());
     }
     let start_s = started.elapsed().as_secs_f64();
-    tell(&format!("two updates within {start_s:.1} s of the start"));
+    report(&format!("two updates within {start_s:.1} s of the start"));
     while done < plan.faults && hangs.is_empty() {
         let fault = deck.draw();
         done += 1;
-        let at = begun.elapsed().as_secs_f64();
-        let (found, object) = watch.suffer(&fault, &mut crew, &store, &place);
+        let time_s = soak_start.elapsed().as_secs_f64();
+        let (recovery, object) = monitor.inject(&fault, &mut roles, &store, &objects);
         damaged.extend(object);
-        match found {
+        match recovery {
             Some(recovery) => {
-                tell(&format!("{at:7.1} s  {done:3}  {fault:?}: recovery {recovery:.1} s"));
-                // The next fault may come at any time of an update, and after some calm or none.
-                watch.calm(&mut crew, deck.calm());
+                report(&format!("{time_s:7.1} s  {done:3}  {fault:?}: recovery {recovery:.1} s"));
+                // The next fault comes at any time of an update, with or without a pause before.
+                monitor.run_for(&mut roles, deck.pause());
             }
             None => {
-                tell(&format!("{at:7.1} s  {done:3}  {fault:?}: nothing goes on"));
+                report(&format!("{time_s:7.1} s  {done:3}  {fault:?}: no recovery"));
                 hangs.push(format!("{fault:?}"));
             }
         }
     }
-    let ends = crew.end(Duration::from_secs(60));
-    let mut verdict = ground.judge(&damaged);
-    hangs.extend(ends.stuck);
-    (verdict.seed, verdict.faults, verdict.hangs) = (plan.seed, done, hangs);
-    (verdict.panics, verdict.ended, verdict.worst_recovery_s) = (ends.panics, ends.by_themselves, watch.worst);
-    verdict.wall_s = begun.elapsed().as_secs_f64();
+    let exits = roles.shut_down(Duration::from_secs(60));
+    let mut verdict = setup.evaluate(&damaged);
+    hangs.extend(exits.stuck);
+    verdict.seed = plan.seed;
+    verdict.faults = done;
+    verdict.hangs = hangs;
+    verdict.panics = exits.panics;
+    verdict.ended = exits.by_themselves;
+    verdict.worst_recovery_s = monitor.worst;
+    verdict.wall_s = soak_start.elapsed().as_secs_f64();
     let untrained = verdict.groups_dropped + verdict.groups_wholly_masked + verdict.groups_skipped;
-    let whole = verdict.groups_lost == 0 && verdict.groups_doubled == 0 && untrained == 0 && verdict.accounting;
-    let alive = verdict.unreadable.is_empty() && verdict.hangs.is_empty() && verdict.panics.is_empty();
-    let soon = within_limits(&verdict.worst_recovery_s, start_s);
-    verdict.ok = whole && alive && soon && verdict.faults == plan.faults;
+    let exactly_once = verdict.groups_lost == 0 && verdict.groups_doubled == 0 && untrained == 0 && verdict.accounting;
+    let healthy = verdict.unreadable.is_empty() && verdict.hangs.is_empty() && verdict.panics.is_empty();
+    let in_time = within_limits(&verdict.worst_recovery_s, start_s);
+    verdict.ok = exactly_once && healthy && in_time && verdict.faults == plan.faults;
     verdict
 }
 
-/// Looks for updates while the crew is tended.
-struct Watch {
-    tail: Tail,
+/// Waits for updates while keeping the roles running.
+struct UpdateMonitor {
+    events: EventTail,
     worst: BTreeMap<&'static str, f64>,
 }
 
-impl Watch {
-    /// Waits for so many more updates; returns when the last of them was seen, or none where that takes too long.
-    fn until_update(&mut self, crew: &mut Crew<'_>, from: Instant, more: usize) -> Option<Instant> {
-        let goal = self.tail.updates() + more;
-        while from.elapsed() < HANG {
-            crew.tend();
-            if self.tail.updates() >= goal {
+impl UpdateMonitor {
+    /// Waits for `more` updates and returns the time of the last one; `None` after the hang timeout, counted from `from`.
+    fn wait_for_updates(&mut self, roles: &mut RoleSupervisor<'_>, from: Instant, more: usize) -> Option<Instant> {
+        let goal = self.events.updates() + more;
+        while from.elapsed() < HANG_TIMEOUT {
+            roles.restart_exited();
+            if self.events.updates() >= goal {
                 return Some(Instant::now());
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -161,70 +169,71 @@ impl Watch {
         None
     }
 
-    /// Lets the run go on for a while.
-    fn calm(&mut self, crew: &mut Crew<'_>, time: Duration) {
-        let begun = Instant::now();
-        while begun.elapsed() < time {
-            crew.tend();
+    /// Lets the run continue for a while.
+    fn run_for(&mut self, roles: &mut RoleSupervisor<'_>, time: Duration) {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            roles.restart_exited();
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Does a fault to its end and waits until training goes on. Returns the seconds of recovery and the object that was damaged.
-    fn suffer(
+    /// Injects a fault, ends it, and waits until training continues. Returns the recovery time in seconds and the damaged object.
+    fn inject(
         &mut self,
         fault: &Fault,
-        crew: &mut Crew<'_>,
+        roles: &mut RoleSupervisor<'_>,
         store: &StoreProxy,
-        place: &std::path::Path,
+        objects: &std::path::Path,
     ) -> (Option<f64>, Option<PathBuf>) {
-        let begun = Instant::now();
-        let object = inflict(fault, crew, store, place);
-        self.calm(crew, fault.time());
-        heal(fault, crew, store);
-        let over = Instant::now();
+        let begin = Instant::now();
+        let object = begin_fault(fault, roles, store, objects);
+        self.run_for(roles, fault.duration());
+        end_fault(fault, roles, store);
+        let end = Instant::now();
         let from = match fault.killed() {
             Some(Role::Learner) => loop {
-                crew.tend();
-                if let Some(started) = crew.started(Role::Learner) {
+                roles.restart_exited();
+                if let Some(started) = roles.started(Role::Learner) {
                     break started;
                 }
                 std::thread::sleep(Duration::from_millis(10));
             },
-            Some(_) => begun,
-            None => over,
+            Some(_) => begin,
+            None => end,
         };
-        // An update that was under way may end as if nothing had happened: the one after it counts where a worker died.
+        // An update in progress may complete unaffected, so after the death of a worker the next one counts.
         let more = if matches!(fault.killed(), Some(Role::Rollout(_))) { 2 } else { 1 };
-        let mut recovery = self.until_update(crew, over, more).map(|at| at.duration_since(from).as_secs_f64());
-        // What the fault ended has to be back, too, before the next one.
+        let mut recovery =
+            self.wait_for_updates(roles, end, more).map(|update| update.duration_since(from).as_secs_f64());
+        // All roles must be up again before the next fault.
         let all = [Role::Learner, Role::Reward].into_iter().chain((0..WORKERS).map(Role::Rollout));
         for role in all {
-            while recovery.is_some() && !crew.is_up(role) {
-                crew.tend();
+            while recovery.is_some() && !roles.is_up(role) {
+                roles.restart_exited();
                 std::thread::sleep(Duration::from_millis(20));
-                if over.elapsed() > HANG {
+                if end.elapsed() > HANG_TIMEOUT {
                     recovery = None;
                 }
             }
         }
         if let Some(seconds) = recovery {
-            let worst = self.worst.entry(fault.group()).or_default();
+            let worst = self.worst.entry(fault.kind()).or_default();
             *worst = worst.max(seconds);
         }
         (recovery, object)
     }
 }
 
-/// Where the soak takes place.
-struct Ground<'a> {
+/// The run of a soak.
+struct SoakRun<'a> {
     sandbox: &'a Sandbox,
     s3: &'a StoreServer,
     run: PathBuf,
     config: PathBuf,
 }
 
-impl Ground<'_> {
+impl SoakRun<'_> {
     fn sets(&self) -> Vec<String> {
         let url = format!("checkpoint.url={}", self.s3.url("run"));
         let sets = ["sft.steps=20", "learner.steps=1000000", "learner.checkpoint_every=2", "checkpoint.keep=3"];
@@ -233,34 +242,36 @@ impl Ground<'_> {
 
     fn unveil(&self, args: &[&str]) -> Finished {
         let mut command = self.sandbox.command(&binary("unveil"), args);
-        self.sandbox.start(self.s3.tell(&mut command, self.s3.endpoint())).wait(HANG)
+        self.sandbox.start(self.s3.configure(&mut command, self.s3.endpoint())).wait(HANG_TIMEOUT)
     }
 
-    /// Data and stage 1.
+    /// Creates the data and runs stage 1.
     fn prepare(&self) {
-        let (config, sets) = (self.config.to_string_lossy(), self.sets());
+        let config = self.config.to_string_lossy();
+        let sets = self.sets();
         let mut args = vec!["train", "--config", &config];
         args.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
         args.extend(["--set", "learner.steps=0"]);
         self.unveil(&args).ok();
     }
 
-    fn judge(&self, damaged: &[PathBuf]) -> Verdict {
+    /// Evaluates the finished run; objects in `damaged` may be unreadable.
+    fn evaluate(&self, damaged: &[PathBuf]) -> Verdict {
         let lineage = Lineage::read(&self.run);
         let url = self.s3.url("run");
         let shown = self.unveil(&["checkpoint", "show", &url]);
-        let account = shown.json().first().map_or(Value::Null, |s| s["accounting"].clone());
-        let tally = Tally::of(&lineage, &account, (RECORDS, GROUPS));
-        let ours = |object: &str| damaged.iter().any(|path| path.ends_with(object));
+        let accounting = shown.json().first().map_or(Value::Null, |s| s["accounting"].clone());
+        let tally = GroupTally::new(&lineage, &accounting, (RECORDS, GROUPS_PER_UPDATE));
+        let damaged_here = |object: &str| damaged.iter().any(|path| path.ends_with(object));
         let checks = self.unveil(&["checkpoint", "verify", &url]);
         let mut unreadable: Vec<String> = checks
             .json()
             .iter()
-            .filter(|c| c["ok"] != true && !ours(c["object"].as_str().unwrap_or_default()))
+            .filter(|c| c["ok"] != true && !damaged_here(c["object"].as_str().unwrap_or_default()))
             .map(ToString::to_string)
             .collect();
         if checks.json().is_empty() {
-            unreadable.push(format!("no checkpoint can be looked at: {}", checks.stderr));
+            unreadable.push(format!("no checkpoint can be verified: {}", checks.stderr));
         }
         Verdict {
             ok: false,
@@ -268,7 +279,7 @@ impl Ground<'_> {
             faults: 0,
             steps: lineage.steps.len() as u64,
             groups_lost: tally.lost,
-            groups_doubled: tally.doubled,
+            groups_doubled: tally.duplicated,
             groups_dropped: tally.dropped,
             groups_wholly_masked: tally.wholly_masked,
             groups_skipped: tally.skipped,
@@ -292,8 +303,8 @@ mod tests {
         let worst = |role, s| [(role, s)].into();
         assert!(within_limits(&worst("rollout", 14.9), 8.0) && within_limits(&worst("learner", 59.0), 8.0));
         assert!(!within_limits(&worst("rollout", 16.4), 8.0) && !within_limits(&worst("learner", 60.5), 8.0));
-        assert!(within_limits(&worst("rollout", 16.4), 57.0), "the whole run took longer to start");
+        assert!(within_limits(&worst("rollout", 16.4), 57.0), "the run itself took longer to start");
         assert!(!within_limits(&worst("rollout", 57.5), 57.0));
-        assert!(within_limits(&worst("store", 170.0), 8.0), "a hang is found elsewhere");
+        assert!(within_limits(&worst("store", 170.0), 8.0), "hangs are detected separately");
     }
 }

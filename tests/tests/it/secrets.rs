@@ -1,4 +1,4 @@
-//! Secrets from every place that they can come from, peers that echo them, and every output searched for them.
+//! Secrets from all their sources, peers that echo them, and a search of all output for them.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,20 +8,21 @@ use unveil_testkit::{Finished, Sandbox, WebReply, WebRequest, WebServer, binary}
 
 const SOON: Duration = Duration::from_secs(120);
 
-/// One for each place: the run's token (a file), the judge's and the collector's key, and those of the object store (variables).
+/// One secret per source: the token of the run (a file), the keys of judge and collection, and the keys of the object store (variables).
 const TOKEN: &str = "MARKER-token-8d1f\"quoted\"";
 const JUDGE: &str = "MARKER-judge-52c7";
 const COLLECT: &str = "MARKER-collect-77ab";
 const STORE: [&str; 3] = ["MARKERACCESSKEY1", "MARKER-secret-access-e09a", "MARKER-session-4f4f"];
 
-/// A peer that says back whatever it was told, in headers and words.
+/// A peer that echoes everything it receives.
 fn echo(request: &WebRequest) -> WebReply {
-    let said: Vec<String> = request.headers.iter().map(|(n, v)| format!("{n}: {v}")).collect();
+    let headers: Vec<String> = request.headers.iter().map(|(n, v)| format!("{n}: {v}")).collect();
     let code = if request.number.is_multiple_of(2) { 401 } else { 400 };
-    WebReply::now(code, format!("the keys are {} and {}; you said {}", STORE[1], STORE[2], said.join(", ")))
+    WebReply::immediate(code, format!("the keys are {} and {}; you said {}", STORE[1], STORE[2], headers.join(", ")))
 }
 
-fn spoken(s: &Sandbox, mut command: Command) -> Finished {
+/// Runs a command with all secrets in its environment.
+fn run_with_secrets(s: &Sandbox, mut command: Command) -> Finished {
     command
         .env("JUDGE_KEY", JUDGE)
         .env("COLLECT_KEY", COLLECT)
@@ -34,25 +35,25 @@ fn spoken(s: &Sandbox, mut command: Command) -> Finished {
     s.start(&mut command).wait(SOON)
 }
 
-/// Every file below `dir` but the one that holds the token, and the folder of images.
-fn search(dir: &Path, found: &mut Vec<String>, looked: &mut usize) {
+/// Searches all files below `dir` except for the token file.
+fn search(dir: &Path, leaks: &mut Vec<String>, searched: &mut usize) {
     for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
         let path = entry.path();
         if path.is_dir() {
-            search(&path, found, looked);
+            search(&path, leaks, searched);
         } else if !path.ends_with("token") {
-            *looked += 1;
+            *searched += 1;
             let bytes = std::fs::read(&path).unwrap();
-            if let Some(at) = bytes.windows(6).position(|w| w == b"MARKER") {
-                let end = bytes.len().min(at + 40);
-                found.push(format!("{}: {}", path.display(), String::from_utf8_lossy(&bytes[at..end])));
+            if let Some(start) = bytes.windows(6).position(|w| w == b"MARKER") {
+                let end = bytes.len().min(start + 40);
+                leaks.push(format!("{}: {}", path.display(), String::from_utf8_lossy(&bytes[start..end])));
             }
         }
     }
 }
 
 #[test]
-fn no_output_holds_a_secret() {
+fn no_output_contains_a_secret() {
     let s = Sandbox::new();
     let server = WebServer::start(echo);
     s.write("token", TOKEN);
@@ -74,7 +75,7 @@ fn no_output_holds_a_secret() {
         let mut all = args.to_vec();
         all.extend(["--config", &file]);
         all.extend(sets.iter().flat_map(|set| ["--set", *set]));
-        spoken(&s, s.command(&binary("unveil"), &all))
+        run_with_secrets(&s, s.command(&binary("unveil"), &all))
     };
     let records = s.path("run/data/records.jsonl").display().to_string();
     let collected = s.path("collected").display().to_string();
@@ -83,20 +84,21 @@ fn no_output_holds_a_secret() {
         with(&["config", "show"]).ok(),
         with(&["data", "collect", "--data", &records, "--out", &collected]).exits(1),
     ];
-    // Someone asked with each key, and was told it back.
-    let keys: Vec<String> = server.seen().iter().filter_map(|r| r.header("authorization").map(str::to_owned)).collect();
+    // Each key was used, and echoed back.
+    let keys: Vec<String> =
+        server.requests().iter().filter_map(|r| r.header("authorization").map(str::to_owned)).collect();
     for key in [JUDGE, COLLECT] {
         assert!(keys.contains(&format!("Bearer {key}")), "{key}: {keys:?}");
     }
     let scored = std::fs::read_to_string(s.path("run/events.jsonl")).unwrap();
     assert!(scored.contains("\"kind\":\"train\""), "{scored}");
-    // The object store's keys, by a store that knows them.
+    // A store that knows the keys echoes them.
     let mut list = s.command(&binary("unveil"), &["checkpoint", "list", "s3://bucket/prefix"]);
     list.env("AWS_ENDPOINT_URL", &url);
-    let list = spoken(&s, list).exits(1);
+    let list = run_with_secrets(&s, list).exits(1);
     assert!(list.stderr.contains("***"), "the store's answer is shown: {}", list.stderr);
     ended.push(list);
-    // A secret where its name, or nothing of it, belongs.
+    // Secrets in place of their names, or in URLs.
     for set in [
         "reward.judge.base_url=https://me:MARKER@host/v1",
         "reward.judge.key_env=MARKER-1",
@@ -108,14 +110,15 @@ fn no_output_holds_a_secret() {
     ] {
         let key = set.split_once('=').unwrap().0;
         let refused = s.unveil(&["config", "check", "--set", set]);
-        refused.clone().says(2, &[]);
+        refused.clone().fails_with(2, &[]);
         assert!(refused.stderr.contains(key), "{}", refused.stderr);
         ended.push(refused);
     }
     for done in &ended {
         assert!(!done.stdout.contains("MARKER") && !done.stderr.contains("MARKER"), "{done:?}");
     }
-    let (mut found, mut looked) = (Vec::new(), 0);
-    search(&s.path(""), &mut found, &mut looked);
-    assert!(looked > 30 && found.is_empty(), "{looked} files, {found:#?}");
+    let mut leaks = Vec::new();
+    let mut searched = 0;
+    search(&s.path(""), &mut leaks, &mut searched);
+    assert!(searched > 30 && leaks.is_empty(), "{searched} files, {leaks:#?}");
 }

@@ -1,4 +1,4 @@
-//! `run.deterministic`: a run is the same bit for bit when it is made again, whichever worker generates what.
+//! `run.deterministic`: a repeated run is the same bit for bit, whichever worker generates which group.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use unveil_testkit::{Lineage, Sandbox, events_of};
 
 const SOON: Duration = Duration::from_secs(180);
 
-/// What an update reports, without times and without who made its responses.
+/// Returns the reported updates, without times and worker names.
 fn updates(s: &Sandbox) -> Vec<Value> {
     let mut all = events_of(&s.path("run"), "train");
     for event in &mut all {
@@ -22,7 +22,7 @@ fn weights(s: &Sandbox) -> Vec<u8> {
 }
 
 #[test]
-fn a_run_is_the_same_again() {
+fn deterministic_runs_repeat_bit_for_bit() {
     let run = |sets: &[&str]| {
         let s = Sandbox::new();
         let config = s.micro_config();
@@ -31,13 +31,14 @@ fn a_run_is_the_same_again() {
         let mut args = vec!["train", "--config", &config];
         args.extend(always.iter().chain(sets).flat_map(|set| ["--set", *set]));
         s.spawn(&args).wait(SOON).ok();
-        Lineage::read(&s.path("run")).is_exactly_once(6, 2, 8);
+        Lineage::read(&s.path("run")).assert_exactly_once(6, 2, 8);
         s
     };
     for sets in
         [&["rollout.workers=1"][..], &["rollout.workers=2", "learner.parallel.ranks=2", "learner.parallel.zero=3"]]
     {
-        let (one, two) = (run(sets), run(sets));
+        let one = run(sets);
+        let two = run(sets);
         assert!(updates(&one).iter().all(|e| e["loss"]["loss"].is_f64()));
         assert_eq!(updates(&one), updates(&two), "{sets:?}");
         assert!(weights(&one) == weights(&two), "{sets:?}: the weights differ");

@@ -1,5 +1,5 @@
-//! The Helm chart and the container (driven in Python, with Helm's engine and Kubernetes' schemas), and the roles as pods run them: each with
-//! a disk of its own, in any order.
+//! The Helm chart and the container (tested in Python, with Helm's engine and Kubernetes' schemas), and the roles as in pods: each with its
+//! own disk, started in any order.
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener};
@@ -12,7 +12,7 @@ use unveil_testkit::{Finished, MetricsPage, Process, Sandbox, binary, python, wo
 const SOON: Duration = Duration::from_secs(120);
 
 #[test]
-fn the_chart_and_the_container_keep_to_their_rules_and_to_the_program() {
+fn chart_and_container_pass_their_tests() {
     let s = Sandbox::new();
     let tests = workspace().join("tests/helm").to_string_lossy().into_owned();
     let mut command = s.command(&python(), &["-m", "unittest", "discover", "-s", &tests, "-t", &tests]);
@@ -21,7 +21,7 @@ fn the_chart_and_the_container_keep_to_their_rules_and_to_the_program() {
     assert!(ran.is_some_and(|n| n > 20), "{}", done.stderr);
 }
 
-/// A port that nobody listens on now, below those that the system gives to connections: a role that comes later finds it free.
+/// Returns a free port below the ephemeral range, so that it is still free when a role starts later.
 fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = 12_000 + (std::process::id() % 1_000) as u16 * 16;
@@ -29,12 +29,12 @@ fn free_port() -> u16 {
     ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
 }
 
-/// Metrics of the role that serves them on this port.
-fn page(port: u16) -> MetricsPage {
+/// Fetches the metrics page on a port.
+fn metrics_page(port: u16) -> MetricsPage {
     MetricsPage::get(SocketAddr::from(([127, 0, 0, 1], port)))
 }
 
-/// Roles as pods run them: one configuration, a run directory each, everything else by variables.
+/// Roles as in pods: one configuration, separate run directories, everything else in environment variables.
 struct Pods {
     sandbox: Sandbox,
     config: String,
@@ -53,7 +53,7 @@ impl Pods {
         self.start(pod, "unveil", args, &[]).wait(SOON)
     }
 
-    /// Asks a health listener as a container's health command does.
+    /// Queries a health endpoint like the health command of a container.
     fn health(&self, port: u16, ready: bool) -> Finished {
         let address = format!("127.0.0.1:{port}");
         let args = ["health", "--address", &address, "--ready"];
@@ -66,13 +66,13 @@ impl Pods {
     }
 }
 
-/// `health.listen` of a pod.
-fn health(port: u16) -> (&'static str, String) {
+/// Returns the variable for `health.listen` of a pod.
+fn health_variable(port: u16) -> (&'static str, String) {
     ("UNVEIL__HEALTH__LISTEN", format!("127.0.0.1:{port}"))
 }
 
 #[test]
-fn roles_that_share_no_disk_find_each_other_and_say_how_they_are() {
+fn roles_without_a_shared_disk_run_and_report_health() {
     let sandbox = Sandbox::new();
     let config = sandbox.micro_config().to_string_lossy().into_owned();
     let port: Vec<u16> = (0..10).map(|_| free_port()).collect();
@@ -93,9 +93,9 @@ fn roles_that_share_no_disk_find_each_other_and_say_how_they_are() {
     let pods = Pods { sandbox, config, variables };
     let has = |file: &str| pods.sandbox.path(file).exists();
 
-    pods.run("rollout", &["prepare", "rollout"]).says(1, &["stage 1 has not ended", "step 40", &store]);
+    pods.run("rollout", &["prepare", "rollout"]).fails_with(1, &["stage 1 has not ended", "step 40", &store]);
     pods.run("stage1", &["prepare", "sft"]).ok();
-    // The worker is there before stage 1 has ended, before the reward service, and before the learner.
+    // The worker starts before stage 1 has ended, before the reward service, and before the learner.
     let mut prepare = pods.start("rollout", "unveil", &["prepare", "rollout", "--wait", "100"], &[]);
     while !prepare.stderr().contains("waiting for stage 1") {
         assert!(prepare.is_running(), "{}", prepare.stderr());
@@ -103,44 +103,44 @@ fn roles_that_share_no_disk_find_each_other_and_say_how_they_are() {
     }
     pods.run("stage1", &["sft"]).ok();
     prepare.wait(SOON).ok();
-    let mut rollout = pods.start("rollout", "unveil", &["rollout", "--worker", "pod-a#1"], &[health(port[5])]);
+    let mut rollout = pods.start("rollout", "unveil", &["rollout", "--worker", "pod-a#1"], &[health_variable(port[5])]);
     pods.run("learner", &["prepare", "learner"]).ok();
     assert!(
         has("learner/stage1/config.json") && has("learner/data/records.jsonl") && has("rollout/stage1/config.json")
     );
     assert!(!has("rollout/data") && !has("learner/model-init"), "no more than a role needs");
 
-    let mut learner = pods.start("learner", "unveil", &["learner"], &[health(port[6])]);
+    let mut learner = pods.start("learner", "unveil", &["learner"], &[health_variable(port[6])]);
     learner.until("life", SOON, || (pods.health(port[6], false).code() == Some(0)).then_some(()));
-    pods.health(port[6], true).says(1, &[&at(6), "is not ready"]);
+    pods.health(port[6], true).fails_with(1, &[&at(6), "is not ready"]);
     rollout.until("life", SOON, || (pods.health(port[5], false).code() == Some(0)).then_some(()));
-    pods.health(port[5], true).says(1, &[&at(5), "is not ready"]);
+    pods.health(port[5], true).fails_with(1, &[&at(5), "is not ready"]);
     let rank = ["learner", "--set", "learner.parallel.rank=1"];
-    let mut second = pods.start("learner", "unveil", &rank, &[health(port[7])]);
+    let mut second = pods.start("learner", "unveil", &rank, &[health_variable(port[7])]);
     pods.becomes_ready(&mut learner, port[6]);
     pods.becomes_ready(&mut second, port[7]);
-    let mut reward = pods.start("reward", "unveil-reward", &["serve"], &[health(port[8])]);
+    let mut reward = pods.start("reward", "unveil-reward", &["serve"], &[health_variable(port[8])]);
     pods.becomes_ready(&mut reward, port[8]);
     pods.becomes_ready(&mut rollout, port[5]);
 
     let pages = learner.until("an update", SOON, || {
-        let pages = [1, 4, 9].map(|i| page(port[i]));
-        (pages[0].of("unveil_learner_trained_groups_total") > 0.0).then_some(pages)
+        let pages = [1, 4, 9].map(|i| metrics_page(port[i]));
+        (pages[0].expect_value("unveil_learner_trained_groups_total") > 0.0).then_some(pages)
     });
-    MetricsPage::have(&pages, &names_of_the_dashboard());
+    MetricsPage::assert_contain(&pages, &dashboard_series());
     learner.wait(SOON).ok();
     second.wait(SOON).ok();
     rollout.wait(SOON).ok();
-    pods.health(port[6], false).says(1, &[&at(6)]);
+    pods.health(port[6], false).fails_with(1, &[&at(6)]);
     reward.signal(Signal::SIGTERM);
     reward.wait(SOON).ok();
     let model = pods.sandbox.path("exported");
     pods.sandbox.unveil(&["checkpoint", "export", &store, "--out", &model.to_string_lossy()]).ok();
-    assert!(model.join("config.json").exists(), "the model comes from the store, the pods are gone");
+    assert!(model.join("config.json").exists(), "the model comes from the store alone");
 }
 
-/// The series that the dashboard asks for.
-fn names_of_the_dashboard() -> BTreeSet<String> {
+/// Returns the metric series used by the dashboard.
+fn dashboard_series() -> BTreeSet<String> {
     let path = workspace().join("cluster/helm/unveil/dashboards/unveil.json");
     let text = std::fs::read_to_string(&path).expect("the dashboard");
     let board: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -1,4 +1,4 @@
-//! The reward binary as it is deployed: without libtorch, and up at once.
+//! The reward binary as deployed: without libtorch, and ready immediately.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use unveil_service::{READY, check_health};
 use unveil_testkit::{Sandbox, binary, json_lines};
 
 #[test]
-fn it_links_no_torch() {
+fn the_reward_binary_does_not_link_torch() {
     let linked = |name: &str| {
         let out = Command::new("ldd").arg(binary(name)).output().expect("ldd runs");
         String::from_utf8_lossy(&out.stdout).into_owned()
@@ -17,11 +17,11 @@ fn it_links_no_torch() {
     for library in ["libtorch", "libc10", "cuda", "libgomp"] {
         assert!(!reward.contains(library), "unveil-reward links {library}:\n{reward}");
     }
-    assert!(linked("unveil").contains("libtorch"), "the comparison is worth something");
+    assert!(linked("unveil").contains("libtorch"), "the comparison is meaningful");
 }
 
 #[test]
-fn it_is_ready_at_once_and_stops_when_asked() {
+fn the_reward_service_starts_and_stops_quickly() {
     let s = Sandbox::new();
     let start = Instant::now();
     let health = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
@@ -33,8 +33,8 @@ fn it_is_ready_at_once_and_stops_when_asked() {
     assert!(address.starts_with("127.0.0.1:") && !address.ends_with(":0"), "{address}");
     std::net::TcpStream::connect(address).expect("it listens there");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let asked = |name: &str| runtime.block_on(check_health(&health.to_string(), name, Duration::from_secs(5)));
-    assert!(asked("").is_ok_and(|alive| alive) && asked(READY).is_ok_and(|ready| ready));
+    let is_serving = |name: &str| runtime.block_on(check_health(&health.to_string(), name, Duration::from_secs(5)));
+    assert!(is_serving("").is_ok_and(|alive| alive) && is_serving(READY).is_ok_and(|ready| ready));
     let running = s.processes();
     assert!(running.iter().all(|p| p.args[0].ends_with("unveil-reward")), "`unveil reward` became {running:?}");
     service.interrupt();

@@ -1,15 +1,15 @@
-//! Runs that go on: bit for bit after a kill and on another machine, from the checkpoint before a damaged one, beyond their first
-//! end, and not with another configuration. On a real S3 server, or in the run directory where the store does not matter.
+//! Resumed runs: bit for bit after a kill and on another machine, from the checkpoint before a damaged one, beyond their original end, and
+//! not with another configuration. On a real S3 server, or in the run directory if the store does not matter.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use unveil_testkit::{Finished, Lineage, Process, Sandbox, StoreServer, binary, committed, events_of, read_json};
+use unveil_testkit::{Finished, Lineage, Process, Sandbox, StoreServer, binary, committed_steps, events_of, read_json};
 
 const SOON: Duration = Duration::from_secs(180);
 
-/// One machine: a sandbox with its own run directory, and the way to the store.
+/// A machine: a sandbox with its own run directory, and access to the store.
 struct Machine<'a> {
     s: Sandbox,
     s3: &'a StoreServer,
@@ -22,7 +22,7 @@ impl<'a> Machine<'a> {
 
     fn spawn(&self, args: &[&str]) -> Process {
         let mut command = self.s.command(&binary("unveil"), args);
-        self.s.start(self.s3.tell(&mut command, self.s3.endpoint()))
+        self.s.start(self.s3.configure(&mut command, self.s3.endpoint()))
     }
 
     fn run(&self, args: &[&str]) -> Finished {
@@ -42,18 +42,18 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// What updates report, without times and the learner's term.
+/// Returns the reported updates, without times and the learner's term.
 fn updates(run: &Path) -> Vec<Value> {
     let mut all = events_of(run, "train");
     for event in &mut all {
         let fields = event.as_object_mut().expect("an object");
-        // Which worker made which group is not the same again.
+        // Which worker generates which group is not repeatable.
         fields.retain(|key, _| !key.ends_with("_ms") && !matches!(key.as_str(), "term" | "agreement_by_worker"));
     }
     all
 }
 
-/// Sizes and hashes of all objects of a checkpoint: weights, moments, value head, files of the model.
+/// Returns the sizes and hashes of all objects of a checkpoint: weights, moments, value head, model files.
 fn objects(shown: &Value) -> Vec<(u64, String)> {
     let all = shown["manifest"]["objects"].as_array().expect("objects");
     let mut all: Vec<(u64, String)> = all
@@ -68,14 +68,17 @@ fn step(event: &Value) -> u64 {
     event["step"].as_u64().expect("a step")
 }
 
-/// Twenty updates at a stretch, and seven, kill -9, and the rest on another machine that has nothing but the store.
+/// Compares twenty uninterrupted updates with seven, a kill -9, and the rest on another machine that has only the store.
 #[test]
-fn seven_updates_a_kill_and_the_rest_are_twenty_updates() {
+fn resumed_runs_equal_uninterrupted_ones() {
     let server = Sandbox::new();
     let s3 = StoreServer::start(&server);
-    let (straight, first, second) = (Machine::new(&s3), Machine::new(&s3), Machine::new(&s3));
-    let (whole, broken) = (s3.url("whole"), s3.url("broken"));
-    // PPO with a value head, mini-batches and a steered KL has all the state that there is.
+    let straight = Machine::new(&s3);
+    let first = Machine::new(&s3);
+    let second = Machine::new(&s3);
+    let whole = s3.url("whole");
+    let broken = s3.url("broken");
+    // PPO with a value head, mini-batches and an adaptive KL weight covers all trainer state.
     let always = [
         "run.deterministic=true",
         "rollout.max_staleness=0",
@@ -98,14 +101,14 @@ fn seven_updates_a_kill_and_the_rest_are_twenty_updates() {
     let mut train = start(&first, &broken);
     let there = first.run_dir();
     train.until("the seventh update", SOON, || (events_of(&there, "train").len() >= 7).then_some(()));
-    first.s.role("learner").expect("the learner runs").kill();
-    train.wait(SOON).says(1, &["learner", "SIGKILL"]);
+    first.s.find_role("learner").expect("the learner runs").kill();
+    train.wait(SOON).fails_with(1, &["learner", "SIGKILL"]);
     let before = updates(&there);
-    assert!(before.len() < 20, "it was killed on the way");
+    assert!(before.len() < 20, "it was killed before the end");
 
     let done = start(&second, &broken).wait(SOON).ok();
     let lineage = Lineage::read(&second.run_dir());
-    let [from] = lineage.resumed[..] else { panic!("it goes on once: {:?}", lineage.resumed) };
+    let [from] = lineage.resumed[..] else { panic!("it resumes once: {:?}", lineage.resumed) };
     assert!((3..=before.len() as u64).contains(&from) && from.is_multiple_of(3), "from step {from}\n{}", done.stderr);
 
     // Losses, rewards, learning rates, KL weights, and the ids of the groups.
@@ -114,22 +117,23 @@ fn seven_updates_a_kill_and_the_rest_are_twenty_updates() {
     let expected = updates(&straight.run_dir());
     assert_eq!(expected.iter().map(step).collect::<Vec<_>>(), (1..=20).collect::<Vec<_>>());
     let coefs: Vec<&Value> = expected.iter().map(|e| &e["kl_coef"]).collect();
-    assert!(coefs.windows(2).any(|c| c[0] != c[1]), "the weight of KL is steered: {coefs:?}");
+    assert!(coefs.windows(2).any(|c| c[0] != c[1]), "the weight of KL is adapted: {coefs:?}");
     for (a, b) in after.iter().zip(&expected) {
         assert_eq!(a, b, "update {}", step(b));
     }
     assert_eq!(after.len(), expected.len());
 
-    // Weights and the state of the optimiser, in the store and in the model that comes out.
+    // Weights and optimiser state, in the store and in the final model.
     let show = |url: &str| second.run(&["checkpoint", "show", url]).ok().json().remove(0);
-    let (a, b) = (show(&whole), show(&broken));
+    let a = show(&whole);
+    let b = show(&broken);
     assert_eq!((&a["manifest"]["step"], &b["manifest"]["step"]), (&json!(20), &json!(20)));
     assert!(objects(&a).iter().map(|o| o.0).sum::<u64>() > 12_000_000, "weights and two moments: {a}");
     assert_eq!(objects(&a), objects(&b));
     let model = |m: &Machine<'_>| std::fs::read(m.run_dir().join("model/model.safetensors")).expect("the final model");
     assert!(model(&straight) == model(&second), "the models differ");
 
-    // The accounting of both lineages: 40 groups in five passes over eight records.
+    // Accounting of both lineages: 40 groups in five passes over eight records.
     for shown in [&a, &b] {
         let account = &shown["accounting"];
         assert_eq!(account["exactly_once"], true, "{account}");
@@ -140,7 +144,7 @@ fn seven_updates_a_kill_and_the_rest_are_twenty_updates() {
     }
     assert_eq!((&a["info"]["term"], &b["info"]["term"]), (&json!(1), &json!(2)));
 
-    // The store holds everything: nothing is staged, nothing is damaged, no file of the run tells the secret.
+    // The store has everything: nothing is staged or damaged, and no file of the run contains the secret.
     assert!(!second.run_dir().join("checkpoints").exists(), "nothing is staged on the local disk");
     let checks = second.run(&["checkpoint", "verify", &broken]).ok().json();
     assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
@@ -171,44 +175,45 @@ fn damage(place: &Path, step: u64) {
     std::fs::write(&path, bytes).expect("the object is written back");
 }
 
-/// A run of exactly one pass gets a later end twice; before the second time its newest checkpoint is damaged.
+/// A run of exactly one pass is extended twice; before the second time its newest checkpoint is damaged.
 #[test]
-fn a_run_goes_on_beyond_its_end_and_past_a_damaged_checkpoint() {
+fn extended_runs_skip_damaged_checkpoints() {
     let s = Sandbox::new();
-    let (config, run) = (s.micro_config(), s.path("run"));
+    let config = s.micro_config();
+    let run = s.path("run");
     let config = config.to_string_lossy();
     let train = |steps: u64| {
         let steps = format!("learner.steps={steps}");
         s.unveil(&["train", "--config", &config, "--set", "sft.steps=10", "--set", &steps]).ok()
     };
     train(4);
-    Lineage::read(&run).is_exactly_once(4, 2, 8);
+    Lineage::read(&run).assert_exactly_once(4, 2, 8);
 
     let more = train(8);
-    assert!(more.stderr.contains("goes on with learner.steps = 8, was 4"), "{}", more.stderr);
+    assert!(more.stderr.contains("continues with learner.steps = 8, was 4"), "{}", more.stderr);
     let lineage = Lineage::read(&run);
-    assert_eq!(lineage.resumed, [4], "it goes on where the first pass ends");
-    lineage.is_exactly_once(8, 2, 8);
+    assert_eq!(lineage.resumed, [4], "it resumes where the first pass ends");
+    lineage.assert_exactly_once(8, 2, 8);
     assert_eq!(read_json(&run.join("summary.json"))["steps"], 8);
     let evaluated: Vec<u64> = events_of(&run, "eval").iter().filter(|e| e["stage"] == "rl").map(step).collect();
     assert_eq!(evaluated, [4, 8], "both ends are measured");
 
-    assert_eq!(committed(&run).last(), Some(&8));
+    assert_eq!(committed_steps(&run).last(), Some(&8));
     damage(&run, 8);
     let bad = s.unveil(&["checkpoint", "verify", &run.to_string_lossy()]).exits(1).json();
     assert_eq!(bad.iter().filter(|c| c["ok"] == false).count(), 1, "{bad:?}");
     let past = train(10);
-    assert!(past.stderr.contains("step 8 is passed over") && past.stderr.contains("damaged"), "{}", past.stderr);
+    assert!(past.stderr.contains("skipped step 8") && past.stderr.contains("damaged"), "{}", past.stderr);
     let lineage = Lineage::read(&run);
     assert_eq!(lineage.resumed, [4, 6], "the one before the damaged one");
-    lineage.is_exactly_once(10, 2, 8);
+    lineage.assert_exactly_once(10, 2, 8);
     let shown = s.unveil(&["checkpoint", "show", &run.to_string_lossy()]).ok().json().remove(0);
     assert_eq!((&shown["accounting"]["trained"], &shown["accounting"]["exactly_once"]), (&json!(20), &json!(true)));
 
-    // The learner itself looks at what the checkpoint was made with: the run may be on another machine.
+    // The learner itself compares the configuration of the checkpoint: the run may be on another machine.
     let sets = ["rollout.n=3", "learner.optimizer.lr=0.5"];
     let mut args = vec!["learner", "--config", &config];
     args.extend(["sft.steps=10", "learner.steps=12"].iter().chain(&sets).flat_map(|set| ["--set", *set]));
-    let line = s.unveil(&args).says(1, &["step 10", "rollout.n = 3, was 4"]);
+    let line = s.unveil(&args).fails_with(1, &["step 10", "rollout.n = 3, was 4"]);
     assert!(!line.contains("optimizer.lr"), "the learning rate may change: {line}");
 }

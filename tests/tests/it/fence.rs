@@ -1,5 +1,5 @@
-//! Two learners on one prefix of an object store: the newer one wins, the other stops, and nothing is mixed, also where the older
-//! one was paused in the middle of a save.
+//! Two learners on one prefix of an object store: the newer one wins and the other stops without committing anything, even if the older one
+//! was paused in the middle of a save.
 
 use std::time::Duration;
 
@@ -9,12 +9,13 @@ use unveil_testkit::{Lineage, Process, Sandbox, StoreFault, StoreProxy, StoreSer
 const SOON: Duration = Duration::from_secs(180);
 
 #[test]
-fn a_paused_learner_that_wakes_after_its_successor_commits_nothing() {
-    let (old, new) = (Sandbox::new(), Sandbox::new());
+fn paused_learners_commit_nothing_after_a_takeover() {
+    let old = Sandbox::new();
+    let new = Sandbox::new();
     let s3 = StoreServer::start(&new);
     let run = |args: &[&str]| {
         let mut command = new.command(&binary("unveil"), args);
-        new.start(s3.tell(&mut command, s3.endpoint())).wait(SOON).ok().json()
+        new.start(s3.configure(&mut command, s3.endpoint())).wait(SOON).ok().json()
     };
     let place = s3.url("run");
     let saved =
@@ -28,33 +29,33 @@ fn a_paused_learner_that_wakes_after_its_successor_commits_nothing() {
         let sets = ["sft.steps=5", "learner.checkpoint_every=1", "checkpoint.keep=9", &url, &steps];
         let mut args = vec!["train", "--config", &config];
         args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-        s.start(s3.tell(&mut s.command(&binary("unveil"), &args), endpoint))
+        s.start(s3.configure(&mut s.command(&binary("unveil"), &args), endpoint))
     };
 
     // The first learner hangs in the middle of a save, and is stopped there.
     let mut first = start(&old, &proxy.url(), 60);
     first.until("a checkpoint", SOON, || (!saved().is_empty()).then_some(()));
-    proxy.fail(|c| {
+    proxy.inject_faults(|c| {
         let writes = !matches!(c.method.as_str(), "GET" | "HEAD");
-        (writes && c.path.contains("/run/checkpoints/")).then_some(StoreFault::Late(Duration::from_secs(600)))
+        (writes && c.path.contains("/run/checkpoints/")).then_some(StoreFault::Delay(Duration::from_secs(600)))
     });
-    first.until("the middle of a save", SOON, || (proxy.met() > 0).then_some(()));
-    let paused = old.role("learner").expect("the learner runs");
+    first.until("the middle of a save", SOON, || (proxy.faulted_requests() > 0).then_some(()));
+    let paused = old.find_role("learner").expect("the learner runs");
     paused.pause();
     let newest = saved().last().copied().expect("a checkpoint");
 
-    // Another one takes the run over on another machine. Its way to the store is its own.
+    // A second learner adopts the run on another machine, without the proxy.
     let steps = newest + 3;
     let second = start(&new, s3.endpoint(), steps).wait(SOON).ok();
     assert_eq!(Lineage::read(&new.path("run")).resumed, [newest], "{}", second.stderr);
 
-    // The first one wakes up, and its save goes through but for the commit.
+    // The first one wakes up, and its save succeeds except for the commit.
     let all = saved();
-    proxy.heal();
-    paused.go_on();
+    proxy.clear_faults();
+    paused.resume();
     let ended = first.wait(SOON).exits(1);
-    let told = "another learner holds";
-    assert!(ended.stderr.lines().any(|l| l.starts_with("error:") && l.contains(told)), "{}", ended.stderr);
+    let cause = "another learner has claimed";
+    assert!(ended.stderr.lines().any(|l| l.starts_with("error:") && l.contains(cause)), "{}", ended.stderr);
     assert_eq!(saved(), all, "it committed nothing more");
 
     let list = run(&["checkpoint", "list", &place]);

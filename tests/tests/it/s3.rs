@@ -1,4 +1,4 @@
-//! Conditional writes of another S3 server (moto, on loopback), and one that is gone. Runs on a real server are in `resume`.
+//! Conditional writes on another S3 server (moto, on loopback), and the loss of the server. Tests on a real server are in `resume`.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use unveil_testkit::{Finished, Lineage, Process, Sandbox, binary, python};
 const SOON: Duration = Duration::from_secs(120);
 const URL: &str = "s3://bucket/runs/a";
 
-/// Serves until it is killed; prints its address once the bucket is there.
+/// Serves until it is killed; prints its address once the bucket exists.
 const SERVER: &str = "
 import time, urllib.request
 from moto.server import ThreadedMotoServer
@@ -19,6 +19,7 @@ print(address, flush=True)
 time.sleep(600)
 ";
 
+/// Programs that use the moto server.
 struct S3<'a> {
     sandbox: &'a Sandbox,
     address: String,
@@ -37,19 +38,20 @@ impl S3<'_> {
 }
 
 #[test]
-fn a_run_saves_to_moto_and_its_end_is_noticed() {
+fn runs_save_to_moto_and_notice_its_loss() {
     let s = Sandbox::new();
     let mut server = s.start(&mut s.command(&python(), &["-c", SERVER]));
     let address = server.first_line(SOON).trim().to_owned();
     let s3 = S3 { sandbox: &s, address };
-    let (config, run) = (s.micro_config(), s.path("run"));
+    let config = s.micro_config();
+    let run = s.path("run");
     let set = format!("checkpoint.url={URL}");
     let config = config.to_string_lossy();
     let sets = [set.as_str(), "sft.steps=5", "learner.steps=2", "learner.checkpoint_every=1"];
     let mut args = vec!["train", "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     s3.run(&args).ok();
-    Lineage::read(&run).is_exactly_once(2, 2, 8);
+    Lineage::read(&run).assert_exactly_once(2, 2, 8);
     let list = s3.run(&["checkpoint", "list", URL]).ok().json();
     assert_eq!(list.iter().filter_map(|c| c["step"].as_u64()).collect::<Vec<_>>(), [1, 2]);
     let checks = s3.run(&["checkpoint", "verify", URL]).ok().json();
@@ -57,5 +59,5 @@ fn a_run_saves_to_moto_and_its_end_is_noticed() {
 
     server.kill();
     let lost = s3.run(&["checkpoint", "list", URL]);
-    lost.says(1, &["s3://bucket"]);
+    lost.fails_with(1, &["s3://bucket"]);
 }

@@ -1,4 +1,4 @@
-//! `generate`, `score` and `reward score` on files, and the same model in transformers.
+//! `generate`, `score` and `reward score` on files, and comparison with transformers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,8 +29,10 @@ fn generate_score_and_reward_agree() {
 
 fn check_family(family: &str) {
     let s = Sandbox::new();
-    let (data, model) = (s.synth("data", 5, 2), s.tiny_model_of(family, "model", 1));
-    let (data_arg, model_arg) = (data.to_string_lossy(), model.to_string_lossy());
+    let data = s.synth("data", 5, 2);
+    let model = s.tiny_model_of_family(family, "model", 1);
+    let data_arg = data.to_string_lossy();
+    let model_arg = model.to_string_lossy();
     let generate = |seed: &str| {
         let args = [
             "generate",
@@ -79,7 +81,8 @@ fn check_family(family: &str) {
         for key in ["id", "index", "tokens"] {
             assert_eq!(a[key], b[key]);
         }
-        let (x, y) = (numbers(&a["logprobs"]), numbers(&b["logprobs"]));
+        let x = numbers(&a["logprobs"]);
+        let y = numbers(&b["logprobs"]);
         let worst = x.iter().zip(&y).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
         assert!(x.len() == y.len() && worst <= 1e-5, "log-probabilities differ by {worst}\n{a}\n{b}");
         match (a["vision_relevance"].as_f64(), b["vision_relevance"].as_f64()) {
@@ -88,12 +91,12 @@ fn check_family(family: &str) {
         }
     }
 
-    // Weights of two bytes: both sides hold the same ones, and still agree.
+    // bf16 weights: both commands use the same ones, and still agree.
     let half = "run.dtype=\"bfloat16\"";
     let args =
         ["generate", "--model", &model_arg, "--data", &data_arg, "--n", "3", "--max-new-tokens", "16", "--seed", "5"];
     let made = s.unveil(&[&args[..], &["--set", half]].concat()).ok().json();
-    assert_ne!(made, lines, "the kind of numbers is used");
+    assert_ne!(made, lines, "the dtype takes effect");
     let given: Vec<String> = made
         .iter()
         .map(|line| {
@@ -134,24 +137,28 @@ fn check_family(family: &str) {
     }
 }
 
-/// Attention by head is written, a head chosen from it, and read again: over the same records its relevance is what it was chosen by.
+/// Writes attention by head, chooses a head from it, and checks that this head gives the relevance for which it was chosen.
 fn check_heads(s: &Sandbox, model: &str, data: &str) {
-    let (heads, chosen) = (s.path("heads.jsonl"), s.path("heads.toml"));
-    let (heads, chosen) = (heads.to_string_lossy(), chosen.to_string_lossy());
+    let heads = s.path("heads.jsonl");
+    let chosen = s.path("heads.toml");
+    let heads = heads.to_string_lossy();
+    let chosen = chosen.to_string_lossy();
     let score = ["score", "--model", model, "--data", data, "--answers"];
     let plain = s.unveil(&[&score[..], &["--heads", &heads]].concat()).ok().json();
     let choice = &s.unveil(&["reward", "calibrate", "--data", &heads, "--top", "1", "--out", &chosen]).ok().json()[0];
     let set = format!("reward.vision_relevance.heads_file={chosen}");
     let read = s.unveil(&[&score[..], &["--set", &set]].concat()).ok().json();
     let defined = |lines: &[Value]| lines.iter().filter_map(|l| l["vision_relevance"].as_f64()).collect::<Vec<f64>>();
-    let (plain, read) = (defined(&plain), defined(&read));
+    let plain = defined(&plain);
+    let read = defined(&read);
     assert!(read.len() > 1 && choice["samples"] == read.len() && plain != read, "{plain:?} {read:?} {choice}");
-    let (mean, best) = (read.iter().sum::<f64>() / read.len() as f64, choice["measured"][0]["score"].as_f64());
+    let mean = read.iter().sum::<f64>() / read.len() as f64;
+    let best = choice["measured"][0]["score"].as_f64();
     assert!((mean - best.expect("a score")).abs() < 1e-5, "{mean} {choice}");
 }
 
 #[test]
-fn a_perfect_answer_earns_everything_that_can_be_earned() {
+fn better_answers_get_higher_rewards() {
     let s = Sandbox::new();
     let line = |id: &str, index: u32, response: &str| {
         json!({"id": id, "image_size": [100, 80], "question": "Where?", "category": "nodule", "boxes": [[10, 20, 50, 60]],
@@ -194,13 +201,17 @@ for line in open(data):
 "#;
 
 #[test]
-fn transformers_loads_the_model_and_answers_the_same() {
+fn exported_models_answer_the_same_in_transformers() {
     for (family, class) in
         [("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"), ("qwen3_vl", "Qwen3VLForConditionalGeneration")]
     {
         let s = Sandbox::new();
-        let (data, model, out) = (s.synth("data", 3, 4), s.tiny_model_of(family, "model", 2), s.path("exported"));
-        let (data, model, out) = (data.to_string_lossy(), model.to_string_lossy(), out.to_string_lossy());
+        let data = s.synth("data", 3, 4);
+        let model = s.tiny_model_of_family(family, "model", 2);
+        let out = s.path("exported");
+        let data = data.to_string_lossy();
+        let model = model.to_string_lossy();
+        let out = out.to_string_lossy();
         let described = s.unveil(&["model", "export", &model, "--out", &out]).ok().json();
         assert_eq!((&described[0]["family"], &described[0]["dtype"]), (&json!(family), &json!("float32")));
         let theirs = s.python(TRANSFORMERS, &[&out, &data]).ok().json();
@@ -209,7 +220,7 @@ fn transformers_loads_the_model_and_answers_the_same() {
         assert_eq!((ours.len(), theirs.len()), (3, 3));
         for (a, b) in ours.iter().zip(&theirs) {
             assert_eq!(b["class"], class);
-            assert_eq!(b["images"], 36, "the least number of pixels is that of 36 image tokens");
+            assert_eq!(b["images"], 36, "min_pixels corresponds to 36 image tokens");
             assert_eq!((&a["id"], &a["tokens"], &a["text"]), (&b["id"], &b["tokens"], &b["text"]));
         }
         let half = s.unveil(&["model", "export", &model, "--out", &format!("{out}-half"), "--dtype", "bfloat16"]).ok();
@@ -219,12 +230,14 @@ fn transformers_loads_the_model_and_answers_the_same() {
     }
 }
 
-/// A text that ends a response, filters that leave one token, a cap on memory that nothing fits under.
+/// Stop strings, filters that leave one token, and a memory limit that is too low.
 #[test]
-fn sampling_is_shaped_and_memory_is_counted() {
+fn sampling_options_and_memory_limits_apply() {
     let s = Sandbox::new();
-    let (data, model) = (s.synth("data", 2, 7), s.tiny_model("model", 3));
-    let (data, model) = (data.to_string_lossy(), model.to_string_lossy());
+    let data = s.synth("data", 2, 7);
+    let model = s.tiny_model("model", 3);
+    let data = data.to_string_lossy();
+    let model = model.to_string_lossy();
     let base = ["generate", "--model", &model, "--data", &data, "--seed", "1", "--max-new-tokens"];
     let up_to = |tokens: &'static str, more: &[&str]| s.unveil(&[&base[..], &[tokens], more].concat());
     let run = |more: &[&str]| up_to("16", more);
@@ -233,7 +246,7 @@ fn sampling_is_shaped_and_memory_is_counted() {
     for one in [["--top-k", "1"], ["--top-p", "0.000001"], ["--min-p", "1"]] {
         assert_eq!(tokens(&run(&one).ok().json()), tokens(&greedy), "{one:?}");
     }
-    // A letter that the answers hold ends them there.
+    // A stop string that occurs in the answers ends them.
     let free = run(&["--n", "8"]).ok().json();
     let text = |line: &Value| line["text"].as_str().expect("a text").to_owned();
     let letter = |t: &str| t.chars().skip(1).find(|c| c.is_ascii_alphabetic());
@@ -241,13 +254,14 @@ fn sampling_is_shaped_and_memory_is_counted() {
     let stopped = run(&["--n", "8", "--stop", &stop]).ok().json();
     let mut ended = 0;
     for (a, b) in free.iter().zip(&stopped) {
-        let (a, b) = (text(a), text(b));
+        let a = text(a);
+        let b = text(b);
         assert!(a.starts_with(&b), "`{b}` is not the beginning of `{a}`");
         let holds = a.contains(&stop);
         assert_eq!(b.contains(&stop), holds);
         ended += usize::from(holds && b.len() < a.len());
-        // What stands behind the letter was written by the same token.
-        assert!(!holds || b.find(&stop).is_some_and(|at| b.len() - at < 16), "`{b}` goes on behind `{stop}`");
+        // Text after the stop string comes from the same token.
+        assert!(!holds || b.find(&stop).is_some_and(|at| b.len() - at < 16), "`{b}` continues after `{stop}`");
     }
     assert!(ended > 0 && stopped.iter().any(|l| l["finish"] == "stop"));
     let refused = run(&["--set", "rollout.memory_gib=0.001"]).exits(1);

@@ -1,11 +1,11 @@
-//! `eval`, `reward score` and `report` on files: of a model, of responses without one, and the page that shows them.
+//! `eval`, `reward score` and `report` on a model and on files of responses.
 
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use unveil_testkit::{Sandbox, bccd, json_lines, workspace};
 
-/// Reads a sample page as a browser would: its elements, and the data that its script draws from.
+/// Reads a sample page like a browser: its elements, and the data of its script.
 const READ_PAGE: &str = r#"
 import base64, html.parser, io, json, sys
 from PIL import Image
@@ -40,21 +40,23 @@ print(json.dumps({"rows": page.rows, "options": page.options, "ids": page.ids, "
 "#;
 
 #[test]
-fn a_model_is_measured_with_and_without_the_image() {
+fn models_are_evaluated_with_and_without_the_image() {
     let s = Sandbox::new();
-    let (data, model) = (s.synth("data", 6, 2), s.tiny_model("model", 1));
-    let (data, model) = (data.to_string_lossy(), model.to_string_lossy());
+    let data = s.synth("data", 6, 2);
+    let model = s.tiny_model("model", 1);
+    let data = data.to_string_lossy();
+    let model = model.to_string_lossy();
     let base = ["eval", "--model", &model, "--data", &data, "--set", "rollout.max_new_tokens=12", "--suite"];
     let eval = |suite: &str, more: &[&str]| s.unveil(&[&base[..], &[suite], more].concat());
     let predictions = s.path("p.jsonl");
     let done =
         eval("grounding", &["--table", "--resamples", "50", "--predictions", &predictions.to_string_lossy()]).ok();
     assert_eq!(json_lines(&std::fs::read_to_string(predictions).expect("predictions")).len(), 6);
-    let found = &done.json()[0];
-    assert_eq!((&found["suite"], &found["n"], &found["records"]), (&json!("grounding"), &json!(6), &json!(6)));
-    assert_eq!(found["bootstrap"], json!({"confidence": 0.95, "resamples": 50, "seed": 0}));
-    assert_eq!(found["withheld"]["image"], "black, of the same size");
-    for set in [found, &found["withheld"]] {
+    let results = &done.json()[0];
+    assert_eq!((&results["suite"], &results["n"], &results["records"]), (&json!("grounding"), &json!(6), &json!(6)));
+    assert_eq!(results["bootstrap"], json!({"confidence": 0.95, "resamples": 50, "seed": 0}));
+    assert_eq!(results["withheld"]["image"], "black, of the same size");
+    for set in [results, &results["withheld"]] {
         let metrics = set["metrics"].as_object().expect("metrics");
         assert_eq!(metrics.len(), 12);
         assert_eq!(set["metrics"]["soft_f1"]["n"], 6);
@@ -62,19 +64,19 @@ fn a_model_is_measured_with_and_without_the_image() {
     }
     assert!(done.stderr.contains("mean_iou") && done.stderr.contains("image withheld (black)"), "{}", done.stderr);
     assert_eq!(
-        found,
+        results,
         &eval("grounding", &["--resamples", "50"]).ok().json()[0],
         "the same seed gives the same numbers"
     );
     let summary = &eval("summary", &[]).ok().json()[0];
     let keys: Vec<&str> = summary.as_object().expect("an object").keys().map(String::as_str).collect();
     assert_eq!(keys, ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"]);
-    assert_eq!(summary["soft_f1"], found["metrics"]["soft_f1"]["value"]);
-    eval("pope", &[]).says(2, &["pope", "summary", "grounding", "mau"]);
+    assert_eq!(summary["soft_f1"], results["metrics"]["soft_f1"]["value"]);
+    eval("pope", &[]).fails_with(2, &["pope", "summary", "grounding", "mau"]);
     let mau = eval("mau", &[]);
     match records_have_sources(&data) {
         true => assert_eq!(mau.ok().json()[0]["suite"], "mau"),
-        false => assert!(mau.says(1, &["`source`", "mau"]).contains("record")),
+        false => assert!(mau.fails_with(1, &["`source`", "mau"]).contains("record")),
     }
 }
 
@@ -84,7 +86,7 @@ fn records_have_sources(path: &str) -> bool {
 }
 
 #[test]
-fn responses_are_measured_in_a_named_form() {
+fn responses_are_evaluated_in_the_given_box_form() {
     let s = Sandbox::new();
     let line = |id: &str, source: &str, response: &str| {
         json!({"id": id, "image_size": [200, 100], "category": "nodule", "boxes": [[20, 10, 60, 30]], "source": source,
@@ -102,20 +104,21 @@ fn responses_are_measured_in_a_named_form() {
     assert_eq!((iou("per_mille"), iou("absolute")), (json!(1.0 / 3.0), json!(0.0)));
     let mau = &eval(&["--suite", "mau", "--boxes", "per_mille"]).ok().json()[0];
     assert_eq!((&mau["accuracy"]["value"], &mau["sources"]["y"]["value"]), (&json!(0.5), &json!(0.0)));
-    eval(&["--boxes", "pixels"]).says(2, &["pixels", "per_mille"]);
+    eval(&["--boxes", "pixels"]).fails_with(2, &["pixels", "per_mille"]);
     eval(&["--model", "m", "--data", "d"]).exits(2);
     s.unveil(&["eval", "--suite", "grounding"]).exits(2);
     let empty = s.write("empty.jsonl", "");
-    s.unveil(&["eval", "--responses", &empty.to_string_lossy()]).says(1, &["empty.jsonl", "nothing to evaluate"]);
+    s.unveil(&["eval", "--responses", &empty.to_string_lossy()]).fails_with(1, &["empty.jsonl", "nothing to evaluate"]);
     s.unveil(&["report", "--responses", &file, "--out", "x.html"]).exits(2);
 }
 
-/// Records of BCCD with answers that are right, shifted, silent or unreadable, some with attention.
+/// Writes records of BCCD with correct, shifted, "no finding" and unreadable answers, some with attention.
 fn bccd_responses(s: &Sandbox) -> PathBuf {
     let source = bccd();
     std::fs::create_dir(s.path("bccd")).expect("a folder");
     let file = s.path("bccd/records.jsonl");
-    let (src, out) = (source.to_string_lossy(), file.to_string_lossy());
+    let src = source.to_string_lossy();
+    let out = file.to_string_lossy();
     let import = ["data", "import", "voc", "--src", &src, "--out", &out, "--split", "test"];
     s.unveil(&[&import[..], &["--class", "WBC", "--category", "white blood cell"]].concat()).ok();
     let mut lines = Vec::new();
@@ -148,10 +151,11 @@ fn bccd_responses(s: &Sandbox) -> PathBuf {
 }
 
 #[test]
-fn bccd_responses_are_scored_measured_and_shown() {
+fn bccd_responses_are_scored_evaluated_and_reported() {
     let s = Sandbox::new();
     let file = bccd_responses(&s);
-    let (file, config) = (file.to_string_lossy(), workspace().join("configs/rewards.toml"));
+    let file = file.to_string_lossy();
+    let config = workspace().join("configs/rewards.toml");
     let config = config.to_string_lossy();
     let scored = s.unveil(&["reward", "score", "--config", &config, "--data", &file]).ok();
     let lines = scored.json();
@@ -169,15 +173,16 @@ fn bccd_responses_are_scored_measured_and_shown() {
         assert!(total(i) > total(i + 1) && total(i + 1) > total(i + 2) && total(i + 2) > total(i + 3));
     }
     let eval = ["eval", "--config", &config, "--responses", &file, "--suite", "grounding", "--table"];
-    let found = &s.unveil(&eval).ok().json()[0];
-    let metric = |name: &str| found["metrics"][name]["value"].as_f64().expect("a number");
-    assert_eq!((&found["n"], &found["records"], &found["without_rows"]), (&json!(n), &json!(72), &json!(0)));
-    assert!((0.4..0.6).contains(&metric("mean_iou")), "half of the answers hold boxes: {found}");
-    assert_eq!((metric("mentioned"), metric("pointing_game")), (0.5, 0.5), "{found}");
-    assert!(metric("in_box_energy") > metric("energy_chance") && metric("parse_failures") >= 0.25, "{found}");
+    let results = &s.unveil(&eval).ok().json()[0];
+    let metric = |name: &str| results["metrics"][name]["value"].as_f64().expect("a number");
+    assert_eq!((&results["n"], &results["records"], &results["without_rows"]), (&json!(n), &json!(72), &json!(0)));
+    assert!((0.4..0.6).contains(&metric("mean_iou")), "half of the answers have boxes: {results}");
+    assert_eq!((metric("mentioned"), metric("pointing_game")), (0.5, 0.5), "{results}");
+    assert!(metric("in_box_energy") > metric("energy_chance") && metric("parse_failures") >= 0.25, "{results}");
 
     let scores = s.write("bccd/s.jsonl", &scored.stdout);
-    let (scores, page) = (scores.to_string_lossy(), s.path("page.html"));
+    let scores = scores.to_string_lossy();
+    let page = s.path("page.html");
     let page = page.to_string_lossy();
     let args = ["report", "--config", &config, "--responses", &file, "--scores", &scores, "--out", &page];
     assert_eq!(s.unveil(&args).ok().json()[0]["report"], page.as_ref());
@@ -201,7 +206,7 @@ fn bccd_responses_are_scored_measured_and_shown() {
     assert_eq!(read["samples"][3]["text"], "<b>what?</b>");
 }
 
-/// Boxes as floating-point numbers.
+/// Converts boxes to floating-point numbers.
 fn boxes_f64(boxes: &[Value]) -> Value {
     let one = |b: &Value| -> Vec<f64> { serde_json::from_value(b.clone()).expect("a box") };
     json!(boxes.iter().map(one).collect::<Vec<_>>())

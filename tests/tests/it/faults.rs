@@ -1,9 +1,9 @@
-//! Processes that are killed or interrupted: what goes on, what stops, and what the next start finds.
+//! Killed and interrupted processes: what continues, what stops, and what the next start resumes.
 
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use unveil_testkit::{Lineage, Process, Sandbox, committed, events_of};
+use unveil_testkit::{Lineage, Process, Sandbox, committed_steps, events_of};
 
 const SOON: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(5);
@@ -34,46 +34,46 @@ fn verified(s: &Sandbox) {
 }
 
 #[test]
-fn a_killed_rollout_worker_is_replaced_and_no_group_is_lost() {
+fn killed_rollout_workers_are_replaced() {
     let s = Sandbox::new();
     let run = s.path("run");
-    // Hot sampling makes long responses, so that a kill soon after an update falls into the middle of a group.
+    // A high temperature makes long responses, so that a kill soon after an update interrupts a group.
     let sets = ["rollout.temperature=4", "rollout.max_new_tokens=160", "rollout.n=8", "learner.steps=5"];
     let mut train = start_with(&s, &sets);
     for step in 1..=3 {
         train.until("an update", SOON, || (events_of(&run, "train").len() >= step).then_some(()));
         std::thread::sleep(Duration::from_millis(60));
-        let worker = s.role("rollout").expect("a rollout worker runs");
+        let worker = s.find_role("rollout").expect("a rollout worker runs");
         worker.kill();
-        train.until("another worker", SOON, || s.role("rollout").filter(|w| w.pid != worker.pid));
+        train.until("another worker", SOON, || s.find_role("rollout").filter(|w| w.pid != worker.pid));
     }
     let done = train.wait(SOON).ok();
-    let told = done.stderr.lines().find(|l| l.contains("rollout worker 0 ended"));
-    assert!(told.is_some_and(|l| l.contains("SIGKILL") && l.contains("starting it again")), "{}", done.stderr);
+    let logged = done.stderr.lines().find(|l| l.contains("rollout worker 0 ended"));
+    assert!(logged.is_some_and(|l| l.contains("SIGKILL") && l.contains("restarting it")), "{}", done.stderr);
     let freed = events_of(&run, "experience").into_iter().filter(|e| e["event"] == "released" && e["lost"] == true);
-    assert!(freed.count() >= 2, "no kill fell into the middle of a group");
-    Lineage::read(&run).is_exactly_once(5, 2, 8);
+    assert!(freed.count() >= 2, "no kill interrupted a group");
+    Lineage::read(&run).assert_exactly_once(5, 2, 8);
     assert_eq!(s.processes(), []);
 }
 
 #[test]
-fn a_killed_learner_ends_the_run_and_the_next_start_resumes() {
+fn killed_learners_end_the_run_and_it_resumes() {
     let s = Sandbox::new();
     let run = s.path("run");
     let mut train = start(&s);
-    train.until("a checkpoint", SOON, || (!committed(&run).is_empty()).then_some(()));
-    s.role("learner").expect("the learner runs").kill();
-    train.wait(SOON).says(1, &["learner", "SIGKILL"]);
+    train.until("a checkpoint", SOON, || (!committed_steps(&run).is_empty()).then_some(()));
+    s.find_role("learner").expect("the learner runs").kill();
+    train.wait(SOON).fails_with(1, &["learner", "SIGKILL"]);
     assert_eq!(s.processes(), [], "nothing is left behind");
     assert!(!run.join("summary.json").exists());
     verified(&s);
-    let newest = committed(&run).last().copied().expect("a checkpoint");
+    let newest = committed_steps(&run).last().copied().expect("a checkpoint");
     let before = Lineage::read(&run);
 
     start(&s).wait(SOON).ok();
     let after = Lineage::read(&run);
-    assert_eq!(after.resumed, [newest], "it goes on from the newest checkpoint");
-    after.is_exactly_once(6, 2, 8);
+    assert_eq!(after.resumed, [newest], "it resumes from the newest checkpoint");
+    after.assert_exactly_once(6, 2, 8);
     let kept = before.steps.iter().filter(|t| t.step <= newest);
     assert!(
         kept.zip(&after.steps).all(|(a, b)| a == b),
@@ -84,115 +84,112 @@ fn a_killed_learner_ends_the_run_and_the_next_start_resumes() {
 }
 
 #[test]
-fn a_killed_supervisor_takes_all_roles_with_it() {
+fn killed_supervisors_end_all_roles() {
     let s = Sandbox::new();
     let mut train = start(&s);
     after_first_update(&s, &mut train);
     for role in ["learner", "rollout", "serve"] {
-        assert!(s.role(role).is_some(), "`{role}` runs: {:#?}", s.processes());
+        assert!(s.find_role(role).is_some(), "`{role}` runs: {:#?}", s.processes());
     }
     train.kill();
-    s.all_gone(STOP);
+    s.assert_all_exit(STOP);
     verified_or_empty(&s);
 }
 
-/// Killed as it was, the run may have no checkpoint yet; one that is there must be whole.
+/// The killed run may have no checkpoint yet; existing ones must be complete.
 fn verified_or_empty(s: &Sandbox) {
-    if !committed(&s.path("run")).is_empty() {
+    if !committed_steps(&s.path("run")).is_empty() {
         verified(s);
     }
 }
 
 #[test]
-fn a_supervisor_that_is_killed_in_an_evaluation_takes_it_along() {
+fn killed_supervisors_end_a_running_evaluation() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let config = config.to_string_lossy();
     let mut train = s.spawn(&["train", "--config", &config, "--set", "sft.steps=2", "--set", "data.synth.test=600"]);
-    train.until("the evaluation", SOON, || s.role("eval"));
+    train.until("the evaluation", SOON, || s.find_role("eval"));
     train.kill();
-    s.all_gone(STOP);
-    assert!(!s.path("run/eval/before.json").exists(), "it was not over yet");
+    s.assert_all_exit(STOP);
+    assert!(!s.path("run/eval/before.json").exists(), "it was not finished yet");
 }
 
 #[test]
-fn a_killed_reward_service_is_started_again() {
+fn killed_reward_services_are_restarted() {
     let s = Sandbox::new();
     let mut train = start(&s);
     after_first_update(&s, &mut train);
-    let service = s.role("serve").expect("the reward service runs");
+    let service = s.find_role("serve").expect("the reward service runs");
     service.kill();
     let done = train.wait(SOON).ok();
-    assert!(
-        done.stderr.contains("reward service ended with signal: 9 (SIGKILL); starting it again"),
-        "{}",
-        done.stderr
-    );
-    Lineage::read(&s.path("run")).is_exactly_once(6, 2, 8);
+    assert!(done.stderr.contains("reward service ended with signal: 9 (SIGKILL); restarting it"), "{}", done.stderr);
+    Lineage::read(&s.path("run")).assert_exactly_once(6, 2, 8);
     assert_eq!(s.processes(), []);
 }
 
 #[test]
-fn an_interrupt_while_data_is_drawn() {
+fn interrupts_during_data_synthesis() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let config = config.to_string_lossy();
     let mut train = s.spawn(&["train", "--config", &config, "--set", "data.synth.train=50000"]);
     train.until("drawing", SOON, || s.path("run/data/images").exists().then_some(()));
-    let asked = Instant::now();
+    let signalled = Instant::now();
     train.interrupt();
-    train.wait(SOON).says(130, &["interrupted"]);
-    assert!(asked.elapsed() < STOP, "stopping took {:?}", asked.elapsed());
-    assert!(!s.path("run/data/records.jsonl").exists(), "records come last: half a data set is none");
+    train.wait(SOON).fails_with(130, &["interrupted"]);
+    assert!(signalled.elapsed() < STOP, "stopping took {:?}", signalled.elapsed());
+    assert!(!s.path("run/data/records.jsonl").exists(), "records are written last: a partial data set has none");
 }
 
 #[test]
-fn an_interrupt_stops_everything_and_leaves_a_whole_checkpoint() {
+fn interrupts_save_a_checkpoint_and_stop_all_roles() {
     let s = Sandbox::new();
     let run = s.path("run");
-    // Long enough that the interrupt comes in the middle, however slow the machine is.
+    // Enough steps that the interrupt comes in the middle on any machine.
     let long = ["learner.steps=60"];
     let mut train = start_with(&s, &long);
     after_first_update(&s, &mut train);
 
     let config = s.micro_config();
     let other = s.unveil(&["train", "--config", &config.to_string_lossy()]);
-    other.says(1, &["in use by another", &run.to_string_lossy()]);
+    other.fails_with(1, &["in use by another", &run.to_string_lossy()]);
 
-    let asked = Instant::now();
+    let signalled = Instant::now();
     train.interrupt();
     let ended = train.wait(SOON);
-    let took = asked.elapsed();
-    s.all_gone(STOP.saturating_sub(took));
+    let took = signalled.elapsed();
+    s.assert_all_exit(STOP.saturating_sub(took));
     assert!(took < STOP, "stopping took {took:?}");
-    ended.says(130, &["interrupted", "again to resume"]);
+    ended.fails_with(130, &["interrupted", "again to resume"]);
     verified(&s);
     let trained = events_of(&run, "train").len() as u64;
-    assert_eq!(committed(&run).last(), Some(&trained), "the checkpoint holds every update");
+    assert_eq!(committed_steps(&run).last(), Some(&trained), "the checkpoint holds every update");
 
     start_with(&s, &long).wait(SOON).ok();
     let lineage = Lineage::read(&run);
     assert_eq!(lineage.resumed, [trained]);
-    lineage.is_exactly_once(60, 2, 8);
+    lineage.assert_exactly_once(60, 2, 8);
 }
 
 #[test]
-fn a_termination_in_stage_1_resumes_there() {
+fn terminations_in_stage_1_resume_there() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let config = config.to_string_lossy();
+    let run = s.path("run");
     let args = ["train", "--config", &config, "--set", "sft.steps=80", "--set", "learner.steps=0"];
     let mut train = s.spawn(&args);
     train.until("updates of stage 1", SOON, || (events_of(&run, "sft").len() >= 2).then_some(()));
-    let asked = Instant::now();
-    // As Slurm and Kubernetes do it.
+    let signalled = Instant::now();
+    // Like Slurm and Kubernetes.
     train.signal(Signal::SIGTERM);
-    train.wait(SOON).says(130, &["interrupted"]);
-    assert!(asked.elapsed() < STOP, "stopping took {:?}", asked.elapsed());
+    train.wait(SOON).fails_with(130, &["interrupted"]);
+    assert!(signalled.elapsed() < STOP, "stopping took {:?}", signalled.elapsed());
     assert_eq!(s.processes(), []);
     let done = events_of(&run, "sft").len() as u64;
     let place = run.join("sft");
-    assert_eq!(committed(&place).last(), Some(&done));
+    assert_eq!(committed_steps(&place).last(), Some(&done));
     s.unveil(&["checkpoint", "verify", &place.to_string_lossy()]).ok();
 
     s.unveil(&args).ok();

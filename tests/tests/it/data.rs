@@ -1,4 +1,4 @@
-//! Data by the command line: the same seed gives the same bytes, and the real set imports whole.
+//! The `unveil data` commands: synthesis, checks, import, collection and review.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use unveil_testkit::{Sandbox, WebReply, WebServer, bccd, json_lines};
 
-/// Every file under `root` by its relative path.
+/// Reads all files below `root`, by relative path.
 fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let (mut out, mut todo) = (BTreeMap::new(), vec![root.to_owned()]);
+    let mut out = BTreeMap::new();
+    let mut todo = vec![root.to_owned()];
     while let Some(dir) = todo.pop() {
         for path in std::fs::read_dir(&dir).expect("a folder").flatten().map(|e| e.path()) {
             if path.is_dir() {
@@ -23,7 +24,7 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 #[test]
-fn synthetic_data_repeats_by_seed() {
+fn synthetic_data_depends_on_the_seed_only() {
     let s = Sandbox::new();
     for (folder, seed) in [("a", 3), ("b", 3), ("c", 4)] {
         s.synth(folder, 30, seed);
@@ -39,7 +40,7 @@ fn synthetic_data_repeats_by_seed() {
 }
 
 #[test]
-fn a_check_says_what_it_looked_at() {
+fn checks_report_what_was_checked() {
     let s = Sandbox::new();
     let file = s.synth("data", 20, 1).display().to_string();
     let done = s.unveil(&["data", "check", &file]).ok();
@@ -51,24 +52,25 @@ fn a_check_says_what_it_looked_at() {
     let odd = odd.display().to_string();
     let done = s.unveil(&["data", "check", "--table", &odd]).ok();
     assert_eq!(done.stderr.trim(), "ok: 2 records, 0 images decoded, 1 warning");
-    let want = "warning  2  a\\u{1b}  the key `patient_id` is kept, but not read: did you mean `patient`?\n";
+    let want = "warning  2  a\\u{1b}  the key `patient_id` is kept, but not used: did you mean `patient`?\n";
     assert_eq!(done.stdout, want);
     let bad = s.write("bad.jsonl", line("\"a\"", r#","category":"x""#)).display().to_string();
     let done = s.unveil(&["data", "check", &bad]);
     assert_eq!((&done.json()[0]["id"], &done.json()[0]["severity"]), (&"a".into(), &"error".into()), "{}", done.stdout);
-    done.says(1, &["bad.jsonl: 1 of 1 findings are errors"]);
+    done.fails_with(1, &["bad.jsonl: 1 of 1 findings are errors"]);
     let none = s.path("none.jsonl").display().to_string();
     let done = s.unveil(&["data", "check", &none]).exits(1);
     assert_eq!(done.stderr.matches(&none).count(), 1, "{}", done.stderr);
 }
 
 #[test]
-fn bccd_imports_whole() {
+fn bccd_is_imported_completely() {
     let source = bccd();
     let s = Sandbox::new();
     let out = s.path("bccd/records.jsonl");
     std::fs::create_dir(s.path("bccd")).expect("a folder");
-    let (src, file) = (source.to_string_lossy(), out.to_string_lossy());
+    let src = source.to_string_lossy();
+    let file = out.to_string_lossy();
     let done = s.unveil(&["data", "import", "voc", "--src", &src, "--out", &file]).ok();
     let report = &done.json()[0];
     assert_eq!((&report["records"], &report["boxes"]), (&364.into(), &4886.into()), "{report}");
@@ -85,7 +87,7 @@ fn bccd_imports_whole() {
 }
 
 #[test]
-fn other_formats_are_imported_by_name() {
+fn coco_is_imported_and_unknown_formats_refused() {
     let s = Sandbox::new();
     let source = s.synth("source", 3, 8);
     let name = json_lines(&std::fs::read_to_string(&source).expect("records"))[0]["image"]
@@ -98,7 +100,8 @@ fn other_formats_are_imported_by_name() {
                         {"id": 2, "image_id": 1, "category_id": 4, "bbox": [0, 0, 90, 90], "iscrowd": 1}],
         "categories": [{"id": 4, "name": "cyst"}]});
     s.write("source/train.json", coco.to_string());
-    let (src, out) = (s.path("source").display().to_string(), s.path("coco.jsonl").display().to_string());
+    let src = s.path("source").display().to_string();
+    let out = s.path("coco.jsonl").display().to_string();
     let done = s.unveil(&["data", "import", "coco", "--src", &src, "--out", &out, "--modality", "CT"]).ok();
     let report = &done.json()[0];
     assert_eq!(
@@ -110,22 +113,23 @@ fn other_formats_are_imported_by_name() {
     let record = &json_lines(&std::fs::read_to_string(&out).expect("records"))[0];
     assert_eq!((&record["boxes"], &record["modality"]), (&json!([[10.0, 20.0, 40.0, 60.0]]), &json!("CT")));
     s.unveil(&["data", "check", "--near", &out]).ok();
-    s.unveil(&["data", "import", "vok", "--src", &src, "--out", &out]).says(2, &["vok"]);
+    s.unveil(&["data", "import", "vok", "--src", &src, "--out", &out]).fails_with(2, &["vok"]);
     s.unveil(&["data", "import", "llava", "--src", &s.path("nowhere").display().to_string(), "--out", &out])
-        .says(1, &["nowhere"]);
+        .fails_with(1, &["nowhere"]);
 }
 
-/// What a good model answers, in either stage.
+/// Answer of a good model, in either stage.
 fn answer(number: usize) -> WebReply {
     let text = format!("Something is there, number {number}.");
     let body = json!({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1000, "completion_tokens": 100}});
-    WebReply::now(200, body.to_string())
+    WebReply::immediate(200, body.to_string())
 }
 
 #[test]
 fn answers_are_collected_and_reviewed() {
     let s = Sandbox::new();
-    let (data, out) = (s.synth("data", 10, 5).display().to_string(), s.path("out").display().to_string());
+    let data = s.synth("data", 10, 5).display().to_string();
+    let out = s.path("out").display().to_string();
     let server = WebServer::start(|r| answer(r.number));
     let sets = [
         format!("collect.base_url={}/v1", server.url()),
@@ -139,15 +143,15 @@ fn answers_are_collected_and_reviewed() {
     };
     let unset = s.unveil(&["data", "collect", "--data", &data, "--out", &out]).exits(2);
     assert!(unset.stderr.contains("collect.base_url is empty"), "{}", unset.stderr);
-    // An answer costs 0.001, and is taken for 0.005 beforehand.
+    // An answer costs 0.001 and is estimated at 0.005 beforehand.
     let stopped = collect(&["collect.budget=0.0075", "collect.concurrency=1"]);
     let summary = stopped.json()[0].clone();
     assert_eq!((&summary["asked"], &summary["stopped"]["why"]), (&3.into(), &"budget".into()), "{summary}");
-    stopped.says(1, &["budget of 0.0075", "collect.budget"]);
+    stopped.fails_with(1, &["budget of 0.0075", "collect.budget"]);
     let done = collect(&[]).ok().json()[0].clone();
     let n = done["to_ask"].as_u64().expect("a count");
     assert_eq!(
-        (&done["answered"], server.seen().len() as u64, done["reused"].as_u64()),
+        (&done["answered"], server.requests().len() as u64, done["reused"].as_u64()),
         (&n.into(), 2 * n, Some(3)),
         "{done}"
     );

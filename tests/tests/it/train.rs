@@ -1,4 +1,4 @@
-//! The main job as a person starts it: all processes, all files, and the commands that read them.
+//! Complete runs as a user starts them: all processes, all files, and the commands that read them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use unveil_testkit::{Lineage, Sandbox, Span, SpanCollector, events_of, json_lines, read_json};
 
-fn finite(metrics: &Value) {
+fn assert_valid_metrics(metrics: &Value) {
     for key in ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"] {
         let value = metrics[key].as_f64().unwrap_or(f64::NAN);
         assert!(value.is_finite(), "`{key}` is {} in {metrics}", metrics[key]);
@@ -26,10 +26,11 @@ fn tensorboard_files(dir: &Path) -> usize {
 }
 
 #[test]
-fn the_main_job_end_to_end() {
+fn complete_runs_end_to_end() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let config = config.to_string_lossy();
+    let run = s.path("run");
     let collector = SpanCollector::start();
     let endpoint = format!("telemetry.otlp_endpoint={}", collector.endpoint());
     let sets = ["eval.suites=[\"grounding\"]", "telemetry.log=json", &endpoint];
@@ -40,19 +41,19 @@ fn the_main_job_end_to_end() {
 
     let summary = read_json(&run.join("summary.json"));
     assert_eq!(first.json().last(), Some(&summary), "standard output ends with the summary");
-    finite(&summary["before"]);
-    finite(&summary["after"]);
+    assert_valid_metrics(&summary["before"]);
+    assert_valid_metrics(&summary["after"]);
     assert_eq!((&summary["steps"], &summary["seed"]), (&6.into(), &3.into()));
     for key in ["wall_s", "peak_rss_mib"] {
         assert!(summary[key].as_f64().is_some_and(|v| v > 0.0), "`{key}` in {summary}");
     }
     let report = std::fs::read_to_string(run.join("report.html")).expect("report.html");
-    // It shows the settings, the collector's address among them.
+    // The report shows the settings, including the address of the collector.
     let report = report.replace(collector.endpoint(), "");
     assert!(report.contains("data:image/") && report.contains("<svg"), "the report shows images and curves");
     assert!(!report.contains("http://") && !report.contains("https://"), "the report loads nothing");
 
-    Lineage::read(&run).is_exactly_once(6, 2, 8);
+    Lineage::read(&run).assert_exactly_once(6, 2, 8);
     assert_eq!(events_of(&run, "sft").len(), 40, "updates of stage 1");
     let updates = events_of(&run, "train");
     assert!(
@@ -68,20 +69,21 @@ fn the_main_job_end_to_end() {
     let evaluated = events_of(&run, "eval");
     assert!(!evaluated.is_empty(), "stage 2 is evaluated");
     for e in &evaluated {
-        let (with, without) = (&e["grounding"], &e["grounding"]["withheld"]);
+        let with = &e["grounding"];
+        let without = &e["grounding"]["withheld"];
         assert_eq!(with["soft_f1"], e["soft_f1"], "{e}");
         assert!(without["soft_f1"].is_number() && with["in_box_energy"].is_number(), "{e}");
     }
     assert!(report.contains("image withheld"), "the report shows the suite");
-    samples(&run, 6);
+    check_samples(&run, 6);
     let page = std::fs::read_to_string(run.join("samples.html")).expect("samples.html");
     assert_eq!(page.matches("<li data-i=").count(), 6 * 8, "all responses of the first groups of every update");
-    assert!(report.contains("samples.html") && page.contains("data:image/jpeg"), "the report leads to it");
+    assert!(report.contains("samples.html") && page.contains("data:image/jpeg"), "the report links to it");
     assert!(tensorboard_files(&run.join("metrics")) >= 2, "both stages write TensorBoard files");
 
-    checkpoints(&s, &run.to_string_lossy());
-    logs_are_json(&run);
-    traces_go_through_all_roles(&collector.spans());
+    check_checkpoints(&s, &run.to_string_lossy());
+    check_json_logs(&run);
+    check_traces(&collector.spans());
 
     let again = s.unveil(&args).ok();
     assert!(again.waited < Duration::from_secs(20), "a finished run is not repeated: {:?}", again.waited);
@@ -89,11 +91,11 @@ fn the_main_job_end_to_end() {
     for key in ["before", "after", "steps", "seed"] {
         assert_eq!(second[key], summary[key], "`{key}` of a finished run stays");
     }
-    Lineage::read(&run).is_exactly_once(6, 2, 8);
+    Lineage::read(&run).assert_exactly_once(6, 2, 8);
 }
 
-/// Every line of the roles' logs says whose it is, and of which run.
-fn logs_are_json(run: &Path) {
+/// Every log line of the roles names its role and run.
+fn check_json_logs(run: &Path) {
     for (file, role) in [("rollout-0.log", "rollout"), ("reward.log", "reward")] {
         let text = std::fs::read_to_string(run.join("logs").join(file)).expect("a role's log");
         let lines = json_lines(&text);
@@ -105,22 +107,22 @@ fn logs_are_json(run: &Path) {
     }
 }
 
-/// Twelve groups were trained: each is one trace with spans of three processes.
-fn traces_go_through_all_roles(spans: &[Span]) {
+/// Each of the twelve trained groups is one trace with spans of three processes.
+fn check_traces(spans: &[Span]) {
     let groups: Vec<&Span> = spans.iter().filter(|s| s.name == "group").collect();
     assert_eq!(groups.len(), 12);
     for group in groups {
-        let mut of: Vec<(&str, &str)> =
+        let mut names: Vec<(&str, &str)> =
             spans.iter().filter(|s| s.trace == group.trace).map(|s| (s.service.as_str(), s.name.as_str())).collect();
-        of.sort_unstable();
+        names.sort_unstable();
         let learner = ["group", "lease", "take", "train"].map(|name| ("unveil-learner", name));
         let rollout = ["generate", "score", "submit"].map(|name| ("unveil-rollout", name));
-        assert_eq!(of, [&learner[..], &[("unveil-reward", "rewards")], &rollout].concat(), "{}", group.trace);
+        assert_eq!(names, [&learner[..], &[("unveil-reward", "rewards")], &rollout].concat(), "{}", group.trace);
     }
 }
 
-/// What a run keeps of the responses of an update: boxes, the image that the policy saw, and where it looked.
-fn samples(run: &Path, step: u64) {
+/// Checks the sampled responses of an update: boxes, the image that the policy saw, and attention.
+fn check_samples(run: &Path, step: u64) {
     let path = run.join(format!("rollouts/step-{step}.jsonl"));
     let lines = json_lines(&std::fs::read_to_string(path).expect("responses are kept as samples"));
     assert_eq!(lines.len(), 8, "two groups of four");
@@ -140,7 +142,7 @@ fn samples(run: &Path, step: u64) {
         let boxes = line["predicted"].as_array().expect("the answer's boxes").len();
         assert!(boxes <= text("text").matches('[').count(), "{line}");
         let seen = std::fs::read(run.join(line["seen"].as_str().expect("a path"))).expect("the image that was seen");
-        let side = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| seen[at + i]));
+        let side = |offset: usize| u32::from_be_bytes(std::array::from_fn(|i| seen[offset + i]));
         assert_eq!(
             serde_json::json!([side(16), side(20)]),
             line["image_size"],
@@ -149,7 +151,7 @@ fn samples(run: &Path, step: u64) {
     }
 }
 
-fn checkpoints(s: &Sandbox, run: &str) {
+fn check_checkpoints(s: &Sandbox, run: &str) {
     let checks = s.unveil(&["checkpoint", "verify", run]).ok().json();
     assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
     s.unveil(&["checkpoint", "verify", &format!("{run}/sft")]).ok();
@@ -166,17 +168,18 @@ fn checkpoints(s: &Sandbox, run: &str) {
     s.unveil(&["model", "inspect", &format!("{run}/model")]).ok();
 }
 
-/// Adapters alone are trained and sent; the merged model and the adapters come out, and both commands that export agree with it.
+/// Only adapters are trained and sent; the run writes the merged model and the adapters, and both export commands agree with it.
 #[test]
-fn adapters_beside_frozen_weights() {
+fn adapter_runs_write_merged_model_and_adapters() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let config = config.to_string_lossy();
+    let run = s.path("run");
     let sets = ["learner.lora.rank=4", "learner.kl_coef=0.05", "learner.steps=3"];
     let mut args = vec!["train", "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     s.unveil(&args).ok();
-    Lineage::read(&run).is_exactly_once(3, 2, 8);
+    Lineage::read(&run).assert_exactly_once(3, 2, 8);
     let updates = events_of(&run, "train");
     for e in &updates {
         assert!(e["agreement"].as_f64().is_some_and(|a| a <= 1e-5), "{e}");
@@ -205,10 +208,11 @@ fn adapters_beside_frozen_weights() {
 }
 
 #[test]
-fn ppo_with_a_value_head() {
+fn ppo_trains_a_value_head() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let (config, run) = (config.to_string_lossy(), s.path("run"));
+    let config = config.to_string_lossy();
+    let run = s.path("run");
     let sets = [
         "learner.algorithm=ppo",
         "learner.steps=2",
@@ -219,8 +223,8 @@ fn ppo_with_a_value_head() {
     let mut args = vec!["train", "--config", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", *set]));
     s.unveil(&args).ok();
-    Lineage::read(&run).is_exactly_once(2, 2, 8);
-    samples(&run, 2);
+    Lineage::read(&run).assert_exactly_once(2, 2, 8);
+    check_samples(&run, 2);
     for e in events_of(&run, "train") {
         let loss = e["loss"].as_object().expect("parts of the loss");
         let value = loss.iter().find(|(k, _)| k.contains("value")).and_then(|(_, v)| v.as_f64());
@@ -229,37 +233,43 @@ fn ppo_with_a_value_head() {
     let shown = s.unveil(&["checkpoint", "show", &run.to_string_lossy()]).ok().json();
     let tensors = shown[0]["manifest"]["tensors"].as_array().expect("tensors");
     assert!(tensors.iter().any(|t| t["name"] == "value_head.weight"), "the value head is in the checkpoint");
-    finite(&read_json(&run.join("summary.json"))["after"]);
+    assert_valid_metrics(&read_json(&run.join("summary.json"))["after"]);
 }
 
-/// A batch that a run wrote gives the same update again, by the command.
+/// `unveil learner replay` repeats the update of a dumped batch.
 #[test]
-fn a_dumped_batch_replays_to_the_same_weights() {
+fn dumped_batches_replay_to_the_same_weights() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let (config, run, dumps, out) = (config.to_string_lossy(), s.path("run"), s.path("dumps"), s.path("out"));
+    let config = config.to_string_lossy();
+    let run = s.path("run");
+    let dumps = s.path("dumps");
+    let out = s.path("out");
     let one = ["--config", &config, "--set", "learner.steps=1"];
     s.unveil(&[&["train"], &one[..], &["--dump-batch", &dumps.to_string_lossy()]].concat()).ok();
     let batch = dumps.join("step-1");
-    let (model, batch, to) = (run.join("stage1"), batch.to_string_lossy(), out.to_string_lossy());
+    let model = run.join("stage1");
+    let batch = batch.to_string_lossy();
+    let to = out.to_string_lossy();
     let args = ["--model", &model.to_string_lossy(), "--batch", &batch, "--out", &to];
     let replayed = s.unveil(&[&["learner", "replay"], &one[..], &args].concat()).ok().json();
     let event = &events_of(&run, "train")[0];
-    let found = read_json(&out.join("replay.json"));
-    assert_eq!(replayed.last(), Some(&found));
+    let replay = read_json(&out.join("replay.json"));
+    assert_eq!(replayed.last(), Some(&replay));
     let near = |a: &Value, b: &Value| (a.as_f64().unwrap() - b.as_f64().unwrap()).abs() <= 1e-6;
     assert!(
-        near(&found["loss"], &event["loss"]["loss"]) && near(&found["grad_norm"], &event["grad_norm"]),
-        "{found} {event}"
+        near(&replay["loss"], &event["loss"]["loss"]) && near(&replay["grad_norm"], &event["grad_norm"]),
+        "{replay} {event}"
     );
     let code = "import sys,glob,torch\nfrom safetensors.torch import load_file\n\
         a,b=({k:v for f in glob.glob(d+'/*.safetensors') for k,v in load_file(f).items()} for d in sys.argv[1:3])\n\
         assert set(a)==set(b) and len(a)>20\n\
         print(max((a[k].double()-b[k].double()).abs().max().item() for k in a))";
-    let (made, expected) = (out.join("model"), run.join("model"));
+    let made = out.join("model");
+    let expected = run.join("model");
     let gap = s.python(code, &[&made.to_string_lossy(), &expected.to_string_lossy()]).ok().stdout;
     assert!(gap.trim().parse::<f64>().unwrap() < 1e-6, "weights differ by {gap}");
 
     let missing = s.unveil(&["learner", "replay", "--model", &made.to_string_lossy(), "--batch", "none", "--out", &to]);
-    missing.says(1, &["none/batch.json"]);
+    missing.fails_with(1, &["none/batch.json"]);
 }

@@ -1,4 +1,4 @@
-//! Bad records, models, configurations and places: one clear line that says what and where, and nothing damaged.
+//! Invalid records, models, configurations and paths: one clear error line, and nothing damaged.
 
 use std::collections::HashMap;
 use std::net::TcpListener;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
-use unveil_testkit::{Sandbox, SmallDisk, binary, committed, json_lines};
+use unveil_testkit::{Sandbox, SmallDisk, binary, committed_steps, json_lines};
 
 const SOON: Duration = Duration::from_secs(120);
 
@@ -17,13 +17,13 @@ fn write_records(path: &Path, records: &[Value]) {
     std::fs::write(path, lines.join("\n") + "\n").expect("records are written");
 }
 
-/// `train` on a record file of one's own.
+/// Arguments of `train` with a record file.
 fn train_on<'a>(config: &'a str, data: &'a str) -> Vec<&'a str> {
     vec!["train", "--config", config, "--set", "data.kind=jsonl", "--set", data]
 }
 
 #[test]
-fn bad_records() {
+fn invalid_records_are_reported() {
     let s = Sandbox::new();
     let file = s.synth("data", 20, 1);
     let good = json_lines(&std::fs::read_to_string(&file).expect("records"));
@@ -60,7 +60,8 @@ fn bad_records() {
         ("the same id again", with(json!({"id": first})), first, "already on line 1"),
     ];
     let config = s.micro_config();
-    let (config, shown) = (config.to_string_lossy(), bad.to_string_lossy());
+    let config = config.to_string_lossy();
+    let shown = bad.to_string_lossy();
     let root = format!("data.root={shown}");
     let place = format!("{shown}:21");
     for (name, record, id, what) in cases {
@@ -74,9 +75,9 @@ fn bad_records() {
         assert_eq!(errors.len(), 1, "{name}: {findings:?}");
         assert_eq!((errors[0]["id"].as_str(), errors[0]["file"].as_str()), (Some(id), Some(place.as_str())), "{name}");
         assert!(errors[0]["what"].as_str().is_some_and(|w| w.contains(what)), "{name}: {}", errors[0]);
-        checked.says(1, &["bad.jsonl"]);
+        checked.fails_with(1, &["bad.jsonl"]);
 
-        let line = s.unveil(&train_on(&config, &root)).says(1, &[&place, id, what]);
+        let line = s.unveil(&train_on(&config, &root)).fails_with(1, &[&place, id, what]);
         assert!(line.len() < 400, "{name}: {line}");
         assert!(!s.path("run/model-init").exists(), "{name}: nothing is started on bad data");
     }
@@ -84,16 +85,16 @@ fn bad_records() {
     s.unveil(&["data", "check", &shown]).ok();
 }
 
-/// A PNG of 1200 x 4 pixels.
+/// A PNG image of 1200 x 4 pixels.
 const WIDE: [u8; 85] = [
     137, 80, 78, 71, 13, 10, 26, 10, 0, 0, 0, 13, 73, 72, 68, 82, 0, 0, 4, 176, 0, 0, 0, 4, 8, 0, 0, 0, 0, 187, 94,
     153, 99, 0, 0, 0, 28, 73, 68, 65, 84, 120, 218, 237, 193, 49, 1, 0, 0, 0, 194, 160, 245, 79, 109, 13, 15, 160, 0,
     0, 0, 0, 224, 219, 0, 18, 196, 0, 1, 188, 240, 50, 203, 0, 0, 0, 0, 73, 69, 78, 68, 174, 66, 96, 130,
 ];
 
-/// Records that are whole but do not fit the model: `data check --model` and the start of a run name them all, before any update.
+/// Valid records that do not fit the model: `data check --model` and the start of a run report them all, before any update.
 #[test]
-fn records_that_do_not_fit_the_model() {
+fn records_that_do_not_fit_the_model_are_reported() {
     let s = Sandbox::new();
     let file = s.synth("data", 20, 1);
     let good = json_lines(&std::fs::read_to_string(&file).expect("records"));
@@ -119,36 +120,38 @@ fn records_that_do_not_fit_the_model() {
     let bad = s.path("data/bad.jsonl");
     let records: Vec<Value> = good.iter().cloned().chain(odd.iter().map(|(r, _)| r.clone())).collect();
     write_records(&bad, &records);
-    let (config, shown) = (s.micro_config(), bad.to_string_lossy().into_owned());
-    let (config, model) = (config.to_string_lossy(), s.tiny_model("model", 0));
+    let config = s.micro_config();
+    let shown = bad.to_string_lossy().into_owned();
+    let config = config.to_string_lossy();
+    let model = s.tiny_model("model", 0);
     let model = model.to_string_lossy();
     s.unveil(&["data", "check", &shown]).ok();
     let checked = s.unveil(&["data", "check", &shown, "--model", &model]);
-    let found: Vec<Value> = checked.json().into_iter().filter(|f| f["severity"] == "error").collect();
-    assert_eq!(found.len(), odd.len(), "{found:?}");
-    for (finding, (record, what)) in found.iter().zip(&odd) {
+    let errors: Vec<Value> = checked.json().into_iter().filter(|f| f["severity"] == "error").collect();
+    assert_eq!(errors.len(), odd.len(), "{errors:?}");
+    for (finding, (record, what)) in errors.iter().zip(&odd) {
         assert_eq!(finding["id"], record["id"]);
         assert!(finding["what"].as_str().is_some_and(|w| w.contains(what)), "{finding}");
     }
-    checked.says(1, &["bad.jsonl", "3 of ", "are errors"]);
+    checked.fails_with(1, &["bad.jsonl", "3 of ", "are errors"]);
     let run = s.unveil(&train_on(&config, &format!("data.root={shown}")));
     assert!(odd.iter().all(|(_, what)| run.stderr.contains(what)), "{}", run.stderr);
     assert!(run.exits(1).stderr.contains("error: sft ended"));
     let events = std::fs::read_to_string(s.path("run/events.jsonl")).unwrap_or_default();
     assert!(!events.contains("\"kind\":\"sft\""), "no update was made: {events}");
-    // What can be answered is, all the same.
+    // The remaining records are answered nevertheless.
     write_records(&bad, &records[19..]);
     let args = ["generate", "--model", &model, "--data", &shown, "--max-new-tokens", "4", "--temperature", "0"];
     let made = s.unveil(&args);
     assert_eq!(made.json().len(), 1);
-    made.says(1, &["3 of 4", "wide"]);
+    made.fails_with(1, &["3 of 4", "wide"]);
     let measured = s.unveil(&["eval", "--config", &config, "--model", &model, "--data", &shown]);
     assert_eq!(measured.json().len(), 1);
-    measured.says(1, &["3 records could not be used"]);
+    measured.fails_with(1, &["3 records could not be used"]);
 }
 
-/// Writes `dir/model.safetensors` again with `change` applied to each tensor's shape; `None` leaves it out.
-fn rewrite(dir: &Path, change: impl Fn(&str, Vec<usize>) -> Option<Vec<usize>>) {
+/// Rewrites `dir/model.safetensors` with `change` applied to the shape of each tensor; `None` drops the tensor.
+fn rewrite_shapes(dir: &Path, change: impl Fn(&str, Vec<usize>) -> Option<Vec<usize>>) {
     let path = dir.join("model.safetensors");
     let bytes = std::fs::read(&path).expect("weights");
     let old = SafeTensors::deserialize(&bytes).expect("a safetensors file");
@@ -177,17 +180,17 @@ fn copy_model(from: &Path, to: &Path) {
 }
 
 #[test]
-fn bad_model_directories() {
+fn invalid_model_directories_are_reported() {
     let s = Sandbox::new();
     let good = s.tiny_model("good", 0);
     let name = "model.layers.0.mlp.down_proj.weight";
     let is = |n: &str| n.ends_with("layers.0.mlp.down_proj.weight");
     let missing = s.path("missing");
     copy_model(&good, &missing);
-    rewrite(&missing, |n, shape| (!is(n)).then_some(shape));
+    rewrite_shapes(&missing, |n, shape| (!is(n)).then_some(shape));
     let misshapen = s.path("misshapen");
     copy_model(&good, &misshapen);
-    rewrite(&misshapen, |n, shape| Some(if is(n) { vec![shape[0], shape[1] - 1] } else { shape }));
+    rewrite_shapes(&misshapen, |n, shape| Some(if is(n) { vec![shape[0], shape[1] - 1] } else { shape }));
     let cut = s.path("cut");
     copy_model(&good, &cut);
     let weights = std::fs::read(good.join("model.safetensors")).expect("weights");
@@ -195,7 +198,8 @@ fn bad_model_directories() {
 
     s.synth("data", 20, 1);
     let config = s.micro_config();
-    let (config, root) = (config.to_string_lossy(), format!("data.root={}", s.path("data/records.jsonl").display()));
+    let config = config.to_string_lossy();
+    let root = format!("data.root={}", s.path("data/records.jsonl").display());
     let cases: [(&PathBuf, &[&str]); 3] = [
         (&missing, &["missing", "layers.0.mlp.down_proj.weight"]),
         (&misshapen, &["layers.0.mlp.down_proj.weight", "shape"]),
@@ -203,20 +207,20 @@ fn bad_model_directories() {
     ];
     for (number, (dir, parts)) in cases.into_iter().enumerate() {
         let shown = dir.to_string_lossy();
-        s.unveil(&["model", "inspect", &shown]).says(1, parts);
-        let (model, run) =
-            (format!("model.dir={shown}"), format!("run.dir={}", s.path(&format!("run{number}")).display()));
+        s.unveil(&["model", "inspect", &shown]).fails_with(1, parts);
+        let model = format!("model.dir={shown}");
+        let run = format!("run.dir={}", s.path(&format!("run{number}")).display());
         let mut args = train_on(&config, &root);
         args.extend(["--set", &model, "--set", &run]);
         let done = s.unveil(&args).exits(1);
-        let found = done.stderr.lines().find(|l| l.contains("error") && parts.iter().all(|p| l.contains(p)));
-        assert!(found.is_some(), "{name} is named:\n{}", done.stderr);
+        let line = done.stderr.lines().find(|l| l.contains("error") && parts.iter().all(|p| l.contains(p)));
+        assert!(line.is_some(), "{name} is named:\n{}", done.stderr);
         assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
     }
     let nowhere = s.path("nowhere").to_string_lossy().into_owned();
-    let said = format!("is `{nowhere}`: there is no such directory");
-    let (records, out) =
-        (s.path("data/records.jsonl").to_string_lossy().into_owned(), s.path("out").to_string_lossy().into_owned());
+    let expected = format!("is `{nowhere}`: there is no such directory");
+    let records = s.path("data/records.jsonl").to_string_lossy().into_owned();
+    let out = s.path("out").to_string_lossy().into_owned();
     for (args, name) in [
         (&["model", "inspect", &nowhere][..], "DIR"),
         (&["model", "export", &nowhere, "--out", &out], "DIR"),
@@ -225,7 +229,7 @@ fn bad_model_directories() {
         (&["score", "--model", &nowhere, "--data", &records], "--model"),
         (&["learner", "replay", "--model", &nowhere, "--batch", &nowhere, "--out", &out], "--model"),
     ] {
-        s.unveil(args).says(1, &[&format!("{name} {said}")]);
+        s.unveil(args).fails_with(1, &[&format!("{name} {expected}")]);
     }
     let done = s
         .unveil(&[
@@ -238,28 +242,28 @@ fn bad_model_directories() {
             "data.synth.train=6000",
         ])
         .exits(2);
-    assert!(done.stderr.contains(&format!("model.dir {said} (in --set)")), "{}", done.stderr);
-    assert!(!s.path("run").exists(), "nothing is drawn first");
+    assert!(done.stderr.contains(&format!("model.dir {expected} (in --set)")), "{}", done.stderr);
+    assert!(!s.path("run").exists(), "no data is generated first");
     assert_eq!(s.unveil(&["model", "inspect", &good.to_string_lossy()]).ok().json()[0]["dtype"], "float32");
 }
 
-/// Roles that are started alone say what makes the files that they start from.
+/// Roles that are started separately name the command that creates their missing input.
 #[test]
-fn a_role_before_its_turn_says_what_comes_first() {
+fn roles_without_their_input_name_the_command_to_run() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let config = config.to_string_lossy();
-    let first = ["model-init is not there", "`unveil train --prepare`", "the same configuration"];
-    s.unveil(&["sft", "--config", &config]).says(1, &first);
-    let later = ["stage1 is not there", "the model of stage 1", "`unveil sft`"];
-    s.unveil(&["learner", "--config", &config]).says(1, &later);
+    let first = ["model-init does not exist", "`unveil train --prepare`", "the same configuration"];
+    s.unveil(&["sft", "--config", &config]).fails_with(1, &first);
+    let later = ["stage1 does not exist", "the model of stage 1", "`unveil sft`"];
+    s.unveil(&["learner", "--config", &config]).fails_with(1, &later);
     let addresses = ["--set", "learner.address=http://127.0.0.1:1", "--set", "reward.address=http://127.0.0.1:1"];
-    s.unveil(&[&["rollout", "--config", &config][..], &addresses].concat()).says(1, &later);
+    s.unveil(&[&["rollout", "--config", &config][..], &addresses].concat()).fails_with(1, &later);
     s.tiny_model("run/model-init", 1);
-    s.unveil(&["sft", "--config", &config]).says(1, &["records.jsonl is not there", "`unveil prepare`"]);
+    s.unveil(&["sft", "--config", &config]).fails_with(1, &["records.jsonl does not exist", "`unveil prepare`"]);
 }
 
-/// A model of seven billion parameters, as far as headers tell.
+/// Writes a model directory whose headers claim seven billion parameters.
 fn seven_billion(s: &Sandbox, folder: &str) -> String {
     let header = json!({"w": {"dtype": "BF16", "shape": [7_000_000, 1000], "data_offsets": [0, 0]}}).to_string();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -271,9 +275,10 @@ fn seven_billion(s: &Sandbox, folder: &str) -> String {
 }
 
 #[test]
-fn a_large_model_needs_learning_rates_of_its_own() {
+fn large_models_need_explicit_learning_rates() {
     let s = Sandbox::new();
-    let (config, records) = (s.micro_config(), s.synth("data", 20, 1));
+    let config = s.micro_config();
+    let records = s.synth("data", 20, 1);
     let config = config.to_string_lossy();
     let model = format!("model.dir={}", seven_billion(&s, "seven"));
     let root = format!("data.root={}", records.display());
@@ -284,13 +289,16 @@ fn a_large_model_needs_learning_rates_of_its_own() {
         s.unveil(&args)
     };
     for command in [&["config", "check"][..], &["train"], &["submit", "slurm", "--dry-run"], &["learner"]] {
-        let said = with(command, &["sft.steps=0"]).exits(2).stderr;
-        assert!(said.contains("learner.optimizer.lr is not set") && said.contains("7.0 B"), "{command:?}: {said}");
+        let stderr = with(command, &["sft.steps=0"]).exits(2).stderr;
+        assert!(
+            stderr.contains("learner.optimizer.lr is not set") && stderr.contains("7.0 B"),
+            "{command:?}: {stderr}"
+        );
         let high = with(command, &["sft.steps=0", "learner.optimizer.lr=1e-3"]).exits(2).stderr;
         assert!(high.contains("allow_high_lr = true"), "{command:?}: {high}");
     }
-    let said = with(&["sft"], &[]).exits(2).stderr;
-    assert!(said.contains("sft.optimizer.lr is 3e-3") && said.contains("micro.toml:"), "{said}");
+    let stderr = with(&["sft"], &[]).exits(2).stderr;
+    assert!(stderr.contains("sft.optimizer.lr is 3e-3") && stderr.contains("micro.toml:"), "{stderr}");
     let good = ["sft.optimizer.lr=1e-5", "learner.optimizer.lr=1e-6"];
     let ok = with(&["config", "check"], &good).ok();
     assert!(
@@ -299,7 +307,7 @@ fn a_large_model_needs_learning_rates_of_its_own() {
         ok.stderr
     );
     assert!(!s.path("run").exists(), "nothing is written");
-    // The shapes of published models are known by name.
+    // Presets with the shapes of published models are checked too.
     let preset = s.unveil(&["config", "check", "--set", "model.preset=7b", "--set", "sft.steps=0"]).exits(2).stderr;
     assert!(preset.contains("learner.optimizer.lr is not set") && preset.contains("8.3 B"), "{preset}");
     let sets = ["model.preset=7b", "--set", "sft.steps=0", "--set", "learner.optimizer.lr=1e-6"];
@@ -308,25 +316,25 @@ fn a_large_model_needs_learning_rates_of_its_own() {
 }
 
 #[test]
-fn a_published_shape_is_written_on_demand_alone() {
+fn large_presets_need_confirmation() {
     let s = Sandbox::new();
     let out = s.path("seven").to_string_lossy().into_owned();
     s.unveil(&["model", "init", "--preset", "7b", "--out", &out])
-        .says(1, &["8.3 B parameters", "16.6 GB", "--yes", "152064"]);
+        .fails_with(1, &["8.3 B parameters", "16.6 GB", "--yes", "152064"]);
     assert!(!s.path("seven").exists(), "nothing is written");
 }
 
 #[test]
-fn bad_configurations() {
+fn invalid_configurations_are_reported() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let config = config.to_string_lossy();
     let with = |set: &str| s.unveil(&["train", "--config", &config, "--set", set]);
-    with("learner.clip_hihg=0.3").says(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
-    with("sft.steps=many").says(2, &["sft.steps", "integer"]);
+    with("learner.clip_hihg=0.3").fails_with(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
+    with("sft.steps=many").fails_with(2, &["sft.steps", "integer"]);
     with("rollout.n=1").exits(2);
-    with("learner.steps=-3").says(2, &["`learner.steps` in --set is -3: use 0 or more"]);
-    with("learner.frozen=vision_tower").says(2, &["write it as [\"vision_tower\"]"]);
+    with("learner.steps=-3").fails_with(2, &["`learner.steps` in --set is -3: use 0 or more"]);
+    with("learner.frozen=vision_tower").fails_with(2, &["write it as [\"vision_tower\"]"]);
     let refused = |args: &[&str]| s.unveil(args).exits(2).stderr;
     for (set, words) in [
         ("model.dir=/no/such", &["model.dir is `/no/such`: there is no such directory"][..]),
@@ -336,10 +344,10 @@ fn bad_configurations() {
         ("wandb.project=a", &["unknown key `wandb` in --set\n"]),
         ("learner.lr=1", &["did you mean `learner.optimizer.lr`?"]),
     ] {
-        for said in
+        for stderr in
             [refused(&["config", "check", "--set", set]), refused(&["train", "--config", &config, "--set", set])]
         {
-            assert!(words.iter().all(|w| said.contains(w)), "{set}: {said}");
+            assert!(words.iter().all(|w| stderr.contains(w)), "{set}: {stderr}");
         }
     }
     let data = ["config", "check", "--set", "data.kind=jsonl", "--set", "data.root=/no/such.jsonl"];
@@ -352,42 +360,44 @@ fn bad_configurations() {
     let shown = s.unveil(&["config", "show"]).ok().stdout;
     assert!(shown.contains("eps = 1e-8\n") && !shown.contains("0.00000001"), "{shown}");
     let mut variable = s.command(&binary("unveil"), &["config", "check"]);
-    let said = s.start(variable.env("UNVEIL_LEARNER_STEPS", "5")).wait(SOON).exits(2).stderr;
-    assert!(said.contains("UNVEIL_LEARNER_STEPS") && said.contains("UNVEIL__LEARNER__STEPS"), "{said}");
+    let stderr = s.start(variable.env("UNVEIL_LEARNER_STEPS", "5")).wait(SOON).exits(2).stderr;
+    assert!(stderr.contains("UNVEIL_LEARNER_STEPS") && stderr.contains("UNVEIL__LEARNER__STEPS"), "{stderr}");
     let ranks =
         ["learner.parallel.ranks=2", "--set", "learner.parallel.rank=1", "--set", "learner.parallel.rendezvous=h:1"];
     let rank = s.unveil(&[&["train", "--config", &config, "--set"][..], &ranks].concat());
-    let said = rank.exits(2).stderr;
-    assert!(said.contains("learner.parallel.rank is 1") && said.contains("`unveil learner`"), "{said}");
+    let stderr = rank.exits(2).stderr;
+    assert!(stderr.contains("learner.parallel.rank is 1") && stderr.contains("`unveil learner`"), "{stderr}");
     let refused = |set: &str| with(set).exits(2).stderr;
-    let said = refused("health.listen=127.0.0.1:9");
-    assert!(said.contains("health.listen is `127.0.0.1:9`: every role") && said.contains("port 0"), "{said}");
-    let said = refused("telemetry.otlp_endpoint=collector");
-    assert!(said.contains("telemetry.otlp_endpoint is `collector`: use http://host:port"), "{said}");
+    let stderr = refused("health.listen=127.0.0.1:9");
+    assert!(stderr.contains("health.listen is `127.0.0.1:9`: every role") && stderr.contains("port 0"), "{stderr}");
+    let stderr = refused("telemetry.otlp_endpoint=collector");
+    assert!(stderr.contains("telemetry.otlp_endpoint is `collector`: use http://host:port"), "{stderr}");
     s.write("odd.toml", "[learner]\nstepz = 3\nlr = 1\n");
     let both = s.unveil(&["config", "check", "--config", "odd.toml"]).exits(2).stderr;
     assert!(both.contains("`learner.stepz` in odd.toml:2") && both.contains("`learner.lr` in odd.toml:3"), "{both}");
     s.write("odd.toml", "[learner]\nstepz = 3\n");
-    s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "learner.stepz", "learner.steps"]);
+    s.unveil(&["config", "check", "--config", "odd.toml"])
+        .fails_with(2, &["odd.toml", "learner.stepz", "learner.steps"]);
     s.write("odd.toml", "[learner\n");
-    s.unveil(&["config", "check", "--config", "odd.toml"]).says(2, &["odd.toml", "TOML"]);
-    s.unveil(&["config", "check", "--config", "nowhere.toml"]).says(2, &["nowhere.toml"]);
+    s.unveil(&["config", "check", "--config", "odd.toml"]).fails_with(2, &["odd.toml", "TOML"]);
+    s.unveil(&["config", "check", "--config", "nowhere.toml"]).fails_with(2, &["nowhere.toml"]);
     s.unveil(&["config", "check", "--config", &config]).ok();
     s.unveil(&["trian"]).exits(2);
     assert!(!s.path("run").exists(), "nothing is written");
 }
 
 #[test]
-fn a_port_in_use_is_named() {
+fn ports_in_use_are_reported() {
     let s = Sandbox::new();
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = taken.local_addr().expect("its address").to_string();
     let listen = format!("reward.listen={address}");
-    s.unveil(&["reward", "serve", "--set", &listen]).says(1, &[&address, "in use"]);
+    s.unveil(&["reward", "serve", "--set", &listen]).fails_with(1, &[&address, "in use"]);
 
-    // In `train`, the role that needs it says so, and the others are ended.
+    // In `train`, the role that needs the port reports it, and the others are stopped.
     let config = s.micro_config();
-    let (config, listen) = (config.to_string_lossy(), format!("learner.listen={address}"));
+    let config = config.to_string_lossy();
+    let listen = format!("learner.listen={address}");
     let done = s.unveil(&["train", "--config", &config, "--set", "sft.steps=0", "--set", &listen]).exits(1);
     assert!(
         done.stderr.lines().any(|l| l.contains("error") && l.contains(&address) && l.contains("in use")),
@@ -398,57 +408,60 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
-fn a_run_directory_that_cannot_be_made_is_named() {
+fn impossible_run_directories_are_reported() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let file = s.write("file", "not a folder");
     let dir = format!("run.dir={}/run", file.display());
     s.unveil(&["train", "--config", &config.to_string_lossy(), "--set", &dir])
-        .says(1, &["cannot", &format!("{}/run", file.display())]);
+        .fails_with(1, &["cannot", &format!("{}/run", file.display())]);
 }
 
 #[test]
-fn a_full_disk_stops_the_run_and_spares_the_checkpoints() {
+fn full_disks_stop_the_run_and_keep_checkpoints() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let run = s.path("run");
     std::fs::create_dir(&run).expect("a folder");
     let disk = SmallDisk::mount(&s, &run, 600);
-    let (config, unveil) = (config.to_string_lossy(), binary("unveil"));
+    let config = config.to_string_lossy();
+    let unveil = binary("unveil");
     let args = ["train", "--config", &config, "--set", "learner.steps=20"];
-    let mut train = s.start(&mut disk.inside(&s, &unveil, &args));
-    train.until("a checkpoint", SOON, || (!committed(&disk.seen("")).is_empty()).then_some(()));
+    let mut train = s.start(&mut disk.command(&s, &unveil, &args));
+    train.until("a checkpoint", SOON, || (!committed_steps(&disk.path_outside("")).is_empty()).then_some(()));
     disk.fill();
     let done = train.wait(SOON).exits(1);
-    let found = done.stderr.lines().find(|l| l.contains("error") && l.contains("No space left on device"));
-    let line = found.unwrap_or_else(|| panic!("the full disk is named:\n{}", done.stderr));
+    let line = done.stderr.lines().find(|l| l.contains("error") && l.contains("No space left on device"));
+    let line = line.unwrap_or_else(|| panic!("the full disk is named:\n{}", done.stderr));
     let written = ["checkpoints/", "log/", "events.jsonl", "rollouts/", "metrics/"];
     assert!(written.iter().any(|f| line.contains(f)), "the file is named: {line}");
     assert!(!done.stderr.contains("panicked"), "{}", done.stderr);
     let roles: Vec<_> = s.processes().into_iter().filter(|p| p.args[0].contains("unveil")).collect();
     assert_eq!(roles, [], "nothing is left behind");
 
-    // Also on the disk that is still full, what was saved can be read.
+    // Saved checkpoints are readable while the disk is still full.
     let shown = run.to_string_lossy();
     let verify =
-        |s: &Sandbox| s.start(&mut disk.inside(s, &unveil, &["checkpoint", "verify", &shown])).wait(SOON).ok().json();
+        |s: &Sandbox| s.start(&mut disk.command(s, &unveil, &["checkpoint", "verify", &shown])).wait(SOON).ok().json();
     let checks = verify(&s);
     assert!(!checks.is_empty() && checks.iter().all(|c| c["ok"] == true), "{checks:?}");
-    disk.relieve();
-    s.start(&mut disk.inside(&s, &unveil, &args)).wait(SOON).ok();
+    disk.free_space();
+    s.start(&mut disk.command(&s, &unveil, &args)).wait(SOON).ok();
     assert!(verify(&s).iter().all(|c| c["ok"] == true));
 }
 
-/// A role whose log lies on the full disk says on stdout what went wrong.
+/// A role whose log is on the full disk reports the error on stdout.
 #[test]
-fn a_disk_too_full_for_the_log_is_named() {
+fn full_disks_are_reported_without_a_log() {
     let s = Sandbox::new();
-    let (model, data) = (s.tiny_model("model", 1), s.synth("data", 4, 1));
+    let model = s.tiny_model("model", 1);
+    let data = s.synth("data", 4, 1);
     let place = s.path("disk");
     std::fs::create_dir(&place).expect("a folder");
     let disk = SmallDisk::mount(&s, &place, 4);
     disk.fill();
-    let (program, out) = (binary("unveil"), place.join("answers.jsonl"));
+    let program = binary("unveil");
+    let out = place.join("answers.jsonl");
     let eval = format!(
         "exec '{}' eval --model '{}' --data '{}' --split train --table --predictions '{}' 2>>'{}'",
         program.display(),
@@ -457,8 +470,8 @@ fn a_disk_too_full_for_the_log_is_named() {
         out.display(),
         place.join("log").display(),
     );
-    let done = s.start(&mut disk.inside(&s, Path::new("sh"), &["-c", &eval])).wait(SOON).exits(1);
-    let said = done.json().remove(0);
-    let error = said["error"].as_str().expect("an error");
+    let done = s.start(&mut disk.command(&s, Path::new("sh"), &["-c", &eval])).wait(SOON).exits(1);
+    let output = done.json().remove(0);
+    let error = output["error"].as_str().expect("an error");
     assert!(error.contains("answers.jsonl") && error.contains("No space left on device"), "{error}");
 }
