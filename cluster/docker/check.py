@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs the RUN lines of the Dockerfile without Docker and without a registry of images: in a bare Debian made by debootstrap, as root.
+"""Runs the RUN lines of the Dockerfile without Docker and an image registry: as root, in a minimal Debian made by debootstrap.
 
-What is run as it stands, what is run otherwise and what is not run is printed line by line; it ends with 1 when a line fails. The lines
-of the images come first: then the built programs are started in that root, which holds no more than an image would, as the image's user
-and with the root file system read-only. The lines of the stages that build come last.
-usage: check.py [--programs DIR]   DIR holds `unveil-reward`, and `unveil` where there is one (target/debug)
+Prints for each line whether it is run unchanged, run with changes, or not run; exits with 1 if a line fails. The lines of the images are run
+first. Then the built programs are started in that root, which has the same content as an image, as the user of the image and with a
+read-only root file system. The lines of the build stages are run last.
+usage: check.py [--programs DIR]   DIR contains `unveil-reward` and optionally `unveil` (target/debug)
 """
 import argparse
 import os
@@ -19,20 +19,20 @@ import tempfile
 from dockerfile import read
 
 DEBIAN = "bookworm"
-#: Lines that are not run as they stand: a pattern, why, and what is run instead (nothing where it is empty).
-OTHERWISE = [
+#: Lines that are not run unchanged: a pattern, the reason, and the replacement (empty: not run).
+REPLACEMENTS = [
     (r"cargo build.*", "needs the Rust image and many minutes", ""),
-    (r"(.* -m pip) install .* (\S+)==(\S+)", "gigabytes: asked whether the index has it", r"\1 index versions \2 | grep -wF \3"),
-    (r"VENV=/opt/torch .ci/setup", "needs the torch that was only asked for; every fresh checkout runs it", ""),
-    (r"unveil --version.*", "run next, with programs that are built already", ""),
+    (r"(.* -m pip) install .* (\S+)==(\S+)", "gigabytes: only checked in the index", r"\1 index versions \2 | grep -wF \3"),
+    (r"VENV=/opt/torch .ci/setup", "needs torch, which is not installed here; every fresh checkout runs it", ""),
+    (r"unveil --version.*", "run below, with the built programs", ""),
 ]
 USER = "10001:10001"
-#: Where the authorities that this machine trusts lie in the root, out of the way of the packages.
+#: Path in the root of this machine's trusted certificate authorities, apart from the packages.
 AUTHORITIES = "/opt/machine-authorities.crt"
 
 
 def inside(root, line, libraries=(), user=None):
-    """A shell line in the root, in mount and process namespaces of its own. With a user its root file system is read-only."""
+    """Runs a shell line in the root, in separate mount and process namespaces. With a user, the root file system is read-only."""
     at = shlex.quote(str(root))
     script = [f"mount --bind {at} {at}", f"mount -t proc proc {at}/proc", f"mount --rbind /dev {at}/dev"]
     script += [f"mount --rbind {shlex.quote(str(path))} {at}{shlex.quote(str(path))}" for path in libraries]
@@ -48,7 +48,7 @@ def inside(root, line, libraries=(), user=None):
 
 
 def debian(root):
-    """A bare Debian with this machine's mirrors and authorities."""
+    """Creates a minimal Debian with this machine's mirrors and certificate authorities."""
     mirror = next(iter(os.environ.get("UNVEIL_DEBIAN_MIRROR", "").split()), "http://deb.debian.org/debian")
     subprocess.run(["debootstrap", "--variant=minbase", DEBIAN, root, mirror], check=True, stdout=subprocess.DEVNULL)
     for path in ("/etc/apt/sources.list", "/etc/apt/sources.list.d", "/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf"):
@@ -62,11 +62,11 @@ def debian(root):
 
 
 def lines(root, stages):
-    """Runs what can be run; returns whether all of it went well."""
+    """Runs the RUN lines of stages and returns whether all succeeded."""
     good, done = True, set()
     for stage in stages:
         for line in stage.all("RUN"):
-            why, change = next(((why, m.expand(to)) for p, why, to in OTHERWISE if (m := re.fullmatch(p, line))), ("", line))
+            why, change = next(((why, m.expand(to)) for p, why, to in REPLACEMENTS if (m := re.fullmatch(p, line))), ("", line))
             if line in done:
                 continue
             done.add(line)
@@ -74,7 +74,7 @@ def lines(root, stages):
                 print(f"not run   {stage.name}: {line}\n          ({why})")
                 continue
             ended = inside(root, change)
-            word = "failed" if ended.returncode else "as it is" if change == line else "otherwise"
+            word = "failed" if ended.returncode else "unchanged" if change == line else "changed"
             print(f"{word:9} {stage.name}: {line}" + (f"\n          ({why})" if why else ""), flush=True)
             if ended.returncode:
                 print(ended.stdout[-2000:] + ended.stderr[-2000:])
@@ -83,7 +83,7 @@ def lines(root, stages):
 
 
 def programs(root, folder):
-    """Starts the programs as the image would: its user, nothing writable but /tmp."""
+    """Starts the programs as in the image: as its user, with only /tmp writable."""
     good = True
     for name in ("unveil-reward", "unveil"):
         program = folder / name

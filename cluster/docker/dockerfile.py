@@ -1,4 +1,4 @@
-"""A Dockerfile as stages and instructions. Must not know: what is good about them."""
+"""Parser of a Dockerfile into stages and instructions."""
 import dataclasses
 import pathlib
 import re
@@ -8,19 +8,19 @@ HERE = pathlib.Path(__file__).parent
 
 @dataclasses.dataclass
 class Stage:
-    """One FROM and what follows it."""
+    """A build stage: one FROM and its instructions."""
 
     base: str
     name: str
     steps: list  # (instruction, arguments)
 
     def all(self, instruction):
-        """Arguments of every instruction of a kind."""
+        """Returns the arguments of all instructions of a kind."""
         return [arguments for kind, arguments in self.steps if kind == instruction]
 
 
 def read(path=HERE / "Dockerfile"):
-    """The stages in order. Comments are dropped, continued lines joined."""
+    """Returns the stages in order, without comments and with continued lines joined."""
     lines = [line for line in path.read_text().splitlines() if not re.match(r"\s*(#|$)", line)]
     text = re.sub(r"\\\n\s*", "", "\n".join(lines))
     stages = []

@@ -1,4 +1,4 @@
-{{/* Variables that all roles share: what the chart knows better than the run's configuration. */}}
+{{/* Variables of all roles: keys that the chart sets instead of the run's configuration. */}}
 {{- define "unveil.commonEnv" -}}
 {{- $full := include "unveil.fullname" . -}}
 {{- $scheme := include "unveil.scheme" . -}}
@@ -34,7 +34,7 @@ HOME: /tmp
 OMP_WAIT_POLICY: PASSIVE
 {{- end -}}
 
-{{/* What a pod must be started again for. */}}
+{{/* Data whose change restarts a pod. */}}
 {{- define "unveil.configData" -}}
 {{ .Values.config }}
 {{ include "unveil.commonEnv" . }}

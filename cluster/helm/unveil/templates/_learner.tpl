@@ -1,17 +1,17 @@
-{{/* What becomes of a Job when a pod of it ends: exit codes are 0 done, 1 failed, 2 wrong configuration, 130 interrupted. */}}
+{{/* Reaction of a Job to the end of a pod, by exit code: 0 success, 1 failure, 2 wrong configuration, 130 interrupted. */}}
 {{- define "unveil.failurePolicy" -}}
 rules:
-  # Preempted, evicted or drained: a new pod, not counted.
+  # Preemption, eviction or drain: a new pod, not counted as a failure.
   - action: Ignore
     onPodConditions:
       - type: DisruptionTarget
         status: "True"
-  # No repetition makes a wrong configuration right.
+  # A wrong configuration cannot be fixed by a retry.
   - action: FailJob
     onExitCodes:
       operator: In
       values: [2]
-  # It was told to stop and saved, or another pod of the Job was.
+  # The pod, or another pod of the Job, was asked to stop and has saved.
   - action: Ignore
     onExitCodes:
       operator: In

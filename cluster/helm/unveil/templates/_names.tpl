@@ -32,7 +32,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end -}}
 {{- end -}}
 
-{{/* The secret that holds a role's certificate; empty without TLS, and for stage 1, which talks to no other role. */}}
+{{/* Secret with a role's certificate; empty without TLS, and for stage 1, which does not call other roles. */}}
 {{- define "unveil.tlsSecret" -}}
 {{- $tls := .root.Values.tls -}}
 {{- if eq .role "stage1" -}}

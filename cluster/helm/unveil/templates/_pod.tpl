@@ -1,4 +1,4 @@
-{{/* What all pods have in common. Each takes a dict of root, role and, where named, more. */}}
+{{/* Parts shared by all pods. Each takes a dict of root, role and further keys as named. */}}
 
 {{- define "unveil.podSecurity" -}}
 runAsNonRoot: true
@@ -34,7 +34,7 @@ annotations:
   {{- end }}
 {{- end -}}
 
-{{/* Pod fields that stand before its containers. */}}
+{{/* Pod fields other than its containers. */}}
 {{- define "unveil.podHead" -}}
 {{- $own := index .root.Values .role -}}
 serviceAccountName: {{ include "unveil.serviceAccount" .root }}
@@ -146,7 +146,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* Variables that a role has for itself: device, certificates, token, what the values add. */}}
+{{/* Variables of a single role: device, certificates, token, extraEnv. */}}
 {{- define "unveil.env" -}}
 {{- $own := index .root.Values .role -}}
 {{- if hasKey $own "gpus" }}
@@ -166,7 +166,7 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
-{{/* Common variables by ConfigMap and, for who talks to the object store, its credentials by secret. */}}
+{{/* Common variables from the ConfigMap and, for roles that access the object store, its credentials from a secret. */}}
 {{- define "unveil.envFrom" -}}
 - configMapRef:
     name: {{ include "unveil.fullname" .root }}-env
@@ -195,7 +195,7 @@ limits:
   {{- toYaml $limits | nindent 2 }}
 {{- end -}}
 
-{{/* gRPC health on `port`: alive from the start, ready when the role can do its work. */}}
+{{/* gRPC probes on `port`: alive from the start, ready once the role can work. */}}
 {{- define "unveil.probes" -}}
 startupProbe:
   grpc:
@@ -243,7 +243,7 @@ readinessProbe:
 {{- end }}
 {{- end -}}
 
-{{/* Init containers: inputs that are fetched, then what `unveil prepare` makes for `prepare`. */}}
+{{/* Init containers that fetch inputs, then run `unveil prepare` for the role `prepare`. */}}
 {{- define "unveil.init" -}}
 {{- include "unveil.fetches" . }}
 - name: prepare

@@ -1,10 +1,10 @@
-{{/* Where TLS and the token enter the configuration; the only place in the chart that knows those keys. */}}
+{{/* Configuration keys of TLS and of the token; the only place in the chart that uses them. */}}
 
 {{- define "unveil.scheme" -}}
 {{- ternary "http" "https" (eq .Values.tls.mode "none") -}}
 {{- end -}}
 
-{{/* Of all roles. Without TLS their services listen beyond loopback all the same: the values say so, and so does the program's log. */}}
+{{/* Variables of all roles. Without TLS, services listen on all addresses in plaintext, as chosen in the values; the program logs a warning. */}}
 {{- define "unveil.accessEnv" -}}
 {{- if eq .Values.tls.mode "none" }}
 UNVEIL__TLS__INSECURE: "true"
@@ -14,7 +14,7 @@ UNVEIL__AUTH__TOKEN_ENV: UNVEIL_TOKEN
 {{- end }}
 {{- end -}}
 
-{{/* Of a role that has a certificate. */}}
+{{/* Variables of a role with a certificate. */}}
 {{- define "unveil.tlsEnv" -}}
 {{- if include "unveil.tlsSecret" . }}
 - name: UNVEIL__TLS__DIR
