@@ -14,6 +14,8 @@ use unveil_service::{
 };
 
 const SOON: Duration = Duration::from_millis(800);
+/// How long the end of a handshake is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
 const TOKEN: &str = "the token of this run";
 
 fn options(existing: Existing, hosts: &[&str]) -> IssueOptions {
@@ -38,7 +40,14 @@ async fn serve_at(listen: &str, c: &Config, role: Role) -> Result<(Running, Canc
 /// Whether `role` of a configuration gets through to a service: TLS, and a call that needs the token.
 async fn call(address: &str, c: &Config, role: Role) -> Result<(), String> {
     let options = client_options(c, role).map_err(|e| e.to_string())?;
-    let channel = connect_with(address, &options, SOON).await.map_err(|e| e.to_string())?;
+    let begin = std::time::Instant::now();
+    let channel = loop {
+        match connect_with(address, &options, SOON).await {
+            // A busy machine: the handshake was not answered either way.
+            Err(e) if e.to_string().contains("last: no answer") && begin.elapsed() < PATIENCE => {}
+            done => break done.map_err(|e| e.to_string())?,
+        }
+    };
     HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.map_err(|e| format!("{e:?}"))?;
     let mut grpc = tonic::client::Grpc::new(channel);
     grpc.ready().await.map_err(|e| e.to_string())?;

@@ -12,19 +12,25 @@ fn soon() -> Instant {
     Instant::now() + LIMIT
 }
 
-/// Runs `work` as each of `ranks` connected ranks.
+/// Runs `work` as each of `ranks` connected ranks. No rank begins before all are connected: one that is done and gone would break the
+/// connections that another is still making.
 fn with_ranks(ranks: usize, limit: Duration, work: impl Fn(usize, GlooGroup) + Sync) {
     GlooGroup::available().unwrap();
     let host = Store::host(TcpListener::bind("127.0.0.1:0").unwrap(), soon()).unwrap();
     let address = host.address();
+    let connect = |rank| {
+        let store = Store::join(address, soon()).unwrap();
+        let group = GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", limit, soon(), || false).unwrap();
+        (store, group)
+    };
     std::thread::scope(|s| {
-        for rank in 0..ranks {
+        let connecting: Vec<_> = (0..ranks).map(|rank| s.spawn(move || connect(rank))).collect();
+        let connected: Vec<_> = connecting.into_iter().map(|c| c.join().unwrap()).collect();
+        for (rank, (store, group)) in connected.into_iter().enumerate() {
             let work = &work;
             s.spawn(move || {
-                let store = Store::join(address, soon()).unwrap();
-                let group =
-                    GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", limit, soon(), || false).unwrap();
                 work(rank, group);
+                drop(store);
             });
         }
     });
