@@ -158,7 +158,10 @@ impl ProcessorConfig {
                 2 => Filter::Bilinear,
                 3 => Filter::Bicubic,
                 v => {
-                    return Err(invalid("resample", &format!("is {v}, but supported are 2 (bilinear) and 3 (bicubic)")));
+                    return Err(invalid(
+                        "resample",
+                        &format!("is {v}, but supported are 2 (bilinear) and 3 (bicubic)"),
+                    ));
                 }
             },
             do_rescale: flag(raw.do_rescale),

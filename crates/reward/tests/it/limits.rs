@@ -297,21 +297,24 @@ async fn tls_with_and_without_client_certificates() {
         change(&mut c);
         c
     };
-    let score = async |address: &str, c: &Config| {
+    // A client that TLS refuses retries until its time is up; the others get through, however busy the machine is.
+    let score_within = async |address: &str, c: &Config, limit: Duration| {
         let options = client_options(c, Role::Rollout).unwrap();
-        let client = RewardClient::connect_with(address, &options, Duration::from_millis(800))
-            .await
-            .map_err(|e| e.to_string())?;
-        let scored = client.score(request("a"), Duration::from_millis(800)).await;
+        let client = RewardClient::connect_with(address, &options, limit).await.map_err(|e| e.to_string())?;
+        let scored = client.score(request("a"), limit).await;
         scored[0].total.ok_or_else(|| format!("{:?}", scored[0].components["format"].reason))
+    };
+    let score = async |address: &str, c: &Config| score_within(address, c, WAIT).await;
+    let refused = async |address: &str, c: &Config| {
+        score_within(address, c, Duration::from_millis(800)).await.unwrap_err();
     };
     let served = serve(&c).await;
     let https = format!("https://localhost:{}", served.address.port());
     score(&https, &c).await.unwrap();
     score(&served.address.to_string(), &c).await.unwrap();
-    score(&https, &with(&|c| c.tls.dir = theirs.clone())).await.unwrap_err();
-    score(&https, &with(&|c| c.tls.mutual = false)).await.unwrap_err();
-    score(&format!("http://{}", served.address), &c).await.unwrap_err();
+    refused(&https, &with(&|c| c.tls.dir = theirs.clone())).await;
+    refused(&https, &with(&|c| c.tls.mutual = false)).await;
+    refused(&format!("http://{}", served.address), &c).await;
     served.stop.cancel();
 
     // A certificate of the authority is not enough: its name must belong to a role that may call.
@@ -324,13 +327,13 @@ async fn tls_with_and_without_client_certificates() {
     let served = serve(&open).await;
     let https = format!("https://localhost:{}", served.address.port());
     score(&https, &open).await.unwrap();
-    score(&https, &with(&|c| (c.tls.mutual, c.tls.dir) = (false, theirs.clone()))).await.unwrap_err();
+    refused(&https, &with(&|c| (c.tls.mutual, c.tls.dir) = (false, theirs.clone()))).await;
     // The same service as a custom scorer, verified by its configured certificate authority.
     for (ca, trusted) in [(format!("{ours}/client/ca.crt"), true), (String::new(), false)] {
         let mut c = Config::default();
         let address = https.replacen("https", "grpcs", 1);
-        let custom =
-            serde_json::json!({"name": "there", "address": address, "deadline_s": 2.0, "range": [0.0, 2.0], "ca": ca});
+        let deadline_s = if trusted { WAIT.as_secs_f64() } else { 2.0 };
+        let custom = serde_json::json!({"name": "there", "address": address, "deadline_s": deadline_s, "range": [0.0, 2.0], "ca": ca});
         c.reward.custom.push(serde_json::from_value(custom).unwrap());
         let local = serve(&c).await;
         let client = RewardClient::connect(&local.address.to_string(), WAIT).await.unwrap();
@@ -351,8 +354,10 @@ async fn custom_scorer_can_be_another_reward_service() {
     other.reward.custom.clear();
     let served = serve(&other).await;
     let mut c = Config::default();
-    for (name, address) in [("format_there", served.address.to_string()), ("nobody", "127.0.0.1:9".into())] {
-        let custom = serde_json::json!({"name": name, "address": format!("grpc://{address}"), "deadline_s": 2.0, "range": [0.0, 2.0]});
+    let scorers =
+        [("format_there", served.address.to_string(), WAIT.as_secs_f64()), ("nobody", "127.0.0.1:9".into(), 2.0)];
+    for (name, address, deadline_s) in scorers {
+        let custom = serde_json::json!({"name": name, "address": format!("grpc://{address}"), "deadline_s": deadline_s, "range": [0.0, 2.0]});
         c.reward.custom.push(serde_json::from_value(custom).unwrap());
     }
     let local = serve(&c).await;

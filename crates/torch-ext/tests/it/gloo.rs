@@ -12,19 +12,25 @@ fn soon() -> Instant {
     Instant::now() + TIMEOUT
 }
 
-/// Runs `work` on each of `ranks` connected ranks.
+/// Runs `work` on each of `ranks` ranks, once all are connected: a rank that ended earlier would break the connections that others are
+/// still making.
 fn with_ranks(ranks: usize, timeout: Duration, work: impl Fn(usize, GlooGroup) + Sync) {
     GlooGroup::available().unwrap();
     let host = Store::host(TcpListener::bind("127.0.0.1:0").unwrap(), soon()).unwrap();
     let address = host.address();
+    let connect = |rank| {
+        let store = Store::join(address, soon()).unwrap();
+        let group = GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", timeout, soon(), || false).unwrap();
+        (store, group)
+    };
     std::thread::scope(|s| {
-        for rank in 0..ranks {
+        let connecting: Vec<_> = (0..ranks).map(|rank| s.spawn(move || connect(rank))).collect();
+        let connected: Vec<_> = connecting.into_iter().map(|c| c.join().unwrap()).collect();
+        for (rank, (store, group)) in connected.into_iter().enumerate() {
             let work = &work;
             s.spawn(move || {
-                let store = Store::join(address, soon()).unwrap();
-                let group =
-                    GlooGroup::connect(&store, "g", (rank, ranks), "127.0.0.1", timeout, soon(), || false).unwrap();
                 work(rank, group);
+                drop(store);
             });
         }
     });
