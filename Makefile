@@ -22,23 +22,25 @@ setup: ## Python environment with libtorch, Debian packages, .cargo/config.toml 
 	@.ci/setup
 
 build: setup ## both binaries
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --exclude unveil-bench --bins
 
 train: build ## a complete run: stage 1, stage 2, evaluation, report (CONFIG=… ARGS="--set a.b=c")
 	target/debug/unveil train --config $(CONFIG) $(ARGS)
 
 # Binaries and tests in one build: test dependencies enable other features, and separate builds would compile everything twice.
+# The examples in the documentation run last: nextest does not run them.
 test: ## all tests
 	@.ci/setup --tests
 	cargo build --locked --workspace --bins --tests --examples
 	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): skipping its tests (set UNVEIL_BCCD=DIR)")
 	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: skipping the tests on a real Slurm")
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
-	else set -x; cargo test --locked --workspace $(TEST_ONLY); fi
+	else set -x; cargo test --locked --workspace --tests $(TEST_ONLY); fi
+	cargo test --locked --workspace --doc
 
 test-helm: ## tests of the Helm chart, the container, and roles as in pods (part of `test`)
 	@.ci/setup --tests
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --exclude unveil-bench --bins
 	cargo test --locked -p unveil-tests --test it helm::
 
 check: setup ## format, clippy, docs, licences, unused dependencies, crate boundaries
@@ -61,13 +63,13 @@ test-ceph: build ## object storage tests against Ceph's S3 gateway (installs Deb
 
 test-slurm: setup ## tests on a real Slurm of four nodes on this machine (part of `test`; needs root)
 	@.ci/setup --tests
-	cargo build --locked --workspace --bins
+	cargo build --locked --workspace --exclude unveil-bench --bins
 	cargo test --locked -p unveil-tests --test it slurm:: -- --nocapture --test-threads 1
 
 test-gpu: setup ## GPU tests of engine, collectives and weight sync; they fail without a GPU
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
 	cargo test --locked -p unveil-collective --features gpu --test gpu -- --nocapture --test-threads 1
-	cargo test --locked -p unveil-learner --features gpu --test gpu -- --nocapture --test-threads 1
+	cargo test --locked -p unveil-experience-rpc --features gpu --test gpu -- --nocapture --test-threads 1
 
 bench-rollout: bench-build ## rollout against transformers, model loading against file reading (ARGS="--shapes 6m --rounds 3")
 	$(PYTHON) tests/bench/rollout.py --load $(ARGS)
@@ -77,17 +79,17 @@ bench-load: bench-build ## loading a 3B model directory against reading its file
 
 bench-learner: setup ## policy updates against TRL, all-reduce, weight sync against plain loopback TCP (ARGS="--rounds 3")
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-learner --example learner_bench --example sync_bench
+	cargo build --release --locked -p unveil-bench --bin learner_bench --bin sync_bench
 	$(PYTHON) tests/bench/learner.py --ranks --sync $(ARGS)
 
 bench-checkpoint: setup ## saves and loads against the raw store throughput and torch.distributed.checkpoint (ARGS="--rounds 3")
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-checkpoint --example checkpoint_bench -p unveil-learner --example copy_bench
+	cargo build --release --locked -p unveil-bench --bin checkpoint_bench --bin copy_bench
 	$(PYTHON) tests/bench/checkpoint.py $(ARGS)
 
 bench-reward: setup ## scoring in process and over gRPC, against numpy and scipy (ARGS="--rounds 3")
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-reward --example reward_bench
+	cargo build --release --locked -p unveil-bench --bin reward_bench
 	$(PYTHON) tests/bench/reward.py $(ARGS)
 
 fuzz: setup ## scoring of a million hostile responses, release build (UNVEIL_FUZZ=N UNVEIL_SEED=S)
@@ -99,7 +101,7 @@ bench-gpu: bench-build ## rollout against transformers on a GPU, 3B and 7B in bf
 .PHONY: bench-build
 bench-build:
 	@.ci/setup --tests
-	cargo build --release --locked -p unveil-engine --example rollout_bench -p unveil-model --example load
+	cargo build --release --locked -p unveil-bench --bin rollout_bench --bin load_bench
 
 fmt: ## format all code
 	cargo fmt --all

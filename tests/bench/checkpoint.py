@@ -33,7 +33,7 @@ import table
 from load import prepare
 from process import Child
 
-PROGRAMS = shapes.OUT.parent / "release" / "examples"
+PROGRAMS = shapes.OUT.parent / "release"
 HERE = pathlib.Path(__file__).resolve().parent
 SERVER = """
 import sys, urllib.request
@@ -141,7 +141,8 @@ def main():
     options = parser.parse_args()
     programs = pathlib.Path(options.programs)
     if not (programs / "checkpoint_bench").exists():
-        raise SystemExit(f"bench: {programs / 'checkpoint_bench'} is missing; run it through make, or cargo build --release --examples")
+        raise SystemExit(f"bench: {programs / 'checkpoint_bench'} is missing; run it through make, or cargo build --release "
+                         "-p unveil-bench --bins")
     threads = len(os.sched_getaffinity(0))
     rows, notes = [], []
     if options.copy:

@@ -105,9 +105,9 @@ def run(command):
 def measure(options):
     """Returns all rows."""
     directory, name = shapes.make(options.shape, "bfloat16"), options.shape
-    program = shapes.OUT.parent / "release" / "examples" / "load"
+    program = shapes.OUT.parent / "release" / "load_bench"
     if not program.exists():
-        raise SystemExit(f"bench: {program} is missing; run it through make, or cargo build --release --examples")
+        raise SystemExit(f"bench: {program} is missing; run it through make, or cargo build --release -p unveil-bench --bins")
     files = weight_files(directory)
     ours = [program, "model", directory, options.device, "bfloat16"]
     raw = [program, "raw", directory]

@@ -18,7 +18,7 @@ from shapes import OUT
 from table import machine, row, spread, write
 
 HERE = Path(__file__).parent
-BENCH = OUT.parent / "release" / "examples" / "reward_bench"
+BENCH = OUT.parent / "release" / "reward_bench"
 TARGET_CORE, TARGET_GRPC, TARGET_P99 = 50_000, 20_000, 5.0
 
 

@@ -76,9 +76,9 @@ class Pair:
 
 
 def binary(name):
-    path = shapes.OUT.parent / "release" / "examples" / name
+    path = shapes.OUT.parent / "release" / name
     if not path.exists():
-        raise SystemExit(f"bench: {path} is missing; run it through make, or cargo build --release --examples")
+        raise SystemExit(f"bench: {path} is missing; run it through make, or cargo build --release -p unveil-bench --bins")
     return path
 
 

@@ -1,6 +1,6 @@
 """Weight sync from a learner to a worker on the same host, as a share of plain loopback TCP: part of `make bench-learner`.
 
-Two processes of `sync_bench` (crates/learner/examples) hold tensors of the 3B shape in the transferred dtype. A sync is the weight
+Two processes of `sync_bench` (crates/bench) hold tensors of the 3B shape in the transferred dtype. A sync is the weight
 transfer of one version in a run: the learner copies its tensors into chunks with CRC-32C, the worker fetches them over gRPC, verifies
 every chunk and the whole, and copies them into its model. The measured time covers all of this, on an otherwise idle machine. The limit is
 the same number of bytes between the same two processes over a plain TCP connection, with one buffer of 1 MiB on each side and without
@@ -25,7 +25,7 @@ import shapes
 import table
 from process import Child
 
-PROGRAM = shapes.OUT.parent / "release" / "examples" / "sync_bench"
+PROGRAM = shapes.OUT.parent / "release" / "sync_bench"
 
 
 def chosen(shape, gigabytes, width):
@@ -49,7 +49,7 @@ def both(pool, sender, receiver, op):
 def measure(options):
     """Returns all rows."""
     if not PROGRAM.exists():
-        raise SystemExit(f"bench: {PROGRAM} is missing; run it through make, or cargo build --release --examples")
+        raise SystemExit(f"bench: {PROGRAM} is missing; run it through make, or cargo build --release -p unveil-bench --bins")
     width = {"bfloat16": 2, "float32": 4}[options.dtype]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "shapes.json"

@@ -3,6 +3,31 @@
 //!
 //! Tokens of a batch are flat, `[N]` in the order (group, response, position) that [`TokenLayout`] describes. Tensor functions keep the
 //! dtype of their inputs. Must not depend on anything but tch and core.
+//!
+//! # Examples
+//! One group of two responses, of one and two tokens, on policy:
+//! ```
+//! use tch::Tensor;
+//! use unveil_algo::{Objective, TokenBatch, TokenLayout, policy_loss};
+//!
+//! let layout = TokenLayout::new(vec![vec![1, 2]]);
+//! let logprobs = Tensor::from_slice(&[-1.0f32, -2.0, -0.5]).set_requires_grad(true);
+//! let old = logprobs.detach();
+//! let advantages = Tensor::from_slice(&[0.5f32, -0.5, -0.5]);
+//! let batch = TokenBatch {
+//!     logprobs: Some(&logprobs),
+//!     old_logprobs: Some(&old),
+//!     advantages: Some(&advantages),
+//!     ..TokenBatch::default()
+//! };
+//!
+//! let parts = policy_loss(&Objective::surrogate(0.2, 0.28), &batch, &layout, &layout.counts())?;
+//! // The mean over tokens of minus the advantage; its gradient raises the probability of the first response.
+//! assert!((parts.loss.double_value(&[]) - 0.5 / 3.0).abs() < 1e-6);
+//! parts.loss.backward();
+//! assert!((logprobs.grad().double_value(&[0]) + 0.5 / 3.0).abs() < 1e-6);
+//! # Ok::<(), unveil_algo::AlgoError>(())
+//! ```
 
 mod advantage;
 mod attention;

@@ -11,6 +11,32 @@
 //! uploads removes it.
 //!
 //! Needs a tokio runtime with timers. Must not depend on: tch, tonic, the meaning of the objects.
+//!
+//! # Examples
+//! ```
+//! use bytes::Bytes;
+//! use unveil_checkpoint::{Access, CheckpointHeader, Checkpoints, Object, Reader, Resume, Retention, Store};
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let target = dir.path().to_str().expect("a path in UTF-8");
+//! # let options: [(&str, &str); 0] = [];
+//! let store = Store::open(target, options, Access::Write).await?;
+//! let mut checkpoints = Checkpoints::claim(store.clone(), Retention { keep: 2, keep_best: true, keep_every: 0 }).await?;
+//! let object = Object { name: "state.json".to_owned(), bytes: Bytes::from_static(b"{}"), layout: None };
+//! let header = CheckpointHeader { step: 40, meta: serde_json::json!({"seed": 7}), best: true };
+//! checkpoints.save(header, vec![object]).await?;
+//!
+//! let newest = checkpoints.resume_candidates(Resume::Auto)?.next_candidate()?.expect("step 40 is saved");
+//! let reader = Reader::open(&store, &newest).await?;
+//! assert_eq!((newest.step, newest.best), (40, true));
+//! assert_eq!(reader.manifest().meta["seed"], 7);
+//! let state = reader.read_file("state.json").await?;
+//! assert_eq!(&state[..], b"{}");
+//! # Ok(())
+//! # }
+//! ```
 
 mod digest;
 mod error;

@@ -10,13 +10,14 @@ use unveil_cli::{ConfigArgs, Stop, run_role};
 use unveil_collect::{CollectError, Prompts};
 use unveil_config::{Config, ConfigError};
 use unveil_core::Record;
-use unveil_data::context_fit::{RecordUse, TokenLimits, find_misfits};
+use unveil_data::finding::{Finding, Severity};
 use unveil_data::image_root::PathPolicy;
-use unveil_data::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
-use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
-use unveil_data::synth::{self, SynthSpec};
-use unveil_data::{check, stats};
+use unveil_datasets::import::{self, ClassFilter, Format, ImportOptions, ImportReport};
+use unveil_datasets::synth::{self, SynthSpec};
+use unveil_datasets::{check, stats};
+use unveil_preprocess::context_fit::{RecordUse, TokenLimits, find_misfits};
+use unveil_preprocess::preprocessor::Preprocessor;
 
 use crate::roles::context_length;
 
@@ -241,12 +242,7 @@ fn print_warnings(report: &ImportReport) {
 }
 
 /// Finds records that do not fit a model. Those of the validation and test splits are only prompted, all others are also trained on.
-fn find_model_misfits(
-    data: &Path,
-    policy: PathPolicy,
-    model: &Path,
-    config: &Config,
-) -> anyhow::Result<Vec<check::Finding>> {
+fn find_model_misfits(data: &Path, policy: PathPolicy, model: &Path, config: &Config) -> anyhow::Result<Vec<Finding>> {
     let preprocessor = Preprocessor::load_with_box_form(model, config.model.boxes)?;
     let records = RecordFile::load_lenient(data, policy, |_| ())?;
     let limits = TokenLimits {
@@ -268,7 +264,7 @@ fn print_check_report(data: &Path, report: &check::CheckReport, table: bool) -> 
             println!("{}", serde_json::to_string(finding)?);
         }
     }
-    let [errors, warnings] = [check::Severity::Error, check::Severity::Warning].map(|s| report.count(s));
+    let [errors, warnings] = [Severity::Error, Severity::Warning].map(|s| report.count(s));
     if errors > 0 {
         bail!("{}: {errors} of {} findings are errors", data.display(), report.findings.len());
     }
@@ -282,16 +278,16 @@ fn print_check_report(data: &Path, report: &check::CheckReport, table: bool) -> 
 }
 
 /// Formats findings in columns: severity, line, record, problem.
-fn format_table(findings: &[check::Finding]) -> String {
-    let severity = |f: &check::Finding| match f.severity {
-        check::Severity::Error => "error",
-        check::Severity::Warning => "warning",
+fn format_table(findings: &[Finding]) -> String {
+    let severity = |f: &Finding| match f.severity {
+        Severity::Error => "error",
+        Severity::Warning => "warning",
     };
-    let line = |f: &check::Finding| f.file.rsplit(':').next().unwrap_or_default().to_owned();
-    let width = |length: &dyn Fn(&check::Finding) -> usize| findings.iter().map(length).max().unwrap_or(0);
+    let line = |f: &Finding| f.file.rsplit(':').next().unwrap_or_default().to_owned();
+    let width = |length: &dyn Fn(&Finding) -> usize| findings.iter().map(length).max().unwrap_or(0);
     let lines = width(&|f| line(f).chars().count());
     let ids = width(&|f| escape_control(&f.id).chars().count());
-    let row = |f: &check::Finding| {
+    let row = |f: &Finding| {
         format!(
             "{:<7}  {:>lines$}  {:<ids$}  {}\n",
             severity(f),

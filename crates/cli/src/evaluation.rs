@@ -10,12 +10,12 @@ use unveil_config::Config;
 use unveil_config::schema::Suite;
 use unveil_core::{BoxForm, redact, stderr_line};
 use unveil_data::image_root::PathPolicy;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
 use unveil_eval::{
     Bootstrap, EvalError, EvalSettings, EvaluatedAnswer, Evaluation, check_suite, evaluate, evaluate_responses,
     evaluate_withheld, load_usable_samples, measure_suite, rewarded_responses,
 };
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_report::ImageFolders;
 use unveil_reward::Scoring;
 use unveil_rollout::open_engine;

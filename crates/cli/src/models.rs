@@ -11,11 +11,11 @@ use unveil_cli::{ConfigArgs, init_telemetry};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_config::{directory_problem, format_count};
 use unveil_core::{Sampling, stderr_line};
-use unveil_data::preprocessor::{Family, Preprocessor};
-use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
-use unveil_learner::ReplayModels;
 use unveil_model::{InitSpec, Preset, SpecialIds, Vlm, VlmConfig};
+use unveil_preprocess::preprocessor::{Family, Preprocessor};
+use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
+use unveil_trainer::ReplayModels;
 
 use crate::preflight::require_model_dir;
 
@@ -314,7 +314,7 @@ pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let banned = &preprocessor.tokenizer().special().banned;
     println!(
         "{}",
-        unveil_learner::replay(
+        unveil_trainer::replay(
             &config,
             ReplayModels { model: &args.model, adapter: args.adapter.as_deref(), reference: args.reference.as_deref() },
             &args.batch,

@@ -11,7 +11,6 @@ use unveil_config::schema::Suite;
 use unveil_config::{Config, ConfigError, TrainingStage};
 use unveil_core::stderr_line;
 use unveil_data::image_root::PathPolicy;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
 use unveil_engine::Engine;
 use unveil_eval::{Bootstrap, EvalSettings, check_suite, evaluate, evaluate_withheld, load_samples, measure_suite};
@@ -21,6 +20,7 @@ use unveil_learner::{
     training_limits,
 };
 use unveil_model::{Vlm, VlmConfig};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_report::{EventLog, StageProgress};
 use unveil_reward::Scoring;
 use unveil_rollout::{WorkerOptions, engine_options};

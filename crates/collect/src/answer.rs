@@ -3,7 +3,7 @@
 use serde_json::json;
 use unveil_core::record::REGION;
 use unveil_core::{BoxForm, Record};
-use unveil_data::codec::{Sizes, answer_text, codec};
+use unveil_preprocess::codec::{Sizes, answer_text, codec};
 
 /// Beginnings of answers that refuse.
 const REFUSALS: [&str; 6] = ["i'm sorry", "i am sorry", "i cannot", "i can't", "as an ai", "i'm unable"];

@@ -5,6 +5,24 @@
 //! continues without repeating requests. HTML pages show the answers for review; the decisions made there determine the final records.
 //!
 //! Must not depend on: tch, how models are trained on the records.
+//!
+//! # Examples
+//! Prompts from a file of the user are checked when they are loaded:
+//! ```
+//! use unveil_collect::{CollectError, Prompts};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let file = dir.path().join("diagnosis.txt");
+//! # let path = file.to_str().expect("a path in UTF-8");
+//! std::fs::write(path, "You are a radiologist.\n===\nDescribe the {{ category }}.")?;
+//! Prompts::load([path, ""])?;
+//!
+//! std::fs::write(path, "Describe the {{ organ }}.")?;
+//! let error = Prompts::load([path, ""]).unwrap_err();
+//! assert!(matches!(error, CollectError::Prompt { .. }));
+//! assert!(error.to_string().contains("diagnosis.txt"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod answer;
 mod budget;

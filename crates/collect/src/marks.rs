@@ -2,7 +2,7 @@
 
 use unveil_core::BBox;
 use unveil_data::image_store::Image;
-use unveil_data::processor::{Filter, resize};
+use unveil_preprocess::processor::{Filter, resize};
 
 /// Colours of the marks with their names; the one that differs most from the pixels under the marks is used.
 const COLOURS: [([u8; 3], &str); 5] = [

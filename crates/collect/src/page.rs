@@ -12,8 +12,8 @@ use image::{ExtendedColorType, ImageEncoder};
 use serde_json::{Value, json};
 use unveil_core::Record;
 use unveil_data::image_store::{ContentHash, Image};
-use unveil_data::processor::{Filter, resize};
 use unveil_data::records::RecordFile;
+use unveil_preprocess::processor::{Filter, resize};
 
 use crate::answer::is_usable_answer;
 use crate::{COLLECTED, CollectError};

@@ -1,6 +1,19 @@
 //! Errors of loading a configuration.
 
 /// Error of a configuration; each message names the key and what to do.
+///
+/// # Examples
+/// ```
+/// use unveil_config::{ConfigError, load_from};
+///
+/// let load = |set: &str| load_from(None, std::iter::empty(), &[set.to_owned()]).unwrap_err();
+///
+/// let error = load("learner.clip_hihg=0.3");
+/// assert!(matches!(error, ConfigError::Keys(_)));
+/// assert!(error.to_string().contains("did you mean `learner.clip_high`"));
+///
+/// assert_eq!(load("run.seed").to_string(), "`--set run.seed`: write it as section.key=value");
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.

@@ -1,6 +1,19 @@
 //! Typed configuration in layers, later ones override: defaults, file, environment (`UNVEIL__SECTION__KEY`), `--set section.key=value`.
 //!
 //! The only crate that reads environment variables. Must not depend on tokio and tch.
+//!
+//! # Examples
+//! Later layers override earlier ones:
+//! ```
+//! use unveil_config::load_from;
+//!
+//! let environment = [("UNVEIL__RUN__SEED".to_owned(), "1".to_owned()), ("UNVEIL__RUN__DIR".to_owned(), "runs/a".to_owned())];
+//! let sets = ["run.seed=7".to_owned(), "learner.steps=40".to_owned()];
+//! let config = load_from(None, environment.into_iter(), &sets)?;
+//! assert_eq!((config.run.seed, config.run.dir.as_str()), (7, "runs/a"));
+//! assert_eq!(config.learner.steps, 40);
+//! # Ok::<(), unveil_config::ConfigError>(())
+//! ```
 
 mod box_form;
 mod change;

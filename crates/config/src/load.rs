@@ -14,6 +14,21 @@ use crate::schema::Config;
 use crate::{external, type_errors, validate};
 
 /// Loaded configuration with the origins of its values.
+///
+/// # Examples
+/// ```
+/// use unveil_config::Loaded;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let file = dir.path().join("run.toml");
+/// std::fs::write(&file, "[run]\nseed = 1\n\n[learner]\nsteps = 40\n")?;
+/// let loaded = Loaded::new(Some(&file), std::iter::empty(), &["run.seed=7".to_owned()])?;
+/// assert_eq!(loaded.config.run.seed, 7);
+/// assert_eq!(loaded.origin("run.seed"), Some("--set"));
+/// assert!(loaded.origin("learner.steps").is_some_and(|origin| origin.ends_with("run.toml:5")));
+/// assert_eq!(loaded.origin("learner.groups"), None);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Loaded {
     /// The configuration.

@@ -5,6 +5,21 @@ use serde::{Deserialize, Serialize};
 /// An axis-aligned box `[x1, y1, x2, y2]` in pixels of the original image, f32, `x2`/`y2` exclusive.
 ///
 /// A `BBox` may hold any numbers, valid or not: boxes of a model are never repaired. Use [`BBox::fault`] to validate.
+///
+/// # Examples
+/// ```
+/// use unveil_core::{BBox, BoxFault};
+///
+/// let truth = BBox::from([0.0, 0.0, 10.0, 10.0]);
+/// let predicted = BBox::from([5.0, 0.0, 15.0, 10.0]);
+/// assert_eq!(predicted.intersection(&truth), 50.0);
+/// assert!((predicted.iou(&truth) - 1.0 / 3.0).abs() < 1e-9);
+///
+/// // An invalid box is reported, and overlaps no other.
+/// let inverted = BBox::from([9.0, 9.0, 1.0, 1.0]);
+/// assert_eq!(inverted.fault(10.0, 10.0), Some(BoxFault::Inverted));
+/// assert_eq!(inverted.iou(&truth), 0.0);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(from = "[f32; 4]", into = "[f32; 4]")]
 pub struct BBox {

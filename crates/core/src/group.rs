@@ -16,6 +16,18 @@ pub struct GroupId {
     pub record: String,
 }
 
+/// Returns record ids by pass in order; a batch may span the end of a pass.
+pub fn records_by_pass(groups: &[GroupId]) -> Vec<(u64, Vec<String>)> {
+    let mut out: Vec<(u64, Vec<String>)> = Vec::new();
+    for g in groups {
+        match out.last_mut() {
+            Some((pass, ids)) if *pass == g.pass => ids.push(g.record.clone()),
+            _ => out.push((g.pass, vec![g.record.clone()])),
+        }
+    }
+    out
+}
+
 /// Sampling settings. `top_k`, `top_p` and `min_p` are applied in this order to the tempered distribution, as in Hugging Face
 /// transformers; they limit which tokens can be drawn and do not change the recorded log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

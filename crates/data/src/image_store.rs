@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-pub use crate::decode::image_size;
+pub use crate::decode::{header_size, image_size};
 pub use crate::rgb_image::{Image, ImageError, MAX_PIXELS, MAX_SIDE};
 
 /// Maximum size of an encoded image file in bytes.

@@ -1,27 +1,35 @@
-//! Data: record files, dataset importers, image decoding and storage, image processors and tokenizers, box codecs per model family, and
-//! synthetic lesions.
+//! Record files and images: reading records with safe image paths, decoding PNG, JPEG and DICOM, and storing images by content.
 //!
-//! Must not depend on: tch, tonic. Boxes are in original-image pixels everywhere except inside a codec.
+//! Must not depend on: tch, tonic. Boxes are in pixels of the original image.
+//!
+//! # Examples
+//! A record file, and the error of a record that may not be read:
+//! ```
+//! use unveil_data::records::RecordFile;
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("records.jsonl");
+//! let lines = [
+//!     r#"{"id":"ct-7","image":"ct-7.png","category":"nodule","boxes":[[10,20,50,60]],"split":"train"}"#,
+//!     r#"{"id":"ct-8","image":"ct-8.png","boxes":[],"split":"test"}"#,
+//! ];
+//! std::fs::write(&path, lines.join("\n"))?;
+//! let test = RecordFile::load(&path)?.split("test");
+//! assert_eq!(test.records[0].id, "ct-8");
+//! assert!(test.location(0).ends_with("records.jsonl:2"));
+//!
+//! // Errors name the file and the line.
+//! std::fs::write(&path, r#"{"id":"ct-9","image":"../ct-9.png"}"#)?;
+//! let error = RecordFile::load(&path).unwrap_err().to_string();
+//! assert!(error.contains("records.jsonl:1: record \"ct-9\"") && error.contains("leaves the folder"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
-pub mod augment;
-pub mod chat;
-pub mod check;
-pub mod codec;
-pub mod context_fit;
 mod decode;
-mod family;
 pub mod files;
-pub mod image_folder;
+pub mod finding;
 mod image_path;
 pub mod image_root;
 pub mod image_store;
-pub mod import;
-mod near_duplicates;
-mod preprocess_error;
-pub mod preprocessor;
-pub mod processor;
 pub mod records;
 mod rgb_image;
-pub mod stats;
-pub mod synth;
-pub mod tokenizer;

@@ -83,7 +83,7 @@ impl RecordFile {
     /// # Errors
     /// Returns [`RecordsError::Io`] if the file cannot be read, [`RecordsError::Line`] for a line that is not a record or has an empty id,
     /// [`RecordsError::Duplicate`] for a repeated id, and [`RecordsError::ImagePath`] for an image path that is absolute or leaves the
-    /// folder. Boxes are not checked here: see [`crate::check`].
+    /// folder. Boxes are not checked here: see [`unveil_datasets::check`].
     pub fn load(path: &Path) -> Result<Self, RecordsError> {
         Self::load_with(path, PathPolicy::Folder)
     }
@@ -116,7 +116,7 @@ impl RecordFile {
 
     /// Reads a file as [`RecordFile::load_with`] does, but passes the error of each invalid line to `on_invalid`, which returns `Ok` to
     /// skip the line.
-    pub(crate) fn scan(
+    fn scan(
         path: &Path,
         path_policy: PathPolicy,
         mut on_invalid: impl FnMut(RecordsError) -> Result<(), RecordsError>,

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use unveil_core::Sampling;
-use unveil_model::{Family, InitSpec, Prompt, SpecialIds, Vlm, init};
+use unveil_core::{Prompt, Sampling};
+use unveil_model::{Family, InitSpec, SpecialIds, Vlm, init};
 
 use crate::{GroupRequest, PromptInput};
 

@@ -3,7 +3,8 @@
 use std::borrow::Borrow;
 
 use tch::Tensor;
-use unveil_model::{CacheShape, Prompt, Vlm};
+use unveil_core::Prompt;
+use unveil_model::{CacheShape, Vlm};
 
 use crate::batch::{Batch, RunningGroup};
 use crate::engine::to_host;

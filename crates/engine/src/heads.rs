@@ -131,7 +131,7 @@ mod tests {
         let mut engine = Engine::new(&vlm, EngineOptions::default()).unwrap();
         let given = ScoreRequest { input: input(&vlm, 0), responses: vec![vec![5, 6, EOS]] };
         let without_image = PromptInput {
-            prompt: unveil_model::Prompt { tokens: vec![1, 2], grids: vec![] },
+            prompt: unveil_core::Prompt { tokens: vec![1, 2], grids: vec![] },
             patches: Default::default(),
             ..input(&vlm, 0)
         };

@@ -7,6 +7,32 @@
 //! affects a response only by rounding.
 //!
 //! Must not depend on: tonic, collective, tokenizers, rewards.
+//!
+//! # Examples
+//! Four responses to one prompt, which a tiny model with random weights generates:
+//! ```
+//! use std::sync::Arc;
+//! use unveil_core::{Prompt, Sampling};
+//! use unveil_engine::{Engine, EngineOptions, GroupRequest, PromptInput, random::group_key};
+//! # use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+//! # let dir = tempfile::tempdir()?;
+//! # let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
+//! # init(&InitSpec { family: "qwen2_5_vl".to_owned(), preset: "tiny".to_owned(), vocab_size: 64, seed: 7, special }, dir.path())?;
+//! let vlm = Vlm::load(dir.path(), tch::Device::Cpu, tch::Kind::Float)?;
+//! let mut engine = Engine::new(vlm, EngineOptions::default())?;
+//!
+//! let prompt = Prompt { tokens: vec![10, 11, 12], grids: Vec::new() };
+//! let input = PromptInput { id: "ct-7".to_owned(), prompt, patches: Arc::new(Vec::new()), hashes: Vec::new() };
+//! let sampling = Sampling { n: 4, max_new_tokens: 8, seed: 5, ..Sampling::default() };
+//! let request = GroupRequest { input, key: group_key(&["ct-7".as_bytes()]), sampling, stop: None };
+//! let group = engine.generate(&[request], None)?.remove(0);
+//!
+//! assert_eq!(group.responses.len(), 4);
+//! assert!(group.responses.iter().all(|r| (1..=8).contains(&r.tokens.len()) && r.logprobs.len() == r.tokens.len()));
+//! // The prompt is prefilled once for all responses.
+//! assert_eq!(engine.stats().prompts_prefilled, 1);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod batch;
 mod engine;

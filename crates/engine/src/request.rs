@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use unveil_core::{Attention, Finish, Grid, Sampling, WeightVersion};
-use unveil_model::Prompt;
+use unveil_core::{Attention, Finish, Grid, Prompt, Sampling, WeightVersion};
 
 /// A prompt with its images.
 #[derive(Debug, Clone)]

@@ -230,7 +230,7 @@ fn scoring_accepts_empty_responses_and_text_prompts() {
     let vlm = model(9);
     let mut engine = Engine::new(&vlm, options()).unwrap();
     let mut text_only = input(&vlm, 0);
-    text_only.prompt = unveil_model::Prompt { tokens: vec![1, 2, 3], grids: vec![] };
+    text_only.prompt = unveil_core::Prompt { tokens: vec![1, 2, 3], grids: vec![] };
     text_only.patches = Default::default();
     let requests = vec![
         ScoreRequest { input: input(&vlm, 0), responses: vec![vec![], vec![5, EOS], vec![]] },

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
-use unveil_core::Sampling;
+use unveil_core::{Prompt, Sampling};
 use unveil_engine::{Engine, EngineOptions, GroupOutput, GroupRequest, PromptInput, ScoreRequest};
-use unveil_model::{AttentionSet, Family, InitSpec, Prompt, SpecialIds, Vlm, device, free_memory, init};
+use unveil_model::{AttentionSet, Family, InitSpec, SpecialIds, Vlm, device, free_memory, init};
 
 const EOS: u32 = 60;
 const IMAGE: u32 = 61;

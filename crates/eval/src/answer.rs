@@ -1,12 +1,12 @@
 //! Comparison of one answer with the truth, on which all suites are based. Answers of the engine and of a file are treated alike.
 
+use unveil_core::mention::find_mention;
 use unveil_core::{Attention, BoxForm, Grid, ParseFault, Record};
-use unveil_data::codec::{Sizes, codec, read_answer};
+use unveil_preprocess::codec::{Sizes, codec, read_answer};
 use unveil_report::Prediction;
 use unveil_reward::Scoring;
 use unveil_reward::format::score_category;
 use unveil_reward::localization::score_localization_by_iou;
-use unveil_reward::mention::find_mention;
 use unveil_reward::vision::{AttendedResponse, Region, score_vision_relevance_unfiltered};
 
 use crate::attention::{AttentionMeasures, LesionAttention, mean_row};

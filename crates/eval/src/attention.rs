@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use unveil_core::mention::overlapping_tokens;
 use unveil_core::{Attention, BBox, Grid};
-use unveil_reward::mention::overlapping_tokens;
 
 /// Attention of one answer to the lesion.
 #[derive(Debug, Clone, Copy, PartialEq)]

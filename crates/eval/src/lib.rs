@@ -1,6 +1,28 @@
 //! Held-out evaluation: answers of a model or a file are compared with the truth, measured by suites, and prepared for the report.
 //!
 //! Must not depend on: tonic (the scorers of the reward crate are used as functions, not through its service).
+//!
+//! # Examples
+//! Metrics of two answers to one record:
+//! ```
+//! use unveil_core::{BoxForm, Record};
+//! use unveil_eval::{Answer, AnswerContext, evaluate_answer, summarize};
+//! use unveil_preprocess::codec::Sizes;
+//! use unveil_reward::Scoring;
+//!
+//! let line = r#"{"id":"ct-7","image_size":[100,80],"category":"nodule","boxes":[[10,20,50,60]]}"#;
+//! let record = Record::parse(line)?;
+//! let sizes = Sizes { original: (100, 80), resized: (100, 80) };
+//! let context = AnswerContext { record: &record, image: "ct-7.png", sizes: &sizes, boxes: BoxForm::Absolute };
+//! let evaluated = ["[10,20,50,60] nodule", "no finding"].map(|text| {
+//!     let answer = Answer { text: text.to_owned(), ..Answer::default() };
+//!     evaluate_answer(&context, answer, &Scoring::default())
+//! });
+//!
+//! let metrics = summarize(&evaluated.each_ref().map(|e| &e.prediction));
+//! assert_eq!((metrics.n, metrics.accuracy, metrics.mean_iou), (2, 0.5, 0.5));
+//! # Ok::<(), unveil_core::RecordError>(())
+//! ```
 
 mod answer;
 mod attention;
@@ -31,14 +53,14 @@ pub enum EvalError {
     Image(#[from] unveil_data::image_store::ImageError),
     /// A prompt cannot be created.
     #[error(transparent)]
-    Prepare(#[from] unveil_data::preprocessor::PreprocessError),
+    Prepare(#[from] unveil_preprocess::preprocessor::PreprocessError),
     /// The prompt of a record cannot be created.
     #[error("record \"{id}\": {source}")]
     Record {
         /// Id of the record.
         id: String,
         /// Cause.
-        source: unveil_data::preprocessor::PreprocessError,
+        source: unveil_preprocess::preprocessor::PreprocessError,
     },
     /// Generation failed.
     #[error(transparent)]

@@ -1,11 +1,10 @@
 //! Held-out samples. They are prepared once, because they are evaluated many times during a run.
 
-use unveil_core::Record;
-use unveil_data::codec::Sizes;
-use unveil_data::preprocessor::Preprocessor;
+use unveil_core::{Prompt, Record};
 use unveil_data::records::RecordFile;
 use unveil_engine::PromptInput;
-use unveil_model::Prompt;
+use unveil_preprocess::codec::Sizes;
+use unveil_preprocess::preprocessor::Preprocessor;
 
 use crate::EvalError;
 

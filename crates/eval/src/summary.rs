@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use unveil_core::Sampling;
+use unveil_core::mention::byte_spans;
 use unveil_data::image_store::Image;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_engine::{Engine, GroupRequest, PromptInput};
 use unveil_model::Vlm;
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_report::Prediction;
-use unveil_reward::{Scoring, byte_spans};
+use unveil_reward::Scoring;
 
 use crate::metrics::{SummaryMetrics, summarize};
 use crate::{Answer, AnswerContext, EvalError, EvalSample, EvaluatedAnswer, evaluate_answer};
@@ -128,7 +129,7 @@ fn answer_samples<V: Borrow<Vlm>>(
 mod tests {
     use super::*;
     use unveil_data::records::RecordFile;
-    use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+    use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
     #[test]
     fn withheld_images_are_black_and_of_the_same_size() {

@@ -200,15 +200,3 @@ pub enum ExperienceError {
         current: WeightVersion,
     },
 }
-
-/// Returns record ids by pass in order; a batch may span the end of a pass.
-pub fn records_by_pass(groups: &[GroupId]) -> Vec<(u64, Vec<String>)> {
-    let mut out: Vec<(u64, Vec<String>)> = Vec::new();
-    for g in groups {
-        match out.last_mut() {
-            Some((pass, ids)) if *pass == g.pass => ids.push(g.record.clone()),
-            _ => out.push((g.pass, vec![g.record.clone()])),
-        }
-    }
-    out
-}

@@ -49,7 +49,10 @@ pub enum LaunchError {
         /// Description of the problem.
         why: String,
     },
-    /// The data cannot be used.
+    /// The data cannot be created or used.
+    #[error(transparent)]
+    Prepare(#[from] unveil_datasets::prepare::PrepareError),
+    /// Data, configuration or results cannot be used.
     #[error("{0}")]
     Data(String),
     /// A role ended with an error.

@@ -8,11 +8,11 @@ use tch::Kind;
 use unveil_checkpoint::{Object, Reader};
 use unveil_config::Config;
 use unveil_model::Vlm;
+use unveil_trainer::lora::{self, BaseModel};
+use unveil_trainer::{CRITIC_PREFIX, TrainerProgress};
 
 use crate::error::{LearnerError, Result};
-use crate::lora::{self, ADAPTER, BaseModel};
-use crate::snapshot::{MODEL, TrainerProgress};
-use crate::step::CRITIC_PREFIX;
+use crate::snapshot::{ADAPTER, MODEL};
 
 /// State of a learner besides its tensors. Nothing else needs saving: learning rates and random numbers are functions
 /// of step and seed, and caches of judges and scorers belong to the reward service, which answers the same without
@@ -162,7 +162,7 @@ impl StaticFiles {
     /// adapter directory that peft can load.
     pub fn objects(&self, vlm: &Vlm, base: Option<&BaseModel>) -> Result<Vec<Object>> {
         let named = match base {
-            Some(base) => lora::config_file(vlm, &base.dir)?.into_iter().collect(),
+            Some(base) => adapter_config_file(vlm, &base.dir)?.into_iter().collect(),
             None => {
                 let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
                 let mut config = vlm.config().clone();
@@ -180,6 +180,16 @@ impl StaticFiles {
         };
         Ok(named.into_iter().map(|(name, bytes)| Object { name, bytes, layout: None }).collect())
     }
+}
+
+/// Returns the checkpoint file that describes the adapters: its name and contents. `None` without adapters.
+fn adapter_config_file(vlm: &Vlm, base: &Path) -> Result<Option<(String, Bytes)>> {
+    let Some(adapters) = vlm.adapters() else { return Ok(None) };
+    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+    adapters.save_config(scratch.path(), &base.to_string_lossy())?;
+    let path = scratch.path().join("adapter_config.json");
+    let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    Ok(Some((format!("{ADAPTER}/adapter_config.json"), bytes.into())))
 }
 
 impl SavedAdapters {

@@ -7,19 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use unveil_config::Config;
-use unveil_core::{GroupId, Record};
-use unveil_data::augment::{AugmentSpec, augment};
-use unveil_data::context_fit::TokenLimits;
+use unveil_core::{GroupId, GroupInput, Prompt, Record};
 use unveil_data::image_root::ImageRoot;
 use unveil_data::image_store::{ContentHash, Image};
-use unveil_data::preprocessor::Preprocessor;
-use unveil_data::processor::resize;
 use unveil_data::records::RecordFile;
-use unveil_model::Prompt;
+use unveil_experience_rpc::{GroupSource, PreparedGroup, RecordFailure};
+use unveil_preprocess::augment::{AugmentSpec, augment};
+use unveil_preprocess::context_fit::TokenLimits;
+use unveil_preprocess::preprocessor::Preprocessor;
+use unveil_preprocess::processor::resize;
 
-use crate::batch::GroupInput;
 use crate::error::{LearnerError, Result};
-use crate::serve::{GroupSource, PreparedGroup};
 
 /// Bytes of prepared items that are cached if augmentation is disabled.
 const CACHE_BYTES: usize = 192 << 20;
@@ -208,7 +206,11 @@ impl Dataset {
 
     /// Shrinks an augmented image to the size that the processor would resize it to: the model sees the same pixels,
     /// and the image is smaller to send and to decode.
-    fn shrink(&self, record: &mut Record, image: &mut Image) -> Result<(), unveil_data::preprocessor::PreprocessError> {
+    fn shrink(
+        &self,
+        record: &mut Record,
+        image: &mut Image,
+    ) -> Result<(), unveil_preprocess::preprocessor::PreprocessError> {
         let processor = self.preprocessor.processor();
         let (w, h) = processor.resized_size((image.width(), image.height()))?;
         if w > image.width() || h > image.height() || processor.resized_size((w, h))? != (w, h) {
@@ -223,7 +225,7 @@ impl Dataset {
 }
 
 impl GroupSource for Dataset {
-    fn prepare(&self, index: usize, group: &GroupId) -> Result<PreparedGroup> {
+    fn prepare(&self, index: usize, group: &GroupId) -> Result<PreparedGroup, RecordFailure> {
         let item = self.item(index, group.pass, true)?;
         let (image, image_hash) = item.image.clone().unwrap_or_default();
         Ok(PreparedGroup { input: item.input.clone(), image, image_hash })

@@ -3,17 +3,17 @@
 
 use std::net::SocketAddr;
 
-use unveil_core::Record;
+use unveil_core::{Record, TrainGroup};
+use unveil_trainer::PolicyTrainer;
+use unveil_trainer::wire::GroupDump;
 
-use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
 use crate::rank_control::{Command, RankControl};
 use crate::resume::resume_on_all_ranks;
 use crate::saver::ShardWriter;
+use crate::snapshot::copy_to_host;
 use crate::stage::{Outcome, Stage};
-use crate::step::PolicyTrainer;
 use crate::trainer_start::{make_trainer, read_checkpoint};
-use crate::wire::GroupDump;
 
 /// Executes the commands of rank 0 until stage 2 ends. `on_joined` is called once this rank has loaded the model.
 ///
@@ -44,7 +44,7 @@ pub(crate) fn follow(stage: &Stage<'_>, on_joined: impl FnOnce()) -> Result<Outc
             }
             Command::GatherParameters => trainer.gather_parameters()?,
             Command::Save { step, term } => {
-                let copy = trainer.snapshot(&writer.buffers)?;
+                let copy = copy_to_host(&trainer.state_to_save()?, &writer.buffers)?;
                 writer.save((step, term, control.ranks.rank()), copy)?;
             }
             Command::CollectReports => writer.report(&control)?,

@@ -4,9 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use unveil_config::Config;
-use unveil_core::MaskReason;
+use unveil_core::{MaskReason, TrainGroup};
 
-use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
 
 /// Minimum size of the window in groups.
@@ -127,7 +126,7 @@ mod tests {
     use unveil_core::Component;
 
     use super::*;
-    use crate::batch::group_of_one_response;
+    use crate::group_outcomes::group_of_one_response;
 
     fn group(total: Option<f64>, components: &[(&str, Component)]) -> TrainGroup {
         let components = components.iter().map(|(n, c)| ((*n).to_owned(), c.clone())).collect();

@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use unveil_core::TrainGroup;
 use unveil_model::GpuMemory;
 use unveil_service::prometheus_client::collector::Collector;
 use unveil_service::prometheus_client::encoding::DescriptorEncoder;
@@ -14,9 +15,7 @@ use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
 use unveil_service::{Series, role_registry};
-
-use crate::batch::TrainGroup;
-use crate::update_report::{UpdateReport, staleness};
+use unveil_trainer::{UpdateReport, staleness};
 
 /// Upper bounds of the staleness buckets, in versions.
 const STALENESS_BUCKETS: [f64; 10] = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 32.0, 64.0];

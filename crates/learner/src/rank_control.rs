@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timeouts, World, open_reporting_address};
 use unveil_config::Config;
+use unveil_core::TrainGroup;
 use unveil_service::ServiceError;
+use unveil_trainer::wire::GroupDump;
+use unveil_trainer::{Ranks, ZeroStage, rank_device};
 
-use crate::batch::TrainGroup;
 use crate::error::{LearnerError, Result};
-use crate::shard::{Ranks, ZeroStage};
-use crate::wire::GroupDump;
 
 /// An operation that all ranks execute.
 #[derive(Serialize, Deserialize)]
@@ -201,19 +201,6 @@ fn words(bytes: &[u8]) -> Vec<i64> {
         i64::from_le_bytes(word)
     };
     bytes.chunks(8).map(to_word).collect()
-}
-
-/// Returns the device of this rank. With several ranks, `auto` and `cuda` select the GPU with the rank's number.
-pub(crate) fn rank_device(config: &Config) -> Result<Device> {
-    let device = unveil_model::device(&config.run.device)?;
-    let by_rank = config.learner.parallel.ranks > 1 && matches!(config.run.device.as_str(), "auto" | "cuda");
-    Ok(match device {
-        Device::Cuda(_) if by_rank => {
-            let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(1).max(1);
-            Device::Cuda(config.learner.parallel.rank % count)
-        }
-        other => other,
-    })
 }
 
 /// Describes what must be equal on all ranks, one line per item.

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 
 use unveil_config::Config;
 use unveil_core::Record;
-use unveil_data::context_fit::{RecordUse, TokenLimits, find_misfits, reject_misfits};
-use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordFile;
+use unveil_preprocess::context_fit::{RecordUse, TokenLimits, find_misfits, reject_misfits};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_service::CancellationToken;
 
 use crate::error::Result;
@@ -54,7 +54,7 @@ pub fn check_records(
 mod tests {
     use unveil_data::image_root::PathPolicy;
     use unveil_data::image_store::Image;
-    use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+    use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
     use super::*;
 

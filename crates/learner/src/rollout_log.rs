@@ -4,11 +4,10 @@
 use std::path::Path;
 
 use serde_json::json;
-use unveil_core::AnswerReader;
-use unveil_data::codec::Sizes;
+use unveil_core::{AnswerReader, TrainGroup};
 use unveil_data::image_store::ImageStore;
+use unveil_preprocess::codec::Sizes;
 
-use crate::batch::TrainGroup;
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 

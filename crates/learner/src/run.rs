@@ -12,30 +12,28 @@ use tokio::runtime::Handle;
 use unveil_checkpoint::{Reader, Resume};
 use unveil_config::schema::WeightSync;
 use unveil_config::{Config, Role};
-use unveil_core::Sampling;
+use unveil_core::{Sampling, TrainGroup};
 use unveil_experience::{Event, Experience, Settings};
+use unveil_experience_rpc::{BroadcastOptions, ExperienceServer, ExperienceServerOptions, NewWeights, WORKER_TIMEOUT};
 use unveil_model::gpu_memory;
 use unveil_service::ServiceAccess;
+use unveil_trainer::lora::BaseModel;
+use unveil_trainer::{PolicyTrainer, UpdateReport, ZeroStage, dump, rank_device, wire_kind};
 
-use crate::batch::TrainGroup;
 use crate::checkpoint_meta::{BestCheckpoint, CheckpointMeta, SavedAdapters, StaticFiles};
-use crate::dump;
 use crate::error::{LearnerError, Result};
 use crate::follower::follow;
-use crate::lora::BaseModel;
+use crate::group_outcomes::group_outcomes;
 use crate::masked_rewards::MaskedRewardWindow;
 use crate::metrics::LearnerMetrics;
-use crate::rank_control::{Command, RankControl, rank_device};
+use crate::rank_control::{Command, RankControl};
 use crate::resume::compatibility::{allowed_changes, report_changes};
 use crate::resume::resume_on_all_ranks;
 use crate::rollout_log;
 use crate::saver::{Save, SaveResult, Saver};
-use crate::serve::{BroadcastOptions, ExperienceServer, ExperienceServerOptions, NewWeights, WORKER_TIMEOUT};
-use crate::shard::ZeroStage;
+use crate::snapshot::copy_to_host;
 use crate::stage::{Evaluation, Outcome, Stage};
-use crate::step::PolicyTrainer;
-use crate::trainer_start::{make_trainer, read_checkpoint, wire_kind};
-use crate::update_report::UpdateReport;
+use crate::trainer_start::{make_trainer, read_checkpoint};
 
 /// Interval at which a wait for a batch checks for cancellation.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -197,7 +195,7 @@ impl Run {
         let freezing = &self.trainer.settings().freezing;
         let changes =
             |name: &str| vlm.parameter(name).is_none() || (adapters.is_none() && freezing.is_ever_trained(name));
-        self.server.publish(&NewWeights { version, named, kind, adapters, may_change: &changes })
+        Ok(self.server.publish(&NewWeights { version, named, kind, adapters, may_change: &changes })?)
     }
 
     /// Trains until the last update or a cancellation, and saves the last checkpoint.
@@ -231,7 +229,7 @@ impl Run {
             report.step_ms = start.elapsed().as_secs_f64() * 1e3 - wait_ms;
             report.stale_groups = self.server.stats().stale;
             let step = self.trainer.step();
-            self.server.settle(step, &report.group_outcomes(&batch))?;
+            self.server.settle(step, &group_outcomes(&report, &batch))?;
             if step < total {
                 metrics.time("publish", || self.publish(wire_kind(config)))?;
             }
@@ -336,7 +334,7 @@ impl Run {
         let step = self.trainer.step();
         let term = self.saver.term;
         self.control.command(|| Command::Save { step, term })?;
-        let copy = self.trainer.snapshot(&self.saver.buffers)?;
+        let copy = copy_to_host(&self.trainer.state_to_save()?, &self.saver.buffers)?;
         let vlm = self.trainer.vlm();
         let base = self.base.as_ref();
         let files = self.files.objects(vlm, base)?;
@@ -358,7 +356,7 @@ impl Run {
         // Metrics come first, so that a reader of the event finds it counted in them.
         self.metrics.record_update(report, batch, gpu_memory(self.trainer.vlm().device()));
         stage.event(&event)?;
-        let reading = &self.trainer.settings().scoring.reader;
+        let reading = &self.trainer.settings().mentions.reader;
         rollout_log::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data, reading)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();

@@ -16,13 +16,13 @@ use unveil_checkpoint::{
 };
 use unveil_config::Config;
 use unveil_model::Vlm;
+use unveil_trainer::lora::{self, BaseModel};
 
 use crate::checkpoint_meta::CheckpointMeta;
 use crate::error::{LearnerError, Result};
-use crate::lora::{self, ADAPTER, BaseModel};
 use crate::metrics::SaveMetrics;
 use crate::rank_control::{Command, RankControl};
-use crate::snapshot::{HostBufferPool, HostCopy, MODEL};
+use crate::snapshot::{ADAPTER, HostBufferPool, HostCopy, MODEL};
 
 /// Interval at which rank 0 polls the pending save.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);

@@ -1,5 +1,4 @@
-//! Stage 1, instruction tuning: cross-entropy on the answers. Owns the order of the data, the update, and the training
-//! loop with evaluation and checkpoints.
+//! Stage 1, instruction tuning: the order of the data, and the training loop with evaluation and checkpoints.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,152 +9,29 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
-use tch::{Kind, Tensor};
+use tch::Kind;
 use unveil_checkpoint::{Reader, Resume};
-use unveil_config::schema::Optimizer;
-use unveil_model::{PackedGroup, Vlm};
 use unveil_service::CancellationToken;
+use unveil_trainer::{SftBatch, SftTrainer, load_model};
 
-use crate::batch::GroupInput;
 use crate::checkpoint_meta::{CheckpointMeta, StaticFiles};
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
-use crate::optim::{AdamW, lr_at};
-use crate::policy::forward_groups;
 use crate::rank_control::RankControl;
 use crate::resume::compatibility::{allowed_changes, report_changes};
 use crate::resume::resume_on_all_ranks;
 use crate::saver::{Save, SaveResult, Saver};
-use crate::snapshot::{LocalState, TrainerProgress, state_slices};
-use crate::stage::{Outcome, Stage, load_model};
-use crate::step::{Counters, SKIP_LIMIT};
+use crate::snapshot::{copy_to_host, read_state};
+use crate::stage::{Outcome, Stage};
 
 /// Batches prepared ahead of the update.
 const PREFETCHED_BATCHES: usize = 2;
 /// Interval at which a wait for data checks for cancellation.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Images with their target answers.
-#[derive(Debug, Clone, Default)]
-pub struct SftBatch {
-    /// Prompt and image of each sample.
-    pub inputs: Vec<Arc<GroupInput>>,
-    /// Answer tokens of each sample, end token included.
-    pub targets: Vec<Vec<u32>>,
-    /// Pass of the first sample.
-    pub pass: u64,
-}
-
-/// Report of one update.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct SftReport {
-    /// Mean cross-entropy per answer token in nats; not finite if the update was skipped for that reason.
-    pub loss: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Number of answer tokens.
-    pub tokens: usize,
-    /// Reason for skipping the update, if it was skipped.
-    pub skipped: Option<String>,
-}
-
-/// The trainer of stage 1: a model and its optimiser.
-pub struct SftTrainer {
-    vlm: Vlm,
-    optimizer: AdamW,
-    options: Optimizer,
-    total: u64,
-    counters: Counters,
-}
-
-impl SftTrainer {
-    /// Creates a trainer of all parameters of `vlm`; `total` updates define the learning-rate schedule.
-    pub fn new(vlm: Vlm, options: &Optimizer, total: u64) -> Result<Self> {
-        vlm.set_trainable(|_| true);
-        let optimizer = AdamW::new(options, vlm.named_parameters())?;
-        Ok(Self { vlm, optimizer, options: options.clone(), total, counters: Counters::default() })
-    }
-
-    /// Returns the model.
-    pub fn vlm(&self) -> &Vlm {
-        &self.vlm
-    }
-
-    /// Returns the number of updates so far, including skipped ones.
-    pub fn step(&self) -> u64 {
-        self.counters.step
-    }
-
-    /// Performs one update on the mean cross-entropy over all answer tokens of the batch. It is skipped if the loss or
-    /// the gradient is not finite.
-    ///
-    /// # Errors
-    /// Returns [`LearnerError::Skipped`] after [`SKIP_LIMIT`] skipped updates in a row, and other errors if the inputs
-    /// do not fit the model.
-    pub fn update(&mut self, batch: &SftBatch) -> Result<SftReport> {
-        let mut report = SftReport { lr: lr_at(&self.options, self.counters.step, self.total), ..Default::default() };
-        report.tokens = batch.targets.iter().map(Vec::len).sum();
-        self.optimizer.zero_grad()?;
-        let loss = self.loss(batch)?;
-        report.loss = loss.f_double_value(&[])?;
-        let mut why = None;
-        if report.loss.is_finite() {
-            loss.f_backward()?;
-            let gradient = self.optimizer.collect_gradient()?;
-            report.grad_norm = gradient.norm;
-            if gradient.norm.is_finite() {
-                self.optimizer.step(gradient, report.lr)?;
-            } else {
-                why = Some("a gradient is not finite");
-            }
-        } else {
-            why = Some("the loss is not finite");
-        }
-        self.counters.step += 1;
-        self.counters.updates = self.optimizer.updates();
-        let Some(why) = why else {
-            self.counters.skipped_in_a_row = 0;
-            return Ok(report);
-        };
-        self.counters.skipped += 1;
-        self.counters.skipped_in_a_row += 1;
-        tracing::warn!(step = self.counters.step, why, "update skipped");
-        if self.counters.skipped_in_a_row >= SKIP_LIMIT {
-            let step = self.counters.step;
-            let in_a_row = self.counters.skipped_in_a_row;
-            return Err(LearnerError::Skipped { step, in_a_row, why: why.to_owned() });
-        }
-        report.skipped = Some(why.to_owned());
-        Ok(report)
-    }
-
-    fn loss(&self, batch: &SftBatch) -> Result<Tensor> {
-        let groups: Vec<PackedGroup> = batch
-            .inputs
-            .iter()
-            .zip(&batch.targets)
-            .map(|(i, t)| PackedGroup { prompt: i.prompt.clone(), responses: vec![t.clone()] })
-            .collect();
-        let (hidden, targets) = forward_groups(&self.vlm, &groups, batch.inputs.iter().map(|i| &**i))?;
-        let logprobs = unveil_model::logprobs(&self.vlm.lm_head(&hidden), &targets, 1.0, &[]);
-        Ok(-logprobs.f_mean(Kind::Float)?)
-    }
-
-    fn local_state(&self, part: (usize, usize)) -> Result<LocalState<'_>> {
-        let slices = state_slices(&self.optimizer, part, Vec::new())?;
-        Ok(LocalState { vlm: &self.vlm, optimizer: &self.optimizer, rank: 0, slices })
-    }
-
-    fn progress(&self) -> TrainerProgress {
-        TrainerProgress { counters: self.counters, counts: self.optimizer.counts(), kl: None }
-    }
-}
-
 /// Returns the samples of update `step` as (pass, record index) pairs, a function of `seed` and `step` only. Each pass
 /// visits every record once, in its own order.
-pub fn batch_indices(records: usize, batch: usize, seed: u64, step: u64) -> Vec<(u64, usize)> {
+fn batch_indices(records: usize, batch: usize, seed: u64, step: u64) -> Vec<(u64, usize)> {
     let n = records.max(1) as u64;
     let mut order: (Option<u64>, Vec<usize>) = (None, Vec::new());
     (step * batch as u64..(step + 1) * batch as u64)
@@ -266,9 +142,9 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     let mut control = RankControl::solo();
     let attempt = |reader: &Reader| {
         let meta = CheckpointMeta::read(reader, "sft", seed)?;
-        meta.check_fits(reader, &trainer.vlm, None, false)?;
+        meta.check_fits(reader, trainer.vlm(), None, false)?;
         allowed_changes(reader.info().step, &meta.config, config)?;
-        trainer.local_state((0, 1))?.read(runtime.handle(), reader)?;
+        read_state(&trainer.local_state()?, runtime.handle(), reader)?;
         Ok(meta)
     };
     let mut candidates = saver.resume_candidates(resume)?;
@@ -280,8 +156,8 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
     saver.record_resume(resumed.as_ref().map(|(info, _)| info))?;
     let mut images = 0u64;
     if let Some((_, meta)) = &resumed {
-        trainer.optimizer.resume(meta.progress.counters.updates, &meta.progress.counts)?;
-        (trainer.counters, images) = (meta.progress.counters, meta.seen);
+        trainer.resume_from(&meta.progress)?;
+        images = meta.seen;
     }
     let kind = if resumed.is_some() { "resumed" } else { "started" };
     stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
@@ -289,10 +165,10 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         let wait_start = Instant::now();
         let previous = saver.wait(control)?;
         let wait = wait_start.elapsed();
-        let copy = trainer.local_state((0, 1))?.copy(&saver.buffers)?;
+        let copy = copy_to_host(&trainer.local_state()?, &saver.buffers)?;
         let meta = CheckpointMeta::new("sft", config, trainer.progress(), images);
         let save = Save { meta: &meta, best: false, is_only_rank: true };
-        saver.save(trainer.step(), (wait, copy), files.objects(&trainer.vlm, None)?, save)?;
+        saver.save(trainer.step(), (wait, copy), files.objects(trainer.vlm(), None)?, save)?;
         Ok::<_, LearnerError>(previous)
     };
     let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
@@ -312,7 +188,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         let step_ms = wait_start.elapsed().as_secs_f64() * 1e3 - wait_ms;
         let mut event = json!({
             "kind": "sft", "step": step, "pass": batch.pass, "loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm,
-            "tokens": report.tokens, "images_per_s": rate, "wait_ms": wait_ms, "step_ms": step_ms, "skipped_total": trainer.counters.skipped,
+            "tokens": report.tokens, "images_per_s": rate, "wait_ms": wait_ms, "step_ms": step_ms, "skipped_total": trainer.skipped(),
         });
         if let Some(why) = &report.skipped {
             event["skipped"] = json!(why);
@@ -320,7 +196,7 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
         stage.event(&event)?;
         stage.progress.update(step, images - images_before, &[("loss", report.loss)]);
         if step < total && due(config.sft.eval_every, step) {
-            outcome.last = stage.evaluate("sft", &mut trainer.vlm, step)?;
+            outcome.last = stage.evaluate("sft", trainer.vlm_mut(), step)?;
         }
         if step < total
             && due(config.sft.checkpoint_every, step)
@@ -341,14 +217,14 @@ pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
             stage.event(&result.event("sft"))?;
         }
     }
-    (outcome.step, outcome.skipped) = (trainer.step(), trainer.counters.skipped);
+    (outcome.step, outcome.skipped) = (trainer.step(), trainer.skipped());
     outcome.interrupted = trainer.step() < total;
     if outcome.interrupted {
         return Ok(outcome);
     }
     if last_save.is_some() {
         let step = trainer.step();
-        outcome.last = stage.evaluate("sft", &mut trainer.vlm, step)?.or(outcome.last);
+        outcome.last = stage.evaluate("sft", trainer.vlm_mut(), step)?.or(outcome.last);
     }
     saver.export(trainer.step(), stage.out)?;
     outcome.exported = Some(trainer.step());

@@ -1,25 +1,21 @@
-//! This rank's share of a checkpoint: the slices of state that it owns, their copy to host memory in the layout of the
-//! checkpoint objects, and loading them back.
+//! This rank's share of a checkpoint: the copy of its state to host memory in the layout of the checkpoint objects, and
+//! loading it back.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 use tokio::runtime::Handle;
-use unveil_algo::KlController;
 use unveil_checkpoint::{Dtype, MAX_OBJECT_BYTES, Object, ObjectLayout, ReadRequest, Reader, TensorSlice};
 use unveil_model::{Adapters, Vlm};
 use unveil_torch_ext::HostBuffer;
+use unveil_trainer::{CRITIC_PREFIX, LocalState, StateSlice};
 
 use crate::error::{LearnerError, Result};
-use crate::lora::ADAPTER;
-use crate::optim::AdamW;
-use crate::shard::{ParameterSlice, ShardLayout};
-use crate::step::CRITIC_PREFIX;
-use crate::step::{Counters, PolicyTrainer};
+
+/// Name of the adapters' part of a checkpoint.
+pub(crate) const ADAPTER: &str = "adapter";
 
 /// Part of a checkpoint that forms the model directory.
 pub(crate) const MODEL: &str = "model";
@@ -27,19 +23,7 @@ pub(crate) const MODEL: &str = "model";
 /// Largest host buffer of a load, in bytes.
 const MAX_READ_BYTES: usize = 1 << 30;
 
-/// Trainer state that is not a tensor: counters and the KL coefficient.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TrainerProgress {
-    pub(crate) counters: Counters,
-    /// Number of updates of each parameter that was frozen in some of them.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) counts: BTreeMap<String, u64>,
-    /// Coefficient of the KL to the reference; stage 2 only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) kl: Option<KlController>,
-}
-
-/// ExperienceServer memory for copies; what one save has used, the next one takes again.
+/// Host memory for copies; what one save has used, the next one takes again.
 #[derive(Clone, Default)]
 pub struct HostBufferPool(Arc<Mutex<Option<HostBuffer>>>);
 
@@ -89,20 +73,6 @@ pub struct HostCopy {
     pub took: Duration,
 }
 
-/// A slice of a parameter, or of one of its moments, that this rank owns.
-pub(crate) struct StateSlice {
-    kind: &'static str,
-    slice: ParameterSlice,
-}
-
-/// State that this rank saves or loads.
-pub(crate) struct LocalState<'a> {
-    pub vlm: &'a Vlm,
-    pub optimizer: &'a AdamW,
-    pub rank: usize,
-    pub slices: Vec<StateSlice>,
-}
-
 /// Returns the name of a parameter in checkpoints, and the part of the checkpoint that it is exported with.
 fn checkpoint_name(vlm: &Vlm, name: &str) -> (String, &'static str) {
     if name.starts_with(CRITIC_PREFIX) {
@@ -135,179 +105,111 @@ fn kind(dtype: Dtype) -> Kind {
     }
 }
 
-/// Lists the slices of an optimiser's state and of weights that are not trained.
-pub(crate) fn state_slices(
-    optimizer: &AdamW,
-    part: (usize, usize),
-    untrained: Vec<ParameterSlice>,
-) -> Result<Vec<StateSlice>> {
-    let weights = untrained.into_iter().map(|slice| StateSlice { kind: "weight", slice });
-    let trained = optimizer.owned_slices(part)?.into_iter().map(|(kind, slice)| StateSlice { kind, slice });
-    let mut all: Vec<StateSlice> = weights.chain(trained).collect();
-    // Each object contains slices of one kind.
-    all.sort_by_key(|h| h.kind != "weight");
-    Ok(all)
+/// Copies the slices of `state` to host memory, in the layout of the checkpoint objects: fp32 master weights and moments.
+///
+/// # Errors
+/// Returns [`LearnerError::Memory`] if the host memory cannot be allocated.
+pub fn copy_to_host(state: &LocalState<'_>, buffers: &HostBufferPool) -> Result<HostCopy> {
+    let stored_kind = state.kind;
+    let tensor_slice = |h: &StateSlice| {
+        let (name, artifact) = checkpoint_name(state.vlm, &h.slice.name);
+        TensorSlice {
+            kind: h.kind.to_owned(),
+            name,
+            artifact: if h.kind == "weight" { artifact.to_owned() } else { String::new() },
+            dtype: dtype(stored_kind),
+            shape: h.slice.shape.iter().map(|n| *n as u64).collect(),
+            begin: h.slice.begin as u64,
+            count: h.slice.values.numel() as u64,
+        }
+    };
+    let layouts = ObjectLayout::split_into_objects(state.slices.iter().map(tensor_slice).collect(), MAX_OBJECT_BYTES);
+    let mut firsts = Vec::with_capacity(layouts.len());
+    let mut size = 0usize;
+    for layout in &layouts {
+        firsts.push(size);
+        size += (layout.size() as usize).next_multiple_of(64);
+    }
+    let start = Instant::now();
+    let mut buffer = buffers.take(size, state.vlm.device())?;
+    // The slices of the layouts are ours in the same order, some of them split.
+    let mut current = 0;
+    let mut copied = 0;
+    for (layout, first) in layouts.iter().zip(&firsts) {
+        buffer.as_mut()[*first..first + layout.header().len()].copy_from_slice(layout.header());
+        for (part, offset) in layout.slices() {
+            let values = &state.slices[current].slice.values;
+            let count = part.count as i64;
+            buffer.copy_in(first + offset as usize, &values.f_narrow(0, copied, count)?, stored_kind)?;
+            copied += count;
+            if copied == values.numel() as i64 {
+                current += 1;
+                copied = 0;
+            }
+        }
+    }
+    let took = start.elapsed();
+    let bytes = Bytes::from_owner(PooledBuffer { buffer: Some(buffer), pool: buffers.clone() });
+    let object = |(i, (layout, first)): (usize, (ObjectLayout, usize))| Object {
+        name: format!("shards/rank-{:05}-{i:05}.safetensors", state.rank),
+        bytes: bytes.slice(first..first + layout.size() as usize),
+        layout: Some(layout),
+    };
+    Ok(HostCopy { objects: layouts.into_iter().zip(firsts).enumerate().map(object).collect(), took })
 }
 
-impl LocalState<'_> {
-    /// Copies all slices to host memory, in the layout of the checkpoint objects.
-    pub fn copy(&self, buffers: &HostBufferPool) -> Result<HostCopy> {
-        let stored_kind = self.optimizer.kind();
-        let tensor_slice = |h: &StateSlice| {
-            let (name, artifact) = checkpoint_name(self.vlm, &h.slice.name);
-            TensorSlice {
-                kind: h.kind.to_owned(),
-                name,
-                artifact: if h.kind == "weight" { artifact.to_owned() } else { String::new() },
-                dtype: dtype(stored_kind),
-                shape: h.slice.shape.iter().map(|n| *n as u64).collect(),
-                begin: h.slice.begin as u64,
-                count: h.slice.values.numel() as u64,
-            }
-        };
-        let layouts =
-            ObjectLayout::split_into_objects(self.slices.iter().map(tensor_slice).collect(), MAX_OBJECT_BYTES);
-        let mut firsts = Vec::with_capacity(layouts.len());
-        let mut size = 0usize;
-        for layout in &layouts {
-            firsts.push(size);
-            size += (layout.size() as usize).next_multiple_of(64);
+/// Loads the slices of `state` in place from a checkpoint, which may have been saved by any number of ranks under any ZeRO stage. Call
+/// it before the first update, followed by [`PolicyTrainer::resume_from`](unveil_trainer::PolicyTrainer::resume_from).
+///
+/// # Errors
+/// Returns [`LearnerError::CheckpointState`] if a tensor has the wrong shape, and [`LearnerError::Checkpoint`] if one is missing, an
+/// object is damaged, or the store fails.
+pub fn read_state(state: &LocalState<'_>, handle: &Handle, reader: &Reader) -> Result<()> {
+    for kind in ["weight", "exp_avg", "exp_avg_sq"] {
+        let mut remaining: Vec<&StateSlice> = state.slices.iter().filter(|h| h.kind == kind).collect();
+        while !remaining.is_empty() {
+            let mut bytes = 0;
+            let fits = remaining.iter().take_while(|h| {
+                let bytes_before = bytes;
+                bytes += h.slice.values.numel() * state.kind.elt_size_in_bytes();
+                bytes_before == 0 || bytes <= MAX_READ_BYTES
+            });
+            let count = fits.count();
+            let batch: Vec<&StateSlice> = remaining.drain(..count).collect();
+            read_batch(state.vlm, (handle, reader), &batch)?;
         }
-        let start = Instant::now();
-        let mut buffer = buffers.take(size, self.vlm.device())?;
-        // The slices of the layouts are ours in the same order, some of them split.
-        let mut current = 0;
-        let mut copied = 0;
-        for (layout, first) in layouts.iter().zip(&firsts) {
-            buffer.as_mut()[*first..first + layout.header().len()].copy_from_slice(layout.header());
-            for (part, offset) in layout.slices() {
-                let values = &self.slices[current].slice.values;
-                let count = part.count as i64;
-                buffer.copy_in(first + offset as usize, &values.f_narrow(0, copied, count)?, stored_kind)?;
-                copied += count;
-                if copied == values.numel() as i64 {
-                    current += 1;
-                    copied = 0;
-                }
-            }
-        }
-        let took = start.elapsed();
-        let bytes = Bytes::from_owner(PooledBuffer { buffer: Some(buffer), pool: buffers.clone() });
-        let object = |(i, (layout, first)): (usize, (ObjectLayout, usize))| Object {
-            name: format!("shards/rank-{:05}-{i:05}.safetensors", self.rank),
-            bytes: bytes.slice(first..first + layout.size() as usize),
-            layout: Some(layout),
-        };
-        Ok(HostCopy { objects: layouts.into_iter().zip(firsts).enumerate().map(object).collect(), took })
     }
-
-    /// Loads all slices from a checkpoint in place. Sharded parameters themselves are not updated yet.
-    pub fn read(&self, handle: &Handle, reader: &Reader) -> Result<()> {
-        for kind in ["weight", "exp_avg", "exp_avg_sq"] {
-            let mut remaining: Vec<&StateSlice> = self.slices.iter().filter(|h| h.kind == kind).collect();
-            while !remaining.is_empty() {
-                let mut bytes = 0;
-                let fits = remaining.iter().take_while(|h| {
-                    let bytes_before = bytes;
-                    bytes += h.slice.values.numel() * self.optimizer.kind().elt_size_in_bytes();
-                    bytes_before == 0 || bytes <= MAX_READ_BYTES
-                });
-                let count = fits.count();
-                let batch: Vec<&StateSlice> = remaining.drain(..count).collect();
-                self.read_batch(handle, reader, &batch)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Loads slices through one host buffer for all of them.
-    fn read_batch(&self, handle: &Handle, reader: &Reader, slices: &[&StateSlice]) -> Result<()> {
-        let mut requests = Vec::new();
-        let mut targets = Vec::new();
-        let mut size = 0usize;
-        for StateSlice { kind: what, slice: s } in slices.iter().copied() {
-            let name = checkpoint_name(self.vlm, &s.name).0;
-            let stored = reader.tensor(what, &name).map(|t| (t.dtype, t.shape.clone()));
-            let shape: Vec<u64> = s.shape.iter().map(|n| *n as u64).collect();
-            let width = match &stored {
-                Some((dtype, found)) if *found == shape => dtype.size() as usize,
-                Some((_, found)) => {
-                    let what =
-                        format!("its {what} of `{name}` has shape {found:?}, but the parameter has shape {shape:?}");
-                    return Err(LearnerError::CheckpointState { step: reader.info().step, what });
-                }
-                None => 0,
-            };
-            let count = s.values.numel();
-            let kind = (*what).to_owned();
-            let begin = s.begin as u64;
-            requests.push(ReadRequest { kind, name, begin, count: count as u64, destination: size });
-            targets.push((size, stored.map(|(d, _)| d), &s.values));
-            size = (size + count * width).next_multiple_of(8);
-        }
-        let mut buffer = HostBuffer::new(size, Device::Cpu)?;
-        handle.block_on(reader.read(&requests, buffer.as_mut()))?;
-        for (offset, stored, values) in targets {
-            buffer.copy_out(offset, kind(stored.unwrap_or(Dtype::F32)), values)?;
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
-impl PolicyTrainer {
-    /// Returns the state of this rank: everything that the rank needs if it is to be `read`, else only what no other
-    /// rank saves.
-    pub(crate) fn local_state(&self, read: bool) -> Result<LocalState<'_>> {
-        let vlm = &self.policy.vlm;
-        let ranks = &self.ranks;
-        let part = if read { (0, 1) } else { ranks.replica() };
-        let untrained = match &self.policy.hooks.sharded {
-            // Checkpoints of adapters do not contain the weights of the base model.
-            _ if vlm.adapters().is_some() => Vec::new(),
-            Some(divided) => divided.untrained_slices(part)?,
-            None => {
-                let trained: Vec<_> = self.optimizer.names().collect();
-                let rest = vlm.named_parameters().iter().filter(|(n, _)| !trained.contains(&n.as_str()));
-                let rest: Vec<(String, Tensor)> = rest.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-                let part = if read { (0, 1) } else { (ranks.rank(), ranks.size()) };
-                ShardLayout::new(&rest, false, (0, 1))?.owned_slices(None, part)?
+/// Loads slices through one host buffer for all of them.
+fn read_batch(vlm: &Vlm, (handle, reader): (&Handle, &Reader), slices: &[&StateSlice]) -> Result<()> {
+    let mut requests = Vec::new();
+    let mut targets = Vec::new();
+    let mut size = 0usize;
+    for StateSlice { kind: what, slice: s } in slices.iter().copied() {
+        let name = checkpoint_name(vlm, &s.name).0;
+        let stored = reader.tensor(what, &name).map(|t| (t.dtype, t.shape.clone()));
+        let shape: Vec<u64> = s.shape.iter().map(|n| *n as u64).collect();
+        let width = match &stored {
+            Some((dtype, found)) if *found == shape => dtype.size() as usize,
+            Some((_, found)) => {
+                let what = format!("its {what} of `{name}` has shape {found:?}, but the parameter has shape {shape:?}");
+                return Err(LearnerError::CheckpointState { step: reader.info().step, what });
             }
+            None => 0,
         };
-        let slices = state_slices(&self.optimizer, part, untrained)?;
-        Ok(LocalState { vlm, optimizer: &self.optimizer, rank: ranks.rank(), slices })
+        let count = s.values.numel();
+        let kind = (*what).to_owned();
+        let begin = s.begin as u64;
+        requests.push(ReadRequest { kind, name, begin, count: count as u64, destination: size });
+        targets.push((size, stored.map(|(d, _)| d), &s.values));
+        size = (size + count * width).next_multiple_of(8);
     }
-
-    /// Copies this rank's share of a checkpoint (fp32 master weights and moments) to host memory. Ranks do not
-    /// communicate.
-    ///
-    /// # Errors
-    /// Returns [`LearnerError::Memory`] if the host memory cannot be allocated.
-    pub fn snapshot(&self, buffers: &HostBufferPool) -> Result<HostCopy> {
-        self.local_state(false)?.copy(buffers)
+    let mut buffer = HostBuffer::new(size, Device::Cpu)?;
+    handle.block_on(reader.read(&requests, buffer.as_mut()))?;
+    for (offset, stored, values) in targets {
+        buffer.copy_out(offset, kind(stored.unwrap_or(Dtype::F32)), values)?;
     }
-
-    /// Returns the state that is not a tensor.
-    pub fn progress(&self) -> TrainerProgress {
-        TrainerProgress { counters: self.counters(), counts: self.optimizer.counts(), kl: Some(self.kl_controller()) }
-    }
-
-    /// Loads this rank's share of a checkpoint, which may have been saved by any number of ranks under any ZeRO stage.
-    /// Call it before the first update, followed by [`PolicyTrainer::resume_from`].
-    ///
-    /// # Errors
-    /// Returns [`LearnerError::CheckpointState`] if a tensor has the wrong shape, and [`LearnerError::Checkpoint`] if
-    /// one is missing, an object is damaged, or the store fails.
-    pub fn read(&self, handle: &Handle, reader: &Reader) -> Result<()> {
-        self.local_state(true)?.read(handle, reader)
-    }
-
-    /// Resumes from the state that [`PolicyTrainer::read`] has loaded; all ranks call it.
-    ///
-    /// # Errors
-    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
-    pub fn resume_from(&mut self, progress: &TrainerProgress) -> Result<()> {
-        self.optimizer.resume(progress.counters.updates, &progress.counts)?;
-        self.restore_counters(progress.counters, progress.kl.as_ref());
-        Ok(())
-    }
+    Ok(())
 }

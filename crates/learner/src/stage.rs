@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use tch::{Device, Kind};
 use unveil_config::Config;
 use unveil_model::Vlm;
 use unveil_report::{EventLog, StageProgress};
@@ -155,13 +154,4 @@ pub struct Outcome {
     pub last: Option<Evaluation>,
     /// Number of skipped updates.
     pub skipped: u64,
-}
-
-/// Loads the model of a stage with weights of dtype `kind`, and sets the number of threads and deterministic mode.
-pub(crate) fn load_model(config: &Config, threads: usize, dir: &Path, kind: Kind, device: Device) -> Result<Vlm> {
-    unveil_torch_ext::set_deterministic(config.run.deterministic)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if threads == 0 { cores } else { threads };
-    tch::set_num_threads(threads as i32);
-    Ok(Vlm::load(dir, device, kind)?)
 }

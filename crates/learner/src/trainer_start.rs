@@ -1,20 +1,19 @@
-//! What every rank does before stage 2 begins: create its trainer, and load its share of a checkpoint.
+//! Start of stage 2 on every rank: creates its trainer, and loads its share of a checkpoint.
 
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use unveil_checkpoint::Reader;
-use unveil_config::Config;
-use unveil_config::schema::{Critic, Dtype};
+use unveil_config::schema::Critic;
 use unveil_model::Vlm;
+use unveil_trainer::lora::{self, BaseModel};
+use unveil_trainer::{Models, PolicyTrainer, StepSettings, load_model, rank_device, wire_kind};
 
 use crate::checkpoint_meta::CheckpointMeta;
 use crate::error::Result;
-use crate::lora::{self, BaseModel};
-use crate::rank_control::{RankControl, rank_device};
+use crate::rank_control::RankControl;
 use crate::resume::compatibility::allowed_changes;
-use crate::settings::StepSettings;
-use crate::stage::{Stage, load_model};
-use crate::step::{Models, PolicyTrainer};
+use crate::snapshot::read_state;
+use crate::stage::Stage;
 
 /// Creates this rank's trainer from the model directory; returns it with the base model of its adapters, if there are
 /// any.
@@ -45,7 +44,7 @@ pub(crate) fn read_checkpoint(
     let critic = stage.config.learner.critic == Critic::Separate;
     meta.check_fits(reader, trainer.vlm(), base, critic)?;
     allowed_changes(reader.info().step, &meta.config, stage.config)?;
-    trainer.read(handle, reader)?;
+    read_state(&trainer.state_to_load()?, handle, reader)?;
     Ok(meta)
 }
 
@@ -57,12 +56,4 @@ fn first_weights(stage: &Stage<'_>, control: &RankControl) -> Result<Vec<(String
     }
     let vlm = Vlm::load(stage.model_dir, Device::Cpu, Kind::Float)?;
     Ok(vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.shallow_clone())).collect())
-}
-
-/// Returns the dtype of weights on the wire and on workers.
-pub(crate) fn wire_kind(config: &Config) -> Kind {
-    match config.run.dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-    }
 }

@@ -4,6 +4,27 @@
 //! The interface consists of token ids, pixel patches and tensors. A [`Vlm`] belongs to one thread (tensors are not `Sync`).
 //!
 //! Must not depend on: communication, async runtimes, tokenizers, rewards.
+//!
+//! # Examples
+//! A tiny model with random weights, and its logits for three tokens:
+//! ```
+//! use tch::{Device, Kind, Tensor};
+//! use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+//!
+//! # let dir = tempfile::tempdir()?;
+//! # let dir = dir.path();
+//! let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
+//! let spec = InitSpec { family: "qwen2_5_vl".to_owned(), preset: "tiny".to_owned(), vocab_size: 300, seed: 7, special };
+//! init(&spec, dir)?;
+//! let vlm = Vlm::load(dir, Device::Cpu, Kind::Float)?;
+//!
+//! let tokens = Tensor::from_slice(&[10i64, 11, 12]).unsqueeze(0);
+//! let positions = Tensor::arange(3i64, (Kind::Int64, Device::Cpu)).repeat([3, 1, 1]);
+//! let out = tch::no_grad(|| vlm.forward(&tokens, None, &positions, None, None))?;
+//! assert_eq!(vlm.lm_head(&out.hidden).size(), [1, 3, 300]);
+//! assert_eq!(vlm.config().text.num_hidden_layers, 4);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod adapters;
 mod config;
@@ -15,7 +36,6 @@ mod family;
 mod files;
 mod generation;
 mod layers;
-mod prompt;
 mod training;
 mod vision;
 mod vlm;
@@ -35,7 +55,6 @@ pub use generation::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 pub use layers::attention::{AttentionSet, Capture, CaptureSpec};
 pub use layers::ops::activation_kind;
 pub use layers::rope::rope_positions;
-pub use prompt::Prompt;
 pub use training::packed::{PackedBatch, PackedGroup};
 pub use training::tape::{Direction, LayerHook, Tape, TapeMode, Var};
 pub use training::value_head::ValueHead;
@@ -43,9 +62,6 @@ pub use vlm::merge::AdapterMerger;
 pub use vlm::{ForwardOut, PackedOut, Vlm};
 pub use weights::init::{InitSpec, SpecialIds, init, init_with_number_tokens};
 pub use weights::{read_safetensors, write_safetensors};
-
-/// Image size in patches before merging: `[t, h, w]` (`image_grid_thw` of the Hugging Face processors).
-pub type GridThw = [i64; 3];
 
 /// Result of this crate.
 pub type Result<T, E = ModelError> = std::result::Result<T, E>;

@@ -103,6 +103,22 @@ pub fn read_events(run: &Path) -> std::io::Result<Vec<Value>> {
 
 /// Returns the events of the lineage that led to the newest state. If a stage was restarted or resumed from an earlier step, its events
 /// beyond that step are left out, and so are events of a learner whose term is over.
+///
+/// # Examples
+/// ```
+/// use serde_json::json;
+/// use unveil_report::lineage;
+///
+/// // Step 2 was lost with its learner, which resumed from step 1.
+/// let kept = lineage(vec![
+///     json!({"kind": "train", "step": 1, "loss": 0.9}),
+///     json!({"kind": "train", "step": 2, "loss": 0.8}),
+///     json!({"kind": "resumed", "stage": "rl", "step": 1}),
+///     json!({"kind": "train", "step": 2, "loss": 0.7}),
+/// ]);
+/// assert_eq!(kept.len(), 3);
+/// assert_eq!(kept[2]["loss"], 0.7);
+/// ```
 pub fn lineage(events: Vec<Value>) -> Vec<Value> {
     let stage = |e: &Value| match e["kind"].as_str() {
         Some("sft") => "sft".to_owned(),

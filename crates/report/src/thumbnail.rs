@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
 use unveil_data::image_store::Image;
-use unveil_data::processor::{Filter, resize};
+use unveil_preprocess::processor::{Filter, resize};
 
 use crate::ImageFolders;
 

@@ -6,7 +6,7 @@ use unveil_config::Config;
 use unveil_config::schema::RelevanceKind;
 use unveil_core::answer::fold_class_name;
 use unveil_core::{BoxForm, ClassMatch, MaskReason, Record};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 
 use crate::RewardError;
 use crate::relevance::reference_text;

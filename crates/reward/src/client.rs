@@ -7,7 +7,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 use unveil_config::schema::Reward;
 use unveil_core::{BoxForm, Breakdown, Component, MaskReason, Record, Secret};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{box_form_to_wire, breakdown_from_wire, v1};
 use unveil_service::{

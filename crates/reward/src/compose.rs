@@ -26,6 +26,29 @@ pub struct WeightedComponent<'a> {
 /// - All totals are `None` if no weighted component is left.
 ///
 /// Range: `[0, W]` for values in `[0, 1]` under `none` and `max`; z-scores are centred on 0.
+///
+/// # Examples
+/// ```
+/// use std::collections::BTreeMap;
+/// use unveil_config::schema::Normalise;
+/// use unveil_core::{Component, MaskReason};
+/// use unveil_reward::compose::{WeightedComponent, compose};
+///
+/// let response = |localization, relevance| {
+///     BTreeMap::from([("localization".to_owned(), localization), ("relevance".to_owned(), relevance)])
+/// };
+/// let unavailable = Component::masked(MaskReason::Unavailable("the judge is overloaded".to_owned()));
+/// let mut group = [
+///     response(Component::value(0.5), Component::value(1.0)),
+///     response(Component::value(1.0), unavailable),
+/// ];
+/// let weights = [("localization", 1.0), ("relevance", 0.5)];
+/// let weighted = weights.map(|(name, weight)| WeightedComponent { name, weight, normalise: Normalise::None });
+///
+/// // Relevance is dropped for both responses, and the other weight is rescaled to the sum 1.5.
+/// assert_eq!(compose(&mut group, &weighted, 1e-6), [Some(0.75), Some(1.5)]);
+/// assert_eq!(group[0]["relevance"].reason, Some(MaskReason::GroupMasked));
+/// ```
 pub fn compose(
     group: &mut [BTreeMap<String, Component>],
     components: &[WeightedComponent<'_>],

@@ -1,7 +1,7 @@
 //! The components `format` (the answer is in the requested form) and `category` (it names the right class).
 
 use unveil_core::{BBox, BoxFault, Component, KnownClass, MaskReason};
-use unveil_data::codec::GroundedAnswer;
+use unveil_preprocess::codec::GroundedAnswer;
 
 /// Returns 1 if the answer is read without a fault and every box is finite, not inverted and has area, else 0. Range `{0, 1}`.
 ///
@@ -31,7 +31,7 @@ pub fn score_category(answer: &GroundedAnswer, class: &KnownClass, finding_expec
 mod tests {
     use super::*;
     use unveil_core::{AnswerReader, ClassMatch};
-    use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
+    use unveil_preprocess::codec::{AbsoluteResized, Sizes, read_answer};
 
     fn read(text: &str) -> GroundedAnswer {
         read_answer(&AbsoluteResized, &AnswerReader::default(), text, &Sizes { original: (9, 9), resized: (9, 9) })

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use unveil_core::Record;
 use unveil_core::answer::fold_class_name;
-use unveil_data::codec::GroundedAnswer;
+use unveil_preprocess::codec::GroundedAnswer;
 
 /// Matches between the labels of an answer and the true boxes.
 #[derive(Debug)]

@@ -2,6 +2,31 @@
 //! offline command around them.
 //!
 //! Must not depend on: tch. Scorers depend on neither tokio nor tonic.
+//!
+//! # Examples
+//! Two responses to one record, scored offline:
+//! ```
+//! use unveil_core::{BoxForm, Record};
+//! use unveil_preprocess::codec::Sizes;
+//! use unveil_reward::{GroupInput, ResponseInput, Scoring, score_group};
+//!
+//! let line = r#"{"id":"ct-7","image_size":[96,96],"category":"nodule","boxes":[[16,16,32,32]]}"#;
+//! let texts = ["[16,16,32,32] nodule", "[0,0,96,96] mass"];
+//! let response = |index: usize| ResponseInput { index, text: texts[index].to_owned(), ..ResponseInput::default() };
+//! let group = GroupInput {
+//!     record: Record::parse(line)?,
+//!     sizes: Sizes { original: (96, 96), resized: (96, 96) },
+//!     boxes: BoxForm::Absolute,
+//!     responses: vec![response(0), response(1)],
+//! };
+//!
+//! let breakdowns = score_group(&Scoring::default(), &group);
+//! assert_eq!(breakdowns[0].components["localization"].value, Some(1.0));
+//! assert!(breakdowns[0].total > breakdowns[1].total);
+//! // Vision relevance cannot be computed without attention rows, so it is masked.
+//! assert!(breakdowns[0].components["vision_relevance"].masked);
+//! # Ok::<(), unveil_core::RecordError>(())
+//! ```
 
 pub mod assignment;
 pub mod calibrate;
@@ -14,7 +39,6 @@ pub mod external;
 pub mod format;
 mod labels;
 pub mod localization;
-pub mod mention;
 mod meter;
 mod model_files;
 mod offline;
@@ -34,7 +58,6 @@ mod wire;
 pub use check_records::check_records;
 pub use client::{RewardClient, Unscored, masked_group, score_request, unavailable_reason};
 pub use error::RewardError;
-pub use mention::byte_spans;
 pub use offline::{GroupLines, read_responses, run_score};
 pub use score::{
     COMPONENTS, Components, GroupInput, REGION_COMPONENTS, ResponseInput, compose_breakdowns, compute_components,

@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use unveil_core::BoxForm;
-use unveil_data::codec::Sizes;
-use unveil_data::preprocessor::Preprocessor;
+use unveil_core::mention::byte_spans;
+use unveil_preprocess::codec::Sizes;
+use unveil_preprocess::preprocessor::Preprocessor;
 
 use crate::RewardError;
-use crate::mention::byte_spans;
 
 /// Text and the bytes of it that each token covers.
 type TextAndSpans = (String, Vec<(usize, usize)>);
@@ -20,7 +20,7 @@ pub(crate) struct ModelFiles {
 impl ModelFiles {
     /// Loads the tokenizer and processor files of `dir`. Boxes are in the form `boxes`, or the form of the family if it is `None`.
     pub(crate) fn load(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, RewardError> {
-        let fail = |e: unveil_data::preprocessor::PreprocessError| RewardError::Model {
+        let fail = |e: unveil_preprocess::preprocessor::PreprocessError| RewardError::Model {
             path: PathBuf::from(dir),
             what: e.to_string(),
         };

@@ -10,10 +10,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use unveil_config::Config;
 use unveil_core::{Attention, BoxForm, Breakdown, Record};
-use unveil_data::codec::Sizes;
 use unveil_data::image_root::{ImageRoot, PathPolicy};
-use unveil_data::preprocessor::Family;
 use unveil_data::records::ImageRef;
+use unveil_preprocess::codec::Sizes;
+use unveil_preprocess::preprocessor::Family;
 
 use crate::RewardError;
 use crate::model_files::ModelFiles;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use unveil_config::schema::{Gate, RelevanceKind, Reward, VisionMode};
 use unveil_core::{Attention, BoxForm, Breakdown, Component, KnownClass, MaskReason, Record};
-use unveil_data::codec::{GroundedAnswer, Sizes, codec, read_answer};
+use unveil_preprocess::codec::{GroundedAnswer, Sizes, codec, read_answer};
 
 use crate::compose::{WeightedComponent, apply_gates, compose};
 use crate::labels::LabelMatches;

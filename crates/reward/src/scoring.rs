@@ -1,14 +1,13 @@
-//! What scoring depends on: the part of the configuration that enters scores, and files loaded at start-up.
+//! The part of the configuration that enters scores, and the files of scorers, which are loaded at start-up.
 
 use std::collections::BTreeMap;
 
 use unveil_config::Config;
 use unveil_config::schema::{RelevanceKind, Reward};
-use unveil_core::answer::fold_class_name;
+use unveil_core::mention::{class_names, find_class_mention};
 use unveil_core::{AnswerReader, ClassMatch, KnownClass, Record};
 
 use crate::embed::Embedder;
-use crate::mention::find_mention;
 use crate::symbolic::RuleTable;
 use crate::text::clean::visible;
 
@@ -31,10 +30,7 @@ impl Scoring {
 
     /// Returns the category and its synonyms; the lookup folds names as comparisons do.
     pub fn names(&self, category: &str) -> Vec<String> {
-        let wanted = fold_class_name(category);
-        let synonyms =
-            self.synonyms.iter().filter(|(k, _)| fold_class_name(k) == wanted).flat_map(|(_, v)| v.iter().cloned());
-        std::iter::once(category.to_owned()).chain(synonyms).collect()
+        class_names(category, &self.synonyms)
     }
 
     /// Returns the class of a record as answers may name it, distinguished from every other class that has synonyms.
@@ -47,9 +43,9 @@ impl Scoring {
     }
 
     /// Finds the first mention of the record's class in a response, in bytes; `None` if the answer does not name it or the record is
-    /// answered in text. Rewards, gradients, evaluation and pages all use this search.
+    /// answered in text.
     pub fn find_mention(&self, record: &Record, text: &str) -> Option<std::ops::Range<usize>> {
-        if record.is_text() { None } else { find_mention(&self.reader, text, &self.names(&record.category)) }
+        find_class_mention(&self.reader, &self.synonyms, record, text)
     }
 
     /// Returns the part of a text that relevance scorers see: the answer without hidden characters, truncated. `None`: the text has no

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use unveil_core::Component;
-use unveil_data::codec::GroundedAnswer;
+use unveil_preprocess::codec::GroundedAnswer;
 
 /// Returns 1 from `min` to `max` characters, falling linearly to 0 over `slack` characters beyond either. Range `[0, 1]`.
 ///
@@ -40,7 +40,7 @@ pub fn score_abstention(answer: &GroundedAnswer, finding_expected: bool) -> Comp
 mod tests {
     use super::*;
     use unveil_core::AnswerReader;
-    use unveil_data::codec::{AbsoluteResized, Sizes, read_answer};
+    use unveil_preprocess::codec::{AbsoluteResized, Sizes, read_answer};
 
     #[test]
     fn length_falls_beyond_both_limits() {

@@ -6,9 +6,9 @@
 use std::collections::BTreeMap;
 
 use unveil_config::schema::{self, VisionMode};
+use unveil_core::mention::{find_mention, overlapping_tokens};
 use unveil_core::{AnswerReader, Attention, BBox, Component, Grid, MaskReason};
 
-use crate::mention::{find_mention, overlapping_tokens};
 use crate::rows::{RowSums, entropy, row_sums};
 use crate::sinks::{is_wordless, sinks, without_sinks};
 

@@ -1,7 +1,7 @@
 //! Reads and checks score requests: an inconsistent one is rejected with the name of the field.
 
 use unveil_core::{Record, RecordFault};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_proto::{ConvertError, attention_from_wire, box_form_from_wire, v1};
 
 use crate::RewardError;

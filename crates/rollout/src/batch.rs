@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_engine::GroupRequest;
+use unveil_experience_rpc::{ExperienceConnection, HeldLeases};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_proto::v1;
 use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::submit_response::Verdict;
@@ -13,9 +14,7 @@ use unveil_proto::verdict_name;
 use unveil_reward::Scoring;
 
 use crate::device::DeviceThread;
-use crate::experience::ExperienceConnection;
 use crate::groups::{Delivery, GroupStage, LeasedGroup, build_request, score_and_submit};
-use crate::held_leases::HeldLeases;
 use crate::meter::Meter;
 use crate::readiness::Readiness;
 use crate::reward_connection::RewardConnection;

@@ -1,5 +1,6 @@
 //! The thread that owns the model. It receives commands through a channel and replies through one-shot channels.
 
+use std::borrow::BorrowMut;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,14 +8,14 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tch::Device;
+use tch::{Device, Tensor};
 use tokio::sync::oneshot;
 use unveil_config::Config;
+use unveil_core::WeightVersion;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
-use unveil_model::{GpuMemory, gpu_memory};
+use unveil_experience_rpc::{Progress, WeightUpdate};
+use unveil_model::{GpuMemory, Vlm, gpu_memory, is_adapter};
 
-use crate::held_leases::Progress;
-use crate::weight_stream::WeightUpdate;
 use crate::{Result, RolloutError, open_engine};
 
 /// Parameters of the thread.
@@ -195,7 +196,7 @@ impl DeviceLoop {
 
     fn load(&mut self, update: WeightUpdate) -> Result<WeightUpdate, String> {
         self.progress.advance();
-        update.load_into(&mut self.engine).map(|()| update).map_err(|e| e.to_string())
+        load_update(&mut self.engine, &update).map(|()| update).map_err(|e| e.to_string())
     }
 
     /// Generates one token for all batches; after `cancel`, collects the partial outputs instead.
@@ -238,5 +239,84 @@ impl DeviceLoop {
                 }
             }
         }
+    }
+}
+
+/// Loads received weights under their version into an engine that holds the version they build on.
+///
+/// # Errors
+/// Returns an [`EngineError`] if they do not fit the engine's model; the engine is unchanged then.
+pub fn load_update<V: BorrowMut<Vlm>>(engine: &mut Engine<V>, update: &WeightUpdate) -> unveil_engine::Result<()> {
+    let version: WeightVersion = update.version;
+    let named = update.tensors.as_slice();
+    match (update.scale, update.whole) {
+        (None, true) => engine.load_weights(version, named),
+        (None, false) => engine.load_partial_weights(version, named),
+        (Some(scale), whole) => {
+            let clone = |(n, t): &(String, Tensor)| (n.clone(), t.shallow_clone());
+            let (adapters, base): (Vec<_>, Vec<_>) = named.iter().map(clone).partition(|(n, _)| is_adapter(n));
+            engine.load_with_adapters(version, whole.then_some(base.as_slice()), &adapters, scale)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    /// Adapters that do not fit the model are rejected before any parameter changes.
+    #[test]
+    fn unfitting_adapters_leave_the_engine_unchanged() {
+        let dir = tempfile::tempdir().unwrap();
+        let special = unveil_model::SpecialIds {
+            image_pad: 61,
+            video_pad: 62,
+            vision_start: 58,
+            vision_end: 59,
+            bos: None,
+            eos: 60,
+            pad: 63,
+        };
+        let family = "qwen2_5_vl".into();
+        let preset = "tiny".into();
+        let spec = unveil_model::InitSpec { family, preset, vocab_size: 64, seed: 3, special };
+        unveil_model::init(&spec, dir.path()).unwrap();
+        let vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        let state = |vlm: &Vlm| {
+            vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.copy())).collect::<Vec<(String, Tensor)>>()
+        };
+        let before = state(&vlm);
+        let doubled: Vec<_> = before.iter().map(|(n, t)| (n.clone(), t * 2.0)).collect();
+        let mut engine = Engine::new(vlm, unveil_engine::EngineOptions::default()).unwrap();
+        let name = "model.layers.0.self_attn.q_proj";
+        let width = engine.vlm().parameter(&format!("{name}.weight")).unwrap().size();
+        let tensor = |end: &str, shape: [i64; 2]| {
+            (format!("{name}.{end}.weight"), Tensor::ones(shape, (Kind::Float, Device::Cpu)))
+        };
+        let update = |whole: bool, scale: f64, adapters: Vec<(String, Tensor)>| {
+            let base = doubled.iter().filter(|_| whole).map(|(n, t)| (n.clone(), t.shallow_clone()));
+            let tensors = base.chain(adapters).collect();
+            WeightUpdate { version: 7, checksum: 0, whole, scale: Some(scale), tensors, sums: Default::default() }
+        };
+        let a = || tensor("lora_A", [2, width[1]]);
+        let b = || tensor("lora_B", [width[0], 2]);
+        for (bad, word) in [
+            (update(true, 0.5, vec![a()]), "lora_B.weight` is missing"),
+            (update(true, 0.5, vec![a(), tensor("lora_B", [width[0], 3])]), "expected"),
+            (update(true, f64::INFINITY, vec![a(), b()]), "inf"),
+            (update(false, 0.5, vec![("model.other.lora_A.weight".into(), a().1)]), "model.other"),
+        ] {
+            let text = load_update(&mut engine, &bad).unwrap_err().to_string();
+            assert!(text.contains(word) && engine.version() == 0 && state(engine.vlm()) == before, "{word}: {text}");
+        }
+        load_update(&mut engine, &update(true, 0.5, vec![a(), b()])).unwrap();
+        // B A is 2 everywhere, and is added with factor 0.5.
+        let changed = |engine: &Engine| engine.vlm().parameter(&format!("{name}.weight")).unwrap().copy();
+        let base = doubled.iter().find(|(n, _)| *n == format!("{name}.weight")).unwrap().1.shallow_clone();
+        assert_eq!((engine.version(), changed(&engine)), (7, &base + 1.0));
+        load_update(&mut engine, &update(false, 1.0, vec![a(), b()])).unwrap();
+        assert_eq!(changed(&engine), base + 2.0);
     }
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use tch::Kind;
 use unveil_config::Config;
 use unveil_config::schema::Dtype;
-use unveil_data::preprocessor::Preprocessor;
-use unveil_data::tokenizer::stop::StopStrings;
 use unveil_engine::{Engine, EngineOptions, StopRule};
 use unveil_model::{AttentionSet, Vlm, VlmConfig};
+use unveil_preprocess::preprocessor::Preprocessor;
+use unveil_preprocess::tokenizer::stop::StopStrings;
 use unveil_torch_ext::set_deterministic;
 
 use crate::Result;

@@ -3,40 +3,26 @@
 use std::path::PathBuf;
 
 use unveil_data::image_store::ImageError;
-use unveil_data::preprocessor::PreprocessError;
 use unveil_data::records::RecordsError;
 use unveil_engine::EngineError;
+use unveil_experience_rpc::ClientError;
 use unveil_model::ModelError;
+use unveil_preprocess::preprocessor::PreprocessError;
 use unveil_service::ServiceError;
 
 /// Reason why a rollout worker, `generate` or `score` stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum RolloutError {
-    /// A service is unreachable or refuses permanently.
-    #[error("the {role} service at {address}: {source}")]
-    Service {
-        /// `experience` or `reward`.
-        role: &'static str,
+    /// The experience service cannot be used, or sent damaged weights several times.
+    #[error(transparent)]
+    Experience(#[from] ClientError),
+    /// The reward service is unreachable or refuses permanently.
+    #[error("the reward service at {address}: {source}")]
+    Reward {
         /// Address of the service.
         address: String,
         /// The cause.
         source: Box<ServiceError>,
-    },
-    /// The experience service sent an inconsistent message.
-    #[error("the experience service at {address} {what}")]
-    Protocol {
-        /// Address of the service.
-        address: String,
-        /// Description of the message, continuing the sentence.
-        what: String,
-    },
-    /// Weights arrived damaged several times.
-    #[error("weights from {address} are refused: {what}")]
-    Weights {
-        /// Address of the experience service.
-        address: String,
-        /// The problem.
-        what: String,
     },
     /// A leased group or a record cannot be converted to model input.
     #[error("record `{record}`: {source}")]

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use unveil_core::Record;
 use unveil_data::image_store::Image;
-use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_model::{InitSpec, SpecialIds, init};
+use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
 /// Writes a model directory: tiny processor and tokenizer, random weights.
 pub(crate) fn model_dir(dir: &Path, seed: u64) {

@@ -7,9 +7,10 @@ use prost::Message;
 use tracing::{Instrument, Span};
 use unveil_core::{Finish, GroupId, Record};
 use unveil_data::image_store::ContentHash;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_engine::random::group_key;
 use unveil_engine::{GroupOutput, GroupRequest};
+use unveil_experience_rpc::{ClientError, ExperienceConnection, WeightRejection};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_proto::v1::release_request::Cause;
 use unveil_proto::{
     ConvertError, breakdown_to_wire, group_from_wire, group_to_wire, response_to_wire, sampling_from_wire, v1,
@@ -20,7 +21,6 @@ use unveil_service::{MAX_MESSAGE_BYTES, set_remote_parent, span};
 
 use crate::attention_budget::{NeededRows, attach_rows};
 use crate::engine::stop_rule;
-use crate::experience::{ExperienceConnection, WeightRejection};
 use crate::reward_connection::RewardConnection;
 use crate::text::{self, ImageGeometry};
 use crate::{Result, RolloutError};
@@ -64,7 +64,7 @@ pub(crate) enum GroupStage {
 /// Builds the engine's request for a lease. `question` is used for records without one; `scoring` finds classes in answers.
 ///
 /// # Errors
-/// Returns [`RolloutError::Protocol`] if the lease is inconsistent, and [`RolloutError::Prepare`] if the record cannot be preprocessed.
+/// Returns [`ClientError::Protocol`] if the lease is inconsistent, and [`RolloutError::Prepare`] if the record cannot be preprocessed.
 pub(crate) fn build_request(
     preprocessor: &Arc<Preprocessor>,
     lease: v1::LeasedGroup,
@@ -72,7 +72,7 @@ pub(crate) fn build_request(
     scoring: &Arc<Scoring>,
     address: &str,
 ) -> Result<(LeasedGroup, GroupRequest)> {
-    let protocol = |what: String| RolloutError::Protocol { address: address.to_owned(), what };
+    let protocol = |what: String| RolloutError::from(ClientError::Protocol { address: address.to_owned(), what });
     let inconsistent = |e: ConvertError| protocol(format!("sent an inconsistent lease: {e}"));
     let group = group_from_wire(lease.group).map_err(inconsistent)?;
     let sampling = sampling_from_wire(lease.sampling).map_err(inconsistent)?;

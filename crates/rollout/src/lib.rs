@@ -4,27 +4,21 @@
 //! Owns the thread that owns the model; asynchronous code sends it messages and never blocks a runtime thread on it. Nothing is lost
 //! when a worker dies: its leases go to other workers.
 //!
-//! Must not depend on: the learner.
+//! Must not depend on: the learner, the trainer.
 
 mod attention_budget;
 mod batch;
-mod broadcast;
-mod checksummer;
 mod device;
 mod engine;
 mod error;
-mod experience;
 mod groups;
 mod head_file;
-mod held_leases;
 mod meter;
 mod offline;
 mod readiness;
 mod reward_connection;
-pub mod sync;
 mod text;
 mod weight_state;
-mod weight_stream;
 mod worker;
 
 #[cfg(test)]
@@ -32,6 +26,7 @@ mod fixture;
 #[cfg(test)]
 mod tests;
 
+pub use device::load_update;
 pub use engine::{engine_options, open_engine};
 pub use error::RolloutError;
 pub use offline::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};

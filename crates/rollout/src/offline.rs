@@ -7,16 +7,16 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use unveil_config::Config;
+use unveil_core::mention::overlapping_tokens;
 use unveil_core::{Attention, BBox, Finish, Record, Sampling, redact, stderr_line};
 use unveil_data::image_root::{ImageRoot, PathPolicy};
 use unveil_data::image_store::ContentHash;
-use unveil_data::preprocessor::Preprocessor;
 use unveil_data::records::RecordsError;
 use unveil_data::records::{RecordFile, path_problem};
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, EngineError, GroupRequest, PromptInput, ScoreRequest};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_reward::Scoring;
-use unveil_reward::mention::overlapping_tokens;
 use unveil_reward::vision::{AttendedResponse, Region, VisionRule, score_vision_relevance};
 
 use crate::engine::stop_rule;

@@ -48,7 +48,7 @@ impl RewardConnection {
     /// Creates a connection that is opened on first use.
     ///
     /// # Errors
-    /// Returns [`RolloutError::Service`] if the address is invalid or a certificate cannot be used.
+    /// Returns [`RolloutError::Reward`] if the address is invalid or a certificate cannot be used.
     pub async fn new(
         address: &str,
         options: ClientOptions,
@@ -59,7 +59,7 @@ impl RewardConnection {
         if let Err(e) = connect_with(address, &options, Duration::ZERO).await
             && e.is_permanent()
         {
-            return Err(RolloutError::Service { role: "reward", address: address.to_owned(), source: Box::new(e) });
+            return Err(RolloutError::Reward { address: address.to_owned(), source: Box::new(e) });
         }
         let address = address.to_owned();
         let reward = config.reward.clone();

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use safetensors::tensor::{Dtype, TensorView};
 use unveil_config::Config;
+use unveil_core::mention::{find_mention, overlapping_tokens};
+use unveil_experience_rpc::ClientError;
 use unveil_proto::v1::experience_server::ExperienceServer;
 use unveil_proto::v1::reward_server::RewardServer;
 use unveil_proto::{attention_from_wire, v1};
-use unveil_reward::mention::{find_mention, overlapping_tokens};
 use unveil_reward::vision::{VisionRule, rows_needed};
 use unveil_service::{CancellationToken, Routes, RoutesBuilder, RunningServer, ServeOptions, start};
 use unveil_testkit::MetricsPage;
@@ -15,7 +16,6 @@ use unveil_testkit::MetricsPage;
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
 use fake::{Damage, Fake, stream};
 
-mod broadcast;
 mod failures;
 mod fake;
 mod lease;
@@ -234,7 +234,7 @@ async fn damaged_weights_are_retried_and_then_refused() {
     {
         services.fake.with(|s| s.damage = [Some(damage); 3].into());
         let e = services.run().await.unwrap_err();
-        assert!(matches!(e, RolloutError::Weights { .. }));
+        assert!(matches!(e, RolloutError::Experience(ClientError::Weights { .. })));
         let text = e.to_string();
         assert!(words.iter().all(|w| text.contains(w)) && text.contains(&address), "{text}");
         let calls = services.fake.with(|s| std::mem::take(&mut s.weights_calls));

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use unveil_core::{Attention, Record, Response};
+use unveil_core::mention::overlapping_tokens;
+use unveil_core::{Attention, Prompt, Record, Response};
 use unveil_data::image_store::ContentHash;
-use unveil_data::preprocessor::ModelInput;
-use unveil_data::tokenizer::Tokenizer;
 use unveil_engine::{AttentionRows, PromptInput, RawResponse};
-use unveil_model::Prompt;
+use unveil_preprocess::preprocessor::ModelInput;
+use unveil_preprocess::tokenizer::Tokenizer;
 use unveil_reward::Scoring;
-use unveil_reward::mention::overlapping_tokens;
 
 /// Builds the engine's input for a preprocessed record; `hash` is the content hash of its image.
 pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: ModelInput) -> (PromptInput, ImageGeometry) {
@@ -27,7 +26,7 @@ pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: ModelIn
 /// Sizes and token grid of an image, kept after its patches have been moved to the engine.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ImageGeometry {
-    pub sizes: unveil_data::codec::Sizes,
+    pub sizes: unveil_preprocess::codec::Sizes,
     pub grid: unveil_core::Grid,
 }
 

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
+use unveil_experience_rpc::{ClientError, WeightReceiver, WeightRejection};
 use unveil_proto::v1::HeldWeights;
 
 use crate::device::DeviceThread;
-use crate::experience::WeightRejection;
 use crate::meter::Meter;
-use crate::sync::WeightReceiver;
 use crate::{Result, RolloutError};
 
 /// Shortest time between two calls without a result.
@@ -116,7 +115,7 @@ impl WeightState {
     /// Drops the weights of `generation`, which the service rejected, and has them fetched again, unless that has already happened.
     ///
     /// # Errors
-    /// Returns [`RolloutError::Weights`] if they were damaged several times in a row. Weights of another learner do not count, since the
+    /// Returns [`ClientError::Weights`] if they were damaged several times in a row. Weights of another learner do not count, since the
     /// worker did not damage them.
     pub fn invalidate(&self, generation: u64, why: WeightRejection) -> Result<()> {
         let mut loaded = self.lock();
@@ -128,7 +127,7 @@ impl WeightState {
             WeightRejection::Damaged(what) => (false, what),
         };
         if !other_learner && self.consecutive_rejections.fetch_add(1, Ordering::SeqCst) + 1 >= MAX_REJECTIONS {
-            return Err(RolloutError::Weights { address: self.address.clone(), what });
+            return Err(ClientError::Weights { address: self.address.clone(), what }.into());
         }
         tracing::warn!("weights rejected by the experience service at {}, fetching them again: {what}", self.address);
         loaded.clear();
@@ -227,7 +226,7 @@ pub(crate) async fn sync_weights(
                 }
                 tracing::debug!(version, whole, fetch_ms, "weights loaded");
             }
-            Err(what) => return Err(RolloutError::Weights { address: weights.address.clone(), what }),
+            Err(what) => return Err(ClientError::Weights { address: weights.address.clone(), what }.into()),
         }
     }
 }

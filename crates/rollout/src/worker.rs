@@ -10,18 +10,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use unveil_config::schema::WeightSync;
 use unveil_config::{Config, Role};
-use unveil_data::preprocessor::Preprocessor;
+use unveil_experience_rpc::{BroadcastMember, ExperienceConnection, HeldLeases, WeightReceiver};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_reward::Scoring;
 use unveil_service::{Backoff, CancellationToken, Health, ServiceAccess, client_options};
 
 use crate::batch::{WorkerShared, process_batch};
 use crate::device::{DeviceSpec, DeviceThread};
-use crate::experience::ExperienceConnection;
-use crate::held_leases::HeldLeases;
 use crate::meter::Meter;
 use crate::readiness::Readiness;
 use crate::reward_connection::RewardConnection;
-use crate::sync::{BroadcastMember, WeightReceiver};
 use crate::weight_state::{POLL_INTERVAL, WeightState, sync_weights};
 use crate::{Result, RolloutError};
 
@@ -86,9 +84,9 @@ pub struct WorkerReport {
 /// Runs a worker until the run has ended, `shutdown` is cancelled (leases are released, `Ok`), or it cannot continue.
 ///
 /// # Errors
-/// Returns [`RolloutError::Service`] if a service stays unreachable (the message names its address), [`RolloutError::Protocol`] if the
-/// experience service sends inconsistent messages, [`RolloutError::Weights`] if weights arrive damaged several times,
-/// [`RolloutError::Access`] if the metrics page cannot be served, and the errors of loading and running the model.
+/// Returns [`RolloutError::Experience`] if the experience service stays unreachable (the message names its address), sends inconsistent
+/// messages, or sends damaged weights several times; [`RolloutError::Reward`] if the reward service cannot be used;
+/// [`RolloutError::Access`] if the metrics page cannot be served; and the errors of loading and running the model.
 pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<WorkerReport> {
     let cancel = Arc::new(AtomicBool::new(false));
     let meter = Meter::new();
@@ -216,7 +214,11 @@ impl Worker {
             let era = shared.weights.era();
             let call = leases.begin_call();
             let held = shared.weights.held();
-            let leasing = shared.experience.lease((&leases, call), max_groups, wait, held, &shared.readiness);
+            let on_answer = |answers: bool| shared.readiness.set_learner_answers(answers);
+            let leasing = async {
+                let lease = shared.experience.lease((&leases, call), max_groups, wait, held, &on_answer);
+                lease.await.map_err(RolloutError::from)
+            };
             // Batches may end while the call is in flight.
             let lease = match self.unless_failed(leasing).await? {
                 Ok(lease) => lease,

@@ -2,6 +2,29 @@
 //! with retry, deadlines and keep-alive; the ready line; logs and traces. Also a client for chat endpoints over HTTP.
 //!
 //! Must not depend on: tch, and what the individual services do.
+//!
+//! # Examples
+//! A server on loopback, and its health:
+//! ```
+//! use std::time::Duration;
+//! use unveil_service::{CancellationToken, Routes, ServeOptions, check_health, start};
+//!
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), unveil_service::ServiceError> {
+//! let shutdown = CancellationToken::new();
+//! let options = ServeOptions { health_names: vec!["unveil.v1.Reward"], ..ServeOptions::default() };
+//! let server = start("127.0.0.1:0", Routes::default(), options, shutdown.clone()).await?;
+//!
+//! let address = server.address.to_string();
+//! let limit = Duration::from_secs(10);
+//! assert!(check_health(&address, "unveil.v1.Reward", limit).await?);
+//! assert!(!check_health(&address, "unveil.v1.Unknown", limit).await?);
+//!
+//! shutdown.cancel();
+//! server.wait().await?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod callers;
 pub mod chat;

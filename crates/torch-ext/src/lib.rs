@@ -4,6 +4,23 @@
 //!
 //! Must not depend on: models, async runtimes, what communication is for. The project's unsafe code is here, apart from file maps and
 //! calls to the GPU driver.
+//!
+//! # Examples
+//! A tensor is copied to host memory, stored there in another dtype, and copied back:
+//! ```
+//! use tch::{Device, Kind, Tensor};
+//! use unveil_torch_ext::HostBuffer;
+//!
+//! let weights = Tensor::from_slice(&[1.0f32, 2.0, -0.5]);
+//! let mut buffer = HostBuffer::new(6, Device::Cpu)?;
+//! buffer.copy_in(0, &weights, Kind::BFloat16)?;
+//!
+//! let restored = Tensor::zeros([3], (Kind::Float, Device::Cpu));
+//! buffer.copy_out(0, Kind::BFloat16, &restored)?;
+//! assert_eq!(Vec::<f32>::try_from(&restored)?, [1.0f32, 2.0, -0.5]);
+//! assert_eq!(buffer.size(), 6);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![expect(unsafe_code, reason = "this crate is the boundary to C++; every unsafe block states why it is sound")]
 

@@ -20,3 +20,4 @@ mod setup;
 mod slurm;
 mod soak;
 mod train;
+mod troubleshooting;

@@ -30,6 +30,18 @@ pub fn all_equal(totals: &[Option<f64>]) -> bool {
 ///
 /// `totals` are the rewards of one group; a masked response (`None`) is left out of mean and deviation and gets no advantage.
 /// If all rewards are equal, the advantages are exactly 0. A reward that is not finite counts as masked.
+///
+/// # Examples
+/// ```
+/// use unveil_algo::{group_advantages, leave_one_out_advantages};
+///
+/// let rewards = [Some(1.0), None, Some(3.0)];
+/// assert_eq!(group_advantages(&rewards, false), [Some(-1.0), None, Some(1.0)]);
+/// assert_eq!(leave_one_out_advantages(&rewards), [Some(-2.0), None, Some(2.0)]);
+///
+/// // Responses of equal reward teach nothing.
+/// assert_eq!(group_advantages(&[Some(0.3); 4], true), [Some(0.0); 4]);
+/// ```
 pub fn group_advantages(totals: &[Option<f64>], scale_by_std: bool) -> Vec<Option<f64>> {
     let values = finite_rewards(totals);
     let mean = mean(&values);

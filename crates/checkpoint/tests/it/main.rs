@@ -1,6 +1,7 @@
 //! Integration tests of checkpoints, through the public interface.
 
 mod common;
+mod examples;
 mod faults;
 mod killed;
 mod local;

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use unveil_collect::{COLLECTED, CollectError, CollectSummary, JOURNAL, StopReason, collect, review};
 use unveil_config::schema::Collect;
 use unveil_core::{Record, Secret};
-use unveil_data::codec::{Sizes, answer_text, codec, read_answer};
 use unveil_data::image_store::Image;
 use unveil_data::records::RecordFile;
+use unveil_preprocess::codec::{Sizes, answer_text, codec, read_answer};
 use unveil_service::CancellationToken;
 use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 
@@ -242,6 +242,20 @@ async fn interrupted_run_keeps_its_answers() {
     assert!(s.is_complete() && s.reused == held && s.asked == 58 - held && held >= 4, "{held} {s:?}");
 }
 
+/// Environment variable with the JSON of a child's arguments: records, output directory, base URL, and the file of the summary.
+const CHILD_VARIABLE: &str = "UNVEIL_TEST_COLLECT";
+
+/// The body of the child process: collects answers and writes the summary.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn child() {
+    let [data, out, base_url, summary]: [String; 4] =
+        serde_json::from_str(&std::env::var(CHILD_VARIABLE).unwrap()).unwrap();
+    let settings = Collect { base_url, model: "seer".into(), concurrency: 3, ..Collect::default() };
+    let collected = run(Path::new(&data), Path::new(&out), &settings).await;
+    std::fs::write(summary, serde_json::to_vec(&collected).unwrap()).unwrap();
+}
+
 #[test]
 fn killed_run_resumes_without_repeating_answers() {
     let dir = tempfile::tempdir().unwrap();
@@ -251,12 +265,12 @@ fn killed_run_resumes_without_repeating_answers() {
         std::thread::sleep(Duration::from_millis(40));
         good_reply(r)
     });
-    let program = std::env::current_exe().unwrap().parent().unwrap().join("../examples/collect");
-    let url = format!("{}/v1", server.url());
+    let summary = dir.path().join("summary.json");
+    let arguments = json!([file, out, format!("{}/v1", server.url()), summary]).to_string();
     let start = || {
-        let mut command = std::process::Command::new(&program);
-        command.arg(&file).arg(&out).arg(&url).stdout(std::process::Stdio::piped());
-        command.spawn().unwrap_or_else(|e| panic!("{}: {e}: build the examples first", program.display()))
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["endpoint::child", "--exact", "--ignored"]).env(CHILD_VARIABLE, &arguments);
+        command.stdout(std::process::Stdio::null()).spawn().unwrap()
     };
     for asked in [5, 14] {
         let mut child = start();
@@ -275,8 +289,8 @@ fn killed_run_resumes_without_repeating_answers() {
     let held = answers(&out);
     let before = server.requests().len();
     assert!(held >= before - 6 && held >= 5, "{held} of {before}");
-    let done = start().wait_with_output().unwrap();
-    let summary: Value = serde_json::from_slice(&done.stdout).unwrap();
+    assert!(start().wait().unwrap().success());
+    let summary: Value = serde_json::from_slice(&std::fs::read(&summary).unwrap()).unwrap();
     assert_eq!(
         (&summary["answered"], &summary["reused"], &summary["asked"]),
         (&json!(15), &json!(held), &json!(30 - held))
@@ -374,7 +388,7 @@ async fn decisions_determine_the_final_records() {
         ["no record has this id", "the answer has changed since", "the answer is empty or contains coordinates"]
     );
     let kept = RecordFile::load(&last).unwrap();
-    unveil_data::check::require_valid(&kept, None).unwrap();
+    unveil_datasets::check::require_valid(&kept, None).unwrap();
     let edited = kept.records.iter().find(|r| r.id == all[1].id).unwrap();
     assert_eq!(
         (edited.answer.as_str(), &edited.extra["collect"]["status"]),

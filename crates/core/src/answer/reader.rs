@@ -17,6 +17,26 @@ const ANSWER_TAGS: [&str; 2] = ["<answer>", "</answer>"];
 /// 3. Inside it counts the last closed fence that holds JSON, else an unclosed fence, else the last bare JSON value, else the model
 ///    family's native form.
 /// 4. Without boxes, a phrase such as "no finding" or an empty list means "no finding". Boxes win over such phrases.
+///
+/// # Examples
+/// ```
+/// use unveil_core::{AnswerReader, ClassMatch, ParseFault, parse_answer};
+///
+/// let reader = AnswerReader::default();
+/// let answer = reader.read("[1,2,30,40] nodule", parse_answer);
+/// assert_eq!((answer.boxes[0], answer.fault), ([1.0, 2.0, 30.0, 40.0], None));
+///
+/// // Another form is read too, and reported.
+/// let answer = reader.read(r#"[{"bbox_2d": [1, 2, 30, 40], "label": "nodule"}]"#, parse_answer);
+/// assert_eq!((answer.category.as_str(), answer.fault), ("nodule", Some(ParseFault::OtherForm)));
+///
+/// // Reasoning that never ends leaves no answer.
+/// assert_eq!(reader.read("<think>[1,2,30,40] nodule", parse_answer).fault, Some(ParseFault::NoSpan));
+///
+/// let tags = ["<box>".to_owned(), "</box>".to_owned()];
+/// let reader = AnswerReader::new(Some(tags), &["unremarkable"], ClassMatch::Equal);
+/// assert!(reader.read("It is <box>Unremarkable.</box>", parse_answer).no_finding);
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct AnswerReader {
     /// Opening and closing tag of the answer span, if one is configured.

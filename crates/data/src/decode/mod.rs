@@ -13,10 +13,15 @@ mod raster;
 mod rle;
 mod voi;
 
+use std::io::Read;
 use std::path::Path;
 
+use crate::files::open_regular;
 use crate::image_store::read_image_file;
 use crate::rgb_image::{Image, ImageError, MAX_PIXELS, MAX_SIDE};
+
+/// Bytes at the start of a file that usually include the header with the image size.
+const HEADER_BYTES: usize = 64 << 10;
 
 /// Decoding error without the image's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +63,20 @@ pub fn image_size(path: &Path) -> Result<(u32, u32), ImageError> {
     size(&read_image_file(path)?, &path.display().to_string())
 }
 
+/// Returns width and height of an image file; usually only its beginning is read.
+pub fn header_size(path: &Path) -> Result<(u32, u32), ImageError> {
+    let name = path.display().to_string();
+    let mut head = Vec::with_capacity(HEADER_BYTES);
+    let file = open_regular(path).map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
+    let read = file.take(HEADER_BYTES as u64).read_to_end(&mut head);
+    read.map_err(|cause| ImageError::Io { name: name.clone(), cause })?;
+    match size(&head, &name) {
+        Ok(size) => Ok(size),
+        Err(_) if head.len() == HEADER_BYTES => image_size(path),
+        Err(e) => Err(e),
+    }
+}
+
 /// Decodes an image; `name` appears in errors.
 fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
     let image = if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
@@ -65,7 +84,7 @@ fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
 }
 
 /// Returns width and height from the header.
-pub(crate) fn size(bytes: &[u8], name: &str) -> Result<(u32, u32), ImageError> {
+fn size(bytes: &[u8], name: &str) -> Result<(u32, u32), ImageError> {
     let size = if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
     size.map_err(|e| e.with_name(name))
 }
@@ -84,4 +103,22 @@ fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
         return Err(DecodeError::TooLarge { what: format!("{width} x {height} = {pixels} pixels"), limit: MAX_PIXELS });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn image_sizes_need_only_the_file_header() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("big.png");
+        let mut noise = Image::new(400, 300);
+        noise.rgb_mut().iter_mut().enumerate().for_each(|(i, v)| *v = (i * 7919 % 251) as u8);
+        let png = noise.to_png().unwrap();
+        assert!(png.len() > HEADER_BYTES);
+        // Only the header is complete, so nothing beyond it was read.
+        std::fs::write(&path, &png[..HEADER_BYTES + 1]).unwrap();
+        assert_eq!(header_size(&path).unwrap(), (400, 300));
+    }
 }

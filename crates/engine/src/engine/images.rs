@@ -4,7 +4,8 @@ use std::borrow::Borrow;
 use std::collections::HashMap;
 
 use tch::Tensor;
-use unveil_model::{GridThw, Vlm};
+use unveil_core::GridThw;
+use unveil_model::Vlm;
 
 use crate::request::PromptInput;
 use crate::{Engine, Result};

@@ -8,16 +8,17 @@ use crate::common::small_run::SmallRun;
 use crate::common::{breakdown, low_tokens, weights};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
+use unveil_core::TrainGroup;
 use unveil_data::image_store::ContentHash;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, GroupRequest, PromptInput};
 use unveil_experience::{Experience, LeaseCall, Settings};
-use unveil_learner::{
-    EventSink, GroupSource, PolicyTrainer, Ready, SilentProgress, StepSettings, TrainGroup, run_rl, sampling,
-};
+use unveil_experience_rpc::GroupSource;
+use unveil_learner::{EventSink, Ready, SilentProgress, run_rl, sampling};
 use unveil_model::Vlm;
 use unveil_rollout::WorkerReport;
 use unveil_service::CancellationToken;
+use unveil_trainer::{PolicyTrainer, StepSettings};
 
 /// An event log that pauses after each update, like a slow learner.
 struct Events {
@@ -113,21 +114,22 @@ fn synchronous(small: &SmallRun) -> SynchronousRun {
                 .iter()
                 .map(|l| data.prepare(machine.record_index(&l.group).unwrap(), &l.group).unwrap())
                 .collect();
-            let request = |(l, prepared): (&unveil_experience::Lease, &unveil_learner::PreparedGroup)| GroupRequest {
-                input: PromptInput {
-                    id: l.group.record.clone(),
-                    prompt: prepared.input.prompt.clone(),
-                    patches: prepared.input.patches.clone().into(),
-                    hashes: vec![*ContentHash::parse(&prepared.image_hash).unwrap().as_bytes()],
-                },
-                key: group_key(&[
-                    &l.group.pass.to_le_bytes(),
-                    &l.group.position.to_le_bytes(),
-                    l.group.record.as_bytes(),
-                ]),
-                sampling: sampling(config),
-                stop: None,
-            };
+            let request =
+                |(l, prepared): (&unveil_experience::Lease, &unveil_experience_rpc::PreparedGroup)| GroupRequest {
+                    input: PromptInput {
+                        id: l.group.record.clone(),
+                        prompt: prepared.input.prompt.clone(),
+                        patches: prepared.input.patches.clone().into(),
+                        hashes: vec![*ContentHash::parse(&prepared.image_hash).unwrap().as_bytes()],
+                    },
+                    key: group_key(&[
+                        &l.group.pass.to_le_bytes(),
+                        &l.group.position.to_le_bytes(),
+                        l.group.record.as_bytes(),
+                    ]),
+                    sampling: sampling(config),
+                    stop: None,
+                };
             let requests: Vec<GroupRequest> = lease.iter().zip(&prepared).map(request).collect();
             let outputs = engine.generate(&requests, None).unwrap();
             for ((l, prepared), output) in lease.iter().zip(prepared).zip(outputs) {

@@ -1,103 +1,26 @@
-//! Adapters in stage 2: training, the KL reference, weight sync, checkpoints and export.
+//! Adapters in stage 2: weight sync, checkpoints and export.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::common::small_run::{SmallRun, StopAt, experience, work};
-use crate::common::{configured, experience_settings, low_tokens, model, rollout, weights};
+use crate::common::weight_sync::NoLeases;
+use crate::common::{adapters, add_noise, experience_settings, lora_spec, model};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_checkpoint::{Access, Manifest, ManifestTensor, Store};
-use unveil_config::schema::{Algorithm, Learner as LearnerConfig};
-use unveil_core::{GroupId, Sampling};
+use unveil_config::schema::Algorithm;
+use unveil_core::{Sampling, TrainGroup};
 use unveil_engine::{Engine, EngineOptions};
 use unveil_experience::Experience;
-use unveil_learner::{
-    BroadcastOptions, ExperienceServer, ExperienceServerOptions, GroupSource, LearnerError, NewWeights, Outcome,
-    PolicyTrainer, PreparedGroup, SilentProgress, TrainGroup, run_rl,
+use unveil_experience_rpc::{
+    BroadcastMember, BroadcastOptions, ExperienceServer, ExperienceServerOptions, NewWeights, WeightReceiver,
 };
+use unveil_learner::{LearnerError, Outcome, SilentProgress, run_rl};
 use unveil_model::{AdapterMerger, LoraSpec, Vlm, export, read_adapters};
-use unveil_rollout::sync::{BroadcastMember, WeightReceiver};
+use unveil_rollout::load_update;
 use unveil_service::CancellationToken;
-
-fn spec(rank: i64) -> LoraSpec {
-    LoraSpec { rank, alpha: 8.0, rank_stabilised: false, targets: LearnerConfig::default().lora.targets }
-}
-
-fn add_noise(vlm: &mut Vlm, seed: i64) {
-    tch::manual_seed(seed);
-    let named = vlm.adapters().unwrap().named_parameters();
-    let noise: Vec<(String, Tensor)> = named.iter().map(|(n, t)| (n.clone(), t.detach().randn_like() * 0.1)).collect();
-    vlm.load_adapters(&noise).unwrap();
-}
-
-fn adapted(seed: u64) -> Vlm {
-    let mut vlm = model(seed);
-    vlm.init_adapters(&spec(4), 1).unwrap();
-    vlm
-}
-
-fn adapters(vlm: &Vlm) -> Vec<(String, Tensor)> {
-    vlm.adapters().unwrap().named_parameters().iter().map(|(n, t)| (n.clone(), t.detach().copy())).collect()
-}
-
-/// Adapters are trained, and nothing else.
-#[test]
-fn adapters_raise_a_toy_reward_with_frozen_weights() {
-    let vlm = adapted(3);
-    let before = weights(&vlm);
-    let fresh = adapters(&vlm);
-    let settings = configured(&vlm, 20, |l| l.optimizer.lr = 1e-2);
-    let mut learner = PolicyTrainer::new(vlm, None, settings).unwrap();
-    let mut means = Vec::new();
-    for step in 0..20 {
-        let batch = rollout(learner.vlm(), 4, 8, step, &low_tokens);
-        let report = learner.update(&batch).unwrap();
-        assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
-        means.push(report.reward["total"]);
-    }
-    let mean = |v: &[f64]| v.iter().sum::<f64>() / v.len() as f64;
-    let first = mean(&means[..3]);
-    let last = mean(&means[17..]);
-    assert!(last > first + 0.2, "{first} -> {last}");
-    assert!(weights(learner.vlm()) == before, "a frozen weight has changed");
-    let moved = adapters(learner.vlm());
-    assert!(moved.iter().zip(&fresh).all(|(a, b)| a.1 != b.1), "every adapter is trained");
-    // Generation with merged weights and the CPU kernels agrees as well.
-    let batch = learner.vlm_mut().merged(|vlm| rollout(vlm, 4, 8, 20, &low_tokens)).unwrap();
-    let report = learner.update(&batch).unwrap();
-    assert!(report.agreement.is_some_and(|a| a < 1e-5), "{:?}", report.agreement);
-}
-
-/// The model without its adapters serves as the reference, bit for bit like a second copy.
-#[test]
-fn disabled_adapters_equal_a_reference_model() {
-    for recompute in [false, true] {
-        let update = |reference: Option<Vlm>| {
-            let mut vlm = adapted(5);
-            add_noise(&mut vlm, 8);
-            let settings = configured(&vlm, 10, |l| {
-                l.kl_coef = 0.2;
-                l.recompute = recompute;
-                l.inner_epochs = 2;
-            });
-            let mut learner = PolicyTrainer::new(vlm, reference, settings).unwrap();
-            let batch = rollout(learner.vlm(), 3, 4, 0, &low_tokens);
-            let report = learner.update(&batch).unwrap();
-            (report.kl_reference, report.loss, adapters(learner.vlm()))
-        };
-        let without_reference = update(None);
-        let copy = update(Some(model(5)));
-        assert!(without_reference.0 > 1e-3, "the reference is another model: {}", without_reference.0);
-        assert!(
-            without_reference == copy,
-            "{:?} is not {:?}",
-            (without_reference.0, without_reference.1),
-            (copy.0, copy.1)
-        );
-    }
-}
 
 fn run(small: &SmallRun, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerError> {
     let (model, out) = (small.model(), small.dir.path().join("out/model"));
@@ -146,7 +69,7 @@ fn resumed_run_reaches_the_same_adapters() {
         export(&straight.model(), &again, None, Some(&path_in(&straight, "adapter"))).unwrap();
         let read = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
         assert!(read(&again) == read(&path_in(&straight, "model")) && read(&again) != read(&straight.model()));
-        unveil_data::preprocessor::Preprocessor::load(&path_in(&straight, "model")).unwrap();
+        unveil_preprocess::preprocessor::Preprocessor::load(&path_in(&straight, "model")).unwrap();
         // A checkpoint contains the adapters and only their moments.
         let named = read_adapters(&path_in(&straight, "adapter")).unwrap().1;
         let saved = newest_manifest(&straight);
@@ -209,14 +132,6 @@ fn small_targets() -> Vec<String> {
     small(Algorithm::Grpo).config.learner.lora.targets
 }
 
-struct NoLeases;
-
-impl GroupSource for NoLeases {
-    fn prepare(&self, _: usize, _: &GroupId) -> Result<PreparedGroup, LearnerError> {
-        Err(LearnerError::Setting("nothing is leased here".into()))
-    }
-}
-
 /// Over real gRPC, the first version is sent whole and later ones as adapters only. A worker that joins late has the
 /// same bytes as an early one, in both dtypes, by stream and by broadcast.
 #[test]
@@ -234,7 +149,7 @@ fn only_adapters_are_sent_after_the_first_version() {
         let server = ExperienceServer::start(runtime.handle(), options, machine, Arc::new(NoLeases)).unwrap();
         let mut vlm = model(2);
         vlm.init_adapters(
-            &LoraSpec { targets: vec!["q_proj".into(), "down_proj".into(), "visual.*.qkv".into()], ..spec(3) },
+            &LoraSpec { targets: vec!["q_proj".into(), "down_proj".into(), "visual.*.qkv".into()], ..lora_spec(3) },
             1,
         )
         .unwrap();
@@ -259,7 +174,7 @@ fn only_adapters_are_sent_after_the_first_version() {
         };
         let take = |receiver: &mut WeightReceiver, engine: &mut Engine<Vlm>| {
             let update = runtime.block_on(receiver.fetch(patience)).unwrap().unwrap();
-            update.load_into(engine).unwrap();
+            load_update(engine, &update).unwrap();
             let bytes: usize = update.tensors.iter().map(|(_, t)| t.numel() * t.kind().elt_size_in_bytes()).sum();
             let received = (update.whole, update.tensors.len(), bytes);
             receiver.adopt(update);

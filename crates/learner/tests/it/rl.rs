@@ -100,7 +100,7 @@ fn the_best_checkpoint_is_exported() {
         let seconds = ["wait_s", "copy_s", "upload_s"].map(|k| event[k].as_f64().unwrap());
         assert!(seconds.iter().all(|s| (0.0..60.0).contains(s)) && seconds[2] > 0.0, "{event}");
     }
-    unveil_data::preprocessor::Preprocessor::load(&small.dir.path().join("rl-out")).unwrap();
+    unveil_preprocess::preprocessor::Preprocessor::load(&small.dir.path().join("rl-out")).unwrap();
     let samples = std::fs::read_to_string(small.run().join("rollouts/step-3.jsonl")).unwrap();
     assert_eq!(samples.lines().count(), 8);
     let line: Value = serde_json::from_str(samples.lines().next().unwrap()).unwrap();

@@ -3,8 +3,9 @@
 use crate::common::small_run::{SmallRun, StopAt};
 use unveil_checkpoint::{Access, Store, list};
 use unveil_config::schema::Optimizer;
-use unveil_learner::{Evaluation, LearnerError, Progress, SftBatch, SftTrainer, SilentProgress, run_sft};
+use unveil_learner::{Evaluation, Progress, SilentProgress, run_sft};
 use unveil_service::CancellationToken;
+use unveil_trainer::{SftBatch, SftTrainer, TrainerError};
 
 fn batch(small: &SmallRun) -> SftBatch {
     let data = small.data();
@@ -49,7 +50,7 @@ fn non_finite_losses_are_skipped_then_fatal() {
     for _ in 0..4 {
         assert!(trainer.update(&invalid).unwrap().skipped.is_some());
     }
-    assert!(matches!(trainer.update(&invalid), Err(LearnerError::Skipped { step: 7, in_a_row: 5, .. })));
+    assert!(matches!(trainer.update(&invalid), Err(TrainerError::Skipped { step: 7, in_a_row: 5, .. })));
 }
 
 fn small_sft() -> SmallRun {
@@ -108,7 +109,7 @@ fn resumed_stage_reaches_the_same_weights() {
     let bytes = |s: &SmallRun| std::fs::read(s.dir.path().join("sft-out/model.safetensors")).unwrap();
     assert!(bytes(&straight) == bytes(&broken), "3 + 3 updates are not 6");
     // The model directory is complete, and a third run has nothing to do.
-    unveil_data::preprocessor::Preprocessor::load(&broken.dir.path().join("sft-out")).unwrap();
+    unveil_preprocess::preprocessor::Preprocessor::load(&broken.dir.path().join("sft-out")).unwrap();
     let (outcome, events) = run(&broken, u64::MAX);
     assert_eq!((outcome.step, outcome.exported, events.len()), (6, Some(6), 1));
 }
@@ -138,7 +139,7 @@ fn cancellation_interrupts_batch_preparation() {
 #[test]
 fn items_over_the_context_are_refused_by_id() {
     let small = small_sft();
-    let limits = unveil_data::context_fit::TokenLimits { context: 50, new_tokens: 0, question: String::new() };
+    let limits = unveil_preprocess::context_fit::TokenLimits { context: 50, new_tokens: 0, question: String::new() };
     let e = small.data_with_limits(limits).item(2, 0, false).err().unwrap().to_string();
     assert!(e.contains("context of 50") && e.contains("record \""), "{e}");
 }

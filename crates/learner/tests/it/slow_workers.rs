@@ -14,12 +14,10 @@ use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use unveil_config::Config;
 use unveil_config::schema::WeightSync;
-use unveil_core::GroupId;
+use unveil_core::{GroupId, TrainGroup};
 use unveil_experience::{Event, Experience, Settings};
-use unveil_learner::{
-    BroadcastOptions, ExperienceServer, ExperienceServerOptions, NewWeights, Ready, SilentProgress, TrainGroup, run_rl,
-    sampling,
-};
+use unveil_experience_rpc::{BroadcastOptions, ExperienceServer, ExperienceServerOptions, NewWeights};
+use unveil_learner::{Ready, SilentProgress, run_rl, sampling};
 use unveil_model::Vlm;
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
@@ -152,7 +150,7 @@ fn large_images_train() {
     small.config.learner.groups = 5;
     small.config.rollout.groups_per_lease = Config::default().rollout.groups_per_lease;
     let data = small.dir.path().join("data");
-    let file = data.join(unveil_data::synth::RECORDS_FILE);
+    let file = data.join(unveil_datasets::synth::RECORDS_FILE);
     let mut bytes = vec![];
     let mut lines = vec![];
     for line in std::fs::read_to_string(&file).unwrap().lines() {

@@ -8,9 +8,10 @@ pub(crate) mod preset;
 
 use serde_json::{Map, Value};
 use tch::Kind;
+use unveil_core::GridThw;
 
 use crate::config::family::Family;
-use crate::{GridThw, ModelError, Result};
+use crate::{ModelError, Result};
 
 /// Sizes and traits of the decoder.
 #[derive(Debug, Clone, PartialEq)]

@@ -71,7 +71,9 @@ impl Layer {
 
 #[cfg(test)]
 mod tests {
-    use crate::{AttentionSet, CacheShape, Family, InitSpec, Prompt, SpecialIds, Vlm, init};
+    use unveil_core::Prompt;
+
+    use crate::{AttentionSet, CacheShape, Family, InitSpec, SpecialIds, Vlm, init};
 
     use super::*;
 

@@ -110,10 +110,11 @@ mod tests {
     use std::cell::Cell;
 
     use tch::Device;
+    use unveil_core::Prompt;
     use unveil_torch_ext::ExtError;
 
     use super::*;
-    use crate::{CacheShape, Family, InitSpec, Prompt, SpecialIds, Vlm, init};
+    use crate::{CacheShape, Family, InitSpec, SpecialIds, Vlm, init};
 
     /// Returns the steps at which recording is attempted, if it always fails with `error`, and the last error of the cache.
     fn attempted_steps(steps: u64, error: &ExtError) -> (Vec<u64>, Option<String>) {

@@ -2,9 +2,10 @@
 //! (arXiv 2409.12191, section 2.1), with positions numbered as in the Hugging Face code.
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::GridThw;
 
 use crate::layers::ops::inverse_frequencies;
-use crate::{GridThw, ModelError, Result, TextConfig, VlmConfig};
+use crate::{ModelError, Result, TextConfig, VlmConfig};
 
 /// Returns the positions of a token sequence with images, and the position of the next text token.
 ///

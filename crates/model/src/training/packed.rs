@@ -4,9 +4,9 @@
 use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::Prompt;
 
 use crate::layers::rope::rope_positions;
-use crate::prompt::Prompt;
 use crate::training::packed_attention::PackedAttention;
 use crate::{ModelError, Result, VlmConfig};
 

@@ -11,12 +11,13 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use tch::{Device, Tensor};
+use unveil_core::GridThw;
 
 use crate::layers::linear::Linear;
 use crate::layers::ops::{activation_kind, layer_norm, linear, rms_norm, rotate, sdpa, split2};
 use crate::training::tape::{Tape, Var};
 use crate::vision::window::FrameTables;
-use crate::{GridThw, ModelError, Result, VisionConfig};
+use crate::{ModelError, Result, VisionConfig};
 
 const NORM_EPS: f64 = 1e-6;
 

@@ -1,6 +1,7 @@
 //! Generation with a model: prefill of prompts, refill after a weight swap, decode steps.
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::Prompt;
 
 use crate::decoder::{AttentionMask, SequenceOptions};
 use crate::generation::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
@@ -8,7 +9,6 @@ use crate::generation::decode_slots::StepTensors;
 use crate::generation::decode_step::replayed_step;
 use crate::layers::attention::AttentionSet;
 use crate::layers::rope::rope_positions;
-use crate::prompt::Prompt;
 use crate::training::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
 use crate::training::tape::{Tape, TapeMode, Var};
 use crate::vlm::Vlm;

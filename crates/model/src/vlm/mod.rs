@@ -11,6 +11,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::GridThw;
 use unveil_torch_ext::{ExtError, select_gpu};
 
 use crate::adapters::lora::Adapters;
@@ -25,7 +26,7 @@ use crate::vision::VisionTower;
 use crate::weights::fused_weights::fuse_weights;
 use crate::weights::shards::{MAX_SHARD_BYTES, ShardPlan};
 use crate::weights::{self, check_names_and_shapes};
-use crate::{GridThw, ModelError, Result, VlmConfig};
+use crate::{ModelError, Result, VlmConfig};
 
 /// Result of [`Vlm::forward`].
 pub struct ForwardOut {

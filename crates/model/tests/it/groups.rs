@@ -1,9 +1,10 @@
 //! Packed groups equal separate sequences, decoding equals teacher forcing, caches can shrink and grow.
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::Prompt;
 use unveil_model::{
-    AttentionSet, CacheShape, CaptureSpec, Family, ModelError, PackedBatch, PackedGroup, Prompt, Tape, TapeMode, Var,
-    Vlm, logprobs, logprobs_entropy,
+    AttentionSet, CacheShape, CaptureSpec, Family, ModelError, PackedBatch, PackedGroup, Tape, TapeMode, Var, Vlm,
+    logprobs, logprobs_entropy,
 };
 
 use crate::common::{lively, lively_of, max_diff};

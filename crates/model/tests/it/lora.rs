@@ -7,9 +7,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
+use unveil_core::{GridThw, Prompt};
 use unveil_model::{
-    CacheShape, Family, GridThw, LoraSpec, PackedBatch, PackedGroup, Prompt, Tape, TapeMode, Vlm, export, fingerprint,
-    read_adapters, read_safetensors, rope_positions, write_safetensors,
+    CacheShape, Family, LoraSpec, PackedBatch, PackedGroup, Tape, TapeMode, Vlm, export, fingerprint, read_adapters,
+    read_safetensors, rope_positions, write_safetensors,
 };
 
 use crate::common::{lively_of, python};

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use unveil_config::Config;
 use unveil_config::schema::{Gate, RelevanceKind};
 use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Record};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_reward::{GroupInput, REGION_COMPONENTS, ResponseInput, Scoring, run_score, score_group};
 
 const SIZES: Sizes = Sizes { original: (640, 480), resized: (640, 480) };

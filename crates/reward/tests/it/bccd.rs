@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use unveil_config::Config;
 use unveil_core::{BBox, BoxForm, Record};
-use unveil_data::codec::{Sizes, answer_text, codec};
-use unveil_data::import::{ClassFilter, Format, ImportOptions, import};
 use unveil_data::records::RecordFile;
+use unveil_datasets::import::{ClassFilter, Format, ImportOptions, import};
+use unveil_preprocess::codec::{Sizes, answer_text, codec};
 use unveil_testkit::bccd;
 
 #[test]

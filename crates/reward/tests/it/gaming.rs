@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use unveil_config::schema::Overlap;
 use unveil_core::{Attention, BoxForm, Breakdown, Record, format_answer};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_reward::{COMPONENTS, GroupInput, ResponseInput, Scoring, score_group};
 
 const IMAGE: Sizes = Sizes { original: (96, 96), resized: (96, 96) };

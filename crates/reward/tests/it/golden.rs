@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 use unveil_config::schema::Overlap;
 use unveil_core::{BBox, BoxForm};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_reward::assignment::max_assignment;
 use unveil_reward::embed::{Embedder, similarity};
 use unveil_reward::localization::{

@@ -8,7 +8,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use unveil_config::Config;
 use unveil_core::{Attention, BoxForm, Breakdown, Component, Finish, MaskReason, Record, Response};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::{response_to_wire, v1};
 use unveil_reward::{COMPONENTS, RewardClient, RewardError, Unscored, score_request, serve_with, unavailable_reason};

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use unveil_config::Config;
 use unveil_config::schema::{Gate, Normalise, Overlap, RelevanceKind, VisionMode};
 use unveil_core::{Attention, BoxForm, ClassMatch, Record};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_reward::symbolic::RuleTable;
 use unveil_reward::{GroupInput, Resources, ResponseInput, Scoring, compose_breakdowns, compute_components};
 

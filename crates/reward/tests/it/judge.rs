@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use unveil_config::Config;
 use unveil_config::schema::Custom;
 use unveil_core::{BoxForm, MaskReason};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_reward::{GroupInput, ResponseInput, RewardError, Scorers};
 use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
 

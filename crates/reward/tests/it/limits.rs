@@ -10,7 +10,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use unveil_config::{Config, Role};
 use unveil_core::{MaskReason, Record};
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_proto::v1;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_proto::v1::reward_stream_client::RewardStreamClient;

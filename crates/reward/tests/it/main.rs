@@ -2,6 +2,7 @@
 
 mod answers;
 mod bccd;
+mod examples;
 mod gaming;
 mod golden;
 mod grpc;

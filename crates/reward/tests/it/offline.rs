@@ -157,12 +157,12 @@ fn tokens_and_mentions_through_a_tokenizer() {
     let s = Sandbox::new();
     let model = s.dir.path().join("model");
     std::fs::create_dir(&model).unwrap();
-    unveil_data::tokenizer::tiny::write_tiny(&model, &Default::default()).unwrap();
-    let tokenizer = unveil_data::tokenizer::Tokenizer::load(&model).unwrap();
+    unveil_preprocess::tokenizer::tiny::write_tiny(&model, &Default::default()).unwrap();
+    let tokenizer = unveil_preprocess::tokenizer::Tokenizer::load(&model).unwrap();
     let text = "[16,16,32,32] nodule";
     let tokens = tokenizer.encode(&format!("{text}<|im_end|>")).unwrap();
-    let spans = unveil_reward::byte_spans(text, &tokenizer.decode_offsets(&tokens).spans);
-    let mention = unveil_reward::mention::overlapping_tokens(&(14..20), &spans);
+    let spans = unveil_core::mention::byte_spans(text, &tokenizer.decode_offsets(&tokens).spans);
+    let mention = unveil_core::mention::overlapping_tokens(&(14..20), &spans);
     assert!(!mention.is_empty());
     let row = |cell: usize| (0..36).map(|j| f64::from(u8::from(j == cell))).collect::<Vec<_>>();
     // Only the tokens of the mention attend to the lesion.
@@ -193,8 +193,8 @@ fn tokens_and_mentions_through_a_tokenizer() {
 #[test]
 fn box_form_is_configured_or_the_familys() {
     use unveil_core::BoxForm;
-    use unveil_data::preprocessor::Family;
-    use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+    use unveil_preprocess::preprocessor::Family;
+    use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
     let s = Sandbox::new();
     let localization = |config: &Config, text: &str| {
         let mut out = Vec::new();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use unveil_config::Config;
 use unveil_config::schema::RelevanceKind;
 use unveil_core::Record;
-use unveil_data::codec::Sizes;
+use unveil_preprocess::codec::Sizes;
 use unveil_proto::v1;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_reward::{RewardError, run_serve, score_request};

@@ -292,7 +292,7 @@ fn configured_sink_filter_changes_scores() {
     let mut config = sandbox.model().config;
     config.reward.vision_relevance.layers = vec![2];
     // Rows of every token, as sent by the worker.
-    let preprocessor = unveil_data::preprocessor::Preprocessor::load(&sandbox.model().dir).unwrap();
+    let preprocessor = unveil_preprocess::preprocessor::Preprocessor::load(&sandbox.model().dir).unwrap();
     let mut engine = open_engine(&config, &sandbox.model().dir, 1, &[]).unwrap();
     let prepared = preprocessor.prepare(&fixture::picture(0), &fixture::record(0).question).unwrap();
     let (input, geometry) = crate::text::group_input("r0", None, prepared);

@@ -7,17 +7,19 @@ use std::sync::Arc;
 use serde_json::Value;
 use tch::{Device, Kind};
 use unveil_config::Config;
-use unveil_data::context_fit::TokenLimits;
-use unveil_data::preprocessor::Preprocessor;
+use unveil_core::Prompt;
 use unveil_data::records::RecordFile;
-use unveil_data::synth::{RECORDS_FILE, SynthSpec, generate};
-use unveil_data::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
+use unveil_datasets::synth::{RECORDS_FILE, SynthSpec, generate};
 use unveil_engine::{Engine, EngineOptions, GroupRequest, PromptInput, random::group_key};
+use unveil_experience_rpc::WeightReceiver;
 use unveil_learner::{Dataset, EventSink, Progress, Stage};
-use unveil_model::{InitSpec, Prompt, SpecialIds, Vlm, init};
+use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+use unveil_preprocess::context_fit::TokenLimits;
+use unveil_preprocess::preprocessor::Preprocessor;
+use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::{breakdown_to_wire, response_to_wire, sampling_from_wire, v1};
-use unveil_rollout::sync::WeightReceiver;
+use unveil_rollout::load_update;
 use unveil_service::{CancellationToken, limited};
 
 use crate::common::{breakdown, low_tokens};
@@ -150,7 +152,7 @@ async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
         }
         if receiver.held().is_none_or(|h| h.version != answer.version) {
             let update = receiver.fetch(patience).await.unwrap().unwrap();
-            update.load_into(&mut engine).unwrap();
+            load_update(&mut engine, &update).unwrap();
             receiver.adopt(update);
         }
         let held = receiver.held().unwrap();
