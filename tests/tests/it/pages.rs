@@ -45,7 +45,8 @@ fn links_lead_somewhere() {
     let mut faults = Vec::new();
     for page in pages() {
         let text = std::fs::read_to_string(&page).expect("a page");
-        faults.extend(links(&text).into_iter().filter(|t| broken(&page, t)).map(|t| format!("{}: {t}", page.display())));
+        faults
+            .extend(links(&text).into_iter().filter(|t| broken(&page, t)).map(|t| format!("{}: {t}", page.display())));
     }
     assert!(faults.is_empty(), "links without a target:\n{}", faults.join("\n"));
     assert!(broken(&workspace().join("README.md"), "crates/nowhere.md"));
