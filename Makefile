@@ -48,6 +48,8 @@ check: setup ## format, clippy, docs, licences, unused dependencies, crate bound
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
 	.ci/boundaries
+	.ci/circles
+	.ci/tics
 
 chaos: build ## soak under kills, pauses, network and store faults, with a verdict (SEED=… FAULTS=200)
 	@.ci/setup --tests

@@ -177,7 +177,7 @@ impl Collective for Group {
         self.check_tensor(CALL, &tensor)?;
         let count = tensor.numel();
         let ranks = self.world_size();
-        if count % ranks != 0 {
+        if !count.is_multiple_of(ranks) {
             return Err(CollectiveError::Indivisible { call: CALL, count, ranks });
         }
         self.start(CALL, count, CollectiveRequest::ReduceScatter(tensor))

@@ -1,4 +1,4 @@
-//! What became of each group of a batch, as the experience server accounts for it.
+//! Outcomes of the groups of a batch, as the experience server accounts for them.
 
 use unveil_core::{GroupId, TrainGroup};
 use unveil_experience::GroupOutcome;

@@ -33,6 +33,8 @@ const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout of the last heartbeat.
 const LAST_HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Time without an answer after which the learner of a finished run is assumed to have left.
+const END_OF_RUN_GRACE: Duration = Duration::from_secs(5);
 /// Interval at which a worker that waits for rewards checks whether the run has ended.
 const RUN_END_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -110,7 +112,7 @@ pub async fn run(options: WorkerOptions, shutdown: CancellationToken) -> Result<
     cancel.store(true, Ordering::Relaxed);
     worker.tasks.shutdown().await;
     let held = worker.shared.leases.drain();
-    if !held.is_empty() {
+    if !held.is_empty() && !matches!(outcome, Ok(true)) {
         tracing::info!(leases = held.len(), "releasing leases");
         worker.shared.experience.release(held).await;
     }
@@ -245,10 +247,17 @@ impl Worker {
             let batch = process_batch(shared.clone(), self.device.clone(), lease.groups, generating_permit, era);
             self.tasks.spawn(async { (batch.await, Some(in_flight_permit)) });
         }
+        // Every group of the run is done, so what is still in flight is not needed, and the learner may have left.
         let all_permits =
             async { in_flight.acquire_many(MAX_BATCHES_IN_FLIGHT).await.map_err(|_| RolloutError::Died("batches")) };
-        let _all_permits = self.unless_failed(all_permits).await?;
-        tracing::info!("run finished");
+        tokio::select! {
+            done = self.unless_failed(all_permits) => match done {
+                Ok(_all_permits) => tracing::info!("run finished"),
+                Err(RolloutError::Service { role: "experience", .. }) => tracing::info!("run finished, the learner has left"),
+                Err(e) => return Err(e),
+            },
+            () = wait_for_departure(&shared) => tracing::info!("run finished, the learner has left"),
+        }
         Ok(())
     }
 
@@ -278,6 +287,17 @@ async fn wait_for_rewards(shared: &WorkerShared) -> Result<()> {
         shared.rewards.probe().await;
     }
     Ok(())
+}
+
+/// Waits until the learner has not answered for [`END_OF_RUN_GRACE`].
+async fn wait_for_departure(shared: &WorkerShared) {
+    let mut last_answer = Instant::now();
+    while last_answer.elapsed() < END_OF_RUN_GRACE {
+        tokio::time::sleep(RUN_END_POLL_INTERVAL).await;
+        if shared.experience.heartbeat(&shared.leases, HEARTBEAT_TIMEOUT).await.is_some() {
+            last_answer = Instant::now();
+        }
+    }
 }
 
 /// Sends heartbeats about the held leases until it is dropped.

@@ -181,7 +181,7 @@ impl GlooGroup {
         let kind = check_flat(tensor)?;
         let count = tensor.numel();
         let ranks = self.ranks;
-        if count % ranks != 0 {
+        if !count.is_multiple_of(ranks) {
             let message = format!("{count} elements do not divide over {ranks} ranks");
             return Err(ExtError::Refused { what: "reduce_scatter", message });
         }

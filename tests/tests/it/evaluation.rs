@@ -192,7 +192,7 @@ fn bccd_responses_are_scored_evaluated_and_reported() {
     assert_eq!((list(&read["rows"]), list(&read["samples"]), list(&read["sizes"])), (n, n, 72));
     assert!(list(&read["loads"]) == 0, "the page loads nothing: {}", read["loads"]);
     assert!(read["sizes"].as_array().expect("sizes").iter().all(|v| *v == json!([320, 240])), "{}", read["sizes"]);
-    for id in ["list", "one", "find", "low", "high", "mask", "order", "count"] {
+    for id in ["list", "detail", "find", "low", "high", "mask", "order", "count"] {
         assert!(read["ids"].as_array().expect("ids").contains(&json!(id)), "no {id}");
     }
     for (i, sample) in read["samples"].as_array().expect("samples").iter().enumerate() {

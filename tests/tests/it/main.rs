@@ -11,6 +11,7 @@ mod fence;
 mod helm;
 mod machines;
 mod offline;
+mod pages;
 mod ranks;
 mod resume;
 mod reward;

@@ -175,6 +175,26 @@ async fn shutdown_releases_leases() {
     });
 }
 
+/// Every group of the run is done, so a group in flight is not needed, and a learner that has left is no error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn group_in_flight_at_the_end_of_the_run_is_dropped() {
+    let services = start_run().await;
+    let mut slow = answer(&[0], 0);
+    set_size(&mut slow, 8, 1800);
+    services.fake.with(|s| s.leases = [slow].into());
+    let worker = tokio::spawn(run(services.options(), CancellationToken::new()));
+    // The lease call after the group's says that the run is finished.
+    let begun = Instant::now();
+    while services.fake.with(|s| s.held_at_lease.len() < 2) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the worker does not ask for further groups");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    services.stop.cancel();
+    let report = tokio::time::timeout(Duration::from_secs(60), worker).await.unwrap().unwrap().unwrap();
+    assert_eq!((report.accepted, report.refused, report.finished), (0, 0, true));
+}
+
 /// A record that cannot be prepared ends neither the worker nor the other groups of its batch.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn broken_image_releases_its_group() {

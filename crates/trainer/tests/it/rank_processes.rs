@@ -22,7 +22,7 @@ const RANK_SPEC: &str = "UNVEIL_TEST_RANK";
 pub const BATCHES: usize = 5;
 const SEED: u64 = 5;
 
-/// What a rank's process does.
+/// Work of a rank's process.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct RankSpec {
     pub dir: PathBuf,

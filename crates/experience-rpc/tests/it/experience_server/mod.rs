@@ -215,7 +215,7 @@ fn weight_streams_contain_only_changed_tensors() {
     for strange in [v1::HeldWeights { version: 9, checksum: 1 }, v1::HeldWeights { checksum: 1, ..held(0) }] {
         assert_eq!(s.weights(Some(strange), 0).unwrap().1.len(), 700_001 * 4);
     }
-    assert!(publish(&s.server, 0).unwrap_err().to_string().contains("versions only grow"));
+    assert!(publish(&s.server, 0).unwrap_err().to_string().contains("versions must not decrease"));
     assert!(s.weights(None, 0).is_some(), "a refused version does not withdraw the weights");
 }
 
