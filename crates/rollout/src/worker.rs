@@ -10,7 +10,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use unveil_config::schema::WeightSync;
 use unveil_config::{Config, Role};
-use unveil_experience_rpc::{BroadcastMember, ExperienceConnection, HeldLeases, WeightReceiver};
+use unveil_experience_rpc::{BroadcastMember, ClientError, ExperienceConnection, HeldLeases, WeightReceiver};
 use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_reward::Scoring;
 use unveil_service::{Backoff, CancellationToken, Health, ServiceAccess, client_options};
@@ -253,7 +253,7 @@ impl Worker {
         tokio::select! {
             done = self.unless_failed(all_permits) => match done {
                 Ok(_all_permits) => tracing::info!("run finished"),
-                Err(RolloutError::Service { role: "experience", .. }) => tracing::info!("run finished, the learner has left"),
+                Err(RolloutError::Experience(ClientError::Service { .. })) => tracing::info!("run finished, the learner has left"),
                 Err(e) => return Err(e),
             },
             () = wait_for_departure(&shared) => tracing::info!("run finished, the learner has left"),
