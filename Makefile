@@ -22,28 +22,31 @@ setup: ## Python environment with libtorch, Debian packages, .cargo/config.toml 
 	@.ci/setup
 
 build: setup ## both binaries
-	cargo build --locked --workspace --exclude unveil-bench --bins
+	cargo build --locked $(PACKAGES) --bins
 
 train: build ## a complete run: stage 1, stage 2, evaluation, report (CONFIG=… ARGS="--set a.b=c")
 	target/debug/unveil train --config $(CONFIG) $(ARGS)
+
+# Everything but the programs of the benchmarks.
+PACKAGES := --workspace --exclude unveil-bench
 
 # Binaries and tests in one build: test dependencies enable other features, and separate builds would compile everything twice.
 # The examples in the documentation run last: nextest does not run them.
 test: ## all tests
 	@.ci/setup --tests
-	cargo build --locked --workspace --bins --tests --examples
+	cargo build --locked $(PACKAGES) --bins --tests --examples
 	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): skipping its tests (set UNVEIL_BCCD=DIR)")
 	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: skipping the tests on a real Slurm")
-	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked --workspace $(NEXTEST_ONLY); \
-	else set -x; cargo test --locked --workspace --tests $(TEST_ONLY); fi
-	cargo test --locked --workspace --doc
+	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked $(PACKAGES) $(NEXTEST_ONLY); \
+	else set -x; cargo test --locked $(PACKAGES) --tests $(TEST_ONLY); fi
+	cargo test --locked $(PACKAGES) --doc
 
 test-helm: ## tests of the Helm chart, the container, and roles as in pods (part of `test`)
 	@.ci/setup --tests
-	cargo build --locked --workspace --exclude unveil-bench --bins
+	cargo build --locked $(PACKAGES) --bins
 	cargo test --locked -p unveil-tests --test it helm::
 
-check: setup ## format, clippy, docs, licences, unused dependencies, crate boundaries
+check: setup ## format, clippy, docs, licences, unused dependencies, crate boundaries, module circles, language
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
@@ -65,7 +68,7 @@ test-ceph: build ## object storage tests against Ceph's S3 gateway (installs Deb
 
 test-slurm: setup ## tests on a real Slurm of four nodes on this machine (part of `test`; needs root)
 	@.ci/setup --tests
-	cargo build --locked --workspace --exclude unveil-bench --bins
+	cargo build --locked $(PACKAGES) --bins
 	cargo test --locked -p unveil-tests --test it slurm:: -- --nocapture --test-threads 1
 
 test-gpu: setup ## GPU tests of engine, collectives and weight sync; they fail without a GPU
