@@ -20,5 +20,6 @@ mod secrets;
 mod setup;
 mod slurm;
 mod soak;
+mod tools;
 mod train;
 mod troubleshooting;
