@@ -83,7 +83,7 @@ impl RecordFile {
     /// # Errors
     /// Returns [`RecordsError::Io`] if the file cannot be read, [`RecordsError::Line`] for a line that is not a record or has an empty id,
     /// [`RecordsError::Duplicate`] for a repeated id, and [`RecordsError::ImagePath`] for an image path that is absolute or leaves the
-    /// folder. Boxes are not checked here: see [`unveil_datasets::check`].
+    /// folder. Boxes are not checked here: the checks of unveil-datasets do that.
     pub fn load(path: &Path) -> Result<Self, RecordsError> {
         Self::load_with(path, PathPolicy::Folder)
     }

@@ -50,9 +50,6 @@ mod xml;
 mod yaml;
 mod yolo;
 
-#[cfg(test)]
-mod tests;
-
 use std::path::{Path, PathBuf};
 
 use unveil_data::image_store::ImageError;

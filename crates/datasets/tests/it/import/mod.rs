@@ -19,7 +19,8 @@ use unveil_core::Record;
 use unveil_data::image_store::Image;
 use unveil_data::records::RecordFile;
 
-use super::{Format, ImportError, ImportOptions, ImportReport, import};
+use unveil_datasets::check::require_valid;
+use unveil_datasets::import::{Format, ImportError, ImportOptions, ImportReport, import};
 
 /// A data set in a temporary directory, and the path of the record file to import into.
 pub(super) struct DatasetFixture {
@@ -63,7 +64,7 @@ impl DatasetFixture {
     pub(super) fn import(&self, format: Format, options: &ImportOptions) -> (ImportReport, BTreeMap<String, Record>) {
         let report = self.try_import(format, options).unwrap();
         let file = RecordFile::load(&self.out()).unwrap();
-        crate::check::require_valid(&file, None).unwrap();
+        require_valid(&file, None).unwrap();
         assert_eq!(report.records, file.records.len());
         assert_eq!(report.boxes, file.records.iter().map(|r| r.boxes.len()).sum::<usize>());
         (report, file.records.into_iter().map(|r| (r.id.clone(), r)).collect())

@@ -2,8 +2,8 @@
 
 use std::os::unix::ffi::OsStrExt;
 
-use super::super::ClassFilter;
 use super::{DatasetFixture, Format, ImportOptions, UNREAD, boxes, fixtures, reasons};
+use unveil_datasets::import::ClassFilter;
 
 fn options() -> ImportOptions {
     ImportOptions::default()

@@ -1,7 +1,7 @@
 //! Tests of the rules for all formats: class filter, questions, ids, corrupt images, splits by pixels, leaks.
 
-use super::super::ClassFilter;
 use super::{DatasetFixture, Format, ImportOptions, boxes, fixtures, reasons};
+use unveil_datasets::import::ClassFilter;
 
 #[test]
 fn format_names_round_trip() {

@@ -8,8 +8,8 @@ use unveil_data::records::RecordFile;
 use unveil_preprocess::codec::{Sizes, answer_text, codec, read_answer};
 use unveil_testkit::bccd;
 
-use super::super::ClassFilter;
 use super::{Format, ImportError, ImportOptions, ImportReport};
+use unveil_datasets::import::ClassFilter;
 
 fn import(src: &Path, out: &Path, options: &ImportOptions) -> Result<ImportReport, ImportError> {
     super::import(Format::Voc, src, out, options)
@@ -62,7 +62,7 @@ fn bccd_boxes_round_trip_in_every_form() {
     let out = dir.path().join("all.jsonl");
     import(&bccd(), &out, &ImportOptions::default()).unwrap();
     let file = RecordFile::load(&out).unwrap();
-    assert!(crate::check::require_valid(&file, None).is_ok());
+    assert!(unveil_datasets::check::require_valid(&file, None).is_ok());
     for r in &file.records {
         let [w, h] = r.image_size.unwrap();
         // Qwen2.5-VL resizes 640 x 480 to multiples of 28.
