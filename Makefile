@@ -27,8 +27,14 @@ build: setup ## both binaries
 train: build ## a complete run: stage 1, stage 2, evaluation, report (CONFIG=… ARGS="--set a.b=c")
 	target/debug/unveil train --config $(CONFIG) $(ARGS)
 
+# Features and examples as in clippy's call: dependencies are checked once for both.
+DOC := cargo doc --locked --workspace --no-deps --lib --bins --examples --all-features
+
 # Everything but the programs of the benchmarks.
 PACKAGES := --workspace --exclude unveil-bench
+
+# Process tests wait most of the time, so one test more than CPUs runs at a time.
+TEST_THREADS = $$(($$(nproc) + 1))
 
 # Binaries and tests in one build: test dependencies enable other features, and separate builds would compile everything twice.
 # The examples in the documentation run last: nextest does not run them.
@@ -37,7 +43,7 @@ test: ## all tests
 	cargo build --locked $(PACKAGES) --bins --tests --examples
 	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): skipping its tests (set UNVEIL_BCCD=DIR)")
 	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: skipping the tests on a real Slurm")
-	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked $(PACKAGES) $(NEXTEST_ONLY); \
+	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked $(PACKAGES) --test-threads $(TEST_THREADS) $(NEXTEST_ONLY); \
 	else set -x; cargo test --locked $(PACKAGES) --tests $(TEST_ONLY); fi
 	cargo test --locked $(PACKAGES) --doc
 
@@ -49,8 +55,12 @@ test-helm: ## tests of the Helm chart, the container, and roles as in pods (part
 check: setup ## format, clippy, docs, licences, unused dependencies, crate boundaries, module circles, language
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings" $(DOC)
 	.ci/boundaries
+	@if cargo deny --version >/dev/null 2>&1; then set -x; cargo deny --locked check licenses bans sources; \
+	else echo "check: cargo-deny is not installed (cargo install --locked cargo-deny): duplicates and sources of dependencies are not checked"; fi
+	@if cargo machete --version >/dev/null 2>&1; then set -x; cargo machete --with-metadata; \
+	else echo "check: cargo-machete is not installed (cargo install --locked cargo-machete): .ci/boundaries alone looks for unused dependencies"; fi
 	.ci/circles
 	.ci/tics
 
@@ -115,7 +125,7 @@ lint: setup ## clippy only
 	cargo clippy --locked --workspace --all-targets --all-features -- -D warnings
 
 doc: setup ## documentation of all crates
-	cargo doc --locked --workspace --no-deps
+	$(DOC)
 
 clean: ## remove build outputs (not .venv, not runs)
 	cargo clean
