@@ -1,5 +1,7 @@
 //! Compiles proto/ into OUT_DIR with protox, so that `protoc` need not be installed.
 
+#![allow(clippy::disallowed_methods, reason = "cargo passes its settings in environment variables")]
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proto");
     let files = ["unveil/v1/common.proto", "unveil/v1/reward.proto", "unveil/v1/experience.proto"];

@@ -2,34 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
-
-/// Estimators of KL(policy || reference) from samples of the policy, with d = log policy - log reference (J. Schulman,
-/// "Approximating KL divergence", 2020). In the reward only the value matters. In the loss the gradient matters, and it is not the gradient
-/// of the quantity they estimate (arXiv 2510.01555); each form states the expectation of its gradient for on-policy samples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KlForm {
-    /// d. Unbiased, of either sign. As a loss its gradient is grad log policy, which is zero in expectation and only adds noise. In the
-    /// reward it is the form whose policy gradient is that of KL(policy || reference).
-    K1,
-    /// d^2 / 2. Biased, never negative, small variance. As a loss: d grad log policy, the gradient of KL(policy || reference).
-    K2,
-    /// exp(-d) - 1 + d. Unbiased, never negative (GRPO, arXiv 2402.03300, eq. 4). As a loss: (1 - exp(-d)) grad log policy, the
-    /// gradient of KL(reference || policy); equal to that of k2 to first order in d.
-    K3,
-}
-
-/// Gradient of the KL term in the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KlGradient {
-    /// The gradient of the form itself, see [`KlForm`].
-    Own,
-    /// The gradient of k2 under the value of the form (straight-through): for on-policy samples the gradient of KL(policy || reference),
-    /// whichever form is reported.
-    Reverse,
-}
+use unveil_core::{KlForm, KlGradient};
 
 /// Returns the KL per token, `[N]`, of the dtype of `logprobs`; differentiable in `logprobs` as `gradient` says. Not clamped: for a token
 /// that is far more probable under the reference than under the policy, k3 grows exponentially and may overflow.
+///
+/// The forms estimate KL(policy || reference) from samples of the policy, with d = log policy - log reference (J. Schulman, "Approximating
+/// KL divergence", 2020). In the reward only the value matters. In the loss the gradient matters, and it is not the gradient of the
+/// quantity that they estimate (arXiv 2510.01555). Expected for on-policy samples:
+///
+/// - k1 is unbiased, of either sign. As a loss its gradient is grad log policy, which is zero in expectation and only adds noise. In the
+///   reward it is the form whose policy gradient is that of KL(policy || reference).
+/// - k2 is biased, never negative, of small variance. As a loss: d grad log policy, the gradient of KL(policy || reference).
+/// - k3 is unbiased, never negative (GRPO, arXiv 2402.03300, eq. 4). As a loss: (1 - exp(-d)) grad log policy, the gradient of
+///   KL(reference || policy); equal to that of k2 to first order in d.
+///
+/// [`KlGradient::Reverse`] puts the gradient of k2 under the value of the form (straight-through), whichever form is reported.
 pub fn kl_terms(form: KlForm, gradient: KlGradient, logprobs: &Tensor, reference: &Tensor) -> Tensor {
     let d = logprobs - reference;
     let value = match form {

@@ -48,10 +48,10 @@ pub use advantage::{
 pub use attention::{MentionBatch, attention_rewards};
 pub use check::{BatchStats, check_batch, check_tokens};
 pub use error::{AlgoError, NotFinite};
-pub use importance::{Correction, ImportanceWeights};
-pub use kl::{KlController, KlForm, KlGradient, kl_terms};
+pub use importance::{ImportanceWeights, importance_weights};
+pub use kl::{KlController, kl_terms};
 pub use layout::{Counts, TokenLayout, TokenPosition};
 pub use loss::{LossParts, TokenBatch, TokenMeans, policy_loss, value_terms};
 pub use objective::Objective;
-pub use reduction::LossReduction;
-pub use surrogate::{ClipRange, RatioLevel, approx_kl, clip_fraction, log_ratios, policy_terms};
+pub use reduction::token_weights;
+pub use surrogate::{ClipRange, approx_kl, clip_fraction, log_ratios, policy_terms};

@@ -2,11 +2,14 @@
 //! token. Results have the dtype of the log-probabilities.
 
 use tch::{Tensor, no_grad};
+use unveil_core::Importance;
 
 use crate::attention::{MentionBatch, attention_rewards};
 use crate::error::expect_shape;
+use crate::importance::importance_weights;
 use crate::kl::kl_terms;
 use crate::layout::{Counts, TokenLayout};
+use crate::reduction::token_weights;
 use crate::surrogate::{approx_kl, clip_fraction, log_ratios, policy_terms};
 use crate::{AlgoError, Objective};
 
@@ -18,7 +21,7 @@ pub struct TokenBatch<'a> {
     /// Log-probabilities under the policy in the denominator of the ratio: those recorded by the rollout, or the learner's before the
     /// update (proximal).
     pub old_logprobs: Option<&'a Tensor>,
-    /// Log-probabilities recorded by the rollout, for [`crate::Correction`].
+    /// Log-probabilities recorded by the rollout, for importance weights.
     pub behaviour: Option<&'a Tensor>,
     /// Advantages.
     pub advantages: Option<&'a Tensor>,
@@ -128,7 +131,8 @@ pub fn policy_loss(
     let advantages = require(batch.advantages, "policy", "advantages", n)?;
     let kind = logprobs.kind();
     let device = logprobs.device();
-    let weights = Tensor::f_from_slice(&o.reduction.weights(layout, counts))?.f_to_device(device)?.f_to_kind(kind)?;
+    let weights = token_weights(o.reduction, o.max_length, layout, counts);
+    let weights = Tensor::f_from_slice(&weights)?.f_to_device(device)?.f_to_kind(kind)?;
     let sum = |t: &Tensor| (t * &weights).sum(kind);
     let mean = |t: &Tensor| t.detach().sum(kind) / counts.tokens.max(1) as f64;
     let zero = || Tensor::zeros([] as [i64; 0], (kind, device));
@@ -136,9 +140,12 @@ pub fn policy_loss(
 
     let log_ratio = log_ratios(logprobs, old, o.ratio, layout)?;
     let terms = policy_terms(&log_ratio, advantages, &o.clip);
-    let importance = match o.correction {
-        crate::Correction::None => None,
-        c => c.weights(old, require(batch.behaviour, "importance", "behaviour", n)?),
+    let importance = match o.importance {
+        Importance::None => None,
+        importance => {
+            let behaviour = require(batch.behaviour, "importance", "behaviour", n)?;
+            importance_weights(importance, o.importance_cap, old, behaviour)
+        }
     };
     let policy = match &importance {
         Some(w) => sum(&(terms * &w.weights)),
@@ -202,7 +209,6 @@ pub fn policy_loss(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Correction;
 
     fn single_group(lengths: &[usize]) -> (TokenLayout, Counts) {
         let layout = TokenLayout::new(vec![lengths.to_vec()]);
@@ -236,7 +242,7 @@ mod tests {
         let e = error(Objective { kl_coef: 0.1, ..base }, &lp);
         assert_eq!(e.to_string(), "the KL term has a weight but `reference` was not given");
         assert!(matches!(error(base, &two), AlgoError::Shape { what: "advantages", .. }));
-        let e = error(Objective { correction: Correction::Full, ..base }, &lp);
+        let e = error(Objective { importance: Importance::Full, ..base }, &lp);
         assert_eq!(e.to_string(), "the importance term has a weight but `behaviour` was not given");
         let e = error(Objective { entropy_coef: 0.1, ..base }, &lp);
         assert!(matches!(e, AlgoError::Missing { input: "entropy", .. }));

@@ -1,9 +1,8 @@
 //! The objective of an update: its terms with their coefficients, forms and clip ranges.
 
-use crate::importance::Correction;
-use crate::kl::{KlForm, KlGradient};
-use crate::reduction::LossReduction;
-use crate::surrogate::{ClipRange, RatioLevel};
+use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
+
+use crate::surrogate::ClipRange;
 
 /// Coefficients, forms and clip ranges of the loss
 /// `L = policy_coef L_clip + value_coef L_VF - entropy_coef S + kl_coef KL - attention_coef mean(r_att)`.
@@ -17,9 +16,13 @@ pub struct Objective {
     /// Whether ratios are per token or per response.
     pub ratio: RatioLevel,
     /// Importance weights for tokens of a policy other than the ratio's denominator.
-    pub correction: Correction,
+    pub importance: Importance,
+    /// Bound of these weights with [`Importance::Truncate`] and [`Importance::Mask`], at least 1.
+    pub importance_cap: f64,
     /// Loss reduction of the policy, value, entropy and KL terms.
     pub reduction: LossReduction,
+    /// Maximum response length in sampling, the divisor of [`LossReduction::SequenceMaxLength`].
+    pub max_length: u64,
     /// c2, coefficient of the value loss; 0: no value loss.
     pub value_coef: f64,
     /// Clip range of the value loss; 0: not clipped.
@@ -43,8 +46,10 @@ impl Objective {
             policy_coef: 1.0,
             clip: ClipRange { low: clip_low, high: clip_high, dual: None },
             ratio: RatioLevel::Token,
-            correction: Correction::None,
-            reduction: LossReduction::TokenMean,
+            importance: Importance::None,
+            importance_cap: f64::INFINITY,
+            reduction: LossReduction::Token,
+            max_length: 1,
             value_coef: 0.0,
             value_clip: 0.0,
             entropy_coef: 0.0,

@@ -1,19 +1,10 @@
 //! The clipped surrogate: probability ratios per token or per response, and the policy terms.
 
 use tch::Tensor;
+use unveil_core::RatioLevel;
 
 use crate::AlgoError;
 use crate::layout::TokenLayout;
-
-/// Level at which probability ratios are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RatioLevel {
-    /// Per token: exp(logp - old).
-    Token,
-    /// Per response: all its tokens share the geometric mean of their ratios, exp(mean over tokens of (logp - old)) (GSPO, arXiv
-    /// 2507.18071, eq. 7). Clip ranges are then some hundred times smaller.
-    Sequence,
-}
 
 /// Bounds at which ratios are clipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -28,6 +19,9 @@ pub struct ClipRange {
 }
 
 /// Returns log-ratios per token, `[N]`, differentiable in `logprobs`. Responses of `layout` must not be split.
+///
+/// Per token, the ratio is exp(logp - old). Per response, all its tokens share the geometric mean of their ratios, exp(mean over tokens of
+/// (logp - old)) (GSPO, arXiv 2507.18071, eq. 7); clip ranges are then some hundred times smaller.
 pub fn log_ratios(
     logprobs: &Tensor,
     old: &Tensor,

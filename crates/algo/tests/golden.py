@@ -13,7 +13,7 @@ F64 = torch.double
 def aggregate(kind, terms, s):
     """terms: per group, per response, a vector over its tokens."""
     flat = [t for group in terms for t in group]
-    if kind == "TokenMean":
+    if kind == "Token":
         return torch.cat(flat).mean()
     if kind == "SequenceTokenMean":
         return torch.stack([t.mean() for t in flat]).mean()

@@ -89,7 +89,7 @@ impl BBox {
     }
 
     /// Returns the intersection over union in `[0, 1]`; 0 when either box has no area. Same definition as `torchvision.ops.box_iou`.
-    pub fn iou(&self, other: &BBox) -> f64 {
+    pub fn iou(&self, other: &Self) -> f64 {
         let a = self.area();
         let b = other.area();
         if a == 0.0 || b == 0.0 {
@@ -101,7 +101,7 @@ impl BBox {
 
     /// Returns the generalised IoU in `[-1, 1]`, at most the IoU: `IoU - (C - U) / C` with C the area of the smallest enclosing box; -1
     /// when either box has no area. Source: Rezatofighi et al., arXiv 1902.09630; same as `torchvision.ops.generalized_box_iou`.
-    pub fn giou(&self, other: &BBox) -> f64 {
+    pub fn giou(&self, other: &Self) -> f64 {
         let a = self.area();
         let b = other.area();
         if a == 0.0 || b == 0.0 {
@@ -116,7 +116,7 @@ impl BBox {
     /// Returns the complete IoU in `[-1.5, 1]`, at most the IoU: it also penalises the distance of the centres and the difference of the
     /// aspect ratios; -1.5 when either box has no area. Source: Zheng et al., arXiv 1911.08287, equations 8 to 11; same as
     /// `torchvision.ops.complete_box_iou` with its epsilon of 1e-7.
-    pub fn ciou(&self, other: &BBox) -> f64 {
+    pub fn ciou(&self, other: &Self) -> f64 {
         const EPS: f64 = 1e-7;
         if self.area() == 0.0 || other.area() == 0.0 {
             return -1.5;
@@ -132,7 +132,7 @@ impl BBox {
     }
 
     /// Returns the sides of the smallest box that encloses both.
-    fn hull_sides(&self, other: &BBox) -> [f64; 2] {
+    fn hull_sides(&self, other: &Self) -> [f64; 2] {
         let span = |a1: f32, a2: f32, b1: f32, b2: f32| f64::from(a2.max(b2)) - f64::from(a1.min(b1));
         [span(self.x1, self.x2, other.x1, other.x2), span(self.y1, self.y2, other.y1, other.y2)]
     }
@@ -143,15 +143,15 @@ impl BBox {
     }
 
     /// Returns the area shared by the two boxes in square pixels.
-    pub fn intersection(&self, other: &BBox) -> f64 {
+    pub fn intersection(&self, other: &Self) -> f64 {
         let w = f64::from(self.x2.min(other.x2)) - f64::from(self.x1.max(other.x1));
         let h = f64::from(self.y2.min(other.y2)) - f64::from(self.y1.max(other.y1));
         if w > 0.0 && h > 0.0 { w * h } else { 0.0 }
     }
 
     /// Returns the box scaled by `sx`, `sy` (for example from original to resized pixels).
-    pub fn scaled(&self, sx: f32, sy: f32) -> BBox {
-        BBox { x1: self.x1 * sx, y1: self.y1 * sy, x2: self.x2 * sx, y2: self.y2 * sy }
+    pub fn scaled(&self, sx: f32, sy: f32) -> Self {
+        Self { x1: self.x1 * sx, y1: self.y1 * sy, x2: self.x2 * sx, y2: self.y2 * sy }
     }
 }
 

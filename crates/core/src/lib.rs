@@ -1,5 +1,5 @@
-//! Domain types shared by every crate: record, task, prompt, box, answer, group, response, reward breakdown, weight version; box geometry;
-//! and the search for mentions of a class.
+//! Domain types shared by every crate: record, task, prompt, box, answer, group, response, reward breakdown, weight version, model family,
+//! special tokens, algorithm and options of the loss; box geometry; and the search for mentions of a class.
 //!
 //! Pure data and pure functions over serde types; the only side effects are atomic file writes and lines on stderr. Must not depend on
 //! tokio, tch and tonic.
@@ -22,32 +22,45 @@
 //! # Ok::<(), unveil_core::RecordError>(())
 //! ```
 
+pub mod algorithm;
 pub mod answer;
 pub mod boxes;
+pub mod dtype;
+pub mod family;
 mod files;
 pub mod geometry;
 pub mod group;
 pub mod limits;
+pub mod loss_options;
 pub mod mention;
 pub mod prompt;
 pub mod record;
 pub mod reward;
 pub mod secret;
+pub mod special_tokens;
 mod stderr_line;
 pub mod task;
 pub mod trajectory;
 mod url_credentials;
 
-pub use answer::{Answer, AnswerReader, ClassMatch, KnownClass, NO_FINDING, ParseFault, format_answer, parse_answer};
+pub use algorithm::Algorithm;
+pub use answer::{
+    Answer, AnswerForm, AnswerReader, ClassMatch, KnownClass, NO_FINDING, ParseFault, Reasoning, format_answer,
+    parse_answer,
+};
 pub use boxes::{BoxForm, UnknownBoxForm};
+pub use dtype::Dtype;
+pub use family::{Family, UnknownFamily};
 pub use files::{FILE_MODE, replace_file, write_atomic};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, LogprobKind, Response, Sampling, WeightVersion, records_by_pass};
+pub use loss_options::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
 pub use mention::MentionFinder;
-pub use prompt::{GridThw, Prompt};
+pub use prompt::{GridThw, InputSettings, Prompt, PromptSettings};
 pub use record::{Record, RecordError, RecordFault};
 pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
 pub use secret::{Secret, redact};
+pub use special_tokens::SpecialTokens;
 pub use stderr_line::stderr_line;
 pub use task::{Task, UnknownTask};
 pub use trajectory::{GroupInput, TrainGroup};

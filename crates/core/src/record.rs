@@ -29,7 +29,7 @@ pub struct Record {
     /// `[width, height]` in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<[u32; 2]>,
-    /// Question to the model.
+    /// Question to the model; see [`Record::question_or`].
     pub question: String,
     /// Reference answer in free text. If empty, the training answer is built from boxes and category. It is itself the training answer
     /// if it contains [`REGION`] (replaced by boxes and category) or if [`Record::is_text`].
@@ -102,6 +102,11 @@ impl Record {
         parse::parse(line)
     }
 
+    /// Returns the question, or `default` if the question is empty or blank.
+    pub fn question_or<'a>(&'a self, default: &'a str) -> &'a str {
+        if self.question.trim().is_empty() { default } else { &self.question }
+    }
+
     /// Returns the patient id of the image, if the record gives one as text or as a number.
     pub fn patient(&self) -> Option<String> {
         let text = match self.extra.get("patient")? {
@@ -149,6 +154,18 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blank_question_is_replaced_by_the_default() {
+        for (line, asked) in [
+            (r#"{"id":"a"}"#, "Where?"),
+            (r#"{"id":"a","question":""}"#, "Where?"),
+            (r#"{"id":"a","question":" \n"}"#, "Where?"),
+            (r#"{"id":"a","question":" What? "}"#, " What? "),
+        ] {
+            assert_eq!(Record::parse(line).unwrap().question_or("Where?"), asked, "{line}");
+        }
+    }
 
     #[test]
     fn extra_keys_survive() {

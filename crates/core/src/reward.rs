@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::answer::ParseFault;
+
 /// Attention of response tokens over the image tokens (contract of R.jsonl).
 ///
 /// `rows[k]` belongs to response token `tokens[k]` (0-based): the forward pass whose *input* is that token; softmax over the
@@ -19,7 +21,7 @@ pub struct Attention {
     pub rows: Vec<Vec<f32>>,
 }
 
-/// Reason why a component has no value. A masked component is never 0.
+/// Reason why a component has no value, or a remark on its value. A masked component is never 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MaskReason {
@@ -33,6 +35,8 @@ pub enum MaskReason {
     Unavailable(String),
     /// Another response of the group had this component masked.
     GroupMasked,
+    /// Remark, not a mask: the component is 0 because the response breaks this rule of the configured form.
+    Form(ParseFault),
 }
 
 /// Score of one true lesion.
@@ -97,6 +101,12 @@ impl Component {
     /// Sets the version of the scorer.
     pub fn with_version(mut self, version: impl Into<Cow<'static, str>>) -> Self {
         self.version = version.into();
+        self
+    }
+
+    /// Adds a remark to a component with a value.
+    pub fn with_remark(mut self, remark: Option<MaskReason>) -> Self {
+        self.reason = remark;
         self
     }
 

@@ -19,7 +19,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 /// Returns whether a group has rewards and all of them are equal (within 1e-9), so that its relative advantages are exactly 0.
-pub fn all_equal(totals: &[Option<f64>]) -> bool {
+pub(crate) fn all_equal(totals: &[Option<f64>]) -> bool {
     let values = finite_rewards(totals);
     !values.is_empty() && values.iter().all(|v| (v - mean(&values)).abs() <= EQUAL)
 }

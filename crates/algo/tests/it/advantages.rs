@@ -6,20 +6,22 @@ use unveil_algo::{
     Estimator, KlController, Moments, ScoredResponse, TokenLayout, estimate_advantages, group_advantages,
     leave_one_out_advantages,
 };
+use unveil_core::Algorithm;
 
 use crate::batch::integers;
 use crate::harness::{Cases, DOUBLE, seed};
 
 const DOUBLES: (Kind, Device) = (Kind::Double, Device::Cpu);
 
+const GRPO: Estimator = Estimator { algorithm: Algorithm::Grpo, scale_by_std: false, gamma: 1.0, lambda: 1.0 };
 const ESTIMATORS: [(&str, Estimator); 7] = [
-    ("grpo", Estimator::Grpo { scale_by_std: false }),
-    ("grpo_std", Estimator::Grpo { scale_by_std: true }),
-    ("rloo", Estimator::Rloo),
-    ("reinforce_plus_plus", Estimator::ReinforcePlusPlus { gamma: 0.97 }),
-    ("reinforce_plus_plus_baseline", Estimator::ReinforcePlusPlusBaseline),
-    ("gae", Estimator::Gae { gamma: 0.98, lambda: 0.9 }),
-    ("gae_monte_carlo", Estimator::Gae { gamma: 1.0, lambda: 1.0 }),
+    ("grpo", GRPO),
+    ("grpo_std", Estimator { scale_by_std: true, ..GRPO }),
+    ("rloo", Estimator { algorithm: Algorithm::Rloo, ..GRPO }),
+    ("reinforce_plus_plus", Estimator { algorithm: Algorithm::ReinforcePlusPlus, gamma: 0.97, ..GRPO }),
+    ("reinforce_plus_plus_baseline", Estimator { algorithm: Algorithm::ReinforcePlusPlusBaseline, ..GRPO }),
+    ("gae", Estimator { algorithm: Algorithm::Ppo, gamma: 0.98, lambda: 0.9, ..GRPO }),
+    ("gae_monte_carlo", Estimator { algorithm: Algorithm::Ppo, ..GRPO }),
 ];
 
 fn to_host(t: &Tensor) -> Vec<f64> {
@@ -56,14 +58,9 @@ fn estimators_match_pytorch() {
         for round in 0..6u64 {
             let r = Rewards::random(seed(6000 + 100 * i as u64 + round));
             let penalised = round % 2 == 1;
-            let (gamma, lambda) = match estimator {
-                Estimator::Gae { gamma, lambda } => (gamma, lambda),
-                Estimator::ReinforcePlusPlus { gamma } => (gamma, 1.0),
-                _ => (1.0, 1.0),
-            };
             let settings = json!({
                 "what": "advantages", "estimator": name, "lengths": r.layout.lengths(), "penalised": penalised,
-                "gamma": gamma, "lambda": lambda,
+                "gamma": estimator.gamma, "lambda": estimator.lambda,
             });
             let case = format!("{name}-{round}");
             cases.add(&case, settings, [("rewards", &r.rewards), ("penalty", &r.penalty), ("values", &r.values)]);
@@ -91,8 +88,7 @@ fn estimators_match_pytorch() {
             }
             let mut out = estimate_advantages(estimator, &groups).unwrap();
             let equal = r.layout.lengths()[0].iter().sum::<usize>();
-            let compares = !matches!(estimator, Estimator::Gae { .. } | Estimator::ReinforcePlusPlus { .. });
-            if compares && !penalised {
+            if estimator.algorithm.compares_responses() && !penalised {
                 assert!(out.advantages[..equal].iter().all(|a| *a == 0.0), "equal rewards give exactly 0: {name}");
             }
             let raw = out.advantages.clone();
@@ -105,8 +101,9 @@ fn estimators_match_pytorch() {
     for (case, estimator, raw, out) in &ours {
         want.assert_close(case, "advantages", &Tensor::from_slice(raw), DOUBLE);
         want.assert_close(case, "whitened", &Tensor::from_slice(&out.advantages), DOUBLE);
-        assert_eq!(out.targets.is_empty(), !estimator.needs_values());
-        if estimator.needs_values() {
+        let needs_values = estimator.algorithm.needs_values();
+        assert_eq!(out.targets.is_empty(), !needs_values);
+        if needs_values {
             want.assert_close(case, "targets", &Tensor::from_slice(&out.targets), DOUBLE);
         }
     }

@@ -4,16 +4,16 @@ use tch::{Device, Kind, Tensor};
 use unveil_algo::{AlgoError, Counts, LossParts, MentionBatch, Objective, TokenBatch, TokenLayout, policy_loss};
 
 /// The layout of a batch and its tensors by name.
-pub struct Batch {
+pub(crate) struct Batch {
     pub layout: TokenLayout,
     pub named: Vec<(&'static str, Tensor)>,
 }
 
 /// Names of the tensors with respect to which a loss is differentiated.
-pub const LEAVES: [&str; 4] = ["logprobs", "entropy", "values", "scores"];
+pub(crate) const LEAVES: [&str; 4] = ["logprobs", "entropy", "values", "scores"];
 
 /// Returns `n` integers of the seeded generator in `low..high`.
-pub fn integers(low: i64, high: i64, n: i64) -> Vec<i64> {
+pub(crate) fn integers(low: i64, high: i64, n: i64) -> Vec<i64> {
     Vec::try_from(Tensor::randint_low(low, high, [n], (Kind::Int64, Device::Cpu))).unwrap()
 }
 
@@ -25,7 +25,7 @@ fn grid(n: i64, scale: f64) -> Tensor {
 
 impl Batch {
     /// Returns a batch of dtype `kind`. Two of three responses have vision relevance, some of them without a mention.
-    pub fn random(seed: u64, kind: Kind) -> Self {
+    pub(crate) fn random(seed: u64, kind: Kind) -> Self {
         tch::manual_seed(seed as i64);
         let double = (Kind::Double, Device::Cpu);
         let groups = integers(1, 5, 1)[0];
@@ -75,21 +75,21 @@ impl Batch {
         Self { layout, named }
     }
 
-    pub fn get(&self, key: &str) -> &Tensor {
+    pub(crate) fn get(&self, key: &str) -> &Tensor {
         &self.named.iter().find(|(k, _)| *k == key).unwrap_or_else(|| panic!("no {key}")).1
     }
 
-    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.named.iter().map(|(k, t)| (*k, t))
     }
 
     /// Returns the counts of the batch, including attended responses.
-    pub fn counts(&self) -> Counts {
+    pub(crate) fn counts(&self) -> Counts {
         Counts { attended: self.get("baseline").numel() as u64, ..self.layout.counts() }
     }
 
     /// Returns the loss as part of a batch with `counts`, and the gradients of [`LEAVES`].
-    pub fn loss(&self, objective: &Objective, counts: &Counts) -> Result<(LossParts, Vec<Tensor>), AlgoError> {
+    pub(crate) fn loss(&self, objective: &Objective, counts: &Counts) -> Result<(LossParts, Vec<Tensor>), AlgoError> {
         let leaves = LEAVES.map(|k| self.get(k).copy().set_requires_grad(true));
         let [logprobs, entropy, values, scores] = &leaves;
         let attention = scores.softmax(-1, scores.kind());

@@ -11,7 +11,7 @@ use unveil_testkit::python;
 
 /// Largest allowed difference of two results.
 #[derive(Clone, Copy)]
-pub struct Tolerance {
+pub(crate) struct Tolerance {
     /// Largest difference relative to the largest value of the tensor.
     relative: f64,
     /// For sums, whose terms may cancel: minimum of that largest value.
@@ -19,38 +19,45 @@ pub struct Tolerance {
 }
 
 /// In f64.
-pub const DOUBLE: Tolerance = Tolerance { relative: 1e-9, sum: 1e-6 };
+pub(crate) const DOUBLE: Tolerance = Tolerance { relative: 1e-9, sum: 1e-6 };
 /// In f32.
-pub const SINGLE: Tolerance = Tolerance { relative: 1e-5, sum: 0.1 };
+pub(crate) const SINGLE: Tolerance = Tolerance { relative: 1e-5, sum: 0.1 };
 
 /// Returns the seed of a test: its number, shifted by `UNVEIL_SEED`.
-pub fn seed(test: u64) -> u64 {
+pub(crate) fn seed(test: u64) -> u64 {
     let given = std::env::var("UNVEIL_SEED").map_or(0, |s| s.parse::<u64>().expect("UNVEIL_SEED is a number"));
     given.wrapping_mul(1_000_003).wrapping_add(test)
 }
 
 /// Cases for one run of a script: settings by name, and tensors under `name/key`.
 #[derive(Default)]
-pub struct Cases {
+pub(crate) struct Cases {
     settings: serde_json::Map<String, Value>,
     tensors: Vec<(String, Tensor)>,
 }
 
 impl Cases {
     /// Adds a case.
-    pub fn add<'a>(&mut self, name: &str, settings: Value, tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>) {
+    pub(crate) fn add<'a>(
+        &mut self,
+        name: &str,
+        settings: Value,
+        tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+    ) {
         assert!(self.settings.insert(name.to_owned(), settings).is_none(), "two cases are called {name}");
         self.tensors.extend(tensors.into_iter().map(|(k, t)| (format!("{name}/{k}"), t.shallow_clone())));
     }
 
     /// Runs `script` on all cases and returns its results, again under `name/key`.
-    pub fn run(&self, script: &str) -> Results {
+    pub(crate) fn run(&self, script: &str) -> Results {
         // Tests of one process run concurrently.
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let run = NEXT.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("unveil-algo-{}-{script}-{}-{run}", std::process::id(), seed(0)));
         std::fs::create_dir_all(&dir).unwrap();
-        let (src, dst, set) = (dir.join("in.safetensors"), dir.join("out.safetensors"), dir.join("settings.json"));
+        let src = dir.join("in.safetensors");
+        let dst = dir.join("out.safetensors");
+        let set = dir.join("settings.json");
         Tensor::write_safetensors(&self.tensors, &src).unwrap();
         std::fs::write(&set, Value::Object(self.settings.clone()).to_string()).unwrap();
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script);
@@ -65,11 +72,11 @@ impl Cases {
 }
 
 /// Results of a script.
-pub struct Results(HashMap<String, Tensor>);
+pub(crate) struct Results(HashMap<String, Tensor>);
 
 impl Results {
     /// Fails unless `ours` is close to `name/key`, with NaN at the same places.
-    pub fn assert_close(&self, name: &str, key: &str, ours: &Tensor, tolerance: Tolerance) {
+    pub(crate) fn assert_close(&self, name: &str, key: &str, ours: &Tensor, tolerance: Tolerance) {
         let full_key = format!("{name}/{key}");
         let theirs = self.0.get(&full_key).unwrap_or_else(|| panic!("Python returned no {full_key}"));
         let to_host = |t: &Tensor| Vec::<f64>::try_from(t.detach().to_kind(Kind::Double).flatten(0, -1)).unwrap();

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 use tch::Kind;
-use unveil_algo::{ClipRange, Correction, KlForm, KlGradient, LossParts, LossReduction, Objective, RatioLevel};
+use unveil_algo::{ClipRange, LossParts, Objective};
+use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
 
 use crate::batch::{Batch, LEAVES};
 use crate::harness::{Cases, DOUBLE, Results, SINGLE, Tolerance, seed};
@@ -12,30 +13,34 @@ const CLIPS: [ClipRange; 3] = [
     ClipRange { low: 0.3, high: 0.3, dual: Some(3.0) },
     ClipRange { low: 0.1, high: 0.2, dual: Some(1.5) },
 ];
-const CORRECTIONS: [Correction; 5] = [
-    Correction::None,
-    Correction::Full,
-    Correction::Truncate { cap: 1.6 },
-    Correction::Mask { cap: 1.8 },
-    Correction::Truncate { cap: 1.0 },
+/// Importance weights and their bounds.
+const IMPORTANCE: [(Importance, f64); 5] = [
+    (Importance::None, 1.0),
+    (Importance::Full, 1.0),
+    (Importance::Truncate, 1.6),
+    (Importance::Mask, 1.8),
+    (Importance::Truncate, 1.0),
 ];
-pub const REDUCTIONS: [LossReduction; 5] = [
-    LossReduction::TokenMean,
+pub(crate) const REDUCTIONS: [LossReduction; 5] = [
+    LossReduction::Token,
     LossReduction::SequenceTokenMean,
     LossReduction::SequenceTokenSum,
-    LossReduction::SequenceMaxLength { max_length: 12 },
+    LossReduction::SequenceMaxLength,
     LossReduction::GroupTokenMean,
 ];
 const KL: [KlForm; 3] = [KlForm::K1, KlForm::K2, KlForm::K3];
 
 /// Returns objective `i` of a series through all options; 60 of them cover every pair of neighbouring fields below.
 fn objective(i: usize) -> Objective {
+    let (importance, importance_cap) = IMPORTANCE[(i + i / 5) % 5];
     Objective {
         policy_coef: [1.0, 0.7][i / 5 % 2],
         clip: CLIPS[i % 3],
         ratio: if i % 4 == 3 { RatioLevel::Sequence } else { RatioLevel::Token },
-        correction: CORRECTIONS[(i + i / 5) % 5],
+        importance,
+        importance_cap,
         reduction: REDUCTIONS[i % 5],
+        max_length: 12,
         value_coef: 0.5,
         value_clip: [0.2, 0.0][i / 2 % 2],
         entropy_coef: 0.01,
@@ -47,20 +52,10 @@ fn objective(i: usize) -> Objective {
 }
 
 fn settings(o: &Objective, batch: &Batch) -> Value {
-    let (correction, cap) = match o.correction {
-        Correction::None => ("none", 0.0),
-        Correction::Full => ("full", 0.0),
-        Correction::Truncate { cap } => ("truncate", cap),
-        Correction::Mask { cap } => ("mask", cap),
-    };
-    let (reduction, max_length) = match o.reduction {
-        LossReduction::SequenceMaxLength { max_length } => ("SequenceMaxLength".to_owned(), max_length),
-        other => (format!("{other:?}"), 0),
-    };
     json!({
         "what": "loss", "lengths": batch.layout.lengths(), "policy_coef": o.policy_coef, "clip_low": o.clip.low,
-        "clip_high": o.clip.high, "clip_dual": o.clip.dual, "ratio": format!("{:?}", o.ratio), "correction": correction,
-        "cap": cap, "aggregation": reduction, "max_length": max_length, "value_coef": o.value_coef,
+        "clip_high": o.clip.high, "clip_dual": o.clip.dual, "ratio": format!("{:?}", o.ratio), "correction": o.importance,
+        "cap": o.importance_cap, "aggregation": format!("{:?}", o.reduction), "max_length": o.max_length, "value_coef": o.value_coef,
         "value_clip": o.value_clip, "entropy_coef": o.entropy_coef, "kl_coef": o.kl_coef,
         "kl_form": format!("{:?}", o.kl_form), "kl_gradient": format!("{:?}", o.kl_gradient),
         "attention_coef": o.attention_coef,
@@ -84,44 +79,54 @@ fn compare(want: &Results, name: &str, parts: &LossParts, o: &Objective, toleran
     if let Some((mean, bounded)) = &m.importance {
         scalars.extend([("importance", mean), ("bounded", bounded)]);
     }
-    assert_eq!(m.importance.is_some(), o.correction != Correction::None);
+    assert_eq!(m.importance.is_some(), o.importance != Importance::None);
     for (key, ours) in scalars {
         want.assert_close(name, key, ours, tolerance);
     }
 }
 
-fn check(objectives: &[Objective], kind: Kind, first_seed: u64, tolerance: Tolerance) {
-    let mut cases = Cases::default();
-    let batches: Vec<Batch> = (0..objectives.len()).map(|i| Batch::random(seed(first_seed + i as u64), kind)).collect();
-    for (i, (o, b)) in objectives.iter().zip(&batches).enumerate() {
-        cases.add(&format!("{i}"), settings(o, b), b.tensors());
+/// A loss on a random batch, to be compared with Python.
+struct Case {
+    name: String,
+    objective: Objective,
+    batch: Batch,
+    kind: Kind,
+    tolerance: Tolerance,
+}
+
+fn series(objectives: &[Objective], kind: Kind, first_seed: u64, tolerance: Tolerance) -> Vec<Case> {
+    let case = |(i, objective): (usize, &Objective)| {
+        let batch = Batch::random(seed(first_seed + i as u64), kind);
+        Case { name: format!("{kind:?}-{}", first_seed + i as u64), objective: *objective, batch, kind, tolerance }
+    };
+    objectives.iter().enumerate().map(case).collect()
+}
+
+/// Compares all options in both dtypes and single terms. Python computes them in one run, because its imports take longer.
+#[test]
+fn losses_and_gradients_match_pytorch() {
+    let all: Vec<Objective> = (0..60).map(objective).collect();
+    let mut cases = series(&all, Kind::Double, 1000, DOUBLE);
+    cases.extend(series(&all, Kind::Float, 2000, SINGLE));
+    cases.extend(series(&single_terms(), Kind::Double, 3000, DOUBLE));
+    let mut inputs = Cases::default();
+    for c in &cases {
+        inputs.add(&c.name, settings(&c.objective, &c.batch), c.batch.tensors());
     }
-    let want = cases.run("golden.py");
-    for (i, (o, b)) in objectives.iter().zip(&batches).enumerate() {
-        let (parts, gradients) = b.loss(o, &b.counts()).unwrap();
-        assert_eq!(parts.loss.kind(), kind, "{o:?}");
-        compare(&want, &format!("{i}"), &parts, o, tolerance);
+    let want = inputs.run("golden.py");
+    for Case { name, objective, batch, kind, tolerance } in &cases {
+        let (parts, gradients) = batch.loss(objective, &batch.counts()).unwrap();
+        assert_eq!(parts.loss.kind(), *kind, "{objective:?}");
+        compare(&want, name, &parts, objective, *tolerance);
         for (leaf, gradient) in LEAVES.iter().zip(&gradients) {
-            assert_eq!(gradient.kind(), kind);
-            want.assert_close(&format!("{i}"), &format!("grad_{leaf}"), gradient, tolerance);
+            assert_eq!(gradient.kind(), *kind);
+            want.assert_close(name, &format!("grad_{leaf}"), gradient, *tolerance);
         }
     }
 }
 
-#[test]
-fn all_options_match_pytorch_in_f64() {
-    let all: Vec<Objective> = (0..60).map(objective).collect();
-    check(&all, Kind::Double, 1000, DOUBLE);
-}
-
-#[test]
-fn all_options_match_pytorch_in_f32() {
-    let all: Vec<Objective> = (0..60).map(objective).collect();
-    check(&all, Kind::Float, 2000, SINGLE);
-}
-
-#[test]
-fn single_terms_match_pytorch() {
+/// Returns objectives of one term or option each.
+fn single_terms() -> Vec<Objective> {
     let base = Objective::surrogate(0.2, 0.28);
     let mut all = vec![
         base,
@@ -135,10 +140,10 @@ fn single_terms_match_pytorch() {
             all.push(Objective { kl_coef: 0.2, kl_form, kl_gradient, ..base });
         }
     }
-    all.extend(CORRECTIONS.map(|correction| Objective { correction, ..base }));
+    all.extend(IMPORTANCE.map(|(importance, importance_cap)| Objective { importance, importance_cap, ..base }));
     all.extend(CLIPS.map(|clip| Objective { clip, ..base }));
-    all.extend(REDUCTIONS.map(|reduction| Objective { reduction, ..base }));
-    check(&all, Kind::Double, 3000, DOUBLE);
+    all.extend(REDUCTIONS.map(|reduction| Objective { reduction, max_length: 12, ..base }));
+    all
 }
 
 #[test]

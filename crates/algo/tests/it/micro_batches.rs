@@ -1,7 +1,8 @@
 //! Losses and gradients of micro-batches add up to those of the batch, for every reduction.
 
 use tch::{Kind, Tensor};
-use unveil_algo::{Correction, Counts, Objective, RatioLevel, TokenLayout};
+use unveil_algo::{Counts, Objective, TokenLayout};
+use unveil_core::{Importance, RatioLevel};
 
 use crate::batch::{Batch, LEAVES};
 use crate::harness::seed;
@@ -54,8 +55,10 @@ fn losses_and_gradients_add_up() {
         assert_eq!(counts, whole.counts());
         let objective = Objective {
             reduction,
+            max_length: 12,
             ratio: if i % 2 == 0 { RatioLevel::Token } else { RatioLevel::Sequence },
-            correction: Correction::Truncate { cap: 2.0 },
+            importance: Importance::Truncate,
+            importance_cap: 2.0,
             value_coef: 0.5,
             value_clip: 0.2,
             entropy_coef: 0.01,

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 use tch::Kind;
-use unveil_algo::{ClipRange, Correction, LossReduction, Objective, RatioLevel};
+use unveil_algo::{ClipRange, Objective};
+use unveil_core::{Importance, LossReduction, RatioLevel};
 
 use crate::batch::Batch;
 use crate::harness::{Cases, DOUBLE, seed};
@@ -10,9 +11,9 @@ use crate::harness::{Cases, DOUBLE, seed};
 /// TRL's names of its reductions.
 const LOSSES: [(&str, LossReduction); 5] = [
     ("grpo", LossReduction::SequenceTokenMean),
-    ("bnpo", LossReduction::TokenMean),
-    ("dr_grpo", LossReduction::SequenceMaxLength { max_length: 12 }),
-    ("dapo", LossReduction::TokenMean),
+    ("bnpo", LossReduction::Token),
+    ("dr_grpo", LossReduction::SequenceMaxLength),
+    ("dapo", LossReduction::Token),
     ("luspo", LossReduction::SequenceTokenSum),
 ];
 
@@ -25,25 +26,26 @@ fn losses_match_trl() {
             let batch = Batch::random(seed(9000 + 100 * i as u64 + round as u64), Kind::Double);
             let objective = Objective {
                 reduction,
+                max_length: 12,
                 clip: ClipRange { low: 0.2, high: 0.28, dual: [None, Some(2.5)][round % 2] },
                 ratio: [RatioLevel::Token, RatioLevel::Sequence][round / 2 % 2],
-                correction: [Correction::None, Correction::Truncate { cap: 2.0 }, Correction::Mask { cap: 1.7 }]
-                    [round % 3],
+                importance: [Importance::None, Importance::Truncate, Importance::Mask][round % 3],
+                importance_cap: [0.0, 2.0, 1.7][round % 3],
                 kl_coef: [0.0, 0.04][round % 2],
                 // TRL's entropy bonus is a mean over tokens for every loss type; ours follows the reduction.
-                entropy_coef: if reduction == LossReduction::TokenMean { 0.02 } else { 0.0 },
+                entropy_coef: if reduction == LossReduction::Token { 0.02 } else { 0.0 },
                 ..Objective::surrogate(0.2, 0.28)
             };
-            let (correction, cap) = match objective.correction {
-                Correction::Truncate { cap } => ("token_truncate", cap),
-                Correction::Mask { cap } => ("token_mask", cap),
-                _ => ("none", 0.0),
+            let correction = match objective.importance {
+                Importance::Truncate => "token_truncate",
+                Importance::Mask => "token_mask",
+                _ => "none",
             };
             let settings = json!({
                 "lengths": batch.layout.lengths(), "loss_type": name, "epsilon_low": objective.clip.low,
                 "epsilon_high": objective.clip.high, "delta": objective.clip.dual, "beta": objective.kl_coef,
                 "entropy_coef": objective.entropy_coef, "level": format!("{:?}", objective.ratio).to_lowercase(),
-                "correction": correction, "cap": cap, "max_completion_length": 12,
+                "correction": correction, "cap": objective.importance_cap, "max_completion_length": objective.max_length,
             });
             let case = format!("{name}-{round}");
             cases.add(&case, settings, batch.tensors());

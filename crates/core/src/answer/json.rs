@@ -5,15 +5,15 @@
 
 use super::{Answer, JsonText, ParseFault, join_labels, parse_four_numbers};
 
-const FENCE: &str = "```";
+pub(super) const FENCE: &str = "```";
 
 /// Maximum nesting depth that is parsed; deeper values are not answers.
 const MAX_DEPTH: usize = 32;
 
 /// Keys of a box, in order of preference.
-const BOX_KEYS: [&str; 3] = ["bbox_2d", "bbox", "box"];
+pub(super) const BOX_KEYS: [&str; 3] = ["bbox_2d", "bbox", "box"];
 /// Keys of a class, in order of preference.
-const CLASS_KEYS: [&str; 4] = ["label", "category", "class", "name"];
+pub(super) const CLASS_KEYS: [&str; 4] = ["label", "category", "class", "name"];
 
 /// JSON answer in a text.
 #[derive(Debug, PartialEq)]
@@ -220,13 +220,13 @@ impl<'a> Scanner<'a> {
         Some(if &self.text[from..self.position] == "null" { Coordinates::Absent } else { Coordinates::Invalid })
     }
 
-    /// Parses the elements of a list up to its `]`, with `position` after its `[`.
+    /// Parses the elements of a list up to its `]`, with `position` after its `[`. A comma before an object may be missing.
     fn list(&mut self, depth: usize) -> Option<()> {
         while self.peek()? != b']' {
             self.value(depth, true)?;
             match self.peek()? {
                 b',' => self.position += 1,
-                b']' => {}
+                b']' | b'{' => {}
                 _ => return None,
             }
         }

@@ -10,21 +10,25 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 mod class;
+mod fault;
+mod form;
 mod json;
 mod native;
 mod no_finding;
 mod reader;
 
 pub use class::{ClassMatch, KnownClass, fold_class_name};
+pub use fault::ParseFault;
+pub use form::{AnswerForm, Reasoning};
 pub use native::parse_answer;
 pub use no_finding::NO_FINDING_PHRASES;
 pub use reader::AnswerReader;
 
-/// A parsed answer, in the coordinates of the text.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Answer {
+/// A parsed answer with boxes of type `B`: the four numbers of the text, unless they were converted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answer<B = [f64; 4]> {
     /// All groups of four numbers, as written (never repaired, never dropped).
-    pub boxes: Vec<[f64; 4]>,
+    pub boxes: Vec<B>,
     /// Category as written: the text after the boxes, or their labels joined by commas.
     pub category: String,
     /// One label per box, "" for a box without one, in notations that label each box; empty in other notations.
@@ -33,30 +37,33 @@ pub struct Answer {
     pub words: String,
     /// Whether the answer is "no finding".
     pub no_finding: bool,
-    /// First deviation from the expected form, if any.
+    /// First rule of the configured form that the response breaks, if any.
     pub fault: Option<ParseFault>,
     /// Byte range of the text that was parsed; `None` if the text holds no answer.
     pub span: Option<Range<usize>>,
 }
 
-/// Deviation of an answer from the expected form.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ParseFault {
-    /// The text is empty.
-    Empty,
-    /// The answer span is not closed, or the reasoning before it never ends.
-    NoSpan,
-    /// A bracket does not hold four numbers or is not closed.
-    Bracket,
-    /// Boxes without a category.
-    NoCategory,
-    /// A category without boxes.
-    NoBox,
-    /// Words before or between the boxes, or brackets after the category.
-    Order,
-    /// The answer is readable but in another form than expected, or with text around it.
-    OtherForm,
+// A derived implementation would require `B: Default`.
+impl<B> Default for Answer<B> {
+    fn default() -> Self {
+        Self {
+            boxes: Vec::new(),
+            category: String::new(),
+            labels: Vec::new(),
+            words: String::new(),
+            no_finding: false,
+            fault: None,
+            span: None,
+        }
+    }
+}
+
+impl<B> Answer<B> {
+    /// Converts each box with `convert`.
+    pub fn map_boxes<C>(self, convert: impl FnMut(B) -> C) -> Answer<C> {
+        let Self { boxes, category, labels, words, no_finding, fault, span } = self;
+        Answer { boxes: boxes.into_iter().map(convert).collect(), category, labels, words, no_finding, fault, span }
+    }
 }
 
 /// Answer text for "no box".

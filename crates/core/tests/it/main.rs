@@ -1,0 +1,5 @@
+//! Integration tests of the core crate.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod published_answers;
