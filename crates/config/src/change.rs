@@ -131,7 +131,9 @@ mod tests {
         let before = Config::default();
         assert_eq!(changes(&before, &before), []);
         let mut now = before.clone();
-        (now.learner.optimizer.lr, now.learner.parallel.ranks, now.rollout.n) = (0.5, 4, 3);
+        now.learner.optimizer.lr = 0.5;
+        now.learner.parallel.ranks = 4;
+        now.rollout.n = 3;
         let changed: Vec<(String, bool)> = changes(&before, &now).into_iter().map(|c| (c.key, c.allowed)).collect();
         let expected = [("learner.optimizer.lr", true), ("learner.parallel.ranks", true), ("rollout.n", false)];
         let mut changed: Vec<(&str, bool)> = changed.iter().map(|(k, a)| (k.as_str(), *a)).collect();

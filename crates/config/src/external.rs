@@ -51,6 +51,7 @@ pub(crate) fn misnamed_variables<'a>(names: impl Iterator<Item = &'a str>, known
 /// # Errors
 /// Returns [`ConfigError::Invalid`], naming the configuration `key`, if the variable is not set, the file cannot be read, or the secret is
 /// empty.
+#[expect(clippy::disallowed_methods, reason = "this crate reads the environment for all others")]
 pub fn read_secret(key: &str, variable: &str, file: &str) -> Result<Option<Secret>, ConfigError> {
     let invalid = |message: String| ConfigError::Invalid(vec![message]);
     let (text, source) = if !variable.is_empty() {

@@ -57,6 +57,7 @@ const ALIASES: &[(&str, &[&str])] = &[
     ("rlhf_type", &["learner.algorithm"]),
     ("freeze_vit", &["learner.frozen"]),
     ("stop_words", &["rollout.stop"]),
+    ("system_prompt", &["prompt.system"]),
     // verl, EasyR1
     ("clip_ratio", &["learner.clip_low", "learner.clip_high"]),
     ("clip_ratio_low", &["learner.clip_low"]),
@@ -87,6 +88,7 @@ const ALIASES: &[(&str, &[&str])] = &[
     ("total_training_steps", &["learner.steps"]),
     ("save_freq", &["learner.checkpoint_every", "sft.checkpoint_every"]),
     ("test_freq", &["learner.eval_every", "sft.eval_every"]),
+    ("format_prompt", &["prompt.template"]),
     ("val_freq", &["learner.eval_every", "sft.eval_every"]),
     ("save_limit", &["checkpoint.keep"]),
     ("model_path", &["model.dir"]),
@@ -103,7 +105,7 @@ pub(crate) struct Hints {
 
 impl Hints {
     /// Collects the known keys from the defaults.
-    pub fn new(defaults: &Table) -> Self {
+    pub(crate) fn new(defaults: &Table) -> Self {
         let mut keys = Vec::new();
         leaves(defaults, "", &mut keys);
         let mut known: Vec<String> = keys.into_iter().map(|(key, _)| key).collect();
@@ -115,7 +117,7 @@ impl Hints {
     }
 
     /// Returns `: did you mean …?` for an unknown key with the given `siblings`, or an empty string. Sections are compared with sections only.
-    pub fn suggest(&self, key: &str, siblings: &[&str], section: bool) -> String {
+    pub(crate) fn suggest(&self, key: &str, siblings: &[&str], section: bool) -> String {
         let similar = self.similar_keys(key, siblings, section);
         let quoted: Vec<String> = similar.iter().map(|k| format!("`{k}`")).collect();
         let quoted: Vec<&str> = quoted.iter().map(String::as_str).collect();

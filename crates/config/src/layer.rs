@@ -26,7 +26,7 @@ impl Layer {
     ///
     /// # Errors
     /// Returns [`ConfigError::Invalid`] if the schema cannot be written as TOML.
-    pub fn defaults() -> Result<Self, ConfigError> {
+    pub(crate) fn defaults() -> Result<Self, ConfigError> {
         let table = Table::try_from(Config::default()).map_err(|e| ConfigError::Invalid(vec![e.to_string()]))?;
         Ok(Self { name: String::new(), table, lines: BTreeMap::new() })
     }
@@ -35,7 +35,7 @@ impl Layer {
     ///
     /// # Errors
     /// Returns [`ConfigError::Read`] if it cannot be read and [`ConfigError::Syntax`] if it is not TOML.
-    pub fn file(path: &Path, known: &Table) -> Result<Self, ConfigError> {
+    pub(crate) fn file(path: &Path, known: &Table) -> Result<Self, ConfigError> {
         let name = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: name.clone(), source })?;
         Self::parse(name, &text, known)
@@ -45,7 +45,7 @@ impl Layer {
     ///
     /// # Errors
     /// Returns [`ConfigError::Syntax`] if it is not TOML.
-    pub fn parse(name: String, text: &str, known: &Table) -> Result<Self, ConfigError> {
+    pub(crate) fn parse(name: String, text: &str, known: &Table) -> Result<Self, ConfigError> {
         let syntax = |e: toml::de::Error| ConfigError::Syntax { path: name.clone(), message: e.to_string() };
         let spanned = DeTable::parse(text).map_err(syntax)?;
         let starts: Vec<usize> =
@@ -59,7 +59,7 @@ impl Layer {
 
     /// Creates a layer of one value, `a.b.c = text`. The text is a TOML value if it parses as one, else a string. If the key is a string, a
     /// number, a date or a boolean is kept as text.
-    pub fn single(name: String, key: &str, text: &str, known: &Table) -> Self {
+    pub(crate) fn single(name: String, key: &str, text: &str, known: &Table) -> Self {
         let parsed = format!("v = {text}").parse::<Table>().ok().filter(|t| t.len() == 1);
         let parsed = parsed.and_then(|mut t| t.remove("v"));
         let scalar = parsed.as_ref().is_none_or(|v| !matches!(v, Value::String(_) | Value::Array(_) | Value::Table(_)));
@@ -73,7 +73,7 @@ impl Layer {
     }
 
     /// Returns the origin of a key: `FILE:LINE`, `--set`, or `the environment (NAME)`.
-    pub fn origin(&self, key: &str) -> String {
+    pub(crate) fn origin(&self, key: &str) -> String {
         match self.lines.get(key) {
             Some(line) => format!("{}:{line}", self.name),
             None => self.name.clone(),

@@ -76,7 +76,7 @@ mod tests {
 
     fn message(parameters: u64, sets: &[&str]) -> String {
         let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
-        let loaded = Loaded::new(None, std::iter::empty(), &sets).unwrap();
+        let loaded = Loaded::new(&[], std::iter::empty(), &sets).unwrap();
         loaded.check_learning_rates(parameters, &TrainingStage::ALL).map_or_else(|e| e.to_string(), |()| String::new())
     }
 
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn stages_are_checked_separately() {
-        let loaded = Loaded::new(None, std::iter::empty(), &["sft.optimizer.lr=1e-5".to_owned()]).unwrap();
+        let loaded = Loaded::new(&[], std::iter::empty(), &["sft.optimizer.lr=1e-5".to_owned()]).unwrap();
         loaded.check_learning_rates(QWEN_7B, &[TrainingStage::Sft]).unwrap();
         assert!(loaded.check_learning_rates(QWEN_7B, &[TrainingStage::Learner]).is_err());
     }

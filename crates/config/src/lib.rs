@@ -1,4 +1,5 @@
-//! Typed configuration in layers, later ones override: defaults, file, environment (`UNVEIL__SECTION__KEY`), `--set section.key=value`.
+//! Typed configuration in layers, later ones override: defaults, files and their bases, environment (`UNVEIL__SECTION__KEY`), `--set
+//! section.key=value`.
 //!
 //! The only crate that reads environment variables. Must not depend on tokio and tch.
 //!
@@ -15,9 +16,11 @@
 //! # Ok::<(), unveil_config::ConfigError>(())
 //! ```
 
+mod base;
 mod box_form;
 mod change;
 mod error;
+mod explain;
 mod external;
 mod hint;
 mod identity;
@@ -40,6 +43,7 @@ pub use identity::{MIN_TOKEN_CHARS, Role, TlsFiles};
 pub use learning_rates::TrainingStage;
 pub use load::{Loaded, environment, load, load_from, parse};
 pub use path_checks::{directory_problem, model_dir_problem};
+pub use paths::SFT_PREFIX;
 pub use reference::{json_schema, reference_page};
 pub use schema::Config;
 pub use size::{count_parameters, format_count};

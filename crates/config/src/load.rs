@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use config::{Value as Located, ValueKind};
 use toml::Table;
@@ -11,7 +11,7 @@ use crate::error::ConfigError;
 use crate::hint::Hints;
 use crate::layer::{Layer, join};
 use crate::schema::Config;
-use crate::{external, type_errors, validate};
+use crate::{base, external, type_errors, validate};
 
 /// Loaded configuration with the origins of its values.
 ///
@@ -22,7 +22,7 @@ use crate::{external, type_errors, validate};
 /// # let dir = tempfile::tempdir()?;
 /// # let file = dir.path().join("run.toml");
 /// std::fs::write(&file, "[run]\nseed = 1\n\n[learner]\nsteps = 40\n")?;
-/// let loaded = Loaded::new(Some(&file), std::iter::empty(), &["run.seed=7".to_owned()])?;
+/// let loaded = Loaded::new(&[file], std::iter::empty(), &["run.seed=7".to_owned()])?;
 /// assert_eq!(loaded.config.run.seed, 7);
 /// assert_eq!(loaded.origin("run.seed"), Some("--set"));
 /// assert!(loaded.origin("learner.steps").is_some_and(|origin| origin.ends_with("run.toml:5")));
@@ -38,21 +38,21 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Loads and checks a configuration from the defaults, then `file`, then the variables in `environment` that start with `UNVEIL__`, then
-    /// `sets` (`a.b=c`).
+    /// Loads and checks a configuration from the defaults, then `files`, each after the files that it names as `base`, then the variables in
+    /// `environment` that start with `UNVEIL__`, then `sets` (`a.b=c`).
     ///
     /// # Errors
     /// Returns a [`ConfigError`] with all problems of one kind.
     pub fn new(
-        file: Option<&Path>,
+        files: &[PathBuf],
         environment: impl Iterator<Item = (String, String)>,
         sets: &[String],
     ) -> Result<Self, ConfigError> {
         let defaults = Layer::defaults()?;
         let known = &defaults.table;
         let mut layers = Vec::new();
-        if let Some(path) = file {
-            layers.push(Layer::file(path, known)?);
+        for path in files {
+            layers.extend(base::read_with_bases(path, known)?);
         }
         let mut variables: Vec<(String, String)> = environment.collect();
         let headers = external::header_variable(&variables);
@@ -139,6 +139,7 @@ pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Config, ConfigError>
 
 /// Returns the environment variables, also for libraries that have their own (object store credentials). Registers the credentials among
 /// them for [`unveil_core::redact`].
+#[expect(clippy::disallowed_methods, reason = "this crate reads the environment for all others")]
 pub fn environment() -> Vec<(String, String)> {
     let text =
         |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned()));
@@ -156,7 +157,8 @@ pub fn load_from(
     environment: impl Iterator<Item = (String, String)>,
     sets: &[String],
 ) -> Result<Config, ConfigError> {
-    Loaded::new(file, environment, sets).map(|loaded| loaded.config)
+    let files: Vec<PathBuf> = file.map(Path::to_owned).into_iter().collect();
+    Loaded::new(&files, environment, sets).map(|loaded| loaded.config)
 }
 
 /// Parses a complete configuration, checking only keys and types: a configuration saved by another version may be invalid by the rules of

@@ -124,7 +124,7 @@ mod tests {
 
     fn message(sets: &[&str]) -> String {
         let sets: Vec<String> = sets.iter().map(|s| (*s).to_owned()).collect();
-        let loaded = Loaded::new(None, std::iter::empty(), &sets).unwrap();
+        let loaded = Loaded::new(&[], std::iter::empty(), &sets).unwrap();
         loaded.check_paths().map_or_else(|e| e.to_string(), |()| String::new())
     }
 

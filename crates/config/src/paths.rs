@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use crate::schema::{Config, DataKind};
 
+/// Prefix of the log and checkpoints of stage 1.
+pub const SFT_PREFIX: &str = "sft";
+
 impl Config {
     /// Returns the run directory.
     pub fn run_dir(&self) -> PathBuf {
@@ -33,13 +36,25 @@ impl Config {
         self.run_dir().join("model")
     }
 
-    /// Returns the path or URL of the log and checkpoints of stage 2.
-    pub fn checkpoint_url(&self) -> String {
-        if self.checkpoint.url.is_empty() { self.run.dir.clone() } else { self.checkpoint.url.clone() }
+    /// Returns the path or URL of the log and checkpoints under `prefix` of the run: stage 2 has the empty prefix, stage 1 [`SFT_PREFIX`].
+    pub fn checkpoint_url(&self, prefix: &str) -> String {
+        let base = if self.checkpoint.url.is_empty() { &self.run.dir } else { &self.checkpoint.url };
+        if prefix.is_empty() { base.clone() } else { format!("{}/{prefix}", base.trim_end_matches('/')) }
     }
+}
 
-    /// Returns the path or URL of the log and checkpoints of stage 1.
-    pub fn sft_checkpoint_url(&self) -> String {
-        format!("{}/sft", self.checkpoint_url().trim_end_matches('/'))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_in_the_run_directory_or_at_the_url() {
+        let mut config = Config::default();
+        config.run.dir = "runs/a".into();
+        assert_eq!(config.checkpoint_url(""), "runs/a");
+        assert_eq!(config.checkpoint_url(SFT_PREFIX), "runs/a/sft");
+        config.checkpoint.url = "s3://bucket/a/".into();
+        assert_eq!(config.checkpoint_url(""), "s3://bucket/a/");
+        assert_eq!(config.checkpoint_url(SFT_PREFIX), "s3://bucket/a/sft");
     }
 }

@@ -3,18 +3,24 @@
 use std::fmt::Write;
 
 use schemars::generate::SchemaSettings;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use crate::base::{BASE_KEY, BASE_MEANING};
 use crate::schema::Config;
 
 /// Returns the JSON Schema (draft 7) of a configuration file, for editors that check and complete TOML.
 pub fn json_schema() -> Value {
-    SchemaSettings::draft07().into_generator().into_root_schema_for::<Config>().to_value()
+    let mut schema = SchemaSettings::draft07().into_generator().into_root_schema_for::<Config>().to_value();
+    if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+        let files = json!([{"type": "array", "items": {"type": "string"}}, {"type": "string"}]);
+        properties.insert(BASE_KEY.to_owned(), json!({"description": BASE_MEANING, "anyOf": files}));
+    }
+    schema
 }
 
 /// A key of the configuration.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Key {
+pub(crate) struct Key {
     /// Section, as in a file: `rollout`, or `[reward.custom]` for a list of tables.
     pub section: String,
     /// Name within the section.
@@ -31,7 +37,7 @@ pub struct Key {
 
 /// Bounds of a number.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Range {
+pub(crate) struct Range {
     /// Lower bound, and whether it is excluded.
     pub min: Option<(f64, bool)>,
     /// Upper bound, and whether it is excluded.
@@ -66,7 +72,7 @@ impl std::fmt::Display for Range {
 }
 
 /// Returns all keys in the order of the schema, with the title of each section.
-pub fn keys() -> Vec<(String, Vec<Key>)> {
+pub(crate) fn keys() -> Vec<(String, Vec<Key>)> {
     let settings = SchemaSettings::draft07().with(|s| s.inline_subschemas = true);
     let root = settings.into_generator().into_root_schema_for::<Config>().to_value();
     let mut sections = Vec::new();
@@ -78,10 +84,12 @@ pub fn keys() -> Vec<(String, Vec<Key>)> {
 
 /// Returns the reference page of all keys, in Markdown.
 pub fn reference_page() -> String {
-    let mut page = String::from(
+    let mut page = format!(
         "# Configuration reference\n\nGenerated from the doc comments of `config/src/schema`; `UNVEIL_UPDATE=1 cargo test -p unveil-config reference` \
-         writes it again. Values come from the file, then from variables (`UNVEIL__SECTION__KEY`), then from `--set section.key=value`.\n\
-         `unveil config show` prints the effective values, `unveil config schema` a JSON Schema for editors.\n",
+         writes it again. Values come from the files of `--config` (repeatable, the last one wins), then from variables \
+         (`UNVEIL__SECTION__KEY`), then from `--set section.key=value`.\n\
+         `unveil config show` prints the effective values (`--explain`: with these texts), `unveil config schema` a JSON Schema for editors.\n\n\
+         A file may begin with `{BASE_KEY} = [\"other.toml\"]`. {BASE_MEANING}\n"
     );
     for (title, keys) in keys() {
         let section = &keys[0].section;
@@ -206,6 +214,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the user asks for an update")]
     fn reference_page_is_current() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md");
         let page = reference_page();
@@ -270,10 +279,18 @@ mod tests {
     }
 
     #[test]
+    fn json_schema_has_the_bases_of_a_file() {
+        let schema = json_schema();
+        assert_eq!(schema["properties"][BASE_KEY]["anyOf"][0]["type"], "array");
+        assert!(reference_page().contains("base = [\"other.toml\"]"));
+        assert!(keys().iter().flat_map(|(_, keys)| keys).all(|key| key.name != BASE_KEY), "it is no key of a section");
+    }
+
+    #[test]
     fn json_schema_has_the_keys_of_the_shipped_files() {
         let root = json_schema();
         let mut checked = 0;
-        for file in ["quickstart", "bccd", "rewards"] {
+        for file in ["quickstart", "bccd", "rewards", "instruct"] {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../configs/{file}.toml"));
             let table: toml::Table = std::fs::read_to_string(path).unwrap().parse().unwrap();
             let mut todo: Vec<(&Value, toml::Value)> = vec![(&root, toml::Value::Table(table))];

@@ -4,38 +4,43 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use unveil_core::{BoxForm, LogprobKind};
+use unveil_core::Dtype;
 
 mod access;
 mod answer;
 mod collect;
+mod data;
 mod endpoint;
 mod health;
 mod launch;
 mod learner;
 mod lora;
+mod model;
 mod parallel;
+mod prompt;
 mod reward;
 mod reward_service;
+mod rollout;
 mod telemetry;
 
 pub use access::{Auth, Tls};
-pub use answer::Answer;
+pub use answer::{Answer, AnswerFormChoice};
 pub use collect::Collect;
+pub use data::{Augment, Data, DataKind, Synth};
 pub(crate) use endpoint::ChatEndpoint;
 pub use health::Health;
 pub use launch::Launch;
-pub use learner::{
-    Algorithm, Critic, Freeze, Importance, KlForm, KlGradient, KlPlacement, Learner, LossReduction, RatioBase,
-    RatioLevel, Whiten,
-};
+pub use learner::{Critic, Freeze, KlPlacement, Learner, RatioBase, Whiten};
 pub use lora::Lora;
+pub use model::Model;
 pub use parallel::Parallel;
+pub use prompt::Prompt;
 pub use reward::{
     Abstention, ComponentConfig, Custom, Gate, Length, Localization, Normalise, Overlap, Relevance, RelevanceKind,
     Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
 };
 pub use reward_service::{Judge, RewardService};
+pub use rollout::{Rollout, WeightSync};
 pub use telemetry::{LogFormat, Telemetry};
 
 /// Complete configuration of a run.
@@ -46,6 +51,8 @@ pub struct Config {
     pub run: Run,
     /// Initial model.
     pub model: Model,
+    /// Text of prompts.
+    pub prompt: Prompt,
     /// Parsing of answers.
     pub answer: Answer,
     /// Training and held-out data.
@@ -102,17 +109,6 @@ pub struct Run {
     pub dtype: Dtype,
 }
 
-/// Data type of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Dtype {
-    /// 32-bit floating point (4 bytes per weight).
-    #[default]
-    Float32,
-    /// bfloat16 (2 bytes per weight).
-    Bfloat16,
-}
-
 impl Default for Run {
     fn default() -> Self {
         Self {
@@ -125,135 +121,6 @@ impl Default for Run {
             deterministic: false,
             dtype: Dtype::default(),
         }
-    }
-}
-
-/// Initial model: a model directory, or a preset that is initialised with random weights.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Model {
-    /// Model directory in Hugging Face layout. Empty: a model with random weights is created from `family` and `preset`.
-    pub dir: String,
-    /// Model family of a model created from scratch; ignored if `dir` is set.
-    pub family: String,
-    /// Size preset of the family for a model created from scratch; ignored if `dir` is set.
-    pub preset: String,
-    /// Notation of boxes in answers: `auto` (the notation of the model family), `absolute` (pixels of the resized image), `per_mille`
-    /// (thousandths of the image sides), `qwen2_vl` (thousandths between box tokens), or `llava` (fractions with three decimals).
-    #[serde(with = "crate::box_form")]
-    #[schemars(with = "String")]
-    pub boxes: Option<BoxForm>,
-}
-
-impl Default for Model {
-    fn default() -> Self {
-        Self { dir: String::new(), family: "qwen2_5_vl".into(), preset: "tiny".into(), boxes: None }
-    }
-}
-
-/// Source of the training data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum DataKind {
-    /// Synthetic images, generated as by `unveil data synth`.
-    Synth,
-    /// Pascal VOC directory `data.root`.
-    Voc,
-    /// Record file `data.root` (JSON lines).
-    Jsonl,
-}
-
-/// Training and held-out data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Data {
-    /// Source: `synth` (generated images), `voc` (a Pascal VOC directory) or `jsonl` (a record file).
-    pub kind: DataKind,
-    /// Path of the data: a directory for `voc`, a file for `jsonl`; not used for `synth`.
-    pub root: String,
-    /// Class name in the VOC annotations whose objects are the findings; required for `voc`.
-    pub class: String,
-    /// Category written in questions and answers for that VOC class.
-    pub category: String,
-    /// Allows images outside the directory of the record file: absolute paths, `..`, and symbolic links that lead out of it.
-    pub outside: bool,
-    /// Question for records without one.
-    pub question: String,
-    /// Synthetic data; used if `kind = "synth"`.
-    pub synth: Synth,
-    /// Name of the split to train on.
-    pub train_split: String,
-    /// Name of the split for evaluation during training and for choosing the best checkpoint; must differ from `train_split`.
-    pub val_split: String,
-    /// Name of the split reported in summary.json; evaluated once before and once after stage 2; must differ from `train_split`.
-    pub test_split: String,
-    /// Random augmentation of training images.
-    pub augment: Augment,
-    /// Known categories with the synonyms that count as naming them: `{"nodule" = ["nodules"]}`.
-    pub synonyms: std::collections::BTreeMap<String, Vec<String>>,
-}
-
-impl Default for Data {
-    fn default() -> Self {
-        Self {
-            kind: DataKind::Synth,
-            root: String::new(),
-            class: String::new(),
-            category: String::new(),
-            outside: false,
-            question: "What is abnormal, and where?".into(),
-            synth: Synth::default(),
-            train_split: "train".into(),
-            val_split: "val".into(),
-            test_split: "test".into(),
-            augment: Augment::default(),
-            synonyms: Default::default(),
-        }
-    }
-}
-
-/// Size and seed of the synthetic data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Synth {
-    /// Number of training images.
-    pub train: usize,
-    /// Number of validation images.
-    pub val: usize,
-    /// Number of test images.
-    pub test: usize,
-    /// Seed of the data, independent of `run.seed`.
-    pub seed: u64,
-    /// Side length of the images in pixels; a multiple of 16 from 48 to 448.
-    #[schemars(range(min = 48, max = 448))]
-    pub size: u32,
-}
-
-impl Default for Synth {
-    fn default() -> Self {
-        Self { train: 6000, val: 128, test: 256, seed: 7, size: 96 }
-    }
-}
-
-/// Random augmentation of training images.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Augment {
-    /// Smallest side of a random crop, as a fraction of the image side, above 0 up to 1; 1 disables cropping.
-    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
-    pub crop_min: f32,
-    /// Mirrors images left to right with probability 1/2.
-    pub flip_horizontal: bool,
-    /// Mirrors images top to bottom with probability 1/2.
-    pub flip_vertical: bool,
-    /// Maximum relative change of brightness and contrast, from 0 up to below 1; 0 disables it.
-    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
-    pub jitter: f32,
-}
-
-impl Default for Augment {
-    fn default() -> Self {
-        Self { crop_min: 1.0, flip_horizontal: false, flip_vertical: false, jitter: 0.0 }
     }
 }
 
@@ -321,116 +188,6 @@ pub struct Sft {
 impl Default for Sft {
     fn default() -> Self {
         Self { steps: 400, batch: 16, optimizer: Optimizer::default(), eval_every: 0, checkpoint_every: 0 }
-    }
-}
-
-/// Sampling and rollout workers in stage 2.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Rollout {
-    /// Responses per group (prompt), 1 to 1024; algorithms that compare responses need at least 2.
-    #[schemars(range(min = 1))]
-    pub n: usize,
-    /// Sampling temperature, above 0.
-    #[schemars(extend("exclusiveMinimum" = 0.0))]
-    pub temperature: f64,
-    /// Samples from the k most probable tokens only; 0 disables the filter.
-    pub top_k: usize,
-    /// Samples from the smallest set of most probable tokens that reaches this probability, above 0 up to 1; 1 disables the filter.
-    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
-    pub top_p: f64,
-    /// Samples only tokens with at least this fraction of the most probable token's probability, 0 to 1; 0 disables the filter.
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub min_p: f64,
-    /// Distribution of the log-probabilities in rollout and learner: `tempered` (the distribution at `temperature`, before the three
-    /// filters) or `untempered` (at temperature 1).
-    pub logprobs: LogprobKind,
-    /// Strings that end a response, in addition to the end token. Empty: the end token only.
-    pub stop: Vec<String>,
-    /// Maximum length of a response in tokens.
-    #[schemars(range(min = 1))]
-    pub max_new_tokens: usize,
-    /// Groups that a worker leases and generates at a time, 1 to 4096.
-    #[schemars(range(min = 1))]
-    pub groups_per_lease: usize,
-    /// Maximum age of the oldest token of a response, in weight versions behind the learner; 0 to 1000 and at most `learner.steps`. With 0,
-    /// training is strictly on-policy: generation and training alternate, and the result does not depend on timing. Above 0, workers
-    /// generate while the learner trains, and receive new weights in the middle of responses.
-    #[schemars(range(min = 0, max = 1000))]
-    pub max_staleness: u64,
-    /// Seconds after the last heartbeat at which a lease expires and its groups are leased to another worker. Heartbeats renew a lease
-    /// during work, so it may be shorter than the work takes.
-    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
-    pub lease_s: f64,
-    /// Seconds without progress after which the groups of a live worker are leased to others. Progress is a decode step, a received part of
-    /// weights or of an image, or a scored group. Must be above `reward.deadline_s` and longer than the prefill of a whole lease.
-    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
-    pub stall_s: f64,
-    /// Seconds that a worker retries to reach the learner before it exits.
-    #[schemars(range(max = 1e8), extend("exclusiveMinimum" = 0.0))]
-    pub patience_s: f64,
-    /// Failed attempts at a group (workers lost while holding it, or unable to generate it) after which the group is set aside and its
-    /// record reported; 0 retries without limit.
-    pub max_losses: u32,
-    /// CPU threads of each rollout worker; 0 uses all cores.
-    pub threads: usize,
-    /// Number of rollout workers that `unveil train` starts.
-    #[schemars(range(min = 1))]
-    pub workers: usize,
-    /// Maximum number of responses that a worker decodes in parallel; at least `n`.
-    #[schemars(range(min = 1))]
-    pub max_rows: usize,
-    /// Memory limit of a worker for KV cache and activations, in GiB; 0 uses the memory that is free at start.
-    #[schemars(range(min = 0.0))]
-    pub memory_gib: f64,
-    /// Transport of new weights to the workers: `grpc` (each worker fetches them) or `broadcast` (the learner broadcasts them over NCCL or
-    /// Gloo).
-    pub weight_sync: WeightSync,
-    /// Timeout in seconds (1 to 600) for workers to join a broadcast, and for each of its collective calls; a worker that is late fetches
-    /// the weights over gRPC. If a worker dies, the others wait this long for it.
-    #[schemars(range(min = 1.0, max = 600.0))]
-    pub broadcast_s: f64,
-    /// Listen address `host:port` of a worker's Prometheus page (`/metrics`); workers on one machine need different ports. Empty: no page.
-    pub metrics_listen: String,
-}
-
-/// Transport of new weights to the workers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightSync {
-    /// Each worker fetches the weights over gRPC.
-    Grpc,
-    /// The learner broadcasts the weights to all subscribed workers: over NCCL if its device is a GPU, over Gloo on CPUs. Other workers,
-    /// and those whose broadcast fails, fetch them over gRPC. On GPUs both ends keep a second copy of the sent weights in device memory; if
-    /// it does not fit, they go through host memory.
-    Broadcast,
-}
-
-impl Default for Rollout {
-    fn default() -> Self {
-        Self {
-            n: 8,
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            logprobs: LogprobKind::Tempered,
-            stop: Vec::new(),
-            max_new_tokens: 40,
-            groups_per_lease: 16,
-            max_staleness: 0,
-            lease_s: 60.0,
-            stall_s: 300.0,
-            patience_s: 60.0,
-            max_losses: 3,
-            threads: 0,
-            workers: 1,
-            max_rows: 256,
-            memory_gib: 0.0,
-            weight_sync: WeightSync::Grpc,
-            broadcast_s: 10.0,
-            metrics_listen: String::new(),
-        }
     }
 }
 

@@ -2,8 +2,11 @@
 
 mod access;
 mod answer;
+#[cfg(test)]
+mod changed;
 mod collect;
 mod endpoint;
+mod input;
 mod learner;
 mod listen;
 mod message_size;
@@ -137,6 +140,7 @@ pub(crate) fn problems(c: &Config) -> Vec<String> {
     }
     access::check(c, &mut out);
     answer::check(c, &mut out);
+    input::check(c, &mut out);
     plaintext::check(c, &mut out);
     reward::check(c, &mut out);
     collect::check(c, &mut out);

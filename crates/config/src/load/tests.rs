@@ -89,7 +89,8 @@ fn errors_name_the_key() {
 fn learner_choices_are_checked() {
     let text = "[learner]\nalgorithm = \"reinforce_plus_plus_baseline\"\nratio = \"sequence\"\nratio_to = \"learner\"\nimportance = \"mask\"\nloss_mean = \"sequence_max_length\"\nkl_form = \"k2\"\nkl_in = \"reward\"\nwhiten = \"always\"";
     let l = with(text, &[], &["learner.clip_dual=3", "learner.kl_coef=0.1", "learner.kl_target=6"]).unwrap().learner;
-    use crate::schema::*;
+    use crate::schema::{KlPlacement, RatioBase, Whiten};
+    use unveil_core::{Algorithm, Importance, KlForm, LossReduction, RatioLevel};
     assert_eq!(
         (l.algorithm, l.ratio, l.ratio_to, l.importance, l.loss_mean),
         (
@@ -263,6 +264,19 @@ fn calibrated_heads_are_read_and_frozen() {
     }
     let gone = with("", &[], &["reward.vision_relevance.heads_file=/no/such.toml"]).unwrap_err().to_string();
     assert!(gone.contains("/no/such.toml"), "{gone}");
+}
+
+#[test]
+fn published_models_start_from_the_shipped_file() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/instruct.toml");
+    let dir = tempfile::tempdir().unwrap();
+    let own = dir.path().join("own.toml");
+    std::fs::write(&own, "[data]\nroot = \"r.jsonl\"\n[model]\nmin_pixels = 3136\n").unwrap();
+    let loaded = Loaded::new(&[shipped, own], std::iter::empty(), &[]).unwrap();
+    let c = &loaded.config;
+    assert_eq!((c.answer_form(), c.sft.steps), (unveil_core::AnswerForm::Json, 0));
+    assert!(c.prompt.suffix.starts_with([' ', '\n']) && c.prompt.suffix.contains("bbox_2d"), "{:?}", c.prompt.suffix);
+    assert_eq!((c.model.min_pixels, c.model.max_pixels), (3136, 602_112));
 }
 
 #[test]

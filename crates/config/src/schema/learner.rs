@@ -2,36 +2,9 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use unveil_core::{Algorithm, Importance, KlForm, KlGradient, LossReduction, RatioLevel};
 
 use super::{Lora, Optimizer, Parallel};
-
-/// Advantage estimator: computes advantages from rewards.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Algorithm {
-    /// GRPO: reward minus the group's mean, divided by its standard deviation if `scale_by_std`; no value head (arXiv 2402.03300).
-    Grpo,
-    /// PPO: value head and generalised advantage estimation (arXiv 1707.06347, 1506.02438).
-    Ppo,
-    /// RLOO: reward minus the mean of the other rewards of the group (arXiv 2402.14740).
-    Rloo,
-    /// REINFORCE++: discounted returns, normalised over the batch, without a baseline per prompt (arXiv 2501.03262).
-    ReinforcePlusPlus,
-    /// REINFORCE++ with baseline: reward minus the group's mean, normalised over the batch.
-    ReinforcePlusPlusBaseline,
-}
-
-impl Algorithm {
-    /// Returns whether the algorithm compares the responses to one prompt, so that a group needs at least two.
-    pub fn compares_responses(self) -> bool {
-        matches!(self, Self::Grpo | Self::Rloo | Self::ReinforcePlusPlusBaseline)
-    }
-
-    /// Returns whether advantages are normalised over the batch with `whiten = "auto"`.
-    pub fn whitens_by_default(self) -> bool {
-        matches!(self, Self::Ppo | Self::ReinforcePlusPlus | Self::ReinforcePlusPlusBaseline)
-    }
-}
 
 /// Model that computes the values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -55,16 +28,6 @@ pub enum Whiten {
     Never,
 }
 
-/// Unit over which a probability ratio is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum RatioLevel {
-    /// Each token.
-    Token,
-    /// A whole response: the geometric mean of the ratios of its tokens (GSPO, arXiv 2507.18071). Use clip ranges of about 1e-4 to 1e-3.
-    Sequence,
-}
-
 /// Denominator of the probability ratio.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -76,48 +39,6 @@ pub enum RatioBase {
     Learner,
 }
 
-/// Importance weight `w = exp(learner before the update - rollout)` of each token's surrogate; used if `ratio_to = "learner"`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Importance {
-    /// No weight (1).
-    None,
-    /// w: the decoupled objective for stale data (AReaL, arXiv 2505.24298).
-    Full,
-    /// min(w, `importance_cap`): truncated importance sampling.
-    Truncate,
-    /// w if it is within [1 / `importance_cap`, `importance_cap`], else 0: the token is dropped.
-    Mask,
-}
-
-/// Reduction of the loss over the tokens of a mini-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum LossReduction {
-    /// Mean over all tokens of a mini-batch (DAPO).
-    Token,
-    /// Mean over responses of the mean over their tokens (GRPO).
-    SequenceTokenMean,
-    /// Mean over responses of the sum over their tokens.
-    SequenceTokenSum,
-    /// Mean over responses of the sum over their tokens divided by `rollout.max_new_tokens` (Dr. GRPO).
-    SequenceMaxLength,
-    /// Mean over groups of the mean over the group's tokens.
-    GroupTokenMean,
-}
-
-/// Estimator of the KL divergence to the reference per token, with d = log policy - log reference.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum KlForm {
-    /// d. The form for the reward; in the loss, its gradient is 0 in expectation.
-    K1,
-    /// d^2 / 2. In the loss, it has the gradient of KL(policy || reference).
-    K2,
-    /// exp(-d) - 1 + d, never negative. In the loss, it has the gradient of KL(reference || policy), equal to the gradient of k2 to first order.
-    K3,
-}
-
 /// Place where the KL divergence to the reference enters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -126,16 +47,6 @@ pub enum KlPlacement {
     Loss,
     /// Subtracted from the rewards: per token with ppo and reinforce_plus_plus, summed over the response with grpo and rloo.
     Reward,
-}
-
-/// Gradient of the KL term in the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum KlGradient {
-    /// Gradient of `kl_form`.
-    Own,
-    /// Gradient of KL(policy || reference), independent of `kl_form`.
-    Reverse,
 }
 
 /// Parameters that are frozen for a range of updates.

@@ -3,53 +3,35 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Language model behind an OpenAI-compatible chat endpoint that scores relevance.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Judge {
-    /// URL of the endpoint without `/chat/completions`, for example `https://host/v1`.
-    pub base_url: String,
-    /// Environment variable that holds the API key. Empty: no key is sent.
-    pub key_env: String,
-    /// PEM file of certificate authorities to trust in addition to the system's. Empty: the system's only.
-    pub ca: String,
-    /// Model name sent to the endpoint.
-    pub model: String,
-    /// File of the prompt, a minijinja template; text above a line `===` is the system message. Empty: the built-in prompt.
-    pub prompt: String,
-    /// `[lowest, highest]` score that the prompt asks for; mapped linearly to 0 and 1.
-    pub scale: [f64; 2],
-    /// Maximum length of the judge's answer in tokens.
-    #[schemars(range(min = 1))]
-    pub max_tokens: u32,
-    /// Sampling temperature of the judge, 0 to 2.
-    #[schemars(range(min = 0.0, max = 2.0))]
-    pub temperature: f64,
-    /// Seconds for all answers of one group; missing ones are masked.
-    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
-    pub deadline_s: f64,
-    /// Timeout of one request in seconds; afterwards it is retried.
-    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1e6))]
-    pub attempt_s: f64,
-    /// Maximum number of requests per answer, at least 1.
-    #[schemars(range(min = 1))]
-    pub tries: u32,
-    /// Maximum number of concurrent requests, at least 1.
-    #[schemars(range(min = 1))]
-    pub concurrency: usize,
-    /// Maximum number of requests per minute; 0 sets no limit.
-    #[schemars(range(min = 0.0))]
-    pub per_minute: f64,
-    /// Hedging of slow requests: a second request is sent once the first takes longer than this quantile of the recent latencies, 0 up to
-    /// below 1; 0 disables hedging.
-    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
-    pub hedge: f64,
-    /// Maximum number of requests in the lifetime of the service; 0 sets no limit.
-    pub max_requests: u64,
-    /// Maximum number of tokens in the lifetime of the service; 0 sets no limit.
-    pub max_total_tokens: u64,
-    /// Number of scores cached by content; 0 disables the cache.
-    pub cache: usize,
+use super::endpoint::chat_section;
+
+chat_section! {
+    "reward.judge",
+    /// Language model behind an OpenAI-compatible chat endpoint that scores relevance.
+    pub struct Judge {
+        connection,
+        /// File of the prompt, a minijinja template; text above a line `===` is the system message. Empty: the built-in prompt.
+        pub prompt: String,
+        /// `[lowest, highest]` score that the prompt asks for; mapped linearly to 0 and 1.
+        pub scale: [f64; 2],
+        requests:
+        /// Maximum length of the judge's answer in tokens.
+        max_tokens,
+        /// Sampling temperature of the judge, 0 to 2.
+        temperature,
+        /// Seconds for all answers of one group; missing ones are masked.
+        deadline_s,
+        /// Hedging of slow requests: a second request is sent once the first takes longer than this quantile of the recent latencies, 0 up
+        /// to below 1; 0 disables hedging.
+        #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
+        pub hedge: f64,
+        /// Maximum number of requests in the lifetime of the service; 0 sets no limit.
+        pub max_requests: u64,
+        /// Maximum number of tokens in the lifetime of the service; 0 sets no limit.
+        pub max_total_tokens: u64,
+        /// Number of scores cached by content; 0 disables the cache.
+        pub cache: usize,
+    }
 }
 
 impl Default for Judge {

@@ -65,13 +65,10 @@ fn is_variable_name(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::validate::changed::problems_after;
 
     fn problems(set: impl FnOnce(&mut Config)) -> String {
-        let mut c = Config::default();
-        set(&mut c);
-        let mut out = Vec::new();
-        check(&c, &mut out);
-        out.join("\n")
+        problems_after(check, set).join("\n")
     }
 
     #[test]

@@ -112,6 +112,39 @@ mod tests {
     }
 
     #[test]
+    fn auto_is_native_after_stage_1_else_the_published_form() {
+        use unveil_core::{AnswerForm, Family};
+
+        use crate::schema::AnswerFormChoice;
+
+        let dir = tempfile::tempdir().unwrap();
+        let mut c = Config::default();
+        assert_eq!((c.answer.form, c.answer_form()), (AnswerFormChoice::Auto, AnswerForm::Native));
+        c.sft.steps = 0;
+        for family in Family::ALL {
+            c.model.dir = String::new();
+            c.model.family = family.name().into();
+            assert_eq!(c.answer_form(), family.published_answer_form());
+            c.model.dir = dir.path().display().to_string();
+            let text = format!(r#"{{"model_type": "{}"}}"#, family.name());
+            std::fs::write(dir.path().join("config.json"), text).unwrap();
+            assert_eq!(c.answer_reader().form(), family.published_answer_form());
+        }
+        // A directory that cannot be used is reported where the model is loaded.
+        c.model.dir = "/no/such".into();
+        assert_eq!(c.answer_form(), AnswerForm::Json);
+        for (choice, form) in
+            [(AnswerFormChoice::Native, AnswerForm::Native), (AnswerFormChoice::Json, AnswerForm::Json)]
+        {
+            c.answer.form = choice;
+            for steps in [0, 5] {
+                c.sft.steps = steps;
+                assert_eq!(c.answer_form(), form);
+            }
+        }
+    }
+
+    #[test]
     fn match_contains_needs_the_classes() {
         let mut c = Config::default();
         c.answer.matching = ClassMatch::Contains;

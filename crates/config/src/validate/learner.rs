@@ -1,6 +1,8 @@
 //! Checks of the section `[learner]`. Each message names the key, its value and the allowed range.
 
-use crate::schema::{Algorithm, Config, Critic, Importance, KlGradient, KlPlacement, RatioBase, Whiten};
+use unveil_core::{Algorithm, Importance, KlGradient};
+
+use crate::schema::{Config, Critic, KlPlacement, RatioBase, Whiten};
 
 /// Returns an enum value as written in a configuration file.
 fn toml_name(choice: impl serde::Serialize) -> String {

@@ -51,13 +51,10 @@ pub(super) fn check(c: &Config, out: &mut Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::validate::changed::problems_after;
 
     fn problems(change: impl FnOnce(&mut Config)) -> Vec<String> {
-        let mut c = Config::default();
-        change(&mut c);
-        let mut out = Vec::new();
-        check(&c, &mut out);
-        out
+        problems_after(check, change)
     }
 
     #[test]
@@ -72,12 +69,14 @@ mod tests {
         let words = long[0].split("raise it to ").nth(1).and_then(|t| t.split(' ').next()).unwrap();
         let raised: usize = words.parse().unwrap();
         let raised = problems(|c| {
-            (c.rollout.n, c.rollout.max_new_tokens) = (32, 8192);
+            c.rollout.n = 32;
+            c.rollout.max_new_tokens = 8192;
             c.reward.service.max_message_mib = raised;
         });
         assert!(raised.is_empty(), "{raised:?}");
         let far = problems(|c| {
-            (c.rollout.n, c.rollout.max_new_tokens) = (512, 8192);
+            c.rollout.n = 512;
+            c.rollout.max_new_tokens = 8192;
             c.reward.service.max_message_mib = 1024;
         });
         assert!(far.len() == 1 && far[0].contains("to the learner"), "{far:?}");

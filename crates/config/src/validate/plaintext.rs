@@ -50,13 +50,10 @@ fn is_plaintext(url: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::validate::changed::problems_after;
 
     fn problems(set: impl FnOnce(&mut Config)) -> String {
-        let mut c = Config::default();
-        set(&mut c);
-        let mut out = Vec::new();
-        check(&c, &mut out);
-        out.join("\n")
+        problems_after(check, set).join("\n")
     }
 
     #[test]
@@ -79,7 +76,9 @@ mod tests {
             assert!(message.starts_with("collect.base_url"), "{url}: {message}");
             assert_eq!(problems(|c| c.reward.judge.base_url = url.into()), "", "no key is sent");
             let insecure = problems(|c| {
-                (c.reward.judge.base_url, c.reward.judge.key_env, c.tls.insecure) = (url.into(), "K".into(), true);
+                c.reward.judge.base_url = url.into();
+                c.reward.judge.key_env = "K".into();
+                c.tls.insecure = true;
             });
             assert_eq!(insecure, "");
         }
