@@ -201,7 +201,7 @@ mod tests {
         assert!(
             matches!(e.attention, LesionAttention::Measured(_))
                 && e.prediction.correct
-                && e.fault == Some(ParseFault::OtherForm)
+                && e.fault == Some(ParseFault::UnwantedReasoning)
         );
         for none in ["No finding.", "[]", "<think>A nodule?</think> no findings"] {
             let e = evaluated(&[], none, None);

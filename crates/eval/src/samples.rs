@@ -1,6 +1,6 @@
 //! Held-out samples. They are prepared once, because they are evaluated many times during a run.
 
-use unveil_core::{Prompt, Record};
+use unveil_core::Record;
 use unveil_data::records::RecordFile;
 use unveil_engine::PromptInput;
 use unveil_preprocess::codec::Sizes;
@@ -31,11 +31,10 @@ pub fn load_samples(
     records: &RecordFile,
     split: &str,
     limit: usize,
-    question: &str,
     preprocessor: &Preprocessor,
 ) -> Result<Vec<EvalSample>, EvalError> {
     let chosen = select_records(records, split, limit)?;
-    chosen.into_iter().map(|record| load_sample(records, record, question, preprocessor)).collect()
+    chosen.into_iter().map(|record| load_sample(records, record, preprocessor)).collect()
 }
 
 /// Loads all usable records of `split` (all if empty); also returns the errors of the others.
@@ -45,13 +44,12 @@ pub fn load_samples(
 pub fn load_usable_samples(
     records: &RecordFile,
     split: &str,
-    question: &str,
     preprocessor: &Preprocessor,
 ) -> Result<(Vec<EvalSample>, Vec<EvalError>), EvalError> {
     let mut samples = Vec::new();
     let mut left_out = Vec::new();
     for record in select_records(records, split, 0)? {
-        match load_sample(records, record, question, preprocessor) {
+        match load_sample(records, record, preprocessor) {
             Ok(sample) => samples.push(sample),
             Err(why) => left_out.push(why),
         }
@@ -68,18 +66,11 @@ fn select_records<'a>(records: &'a RecordFile, split: &str, limit: usize) -> Res
     Ok((0..keep).map(|i| all[i * all.len() / keep]).collect())
 }
 
-fn load_sample(
-    records: &RecordFile,
-    record: &Record,
-    question: &str,
-    preprocessor: &Preprocessor,
-) -> Result<EvalSample, EvalError> {
+fn load_sample(records: &RecordFile, record: &Record, preprocessor: &Preprocessor) -> Result<EvalSample, EvalError> {
     let root = records.root();
     let image = records.open_image(record)?;
-    let question = if record.question.is_empty() { question } else { &record.question };
     let failed = |source| EvalError::Record { id: record.id.clone(), source };
-    let prepared = preprocessor.prepare(&image, question).map_err(failed)?;
-    let prompt = Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] };
+    let prepared = preprocessor.prepare(&image, record).map_err(failed)?;
     let path = root.file(record)?;
     Ok(EvalSample {
         record: record.clone(),
@@ -88,7 +79,7 @@ fn load_sample(
         grid: prepared.image.merged,
         input: PromptInput {
             id: record.id.clone(),
-            prompt,
+            prompt: prepared.prompt,
             patches: prepared.image.patches.into(),
             hashes: Vec::new(),
         },

@@ -23,7 +23,7 @@ type MetricFn = fn(&EvaluatedAnswer) -> Option<SumAndCount>;
 ///   the image; an answer that does not name it counts as 0, one whose rows are unknown is left out (counted by `without_rows`).
 /// - `pointing_chance`, `energy_chance`: what attention independent of the lesion would reach, over the answers with rows.
 /// - `mentioned`: share of answers about a lesion that name the class.
-/// - `parse_failures`: share of answers that cannot be parsed completely (any problem except `other_form`, which can be parsed).
+/// - `parse_failures`: share of answers that cannot be parsed completely (problems of the form alone, such as `other_form`, do not count).
 /// - `invalid_boxes`: share of the predicted boxes.
 const GROUNDING: [(&str, MetricFn); 12] = [
     ("mean_iou", |a| single(a.prediction.iou?)),
@@ -38,7 +38,7 @@ const GROUNDING: [(&str, MetricFn); 12] = [
         (a.attention != LesionAttention::NotApplicable)
             .then(|| [f64::from(u8::from(a.attention != LesionAttention::Unnamed)), 1.0])
     }),
-    ("parse_failures", |a| single(f64::from(u8::from(a.fault.is_some_and(|f| f != ParseFault::OtherForm))))),
+    ("parse_failures", |a| single(f64::from(u8::from(a.fault.is_some_and(ParseFault::prevents_reading))))),
     ("invalid_boxes", |a| {
         (!a.prediction.boxes.is_empty()).then_some([a.invalid as f64, a.prediction.boxes.len() as f64])
     }),

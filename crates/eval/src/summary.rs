@@ -141,14 +141,13 @@ mod tests {
         std::fs::write(dir.path().join("x.png"), image.to_png().unwrap()).unwrap();
         let records = dir.path().join("r.jsonl");
         std::fs::write(&records, "{\"id\":\"a\",\"image\":\"x.png\"}\n{\"id\":\"b\",\"image\":\"x.png\"}").unwrap();
-        let samples =
-            crate::load_samples(&RecordFile::load(&records).unwrap(), "", 0, "Where?", &preprocessor).unwrap();
-        let black = preprocessor.prepare(&Image::new(160, 96), "Where?").unwrap();
+        let samples = crate::load_samples(&RecordFile::load(&records).unwrap(), "", 0, &preprocessor).unwrap();
+        let black = preprocessor.prepare(&Image::new(160, 96), &samples[0].record).unwrap();
         let inputs = black_inputs(&preprocessor, &samples).unwrap();
         assert!(Arc::ptr_eq(&inputs[0].patches, &inputs[1].patches), "samples of one size share a black image");
         for (input, sample) in inputs.iter().zip(&samples) {
             assert!(*input.patches == black.image.patches && input.patches != sample.input.patches);
-            assert_eq!((&input.prompt.tokens, &input.id), (&black.prompt.ids, &sample.record.id));
+            assert_eq!((&input.prompt.tokens, &input.id), (&black.prompt.tokens, &sample.record.id));
         }
     }
 }

@@ -1,8 +1,11 @@
 """Computes the suites over a response file independently: torchvision's IoU, scipy's assignment and bootstrap, numpy.
 
-argv: R.jsonl, box form, JSON file with "draws" {stream: {n: [[index]]}}, "names" {category: [names]}. Prints one JSON object.
+argv: JSON file with "draws" {stream: {n: [[index]]}} and "names" {category: [names]}, then a box form and a response file per comparison.
+Prints one line of JSON per comparison.
 """
+import gc
 import json
+import os
 import re
 import sys
 
@@ -12,7 +15,21 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import bootstrap
 from torchvision.ops import box_iou
 
-path, form, given = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
+
+def forked():
+    """Returns a box form and a response file in a new process each; ends the program after all of them."""
+    gc.freeze()  # else each process collects what was imported
+    for form, path in zip(sys.argv[2::2], sys.argv[3::2]):
+        child = os.fork()
+        if child == 0:
+            return form, path
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(f"{form} failed")
+    sys.exit()
+
+
+given = json.load(open(sys.argv[1]))
+form, path = forked()
 
 
 def read(text):
@@ -192,3 +209,5 @@ print(json.dumps({
     "summary": {"accuracy": mean([j["correct"] for j in judged]), "mean_iou": mean(iou), "acc50": mean([v >= 0.5 for v in iou]),
                 "soft_f1": mean([j["soft_f1"] for j in judged]), "vision_lift": mean(lift), "n": len(judged)},
 }, default=lambda v: v.item()))
+sys.stdout.flush()
+os._exit(0)  # without the destruction of all modules

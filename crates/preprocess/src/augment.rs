@@ -166,7 +166,7 @@ fn random_crop(crop_min: f32, rng: &mut ChaCha8Rng, image: &Image, boxes: &[BBox
         let x = start(rng, image.width() - w);
         let y = start(rng, image.height() - h);
         if let Some((boxes, kept)) = crop_boxes(boxes, [x, y, w, h]) {
-            return Some(Augmented { image: crop(image, [x, y, w, h]), boxes, kept });
+            return Some(Augmented { image: image.crop([x, y, w, h]), boxes, kept });
         }
     }
     None
@@ -195,57 +195,24 @@ fn crop_boxes(boxes: &[BBox], [x, y, w, h]: [u32; 4]) -> Option<(Vec<BBox>, Vec<
     (boxes.is_empty() || !out.is_empty()).then_some((out, kept))
 }
 
-/// Returns the part `[x, y, width, height]` of an image, which must be inside it.
-fn crop(image: &Image, [x, y, w, h]: [u32; 4]) -> Image {
-    let mut out = Image::new(w, h);
-    let stride = w as usize * 3;
-    for (row, line) in (y..y + h).zip(out.rgb_mut().chunks_exact_mut(stride.max(1))) {
-        let from = (row as usize * image.width() as usize + x as usize) * 3;
-        line.copy_from_slice(&image.rgb()[from..from + stride]);
-    }
-    out
-}
-
 /// Mirrors image and boxes left to right.
 pub fn flip_h(image: &mut Image, boxes: &mut [BBox]) {
-    let stride = image.width() as usize * 3;
-    for row in image.rgb_mut().chunks_exact_mut(stride) {
-        let mut a = 0;
-        let mut b = row.len();
-        while a + 3 < b {
-            b -= 3;
-            (0..3).for_each(|k| row.swap(a + k, b + k));
-            a += 3;
-        }
-    }
+    image.flip_h();
     let w = image.width() as f32;
     boxes.iter_mut().for_each(|b| (b.x1, b.x2) = (w - b.x2, w - b.x1));
 }
 
 /// Mirrors image and boxes top to bottom.
 pub fn flip_v(image: &mut Image, boxes: &mut [BBox]) {
-    let row = image.width() as usize * 3;
-    let h = image.height() as usize;
-    for y in 0..h / 2 {
-        let (top, bottom) = image.rgb_mut().split_at_mut((h - 1 - y) * row);
-        top[y * row..(y + 1) * row].swap_with_slice(&mut bottom[..row]);
-    }
+    image.flip_v();
     let h = image.height() as f32;
     boxes.iter_mut().for_each(|b| (b.y1, b.y2) = (h - b.y2, h - b.y1));
 }
 
 /// Rotates image and boxes clockwise by 90 degrees, which swaps width and height.
 pub fn rotate_clockwise(image: &mut Image, boxes: &mut [BBox]) {
-    let w = image.width();
-    let h = image.height();
-    let mut out = Image::new(h, w);
-    for y in 0..h {
-        for x in 0..w {
-            out.set_pixel(h - 1 - y, x, image.pixel(x, y));
-        }
-    }
-    *image = out;
-    let h = h as f32;
+    let h = image.height() as f32;
+    image.rotate_clockwise();
     for b in boxes {
         *b = BBox { x1: h - b.y2, y1: b.x1, x2: h - b.y1, y2: b.x2 };
     }

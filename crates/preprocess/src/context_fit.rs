@@ -23,8 +23,6 @@ pub struct TokenLimits {
     pub context: usize,
     /// Maximum number of tokens generated after a prompt.
     pub new_tokens: usize,
-    /// Question for records without one.
-    pub question: String,
 }
 
 /// Use of a record.
@@ -90,9 +88,8 @@ pub fn check_record(
         return Ok((0, 0));
     }
     let size = header_size(&root.file(record)?)?;
-    let question = if record.question.trim().is_empty() { &limits.question } else { &record.question };
     let grid = preprocessor.processor().merged_grid(size)?;
-    let prompt = preprocessor.prompt(grid, question)?.ids.len();
+    let prompt = preprocessor.prompt_ids(grid, record)?.len();
     let answer = match record_use {
         RecordUse::Trained => preprocessor.target_ids(record, &preprocessor.sizes(size)?)?.len(),
         RecordUse::Prompted | RecordUse::Unused => 0,
@@ -214,7 +211,7 @@ mod tests {
     }
 
     fn limits(context: usize, new_tokens: usize) -> TokenLimits {
-        TokenLimits { context, new_tokens, question: "Where?".into() }
+        TokenLimits { context, new_tokens }
     }
 
     fn line(id: &str, more: &str) -> String {
@@ -278,8 +275,8 @@ mod tests {
         let wide = limits(10_000, 1);
         let (prompt, answer) = check_record(&fixture.preprocessor, &wide, &root, record, RecordUse::Trained).unwrap();
         // The prompt has the length of the one that training builds from the decoded image.
-        let whole = fixture.preprocessor.prepare(&Image::new(96, 96), "q").unwrap();
-        assert_eq!(prompt, whole.prompt.ids.len());
+        let whole = fixture.preprocessor.prepare(&Image::new(96, 96), record).unwrap();
+        assert_eq!(prompt, whole.prompt.tokens.len());
         assert!(answer > 40);
         let fit = |context, new| {
             fixture.misfits(&lines, &limits(context, new), RecordUse::Trained).pop().map(|(_, what)| what)

@@ -75,6 +75,28 @@ pub enum PreprocessError {
         /// The token.
         token: String,
     },
+    /// The configured bounds of the resize cannot be used.
+    #[error("{what}")]
+    Pixels {
+        /// Description of the problem, with the configuration key.
+        what: String,
+    },
+    /// The text of prompts that is configured cannot be used.
+    #[error("{what}")]
+    Prompt {
+        /// Description of the problem, with the configuration key.
+        what: String,
+    },
+    /// The tokenizer does not preserve a tag by which answers are read.
+    #[error("{}: the tokenizer turns the tag {tag} into {decoded:?} when it decodes it, so that answers could not be read: use another tag (answer.span)", path.display())]
+    Tag {
+        /// Path of the tokenizer file.
+        path: PathBuf,
+        /// The tag.
+        tag: String,
+        /// The tag, encoded and decoded.
+        decoded: String,
+    },
     /// The chat template renders text but ignores images.
     #[error("{}: the chat template is for text only and ignores images; replace it by the template of the vision-language model", path.display())]
     TextTemplate {
@@ -116,7 +138,7 @@ pub enum PreprocessError {
         /// The image's name.
         name: String,
         /// The underlying error.
-        cause: Box<PreprocessError>,
+        cause: Box<Self>,
     },
 }
 

@@ -68,7 +68,10 @@ def main():
         processor = processors[p["dir"]]
         picture = [read_image(root, i) for i in p["images"]]
         content = [{"type": "image"} for _ in picture] + [{"type": "text", "text": p["question"]}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        messages = [{"role": "user", "content": content}]
+        if p["system"]:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": p["system"]}]})
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
         ids = processor(text=[text + p["answer"]], images=picture or None)["input_ids"][0]
         prompts.append({"text": text, "ids": [int(i) for i in ids]})
     out = {

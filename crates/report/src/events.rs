@@ -10,6 +10,7 @@ use unveil_core::redact;
 use crate::tensorboard::TensorBoard;
 
 /// Appends events of one role; numbers of `sft`, `train` and `eval` events are also written to TensorBoard.
+#[derive(Debug)]
 pub struct EventLog {
     path: PathBuf,
     file: File,

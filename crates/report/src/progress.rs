@@ -10,6 +10,7 @@ use unveil_core::stderr_line;
 const PRINT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Progress of one stage, on stderr.
+#[derive(Debug)]
 pub struct StageProgress {
     name: String,
     total: u64,

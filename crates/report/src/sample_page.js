@@ -73,7 +73,8 @@
     const head = make("tr", {}, make("th", { textContent: "component" }), make("th", { textContent: "value" }), make("th"));
     const body = s.components.map((c) => {
       const detail = Object.entries(c.detail).map(([k, v]) => `${k} ${v === null ? "–" : +v.toPrecision(4)}`).join(" · ");
-      const why = c.why === null ? "" : c.why.slice(c.why.indexOf(":") + 2) + (c.failed ? `: ${c.failed}` : "");
+      const masked = c.why === null ? "" : c.why.slice(c.why.indexOf(":") + 2);
+      const why = [masked, c.failed].filter(Boolean).join(": ");
       return make("tr", {}, make("td", { textContent: c.name }),
         make("td", { className: "n", textContent: c.why === null ? number(c.value) : "masked" }),
         make("td", { className: why ? "why" : "" }, why, make("small", { textContent: (why && detail ? " · " : "") + detail })));

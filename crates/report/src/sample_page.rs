@@ -66,7 +66,7 @@ fn mask_text(name: &str, c: &Component) -> Option<String> {
         Some(MaskReason::GroupMasked) => "masked for another response of the group",
         Some(MaskReason::Failed(_)) => "failed",
         Some(MaskReason::Unavailable(_)) => "not available",
-        None => "masked",
+        Some(MaskReason::Form(_)) | None => "masked",
     };
     Some(format!("{}: {reason}", name.replace('_', " ")))
 }
@@ -82,7 +82,8 @@ fn list_row(s: &RewardedResponse, why: &[String]) -> Value {
 fn script_data(s: &RewardedResponse, image: Option<usize>, why: &[String]) -> Value {
     let component = |(name, c): (&String, &Component)| {
         let failed = match &c.reason {
-            Some(MaskReason::Failed(what) | MaskReason::Unavailable(what)) => Some(what),
+            Some(MaskReason::Failed(what) | MaskReason::Unavailable(what)) => Some(what.clone()),
+            Some(MaskReason::Form(rule)) => Some(rule.to_string()),
             _ => None,
         };
         json!({"name": name.replace('_', " "), "value": c.value, "why": mask_text(name, c), "failed": failed, "detail": c.detail})
@@ -166,6 +167,17 @@ mod tests {
         assert_eq!(
             (&s[2]["components"][0]["why"], &s[2]["components"][0]["failed"]),
             (&json!("vision relevance: failed"), &json!("<late>"))
+        );
+    }
+
+    #[test]
+    fn broken_rule_of_the_form_is_shown() {
+        let rule = MaskReason::Form(unveil_core::ParseFault::TextAround);
+        let data = script_data(&sample(0, "", Component::value(0.0).with_remark(Some(rule))), None, &[]);
+        let component = &data["components"][0];
+        assert_eq!(
+            (&component["failed"], &component["why"]),
+            (&json!("there is text around the answer"), &Value::Null)
         );
     }
 

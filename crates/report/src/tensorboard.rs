@@ -47,6 +47,7 @@ struct SummaryValue {
 }
 
 /// Writes scalars to one event file.
+#[derive(Debug)]
 pub struct TensorBoard {
     file: File,
     /// Only the file version has been written.

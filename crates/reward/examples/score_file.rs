@@ -19,6 +19,8 @@
 //! {"id": "a", "image_size": [96, 96], "category": "nodule", "boxes": [[16, 16, 32, 32]], "index": 0, "response": "[16,16,32,32] nodule"}
 //! ```
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "an example prints its results")]
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
@@ -30,7 +32,7 @@ use unveil_reward::{Scorers, read_responses};
 type BoxError = Box<dyn std::error::Error>;
 
 /// Writes a line for each response, then the mean of each component over the responses for which it has a value.
-pub async fn score_file(rewards: &Path, responses: &Path, out: &mut dyn Write) -> Result<(), BoxError> {
+async fn score_file(rewards: &Path, responses: &Path, out: &mut dyn Write) -> Result<(), BoxError> {
     let config = unveil_config::load(Some(rewards), &[])?;
     let scorers = Arc::new(Scorers::load(&config)?);
     let mut values: BTreeMap<String, Vec<f64>> = BTreeMap::new();

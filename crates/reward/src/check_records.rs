@@ -126,14 +126,16 @@ mod tests {
         c.reward.relevance.kind = RelevanceKind::Exact;
         c.reward.gates = vec![serde_json::from_str(r#"{"component":"relevance","needs":"localization"}"#).unwrap()];
         assert_eq!(problem(&c, text), "");
-        (c.reward.relevance.weight, c.reward.length.weight) = (0.0, 0.1);
+        c.reward.relevance.weight = 0.0;
+        c.reward.length.weight = 0.1;
         assert_eq!(problem(&c, text), "", "its length is scored");
     }
 
     #[test]
     fn grounding_record_without_a_component_is_named() {
         let mut c = Config::default();
-        (c.reward.localization.weight, c.reward.format.weight) = (0.0, 0.0);
+        c.reward.localization.weight = 0.0;
+        c.reward.format.weight = 0.0;
         let e = problem(&c, r#"{"id":"a","boxes":[[1,2,3,4]]}"#);
         assert!(e.contains("vision_relevance, category") && e.contains("another one"), "no class to look for: {e}");
         assert_eq!(problem(&c, r#"{"id":"a","category":"x","boxes":[[1,2,3,4]]}"#), "");

@@ -115,7 +115,10 @@ fn mask_group(group: &mut [BTreeMap<String, Component>], name: &str) {
         if let Some(raw) = c.value.take() {
             c.detail.insert("raw".to_owned(), raw);
         }
-        c.masked = true;
+        // The reason of an unmasked component is a remark on its value.
+        if !std::mem::replace(&mut c.masked, true) {
+            c.reason = None;
+        }
         c.reason.get_or_insert(MaskReason::GroupMasked);
     }
 }

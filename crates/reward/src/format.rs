@@ -1,15 +1,18 @@
 //! The components `format` (the answer is in the requested form) and `category` (it names the right class).
 
-use unveil_core::{BBox, BoxFault, Component, KnownClass, MaskReason};
+use unveil_core::{BBox, BoxFault, Component, KnownClass, MaskReason, ParseFault};
 use unveil_preprocess::codec::GroundedAnswer;
 
-/// Returns 1 if the answer is read without a fault and every box is finite, not inverted and has area, else 0. Range `{0, 1}`.
+/// Returns 1 if form, span and reasoning are as configured and every box is finite, not inverted and has area, else 0 with the rule that
+/// is broken as a remark. Range `{0, 1}`.
 ///
 /// A box outside the image is left to localization. Detail: `boxes`, `faulty`.
 pub fn score_format(answer: &GroundedAnswer) -> Component {
     let faulty = |b: &&BBox| b.fault(f32::INFINITY, f32::INFINITY).is_some_and(|f| f != BoxFault::Outside);
     let faulty = answer.boxes.iter().filter(faulty).count();
-    Component::value(f64::from(u8::from(answer.fault.is_none() && faulty == 0)))
+    let broken = answer.fault.or((faulty > 0).then_some(ParseFault::InvalidBox));
+    Component::value(f64::from(u8::from(broken.is_none())))
+        .with_remark(broken.map(MaskReason::Form))
         .with_detail("boxes", answer.boxes.len() as f64)
         .with_detail("faulty", faulty as f64)
 }
@@ -57,6 +60,23 @@ mod tests {
         ] {
             assert_eq!(format_of(bad), 0.0, "{bad}");
         }
+    }
+
+    #[test]
+    fn broken_rule_is_named() {
+        for (text, rule) in [
+            ("[1,2,3,4] nodule", None),
+            ("nodule", Some(ParseFault::NoBox)),
+            ("[3,4,1,2] nodule", Some(ParseFault::InvalidBox)),
+            ("<think>why</think>[1,2,3,4] nodule", Some(ParseFault::UnwantedReasoning)),
+            (r#"[{"bbox_2d":[1,2,3,4],"label":"nodule"}]"#, Some(ParseFault::OtherForm)),
+        ] {
+            let c = score_format(&read(text));
+            assert_eq!((c.value, c.masked), (Some(f64::from(u8::from(rule.is_none()))), false), "{text}");
+            assert_eq!(c.reason, rule.map(MaskReason::Form), "{text}");
+        }
+        let remark = serde_json::to_value(score_format(&read("nodule"))).unwrap()["reason"].clone();
+        assert_eq!(remark, serde_json::json!({"form": "no_box"}));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use unveil_preprocess::codec::GroundedAnswer;
 
 /// Matches between the labels of an answer and the true boxes.
 #[derive(Debug)]
-pub struct LabelMatches {
+pub(crate) struct LabelMatches {
     /// For each distinct label of the answer, its category first: whether each true box has that label.
     matches: Vec<Vec<bool>>,
     /// Index into `matches` for each box of the answer; 0, the category, if the box has no label.
@@ -18,7 +18,7 @@ pub struct LabelMatches {
 impl LabelMatches {
     /// Compares the labels of the boxes. A box without a label in `answer.labels` or `record.labels` has the category of its side; of the
     /// record's category, any item between commas may match. `names_of` returns a label and its synonyms.
-    pub fn new(answer: &GroundedAnswer, record: &Record, names_of: impl Fn(&str) -> Vec<String>) -> Self {
+    pub(crate) fn new(answer: &GroundedAnswer, record: &Record, names_of: impl Fn(&str) -> Vec<String>) -> Self {
         let names = |label: &str| {
             names_of(label).iter().map(|n| fold_class_name(n)).filter(|n| !n.is_empty()).collect::<Vec<_>>()
         };
@@ -46,7 +46,7 @@ impl LabelMatches {
 
     /// Whether box `predicted` of the answer and true box `truth` have the same label after folding. A label with several items between
     /// commas has each of them if all are present in the record: naming every existing class names none.
-    pub fn agree(&self, predicted: usize, truth: usize) -> bool {
+    pub(crate) fn agree(&self, predicted: usize, truth: usize) -> bool {
         let label = self.label_of_box.get(predicted).copied().unwrap_or(0);
         self.matches.get(label).and_then(|v| v.get(truth)).is_some_and(|v| *v)
     }

@@ -34,7 +34,7 @@ pub(crate) struct GroupTimer<'a> {
 
 impl Meter {
     /// Creates the metrics and the registry that encodes them.
-    pub fn new() -> (Self, Registry) {
+    pub(crate) fn new() -> (Self, Registry) {
         let mut registry = role_registry("reward");
         let buckets: fn() -> Histogram = || Histogram::new(linear_buckets(0.1, 0.1, 10));
         let meter = Self {
@@ -66,13 +66,13 @@ impl Meter {
     }
 
     /// Starts the timer of a group, which counts as in progress until the timer is dropped.
-    pub fn start_group(&self) -> GroupTimer<'_> {
+    pub(crate) fn start_group(&self) -> GroupTimer<'_> {
         self.in_progress.inc();
         GroupTimer { meter: self, start: Instant::now() }
     }
 
     /// Records the values and masks of a scored group.
-    pub fn record_scores(&self, breakdowns: &[Breakdown]) {
+    pub(crate) fn record_scores(&self, breakdowns: &[Breakdown]) {
         self.responses.inc_by(breakdowns.len() as u64);
         for (name, c) in breakdowns.iter().flat_map(|b| &b.components) {
             let component = || ("component", name.clone());
@@ -87,7 +87,7 @@ impl Meter {
     }
 
     /// Copies the counts kept by the guard and the judge.
-    pub fn refresh(&self, guard: GuardCounts, judge: Option<ChatSpent>) {
+    pub(crate) fn refresh(&self, guard: GuardCounts, judge: Option<ChatSpent>) {
         let set_calls = |state, n: u64| {
             self.calls.get_or_create(&vec![("state", state)]).set(i64::try_from(n).unwrap_or(i64::MAX));
         };
@@ -105,7 +105,7 @@ impl Meter {
 
 impl GroupTimer<'_> {
     /// Records the time of an answered group.
-    pub fn finish(self) {
+    pub(crate) fn finish(self) {
         self.meter.seconds.observe(self.start.elapsed().as_secs_f64());
     }
 }
@@ -122,7 +122,7 @@ fn reason_label(reason: Option<&MaskReason>) -> &'static str {
         Some(MaskReason::NoAttention) => "no_attention",
         Some(MaskReason::GroupMasked) => "group_masked",
         Some(MaskReason::Unavailable(_)) => "unavailable",
-        Some(MaskReason::Failed(_)) | None => "failed",
+        Some(MaskReason::Failed(_) | MaskReason::Form(_)) | None => "failed",
     }
 }
 

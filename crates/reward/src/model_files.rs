@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use unveil_core::BoxForm;
 use unveil_core::mention::byte_spans;
+use unveil_core::{BoxForm, InputSettings};
 use unveil_preprocess::codec::Sizes;
 use unveil_preprocess::preprocessor::Preprocessor;
 
@@ -18,13 +18,13 @@ pub(crate) struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Loads the tokenizer and processor files of `dir`. Boxes are in the form `boxes`, or the form of the family if it is `None`.
-    pub(crate) fn load(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, RewardError> {
+    /// Loads the tokenizer and processor files of `dir` with the settings of a run.
+    pub(crate) fn load(dir: &Path, settings: &InputSettings) -> Result<Self, RewardError> {
         let fail = |e: unveil_preprocess::preprocessor::PreprocessError| RewardError::Model {
             path: PathBuf::from(dir),
             what: e.to_string(),
         };
-        Ok(Self { preprocessor: Preprocessor::load_with_box_form(dir, boxes).map_err(fail)? })
+        Ok(Self { preprocessor: Preprocessor::load_with(dir, settings).map_err(fail)? })
     }
 
     /// Returns the size of an image before and after the processor's resize.

@@ -9,11 +9,10 @@ use futures::StreamExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use unveil_config::Config;
-use unveil_core::{Attention, BoxForm, Breakdown, Record};
+use unveil_core::{Attention, BoxForm, Breakdown, Family, Record};
 use unveil_data::image_root::{ImageRoot, PathPolicy};
 use unveil_data::records::ImageRef;
 use unveil_preprocess::codec::Sizes;
-use unveil_preprocess::preprocessor::Family;
 
 use crate::RewardError;
 use crate::model_files::ModelFiles;
@@ -81,9 +80,9 @@ pub fn run_score(config: &Config, data: &Path, out: &mut dyn Write) -> Result<us
 pub fn read_responses(config: &Config, data: &Path) -> Result<Vec<GroupLines>, RewardError> {
     let model = match config.model.dir.as_str() {
         "" => None,
-        dir => Some(ModelFiles::load(Path::new(dir), config.model.boxes)?),
+        dir => Some(ModelFiles::load(Path::new(dir), &config.input_settings())?),
     };
-    let family = || Family::named(&config.model.family).map(Family::box_form);
+    let family = || config.model.family.parse::<Family>().ok().map(Family::box_form);
     let boxes = match &model {
         Some(model) => model.box_form(),
         None => config.model.boxes.or_else(family).unwrap_or_default(),

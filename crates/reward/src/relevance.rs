@@ -26,7 +26,7 @@ pub(crate) struct ReferenceAnswer {
 
 impl ReferenceAnswer {
     /// Prepares the record's [`reference_text`], and its `options` for closed questions.
-    pub fn new(scoring: &Scoring, resources: &Resources, record: &Record) -> Self {
+    pub(crate) fn new(scoring: &Scoring, resources: &Resources, record: &Record) -> Self {
         let relevance = &scoring.reward.relevance;
         let enabled = relevance.weight > 0.0;
         let kind = relevance.kind;
@@ -43,7 +43,7 @@ impl ReferenceAnswer {
 
     /// Scores an answer in `[0, 1]`; `None`, a response without an answer, scores 0. Masked if the record has no reference
     /// (`NotApplicable`) or the embedding model failed.
-    pub fn score(&self, answer: Option<&str>, resources: &Resources) -> Component {
+    pub(crate) fn score(&self, answer: Option<&str>, resources: &Resources) -> Component {
         let closed = matches!(self.kind, RelevanceKind::Choice | RelevanceKind::Options);
         if self.text.is_empty() || (closed && self.right.is_none()) {
             return Component::masked(MaskReason::NotApplicable);

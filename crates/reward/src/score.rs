@@ -137,7 +137,7 @@ impl GroupContext<'_> {
         let mut add = |name: &str, component: Component| out.insert(name.to_owned(), component);
         add(COMPONENTS[0], localization.with_version(localization_version(reward)));
         add(COMPONENTS[1], vision.with_version(vision_version(self.vision_rule)));
-        add(COMPONENTS[2], format::score_format(answer).with_version("format-2"));
+        add(COMPONENTS[2], format::score_format(answer).with_version("format-3"));
         add(COMPONENTS[3], format::score_category(answer, &self.class, !truth.is_empty()).with_version("category-2"));
         if reward.abstention.weight > 0.0 {
             add("abstention", text_quality::score_abstention(answer, !truth.is_empty()).with_version("abstention-2"));

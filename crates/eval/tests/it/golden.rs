@@ -3,7 +3,7 @@
 //! Metrics agree within 1e-9, intervals within 1e-6 if both sides use the same resamples. scipy's resamples differ, so its intervals are
 //! compared within 0.3 standard errors: the uncertainty of each end with 4,000 resamples is about 0.06 standard errors.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use rand::seq::IndexedRandom;
@@ -18,15 +18,18 @@ use unveil_eval::{Bootstrap, Evaluation, evaluate_responses, measure_suite};
 const RECORDS: usize = 60;
 const SOURCES: [&str; 4] = ["chest", "gut", "kidney", "skull"];
 
-fn python(script: &str, args: &[&Path], form: BoxForm) -> Value {
-    let out = Command::new(unveil_testkit::python())
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(script))
-        .args([args[0].as_os_str(), form.name().as_ref(), args[1].as_os_str()])
-        .env("OMP_NUM_THREADS", "1")
-        .output()
-        .unwrap();
-    assert!(out.status.success(), "{script} failed: {}", String::from_utf8_lossy(&out.stderr));
-    serde_json::from_slice(&out.stdout).unwrap()
+const FORMS: [BoxForm; 3] = [BoxForm::Absolute, BoxForm::PerMille, BoxForm::Llava];
+
+/// Runs golden.py on response files in [`FORMS`], in one process, because its imports take longer than the computation.
+fn python(given: &Path, files: &[PathBuf]) -> Vec<Value> {
+    let mut command = Command::new(unveil_testkit::python());
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden.py")).arg(given);
+    for (form, file) in FORMS.iter().zip(files) {
+        command.arg(form.name()).arg(file);
+    }
+    let out = command.env("OMP_NUM_THREADS", "1").output().unwrap();
+    assert!(out.status.success(), "golden.py failed: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// Returns a random box with corners on quarters of a pixel, which are exact in f32.
@@ -160,21 +163,23 @@ fn same_estimate(name: &str, ours: &Value, theirs: &Value) {
 #[test]
 fn suites_match_torchvision_scipy_and_numpy() {
     let seed: u64 = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    for (k, form) in [BoxForm::Absolute, BoxForm::PerMille, BoxForm::Llava].into_iter().enumerate() {
+    let few = Bootstrap { resamples: 100, seed, ..Default::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let given = dir.path().join("given.json");
+    let names = json!({"nodule": ["nodule", "pulmonary nodule"]});
+    std::fs::write(&given, json!({"draws": draws(&few), "names": names}).to_string()).unwrap();
+    let files = FORMS.map(|form| dir.path().join(format!("{}.jsonl", form.name())));
+    for (k, (form, file)) in FORMS.into_iter().zip(&files).enumerate() {
         let mut random = ChaCha8Rng::seed_from_u64(seed * 10 + k as u64);
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("r.jsonl");
-        let given = dir.path().join("given.json");
-        std::fs::write(&file, lines(&mut random, form)).unwrap();
+        std::fs::write(file, lines(&mut random, form)).unwrap();
+    }
+    let results = python(&given, &files);
+    assert_eq!(results.len(), FORMS.len());
+    for ((form, file), theirs) in FORMS.into_iter().zip(&files).zip(&results) {
         let mut config = Config::default();
         config.model.boxes = Some(form);
         config.data.synonyms.insert("nodule".into(), vec!["pulmonary nodule".into()]);
-        let few = Bootstrap { resamples: 100, seed, ..Default::default() };
-        let names = json!({"nodule": ["nodule", "pulmonary nodule"]});
-        std::fs::write(&given, json!({"draws": draws(&few), "names": names}).to_string()).unwrap();
-        let theirs = python("golden.py", &[&file, &given], form);
-
-        let answers = evaluate_responses(&config, &file, "").unwrap();
+        let answers = evaluate_responses(&config, file, "").unwrap();
         let suite = |suite, b: &Bootstrap| json!(measure_suite(suite, &answers, None, b).unwrap());
         let grounding = suite(Suite::Grounding, &few);
         let mau = suite(Suite::Mau, &few);

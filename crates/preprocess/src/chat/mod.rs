@@ -1,4 +1,4 @@
-//! Prompts: renders the model's chat template for one user message of images and a question and expands the image tokens.
+//! Prompts: renders the model's chat template for a system message and one user message of images and a text, and expands the image tokens.
 //!
 //! The template runs in minijinja with the Python features that templates use; it cannot read files. A date in the prompt is the time at
 //! which the model directory was loaded.
@@ -17,17 +17,6 @@ use unveil_core::Grid;
 use crate::preprocess_error::PreprocessError;
 use crate::preprocess_error::{read, read_json};
 use crate::tokenizer::Tokenizer;
-
-/// A prompt with expanded image tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prompt {
-    /// Token ids, including the generation prompt.
-    pub ids: Vec<u32>,
-    /// Positions of the image tokens in `ids`, ascending: images in order, each row-major over its merged grid.
-    pub image_token_positions: Vec<usize>,
-    /// Merged grid of each image.
-    pub grids: Vec<Grid>,
-}
 
 /// A model directory's chat template.
 #[derive(Debug, Clone)]
@@ -88,41 +77,64 @@ impl ChatTemplate {
         Ok(Self { env, path, tokens })
     }
 
-    /// Renders one user message of `images` images followed by `question`, with the generation prompt, without tools and with no system
-    /// message except the template's own.
-    pub fn render(&self, images: usize, question: &str) -> Result<String, PreprocessError> {
+    /// Renders the system message `system`, if it is not empty, and one user message of `images` images followed by `text`, with the
+    /// generation prompt and without tools.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::TextTemplate`] if the template is for text only, and [`PreprocessError::Format`] if it cannot be rendered
+    /// or ignores the system message.
+    pub fn render(&self, images: usize, system: &str, text: &str) -> Result<String, PreprocessError> {
         let mut content = vec![json!({"type": "image"}); images];
-        content.push(json!({"type": "text", "text": question}));
-        self.render_content(&content.into()).map_err(|e| match images > 0 && self.is_text_only(question) {
-            true => PreprocessError::TextTemplate { path: self.path.clone() },
-            false => PreprocessError::Format { path: self.path.clone(), cause: describe(&e) },
-        })
+        content.push(json!({"type": "text", "text": text}));
+        let format = |cause: String| PreprocessError::Format { path: self.path.clone(), cause };
+        let rendered =
+            self.render_content(system, &content.into()).map_err(|e| match images > 0 && self.is_text_only(text) {
+                true => PreprocessError::TextTemplate { path: self.path.clone() },
+                false => format(describe(&e)),
+            })?;
+        if !rendered.contains(system.trim()) {
+            return Err(format("the chat template ignores the system message: leave prompt.system empty".to_owned()));
+        }
+        Ok(rendered)
     }
 
-    /// Renders the template with one user message of this content.
-    fn render_content(&self, content: &Value) -> Result<String, Error> {
+    /// Renders the template with a system message, unless it is empty, and one user message of this content.
+    fn render_content(&self, system: &str, content: &Value) -> Result<String, Error> {
+        let mut messages = vec![json!({"role": "user", "content": content})];
+        if !system.is_empty() {
+            messages.insert(0, json!({"role": "system", "content": [{"type": "text", "text": system}]}));
+        }
         let mut context = self.tokens.clone();
-        context.insert("messages".to_owned(), json!([{"role": "user", "content": content}]));
+        context.insert("messages".to_owned(), messages.into());
         context.insert("add_generation_prompt".to_owned(), Value::Bool(true));
         self.env.get_template(TEMPLATE_NAME)?.render(Template::from_serialize(&context))
     }
 
     /// Returns whether the template accepts messages with plain text as content; used for a template that ignores images.
-    fn is_text_only(&self, question: &str) -> bool {
-        self.render_content(&question.into()).is_ok_and(|text| text.contains(question))
+    fn is_text_only(&self, text: &str) -> bool {
+        self.render_content("", &text.into()).is_ok_and(|rendered| rendered.contains(text))
     }
 
-    /// Builds the prompt of a question about images with these merged grids.
+    /// Returns the token ids of a system message (none if it is empty) and a user message of images with these merged grids and `text`,
+    /// including the generation prompt. Each image has one placeholder per image token, row-major over its merged grid.
     ///
     /// # Errors
-    /// Returns [`PreprocessError::SpecialInText`] if the question contains a special token, [`PreprocessError::TextTemplate`] if the template
-    /// ignores images, and [`PreprocessError::ImageTokens`] if it does not write one placeholder per image.
-    pub fn prompt(&self, tokenizer: &Tokenizer, grids: &[Grid], question: &str) -> Result<Prompt, PreprocessError> {
-        tokenizer.encode_plain(question)?;
-        let unexpanded = tokenizer.encode(&self.render(grids.len(), question)?)?;
+    /// Returns [`PreprocessError::SpecialInText`] if a text contains a special token, [`PreprocessError::TextTemplate`] if the template
+    /// ignores images, [`PreprocessError::ImageTokens`] if it does not write one placeholder per image, and [`PreprocessError::Format`] if it
+    /// ignores the system message.
+    pub fn prompt_ids(
+        &self,
+        tokenizer: &Tokenizer,
+        grids: &[Grid],
+        system: &str,
+        text: &str,
+    ) -> Result<Vec<u32>, PreprocessError> {
+        tokenizer.encode_plain(system)?;
+        tokenizer.encode_plain(text)?;
+        let unexpanded = tokenizer.encode(&self.render(grids.len(), system, text)?)?;
         let pad = tokenizer.special().image_pad;
         let found = unexpanded.iter().filter(|id| **id == pad).count();
-        if found == 0 && !grids.is_empty() && self.is_text_only(question) {
+        if found == 0 && !grids.is_empty() && self.is_text_only(text) {
             return Err(PreprocessError::TextTemplate { path: self.path.clone() });
         }
         if found != grids.len() {
@@ -130,16 +142,12 @@ impl ChatTemplate {
         }
         let total: usize = grids.iter().map(Grid::tokens).sum();
         let mut ids = Vec::with_capacity(unexpanded.len() + total);
-        let mut image_token_positions = Vec::with_capacity(total);
         let mut remaining_grids = grids.iter();
         for id in unexpanded {
             let copies = if id == pad { remaining_grids.next().map_or(0, Grid::tokens) } else { 1 };
-            if id == pad {
-                image_token_positions.extend(ids.len()..ids.len() + copies);
-            }
             ids.extend(std::iter::repeat_n(id, copies));
         }
-        Ok(Prompt { ids, image_token_positions, grids: grids.to_vec() })
+        Ok(ids)
     }
 }
 
@@ -212,18 +220,44 @@ mod tests {
         let chat = ChatTemplate::load(dir.path()).unwrap();
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
         assert_eq!(
-            chat.render(1, "Q?").unwrap(),
+            chat.render(1, "", "Q?").unwrap(),
             "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Q?<|im_end|>\n<|im_start|>assistant\n"
         );
         let grids = [Grid { rows: 2, cols: 3 }, Grid { rows: 1, cols: 2 }];
-        let p = chat.prompt(&tokenizer, &grids, "What?").unwrap();
-        let pad = tokenizer.special().image_pad;
-        let positions: Vec<usize> = (0..p.ids.len()).filter(|i| p.ids[*i] == pad).collect();
-        assert_eq!((positions.len(), &positions), (8, &p.image_token_positions));
+        let ids = chat.prompt_ids(&tokenizer, &grids, "", "What?").unwrap();
+        let special = tokenizer.special();
+        let images: Vec<&[u32]> = ids
+            .split(|id| *id == special.vision_start)
+            .skip(1)
+            .map(|rest| rest.split(|id| *id == special.vision_end).next().unwrap())
+            .collect();
+        assert_eq!(images, [&[special.image_pad; 6][..], &[special.image_pad; 2]]);
+        assert_eq!(ids.iter().filter(|id| **id == special.image_pad).count(), 8);
         assert!(matches!(
-            chat.prompt(&tokenizer, &grids, "a <|image_pad|>"),
+            chat.prompt_ids(&tokenizer, &grids, "", "a <|image_pad|>"),
             Err(PreprocessError::SpecialInText { .. })
         ));
+    }
+
+    #[test]
+    fn system_messages_precede_the_user() {
+        let dir = tempfile::tempdir().unwrap();
+        write_tiny(dir.path(), &TinyProcessorSpec::default()).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}";
+        let (_dir, chat) = with_template(template);
+        let chat = chat.unwrap();
+        let both = chat.render(0, "Be brief.", "Q?").unwrap();
+        assert_eq!(both, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ?<|im_end|>\n");
+        let e = chat.prompt_ids(&tokenizer, &[], "a <|im_end|>", "Q?").unwrap_err().to_string();
+        assert!(e.contains("<|im_end|>"), "{e}");
+        let (_dir, chat) = with_template("{{ messages[-1].content[-1].text }}");
+        let e = chat.unwrap().render(0, "Be brief.", "Q?").unwrap_err().to_string();
+        assert!(e.contains("chat_template.jinja") && e.contains("prompt.system"), "{e}");
+        let (_dir, chat) =
+            with_template("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}");
+        let e = chat.unwrap().render(0, "Be brief.", "Q?").unwrap_err().to_string();
+        assert!(e.contains("no system role"), "{e}");
     }
 
     #[test]
@@ -231,13 +265,13 @@ mod tests {
         let (_dir, t) = with_template("{% for");
         assert!(t.unwrap_err().to_string().contains("chat_template.jinja"));
         let (_dir, t) = with_template("{{ raise_exception('only text') }}");
-        let e = t.unwrap().render(1, "x").unwrap_err().to_string();
+        let e = t.unwrap().render(1, "", "x").unwrap_err().to_string();
         assert!(e.contains("chat_template.jinja") && e.contains("only text"), "{e}");
         let (_dir, t) = with_template("{% for i in range(100000000) %}{{ i }}{% endfor %}");
-        assert!(t.unwrap().render(1, "x").is_err());
+        assert!(t.unwrap().render(1, "", "x").is_err());
         let (dir, t) = with_template("no image");
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
-        let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "x").unwrap_err();
+        let e = t.unwrap().prompt_ids(&tokenizer, &[Grid { rows: 1, cols: 1 }], "", "x").unwrap_err();
         assert!(matches!(e, PreprocessError::ImageTokens { found: 0, expected: 1 }));
         std::fs::remove_file(dir.path().join("chat_template.jinja")).unwrap();
         assert!(ChatTemplate::load(dir.path()).unwrap_err().to_string().contains("chat_template"));
@@ -252,7 +286,7 @@ mod tests {
         ] {
             let (dir, t) = with_template(text);
             let tokenizer = Tokenizer::load(dir.path()).unwrap();
-            let e = t.unwrap().prompt(&tokenizer, &[Grid { rows: 1, cols: 1 }], "Where?").unwrap_err();
+            let e = t.unwrap().prompt_ids(&tokenizer, &[Grid { rows: 1, cols: 1 }], "", "Where?").unwrap_err();
             assert!(matches!(e, PreprocessError::TextTemplate { .. }), "{e}");
             assert!(e.to_string().contains("chat_template.jinja") && e.to_string().contains("text only"), "{e}");
         }
@@ -263,6 +297,6 @@ mod tests {
         let (_dir, t) = with_template(
             "{% for m in messages %}{% if m.role.startswith('u') %}{% generation %}{{ m['content'][-1].text.strip() }}{{ eos_token }}{% endgeneration %}{% break %}{% endif %}{% endfor %}",
         );
-        assert_eq!(t.unwrap().render(0, " hi ").unwrap(), "hi<|im_end|>");
+        assert_eq!(t.unwrap().render(0, "", " hi ").unwrap(), "hi<|im_end|>");
     }
 }

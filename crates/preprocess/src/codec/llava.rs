@@ -21,9 +21,12 @@ impl BoxCodec for Fractions {
         1000.0
     }
 
+    fn number(&self, code: i64) -> String {
+        format!("{:?}", code as f64 / self.steps_per_unit())
+    }
+
     fn write(&self, codes: &[[i64; 4]], category: &str) -> String {
-        let boxes: Vec<[String; 4]> =
-            codes.iter().map(|b| b.map(|v| format!("{:?}", v as f64 / self.steps_per_unit()))).collect();
+        let boxes: Vec<[String; 4]> = codes.iter().map(|b| b.map(|v| self.number(v))).collect();
         format_answer(&boxes, category)
     }
 }

@@ -6,19 +6,16 @@ mod absolute;
 mod llava;
 mod per_mille;
 mod qwen2_vl;
-
-use std::ops::Range;
+mod training_answer;
 
 use serde::{Deserialize, Serialize};
-use unveil_core::record::REGION;
-use unveil_core::{Answer, AnswerReader, BBox, BoxForm, ParseFault, Record, format_answer, parse_answer};
+use unveil_core::{Answer, AnswerReader, BBox, BoxForm, format_answer, parse_answer};
 
 pub use absolute::AbsoluteResized;
 pub use llava::Fractions;
 pub use per_mille::PerMille;
 pub use qwen2_vl::BoxTokens;
-
-use crate::preprocess_error::PreprocessError;
+pub use training_answer::{answer_text, training_answer};
 
 /// Sizes `(width, height)` in pixels of an image before and after the processor's resize.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +42,11 @@ pub trait BoxCodec: std::fmt::Debug + Send + Sync {
     /// Returns the special tokens that answers contain; they must not be banned from sampling.
     fn special_tokens(&self) -> &'static [&'static str] {
         &[]
+    }
+
+    /// Formats one number of a box, given in code steps.
+    fn number(&self, code: i64) -> String {
+        code.to_string()
     }
 
     /// Formats the answer text from boxes in code steps and a category; "no finding" if there is no box.
@@ -110,91 +112,18 @@ fn rounded_interval(a: f64, b: f64, extent: f64) -> (i64, i64) {
 }
 
 /// A parsed response of a model, with boxes in original pixels.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct GroundedAnswer {
-    /// All boxes as written, never repaired or dropped.
-    pub boxes: Vec<BBox>,
-    /// Category of the boxes; several labels are joined by commas.
-    pub category: String,
-    /// Label of each box ([`Answer::labels`]); empty if the form has no labels per box.
-    pub labels: Vec<String>,
-    /// All words apart from the boxes.
-    pub words: String,
-    /// Whether the text states that there is no finding.
-    pub no_finding: bool,
-    /// First deviation from the configured form of answers, if any.
-    pub fault: Option<ParseFault>,
-    /// Byte range of the text that was read; `None` if it contains no answer.
-    pub span: Option<Range<usize>>,
-}
-
-/// Returns the training answer of a record: its boxes in the numbers of the form, sorted by (x1, y1), followed by its category; or "no
-/// finding". If the record's answer contains `<region>`, this text replaces it. A text task is answered verbatim.
-///
-/// # Errors
-/// Returns [`PreprocessError::Record`] for boxes without a category, a category that cannot be parsed back in this form, a box that is
-/// invalid for the image, a text task without an answer, or a complete answer from which the boxes cannot be parsed back.
-pub fn answer_text(codec: &dyn BoxCodec, record: &Record, sizes: &Sizes) -> Result<String, PreprocessError> {
-    let record_error = |what: String| PreprocessError::Record { id: record.id.clone(), what };
-    let category = record.category.trim();
-    let answer = record.answer.trim();
-    if record.is_text() {
-        return if answer.is_empty() {
-            Err(record_error("its task is answered in text, but it has no answer".to_owned()))
-        } else {
-            Ok(answer.to_owned())
-        };
-    }
-    if !record.boxes.is_empty() && category.is_empty() {
-        return Err(record_error("it has boxes but no category".to_owned()));
-    }
-    let mut boxes = Vec::with_capacity(record.boxes.len());
-    for (i, b) in record.boxes.iter().enumerate() {
-        if let Some(fault) = b.fault(sizes.original.0 as f32, sizes.original.1 as f32) {
-            return Err(record_error(format!("box {i} {:?} {fault}", <[f32; 4]>::from(*b))));
-        }
-        boxes.push(codec.encode(b, sizes));
-    }
-    boxes.sort_unstable();
-    let text = codec.write(&boxes, category);
-    let read = |text: &str| AnswerReader::default().read(text, |inside| codec.parse_native(inside));
-    let parsed = read(&text);
-    if parsed.boxes.len() != boxes.len() || parsed.fault.is_some() || (!boxes.is_empty() && parsed.category != category)
-    {
-        return Err(record_error(format!(
-            "the category {category:?} cannot be distinguished from a box in the form `{}`",
-            codec.form()
-        )));
-    }
-    if !answer.contains(REGION) {
-        return Ok(text);
-    }
-    let complete = answer.replacen(REGION, &text, 1);
-    if read(&complete).boxes != parsed.boxes || complete.contains(REGION) {
-        return Err(record_error(format!("its answer contains more than one {REGION}, or other boxes")));
-    }
-    Ok(complete)
-}
+pub type GroundedAnswer = Answer<BBox>;
 
 /// Reads a response with `reader` and returns its boxes in original pixels. Boxes in JSON use the numbers of the native form.
 pub fn read_answer(codec: &dyn BoxCodec, reader: &AnswerReader, text: &str, sizes: &Sizes) -> GroundedAnswer {
-    let a = reader.read(text, |inside| codec.parse_native(inside));
-    GroundedAnswer {
-        boxes: a.boxes.iter().map(|b| codec.decode(b, sizes)).collect(),
-        category: a.category,
-        labels: a.labels,
-        words: a.words,
-        no_finding: a.no_finding,
-        fault: a.fault,
-        span: a.span,
-    }
+    reader.read(text, |inside| codec.parse_native(inside)).map_boxes(|b| codec.decode(&b, sizes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use unveil_core::Task;
+    use unveil_core::{ParseFault, Record, Task};
 
     fn record(boxes: Vec<BBox>, category: &str) -> Record {
         let v = serde_json::json!({"id": "r7", "image": "a.png", "category": category, "boxes": boxes});
@@ -388,7 +317,8 @@ mod tests {
                 for t in [&text, &assembled, &format!("{assembled}{text}")] {
                     let a = read(codec, t);
                     prop_assert!(!a.no_finding || a.boxes.is_empty());
-                    prop_assert!(!a.no_finding || matches!(a.fault, None | Some(ParseFault::OtherForm | ParseFault::Bracket)));
+                    let readable = |f: ParseFault| !f.prevents_reading() || f == ParseFault::Bracket;
+                    prop_assert!(!a.no_finding || a.fault.is_none_or(readable));
                     prop_assert!(a.fault.is_some() || a.no_finding || !(a.boxes.is_empty() || a.category.is_empty()));
                     prop_assert!(a.labels.is_empty() || a.labels.len() == a.boxes.len());
                     prop_assert!(a.span.is_some() || (a.boxes.is_empty() && !a.no_finding));

@@ -4,21 +4,22 @@
 use std::path::Path;
 
 use unveil_core::record::REGION;
-use unveil_core::{AnswerReader, BoxForm, Grid, Record};
+use unveil_core::{AnswerReader, BoxForm, Family, Grid, InputSettings, Prompt, Record};
 use unveil_data::image_store::Image;
 
-pub use crate::family::Family;
 pub use crate::preprocess_error::PreprocessError;
 
-use crate::chat::{ChatTemplate, Prompt};
+use crate::chat::ChatTemplate;
 use crate::codec::{self, BoxCodec, GroundedAnswer, Sizes};
-use crate::processor::{ImageProcessor, ProcessedImage};
+use crate::family::detect_family;
+use crate::processor::{ImageProcessor, PixelBounds, ProcessedImage, ProcessorConfig};
+use crate::prompt_template::PromptTemplate;
 use crate::tokenizer::Tokenizer;
 
-/// Prompt and pixels of one image and question.
+/// Prompt and pixels of one record.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInput {
-    /// Token ids with expanded image tokens.
+    /// Token ids with expanded image tokens, and the grid of the image.
     pub prompt: Prompt,
     /// Image patches, grids and sizes.
     pub image: ProcessedImage,
@@ -29,50 +30,84 @@ pub struct ModelInput {
 pub struct Preprocessor {
     family: Family,
     codec: &'static dyn BoxCodec,
+    /// Says in which form training answers are written.
+    reader: AnswerReader,
     processor: ImageProcessor,
     tokenizer: Tokenizer,
     chat: ChatTemplate,
+    prompt: PromptTemplate,
 }
 
 impl Preprocessor {
-    /// Loads a model directory, with boxes in the family's own form; the weights are not needed.
+    /// Loads a model directory with the default settings: the family's own box form, the question as prompt; the weights are not needed.
     ///
     /// # Errors
-    /// See [`Preprocessor::load_with_box_form`].
+    /// See [`Preprocessor::load_with`].
     pub fn load(dir: &Path) -> Result<Self, PreprocessError> {
-        Self::load_with_box_form(dir, None)
+        Self::load_with(dir, &InputSettings::default())
     }
 
-    /// Loads a model directory with boxes in the form `boxes`; `None` selects the family's own form.
+    /// Loads a model directory with the settings of a run.
     ///
     /// # Errors
     /// Returns [`PreprocessError::File`], [`PreprocessError::Format`] or [`PreprocessError::Config`] for a missing or unusable file,
-    /// [`PreprocessError::Family`] for an unsupported family, and [`PreprocessError::MissingToken`] if the tokenizer lacks a token that the
-    /// family or the box form needs.
-    pub fn load_with_box_form(dir: &Path, boxes: Option<BoxForm>) -> Result<Self, PreprocessError> {
-        let family = Family::detect(dir)?;
-        let codec = codec::codec(boxes.unwrap_or(family.box_form()));
+    /// [`PreprocessError::Family`] for an unsupported family, [`PreprocessError::MissingToken`] if the tokenizer lacks a token that the
+    /// family or the box form needs, [`PreprocessError::Tag`] if it does not preserve a tag of answers, [`PreprocessError::Prompt`] for an
+    /// unusable template, and [`PreprocessError::Pixels`] for bounds that contradict each other or those of the directory.
+    pub fn load_with(dir: &Path, settings: &InputSettings) -> Result<Self, PreprocessError> {
+        let family = detect_family(dir)?;
+        let codec = codec::codec(settings.boxes.unwrap_or(family.box_form()));
         let mut tokenizer = Tokenizer::load(dir)?;
         tokenizer.allow(codec.special_tokens())?;
-        Ok(Self { family, codec, processor: ImageProcessor::load(dir)?, tokenizer, chat: ChatTemplate::load(dir)? })
+        let reader = settings.reader.clone();
+        reader.tags().into_iter().try_for_each(|tag| tokenizer.check_tag(tag))?;
+        let bounds = PixelBounds { min: settings.min_pixels, max: settings.max_pixels };
+        Ok(Self {
+            family,
+            codec,
+            reader,
+            processor: ImageProcessor::new(ProcessorConfig::load(dir)?.bounded(bounds)?),
+            tokenizer,
+            chat: ChatTemplate::load(dir)?,
+            prompt: PromptTemplate::new(&settings.prompt)?,
+        })
     }
 
-    /// Builds the model input from an image and a question.
-    pub fn prepare(&self, image: &Image, question: &str) -> Result<ModelInput, PreprocessError> {
+    /// Builds the model input of a record from its image.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Aspect`] or [`PreprocessError::Size`] for an image that cannot be processed; see also
+    /// [`Preprocessor::prompt_ids`].
+    pub fn prepare(&self, image: &Image, record: &Record) -> Result<ModelInput, PreprocessError> {
         let image = self.processor.process(image)?;
-        Ok(ModelInput { prompt: self.prompt(image.merged, question)?, image })
+        let prompt = Prompt { tokens: self.prompt_ids(image.merged, record)?, grids: vec![image.grid_thw] };
+        Ok(ModelInput { prompt, image })
     }
 
-    /// Builds the model input from an encoded image and a question; `name` appears in errors.
-    pub fn prepare_bytes(&self, bytes: &[u8], name: &str, question: &str) -> Result<ModelInput, PreprocessError> {
+    /// Builds the model input of a record from its encoded image; `name` appears in errors.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Image`] if the image cannot be decoded; see also [`Preprocessor::prepare`].
+    pub fn prepare_bytes(&self, bytes: &[u8], name: &str, record: &Record) -> Result<ModelInput, PreprocessError> {
         let image = Image::decode(bytes, name)?;
-        self.prepare(&image, question)
+        self.prepare(&image, record)
             .map_err(|cause| PreprocessError::Named { name: name.to_owned(), cause: Box::new(cause) })
     }
 
-    /// Builds only the prompt, for an image with this grid of image tokens.
-    pub fn prompt(&self, grid: Grid, question: &str) -> Result<Prompt, PreprocessError> {
-        self.chat.prompt(&self.tokenizer, &[grid], question)
+    /// Returns the token ids of the prompt of a record whose image has this grid of image tokens. Every role builds its prompts here.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Record`] if the prompt template cannot be rendered for the record; see also [`ChatTemplate::prompt_ids`].
+    pub fn prompt_ids(&self, grid: Grid, record: &Record) -> Result<Vec<u32>, PreprocessError> {
+        self.chat.prompt_ids(&self.tokenizer, &[grid], self.prompt.system(), &self.prompt_text(record)?)
+    }
+
+    /// Returns the text of the user message for a record, which follows the image.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Record`] if the prompt template cannot be rendered for the record.
+    pub fn prompt_text(&self, record: &Record) -> Result<String, PreprocessError> {
+        self.prompt.text(record)
     }
 
     /// Returns the sizes before and after the resize of an image of `(width, height)` pixels.
@@ -82,13 +117,13 @@ impl Preprocessor {
 
     /// Returns the training answer of a record as text.
     pub fn answer_text(&self, record: &Record, sizes: &Sizes) -> Result<String, PreprocessError> {
-        codec::answer_text(self.codec, record, sizes)
+        codec::training_answer(self.codec, &self.reader, record, sizes)
     }
 
     /// Returns the training answer of a record as token ids, including the end token.
     ///
     /// # Errors
-    /// Returns [`PreprocessError::Record`] if the category or answer contains a special token; see also [`codec::answer_text`].
+    /// Returns [`PreprocessError::Record`] if the category or answer contains a special token; see also [`codec::training_answer`].
     pub fn target_ids(&self, record: &Record, sizes: &Sizes) -> Result<Vec<u32>, PreprocessError> {
         let record_error = |e: PreprocessError| PreprocessError::Record { id: record.id.clone(), what: e.to_string() };
         // The box form may write special tokens, but the record's texts must not contain any.
@@ -135,6 +170,7 @@ impl Preprocessor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family::processor_class;
     use crate::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 
     fn tiny() -> (tempfile::TempDir, Preprocessor) {
@@ -144,12 +180,19 @@ mod tests {
         (dir, p)
     }
 
+    fn asked(question: &str) -> Record {
+        let record = serde_json::json!({"id": "q", "image": "x.png", "question": question});
+        serde_json::from_value(record).unwrap()
+    }
+
     #[test]
     fn from_record_to_ids_and_back() {
         let (_dir, p) = tiny();
-        let input = p.prepare(&Image::new(640, 480), "What is abnormal, and where?").unwrap();
+        let input = p.prepare(&Image::new(640, 480), &asked("What is abnormal, and where?")).unwrap();
         assert_eq!((input.image.resized, input.image.image_tokens()), ((128, 96), 48));
-        assert_eq!(input.prompt.image_token_positions.len(), 48);
+        let pad = p.tokenizer().special().image_pad;
+        assert_eq!(input.prompt.tokens.iter().filter(|id| **id == pad).count(), 48);
+        assert_eq!(input.prompt.grids, [[1, 12, 16]]);
         assert_eq!(input.image.patches.len(), input.image.n_patches() * input.image.patch_dim);
         let line = r#"{"id":"a","image":"x.png","category":"platelet","boxes":[[100,50,200,250]]}"#;
         let r: Record = serde_json::from_str(line).unwrap();
@@ -158,18 +201,18 @@ mod tests {
         let answer =
             p.read_answer(&AnswerReader::default(), &p.tokenizer().decode(&ids).unwrap(), &input.image.sizes());
         assert_eq!((answer.boxes, answer.category.as_str()), (r.boxes, "platelet"));
-        assert_eq!(p.prepare(&Image::new(96, 96), "x").unwrap().image.resized, (96, 96));
+        assert_eq!(p.prepare(&Image::new(96, 96), &asked("x")).unwrap().image.resized, (96, 96));
     }
 
     #[test]
     fn bad_images_are_named() {
         let (_dir, p) = tiny();
-        assert_eq!(p.prepare(&Image::new(1, 1), "x").unwrap().image.resized, (96, 96));
-        assert!(matches!(p.prepare(&Image::new(0, 4), "x"), Err(PreprocessError::Size { .. })));
+        assert_eq!(p.prepare(&Image::new(1, 1), &asked("x")).unwrap().image.resized, (96, 96));
+        assert!(matches!(p.prepare(&Image::new(0, 4), &asked("x")), Err(PreprocessError::Size { .. })));
         let png = Image::new(20_00, 2).to_png().unwrap();
-        let e = p.prepare_bytes(&png, "long.png", "x").unwrap_err().to_string();
+        let e = p.prepare_bytes(&png, "long.png", &asked("x")).unwrap_err().to_string();
         assert!(e.contains("long.png") && e.contains("2000 x 2") && e.contains("aspect"), "{e}");
-        let e = p.prepare_bytes(&png[..40], "cut.png", "x").unwrap_err().to_string();
+        let e = p.prepare_bytes(&png[..40], "cut.png", &asked("x")).unwrap_err().to_string();
         assert!(e.contains("cut.png"), "{e}");
     }
 
@@ -198,7 +241,8 @@ mod tests {
         let added = json["added_tokens"].as_array_mut().unwrap();
         for (i, token) in codec::codec(BoxForm::Qwen2Vl).special_tokens().iter().enumerate() {
             let mut entry = added[0].clone();
-            (entry["id"], entry["content"]) = ((size + i).into(), (*token).into());
+            entry["id"] = (size + i).into();
+            entry["content"] = (*token).into();
             added.push(entry);
         }
         std::fs::write(path, json.to_string()).unwrap();
@@ -211,11 +255,12 @@ mod tests {
         let first = with_box_tokens(dir.path(), Family::Qwen3Vl) as u32;
         let r: Record = serde_json::from_str(r#"{"id":"a","category":"cyst","boxes":[[48,24,96,96]]}"#).unwrap();
         let sizes = Sizes { original: (96, 96), resized: (96, 96) };
-        let load = |form| Preprocessor::load_with_box_form(dir.path(), form).unwrap();
+        let load =
+            |form| Preprocessor::load_with(dir.path(), &InputSettings { boxes: form, ..Default::default() }).unwrap();
         let family = Preprocessor::load(dir.path()).unwrap();
         assert_eq!((family.family(), family.box_form()), (Family::Qwen3Vl, BoxForm::PerMille));
         assert_eq!(family.answer_text(&r, &sizes).unwrap(), "[500,250,1000,1000] cyst");
-        assert!((first..first + 4).all(|id| family.tokenizer().special().banned.contains(&id)));
+        assert!((first..first + 4).all(|id| family.tokenizer().banned().contains(&id)));
         for form in BoxForm::ALL {
             let p = load(Some(form));
             let ids = p.target_ids(&r, &sizes).unwrap();
@@ -225,7 +270,7 @@ mod tests {
                 (form, r.boxes.clone(), "cyst", None)
             );
             // Every token of a training answer can be sampled.
-            assert!(ids.iter().all(|id| !p.tokenizer().special().banned.contains(id)), "{form}");
+            assert!(ids.iter().all(|id| !p.tokenizer().banned().contains(id)), "{form}");
         }
         let e = load(Some(BoxForm::Qwen2Vl));
         let sly: Record =
@@ -239,7 +284,8 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             write_tiny(dir.path(), &TinyProcessorSpec { family, ..TinyProcessorSpec::default() }).unwrap();
             assert_eq!(Preprocessor::load(dir.path()).unwrap().family(), family);
-            let e = Preprocessor::load_with_box_form(dir.path(), Some(BoxForm::Qwen2Vl)).unwrap_err().to_string();
+            let qwen2 = InputSettings { boxes: Some(BoxForm::Qwen2Vl), ..Default::default() };
+            let e = Preprocessor::load_with(dir.path(), &qwen2).unwrap_err().to_string();
             assert!(e.contains("<|object_ref_start|>") && e.contains("tokenizer.json"), "{e}");
             let path = dir.path().join("tokenizer.json");
             let text = std::fs::read_to_string(&path).unwrap();
@@ -247,10 +293,10 @@ mod tests {
             let e = Preprocessor::load(dir.path()).unwrap_err().to_string();
             assert!(e.contains("<|vision_start|>") && e.contains("tokenizer.json"), "{e}");
             // transformers 5 saves one file for the whole processor.
-            let combined = format!(r#"{{"processor_class":"{}"}}"#, family.processor_class());
+            let combined = format!(r#"{{"processor_class":"{}"}}"#, processor_class(family));
             std::fs::write(dir.path().join("processor_config.json"), combined).unwrap();
             std::fs::remove_file(dir.path().join("preprocessor_config.json")).unwrap();
-            assert_eq!(Family::detect(dir.path()).unwrap(), family);
+            assert_eq!(detect_family(dir.path()).unwrap(), family);
         }
     }
 

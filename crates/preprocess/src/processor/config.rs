@@ -46,6 +46,15 @@ pub struct ProcessorConfig {
     pub image_std: [f64; 3],
 }
 
+/// Bounds of the number of pixels of resized images that replace those of a model directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PixelBounds {
+    /// Minimum; `None` keeps the directory's.
+    pub min: Option<u64>,
+    /// Maximum; `None` keeps the directory's.
+    pub max: Option<u64>,
+}
+
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum PerChannel {
@@ -179,6 +188,42 @@ impl ProcessorConfig {
         Ok(config)
     }
 
+    /// Replaces the bounds of the resize.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Pixels`] if the resulting bounds contradict each other, leave no image token, or have no effect.
+    pub fn bounded(self, bounds: PixelBounds) -> Result<Self, PreprocessError> {
+        if bounds == PixelBounds::default() {
+            return Ok(self);
+        }
+        let min = bounds.min.unwrap_or(self.min_pixels);
+        let max = bounds.max.unwrap_or(self.max_pixels);
+        let side = self.factor();
+        let cell = u64::from(side) * u64::from(side);
+        let what = if !self.do_resize {
+            "model.min_pixels and model.max_pixels have no effect, because `do_resize` is off in the model directory: remove them".to_owned()
+        } else if max < cell {
+            format!(
+                "model.max_pixels is {max}, but one image token stands for {side} x {side} pixels: use {cell} or more"
+            )
+        } else if min > MAX_PIXELS {
+            format!("model.min_pixels is {min}: use at most {MAX_PIXELS}")
+        } else if min > max {
+            match (bounds.min, bounds.max) {
+                (Some(_), None) => format!(
+                    "model.min_pixels ({min}) is above the maximum of the model directory ({max}): set model.max_pixels too"
+                ),
+                (None, _) => format!(
+                    "model.max_pixels ({max}) is below the minimum of the model directory ({min}): set model.min_pixels too"
+                ),
+                (Some(_), Some(_)) => format!("model.min_pixels ({min}) is above model.max_pixels ({max})"),
+            }
+        } else {
+            return Ok(Self { min_pixels: min, max_pixels: max, ..self });
+        };
+        Err(PreprocessError::Pixels { what })
+    }
+
     /// Returns the side of a merged cell in resized pixels.
     pub fn factor(&self) -> u32 {
         self.patch_size * self.merge_size
@@ -296,6 +341,32 @@ mod tests {
             let e = text(load("preprocessor_config.json", json));
             assert!(e.contains("preprocessor_config.json") && e.contains(needle), "{e}");
         }
+    }
+
+    #[test]
+    fn bounds_replace_those_of_the_directory() {
+        let c = load("preprocessor_config.json", "{}").unwrap();
+        let bounded = |min, max| c.clone().bounded(PixelBounds { min, max });
+        assert_eq!(bounded(None, None).unwrap(), c);
+        let small = bounded(None, Some(50_176)).unwrap();
+        assert_eq!((small.min_pixels, small.max_pixels), (3136, 50_176));
+        let (w, h) = small.resized_size((2000, 1000)).unwrap();
+        assert!(u64::from(w) * u64::from(h) <= 50_176, "{w} x {h}");
+        let (w, h) = bounded(Some(200_704), None).unwrap().resized_size((60, 60)).unwrap();
+        assert!(u64::from(w) * u64::from(h) >= 200_704, "{w} x {h}");
+        for (min, max, needle) in [
+            (None, Some(783), "model.max_pixels is 783"),
+            (None, Some(1000), "model.max_pixels (1000) is below the minimum of the model directory (3136)"),
+            (Some(2_000_000), None, "model.min_pixels (2000000) is above the maximum of the model directory (1003520)"),
+            (Some(5000), Some(4000), "model.min_pixels (5000) is above model.max_pixels (4000)"),
+            (Some(u64::MAX), Some(u64::MAX), "model.min_pixels is 18446744073709551615: use at most"),
+        ] {
+            let e = bounded(min, max).unwrap_err().to_string();
+            assert!(e.contains(needle), "{e}");
+        }
+        let fixed = load("preprocessor_config.json", r#"{"do_resize":false}"#).unwrap();
+        let e = fixed.bounded(PixelBounds { min: None, max: Some(50_176) }).unwrap_err().to_string();
+        assert!(e.contains("do_resize") && e.contains("model.max_pixels"), "{e}");
     }
 
     #[test]

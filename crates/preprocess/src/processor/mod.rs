@@ -7,10 +7,10 @@ mod resize;
 
 use std::path::Path;
 
-use unveil_core::Grid;
+use unveil_core::{Grid, GridThw};
 use unveil_data::image_store::Image;
 
-pub use config::{ProcessorConfig, smart_resize};
+pub use config::{PixelBounds, ProcessorConfig, smart_resize};
 pub use resize::{Filter, resize};
 
 use crate::codec::Sizes;
@@ -33,7 +33,7 @@ pub struct ProcessedImage {
     /// Number of values per patch: channels x frames x side x side.
     pub patch_dim: usize,
     /// Patches along time, height and width.
-    pub grid_thw: [usize; 3],
+    pub grid_thw: GridThw,
     /// Grid of image tokens, i.e. of patches after merging.
     pub merged: Grid,
     /// Resized `(width, height)` in pixels.
@@ -50,12 +50,12 @@ impl ProcessedImage {
 
     /// Returns the number of patches.
     pub fn n_patches(&self) -> usize {
-        self.grid_thw.iter().product()
+        self.grid_thw.iter().product::<i64>() as usize
     }
 
     /// Returns the number of image tokens.
     pub fn image_tokens(&self) -> usize {
-        self.grid_thw[0] * self.merged.tokens()
+        self.grid_thw[0] as usize * self.merged.tokens()
     }
 }
 
@@ -102,7 +102,7 @@ impl ImageProcessor {
         Ok(ProcessedImage {
             patches,
             patch_dim: 3 * t * p * p,
-            grid_thw: [1, merged.rows * m, merged.cols * m],
+            grid_thw: [1, (merged.rows * m) as i64, (merged.cols * m) as i64],
             merged,
             resized,
             original,

@@ -78,7 +78,9 @@ pub(super) fn add_configured_tokens(dir: &Path, inner: &mut Inner) -> Result<(),
             missing.push(AddedToken::from(content.to_owned(), true));
         }
     }
-    inner.add_tokens(&missing);
+    inner
+        .add_tokens(missing.iter().cloned())
+        .map_err(|e| invalid("added_tokens_decoder", format!("cannot be appended to tokenizer.json: {e}")))?;
     for (id, token) in ids.into_iter().zip(&missing) {
         if let Some(actual) = inner.token_to_id(&token.content).filter(|actual| *actual != id) {
             let what = format!("gives {} the id {id}, but appended to tokenizer.json it gets {actual}", token.content);

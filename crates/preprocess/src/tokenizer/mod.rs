@@ -8,32 +8,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use tokenizers::{DecoderWrapper, Tokenizer as Inner};
+use unveil_core::SpecialTokens;
 
 use crate::preprocess_error::PreprocessError;
 use crate::preprocess_error::read;
-
-/// Ids of the special tokens of the Qwen families.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SpecialTokens {
-    /// `<|image_pad|>`, one per image token.
-    pub image_pad: u32,
-    /// `<|video_pad|>`.
-    pub video_pad: u32,
-    /// `<|vision_start|>`.
-    pub vision_start: u32,
-    /// `<|vision_end|>`.
-    pub vision_end: u32,
-    /// `<|im_start|>`, starts a message.
-    pub im_start: u32,
-    /// `<|im_end|>`, ends a message: the end token of an answer.
-    pub im_end: u32,
-    /// `<|endoftext|>`, also used for padding.
-    pub end_of_text: u32,
-    /// Tokens that end a response.
-    pub stop: Vec<u32>,
-    /// Tokens that are never sampled: image and video placeholders and vision markup.
-    pub banned: Vec<u32>,
-}
 
 /// Tokens banned if the vocabulary has them, in addition to the four vision tokens that every tokenizer must have.
 const BANNED_IF_PRESENT: [&str; 7] = [
@@ -61,6 +39,8 @@ pub struct Decoded {
 pub struct Tokenizer {
     inner: Inner,
     special: SpecialTokens,
+    /// Tokens that are never sampled: image and video placeholders and vision markup.
+    banned: Vec<u32>,
     /// Text of the special tokens, which decoding skips, by id.
     hidden: HashMap<u32, String>,
     /// Path of `tokenizer.json`.
@@ -91,7 +71,7 @@ impl Tokenizer {
             let known = inner.token_to_id(token).filter(|_| inner.get_added_vocabulary().is_special_token(token));
             known.ok_or_else(|| PreprocessError::MissingToken { path: path.clone(), token })
         };
-        let mut special = SpecialTokens {
+        let special = SpecialTokens {
             image_pad: id("<|image_pad|>")?,
             video_pad: id("<|video_pad|>")?,
             vision_start: id("<|vision_start|>")?,
@@ -99,18 +79,15 @@ impl Tokenizer {
             im_start: id("<|im_start|>")?,
             im_end: id("<|im_end|>")?,
             end_of_text: id("<|endoftext|>")?,
-            stop: Vec::new(),
-            banned: Vec::new(),
         };
-        special.stop = vec![special.im_end, special.end_of_text];
-        special.banned = vec![special.image_pad, special.video_pad, special.vision_start, special.vision_end];
-        special.banned.extend(BANNED_IF_PRESENT.iter().filter_map(|t| inner.token_to_id(t)));
-        special.banned.sort_unstable();
+        let mut banned = special.vision().to_vec();
+        banned.extend(BANNED_IF_PRESENT.iter().filter_map(|t| inner.token_to_id(t)));
+        banned.sort_unstable();
         let added = inner.get_added_tokens_decoder();
         let hidden = added.iter().filter(|(_, t)| t.special).map(|(id, t)| (*id, t.content.clone())).collect();
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |m| *m as usize + 1);
         let byte_by_char = (0..=u8::MAX).map(|b| (byte_char(b), b)).collect();
-        Ok(Self { special, hidden, path, byte_by_char, vocab_size, inner })
+        Ok(Self { special, banned, hidden, path, byte_by_char, vocab_size, inner })
     }
 
     /// Removes special tokens that answers are written with from the banned ones.
@@ -121,9 +98,21 @@ impl Tokenizer {
         for token in tokens {
             let missing = || PreprocessError::MissingToken { path: self.path.clone(), token };
             let id = self.id(token).filter(|id| self.hidden.contains_key(id)).ok_or_else(missing)?;
-            self.special.banned.retain(|b| *b != id);
+            self.banned.retain(|b| *b != id);
         }
         Ok(())
+    }
+
+    /// Checks that a tag is the same after encoding and decoding, which drops special tokens.
+    ///
+    /// # Errors
+    /// Returns [`PreprocessError::Tag`] if it is not.
+    pub(crate) fn check_tag(&self, tag: &str) -> Result<(), PreprocessError> {
+        let decoded = self.decode(&self.encode(tag)?)?;
+        if decoded == tag {
+            return Ok(());
+        }
+        Err(PreprocessError::Tag { path: self.path.clone(), tag: tag.to_owned(), decoded })
     }
 
     /// Returns the largest token id plus one.
@@ -132,8 +121,13 @@ impl Tokenizer {
     }
 
     /// Returns the ids of the special tokens.
-    pub fn special(&self) -> &SpecialTokens {
-        &self.special
+    pub fn special(&self) -> SpecialTokens {
+        self.special
+    }
+
+    /// Returns the ids of the tokens that are never sampled, ascending: image and video placeholders and vision markup.
+    pub fn banned(&self) -> &[u32] {
+        &self.banned
     }
 
     /// Returns the id of a token by its exact text.

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use unveil_core::{Family, SpecialTokens};
 
-use super::{SpecialTokens, Tokenizer, byte_char};
-use crate::family::Family;
+use super::{Tokenizer, byte_char};
+use crate::family::processor_class;
 use crate::preprocess_error::PreprocessError;
 
 /// Family and sizes of a tiny processor.
@@ -136,7 +137,7 @@ pub fn write_tiny(dir: &Path, spec: &TinyProcessorSpec) -> Result<TinyVocabulary
     let vocab_size = tokenizer.vocab_size() as u32;
     // The numbers are the last tokens of the vocabulary.
     let numbers = vocab_size - LARGEST_NUMBER - 1..vocab_size;
-    Ok(TinyVocabulary { vocab_size, special: tokenizer.special().clone(), numbers })
+    Ok(TinyVocabulary { vocab_size, special: tokenizer.special(), numbers })
 }
 
 fn pretty_json(value: &Value) -> String {
@@ -220,7 +221,7 @@ fn tokenizer_json() -> Value {
 fn tokenizer_config(family: Family) -> Value {
     json!({
         "tokenizer_class": "Qwen2Tokenizer",
-        "processor_class": family.processor_class(),
+        "processor_class": processor_class(family),
         "add_prefix_space": false,
         "bos_token": null,
         "eos_token": "<|im_end|>",
@@ -239,7 +240,7 @@ fn image_config(spec: &TinyProcessorSpec) -> Value {
         Family::Qwen3Vl => ([0.5; 3], [0.5; 3]),
     };
     json!({
-        "processor_class": spec.family.processor_class(),
+        "processor_class": processor_class(spec.family),
         "image_processor_type": "Qwen2VLImageProcessor",
         "do_convert_rgb": true,
         "do_resize": true,

@@ -8,8 +8,10 @@ use std::process::Command;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
+use unveil_core::{Family, Grid, InputSettings, PromptSettings, Record};
 use unveil_data::image_store::Image;
-use unveil_preprocess::preprocessor::{Family, Preprocessor};
+use unveil_preprocess::family::{detect_family, processor_class};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_preprocess::processor::{Filter, ImageProcessor, resize, smart_resize};
 use unveil_preprocess::tokenizer::Tokenizer;
 use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
@@ -110,7 +112,8 @@ fn move_tokens_to_config(dir: &Path) {
         listed.insert(id, token);
     }
     added.truncate(3);
-    (config["added_tokens_decoder"], config["additional_special_tokens"]) = (listed.into(), json!(["<|quad_start|>"]));
+    config["added_tokens_decoder"] = listed.into();
+    config["additional_special_tokens"] = json!(["<|quad_start|>"]);
     for (name, value) in [("tokenizer.json", tokenizer), ("tokenizer_config.json", config)] {
         std::fs::write(dir.join(name), value.to_string()).unwrap();
     }
@@ -224,16 +227,25 @@ fn comparison() -> Comparison {
         .map(|_| (0..rng.random_range(0..20)).map(|_| rng.random_range(0..tiny.vocab_size)).collect())
         .collect();
     let prompts: Vec<Value> = [
-        (1, "What is abnormal, and where?", "[12,3,90,44], [1,2,33,1023] nodule<|im_end|>"),
-        (1, "Où est le polype ?\n ", "no finding<|im_end|>"),
-        (2, "  Compare.", "[1,2,3,4] white blood cell"),
-        (0, "{{ 7 }} <b>", ""),
+        (1, "", "What is abnormal, and where?", "[12,3,90,44], [1,2,33,1023] nodule<|im_end|>"),
+        (1, "", "Où est le polype ?\n ", "no finding<|im_end|>"),
+        (2, "", "  Compare.", "[1,2,3,4] white blood cell"),
+        (0, "", "{{ 7 }} <b>", ""),
+        (
+            1,
+            "You are a radiologist.\nThink first.",
+            "Where?",
+            "<think>Là.</think><answer>no finding</answer><|im_end|>",
+        ),
+        (2, " Réponds en JSON. ", "{% Compare. %}", "```json\n[]\n```"),
     ]
     .iter()
     .enumerate()
-    .flat_map(|(i, (n, q, a))| {
+    .flat_map(|(i, (n, s, q, a))| {
         let listed = &listed;
-        directories.iter().map(move |d| json!({"dir": d, "images": listed[i..i + n], "question": q, "answer": a}))
+        let job =
+            move |d: &&str| json!({"dir": d, "images": listed[i..i + n], "system": s, "question": q, "answer": a});
+        directories.iter().map(job)
     })
     .collect();
     let job = json!({"directories": directories, "processors": ["tiny", "tiny3", "full", "large", "plain", "published", "saved"], "images": listed, "sizes": rules, "texts": texts, "ids": ids,
@@ -266,7 +278,7 @@ fn images(comparison: &Comparison) {
         let what = format!("{name}, {} x {}", image.width(), image.height());
         let ours = ImageProcessor::load(&comparison.dir.path().join(name)).unwrap();
         let processed = ours.process(image).unwrap();
-        assert_eq!(processed.grid_thw.to_vec(), list::<Vec<usize>>(&item["grid"]), "{what}");
+        assert_eq!(processed.grid_thw.to_vec(), list::<Vec<i64>>(&item["grid"]), "{what}");
         assert_eq!(vec![processed.n_patches(), processed.patch_dim], list::<Vec<usize>>(&item["shape"]), "{what}");
         assert_eq!(processed.resized, list::<(u32, u32)>(&item["resized"]), "{what}");
 
@@ -283,7 +295,8 @@ fn images(comparison: &Comparison) {
             theirs.len()
         );
         if filter == Filter::Bicubic {
-            (pixels, unequal) = (pixels + theirs.len(), unequal + off);
+            pixels += theirs.len();
+            unequal += off;
         }
 
         let raw = std::fs::read(comparison.dir.path().join(format!("{name}-{file}.patches"))).unwrap();
@@ -332,17 +345,33 @@ fn texts(comparison: &Comparison) {
     assert_eq!(comparison.out["video_token_id"], json!(t.special().video_pad));
     for (dir, class) in comparison.out["classes"].as_object().unwrap() {
         assert_eq!(
-            Family::detect(&comparison.dir.path().join(dir)).unwrap().processor_class(),
+            processor_class(detect_family(&comparison.dir.path().join(dir)).unwrap()),
             class.as_str().unwrap(),
             "{dir}"
         );
     }
 }
 
+/// Builds a prompt from a configuration whose template writes the first half of `text`, and whose suffix is the second half.
+fn configured_prompt(dir: &Path, grid: Grid, system: &str, text: &str) -> Vec<u32> {
+    let half = text.char_indices().nth(text.chars().count() / 2).map_or(0, |(byte, _)| byte);
+    let (head, tail) = text.split_at(half);
+    let prompt = PromptSettings {
+        system: system.to_owned(),
+        template: "{% if question %}{{ question }}{% endif %}".to_owned(),
+        suffix: tail.to_owned(),
+        question: String::new(),
+    };
+    let settings = InputSettings { prompt, ..InputSettings::default() };
+    let record: Record = serde_json::from_value(json!({"id": "a", "image": "a.png", "question": head})).unwrap();
+    Preprocessor::load_with(dir, &settings).unwrap().prompt_ids(grid, &record).unwrap()
+}
+
 fn prompts(comparison: &Comparison) {
     let asked = comparison.job["prompts"].as_array().unwrap();
     for (asked, expected) in asked.iter().zip(comparison.out["prompts"].as_array().unwrap()) {
-        let p = Preprocessor::load(&comparison.dir.path().join(asked["dir"].as_str().unwrap())).unwrap();
+        let dir = comparison.dir.path().join(asked["dir"].as_str().unwrap());
+        let p = Preprocessor::load(&dir).unwrap();
         let grids: Vec<_> = asked["images"]
             .as_array()
             .unwrap()
@@ -350,8 +379,12 @@ fn prompts(comparison: &Comparison) {
             .map(|i| p.processor().merged_grid((list(&i["width"]), list(&i["height"]))).unwrap())
             .collect();
         let question = asked["question"].as_str().unwrap();
-        assert_eq!(p.chat().render(grids.len(), question).unwrap(), expected["text"].as_str().unwrap());
-        let mut ids = p.chat().prompt(p.tokenizer(), &grids, question).unwrap().ids;
+        let system = asked["system"].as_str().unwrap();
+        assert_eq!(p.chat().render(grids.len(), system, question).unwrap(), expected["text"].as_str().unwrap());
+        let mut ids = p.chat().prompt_ids(p.tokenizer(), &grids, system, question).unwrap();
+        if let [grid] = grids[..] {
+            assert_eq!(configured_prompt(&dir, grid, system, question), ids, "{question:?} {}", asked["dir"]);
+        }
         ids.extend(p.tokenizer().encode(asked["answer"].as_str().unwrap()).unwrap());
         assert_eq!(ids, list::<Vec<u32>>(&expected["ids"]), "{question:?} {}", asked["dir"]);
     }

@@ -63,7 +63,7 @@ pub(super) struct Bert {
 
 impl Bert {
     /// Loads the encoder from the bytes of `config.json` and `model.safetensors`.
-    pub fn load(config: &[u8], weights: &[u8]) -> Result<Self, String> {
+    pub(super) fn load(config: &[u8], weights: &[u8]) -> Result<Self, String> {
         let c: Config = serde_json::from_slice(config).map_err(|e| format!("config.json: {e}"))?;
         let fits = c.model_type == "bert" && c.hidden_act == "gelu" && c.position_embedding_type == "absolute";
         if !fits || c.num_attention_heads == 0 || !c.hidden_size.is_multiple_of(c.num_attention_heads) {
@@ -115,12 +115,12 @@ impl Bert {
     }
 
     /// Returns the length of the longest input in tokens.
-    pub fn positions(&self) -> usize {
+    pub(super) fn positions(&self) -> usize {
         self.positions.nrows()
     }
 
     /// Returns the mean of the last hidden states of one sequence.
-    pub fn mean_state(&self, ids: &[u32], types: &[u32]) -> Result<Vec<f32>, String> {
+    pub(super) fn mean_state(&self, ids: &[u32], types: &[u32]) -> Result<Vec<f32>, String> {
         if ids.is_empty() || ids.len() > self.positions() || ids.len() != types.len() {
             return Err(format!("{} tokens cannot be embedded (1 to {})", ids.len(), self.positions()));
         }

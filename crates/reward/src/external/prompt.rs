@@ -92,7 +92,7 @@ impl Prompt {
 ///
 /// # Errors
 /// Returns a message that describes the problem with the reply.
-pub fn parse_score(reply: &str, [low, high]: [f64; 2]) -> Result<f64, String> {
+pub(super) fn parse_score(reply: &str, [low, high]: [f64; 2]) -> Result<f64, String> {
     #[derive(Deserialize)]
     struct Score {
         score: f64,

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use unveil_config::Config;
 use unveil_config::schema::{Gate, RelevanceKind};
-use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Record};
+use unveil_core::{Attention, BoxForm, Breakdown, Component, MaskReason, Reasoning, Record};
 use unveil_preprocess::codec::Sizes;
 use unveil_reward::{GroupInput, REGION_COMPONENTS, ResponseInput, Scoring, run_score, score_group};
 
@@ -159,12 +159,52 @@ fn span_is_required_if_either_key_names_it() {
     }
 }
 
+/// Training may start from a published model: all components are defined for its own form.
+#[test]
+fn published_forms_are_usable_from_the_first_step() {
+    let mut c = Config::default();
+    c.sft.steps = 0;
+    c.reward.abstention.weight = 1.0;
+    let right = "```json\n[\n\t{\"bbox_2d\": [100, 100, 200, 200], \"label\": \"nodule\"}\n]\n```";
+    let wrong = "```json\n[\n\t{\"bbox_2d\": [400, 300, 500, 400], \"label\": \"mass\"}\n]\n```";
+    let native = "[100,100,200,200] nodule";
+    let prose = "The nodule is at [100, 100, 200, 200].";
+    let none = "```json\n[]\n```";
+    let mut input = group(&lesion(), &[right, wrong, native, prose, none]);
+    for r in &mut input.responses {
+        let tokens: Vec<usize> = (0..r.spans.len()).collect();
+        r.attention = Some(Attention { grid: [2, 2], rows: vec![vec![0.7, 0.1, 0.1, 0.1]; tokens.len()], tokens });
+    }
+    let b = score_group(&Scoring::new(&c), &input);
+    let values = |name: &str| b.iter().map(|b| b.components[name].value.unwrap()).collect::<Vec<_>>();
+    assert_eq!(values("format"), [1.0, 1.0, 0.0, 0.0, 1.0]);
+    assert_eq!(values("localization"), [1.0, 0.0, 1.0, 1.0, 0.0]);
+    assert_eq!(values("category"), [1.0, 0.0, 1.0, 0.0, 0.0]);
+    assert_eq!(values("abstention"), [1.0, 1.0, 1.0, 1.0, 0.0]);
+    let vision = values("vision_relevance");
+    assert!(vision[0] > 0.0 && vision[1] == 0.0, "{vision:?}");
+    let reason = |i: usize| serde_json::to_value(&b[i].components["format"]).unwrap()["reason"].clone();
+    assert_eq!((reason(0), reason(2)), (Value::Null, json!({"form": "other_form"})));
+    // The same with reasoning in front, which then has to be allowed.
+    let thought = format!("<think>A round opacity.</think>\n{right}");
+    let format = |c: &Config| score(c, &lesion(), &[&thought])[0].components["format"].value;
+    assert_eq!(format(&c), Some(0.0));
+    c.answer.reasoning = Reasoning::Required;
+    assert_eq!(format(&c), Some(1.0));
+    // After stage 1, the native form is the expected one.
+    c.sft.steps = 1;
+    assert_eq!(score(&c, &lesion(), &[right])[0].components["format"].value, Some(0.0));
+    let native = format!("<think>A round opacity.</think>{native}");
+    assert_eq!(score(&c, &lesion(), &[&native])[0].components["format"].value, Some(1.0));
+}
+
 /// Values of every component for right and wrong answers to both kinds of record.
 #[test]
 fn region_components_do_not_apply_to_text_records() {
     let mut c = Config::default();
     c.reward.abstention.weight = 0.3;
-    (c.reward.relevance.weight, c.reward.relevance.kind) = (1.0, RelevanceKind::Exact);
+    c.reward.relevance.weight = 1.0;
+    c.reward.relevance.kind = RelevanceKind::Exact;
     let region = json!({"id": "e", "image_size": [640, 480], "category": "", "boxes": [], "answer": "no finding"});
     // Response, and its value in the region components (`None`: masked) and in relevance.
     for (record, response, region_value, relevance) in [
@@ -199,7 +239,8 @@ fn region_components_do_not_apply_to_text_records() {
     }
     // A text record may have boxes and a class, and is still answered in text.
     let mut boxed = question();
-    (boxed["boxes"], boxed["category"]) = (json!([[1, 1, 9, 9]]), json!("MRI"));
+    boxed["boxes"] = json!([[1, 1, 9, 9]]);
+    boxed["category"] = json!("MRI");
     let b = &score(&c, &boxed, &["MRI"])[0];
     assert!(REGION_COMPONENTS.iter().all(|n| b.components[*n].reason == Some(MaskReason::NotApplicable)));
     // Without a component that applies to text there is no total, and no value is 0.
@@ -221,7 +262,8 @@ fn offline_scoring_reads_answers_alike() {
         ["<think>[1,1,5,5]</think><answer>[100,100,200,200] Nodule.</answer>", "no finding"].iter().enumerate()
     {
         for mut record in [lesion(), question()] {
-            (record["index"], record["response"]) = (json!(index), json!(text));
+            record["index"] = json!(index);
+            record["response"] = json!(text);
             lines += &format!("{record}\n");
         }
     }
@@ -248,7 +290,8 @@ fn offline_scoring_reads_answers_alike() {
 fn mixed_data_does_not_teach_text_records_no_finding() {
     const ANSWERS: [&str; 4] = ["MRI", "CT", "no finding", "[100,100,200,200] nodule"];
     let mut c = Config::default();
-    (c.reward.relevance.weight, c.reward.relevance.kind) = (0.5, RelevanceKind::TokenF1);
+    c.reward.relevance.weight = 0.5;
+    c.reward.relevance.kind = RelevanceKind::TokenF1;
     let softmax = |logits: &[f64; 4]| {
         let e = logits.map(f64::exp);
         e.map(|v| v / e.iter().sum::<f64>())
@@ -324,7 +367,8 @@ proptest! {
             _ => format!("<answer>{text}</answer>"),
         };
         let mut c = Config::default();
-        (c.reward.relevance.weight, c.reward.relevance.kind) = (1.0, RelevanceKind::TokenF1);
+        c.reward.relevance.weight = 1.0;
+        c.reward.relevance.kind = RelevanceKind::TokenF1;
         let record = if is_text { question() } else { lesion() };
         for b in score(&c, &record, &[&text]) {
             prop_assert!(b.components.values().all(|c| c.value.is_none_or(|v| (0.0..=1.0).contains(&v))), "{:?}", b);

@@ -1,13 +1,17 @@
 //! The example program.
 
-#[allow(dead_code)]
-#[path = "../../examples/score_file.rs"]
-mod score_file;
+use std::path::Path;
+use std::process::{Command, Output};
 
 use serde_json::json;
+use unveil_testkit::example;
 
-#[tokio::test]
-async fn score_file_prints_breakdowns_and_means() {
+fn score_file(rewards: &Path, responses: &Path) -> Output {
+    Command::new(example("score_file")).args([rewards, responses]).output().unwrap()
+}
+
+#[test]
+fn score_file_prints_breakdowns_and_means() {
     let dir = tempfile::tempdir().unwrap();
     let rewards = dir.path().join("rewards.toml");
     std::fs::write(&rewards, "[reward.localization]\nweight = 1.0\n[reward.category]\nweight = 1.0\n").unwrap();
@@ -18,9 +22,9 @@ async fn score_file_prints_breakdowns_and_means() {
     };
     let responses = dir.path().join("r.jsonl");
     std::fs::write(&responses, [line(0, "[16,16,32,32] nodule"), line(1, "no finding")].join("\n")).unwrap();
-    let mut out = Vec::new();
-    score_file::score_file(&rewards, &responses, &mut out).await.unwrap();
-    let text = String::from_utf8(out).unwrap();
+    let scored = score_file(&rewards, &responses);
+    let text = String::from_utf8(scored.stdout).unwrap();
+    assert!(scored.status.success(), "{text}{}", String::from_utf8_lossy(&scored.stderr));
     let lines: Vec<&str> = text.lines().collect();
     assert!(lines[0].starts_with("a 0 total ") && lines[0].contains(", localization 1.000"), "{text}");
     assert!(lines[0].contains("vision_relevance masked (NoAttention)"), "{text}");
@@ -28,6 +32,8 @@ async fn score_file_prints_breakdowns_and_means() {
     assert!(lines[2..].contains(&"mean localization 0.500 of 2"), "{text}");
 
     std::fs::write(&rewards, "[reward.localisation]\nweight = 1.0\n").unwrap();
-    let e = score_file::score_file(&rewards, &responses, &mut Vec::new()).await.unwrap_err().to_string();
-    assert!(e.contains("reward.localisation") && e.contains("rewards.toml"), "{e}");
+    let refused = score_file(&rewards, &responses);
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success(), "an unknown key is accepted");
+    assert!(error.contains("reward.localisation") && error.contains("rewards.toml"), "{error}");
 }

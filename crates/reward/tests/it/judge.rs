@@ -31,7 +31,9 @@ fn config(server: &WebServer) -> Config {
     let j = &mut c.reward.judge;
     j.base_url = server.url();
     j.model = "m".into();
-    (j.deadline_s, j.attempt_s, j.tries) = (2.0, 1.0, 2);
+    j.deadline_s = 2.0;
+    j.attempt_s = 1.0;
+    j.tries = 2;
     c
 }
 
@@ -186,7 +188,8 @@ async fn no_group_waits_beyond_the_deadline() {
         _ => score_reply(5.0),
     });
     let mut c = config(&server);
-    (c.reward.judge.tries, c.reward.judge.concurrency) = (1, 64);
+    c.reward.judge.tries = 1;
+    c.reward.judge.concurrency = 64;
     let scorers = load(&c);
     let calls = (0..30).map(|g| {
         let scorers = Arc::clone(&scorers);

@@ -17,7 +17,7 @@ use unveil_proto::v1::reward_stream_client::RewardStreamClient;
 use unveil_reward::{RewardClient, RewardError, score_request, serve_with};
 use unveil_service::issue::{Existing, IssueOptions, issue};
 use unveil_service::{CancellationToken, client_options, connect};
-use unveil_testkit::{MetricsPage, WebReply, WebServer};
+use unveil_testkit::{MetricsPage, WebReply, WebServer, free_address};
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -80,7 +80,8 @@ fn with_judge(judge: &WebServer) -> Config {
     c.reward.relevance.weight = 1.0;
     c.reward.judge.base_url = judge.url();
     c.reward.judge.model = "m".into();
-    (c.reward.judge.deadline_s, c.reward.judge.attempt_s) = (1.5, 10.0);
+    c.reward.judge.deadline_s = 1.5;
+    c.reward.judge.attempt_s = 10.0;
     c
 }
 
@@ -125,7 +126,8 @@ async fn excess_calls_are_refused_immediately() {
 #[tokio::test]
 async fn too_large_messages_are_refused_in_bounded_memory() {
     let mut c = Config::default();
-    (c.reward.service.max_message_mib, c.reward.service.max_in_flight) = (1, 4);
+    c.reward.service.max_message_mib = 1;
+    c.reward.service.max_in_flight = 4;
     let served = serve(&c).await;
     let channel = connect(&served.address.to_string(), WAIT).await.unwrap();
     let mut client = Generated::new(channel.clone()).max_encoding_message_size(1 << 30);
@@ -373,7 +375,7 @@ async fn custom_scorer_can_be_another_reward_service() {
 
 #[tokio::test]
 async fn metrics_page_counts_scores_and_masks() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = free_address();
     let mut c = Config::default();
     c.reward.service.metrics_listen = free.to_string();
     let served = serve(&c).await;

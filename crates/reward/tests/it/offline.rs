@@ -192,8 +192,7 @@ fn tokens_and_mentions_through_a_tokenizer() {
 /// The box form is the configured one, else the form of the model directory's family, else of the configured family.
 #[test]
 fn box_form_is_configured_or_the_familys() {
-    use unveil_core::BoxForm;
-    use unveil_preprocess::preprocessor::Family;
+    use unveil_core::{BoxForm, Family};
     use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
     let s = Sandbox::new();
     let localization = |config: &Config, text: &str| {

@@ -1,6 +1,6 @@
 //! Readiness and shutdown of the service: it is ready once its scorers are loaded, and drains its calls when it stops.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -13,13 +13,9 @@ use unveil_proto::v1;
 use unveil_proto::v1::reward_client::RewardClient as Generated;
 use unveil_reward::{RewardError, run_serve, score_request};
 use unveil_service::{CancellationToken, READY, check_health, connect};
-use unveil_testkit::{WebReply, WebServer};
+use unveil_testkit::{WebReply, WebServer, free_address};
 
 const WAIT: Duration = Duration::from_secs(20);
-
-fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
 
 /// A running service that calls a judge, with a listener for health checks.
 struct Served {
@@ -35,10 +31,13 @@ fn serve(judge: &str, prompt: &Path, drain_s: f64) -> Served {
     let mut c = Config::default();
     c.reward.listen = address.to_string();
     c.health.listen.clone_from(&health);
-    (c.reward.relevance.kind, c.reward.relevance.weight) = (RelevanceKind::Judge, 1.0);
-    (c.reward.judge.base_url, c.reward.judge.model) = (judge.to_owned(), "m".into());
+    c.reward.relevance.kind = RelevanceKind::Judge;
+    c.reward.relevance.weight = 1.0;
+    c.reward.judge.base_url = judge.to_owned();
+    c.reward.judge.model = "m".into();
     c.reward.judge.prompt = prompt.display().to_string();
-    (c.reward.judge.deadline_s, c.reward.service.drain_s) = (1.0, drain_s);
+    c.reward.judge.deadline_s = 1.0;
+    c.reward.service.drain_s = drain_s;
     let stop = CancellationToken::new();
     let token = stop.clone();
     let task = tokio::spawn(async move { run_serve(&c, token).await });
