@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use unveil_core::Record;
+use unveil_data::image_folder::ImageFolder;
 use unveil_data::records::{self, RecordFile};
-use unveil_datasets::image_folder::ImageFolder;
 
 use crate::answer::{clean_answer, is_usable_answer, with_answer};
 use crate::{COLLECTED, CollectError};

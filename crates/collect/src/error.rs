@@ -37,6 +37,9 @@ pub enum CollectError {
         /// Description of the problem.
         what: String,
     },
+    /// The template of the review pages does not fit its values.
+    #[error("review page: {0}")]
+    Page(minijinja::Error),
     /// No endpoint is configured.
     #[error(
         "collect.base_url is empty: set it and collect.model to an OpenAI-compatible endpoint (--set collect.base_url=…)"

@@ -9,6 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, ImageEncoder};
+use minijinja::{Environment, UndefinedBehavior};
 use serde_json::{Value, json};
 use unveil_core::Record;
 use unveil_data::image_store::{ContentHash, Image};
@@ -43,8 +44,8 @@ pub fn write_pages(dir: &Path, per_page: usize) -> Result<Vec<PathBuf>, CollectE
     for (k, records) in chunks.enumerate() {
         let items: Vec<Value> = records.iter().map(|r| page_item(&file, r)).collect();
         let path = dir.join(format!("review-{:03}.html", k + 1));
-        unveil_core::write_atomic(&path, render_page(&items, k + 1, count).as_bytes())
-            .map_err(CollectError::io(&path))?;
+        let page = render_page(&items, k + 1, count)?;
+        unveil_core::write_atomic(&path, page.as_bytes()).map_err(CollectError::io(&path))?;
         pages.push(path);
     }
     Ok(pages)
@@ -80,31 +81,23 @@ fn embed(image: Image) -> Option<String> {
     Some(format!("data:image/jpeg;base64,{}", STANDARD.encode(out)))
 }
 
-/// Renders page `number` of `total`.
-fn render_page(items: &[Value], number: usize, total: usize) -> String {
+/// Renders page `number` of `total`. The template escapes every value that it does not mark as safe: our own style sheet and script, and
+/// JSON without `<`.
+fn render_page(items: &[Value], number: usize, total: usize) -> Result<String, CollectError> {
     // In a script element, only `</` and `<!--` have a meaning (HTML, "Restrictions for contents of script elements").
     let data = Value::from(items).to_string().replace('<', "\\u003c");
     let keys: String = items.iter().map(|i| i["key"].to_string()).collect();
     // Decisions are stored under a hash of the content, so that pages of other answers in the same folder do not show them.
     let name = format!("{number:03}-{}", &ContentHash::of(keys.as_bytes()).to_string()[..8]);
-    let style = include_str!("page.css");
-    let script = include_str!("page.js");
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">\n\
-         <title>Review {number} of {total}</title>\n<style>\n{style}</style>\n</head>\n<body data-name=\"{name}\">\n<header><div class=\"row\">\
-         <h1>Collected answers, page {number} of {total}</h1><span id=\"count\"></span>\
-         <select id=\"filter\" aria-label=\"show\"><option value=\"all\">all</option><option value=\"open\">undecided</option>\
-         <option value=\"faulty\">with problems</option><option value=\"accept\">accepted</option><option value=\"edit\">edited</option>\
-         <option value=\"reject\">rejected</option></select>\
-         <label class=\"file\">Load decisions<input type=\"file\" id=\"load\" accept=\".jsonl\"></label>\
-         <button type=\"button\" class=\"save\" id=\"download\">Download decisions</button>\
-         <div class=\"bar\"><i></i></div></div></header>\n<main><p class=\"help\"><kbd>A</kbd> accept, <kbd>E</kbd> edit \
-         (<kbd>Esc</kbd> leaves the text, <kbd>S</kbd> saves it), <kbd>R</kbd> reject, <kbd>U</kbd> undo, <kbd>J</kbd> <kbd>K</kbd> next and \
-         previous. Frames fade under the pointer. Boxes and class are added to the answer automatically.</p></main>\n\
-         <script type=\"application/json\" id=\"items\">{data}</script>\n<script>\n{script}</script>\n</body>\n</html>\n"
-    )
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_keep_trailing_newline(true);
+    let values = json!({
+        "number": number, "total": total, "name": name, "items": data,
+        "style": include_str!("page.css"), "script": include_str!("page.js"),
+    });
+    // The ending of the name selects the escaping.
+    environment.render_named_str("page.html", include_str!("page.html"), values).map_err(CollectError::Page)
 }
 
 #[cfg(test)]
@@ -114,8 +107,13 @@ mod tests {
     #[test]
     fn texts_are_escaped() {
         let items = [json!({"id": "</script><script>alert(1)</script>", "key": "k", "note": "<!-- x"})];
-        let html = render_page(&items, 1, 1);
+        let html = render_page(&items, 1, 3).unwrap();
         assert_eq!(html.matches("<script").count(), 2);
+        assert!(
+            html.contains("<title>Review 1 of 3</title>")
+                && html.contains(include_str!("page.js"))
+                && !html.contains("{{")
+        );
         assert!(html.contains("http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:;"));
         assert!(!html.contains("alert(1)</script>") && !html.contains("<!-- x"));
         let start = html.find("id=\"items\">").unwrap() + 11;

@@ -9,8 +9,8 @@ use futures::StreamExt;
 use serde::Serialize;
 use unveil_config::schema::Collect;
 use unveil_core::{Record, Secret};
+use unveil_data::image_folder::ImageFolder;
 use unveil_data::records::{self, RecordFile};
-use unveil_datasets::image_folder::ImageFolder;
 use unveil_service::CancellationToken;
 use unveil_service::chat::{ChatClient, ChatOptions};
 

@@ -1,4 +1,5 @@
-//! Record files and images: reading records with safe image paths, decoding PNG, JPEG and DICOM, and storing images by content.
+//! Record files and images: reading records with safe image paths, decoding PNG, JPEG and DICOM, storing images by content, and linking
+//! images into the folder of a new record file.
 //!
 //! Must not depend on: tch, tonic. Boxes are in pixels of the original image.
 //!
@@ -28,6 +29,7 @@
 mod decode;
 pub mod files;
 pub mod finding;
+pub mod image_folder;
 mod image_path;
 pub mod image_root;
 pub mod image_store;

@@ -3,6 +3,7 @@
 Usage: images.py DIR. Reads DIR/job.json ({"seed"}), writes files, NAME.rgb next to those with a reference, and DIR/out.json.
 """
 
+import base64
 import io
 import json
 import os
@@ -18,13 +19,29 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 from pydicom.sequence import Sequence
 from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2K,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
+    JPEG2000,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGLossless,
     JPEGLosslessSV1,
+    JPEGLSLossless,
     RLELossless,
+)
+
+# Transfer syntaxes that pydicom does not know.
+ENCAPSULATED_UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
+DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+# Levels 9 x + 15 y of 16 x 8 pixels in high-throughput JPEG 2000, as OpenJPH 0.26 encodes them losslessly.
+HTJ2K_STREAM = base64.b64decode(
+    "/0//UQApQAAAAAAQAAAACAAAAAAAAAAAAAAAEAAAAAgAAAAAAAAAAAABBwEB/1AACAACAAAAAv9SAAwAAgABAAUEBEAB/1wAEyBIUFBQUFBQUFBQUFBQSEhI/5AACgAA"
+    "AAAAWgAB/5PAJecAh3QAAMASgKIBB3QAwBLAEwDQACE0AIiIAEI0AMATQBUgxvyAAnQAQkEQ/gDkp1UAwCeAVgAAAOanwnUAnJmZmehye/fJ7LgA/9k="
 )
 
 root = sys.argv[1]
@@ -297,8 +314,8 @@ def streams(u8, u12, s16, a):
     for end in (2, 20, len(ycc) // 2):
         dicom(f"cut_jpeg_{end if end < 99 else 'half'}.dcm", a, syntax=JPEGBaseline8Bit, fragments=[ycc[: len(ycc) - end]])
 
-    def j2k(name, array, data, **elements):
-        ds = dicom(name, array, syntax=JPEG2000Lossless, fragments=[data], **elements)
+    def j2k(name, array, data, syntax=JPEG2000Lossless, **elements):
+        ds = dicom(name, array, syntax=syntax, fragments=[data], **elements)
         pixels = pixel_array(ds)
         reference(name, shown(ds, pixels) if array.ndim == 2 else pixels)
 
@@ -309,34 +326,85 @@ def streams(u8, u12, s16, a):
     j2k("j2k_mono1.dcm", u12, grey16, PhotometricInterpretation="MONOCHROME1")
     j2k("j2k_boxed.dcm", u8, stream(Image.fromarray(u8), "JPEG2000"))
     j2k("j2k_tiled.dcm", u8, stream(Image.fromarray(u8), "JPEG2000", no_jp2=True, tile_size=(16, 16)))
-    for name, photometric, options in (
-        ("j2k_rct.dcm", "YBR_RCT", {"irreversible": False, "mct": 1}),
-        ("j2k_ict.dcm", "YBR_ICT", {"irreversible": True, "mct": 1}),
-        ("j2k_rgb.dcm", "RGB", {"irreversible": False, "mct": 0}),
-        ("j2k_ybr.dcm", "YBR_FULL", {"irreversible": False, "mct": 0}),
+    for name, photometric, syntax, options in (
+        ("j2k_rct.dcm", "YBR_RCT", JPEG2000Lossless, {"irreversible": False, "mct": 1}),
+        ("j2k_ict.dcm", "YBR_ICT", JPEG2000, {"irreversible": True, "mct": 1}),
+        ("j2k_rgb.dcm", "RGB", JPEG2000Lossless, {"irreversible": False, "mct": 0}),
+        ("j2k_ybr.dcm", "YBR_FULL", JPEG2000, {"irreversible": False, "mct": 0}),
     ):
-        j2k(name, a, stream(Image.fromarray(a), "JPEG2000", no_jp2=True, **options), PhotometricInterpretation=photometric)
+        j2k(name, a, stream(Image.fromarray(a), "JPEG2000", no_jp2=True, **options), syntax, PhotometricInterpretation=photometric)
+    lossy = stream(Image.fromarray(u8), "JPEG2000", no_jp2=True, irreversible=True, quality_mode="rates", quality_layers=[6])
+    j2k("j2k_lossy.dcm", u8, lossy, JPEG2000, WindowCenter=128, WindowWidth=256)
     for end in (2, 20, len(grey8) // 2):
         dicom(f"cut_j2k_{end if end < 99 else 'half'}.dcm", u8, syntax=JPEG2000Lossless, fragments=[grey8[: len(grey8) - end]])
     dicom("j2k_smaller.dcm", u8[:-1], syntax=JPEG2000Lossless, fragments=[grey8])
     dicom("j2k_colour.dcm", u8, syntax=JPEG2000Lossless, fragments=[stream(Image.fromarray(a), "JPEG2000", no_jp2=True)], Rows=a.shape[0], Columns=a.shape[1])
 
 
+def deflated(data):
+    pack = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return pack.compress(data) + pack.flush()
+
+
+def rare_syntaxes(u8, u12, s16, a):
+    """Writes deflated data sets and frames, uncompressed fragments, and high-throughput JPEG 2000."""
+    window = {"WindowCenter": 600, "WindowWidth": 900}
+    grey("deflated.dcm", s16, syntax=DeflatedExplicitVRLittleEndian, **window)
+    reference("deflated_rgb.dcm", pixel_array(dicom("deflated_rgb.dcm", a, syntax=DeflatedExplicitVRLittleEndian)))
+    with open(path("deflated.dcm"), "rb") as f:
+        whole = f.read()
+    start = 144 + struct.unpack("<I", whole[140:144])[0]
+    for name, end in (("cut_deflated.dcm", len(whole) // 2), ("empty_deflated.dcm", start)):
+        with open(path(name), "wb") as f:
+            f.write(whole[:end])
+    # A data set of 300 MiB in a file of 300 KiB.
+    with open(path("bomb_deflated.dcm"), "wb") as f:
+        pack = zlib.compressobj(9, zlib.DEFLATED, -15)
+        f.write(whole[:start] + b"".join(pack.compress(bytes(1 << 20)) for _ in range(300)) + pack.flush())
+    odd = u8[:7, :9]
+    for form, syntax, encode in (
+        ("encapsulated", ENCAPSULATED_UNCOMPRESSED, lambda data: data),
+        ("deflated_frame", DEFLATED_FRAMES, deflated),
+    ):
+        for kind, array, elements in (("grey", u12, {"BitsStored": 12, **window}), ("odd", odd, {}), ("rgb", a, {})):
+            name = f"{form}_{kind}.dcm"
+            ds = dicom(name, array, syntax=JPEG2000, fragments=[encode(np.ascontiguousarray(array).tobytes())], **elements)
+            again(name, name, lambda d: relabelled(d, JPEG2000, syntax), pixels=array if array.ndim == 3 else shown(ds, array))
+        short = f"{form}_short.dcm"
+        dicom(short, u8, syntax=JPEG2000, fragments=[encode(u8.tobytes()[:-2])])
+        again(short, short, lambda d: relabelled(d, JPEG2000, syntax), pixels=a)
+        out.pop()
+    bomb = "bomb_deflated_frame.dcm"
+    dicom(bomb, u8, syntax=JPEG2000, fragments=[deflated(bytes(100 << 20))])
+    again(bomb, bomb, lambda d: relabelled(d, JPEG2000, DEFLATED_FRAMES), pixels=np.zeros((*u8.shape, 3)))
+    levels = sum(np.mgrid[0:8, 0:16] * np.array([15, 9]).reshape(2, 1, 1)).astype("u1")
+    with Image.open(io.BytesIO(HTJ2K_STREAM)) as back:
+        assert np.array_equal(np.asarray(back), levels), "Pillow takes the stream's word"
+    for name, syntax in (("htj2k_lossless.dcm", HTJ2KLossless), ("htj2k_rpcl.dcm", HTJ2KLosslessRPCL), ("htj2k.dcm", HTJ2K)):
+        reference(name, shown(dicom(name, levels, syntax=syntax, fragments=[HTJ2K_STREAM], WindowCenter=128, WindowWidth=256), levels))
+    dicom("cut_htj2k.dcm", levels, syntax=HTJ2K, fragments=[HTJ2K_STREAM[:-40]])
+    dicom("jpeg_ls.dcm", u8, syntax=JPEGLSLossless, fragments=[u8.tobytes()])
+
+
 def random(low, high, dtype, shape=(21, 34)):
     return rng.integers(low, high, shape).astype(dtype)
 
 
-def lossless_jpeg(array, bits):
-    """Returns a JPEG lossless stream (process 14, first-order prediction) with one Huffman code of five bits per category."""
+def lossless_jpeg(array, bits, predictor=1):
+    """Returns a JPEG lossless stream (process 14) with one Huffman code of five bits per category."""
+    predict = {1: lambda left, up, corner: left, 4: lambda left, up, corner: left + up - corner, 7: lambda left, up, corner: (left + up) // 2}
     h, w = array.shape
     stream = bytearray(b"\xff\xd8\xff\xc3" + struct.pack(">HBHHB3B", 11, bits, h, w, 1, 1, 0x11, 0))
     stream += b"\xff\xc4" + struct.pack(">HB16B", 2 + 17 + 17, 0, *[0, 0, 0, 0, 17] + [0] * 11) + bytes(range(17))
-    stream += b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0, 1, 0, 0)
+    stream += b"\xff\xda" + struct.pack(">HB2B3B", 8, 1, 1, 0, predictor, 0, 0)
     digits = []
     a = array.astype(int)
     for y in range(h):
         for x in range(w):
-            before = a[y, x - 1] if x else a[y - 1, x] if y else 1 << (bits - 1)
+            if x and y:
+                before = predict[predictor](a[y, x - 1], a[y - 1, x], a[y - 1, x - 1])
+            else:
+                before = a[y, x - 1] if x else a[y - 1, x] if y else 1 << (bits - 1)
             d = (a[y, x] - before + 32768) % 65536 - 32768
             size = int(abs(d)).bit_length()
             digits.append(format(size, "05b"))
@@ -378,6 +446,8 @@ def dicoms():
     grey("rle16.dcm", np.repeat(u12, 9, 1), syntax=RLELossless, BitsStored=12, **window)
     grey("lossless.dcm", u12, syntax=JPEGLosslessSV1, fragments=[lossless_jpeg(u12, 12)], BitsStored=12, **window)
     grey("lossless16.dcm", u16 := random(0, 65536, "<u2"), syntax=JPEGLosslessSV1, fragments=[lossless_jpeg(u16, 16)])
+    for predictor in (1, 4, 7):
+        grey(f"lossless_{predictor}.dcm", u12, syntax=JPEGLossless, fragments=[lossless_jpeg(u12, 12, predictor)], BitsStored=12, **window)
     a = np.ascontiguousarray(colours()[..., :3])
     reference("rgb.dcm", pixel_array(dicom("rgb.dcm", a)))
     planes = np.ascontiguousarray(a.transpose(2, 0, 1)).tobytes()
@@ -401,6 +471,7 @@ def dicoms():
     broken_headers(u12, s16)
     tables(u8, u12, s16)
     streams(u8, u12, s16, a)
+    rare_syntaxes(u8, u12, s16, a)
     # Files that must be refused.
     odd = random(0, 256, "u1", (9, 9, 3))
     dicom("odd422.dcm", odd, PhotometricInterpretation="YBR_FULL_422")

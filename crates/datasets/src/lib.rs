@@ -20,7 +20,6 @@
 //! ```
 
 pub mod check;
-pub mod image_folder;
 pub mod import;
 mod near_duplicates;
 pub mod prepare;

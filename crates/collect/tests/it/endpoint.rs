@@ -11,7 +11,7 @@ use unveil_data::image_store::Image;
 use unveil_data::records::RecordFile;
 use unveil_preprocess::codec::{Sizes, answer_text, codec, read_answer};
 use unveil_service::CancellationToken;
-use unveil_testkit::{Authority, WebReply, WebRequest, WebServer};
+use unveil_testkit::{Authority, WebReply, WebRequest, WebServer, ignored_test};
 
 /// Writes `n` records with one box each, except the last, which has no finding.
 fn write_data(dir: &Path, n: usize) -> PathBuf {
@@ -268,9 +268,8 @@ fn killed_run_resumes_without_repeating_answers() {
     let summary = dir.path().join("summary.json");
     let arguments = json!([file, out, format!("{}/v1", server.url()), summary]).to_string();
     let start = || {
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["endpoint::child", "--exact", "--ignored"]).env(CHILD_VARIABLE, &arguments);
-        command.stdout(std::process::Stdio::null()).spawn().unwrap()
+        let mut command = ignored_test("endpoint::child");
+        command.env(CHILD_VARIABLE, &arguments).stdout(std::process::Stdio::null()).spawn().unwrap()
     };
     for asked in [5, 14] {
         let mut child = start();

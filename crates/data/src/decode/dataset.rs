@@ -16,7 +16,8 @@ use dicom_parser::dataset::lazy_read::LazyDataSetReader;
 use dicom_transfer_syntax_registry::TransferSyntaxRegistry;
 use dicom_transfer_syntax_registry::entries::{EXPLICIT_VR_LITTLE_ENDIAN, IMPLICIT_VR_LITTLE_ENDIAN};
 
-use super::{DecodeError, fail, header};
+use super::header::Header;
+use super::{DecodeError, fail};
 
 /// Maximum length of a value in bytes; those that images need are a few words.
 const MAX_VALUE_BYTES: u32 = 4096;
@@ -80,12 +81,12 @@ pub(super) struct DataSet<'a> {
 }
 
 impl<'a> DataSet<'a> {
-    /// Reads a file up to and including its pixels.
-    pub(super) fn read(bytes: &'a [u8]) -> Result<Self, DecodeError> {
-        let header = header::read(bytes)?;
+    /// Reads a data set up to and including its pixels.
+    pub(super) fn read(header: &'a Header<'_>) -> Result<Self, DecodeError> {
+        // Pixels referenced by JPIP are on a server.
         let syntax = TransferSyntaxRegistry
             .get(header.syntax)
-            .filter(|s| !s.name().contains("Deflate"))
+            .filter(|s| !s.name().starts_with("JPIP"))
             .ok_or_else(|| DecodeError::Decode(format!("its transfer syntax {} is not supported", header.syntax)))?;
         // The encoding of the data set may differ from the header; the first element shows it.
         let actual_syntax = match (header.explicit, syntax.endianness()) {
@@ -93,7 +94,7 @@ impl<'a> DataSet<'a> {
             (true, Endianness::Big) => syntax,
             (true, _) => &EXPLICIT_VR_LITTLE_ENDIAN.erased(),
         };
-        let mut out = Self::read_set(header.rest, actual_syntax)?;
+        let mut out = Self::read_set(&header.rest, actual_syntax)?;
         out.big_endian = actual_syntax.endianness() == Endianness::Big;
         out.syntax = header.syntax.to_owned();
         Ok(out)

@@ -2,18 +2,22 @@
 //!
 //! Files from scanners and exports may lack the preamble, lack the length of the group or have a wrong one, or name a transfer syntax other
 //! than the one in which they are written. All of them are read as pydicom reads them: the group ends where its elements end, and the first
-//! element shows how the data set is encoded.
+//! element shows how the data set is encoded. A deflated data set is inflated here.
 
+use std::borrow::Cow;
+
+use dicom_dictionary_std::uids;
+
+use super::inflate::inflate;
 use super::{DecodeError, fail};
+use crate::image_store::MAX_FILE_BYTES;
 
 /// Length in bytes of the preamble and the magic word after it.
 const PREAMBLE_BYTES: usize = 132;
 /// Value representations with a four-byte length after two unused bytes.
 const LONG_REPRESENTATIONS: [&[u8; 2]; 12] =
     [b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UT", b"UV"];
-
-const IMPLICIT: &str = "1.2.840.10008.1.2";
-const EXPLICIT: &str = "1.2.840.10008.1.2.1";
+/// Transfer syntax of big-endian files, whose constant in the dictionary is deprecated because the standard retired it.
 const BIG_ENDIAN: &str = "1.2.840.10008.1.2.2";
 
 /// The information needed to read the data set.
@@ -23,8 +27,8 @@ pub(super) struct Header<'a> {
     pub syntax: &'a str,
     /// Whether the elements of the data set name their value representation.
     pub explicit: bool,
-    /// Bytes of the data set.
-    pub rest: &'a [u8],
+    /// Bytes of the data set, inflated if the transfer syntax deflates them.
+    pub rest: Cow<'a, [u8]>,
 }
 
 /// Returns whether a file is DICOM: it has the magic word, or starts like a data set without a preamble.
@@ -70,16 +74,32 @@ pub(super) fn read(bytes: &[u8]) -> Result<Header<'_>, DecodeError> {
         }
         rest = &rest[end..];
     }
+    let rest = match named_syntax {
+        Some(uids::DEFLATED_EXPLICIT_VR_LITTLE_ENDIAN) => Cow::Owned(inflated(rest)?),
+        _ => Cow::Borrowed(rest),
+    };
     let explicit = rest.get(4..6).is_some_and(|vr| names_representation([vr[0], vr[1]]));
     // Low groups come first: one that looks high is in the opposite byte order.
     let swapped = rest.first_chunk::<2>().is_some_and(|g| u16::from_le_bytes(*g) >= 1024);
     let syntax = match named_syntax.filter(|uid| !uid.is_empty()) {
         Some(uid) => uid,
-        None if !explicit => IMPLICIT,
+        None if !explicit => uids::IMPLICIT_VR_LITTLE_ENDIAN,
         None if swapped => BIG_ENDIAN,
-        None => EXPLICIT,
+        None => uids::EXPLICIT_VR_LITTLE_ENDIAN,
     };
     Ok(Header { syntax, explicit, rest })
+}
+
+/// Inflates a data set, which may become as large as an image file that is not deflated.
+fn inflated(bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    let out = inflate(bytes, MAX_FILE_BYTES + 1)?;
+    if out.len() as u64 > MAX_FILE_BYTES {
+        return Err(DecodeError::TooLarge {
+            what: "the size of its inflated data set".to_owned(),
+            limit: MAX_FILE_BYTES,
+        });
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -112,26 +132,28 @@ mod tests {
         ] {
             let file = [&lead[..], data].concat();
             assert!(is_dicom(&file), "{name}");
-            assert_eq!(read(&file), Ok(Header { syntax: EXPLICIT, explicit: true, rest: data }), "{name}");
+            let header = read(&file).unwrap();
+            assert_eq!((header.syntax, header.explicit), (uids::EXPLICIT_VR_LITTLE_ENDIAN, true), "{name}");
+            assert_eq!(&*header.rest, data, "{name}");
         }
         let cut = [&preamble[..], &syntax[..12]].concat();
         assert!(matches!(read(&cut), Err(DecodeError::Decode(e)) if e.contains("within its file meta group")));
-        assert_eq!(read(b"\x08\x00\x16\x00\x02\0\0\x001.").unwrap().syntax, IMPLICIT);
+        assert_eq!(read(b"\x08\x00\x16\x00\x02\0\0\x001.").unwrap().syntax, uids::IMPLICIT_VR_LITTLE_ENDIAN);
         assert_eq!(read(b"\x00\x08\x00\x16UI\x00\x021.").unwrap().syntax, BIG_ENDIAN);
     }
 
     #[test]
     fn other_formats_are_not_dicom() {
-        for bytes in [
-            &b""[..],
-            b"\x89PNG\r\n\x1a\n",
-            b"\xff\xd8\xff\xe0\0\x10JFIF",
-            b"BM\0\0\0\0\0\0",
-            b"{\"id\":1}",
-            &[8; 40],
-            &[2; 7],
+        for (name, bytes) in [
+            ("nothing", &b""[..]),
+            ("PNG", b"\x89PNG\r\n\x1a\n"),
+            ("JPEG", b"\xff\xd8\xff\xe0\0\x10JFIF"),
+            ("BMP", b"BM\0\0\0\0\0\0"),
+            ("JSON", b"{\"id\":1}"),
+            ("a long run", &[8; 40]),
+            ("a short run", &[2; 7]),
         ] {
-            assert!(!is_dicom(bytes), "{bytes:?}");
+            assert!(!is_dicom(bytes), "{name}");
         }
     }
 }

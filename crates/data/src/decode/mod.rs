@@ -7,13 +7,16 @@
 mod dataset;
 mod dicom;
 mod header;
+mod inflate;
 mod j2k;
 mod jpeg;
 mod raster;
 mod rle;
+mod samples;
 mod voi;
 
 use std::io::Read;
+use std::panic::{UnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::files::open_regular;
@@ -79,14 +82,20 @@ pub fn header_size(path: &Path) -> Result<(u32, u32), ImageError> {
 
 /// Decodes an image; `name` appears in errors.
 fn decode(bytes: &[u8], name: &str) -> Result<Image, ImageError> {
-    let image = if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) };
-    image.map_err(|e| e.with_name(name))
+    guarded(name, || if header::is_dicom(bytes) { dicom::decode(bytes) } else { raster::decode(bytes) })
 }
 
 /// Returns width and height from the header.
 fn size(bytes: &[u8], name: &str) -> Result<(u32, u32), ImageError> {
-    let size = if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) };
-    size.map_err(|e| e.with_name(name))
+    guarded(name, || if header::is_dicom(bytes) { dicom::size(bytes) } else { raster::size(bytes) })
+}
+
+/// Runs a decoder and names the image in its error. A panic becomes an error here, and nowhere else, because libraries index into damaged
+/// files without checks, and one file must not end a run.
+fn guarded<T>(name: &str, decoder: impl FnOnce() -> Result<T, DecodeError> + UnwindSafe) -> Result<T, ImageError> {
+    catch_unwind(decoder)
+        .unwrap_or_else(|_| Err(fail("it is damaged in a way that made its decoder panic")))
+        .map_err(|e| e.with_name(name))
 }
 
 /// Checks that an image has pixels and is not too large to be decoded.
@@ -108,6 +117,15 @@ fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn panic_of_a_decoder_is_an_error_that_names_the_image() {
+        let bytes = [1u8, 2];
+        let outside = std::hint::black_box(2);
+        let error = guarded("scan-7.dcm", || Ok(bytes[outside])).unwrap_err().to_string();
+        assert!(error.contains("scan-7.dcm") && error.contains("decoder panic"), "{error}");
+        assert_eq!(guarded("scan-7.dcm", || Ok(bytes[outside - 1])).unwrap(), 2);
+    }
 
     #[test]
     fn image_sizes_need_only_the_file_header() {

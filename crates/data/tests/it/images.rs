@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 
 use proptest::prelude::*;
 use serde_json::Value;
@@ -91,6 +92,7 @@ fn refuses_unsupported_files(root: &Path) {
         ("cut_j2k_2.dcm", "truncated"),
         ("cut_j2k_20.dcm", "truncated"),
         ("cut_j2k_half.dcm", "truncated"),
+        ("cut_htj2k.dcm", "truncated"),
         ("cut_jpeg_2.dcm", "truncated"),
         ("cut_jpeg_20.dcm", "truncated"),
         ("cut_jpeg_half.dcm", "truncated"),
@@ -99,6 +101,11 @@ fn refuses_unsupported_files(root: &Path) {
         ("odd422_even_area.dcm", "9 columns, which is odd"),
         ("table_short.dcm", "has 50 entries, but its descriptor says 153"),
         ("table.dcm", "modality lookup table"),
+        ("cut_deflated.dcm", "deflated data is damaged or truncated"),
+        ("empty_deflated.dcm", "deflated data is damaged or truncated"),
+        ("encapsulated_short.dcm", "34 x 21 pixels need 714 bytes, but it has 712"),
+        ("deflated_frame_short.dcm", "34 x 21 pixels need 714 bytes, but it has 712"),
+        ("jpeg_ls.dcm", "1.2.840.10008.1.2.4.80 is not supported; supported are uncompressed"),
         ("no_pixels.dcm", "no pixels"),
     ] {
         let message = refusal(&root.join(file));
@@ -171,54 +178,84 @@ fn refuses_decompression_bombs(root: &Path) {
     let grown = peak_memory() - before;
     println!("memory grew by {grown} KiB");
     assert!(grown < MAX_REFUSAL_GROWTH, "memory grew by {grown} KiB");
+    // A deflated data set may grow to the size of the largest file.
+    let path = root.join("bomb_deflated.dcm");
+    let message = refusal(&path);
+    assert!(message.contains("inflated data set exceeds the limit of 268435456"), "{message}");
+    assert!(matches!(Image::open(&path), Err(ImageError::TooLarge { .. })), "{message}");
 }
 
-/// Damaged files give errors or other images, never a panic or excessive memory use.
+/// Places in the crate's own source that panicked. Panics of decoder libraries are caught and become errors that name the image.
+static OWN_PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn record_own_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let own = panic.location().filter(|place| place.file().contains("crates/data/src"));
+        OWN_PANICS.lock().unwrap().extend(own.map(ToString::to_string));
+    }));
+}
+
+/// Damaged files of every format and transfer syntax give errors or other images, never a panic or excessive memory use.
 fn survives_damaged_files(root: &Path) {
     let before = peak_memory();
     let files = [
         "u8.dcm",
         "implicit.dcm",
         "big_endian.dcm",
+        "deflated.dcm",
+        "encapsulated_grey.dcm",
+        "deflated_frame_grey.dcm",
         "rle16.dcm",
-        "lossless.dcm",
+        "rle_rgb.dcm",
         "jpeg_colour.dcm",
-        "palette.png",
-        "cmyk.jpg",
-        "table_late.dcm",
-        "whole_bare.dcm",
+        "lossless_4.dcm",
+        "lossless.dcm",
         "j2k_tiled.dcm",
         "j2k_ict.dcm",
+        "htj2k_lossless.dcm",
+        "htj2k_rpcl.dcm",
+        "htj2k.dcm",
+        "table_late.dcm",
+        "whole_bare.dcm",
+        "palette.png",
+        "cmyk.jpg",
     ];
     let originals: Vec<Vec<u8>> = files.iter().map(|f| std::fs::read(root.join(f)).unwrap()).collect();
     let strategy = (
         0..files.len(),
         prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        any::<bool>(),
         any::<prop::sample::Index>(),
     );
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 3000,
+        cases: 5000,
         failure_persistence: None,
         ..ProptestConfig::default()
     });
-    runner
-        .run(&strategy, |(which, changes, end)| {
-            let mut bytes = originals[which].clone();
-            for (position, value) in changes {
-                // The structure is in the headers.
-                let span = if which < 6 { 132..bytes.len().min(900) } else { 0..bytes.len() };
-                let position = span.start + position.index(span.len());
-                bytes[position] = value;
-            }
-            if end.index(2) == 0 {
-                bytes.truncate(end.index(bytes.len()) + 1);
-            }
-            if let Ok(image) = Image::decode(&bytes, "damaged") {
+    record_own_panics();
+    let outcome = runner.run(&strategy, |(which, changes, in_header, end)| {
+        let mut bytes = originals[which].clone();
+        for (position, value) in changes {
+            // The structure is in the headers.
+            let span = if in_header { 132..bytes.len().min(900) } else { 0..bytes.len() };
+            let position = span.start + position.index(span.len());
+            bytes[position] = value;
+        }
+        if end.index(2) == 0 {
+            bytes.truncate(end.index(bytes.len()) + 1);
+        }
+        match Image::decode(&bytes, "damaged") {
+            Ok(image) => {
                 prop_assert_eq!(image.rgb().len(), image.width() as usize * image.height() as usize * 3);
             }
-            Ok(())
-        })
-        .unwrap();
+            Err(e) => prop_assert!(e.to_string().contains("damaged"), "{e}"),
+        }
+        let own = OWN_PANICS.lock().unwrap().clone();
+        prop_assert!(own.is_empty(), "{own:?}");
+        Ok(())
+    });
+    drop(std::panic::take_hook());
+    outcome.unwrap();
     let grown = peak_memory() - before;
     assert!(grown < 1 << 20, "memory grew by {grown} KiB");
 }

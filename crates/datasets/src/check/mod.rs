@@ -48,11 +48,11 @@ impl CheckReport {
 }
 
 /// Checks a record file on disk, including invalid lines and missing or repeated ids. With `near`, images that look alike across splits
-/// are reported, too. Decodes every image, on all cores.
+/// are reported, too. `question` is asked where a record has none (`data.question`). Decodes every image, on all cores.
 ///
 /// # Errors
 /// Returns [`RecordsError::Io`] if the file cannot be read.
-pub fn check_file(path: &Path, reach: PathPolicy, near: bool) -> Result<CheckReport, RecordsError> {
+pub fn check_file(path: &Path, reach: PathPolicy, near: bool, question: &str) -> Result<CheckReport, RecordsError> {
     let mut out = Vec::new();
     let file = RecordFile::load_lenient(path, reach, |e| {
         let (line, id, what) = match e {
@@ -67,7 +67,9 @@ pub fn check_file(path: &Path, reach: PathPolicy, near: bool) -> Result<CheckRep
     let scan = scan_images(&file, ScanDepth::pixels(near), None);
     let line_of: HashMap<String, usize> =
         file.lines.iter().enumerate().map(|(i, line)| (file.location(i), *line)).collect();
-    out.extend(find_problems(&file, &scan).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)));
+    out.extend(
+        find_problems(&file, &scan, question).into_iter().map(|f| (line_of.get(&f.file).copied().unwrap_or(0), f)),
+    );
     out.sort_by_key(|(line, _)| *line);
     let findings = out.into_iter().map(|(_, f)| f).collect();
     Ok(CheckReport { findings, records: file.records.len(), images: scan.decoded })
@@ -83,13 +85,8 @@ pub fn merge_findings(mut findings: Vec<Finding>, more: Vec<Finding>) -> Vec<Fin
     findings
 }
 
-/// Checks loaded records; decodes every image, on all cores.
-pub fn check(file: &RecordFile) -> Vec<Finding> {
-    find_problems(file, &scan_images(file, ScanDepth::pixels(false), None))
-}
-
-/// Finds the problems of all records, given the scan of their images.
-fn find_problems(file: &RecordFile, scan: &ImageScan) -> Vec<Finding> {
+/// Finds the problems of all records, given the scan of their images and the question for records without one.
+fn find_problems(file: &RecordFile, scan: &ImageScan, question: &str) -> Vec<Finding> {
     let mut out = Vec::new();
     // First record with an image or a patient.
     let mut images: HashMap<(&(u32, u32), &ContentHash), usize> = HashMap::new();
@@ -128,7 +125,7 @@ fn find_problems(file: &RecordFile, scan: &ImageScan) -> Vec<Finding> {
                 add(Severity::Warning, format!("{what} \"{}\" (\"{}\")", other.split, other.id));
             }
         }
-        check_record(r, size, &mut add);
+        check_record(r, size, question, &mut add);
     }
     let differs = |i: usize, j: usize| file.records[i].split != file.records[j].split;
     for (i, near) in nearest_before(&hashes, differs).into_iter().enumerate() {
@@ -163,8 +160,8 @@ pub fn find_misspelled_keys(file: &RecordFile) -> Vec<Finding> {
     keys.into_iter().filter_map(finding).collect()
 }
 
-/// Finds the problems of one record, given the size of its image if known.
-fn check_record(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Severity, String)) {
+/// Finds the problems of one record, given the size of its image if known, and the question if it has none.
+fn check_record(r: &Record, size: Option<(u32, u32)>, question: &str, add: &mut impl FnMut(Severity, String)) {
     if let (Some((w, h)), Some([sw, sh])) = (size, r.image_size)
         && (w, h) != (sw, sh)
     {
@@ -199,8 +196,8 @@ fn check_record(r: &Record, size: Option<(u32, u32)>, add: &mut impl FnMut(Sever
     {
         add(Severity::Warning, "the box is the whole image: attention to it cannot be rewarded".to_owned());
     }
-    if r.question.trim().is_empty() {
-        add(Severity::Warning, "the question is empty".to_owned());
+    if r.question_or(question).trim().is_empty() {
+        add(Severity::Warning, "the question is empty, and so is data.question: set one of them".to_owned());
     }
     if !matches!(r.split.as_str(), "train" | "val" | "test") {
         add(Severity::Warning, format!("the split \"{}\" is not train, val or test", r.split));
@@ -224,7 +221,8 @@ pub struct ValidationSummary {
 /// Returns the first finding of severity error, and the number of others.
 pub fn require_valid(file: &RecordFile, cache: Option<&Path>) -> Result<ValidationSummary, CheckError> {
     let scan = scan_images(file, ScanDepth::Size, cache);
-    let mut errors = find_problems(file, &scan).into_iter().filter(|f| f.severity == Severity::Error);
+    // The question decides about warnings only.
+    let mut errors = find_problems(file, &scan, "").into_iter().filter(|f| f.severity == Severity::Error);
     match errors.next() {
         None => Ok(ValidationSummary {
             decoded: scan.decoded,

@@ -13,7 +13,7 @@ fn synthetic_data_is_clean() {
     generate(&SynthSpec::new(40, 5), dir.path(), |_, _| {}).unwrap();
     let path = dir.path().join(RECORDS_FILE);
     let clean = CheckReport { findings: vec![], records: 40, images: 40 };
-    assert_eq!(check_file(&path, PathPolicy::Folder, false).unwrap(), clean);
+    assert_eq!(check_file(&path, PathPolicy::Folder, false, "").unwrap(), clean);
     let required = require_valid(&RecordFile::load(&path).unwrap(), None).unwrap();
     assert_eq!(required, ValidationSummary { decoded: 40, ..ValidationSummary::default() });
 }
@@ -37,7 +37,7 @@ fn equal_and_similar_images_across_splits_are_reported() {
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, [line("a", "train"), line("b", "val"), line("c", "test")].join("\n")).unwrap();
     let findings_of = |near: bool| {
-        let list = check_file(&path, PathPolicy::Folder, near).unwrap().findings;
+        let list = check_file(&path, PathPolicy::Folder, near, "").unwrap().findings;
         list.into_iter().map(|f| format!("{} {}", f.id, f.what)).collect::<Vec<_>>()
     };
     let equal = "c its image is also that of \"a\" in split \"train\"";
@@ -78,7 +78,7 @@ fn every_problem_is_found_with_its_location() {
     ];
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, lines.join("\n")).unwrap();
-    let findings = check_file(&path, PathPolicy::Folder, false).unwrap().findings;
+    let findings = check_file(&path, PathPolicy::Folder, false, "").unwrap().findings;
     let lines_found: Vec<String> = findings
         .iter()
         .map(|f| format!("{} {} {:?} {}", f.file.rsplit(':').next().unwrap(), f.id, f.severity, f.what))
@@ -118,6 +118,22 @@ fn every_problem_is_found_with_its_location() {
     assert!(e.contains("r.jsonl:2: record \"gone\"") && e.contains("and 1 more"), "{e}");
 }
 
+#[test]
+fn question_is_missing_only_without_a_default() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r.jsonl");
+    let line = |id: &str, more: &str| format!(r#"{{"id":"{id}","image_size":[9,9],"split":"train"{more}}}"#);
+    let lines = [line("absent", ""), line("blank", r#","question":" ""#), line("asked", r#","question":"q""#)];
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    let ids = |question: &str| {
+        let findings = check_file(&path, PathPolicy::Folder, false, question).unwrap().findings;
+        assert!(findings.iter().all(|f| f.severity == Severity::Warning && f.what.contains("data.question")));
+        findings.into_iter().map(|f| f.id).collect::<Vec<_>>()
+    };
+    assert_eq!(ids("What is abnormal?"), [""; 0]);
+    assert_eq!((ids(""), ids(" \t")), (vec!["absent".into(), "blank".into()], vec!["absent".into(), "blank".into()]));
+}
+
 /// A patient may be a number or a text.
 #[test]
 fn patients_are_compared_as_number_or_text() {
@@ -128,7 +144,7 @@ fn patients_are_compared_as_number_or_text() {
     };
     for (train, test) in [("7", "7"), ("\"7\"", "\"7\""), ("7", "\"7\""), ("7.0", "7"), ("-3", "\" -3 \"")] {
         std::fs::write(&path, [line("a", train, "train"), line("b", test, "test")].join("\n")).unwrap();
-        let findings = check_file(&path, PathPolicy::Folder, false).unwrap().findings;
+        let findings = check_file(&path, PathPolicy::Folder, false, "").unwrap().findings;
         assert!(
             matches!(&findings[..], [f] if f.id == "b" && f.what.contains("also in split \"train\"")),
             "{findings:?}"
@@ -136,7 +152,7 @@ fn patients_are_compared_as_number_or_text() {
     }
     std::fs::write(&path, [line("a", "7", "train"), line("b", "70", "test"), line("c", "null", "val")].join("\n"))
         .unwrap();
-    assert_eq!(check_file(&path, PathPolicy::Folder, false).unwrap().findings, []);
+    assert_eq!(check_file(&path, PathPolicy::Folder, false, "").unwrap().findings, []);
 }
 
 /// Writes four images and a record file with five records, which uses the first image twice.
@@ -178,7 +194,7 @@ fn restart_decodes_changed_images_only() {
     assert_eq!(require_valid(&file, None).unwrap().decoded, 4);
     std::fs::write(&cache, &std::fs::read(&cache).unwrap()[..40]).unwrap();
     assert_eq!(counts(), Ok((4, 0)));
-    assert_eq!(check_file(&file.path, PathPolicy::Folder, false).unwrap().images, 4);
+    assert_eq!(check_file(&file.path, PathPolicy::Folder, false, "").unwrap().images, 4);
 }
 
 #[test]
@@ -206,13 +222,14 @@ fn fifo_does_not_block() {
     assert!(e.first.id == "2" && e.first.what.contains("c.png") && e.first.what.contains("FIFO"), "{e}");
     let records = dir.path().join("fifo.jsonl");
     nix::unistd::mkfifo(&records, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    let e = check_file(&records, PathPolicy::Folder, false).unwrap_err().to_string();
+    let e = check_file(&records, PathPolicy::Folder, false, "").unwrap_err().to_string();
     assert!(e.contains("fifo.jsonl") && e.contains("FIFO"), "{e}");
 }
 
 /// Returns a grey DICOM image of 34 x 21 pixels.
 fn dicom(frames: u8) -> Vec<u8> {
-    let (rows, columns) = (21u16, 34u16);
+    let rows = 21u16;
+    let columns = 34u16;
     let pixels: Vec<u8> = (0..rows * columns).map(|i| (i % 251) as u8).collect();
     let mut out: Vec<u8> = vec![0; 128];
     out.extend(b"DICM");
@@ -251,7 +268,7 @@ fn check_and_stats_read_dicom() {
     }
     let path = dir.path().join("r.jsonl");
     std::fs::write(&path, lines.join("\n")).unwrap();
-    let findings = check_file(&path, PathPolicy::Folder, false).unwrap().findings;
+    let findings = check_file(&path, PathPolicy::Folder, false, "").unwrap().findings;
     let message: Vec<String> = findings.iter().map(ToString::to_string).collect();
     assert_eq!(message.len(), 2, "{message:?}");
     assert!(message[0].contains("12 frames") && message[1].contains("other.gif"), "{message:?}");

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use unveil_data::image_folder::ImageFolder;
 use unveil_data::image_store::{ContentHash, Image, ImageError, read_image_file};
 
 use super::ImportError;
 use super::draft::DraftRecord;
-use crate::image_folder::ImageFolder;
 
 /// Offset added to Hounsfield units in the 16-bit PNG files of DeepLesion (its README).
 const HOUNSFIELD_ZERO: f32 = 32_768.0;

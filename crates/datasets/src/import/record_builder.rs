@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use unveil_core::{BBox, Record, Task};
+use unveil_data::image_folder::ImageFolder;
 
 use super::box_placement::place_box;
 use super::draft::{DraftRecord, Object, ParsedDataset};
@@ -13,7 +14,6 @@ use super::leaks::{BuiltRecord, find_leaks, find_split_patients};
 use super::report::{ImportReport, LeftOut};
 use super::split::assign_split;
 use super::{Format, ImportError, ImportOptions};
-use crate::image_folder::ImageFolder;
 
 /// Checks the drafts of `dataset`, assigns splits, and writes the record file `out`.
 pub(super) fn build_records(

@@ -19,14 +19,14 @@ pub(super) enum Node {
     Null,
     /// A scalar as written, without quotes.
     Text(String),
-    List(Vec<Node>),
+    List(Vec<Self>),
     /// A map; keys that are not scalars are dropped.
-    Map(BTreeMap<String, Node>),
+    Map(BTreeMap<String, Self>),
 }
 
 impl Node {
     /// Returns the value of a key; null if there is none.
-    pub(super) fn get(&self, key: &str) -> &Node {
+    pub(super) fn get(&self, key: &str) -> &Self {
         let Self::Map(map) = self else { return &Self::Null };
         map.get(key).unwrap_or(&Self::Null)
     }

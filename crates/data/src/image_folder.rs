@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use unveil_data::records;
+use crate::records;
 
 /// The folder of a record file, with a subfolder for links to images from elsewhere.
 #[derive(Debug)]
