@@ -24,6 +24,7 @@ pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const MIN_FRESH_HEARTBEATS: u64 = 3;
 
 /// Publishes this rank's heartbeats and tracks those of the other ranks.
+#[derive(Debug)]
 pub(crate) struct FailureDetector {
     rank: usize,
     store: Store,
@@ -35,6 +36,7 @@ pub(crate) struct FailureDetector {
     wake: Condvar,
 }
 
+#[derive(Debug)]
 struct DetectorState {
     own_heartbeat: Heartbeat,
     /// By rank; this rank's entry included.
@@ -50,6 +52,7 @@ struct DetectorState {
     stopped: bool,
 }
 
+#[derive(Debug)]
 struct Peer {
     heartbeat: Heartbeat,
     /// Time at which the newest heartbeat was received.

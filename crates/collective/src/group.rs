@@ -99,6 +99,7 @@ pub trait Collective {
 }
 
 /// A group of some or all ranks of the world.
+#[derive(Debug)]
 pub struct Group {
     pub(crate) name: Arc<str>,
     /// World ranks, in the group's order.

@@ -10,6 +10,7 @@ use crate::{CollectiveError, Fault, FaultKind};
 
 /// State shared by all groups of a world. When the last of them is dropped, this rank announces that it is leaving before it closes
 /// connections, so that other ranks do not mistake an orderly shutdown for a failure.
+#[derive(Debug)]
 pub(crate) struct WorldShared {
     rank: usize,
     /// `None` in a world of one rank.

@@ -8,6 +8,7 @@ pub(crate) use gloo::Gloo;
 pub(crate) use nccl::{Nccl, load_library};
 pub(crate) use solo::Solo;
 
+use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Tensor};
@@ -37,7 +38,7 @@ pub(crate) enum CollectiveRequest {
 }
 
 /// The connections among the ranks of a group.
-pub(crate) trait Transport: Send + Sync {
+pub(crate) trait Transport: Debug + Send + Sync {
     /// Checks that tensors on this device are supported; the error says which device is required.
     fn check_device(&self, device: Device) -> Result<(), String>;
 
@@ -49,7 +50,7 @@ pub(crate) trait Transport: Send + Sync {
 }
 
 /// A backend's handle of a call in flight.
-pub(crate) trait Pending: Send {
+pub(crate) trait Pending: Debug + Send {
     /// Waits up to `timeout` and returns whether the call has completed.
     fn poll(&mut self, timeout: Duration) -> Result<bool, String>;
 

@@ -13,6 +13,7 @@ use crate::{CollectiveError, Result};
 
 /// A call in flight. Wait for each one: only waiting detects a failure.
 #[must_use = "a call that is not waited for is not checked"]
+#[derive(Debug)]
 pub struct Work {
     pub(crate) call: Call,
     pub(crate) pending: Box<dyn Pending>,
@@ -56,6 +57,7 @@ impl Work {
 
 /// A barrier in flight.
 #[must_use = "a barrier that is not waited for does not block"]
+#[derive(Debug)]
 pub struct Barrier(pub(crate) Work);
 
 impl Barrier {

@@ -12,6 +12,7 @@ use crate::{Backend, CollectiveError, Fault, Group, Result, Setup};
 
 /// All ranks of a run. Dropping the world and its groups waits until the other ranks have done so too, for up to
 /// [`crate::Timeouts::heartbeat`].
+#[derive(Debug)]
 pub struct World {
     all: Group,
     connector: GroupConnector,
@@ -19,6 +20,7 @@ pub struct World {
 }
 
 /// Connects the groups of a world.
+#[derive(Debug)]
 struct GroupConnector {
     setup: Setup,
     local_address: String,
@@ -27,6 +29,7 @@ struct GroupConnector {
 }
 
 /// Two groupings of a world, where rank = replica x shards + shard.
+#[derive(Debug)]
 pub struct Mesh {
     /// The ranks of this rank's replica; the group rank is the shard.
     pub shards: Group,

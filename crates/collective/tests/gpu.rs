@@ -1,5 +1,8 @@
 //! The conformance suite over NCCL: one rank, and two ranks that share a GPU. Run by `make test-gpu`; every test fails without a GPU.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and prints what it measured")]
+#![allow(clippy::disallowed_methods, reason = "a test reads its seed, paths and tasks from the environment")]
+
 #[path = "it/suite/mod.rs"]
 mod suite;
 

@@ -9,11 +9,12 @@
 //! A tiny model with random weights, and its logits for three tokens:
 //! ```
 //! use tch::{Device, Kind, Tensor};
-//! use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+//! use unveil_core::SpecialTokens;
+//! use unveil_model::{InitSpec, Vlm, init};
 //!
 //! # let dir = tempfile::tempdir()?;
 //! # let dir = dir.path();
-//! let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
+//! let special = SpecialTokens { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, im_start: 2, im_end: 1, end_of_text: 0 };
 //! let spec = InitSpec { family: "qwen2_5_vl".to_owned(), preset: "tiny".to_owned(), vocab_size: 300, seed: 7, special };
 //! init(&spec, dir)?;
 //! let vlm = Vlm::load(dir, Device::Cpu, Kind::Float)?;
@@ -30,6 +31,7 @@ mod adapters;
 mod config;
 mod decoder;
 mod device;
+mod dtype;
 mod error;
 mod export;
 mod family;
@@ -43,12 +45,12 @@ mod weights;
 
 pub use adapters::lora::{Adapters, LoraSpec, is_adapter};
 pub use adapters::peft::read_adapters;
-pub use config::family::Family;
 pub use config::parameters::canonical_name;
 pub use config::preset::{Preset, preset, presets};
 pub use config::{TextConfig, VisionAttention, VisionConfig, VlmConfig};
 pub use decoder::logprob::{entropy, log_softmax, logprobs, logprobs_entropy, masked_logits};
-pub use device::{GpuMemory, device, free_memory, gpu_memory};
+pub use device::device;
+pub use dtype::{dtype_name, parse_dtype, weight_kind};
 pub use error::ModelError;
 pub use export::{companion_files, copy_companion_files, export, fingerprint};
 pub use generation::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
@@ -60,8 +62,20 @@ pub use training::tape::{Direction, LayerHook, Tape, TapeMode, Var};
 pub use training::value_head::ValueHead;
 pub use vlm::merge::AdapterMerger;
 pub use vlm::{ForwardOut, PackedOut, Vlm};
-pub use weights::init::{InitSpec, SpecialIds, init, init_with_number_tokens};
+pub use weights::init::{InitSpec, init, init_with_number_tokens};
 pub use weights::{read_safetensors, write_safetensors};
 
 /// Result of this crate.
 pub type Result<T, E = ModelError> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    /// Reruns unit tests that compute with other instruction sets of libtorch.
+    #[test]
+    fn numbers_hold_under_every_dispatch() {
+        unveil_testkit::under_every_dispatch(&[
+            "layers::attention::tests::two_parts_equal_one_softmax",
+            "training::packed_attention::tests::packed_attention_equals_its_dense_mask",
+        ]);
+    }
+}

@@ -30,6 +30,7 @@ const SUM: c_int = 0;
 const FINALIZE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One rank's handle to a group of GPUs.
+#[derive(Debug)]
 pub struct Communicator {
     nccl: Nccl,
     state: Mutex<CommState>,
@@ -37,6 +38,7 @@ pub struct Communicator {
     ranks: usize,
 }
 
+#[derive(Debug)]
 struct CommState {
     comm: Comm,
     aborted: bool,
@@ -254,7 +256,19 @@ impl PollBackoff {
     }
 }
 
+/// The elements that one call transfers, and the stream that it runs on.
+#[derive(Debug, Clone, Copy)]
+pub struct Transfer {
+    /// Number of elements.
+    pub count: usize,
+    /// Type of an element.
+    pub dtype: DataType,
+    /// A stream of the communicator's GPU.
+    pub stream: *mut c_void,
+}
+
 /// Makes the calls of one group. All buffers are on the communicator's GPU; the calls run in stream order.
+#[derive(Debug)]
 pub struct GroupCalls<'a> {
     functions: &'a Functions,
     comm: Comm,
@@ -268,79 +282,57 @@ impl GroupCalls<'_> {
         }
     }
 
-    /// Sums `count` elements over all ranks into `to` of every rank; `from` and `to` may be the same buffer.
+    /// Sums the elements over all ranks into `to` of every rank; `from` and `to` may be the same buffer.
     ///
     /// # Safety
-    /// Both buffers hold `count` elements of type `dtype` and live until the stream has completed this call; `stream` is a stream of
-    /// the communicator's GPU.
+    /// Both buffers hold the elements of `transfer` and live until its stream, a stream of the communicator's GPU, has completed this call.
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn all_reduce(
-        &self,
-        (from, to): (*const c_void, *mut c_void),
-        count: usize,
-        dtype: DataType,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn all_reduce(&self, (from, to): (*const c_void, *mut c_void), transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         // SAFETY: guaranteed by the caller.
         let code = unsafe { (self.functions.all_reduce)(from, to, count, dtype as c_int, SUM, self.comm, stream) };
         self.checked("ncclAllReduce", code)
     }
 
-    /// Sums over all ranks and writes shard r of the sum, `count` elements, to rank r.
+    /// Sums over all ranks and writes shard r of the sum, `transfer.count` elements, to rank r.
     ///
     /// # Safety
-    /// See [`GroupCalls::all_reduce`]; `from` holds `count` elements for each rank.
+    /// See [`GroupCalls::all_reduce`]; `from` holds `transfer.count` elements for each rank.
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn reduce_scatter(
-        &self,
-        (from, to): (*const c_void, *mut c_void),
-        count: usize,
-        dtype: DataType,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn reduce_scatter(&self, (from, to): (*const c_void, *mut c_void), transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         // SAFETY: guaranteed by the caller.
         let code = unsafe { (self.functions.reduce_scatter)(from, to, count, dtype as c_int, SUM, self.comm, stream) };
         self.checked("ncclReduceScatter", code)
     }
 
-    /// Concatenates `count` elements of every rank into `to` of every rank.
+    /// Concatenates the elements of every rank into `to` of every rank.
     ///
     /// # Safety
-    /// See [`GroupCalls::all_reduce`]; `to` holds `count` elements for each rank.
+    /// See [`GroupCalls::all_reduce`]; `to` holds `transfer.count` elements for each rank.
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn all_gather(
-        &self,
-        (from, to): (*const c_void, *mut c_void),
-        count: usize,
-        dtype: DataType,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn all_gather(&self, (from, to): (*const c_void, *mut c_void), transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         // SAFETY: guaranteed by the caller.
         let code = unsafe { (self.functions.all_gather)(from, to, count, dtype as c_int, self.comm, stream) };
         self.checked("ncclAllGather", code)
     }
 
-    /// Copies `count` elements of rank `root` to all ranks, in place.
+    /// Copies the elements of rank `root` to all ranks, in place.
     ///
     /// # Safety
     /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn broadcast(
-        &self,
-        buffer: *mut c_void,
-        count: usize,
-        dtype: DataType,
-        root: usize,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn broadcast(&self, buffer: *mut c_void, root: usize, transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         let root = c_int::try_from(root).unwrap_or(-1);
         // SAFETY: guaranteed by the caller.
         let code =
@@ -348,42 +340,30 @@ impl GroupCalls<'_> {
         self.checked("ncclBroadcast", code)
     }
 
-    /// Sends `count` elements to rank `to`, which receives as many in its own group.
+    /// Sends the elements to rank `to`, which receives as many in its own group.
     ///
     /// # Safety
     /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn send(
-        &self,
-        from: *const c_void,
-        count: usize,
-        dtype: DataType,
-        to: usize,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn send(&self, from: *const c_void, to: usize, transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         let to = c_int::try_from(to).unwrap_or(-1);
         // SAFETY: guaranteed by the caller; NCCL only reads from the buffer.
         let code = unsafe { (self.functions.send)(from.cast_mut(), count, dtype as c_int, to, self.comm, stream) };
         self.checked("ncclSend", code)
     }
 
-    /// Receives `count` elements from rank `from`.
+    /// Receives the elements from rank `from`.
     ///
     /// # Safety
     /// See [`GroupCalls::all_reduce`].
     ///
     /// # Errors
     /// Returns [`NcclError::Failed`] if NCCL rejects the call.
-    pub unsafe fn recv(
-        &self,
-        to: *mut c_void,
-        count: usize,
-        dtype: DataType,
-        from: usize,
-        stream: *mut c_void,
-    ) -> Result<()> {
+    pub unsafe fn recv(&self, to: *mut c_void, from: usize, transfer: Transfer) -> Result<()> {
+        let Transfer { count, dtype, stream } = transfer;
         let from = c_int::try_from(from).unwrap_or(-1);
         // SAFETY: guaranteed by the caller.
         let code = unsafe { (self.functions.recv)(to, count, dtype as c_int, from, self.comm, stream) };

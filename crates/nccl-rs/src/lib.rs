@@ -29,6 +29,6 @@ mod comm;
 mod error;
 mod library;
 
-pub use comm::{Communicator, DataType, GroupCalls};
+pub use comm::{Communicator, DataType, GroupCalls, Transfer};
 pub use error::{NcclError, Result, Version};
 pub use library::{MIN_VERSION, Nccl, UniqueId};

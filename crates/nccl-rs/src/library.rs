@@ -39,6 +39,7 @@ type PointToPointFn = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Com
 type CommFn = unsafe extern "C" fn(Comm) -> c_int;
 
 /// The functions of `nccl.h` that this crate calls.
+#[derive(Debug)]
 pub(crate) struct Functions {
     pub(crate) get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
     pub(crate) get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
@@ -60,7 +61,7 @@ pub(crate) struct Functions {
 }
 
 /// The loaded library, which stays loaded until the process ends.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Nccl {
     pub(crate) functions: Arc<Functions>,
     version: Version,
@@ -89,7 +90,7 @@ impl Nccl {
             // SAFETY: see above.
             match unsafe { Library::open(Some(&file), RTLD_NOW | RTLD_LOCAL) } {
                 Ok(library) => return Self::from_library(library, &file.display().to_string()),
-                Err(e) => tried.push(e.to_string()),
+                Err(e) => tried.push(loader_message(&e)),
             }
         }
         Err(NcclError::NotFound { tried })
@@ -102,7 +103,7 @@ impl Nccl {
     pub fn open(file: &Path) -> Result<Self> {
         // SAFETY: the caller names an NCCL library, which may be loaded at any time.
         let library = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_LOCAL) };
-        let library = library.map_err(|e| NcclError::NotFound { tried: vec![e.to_string()] })?;
+        let library = library.map_err(|e| NcclError::NotFound { tried: vec![loader_message(&e)] })?;
         Self::from_library(library, &file.display().to_string())
     }
 
@@ -172,12 +173,17 @@ fn version(functions: &Functions) -> Result<Version> {
     }
 }
 
+/// Returns the system's message about a library or function that it cannot load; the error itself names neither.
+fn loader_message(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 fn functions(library: &Library) -> Result<Functions, String> {
     /// # Safety
     /// `F` is the function's type.
     unsafe fn get<F: Copy>(library: &Library, name: &str) -> Result<F, String> {
         // SAFETY: guaranteed by the caller.
-        unsafe { library.get::<F>(name.as_bytes()) }.map(|f| *f).map_err(|e| e.to_string())
+        unsafe { library.get::<F>(name.as_bytes()) }.map(|f| *f).map_err(|e| loader_message(&e))
     }
     // SAFETY: the types match those in nccl.h.
     unsafe {

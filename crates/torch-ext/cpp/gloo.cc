@@ -55,6 +55,13 @@ Work* watched(c10::intrusive_ptr<c10d::Work> work) {
 c10d::ProcessGroupGloo& group_of(void* handle) { return *static_cast<Group*>(handle)->group; }
 at::Tensor tensor_of(const void* tensor) { return *static_cast<const at::Tensor*>(tensor); }
 
+template <typename Options>
+Options with_timeout(int64_t timeout_ms) {
+  Options options;
+  options.timeout = Ms(timeout_ms);
+  return options;
+}
+
 }  // namespace
 
 extern "C" {
@@ -78,18 +85,15 @@ void unveil_gloo_free(void* handle) { delete static_cast<Group*>(handle); }
 
 int unveil_gloo_all_reduce(void* group, const void* tensor, int64_t timeout_ms, void** out, char* message, size_t size) {
   return guarded(message, size, [&] {
-    c10d::AllreduceOptions options;
-    options.timeout = Ms(timeout_ms);
     std::vector<at::Tensor> tensors{tensor_of(tensor)};
-    *out = watched(group_of(group).allreduce(tensors, options));
+    *out = watched(group_of(group).allreduce(tensors, with_timeout<c10d::AllreduceOptions>(timeout_ms)));
   });
 }
 
 int unveil_gloo_broadcast(void* group, const void* tensor, int root, int64_t timeout_ms, void** out, char* message,
                           size_t size) {
   return guarded(message, size, [&] {
-    c10d::BroadcastOptions options;
-    options.timeout = Ms(timeout_ms);
+    auto options = with_timeout<c10d::BroadcastOptions>(timeout_ms);
     options.rootRank = root;
     std::vector<at::Tensor> tensors{tensor_of(tensor)};
     *out = watched(group_of(group).broadcast(tensors, options));
@@ -100,11 +104,9 @@ int unveil_gloo_broadcast(void* group, const void* tensor, int root, int64_t tim
 int unveil_gloo_all_gather(void* group, const void* output, const void* input, int64_t timeout_ms, void** out, char* message,
                            size_t size) {
   return guarded(message, size, [&] {
-    c10d::AllgatherOptions options;
-    options.timeout = Ms(timeout_ms);
     auto to = tensor_of(output);
     auto from = tensor_of(input);
-    *out = watched(group_of(group)._allgather_base(to, from, options));
+    *out = watched(group_of(group)._allgather_base(to, from, with_timeout<c10d::AllgatherOptions>(timeout_ms)));
   });
 }
 
@@ -112,8 +114,7 @@ int unveil_gloo_all_gather(void* group, const void* output, const void* input, i
 int unveil_gloo_all_to_all(void* group, const void* output, const void* input, int64_t timeout_ms, void** out, char* message,
                            size_t size) {
   return guarded(message, size, [&] {
-    c10d::AllToAllOptions options;
-    options.timeout = Ms(timeout_ms);
+    const auto options = with_timeout<c10d::AllToAllOptions>(timeout_ms);
     auto to = tensor_of(output);
     auto from = tensor_of(input);
     std::vector<int64_t> equal_to, equal_from;
@@ -123,9 +124,7 @@ int unveil_gloo_all_to_all(void* group, const void* output, const void* input, i
 
 int unveil_gloo_barrier(void* group, int64_t timeout_ms, void** out, char* message, size_t size) {
   return guarded(message, size, [&] {
-    c10d::BarrierOptions options;
-    options.timeout = Ms(timeout_ms);
-    *out = watched(group_of(group).barrier(options));
+    *out = watched(group_of(group).barrier(with_timeout<c10d::BarrierOptions>(timeout_ms)));
   });
 }
 

@@ -10,6 +10,7 @@ use crate::library::NativeLibrary;
 use crate::{ExtError, Result};
 
 /// Weights and KV caches of one layer: contiguous, fp32, on the CPU.
+#[derive(Debug)]
 pub struct DecodeLayer<'a> {
     /// RMS norm before attention `[D]`.
     pub norm1: &'a Tensor,
@@ -37,6 +38,7 @@ pub struct DecodeLayer<'a> {
 }
 
 /// A decode step: one token for each fed row.
+#[derive(Debug)]
 pub struct DecodeStep<'a> {
     /// Numbers of query heads and of key/value heads.
     pub heads: (i64, i64),
@@ -110,6 +112,7 @@ type LinearFn = unsafe extern "C" fn(*const f32, i64, i64, *const f32, i64, *con
 type DecodeFn = unsafe extern "C" fn(*const CStep, *const CLayer, i64);
 
 /// The functions of cpp/cpu/step.cc.
+#[derive(Debug)]
 struct Functions {
     linear: LinearFn,
     decode: DecodeFn,

@@ -2,7 +2,7 @@
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-use crate::library::{NativeLibrary, native_library};
+use crate::library::{NativeLibrary, loader_message, native_library};
 
 /// The driver's library. Without it no GPU is usable, and the large CUDA library of libtorch is not loaded.
 const DRIVER: &str = "libcuda.so.1";
@@ -18,7 +18,7 @@ pub fn load_cuda() -> Result<(), String> {
 }
 
 pub(crate) fn load_torch() -> Result<(), String> {
-    open(TORCH_CUDA).map_err(|e| format!("libtorch's CUDA library cannot be loaded: {e}"))
+    open(TORCH_CUDA).map_err(|e| format!("libtorch's CUDA library cannot be loaded: {}", loader_message(&e)))
 }
 
 /// Loads a library whose symbols and static registrations libtorch can see.

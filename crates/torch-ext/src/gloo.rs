@@ -53,6 +53,7 @@ function_table! {
 }
 
 /// A libtorch process group. Dropping it waits for pending calls.
+#[derive(Debug)]
 struct Handle(*mut c_void, &'static Functions);
 
 // SAFETY: libtorch's group accepts calls from any thread, one at a time; `GlooGroup` is not Sync.
@@ -66,6 +67,7 @@ impl Drop for Handle {
 }
 
 /// A group of connected ranks. All ranks must make the same calls in the same order.
+#[derive(Debug)]
 pub struct GlooGroup {
     handle: Option<Handle>,
     ranks: usize,
@@ -293,6 +295,7 @@ fn prepared<T>(result: Result<T, tch::TchError>) -> Result<T> {
 }
 
 /// Work that remains after a call has ended.
+#[derive(Debug)]
 enum Completion {
     Nothing,
     Return(Tensor),
@@ -305,6 +308,7 @@ enum Completion {
 }
 
 /// A pending call. Dropping it does not stop the call, but its result is lost.
+#[derive(Debug)]
 pub struct GlooWork {
     handle: *mut c_void,
     functions: &'static Functions,

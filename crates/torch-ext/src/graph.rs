@@ -19,6 +19,7 @@ function_table! {
 
 /// Recorded work of one thread on one GPU. The tensors that it reads and writes must stay at their addresses; tensors created during
 /// the recording belong to the graph's own memory and hold the values of the latest replay.
+#[derive(Debug)]
 pub struct CudaGraph {
     handle: *mut c_void,
     functions: &'static Functions,

@@ -1,9 +1,9 @@
 //! A small C++ shim for functions that tch lacks: CUDA graphs and streams, CPU kernels for decode steps, control over the memory behind tensors,
 //! libtorch's key-value store and Gloo. Each C++ file becomes a shared library that is embedded in this crate and loaded on first use,
-//! so that one build serves hosts with and without a GPU.
+//! so that one build serves hosts with and without a GPU. The free memory of a device is read here, too.
 //!
 //! Must not depend on: models, async runtimes, what communication is for. The project's unsafe code is here, apart from file maps and
-//! calls to the GPU driver.
+//! the bindings to NCCL.
 //!
 //! # Examples
 //! A tensor is copied to host memory, stored there in another dtype, and copied back:
@@ -28,6 +28,7 @@ mod buffer;
 mod context;
 mod cpu_kernels;
 mod cuda;
+mod device_memory;
 mod gloo;
 mod gpu;
 mod graph;
@@ -40,6 +41,7 @@ pub use buffer::HostBuffer;
 pub use context::{grad_enabled, set_deterministic};
 pub use cpu_kernels::{DecodeLayer, DecodeStep, decode, instruction_sets, linear, with_instruction_set};
 pub use cuda::load_cuda;
+pub use device_memory::{GpuMemory, free_memory, gpu_memory};
 pub use gloo::{GlooGroup, GlooWork};
 pub use gpu::{AllocatorMemory, allocator_memory, select_gpu};
 pub use graph::CudaGraph;

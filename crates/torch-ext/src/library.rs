@@ -24,13 +24,12 @@ impl NativeLibrary {
         if bytes.is_empty() {
             return Err(format!("it was left out of this build: {missing}"));
         }
-        let text = |e: &dyn std::error::Error| e.to_string();
-        let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| text(&e))?;
+        let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| e.to_string())?;
         let mut file = std::fs::File::from(file);
-        file.write_all(bytes).map_err(|e| text(&e))?;
+        file.write_all(bytes).map_err(|e| e.to_string())?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         // SAFETY: the library belongs to this crate and has no initialisers beyond those of libtorch.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| text(&e))?;
+        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| loader_message(&e))?;
         Ok(Self { library, _file: file })
     }
 
@@ -40,8 +39,13 @@ impl NativeLibrary {
     /// `F` is the function's type.
     pub(crate) unsafe fn get<F: Copy>(&'static self, symbol: &[u8]) -> Result<F, String> {
         // SAFETY: by the caller.
-        unsafe { self.library.get::<F>(symbol) }.map(|f| *f).map_err(|e| e.to_string())
+        unsafe { self.library.get::<F>(symbol) }.map(|f| *f).map_err(|e| loader_message(&e))
     }
+}
+
+/// Returns the system's message about a library or function that it cannot load; the error itself names neither.
+pub(crate) fn loader_message(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The library `libunveil_$name.so` that the build script made, loaded on first use: `Result<&'static NativeLibrary, String>`.
@@ -59,6 +63,7 @@ macro_rules! native_library {
 /// them up on first use. The types must be those of the C++ source. `$name` names the library in [`ExtError::Unavailable`].
 macro_rules! function_table {
     ($name:literal, $library:expr; $($field:ident: $type:ty = $symbol:literal,)+) => {
+        #[derive(Debug)]
         struct Functions {
             $($field: $type,)+
         }

@@ -65,6 +65,7 @@ impl Drop for Connection {
 type StoreTask = Box<dyn FnOnce(&Connection) + Send>;
 
 /// A rank's client of the store. Every call has a deadline by which it must be answered.
+#[derive(Debug)]
 pub struct Store {
     tasks: mpsc::Sender<StoreTask>,
     address: SocketAddr,

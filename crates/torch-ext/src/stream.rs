@@ -23,6 +23,7 @@ function_table! {
 }
 
 /// A high-priority stream on one GPU.
+#[derive(Debug)]
 pub struct CudaStream {
     handle: *mut c_void,
     raw: *mut c_void,
@@ -100,6 +101,7 @@ impl Drop for CudaStream {
 }
 
 /// A point in the work of a stream.
+#[derive(Debug)]
 pub struct CudaEvent {
     handle: *mut c_void,
     functions: &'static Functions,

@@ -8,6 +8,7 @@ use unveil_torch_ext::{ExtError, GlooGroup, GlooWork, Store};
 
 use super::{CollectiveRequest, ConnectOptions, Pending, Transport};
 
+#[derive(Debug)]
 pub(crate) struct Gloo(Mutex<GlooGroup>);
 
 impl Gloo {
@@ -57,6 +58,6 @@ impl Pending for GlooWork {
     }
 
     fn take(self: Box<Self>) -> Result<Option<Tensor>, String> {
-        GlooWork::into_result(*self).map_err(|e| e.to_string())
+        Self::into_result(*self).map_err(|e| e.to_string())
     }
 }

@@ -3,11 +3,10 @@
 //! Calls run on a separate stream: they wait for work enqueued before them, and work enqueued after [`Pending::take`] waits for
 //! them. NCCL sums bf16 with rounding after every rank.
 
-use std::ffi::c_void;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use nccl_rs::{Communicator, DataType, GroupCalls, Nccl as Library, NcclError, UniqueId};
+use nccl_rs::{Communicator, DataType, GroupCalls, Nccl as Library, NcclError, Transfer, UniqueId};
 use tch::{Device, Kind, Tensor};
 use unveil_torch_ext::{CudaEvent, CudaStream, Store, load_cuda};
 
@@ -24,6 +23,12 @@ pub(crate) struct Nccl {
     /// Timeout for NCCL to enqueue a call.
     timeout: Duration,
     cancelled: IsCancelled,
+}
+
+impl std::fmt::Debug for Nccl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nccl").field("device", &self.device).field("ranks", &self.ranks).finish_non_exhaustive()
+    }
 }
 
 /// Returns whether the world has failed, so that waiting for NCCL is useless.
@@ -77,11 +82,13 @@ impl Nccl {
         Ok(Self { comm: Arc::new(comm), stream, device, ranks, timeout, cancelled })
     }
 
-    /// Enqueues a call after the work of the calling thread's current stream, and returns an event recorded after it.
+    /// Enqueues a call on `count` elements of type `dtype` after the work of the calling thread's current stream, and returns an event
+    /// recorded after it. The memory of `tensors` is kept until the stream has completed the call.
     fn enqueue(
         &self,
         tensors: &[&Tensor],
-        call: impl FnOnce(&GroupCalls<'_>, *mut c_void) -> Result<(), NcclError>,
+        (count, dtype): (usize, DataType),
+        call: impl FnOnce(&GroupCalls<'_>, Transfer) -> Result<(), NcclError>,
     ) -> Result<CudaEvent, String> {
         let error_text = |e: unveil_torch_ext::ExtError| e.to_string();
         self.stream.wait_for_current().map_err(error_text)?;
@@ -89,9 +96,8 @@ impl Nccl {
             self.stream.record_use(tensor).map_err(error_text)?;
         }
         let deadline = Instant::now() + self.timeout;
-        self.comm
-            .group(deadline, &self.cancelled, |calls| call(calls, self.stream.raw()))
-            .map_err(|e| e.to_string())?;
+        let transfer = Transfer { count, dtype, stream: self.stream.raw() };
+        self.comm.group(deadline, &self.cancelled, |calls| call(calls, transfer)).map_err(|e| e.to_string())?;
         self.stream.record_event().map_err(error_text)
     }
 }
@@ -121,14 +127,15 @@ impl Transport for Nccl {
         let empty = |count: usize, like: &Tensor| {
             Tensor::f_empty([count as i64], (like.kind(), like.device())).map_err(error_text)
         };
-        // SAFETY (all calls): buffers have the given number of elements, and the stream keeps their memory until it has completed the call.
         let (result, event) = match request {
             CollectiveRequest::AllReduce(tensor) => {
                 let dtype = data_type(&tensor)?;
                 let count = tensor.numel();
                 let data = tensor.data_ptr();
-                let event = self
-                    .enqueue(&[&tensor], |c, s| unsafe { c.all_reduce((data.cast_const(), data), count, dtype, s) })?;
+                // SAFETY: the tensor has `count` elements, and `enqueue` keeps its memory until the stream has completed the call.
+                let event = self.enqueue(&[&tensor], (count, dtype), |c, transfer| unsafe {
+                    c.all_reduce((data.cast_const(), data), transfer)
+                })?;
                 (Some(tensor), event)
             }
             CollectiveRequest::ReduceScatter(tensor) => {
@@ -136,8 +143,10 @@ impl Transport for Nccl {
                 let count = tensor.numel() / self.ranks;
                 let output = empty(count, &tensor)?;
                 let buffers = (tensor.data_ptr().cast_const(), output.data_ptr());
-                let event =
-                    self.enqueue(&[&tensor, &output], |c, s| unsafe { c.reduce_scatter(buffers, count, dtype, s) })?;
+                // SAFETY: both tensors have the elements that the call takes, and `enqueue` keeps their memory until the stream has completed it.
+                let event = self.enqueue(&[&tensor, &output], (count, dtype), |c, transfer| unsafe {
+                    c.reduce_scatter(buffers, transfer)
+                })?;
                 (Some(output), event)
             }
             CollectiveRequest::AllGather(tensor) => {
@@ -145,22 +154,27 @@ impl Transport for Nccl {
                 let count = tensor.numel();
                 let output = empty(count * self.ranks, &tensor)?;
                 let buffers = (tensor.data_ptr().cast_const(), output.data_ptr());
-                let event =
-                    self.enqueue(&[&tensor, &output], |c, s| unsafe { c.all_gather(buffers, count, dtype, s) })?;
+                // SAFETY: both tensors have the elements that the call takes, and `enqueue` keeps their memory until the stream has completed it.
+                let event = self.enqueue(&[&tensor, &output], (count, dtype), |c, transfer| unsafe {
+                    c.all_gather(buffers, transfer)
+                })?;
                 (Some(output), event)
             }
             CollectiveRequest::Broadcast(tensor, root) => {
                 let dtype = data_type(&tensor)?;
                 let count = tensor.numel();
                 let data = tensor.data_ptr();
-                let event = self.enqueue(&[&tensor], |c, s| unsafe { c.broadcast(data, count, dtype, root, s) })?;
+                // SAFETY: the tensor has `count` elements, and `enqueue` keeps its memory until the stream has completed the call.
+                let event = self
+                    .enqueue(&[&tensor], (count, dtype), |c, transfer| unsafe { c.broadcast(data, root, transfer) })?;
                 (Some(tensor), event)
             }
             CollectiveRequest::Barrier => {
                 let element = Tensor::f_zeros([1], (Kind::Float, Device::Cuda(self.device))).map_err(error_text)?;
                 let data = element.data_ptr();
-                let event = self.enqueue(&[&element], |c, s| unsafe {
-                    c.all_reduce((data.cast_const(), data), 1, DataType::Float32, s)
+                // SAFETY: `element` is one number, and `enqueue` keeps its memory until the stream has completed the call.
+                let event = self.enqueue(&[&element], (1, DataType::Float32), |c, transfer| unsafe {
+                    c.all_reduce((data.cast_const(), data), transfer)
                 })?;
                 (None, event)
             }
@@ -181,6 +195,7 @@ impl Transport for Nccl {
     }
 }
 
+#[derive(Debug)]
 struct NcclWork {
     comm: Arc<Communicator>,
     event: CudaEvent,

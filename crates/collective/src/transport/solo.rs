@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 
 use super::{CollectiveRequest, Pending, Transport};
 
+#[derive(Debug)]
 pub(crate) struct Solo;
 
 /// Copies a tensor into new memory.
@@ -13,6 +14,7 @@ fn copy(tensor: &Tensor) -> Result<Tensor, String> {
     tch::no_grad(|| tensor.f_to_dtype(tensor.kind(), false, true)).map_err(|e| e.to_string())
 }
 
+#[derive(Debug)]
 struct CompletedWork(Option<Tensor>);
 
 impl Transport for Solo {

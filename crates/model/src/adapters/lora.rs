@@ -50,6 +50,7 @@ impl LoraSpec {
 }
 
 /// The adapters of a model.
+#[derive(Debug)]
 pub struct Adapters {
     pub(crate) spec: LoraSpec,
     pub(crate) named: Vec<(String, Tensor)>,

@@ -4,10 +4,11 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use tch::Kind;
+use unveil_core::{Family, UnknownFamily};
 
-use crate::config::family::Family;
-use crate::config::{TextConfig, VisionConfig, VlmConfig};
+use crate::config::family::ConfigText;
+use crate::config::{TextConfig, VisionAttention, VisionConfig, VlmConfig};
+use crate::dtype::{dtype_name, parse_dtype};
 use crate::error::quantised_error;
 use crate::files::{read_json, write_json};
 use crate::{ModelError, Result};
@@ -29,6 +30,14 @@ pub(crate) struct TextDefaults {
     pub mrope_interleaved: bool,
     pub qkv_bias: bool,
     pub qk_norm: bool,
+}
+
+/// Defaults of a family for keys that the vision tower's section omits.
+pub(crate) struct VisionDefaults {
+    pub depth: usize,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub patch_size: i64,
 }
 
 impl VlmConfig {
@@ -81,7 +90,7 @@ impl VlmConfig {
         let Some(name) = root.get("model_type").and_then(Value::as_str) else {
             return Err("model_type is missing".into());
         };
-        let family = Family::named(name)?;
+        let family: Family = name.parse().map_err(|e: UnknownFamily| e.to_string())?;
         let sections = [Some(root), root.get("text_config").and_then(Value::as_object)];
         if let Some(method) =
             sections.into_iter().flatten().find_map(|map| quantisation(map.get("quantization_config")?))
@@ -111,7 +120,7 @@ impl VlmConfig {
             vision_start_token_id: top.id("vision_start_token_id", 151652)?,
             vision_end_token_id: top.id("vision_end_token_id", 151653)?,
             tie_word_embeddings: tied(root) || tied(text.map),
-            dtype: parse_dtype(dtype.and_then(Value::as_str).unwrap_or("float32"))?,
+            dtype: parse_dtype(dtype.and_then(Value::as_str).unwrap_or("float32").trim_start_matches("torch."))?,
             text: text_config(text, root, defaults)?,
             vision,
             generation: None,
@@ -301,18 +310,35 @@ fn extend(object: &mut Value, more: &[(&str, Value)]) {
     }
 }
 
+/// Reads the keys of the vision tower that families share; `attention` is what the family has read.
+pub(crate) fn vision_config(
+    s: &JsonSection<'_>,
+    d: &VisionDefaults,
+    attention: VisionAttention,
+) -> Result<VisionConfig, String> {
+    let rope = s.map.get("rope_parameters").and_then(Value::as_object);
+    Ok(VisionConfig {
+        depth: s.count("depth", d.depth)?,
+        hidden_size: s.int("hidden_size", d.hidden_size)?,
+        intermediate_size: s.int("intermediate_size", d.intermediate_size)?,
+        num_heads: s.int("num_heads", 16)?,
+        in_channels: s.int("in_channels", 3)?,
+        patch_size: s.int_or_equal_list("patch_size", d.patch_size)?,
+        temporal_patch_size: s.int_or_equal_list("temporal_patch_size", 2)?,
+        spatial_merge_size: s.int("spatial_merge_size", 2)?,
+        out_hidden_size: s.int("out_hidden_size", 3584)?,
+        rope_theta: rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64).unwrap_or(10_000.0),
+        initializer_range: s.float("initializer_range", 0.02)?,
+        attention,
+    })
+}
+
 /// Returns the `vision_config` section.
 pub(crate) fn vision_section(root: &Map<String, Value>) -> Result<JsonSection<'_>, String> {
     match root.get("vision_config") {
         Some(Value::Object(map)) => Ok(JsonSection { map, name: "vision_config." }),
         _ => Err("vision_config is missing".into()),
     }
-}
-
-/// Returns the base of the vision tower's rotary frequencies.
-pub(crate) fn vision_theta(s: &JsonSection<'_>) -> f64 {
-    let rope = s.map.get("rope_parameters").and_then(Value::as_object);
-    rope.and_then(|r| r.get("rope_theta")).and_then(Value::as_f64).unwrap_or(10_000.0)
 }
 
 /// One object of the file, with its prefix for messages.
@@ -403,22 +429,5 @@ pub(crate) fn ids_json(ids: &[u32]) -> Value {
         [] => Value::Null,
         [one] => json!(one),
         many => json!(many),
-    }
-}
-
-fn parse_dtype(name: &str) -> Result<Kind, String> {
-    match name.trim_start_matches("torch.") {
-        "float32" => Ok(Kind::Float),
-        "bfloat16" => Ok(Kind::BFloat16),
-        "float16" => Ok(Kind::Half),
-        other => Err(format!("dtype `{other}` is not supported, expected float32, bfloat16 or float16")),
-    }
-}
-
-fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bfloat16",
-        Kind::Half => "float16",
-        _ => "float32",
     }
 }

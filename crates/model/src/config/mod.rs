@@ -8,9 +8,8 @@ pub(crate) mod preset;
 
 use serde_json::{Map, Value};
 use tch::Kind;
-use unveil_core::GridThw;
+use unveil_core::{Family, GridThw};
 
-use crate::config::family::Family;
 use crate::{ModelError, Result};
 
 /// Sizes and traits of the decoder.
@@ -116,6 +115,18 @@ impl VisionConfig {
         self.spatial_merge_size * self.spatial_merge_size
     }
 
+    /// Returns the number of merged tokens of one image; see [`VlmConfig::merged_tokens`].
+    pub(crate) fn merged_tokens(&self, grid: GridThw) -> Result<usize> {
+        let m = self.spatial_merge_size;
+        let [t, h, w] = grid;
+        if t < 1 || h < 1 || w < 1 || h % m != 0 || w % m != 0 {
+            return Err(ModelError::input(format!(
+                "image grid {grid:?} does not consist of {m}x{m} blocks of patches"
+            )));
+        }
+        Ok((t * (h / m) * (w / m)) as usize)
+    }
+
     /// Returns the blocks whose features are added in the decoder; empty without DeepStack.
     pub fn deepstack(&self) -> &[usize] {
         match &self.attention {
@@ -156,14 +167,18 @@ impl VlmConfig {
     /// # Errors
     /// Returns [`ModelError::Input`] if the grid is empty or not a multiple of the merge size.
     pub fn merged_tokens(&self, grid: GridThw) -> Result<usize> {
-        let m = self.vision.spatial_merge_size;
-        let [t, h, w] = grid;
-        if t < 1 || h < 1 || w < 1 || h % m != 0 || w % m != 0 {
-            return Err(ModelError::input(format!(
-                "image grid {grid:?} does not consist of {m}x{m} blocks of patches"
-            )));
-        }
-        Ok((t * (h / m) * (w / m)) as usize)
+        self.vision.merged_tokens(grid)
+    }
+
+    /// Returns the token ids that are never sampled, sorted: those of the tokenizer and the vision tokens. Ids outside the vocabulary have
+    /// no logits to mask and are left out.
+    pub fn banned_ids(&self, tokenizer: &[u32]) -> Vec<u32> {
+        let vision = [self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id];
+        let mut ids: Vec<u32> = tokenizer.iter().copied().chain(vision).collect();
+        ids.retain(|id| i64::from(*id) < self.text.vocab_size);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
     }
 
     /// Returns the layer whose attention is captured by default: floor(2L/3).

@@ -2,8 +2,9 @@
 //! state, checkpoints, weight transfer) relies on.
 
 use tch::Tensor;
+use unveil_core::Family;
 
-use crate::{Result, VlmConfig};
+use crate::{Result, VisionConfig, VlmConfig};
 
 /// Initialisation of a tensor, by its role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,12 @@ pub(crate) struct TensorSpec {
     pub name: String,
     pub shape: Vec<i64>,
     pub init: Init,
+}
+
+/// The tensors of a family's vision tower.
+pub(crate) trait VisionTensors {
+    /// Returns the tensors, named `visual.…`, in stable order.
+    fn vision_tensors(self, config: &VisionConfig) -> Vec<TensorSpec>;
 }
 
 /// A growing list of tensor specifications.
@@ -124,6 +131,15 @@ pub(crate) fn transformers_name(name: &str) -> String {
         (Some(rest), _) => format!("model.language_model.{rest}"),
         (_, Some(rest)) => format!("model.visual.{rest}"),
         _ => name.to_owned(),
+    }
+}
+
+/// Returns the name of a parameter in published files of a family.
+pub(crate) fn published_name(family: Family, name: &str) -> String {
+    match family {
+        Family::Qwen2_5Vl => name.to_owned(),
+        // The tower is under `model.visual.`, the decoder under `model.language_model.`.
+        Family::Qwen3Vl => transformers_name(name),
     }
 }
 

@@ -46,34 +46,3 @@ pub fn logprobs_entropy(logits: &Tensor, targets: &Tensor, temperature: f64, ban
 fn pick(log_probs: &Tensor, targets: &Tensor) -> Tensor {
     log_probs.gather(-1, &targets.unsqueeze(-1), false).squeeze_dim(-1)
 }
-
-#[cfg(test)]
-mod tests {
-    use tch::Kind;
-
-    use super::*;
-
-    #[test]
-    fn banned_tokens_have_no_probability() {
-        let logits = Tensor::from_slice(&[0.0f32, 1.0, 50.0, 1.0]).view([1, 4]).set_requires_grad(true);
-        let targets = Tensor::from_slice(&[1i64]);
-        let (lp, ent) = logprobs_entropy(&logits, &targets, 0.5, &[2, 99]);
-        let z = 1.0 + 2.0 * 2f64.exp();
-        assert!((lp.double_value(&[0]) - (2.0 - z.ln())).abs() < 1e-5);
-        let p0 = 1.0 / z;
-        let p1 = 2f64.exp() / z;
-        assert!((ent.double_value(&[0]) + p0 * p0.ln() + 2.0 * p1 * p1.ln()).abs() < 1e-5);
-        (lp.sum(Kind::Float) + ent.sum(Kind::Float)).backward();
-        assert!(logits.grad().isfinite().all().int64_value(&[]) == 1);
-    }
-
-    #[test]
-    fn greedy_counts_as_temperature_one() {
-        let logits = Tensor::from_slice(&[0.5f32, -1.0]).view([1, 2]);
-        let t = Tensor::from_slice(&[0i64]);
-        assert_eq!(
-            logprobs(&logits, &t, 0.0, &[]).double_value(&[0]),
-            logprobs(&logits, &t, 1.0, &[]).double_value(&[0])
-        );
-    }
-}

@@ -22,6 +22,7 @@ use crate::training::tape::{Tape, Var};
 use crate::{Result, TextConfig};
 
 /// One decoder layer.
+#[derive(Debug)]
 pub(crate) struct Layer {
     pub norm1: Tensor,
     pub qkv: FusedLinear,
@@ -41,6 +42,7 @@ struct Qkv {
 }
 
 /// The stack of layers. Its tensors are shared with the model's parameter list.
+#[derive(Debug)]
 pub(crate) struct Decoder {
     pub config: TextConfig,
     pub layers: Vec<Layer>,

@@ -6,53 +6,44 @@ mod qwen3_vl;
 
 use serde_json::{Map, Value};
 use tch::Tensor;
+use unveil_core::Family;
 
-use crate::config::family::Family;
-use crate::config::parameters::{GetTensor, TensorSpec, transformers_name};
+use crate::config::family::ConfigText;
+use crate::config::parameters::{GetTensor, TensorSpec, VisionTensors};
 use crate::layers::linear::Linear;
 use crate::vision::TowerWeights;
 use crate::{Result, VisionConfig, VlmConfig};
 
-impl Family {
-    /// Parses the content of `config.json`.
-    pub(crate) fn parse(self, root: &Map<String, Value>) -> Result<VlmConfig, String> {
+impl ConfigText for Family {
+    fn parse(self, root: &Map<String, Value>) -> Result<VlmConfig, String> {
         match self {
             Self::Qwen2_5Vl => qwen2_5_vl::parse(root),
             Self::Qwen3Vl => qwen3_vl::parse(root),
         }
     }
 
-    /// Returns the content of `config.json`, as transformers reads it.
-    pub(crate) fn config_json(self, config: &VlmConfig) -> Value {
+    fn config_json(self, config: &VlmConfig) -> Value {
         match self {
             Self::Qwen2_5Vl => qwen2_5_vl::config_json(config),
             Self::Qwen3Vl => qwen3_vl::config_json(config),
         }
     }
+}
 
-    /// Returns the tensors of the vision tower, named `visual.…`, in stable order.
-    pub(crate) fn vision_tensors(self, config: &VisionConfig) -> Vec<TensorSpec> {
+impl VisionTensors for Family {
+    fn vision_tensors(self, config: &VisionConfig) -> Vec<TensorSpec> {
         match self {
             Self::Qwen2_5Vl => qwen2_5_vl::vision_tensors(config),
             Self::Qwen3Vl => qwen3_vl::vision_tensors(config),
         }
     }
+}
 
-    /// Assembles the vision tower.
-    pub(crate) fn build_tower(self, config: &VisionConfig, get: &GetTensor<'_>) -> Result<TowerWeights> {
-        match self {
-            Self::Qwen2_5Vl => qwen2_5_vl::build_tower(config, get),
-            Self::Qwen3Vl => qwen3_vl::build_tower(config, get),
-        }
-    }
-
-    /// Returns the name of a parameter in published files of the family.
-    pub(crate) fn published_name(self, name: &str) -> String {
-        match self {
-            Self::Qwen2_5Vl => name.to_owned(),
-            // The tower is under `model.visual.`, the decoder under `model.language_model.`.
-            Self::Qwen3Vl => transformers_name(name),
-        }
+/// Assembles the vision tower of a family.
+pub(crate) fn build_tower(family: Family, config: &VisionConfig, get: &GetTensor<'_>) -> Result<TowerWeights> {
+    match family {
+        Family::Qwen2_5Vl => qwen2_5_vl::build_tower(config, get),
+        Family::Qwen3Vl => qwen3_vl::build_tower(config, get),
     }
 }
 

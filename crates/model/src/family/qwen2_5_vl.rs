@@ -3,11 +3,13 @@
 
 use serde_json::{Map, Value, json};
 use tch::Tensor;
+use unveil_core::Family;
 
 use super::linear_with_bias;
 use crate::Result;
-use crate::config::family::Family;
-use crate::config::json::{JsonSection, TextDefaults, text_json, vision_json, vision_section, vision_theta};
+use crate::config::json::{
+    JsonSection, TextDefaults, VisionDefaults, text_json, vision_config, vision_json, vision_section,
+};
 use crate::config::parameters::{GetTensor, Init, SpecList, TensorSpec};
 use crate::config::{VisionAttention, VisionConfig, VlmConfig};
 use crate::vision::{Block, Mlp, Norm, PatchMerger, TowerWeights};
@@ -29,6 +31,9 @@ const DEFAULTS: TextDefaults = TextDefaults {
     qk_norm: false,
 };
 
+const VISION_DEFAULTS: VisionDefaults =
+    VisionDefaults { depth: 32, hidden_size: 3584, intermediate_size: 3420, patch_size: 14 };
+
 pub(super) fn parse(root: &Map<String, Value>) -> Result<VlmConfig, String> {
     // Published checkpoints have the decoder's keys at the top level.
     let text = match root.get("text_config") {
@@ -39,35 +44,22 @@ pub(super) fn parse(root: &Map<String, Value>) -> Result<VlmConfig, String> {
     if text.map.get("use_sliding_window").and_then(Value::as_bool) == Some(true) {
         return Err(format!("{}use_sliding_window = true is not supported", text.name));
     }
-    VlmConfig::from_sections(Family::Qwen2_5Vl, root, &text, &DEFAULTS, vision_config(&vision_section(root)?)?)
+    VlmConfig::from_sections(Family::Qwen2_5Vl, root, &text, &DEFAULTS, parse_vision(&vision_section(root)?)?)
 }
 
-fn vision_config(s: &JsonSection<'_>) -> Result<VisionConfig, String> {
+fn parse_vision(s: &JsonSection<'_>) -> Result<VisionConfig, String> {
     s.expect_str("hidden_act", "silu")?;
-    let patch_size = s.int_or_equal_list("patch_size", 14)?;
-    let spatial_merge_size = s.int("spatial_merge_size", 2)?;
     let window_size = s.int("window_size", 112)?;
-    if window_size < patch_size * spatial_merge_size {
+    let attention = VisionAttention::Windows {
+        window_size,
+        full_attention: s.indexes("fullatt_block_indexes", &[7, 15, 23, 31])?,
+        tokens_per_second: s.int("tokens_per_second", 4)?,
+    };
+    let config = vision_config(s, &VISION_DEFAULTS, attention)?;
+    if window_size < config.patch_size * config.spatial_merge_size {
         return Err(format!("{}window_size {window_size} is smaller than one merged cell", s.name));
     }
-    Ok(VisionConfig {
-        depth: s.count("depth", 32)?,
-        hidden_size: s.int("hidden_size", 3584)?,
-        intermediate_size: s.int("intermediate_size", 3420)?,
-        num_heads: s.int("num_heads", 16)?,
-        in_channels: s.int("in_channels", 3)?,
-        patch_size,
-        temporal_patch_size: s.int_or_equal_list("temporal_patch_size", 2)?,
-        spatial_merge_size,
-        out_hidden_size: s.int("out_hidden_size", 3584)?,
-        rope_theta: vision_theta(s),
-        initializer_range: s.float("initializer_range", 0.02)?,
-        attention: VisionAttention::Windows {
-            window_size,
-            full_attention: s.indexes("fullatt_block_indexes", &[7, 15, 23, 31])?,
-            tokens_per_second: s.int("tokens_per_second", 4)?,
-        },
-    })
+    Ok(config)
 }
 
 pub(super) fn config_json(config: &VlmConfig) -> Value {
@@ -153,65 +145,4 @@ pub(super) fn build_tower(config: &VisionConfig, get: &GetTensor<'_>) -> Result<
         },
         deepstack: Vec::new(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use tch::Kind;
-
-    use super::*;
-
-    fn published() -> Map<String, Value> {
-        let value = json!({
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": "bfloat16",
-            "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008,
-            "max_position_embeddings": 128000, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
-            "use_sliding_window": false, "vocab_size": 151936,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "vision_config": {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "window_size": 112,
-                "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2}
-        });
-        value.as_object().cloned().unwrap_or_default()
-    }
-
-    #[test]
-    fn flat_layout_of_published_checkpoints() {
-        let config = VlmConfig::from_json(&published()).expect("parses");
-        assert_eq!(
-            (config.text.hidden_size, config.text.head_dim, config.text.mrope_section),
-            (2048, 128, [16, 24, 24])
-        );
-        assert!(config.tie_word_embeddings);
-        assert_eq!(config.dtype, Kind::BFloat16);
-        assert_eq!(config.default_capture_layer(), 24);
-        assert_eq!(config.merged_tokens([1, 8, 12]).expect("fits"), 24);
-        assert!(config.merged_tokens([1, 7, 12]).is_err());
-    }
-
-    #[test]
-    fn config_json_round_trips() {
-        let config = VlmConfig::from_json(&published()).expect("parses");
-        let nested = config_json(&config);
-        let reparsed = VlmConfig::from_json(nested.as_object().expect("object")).expect("parses");
-        assert_eq!(config, reparsed);
-    }
-
-    #[test]
-    fn errors_of_invalid_values_name_the_key() {
-        for (key, value, word) in [
-            ("hidden_size", json!(2050), "hidden_size"),
-            ("hidden_act", json!("gelu"), "hidden_act"),
-            ("model_type", json!("llava"), "llava"),
-            ("num_hidden_layers", json!("many"), "num_hidden_layers"),
-            ("rope_scaling", json!({"type": "mrope", "mrope_section": [1, 2, 3]}), "mrope_section"),
-            ("rope_scaling", json!({"type": "yarn"}), "yarn"),
-        ] {
-            let mut map = published();
-            map.insert(key.into(), value);
-            let message = VlmConfig::from_json(&map).expect_err("must fail");
-            assert!(message.contains(word), "{message}");
-        }
-    }
 }

@@ -3,11 +3,13 @@
 //! of names and numerics: Hugging Face transformers.
 
 use serde_json::{Map, Value, json};
+use unveil_core::Family;
 
 use super::{linear_with_bias, weight_and_bias};
 use crate::Result;
-use crate::config::family::Family;
-use crate::config::json::{JsonSection, TextDefaults, text_json, vision_json, vision_section, vision_theta};
+use crate::config::json::{
+    JsonSection, TextDefaults, VisionDefaults, text_json, vision_config, vision_json, vision_section,
+};
 use crate::config::parameters::{GetTensor, Init, SpecList, TensorSpec};
 use crate::config::{VisionAttention, VisionConfig, VlmConfig};
 use crate::vision::{Block, Mlp, Norm, PatchMerger, TowerWeights};
@@ -29,6 +31,9 @@ const DEFAULTS: TextDefaults = TextDefaults {
     qk_norm: true,
 };
 
+const VISION_DEFAULTS: VisionDefaults =
+    VisionDefaults { depth: 27, hidden_size: 1152, intermediate_size: 4304, patch_size: 16 };
+
 pub(super) fn parse(root: &Map<String, Value>) -> Result<VlmConfig, String> {
     let text = match root.get("text_config") {
         Some(Value::Object(map)) => JsonSection { map, name: "text_config." },
@@ -37,37 +42,26 @@ pub(super) fn parse(root: &Map<String, Value>) -> Result<VlmConfig, String> {
     if text.map.get("attention_bias").and_then(Value::as_bool) == Some(true) {
         return Err(format!("{}attention_bias = true is not supported", text.name));
     }
-    VlmConfig::from_sections(Family::Qwen3Vl, root, &text, &DEFAULTS, vision_config(&vision_section(root)?)?)
+    VlmConfig::from_sections(Family::Qwen3Vl, root, &text, &DEFAULTS, parse_vision(&vision_section(root)?)?)
 }
 
-fn vision_config(s: &JsonSection<'_>) -> Result<VisionConfig, String> {
+fn parse_vision(s: &JsonSection<'_>) -> Result<VisionConfig, String> {
     s.expect_str("hidden_act", "gelu_pytorch_tanh")?;
-    let depth = s.count("depth", 27)?;
     let positions = s.int("num_position_embeddings", 2304)?;
     if positions < 1 || positions.isqrt().pow(2) != positions {
         return Err(format!("{}num_position_embeddings is {positions}, but must be a square number", s.name));
     }
     let deepstack = s.indexes("deepstack_visual_indexes", &[8, 16, 24])?;
+    let config = vision_config(s, &VISION_DEFAULTS, VisionAttention::Whole { positions, deepstack })?;
+    let deepstack = config.deepstack();
+    let depth = config.depth;
     if deepstack.windows(2).any(|w| w[0] >= w[1]) || deepstack.last().is_some_and(|b| *b >= depth) {
         return Err(format!(
             "{}deepstack_visual_indexes {deepstack:?} must be ascending and below depth ({depth})",
             s.name
         ));
     }
-    Ok(VisionConfig {
-        depth,
-        hidden_size: s.int("hidden_size", 1152)?,
-        intermediate_size: s.int("intermediate_size", 4304)?,
-        num_heads: s.int("num_heads", 16)?,
-        in_channels: s.int("in_channels", 3)?,
-        patch_size: s.int_or_equal_list("patch_size", 16)?,
-        temporal_patch_size: s.int_or_equal_list("temporal_patch_size", 2)?,
-        spatial_merge_size: s.int("spatial_merge_size", 2)?,
-        out_hidden_size: s.int("out_hidden_size", 3584)?,
-        rope_theta: vision_theta(s),
-        initializer_range: s.float("initializer_range", 0.02)?,
-        attention: VisionAttention::Whole { positions, deepstack },
-    })
+    Ok(config)
 }
 
 pub(super) fn config_json(config: &VlmConfig) -> Value {
@@ -153,60 +147,4 @@ pub(super) fn build_tower(config: &VisionConfig, get: &GetTensor<'_>) -> Result<
             .map(|(k, b)| Ok((*b, merger(&format!("deepstack_merger_list.{k}"), true)?)))
             .collect::<Result<_>>()?,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::parameters::transformers_name;
-
-    fn published() -> Map<String, Value> {
-        let value = json!({
-            "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655, "model_type": "qwen3_vl",
-            "text_config": {"attention_bias": false, "bos_token_id": 151643, "dtype": "bfloat16", "eos_token_id": 151645,
-                "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 9728,
-                "max_position_embeddings": 262144, "model_type": "qwen3_vl_text", "num_attention_heads": 32,
-                "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000,
-                "rope_scaling": {"mrope_interleaved": true, "mrope_section": [24, 20, 20], "rope_type": "default"},
-                "tie_word_embeddings": true, "vocab_size": 151936},
-            "tie_word_embeddings": true, "video_token_id": 151656, "vision_end_token_id": 151653, "vision_start_token_id": 151652,
-            "vision_config": {"deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": 1024, "in_channels": 3, "intermediate_size": 4096, "model_type": "qwen3_vl", "num_heads": 16,
-                "num_position_embeddings": 2304, "out_hidden_size": 2560, "patch_size": 16, "spatial_merge_size": 2,
-                "temporal_patch_size": 2}
-        });
-        value.as_object().cloned().unwrap_or_default()
-    }
-
-    #[test]
-    fn published_config_round_trips() {
-        let config = VlmConfig::from_json(&published()).expect("parses");
-        let t = &config.text;
-        assert_eq!((t.head_dim, t.num_attention_heads, t.rope_theta), (128, 32, 5e6));
-        assert!(t.qk_norm && !t.qkv_bias && t.mrope_interleaved && config.tie_word_embeddings);
-        assert_eq!(config.vision.deepstack(), [5, 11, 17]);
-        assert_eq!(config.dtype, tch::Kind::BFloat16);
-        let nested = config_json(&config);
-        assert_eq!(VlmConfig::from_json(nested.as_object().expect("object")).expect("parses"), config);
-        assert_eq!(transformers_name("model.norm.weight"), "model.language_model.norm.weight");
-        assert_eq!(transformers_name("visual.pos_embed.weight"), "model.visual.pos_embed.weight");
-        assert_eq!(transformers_name("lm_head.weight"), "lm_head.weight");
-    }
-
-    #[test]
-    fn errors_of_invalid_values_name_the_key() {
-        for (section, key, value) in [
-            ("vision_config", "num_position_embeddings", json!(2305)),
-            ("vision_config", "deepstack_visual_indexes", json!([5, 5])),
-            ("vision_config", "deepstack_visual_indexes", json!([24])),
-            ("vision_config", "hidden_act", json!("silu")),
-            ("text_config", "attention_bias", json!(true)),
-            ("text_config", "head_dim", json!(64)),
-        ] {
-            let mut map = published();
-            map[section][key] = value;
-            let message = VlmConfig::from_json(&map).expect_err("must fail");
-            assert!(message.contains(if key == "head_dim" { "mrope_section" } else { key }), "{message}");
-        }
-    }
 }

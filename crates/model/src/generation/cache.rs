@@ -6,9 +6,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::generation::graph::StepGraphs;
 use crate::layers::attention::{AttentionSet, gather_positions};
+use crate::layers::ops::minus_infinity_where;
 use crate::{ModelError, Result, TextConfig};
 
 /// Result of running a batch of prompts: keys and values of each layer, and the hidden states that predict the first response tokens.
+#[derive(Debug)]
 pub struct Prefill {
     /// Hidden state at each prompt's last token `[G, D]`.
     pub last_hidden: Tensor,
@@ -34,6 +36,7 @@ impl Prefill {
 }
 
 /// Result of a decode step.
+#[derive(Debug)]
 pub struct DecodeOut {
     /// Hidden states `[R, D]` that predict the next tokens, in the order of the fed rows.
     pub hidden: Tensor,
@@ -42,6 +45,7 @@ pub struct DecodeOut {
 }
 
 /// The KV cache of one layer.
+#[derive(Debug)]
 pub(crate) struct LayerCache {
     pub prefix_k: Tensor,
     pub prefix_v: Tensor,
@@ -52,6 +56,7 @@ pub(crate) struct LayerCache {
 }
 
 /// Data of one layer that capture needs.
+#[derive(Debug)]
 pub(crate) struct CapturedLayer {
     /// Keys of the image tokens `[S, Hkv, V, d]`.
     pub image_k: Tensor,
@@ -62,7 +67,7 @@ pub(crate) struct CapturedLayer {
 }
 
 /// State of one slot.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Debug)]
 pub(crate) struct SlotState {
     /// Prompt length in tokens; 0 if the slot is free.
     pub prefix: i64,
@@ -88,6 +93,7 @@ pub struct CacheShape {
 }
 
 /// KV caches of several groups with n responses each.
+#[derive(Debug)]
 pub struct GroupCache {
     shape: CacheShape,
     layers: Vec<LayerCache>,
@@ -404,8 +410,8 @@ impl GroupCache {
             Tensor::arange(width, (Kind::Int64, self.device)).unsqueeze(0).ge_tensor(&lengths)
         };
         let needed = self.fixed_shapes || lengths.iter().any(|len| *len != width);
-        let bias = needed.then(|| minus_infinity_where(&beyond(&lengths, width)).view([slots, 1, 1, width]));
-        replace_values(&mut self.prefix_bias, bias);
+        let bias = || minus_infinity_where(&beyond(&lengths, width), Kind::Float).view([slots, 1, 1, width]);
+        replace_values(&mut self.prefix_bias, needed.then(bias));
         let images: Vec<i64> = self.slots.iter().map(|s| s.images as i64).collect();
         let width = self.shape.images as i64;
         let needed = self.capture.is_some() && (self.fixed_shapes || images.iter().any(|v| *v != width));
@@ -435,9 +441,4 @@ fn zero_pad(t: &Tensor, dim: usize, to: i64) -> Result<Tensor> {
 /// Rounds a capacity up on a GPU, where the rows of masks must start at multiples of 16 bytes.
 fn align_tokens(tokens: usize, device: Device) -> usize {
     if device.is_cuda() { tokens.next_multiple_of(16) } else { tokens }
-}
-
-/// Returns an additive fp32 mask: minus infinity where `mask` is true, 0 elsewhere.
-pub(crate) fn minus_infinity_where(mask: &Tensor) -> Tensor {
-    Tensor::zeros(mask.size().as_slice(), (Kind::Float, mask.device())).masked_fill(mask, f64::NEG_INFINITY)
 }

@@ -6,6 +6,7 @@ use tch::Tensor;
 use crate::Result;
 
 /// Inputs of one decode step as tensors on the device.
+#[derive(Debug)]
 pub(crate) struct StepTensors {
     /// Rotary positions of the fed tokens `[A]`.
     pub positions: Tensor,
@@ -20,6 +21,7 @@ pub(crate) struct StepTensors {
 }
 
 /// Where new keys and values are stored.
+#[derive(Debug)]
 pub(crate) enum CacheWrite {
     /// All rows, at the same offset.
     Column(i64),
@@ -39,7 +41,7 @@ pub(crate) struct StepSlots {
 
 impl StepTensors {
     /// Copies the values of another step of the same shape.
-    pub(crate) fn copy_values_from(&mut self, other: &StepTensors) -> Result<()> {
+    pub(crate) fn copy_values_from(&mut self, other: &Self) -> Result<()> {
         self.positions.f_copy_(&other.positions)?;
         if let (Some(bias), Some(new)) = (&mut self.suffix_bias, &other.suffix_bias) {
             bias.f_copy_(new)?;

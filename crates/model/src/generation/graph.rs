@@ -10,7 +10,7 @@ use crate::Result;
 use crate::generation::decode_slots::StepTensors;
 
 /// Recorded steps of one cache.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub(crate) struct StepGraphs {
     steps: HashMap<i64, RecordedStep>,
     /// Number of steps that were replayed.
@@ -47,18 +47,18 @@ impl StepGraphs {
     }
 
     /// Drops all recordings, because tensors have moved.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.steps.clear();
     }
 
     /// Returns why the latest recording failed. Steps run operation by operation until a recording succeeds.
-    pub fn last_error(&self) -> Option<&str> {
+    pub(crate) fn last_error(&self) -> Option<&str> {
         self.backoff.error.as_deref()
     }
 }
 
 /// Back-off after failed recordings, whose cause may be transient (another thread or process).
-#[derive(Default)]
+#[derive(Default, Debug)]
 struct RecordingBackoff {
     error: Option<String>,
     failures: u32,
@@ -91,6 +91,7 @@ impl RecordingBackoff {
 }
 
 /// A recorded step, with the tensors that it reads and writes.
+#[derive(Debug)]
 struct RecordedStep {
     graph: CudaGraph,
     tokens: Tensor,

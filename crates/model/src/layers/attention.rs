@@ -141,6 +141,7 @@ fn image_softmax(scores: &Tensor, valid: Option<&Tensor>, head_dim: i64) -> Tens
 }
 
 /// Attention to capture in a teacher-forced pass.
+#[derive(Debug)]
 pub struct Capture {
     /// Layers and heads.
     pub set: AttentionSet,

@@ -11,6 +11,7 @@ use crate::config::parameters::GetTensor;
 use crate::layers::ops::{linear, records_gradients};
 
 /// A linear layer: `W x + b`, plus the output of its adapter.
+#[derive(Debug)]
 pub(crate) struct Linear {
     /// Name of the layer; its matrix is the parameter `NAME.weight`.
     pub name: String,
@@ -47,6 +48,7 @@ impl Linear {
 }
 
 /// The adapter of one layer.
+#[derive(Debug)]
 pub(crate) struct Adapter {
     pub(crate) a: Tensor,
     pub(crate) b: Tensor,
@@ -64,6 +66,7 @@ impl Adapter {
 }
 
 /// Linear layers with the same input: queries, keys and values, or gate and up.
+#[derive(Debug)]
 pub(crate) struct FusedLinear {
     pub parts: Vec<Linear>,
     /// Concatenated matrices and biases of all parts, if they are small, so that one product computes all parts.

@@ -85,6 +85,11 @@ fn linear_few_rows(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Option
 /// Number of rows up to which [`linear_few_rows`] is faster than libtorch.
 pub(crate) const FEW_ROWS: i64 = 64;
 
+/// Returns an additive mask of dtype `kind`: minus infinity where `mask` is true, 0 elsewhere.
+pub(crate) fn minus_infinity_where(mask: &Tensor, kind: Kind) -> Tensor {
+    Tensor::zeros(mask.size().as_slice(), (kind, mask.device())).masked_fill(mask, f64::NEG_INFINITY)
+}
+
 /// Computes scaled dot-product attention with libtorch's fused kernels; `k` and `v` may have fewer heads (grouped queries).
 pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
     Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, q.size()[1] != k.size()[1])

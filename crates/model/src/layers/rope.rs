@@ -59,6 +59,7 @@ pub fn rope_positions(tokens: &[u32], grids: &[GridThw], config: &VlmConfig) -> 
 }
 
 /// Computes rotary tables from positions.
+#[derive(Debug)]
 pub(crate) struct Rotary {
     frequencies: Tensor,
     /// Axis of each frequency `[head_dim/2]`.

@@ -21,6 +21,7 @@ pub struct PackedGroup {
 
 /// Groups as tensors, padded at the end to the longest. N is the number of all response tokens, in the order (group, response,
 /// position).
+#[derive(Debug)]
 pub struct PackedBatch {
     /// Token ids `[B, L]`.
     pub tokens: Tensor,

@@ -4,9 +4,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::layers::ops::sdpa;
+use crate::layers::ops::{minus_infinity_where, sdpa};
 
 /// The attention of a batch of packed sequences `[B, L]`.
+#[derive(Debug)]
 pub(crate) struct PackedAttention {
     /// Longest prompt (P).
     prompt: i64,
@@ -16,6 +17,7 @@ pub(crate) struct PackedAttention {
 }
 
 /// The M responses, padded to the longest (R).
+#[derive(Debug)]
 struct ResponseRows {
     longest: i64,
     /// Sequence of each response `[M]`.
@@ -114,7 +116,7 @@ fn row_mask(prompts: &Tensor, lengths: &Tensor, prompt: i64, longest: i64) -> Te
     let real = count(longest).unsqueeze(0).lt_tensor(&lengths.unsqueeze(1)).view([-1, 1, 1, longest]);
     let response_open = causal.view([1, 1, longest, longest]).logical_and(&real);
     let open = Tensor::cat(&[prompt_open.expand([-1, 1, longest, prompt], false), response_open], -1);
-    Tensor::zeros(open.size().as_slice(), (Kind::Float, device)).masked_fill(&open.logical_not(), f64::NEG_INFINITY)
+    minus_infinity_where(&open.logical_not(), Kind::Float)
 }
 
 #[cfg(test)]

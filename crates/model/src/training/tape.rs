@@ -37,6 +37,7 @@ pub trait LayerHook {
 }
 
 /// A tensor on a tape.
+#[derive(Debug)]
 pub struct Var {
     /// Its value, detached.
     pub tensor: Tensor,
@@ -78,6 +79,12 @@ pub struct Tape<'a> {
     gradients: Vec<Option<Tensor>>,
     /// Values that a loss was computed from, with the indices of their gradients.
     leaves: Vec<(usize, Tensor)>,
+}
+
+impl std::fmt::Debug for Tape<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tape").field("mode", &self.mode).field("segments", &self.segments.len()).finish_non_exhaustive()
+    }
 }
 
 impl<'a> Tape<'a> {
@@ -211,90 +218,5 @@ fn accumulate(sum: &mut Option<Tensor>, gradient: Tensor) {
             None => gradient,
             Some(before) => before + gradient,
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tch::Kind;
-
-    use super::*;
-
-    /// Segments with several inputs and outputs, shared values, one without parameters and one whose output is unused.
-    #[test]
-    fn segments_equal_one_graph() {
-        tch::manual_seed(2);
-        let r = |n: &[i64]| Tensor::randn(n, (Kind::Double, tch::Device::Cpu));
-        let w = r(&[4, 4]);
-        let u = r(&[4, 4]);
-        let idle = r(&[4]);
-        let x = r(&[3, 4]);
-        let run = |mode: TapeMode| {
-            for t in [&w, &u, &idle] {
-                let mut t = t.set_requires_grad(true);
-                t.zero_grad();
-            }
-            let mut tape = Tape::new(mode);
-            let start = Var::constant(x.shallow_clone());
-            let frozen = tape.call1(&[&start], |t| t[0].tanh());
-            let mut both = tape.call(&[&frozen], |t| vec![t[0].matmul(&w), t[0].matmul(&u).sin()]);
-            let b = both.remove(1);
-            let a = both.remove(0);
-            let _unused = tape.call1(&[&a], |t| &t[0] * &idle);
-            let joined = tape.call1(&[&a, &b], |t| t[0].matmul(&u) * &t[1]);
-            let combined = tape.call1(&[&joined, &a], |t| t[0].exp() + t[1].square());
-            let first_leaf = tape.leaf(&combined);
-            let second_leaf = tape.leaf(&b);
-            let loss = first_leaf.square().sum(Kind::Double) + (second_leaf * 3.0).sum(Kind::Double);
-            loss.backward();
-            tape.backward();
-            (loss.double_value(&[]), w.grad().copy(), u.grad().copy())
-        };
-        let (loss, gw, gu) = run(TapeMode::Graph);
-        for mode in [TapeMode::Segments, TapeMode::Recompute] {
-            let (l, a, b) = run(mode);
-            assert_eq!(l, loss);
-            for (gradient, expected) in [(a, &gw), (b, &gu)] {
-                assert!(
-                    (gradient - expected).abs().max().double_value(&[])
-                        < 1e-10 * expected.abs().max().double_value(&[])
-                );
-            }
-        }
-    }
-
-    #[derive(Default)]
-    struct HookLog(std::cell::RefCell<Vec<(usize, Direction, bool)>>);
-
-    impl LayerHook for HookLog {
-        fn before(&self, layer: usize, direction: Direction) {
-            self.0.borrow_mut().push((layer, direction, true));
-        }
-
-        fn after(&self, layer: usize, direction: Direction) {
-            self.0.borrow_mut().push((layer, direction, false));
-        }
-    }
-
-    #[test]
-    fn hooks_are_called_around_layers_in_both_directions() {
-        let w = Tensor::ones([2], (Kind::Double, tch::Device::Cpu)).set_requires_grad(true);
-        for mode in [TapeMode::Segments, TapeMode::Recompute] {
-            let log = Rc::new(HookLog::default());
-            let mut tape = Tape::new(mode);
-            tape.set_layer_hook(Some(log.clone()));
-            let mut x = Var::constant(w.detach());
-            for layer in 0..2 {
-                x = tape.call_layer(layer, &[&x], |t| vec![&t[0] * &w]).remove(0);
-            }
-            tape.leaf(&x).sum(Kind::Double).backward();
-            tape.backward();
-            let calls = |direction| {
-                let all = log.0.borrow();
-                all.iter().filter(|(_, d, _)| *d == direction).map(|(l, _, e)| (*l, *e)).collect::<Vec<_>>()
-            };
-            assert_eq!(calls(Direction::Forward), [(0, true), (0, false), (1, true), (1, false)]);
-            assert_eq!(calls(Direction::Backward), [(1, true), (1, false), (0, true), (0, false)]);
-        }
     }
 }

@@ -22,6 +22,7 @@ use crate::{ModelError, Result, VisionConfig};
 const NORM_EPS: f64 = 1e-6;
 
 /// A norm over the hidden size.
+#[derive(Debug)]
 pub(crate) enum Norm {
     /// RMS norm: weight.
     Rms(Tensor),
@@ -39,6 +40,7 @@ impl Norm {
 }
 
 /// The MLP of a block.
+#[derive(Debug)]
 pub(crate) enum Mlp {
     /// `down(silu(gate x) * up x)`
     Gated { gate: Linear, up: Linear, down: Linear },
@@ -63,6 +65,7 @@ impl Mlp {
 }
 
 /// One block of the tower.
+#[derive(Debug)]
 pub(crate) struct Block {
     pub norm1: Norm,
     pub qkv: Linear,
@@ -74,6 +77,7 @@ pub(crate) struct Block {
 }
 
 /// Merges neighbouring patches into one image token of the decoder's width.
+#[derive(Debug)]
 pub(crate) struct PatchMerger {
     pub norm: Norm,
     /// Whether the norm is over the merged patches.
@@ -92,6 +96,7 @@ impl PatchMerger {
 }
 
 /// The tensors of the tower, assembled by the family. They are shared with the model's parameter list.
+#[derive(Debug)]
 pub(crate) struct TowerWeights {
     /// Patch embedding and its optional bias.
     pub patch: (Tensor, Option<Tensor>),
@@ -104,6 +109,7 @@ pub(crate) struct TowerWeights {
 }
 
 /// The vision tower of a model.
+#[derive(Debug)]
 pub(crate) struct VisionTower {
     config: VisionConfig,
     tower: TowerWeights,
@@ -137,11 +143,8 @@ impl VisionTower {
     /// Returns [`ModelError::Input`] if there is no image, or if a grid or the shape of the patches is invalid.
     pub(crate) fn forward<'a>(&'a self, tape: &mut Tape<'a>, pixels: &Tensor, grids: &[GridThw]) -> Result<Var> {
         let c = &self.config;
-        let m = c.spatial_merge_size;
-        if let Some(grid) = grids.iter().find(|[t, h, w]| *t < 1 || *h < 1 || *w < 1 || h % m != 0 || w % m != 0) {
-            return Err(ModelError::input(format!(
-                "image grid {grid:?} does not consist of {m}x{m} blocks of patches"
-            )));
+        for grid in grids {
+            c.merged_tokens(*grid)?;
         }
         let rows: i64 = grids.iter().map(|[t, h, w]| t * h * w).sum();
         let size = pixels.size();

@@ -11,6 +11,7 @@ use crate::config::VisionAttention;
 use crate::layers::ops::inverse_frequencies;
 
 /// Tables for frames of `h x w` patches.
+#[derive(Debug)]
 pub(crate) struct FrameTables {
     /// Patch order of the computation: `permute[i]` is the index of patch i in the processor's order. `[h*w]`
     pub permute: Tensor,

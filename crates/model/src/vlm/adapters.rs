@@ -1,6 +1,6 @@
 //! Adapters of a model: creation, loading, and switching off.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,11 +11,10 @@ use regex::Regex;
 use tch::Tensor;
 
 use crate::adapters::lora::{A_SUFFIX, Adapters, B_SUFFIX, LoraSpec, check_pairs, check_rank, lora_pairs};
-use crate::config::parameters::{Init, TensorSpec};
 use crate::layers::linear::{Adapter, Linear};
 use crate::layers::ops::{activation_kind, detached_copy};
 use crate::vlm::Vlm;
-use crate::weights::check_names_and_shapes;
+use crate::weights::overwrite;
 use crate::{ModelError, Result};
 
 impl Vlm {
@@ -100,22 +99,10 @@ impl Vlm {
     /// Returns [`ModelError::Input`] if the model has no adapters, and an error that names the tensor that is missing, extra or of another
     /// shape.
     pub fn load_adapters(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        let Some(adapters) = &mut self.adapters else {
+        let Some(adapters) = &self.adapters else {
             return Err(ModelError::input("the model has no adapters to load"));
         };
-        let specs = adapters.named.iter().map(|(n, t)| (n.clone(), t.size()));
-        let specs: Vec<_> = specs.map(|(name, shape)| TensorSpec { name, shape, init: Init::Zeros }).collect();
-        let found = named.iter().map(|(n, t)| (n.as_str(), t.size())).collect();
-        check_names_and_shapes(Path::new("adapter state"), &specs, &found)?;
-        let new: HashMap<&str, &Tensor> = named.iter().map(|(n, t)| (n.as_str(), t)).collect();
-        tch::no_grad(|| {
-            for (name, tensor) in &mut adapters.named {
-                if let Some(new) = new.get(name.as_str()) {
-                    tensor.f_copy_(new)?;
-                }
-            }
-            Ok(())
-        })
+        overwrite(Path::new("adapter state"), &adapters.named, named)
     }
 
     /// Runs `work` with the adapters disabled: the model is the base model meanwhile.

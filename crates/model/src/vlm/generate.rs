@@ -10,7 +10,6 @@ use crate::generation::decode_step::replayed_step;
 use crate::layers::attention::AttentionSet;
 use crate::layers::rope::rope_positions;
 use crate::training::packed::{PackedBatch, PackedGroup, image_positions, padding_token};
-use crate::training::tape::{Tape, TapeMode, Var};
 use crate::vlm::Vlm;
 use crate::{ModelError, Result};
 
@@ -43,13 +42,8 @@ impl Vlm {
         let tokens = Tensor::from_slice(&tokens).view([g, l as i64]).to_device(device);
         let positions = Tensor::from_slice(&positions).view([g, l as i64, 3]).to_device(device).permute([2, 0, 1]);
         let lengths: Vec<i64> = prompts.iter().map(|p| p.tokens.len() as i64).collect();
-        let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| (i * l) as i64 + len - 1).collect();
-        let last = Tensor::from_slice(&last).to_device(device);
-        let options = SequenceOptions { rows: Some(last), keep_kv: true, ..SequenceOptions::default() };
-        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
-        let mut tape = Tape::new(TapeMode::Graph);
-        let out =
-            self.run_sequences(&mut tape, &tokens, features.as_ref(), &positions, AttentionMask::Causal, options)?;
+        let options = self.cache_options(&lengths, l as i64);
+        let out = self.infer(&tokens, image_features, &positions, AttentionMask::Causal, options)?;
         let images: Vec<Vec<i64>> = prompts.iter().map(|p| image_positions(&p.tokens, &self.config)).collect();
         Ok(Prefill {
             last_hidden: out.hidden.tensor,
@@ -70,20 +64,8 @@ impl Vlm {
     pub fn refill(&self, groups: &[PackedGroup], image_features: Option<&Tensor>) -> Result<Prefill> {
         let batch = PackedBatch::pack(groups, &self.config, self.device())?;
         let lengths: Vec<i64> = groups.iter().map(|g| g.prompt.tokens.len() as i64).collect();
-        let l = batch.tokens.size()[1];
-        let last: Vec<i64> = lengths.iter().enumerate().map(|(i, len)| i as i64 * l + len - 1).collect();
-        let last = Tensor::from_slice(&last).to_device(self.device());
-        let options = SequenceOptions { rows: Some(last), keep_kv: true, ..SequenceOptions::default() };
-        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
-        let mut tape = Tape::new(TapeMode::Graph);
-        let out = self.run_sequences(
-            &mut tape,
-            &batch.tokens,
-            features.as_ref(),
-            &batch.positions,
-            self.packed_mask(&batch),
-            options,
-        )?;
+        let options = self.cache_options(&lengths, batch.tokens.size()[1]);
+        let out = self.infer_packed(&batch, image_features, options)?;
         let ranges = |g: &PackedGroup| {
             let mut end = g.prompt.tokens.len() as i64;
             let next_range = |r: &Vec<u32>| {
@@ -102,6 +84,14 @@ impl Vlm {
             images,
             responses: groups.iter().map(ranges).collect(),
         })
+    }
+
+    /// Returns the options of a pass that fills caches: keys and values are kept, and hidden states are returned for the last token of each
+    /// prompt only. The prompts have these `lengths` and begin every `width` tokens.
+    fn cache_options(&self, lengths: &[i64], width: i64) -> SequenceOptions {
+        let last: Vec<i64> = lengths.iter().enumerate().map(|(row, len)| row as i64 * width + len - 1).collect();
+        let rows = Some(Tensor::from_slice(&last).to_device(self.device()));
+        SequenceOptions { rows, keep_kv: true, ..SequenceOptions::default() }
     }
 
     /// Creates empty KV caches for this model; see [`GroupCache::new`].

@@ -8,7 +8,6 @@ use tch::{Kind, Tensor};
 use crate::decoder::SequenceOptions;
 use crate::layers::attention::{AttentionSet, Capture};
 use crate::training::packed::PackedBatch;
-use crate::training::tape::{Tape, TapeMode, Var};
 use crate::vlm::Vlm;
 use crate::{ModelError, Result};
 
@@ -64,16 +63,7 @@ impl Vlm {
         };
         let rows = Some(batch.predict_index.narrow(0, 0, 1));
         let options = SequenceOptions { capture: Some(Rc::new(capture)), rows, ..SequenceOptions::default() };
-        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
-        let mut tape = Tape::new(TapeMode::Graph);
-        let out = self.run_sequences(
-            &mut tape,
-            &batch.tokens,
-            features.as_ref(),
-            &batch.positions,
-            self.packed_mask(batch),
-            options,
-        )?;
+        let out = self.infer_packed(batch, image_features, options)?;
         let by_layer: Vec<&Tensor> = out.attention.iter().map(|rows| &rows.tensor).collect();
         // [layers, 1, heads, S, V]
         Ok(Tensor::stack(&by_layer, 0).squeeze_dim(1).permute([2, 0, 1, 3]).to_kind(Kind::Float).contiguous())

@@ -6,7 +6,7 @@ mod generate;
 mod heads;
 pub(crate) mod merge;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -17,18 +17,20 @@ use unveil_torch_ext::{ExtError, select_gpu};
 use crate::adapters::lora::Adapters;
 use crate::config::parameters;
 use crate::decoder::{AttentionMask, Decoder, SequenceOptions, SequenceOut};
+use crate::family::build_tower;
 use crate::layers::attention::{Capture, CaptureSpec};
 use crate::layers::linear::Linear;
-use crate::layers::ops::{FEW_ROWS, activation_kind, linear};
+use crate::layers::ops::{FEW_ROWS, activation_kind, linear, minus_infinity_where};
 use crate::training::packed::PackedBatch;
 use crate::training::tape::{Tape, TapeMode, Var};
 use crate::vision::VisionTower;
 use crate::weights::fused_weights::fuse_weights;
 use crate::weights::shards::{MAX_SHARD_BYTES, ShardPlan};
-use crate::weights::{self, check_names_and_shapes};
+use crate::weights::{self, overwrite};
 use crate::{ModelError, Result, VlmConfig};
 
 /// Result of [`Vlm::forward`].
+#[derive(Debug)]
 pub struct ForwardOut {
     /// Hidden states after the final norm `[B, L, D]`.
     pub hidden: Tensor,
@@ -37,6 +39,7 @@ pub struct ForwardOut {
 }
 
 /// Result of [`Vlm::forward_packed`].
+#[derive(Debug)]
 pub struct PackedOut {
     /// Hidden states `[N, D]` that predict each response token.
     pub hidden: Tensor,
@@ -48,6 +51,7 @@ pub struct PackedOut {
 type Deepstack = (Tensor, Vec<Var>);
 
 /// A vision-language model on one device.
+#[derive(Debug)]
 pub struct Vlm {
     config: VlmConfig,
     parameters: Vec<(String, Tensor)>,
@@ -87,7 +91,7 @@ impl Vlm {
         let fused = |first: &str| fused.get(first).map(Tensor::shallow_clone);
         let embedding = get("model.embed_tokens.weight")?;
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight")? };
-        let vision = VisionTower::new(&config.vision, config.family.build_tower(&config.vision, &get)?);
+        let vision = VisionTower::new(&config.vision, build_tower(config.family, &config.vision, &get)?);
         let decoder = Decoder::new(&config.text, &get, &fused)?;
         Ok(Self { vision, decoder, adapters: None, embedding, head, config, parameters, by_name })
     }
@@ -127,7 +131,7 @@ impl Vlm {
 
     /// Returns the name of a parameter in published files of the family.
     pub fn published_name(&self, name: &str) -> String {
-        self.config.family.published_name(name)
+        parameters::published_name(self.config.family, name)
     }
 
     /// Returns the configuration.
@@ -176,7 +180,7 @@ impl Vlm {
     /// # Errors
     /// Returns an error that names the tensor that is missing, extra or of another shape.
     pub fn load_state(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        self.overwrite(named, &parameters::tensor_specs(&self.config))
+        overwrite(Path::new("weight state"), &self.parameters, named)
     }
 
     /// Overwrites only the given parameters in place, after checking all names and shapes.
@@ -184,22 +188,9 @@ impl Vlm {
     /// # Errors
     /// Returns an error that names the tensor that is unknown or of another shape.
     pub fn load_partial(&mut self, named: &[(String, Tensor)]) -> Result<()> {
-        let given: std::collections::HashSet<&str> = named.iter().map(|(n, _)| n.as_str()).collect();
-        let specs = parameters::tensor_specs(&self.config).into_iter().filter(|s| given.contains(s.name.as_str()));
-        self.overwrite(named, &specs.collect::<Vec<_>>())
-    }
-
-    fn overwrite(&mut self, named: &[(String, Tensor)], specs: &[parameters::TensorSpec]) -> Result<()> {
-        let found = named.iter().map(|(n, t)| (n.as_str(), t.size())).collect::<BTreeMap<_, _>>();
-        check_names_and_shapes(Path::new("weight state"), specs, &found)?;
-        tch::no_grad(|| {
-            for (name, new) in named {
-                if let Some(index) = self.by_name.get(name) {
-                    self.parameters[*index].1.f_copy_(new)?;
-                }
-            }
-            Ok::<(), ModelError>(())
-        })
+        let given: HashSet<&str> = named.iter().map(|(n, _)| n.as_str()).collect();
+        let given = self.parameters.iter().filter(|(n, _)| given.contains(n.as_str()));
+        overwrite(Path::new("weight state"), given, named)
     }
 
     /// Computes the features `[sum merged, (1 + k) D]` of images from their patches `[sum t*h*w, patch_len]`, in the processor's order: the
@@ -271,22 +262,38 @@ impl Vlm {
     ) -> Result<ForwardOut> {
         let capture = capture.map(|c| Rc::new(c.shallow_clone()));
         let options = SequenceOptions { capture, ..SequenceOptions::default() };
-        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
-        let mut tape = Tape::new(TapeMode::Graph);
-        let out = self.run_sequences(
-            &mut tape,
-            tokens,
-            features.as_ref(),
-            positions,
-            self.attention_mask(mask, tokens)?,
-            options,
-        )?;
+        let mask = self.attention_mask(mask, tokens)?;
+        let out = self.infer(tokens, image_features, positions, mask, options)?;
         let attention = out.attention.into_iter().map(|v| v.tensor).reduce(|a, b| a + b);
         Ok(ForwardOut { hidden: out.hidden.tensor, attention })
     }
 
+    /// [`Vlm::run_sequences`] in one graph, with features that are constants.
+    pub(crate) fn infer(
+        &self,
+        tokens: &Tensor,
+        image_features: Option<&Tensor>,
+        positions: &Tensor,
+        mask: AttentionMask,
+        options: SequenceOptions,
+    ) -> Result<SequenceOut> {
+        let features = image_features.map(|f| Var::constant(f.shallow_clone()));
+        let mut tape = Tape::new(TapeMode::Graph);
+        self.run_sequences(&mut tape, tokens, features.as_ref(), positions, mask, options)
+    }
+
+    /// [`Vlm::infer`] for packed groups.
+    pub(crate) fn infer_packed(
+        &self,
+        batch: &PackedBatch,
+        image_features: Option<&Tensor>,
+        options: SequenceOptions,
+    ) -> Result<SequenceOut> {
+        self.infer(&batch.tokens, image_features, &batch.positions, self.packed_mask(batch), options)
+    }
+
     /// Checks shapes and runs the decoder.
-    pub(crate) fn run_sequences<'a>(
+    fn run_sequences<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         tokens: &Tensor,
@@ -320,15 +327,13 @@ impl Vlm {
         }
         let kind = activation_kind(self.kind());
         Ok(AttentionMask::Additive(match m.kind() {
-            Kind::Bool => {
-                Tensor::zeros(m.size().as_slice(), (kind, m.device())).masked_fill(&m.logical_not(), f64::NEG_INFINITY)
-            }
+            Kind::Bool => minus_infinity_where(&m.logical_not(), kind),
             _ => m.to_kind(kind),
         }))
     }
 
     /// Returns the attention mask of a packed batch in the dtype of the activations.
-    pub(crate) fn packed_mask(&self, batch: &PackedBatch) -> AttentionMask {
+    fn packed_mask(&self, batch: &PackedBatch) -> AttentionMask {
         AttentionMask::Packed(batch.attention.to_kind(activation_kind(self.kind())))
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
+use unveil_core::SpecialTokens;
 
 use crate::config::parameters::{self, Init, TensorSpec};
 use crate::config::preset::{Preset, preset};
@@ -13,25 +14,6 @@ use crate::{ModelError, Result, VlmConfig};
 
 /// Shortest and longest wavelength of the sine encoding of numbers.
 const NUMBER_WAVELENGTHS: (f64, f64) = (8.0, 2048.0);
-
-/// Token ids that the configuration names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SpecialIds {
-    /// `<|image_pad|>`
-    pub image_pad: u32,
-    /// `<|video_pad|>`
-    pub video_pad: u32,
-    /// `<|vision_start|>`
-    pub vision_start: u32,
-    /// `<|vision_end|>`
-    pub vision_end: u32,
-    /// Begin token, if the family has one.
-    pub bos: Option<u32>,
-    /// End of a response.
-    pub eos: u32,
-    /// Padding.
-    pub pad: u32,
-}
 
 /// The model that [`init`] creates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,8 +26,8 @@ pub struct InitSpec {
     pub vocab_size: u32,
     /// Seed of the weights.
     pub seed: u64,
-    /// Special tokens.
-    pub special: SpecialIds,
+    /// Special tokens that the configuration names: `im_end` is the end token, `end_of_text` the padding token.
+    pub special: SpecialTokens,
 }
 
 /// Writes a newly initialised model (weights and configuration) to `dir`. Equal specs give equal bytes.
@@ -112,15 +94,14 @@ fn initial_values(rng: &mut ChaCha8Rng, t: &TensorSpec, preset: &Preset, numbers
 /// is smaller.
 fn preset_config(preset: &Preset, spec: &InitSpec) -> Result<VlmConfig> {
     let s = &spec.special;
-    let highest = [s.image_pad, s.video_pad, s.vision_start, s.vision_end, s.eos, s.pad].into_iter().chain(s.bos).max();
-    if highest.is_some_and(|id| id >= spec.vocab_size) {
+    if s.all().into_iter().any(|id| id >= spec.vocab_size) {
         return Err(ModelError::input(format!("a special token is outside the vocabulary of {}", spec.vocab_size)));
     }
     let mut config = preset.config();
     config.text.vocab_size = config.text.vocab_size.max(i64::from(spec.vocab_size));
-    config.text.bos_token_id = s.bos;
-    config.text.eos_token_ids = vec![s.eos];
-    config.text.pad_token_id = Some(s.pad);
+    config.text.bos_token_id = None;
+    config.text.eos_token_ids = vec![s.im_end];
+    config.text.pad_token_id = Some(s.end_of_text);
     config.image_token_id = s.image_pad;
     config.video_token_id = s.video_pad;
     config.vision_start_token_id = s.vision_start;

@@ -15,13 +15,25 @@ use memmap2::{MmapMut, MmapOptions};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::parameters::{self, TensorSpec};
+use crate::config::parameters::{self, Init, TensorSpec};
 use crate::error::{name_list, quantised_error};
 use crate::files::{refuse_lfs_pointer, write_atomic};
 use crate::{ModelError, Result, VlmConfig};
 
 /// Size in bytes from which tensors of a file stay in its memory map, if device and dtype allow.
 const MIN_MAPPED_BYTES: usize = 64 << 20;
+
+/// The dtypes that files may have, as safetensors and as libtorch name them.
+const DTYPES: [(Dtype, Kind); 8] = [
+    (Dtype::F32, Kind::Float),
+    (Dtype::BF16, Kind::BFloat16),
+    (Dtype::F16, Kind::Half),
+    (Dtype::F64, Kind::Double),
+    (Dtype::I64, Kind::Int64),
+    (Dtype::I32, Kind::Int),
+    (Dtype::U8, Kind::Uint8),
+    (Dtype::BOOL, Kind::Bool),
+];
 
 /// Loads the tensors that `config` requires from a model directory, in the order of the specification. An output matrix that differs
 /// from the embedding is kept, and `config` is changed to untied then. There is no second copy in host memory: on the CPU, tensors of
@@ -167,6 +179,31 @@ pub(crate) fn check_names_and_shapes(
     Ok(())
 }
 
+/// Overwrites all `parameters` in place with the tensors of the same names in `new`, after checking all names and shapes. `source` is the
+/// path that errors name.
+///
+/// # Errors
+/// Returns an error that names the tensor that is missing, extra or of another shape; no parameter has changed then.
+pub(crate) fn overwrite<'p>(
+    source: &Path,
+    parameters: impl IntoIterator<Item = &'p (String, Tensor)>,
+    new: &[(String, Tensor)],
+) -> Result<()> {
+    let parameters: Vec<&(String, Tensor)> = parameters.into_iter().collect();
+    let spec = |(name, t): &&(String, Tensor)| TensorSpec { name: name.clone(), shape: t.size(), init: Init::Zeros };
+    let specs: Vec<TensorSpec> = parameters.iter().map(spec).collect();
+    check_names_and_shapes(source, &specs, &new.iter().map(|(n, t)| (n.as_str(), t.size())).collect())?;
+    let new: HashMap<&str, &Tensor> = new.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    tch::no_grad(|| {
+        for (name, tensor) in parameters {
+            if let Some(new) = new.get(name.as_str()) {
+                tensor.shallow_clone().f_copy_(new)?;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Reads every tensor of one safetensors file to the CPU, in its stored dtype, sorted by name.
 ///
 /// # Errors
@@ -274,17 +311,11 @@ fn to_tensor(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
 }
 
 fn view_kind(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
-    Ok(match view.dtype() {
-        Dtype::F32 => Kind::Float,
-        Dtype::BF16 => Kind::BFloat16,
-        Dtype::F16 => Kind::Half,
-        Dtype::F64 => Kind::Double,
-        Dtype::I64 => Kind::Int64,
-        Dtype::I32 => Kind::Int,
-        Dtype::U8 => Kind::Uint8,
-        Dtype::BOOL => Kind::Bool,
-        other => return Err(ModelError::corrupt(path, format!("tensor `{name}` has the unsupported dtype {other:?}"))),
-    })
+    let dtype = view.dtype();
+    let known = DTYPES.iter().find(|(stored, _)| *stored == dtype);
+    known
+        .map(|(_, kind)| *kind)
+        .ok_or_else(|| ModelError::corrupt(path, format!("tensor `{name}` has the unsupported dtype {dtype:?}")))
 }
 
 /// Returns a tensor over the mapped bytes; `None` if they are not aligned. The map must live as long as the tensor.
@@ -326,25 +357,14 @@ struct StoredTensor {
 
 impl StoredTensor {
     fn new(path: &Path, name: &str, tensor: &Tensor) -> Result<Self> {
-        let dtype = match tensor.kind() {
-            Kind::Float => Dtype::F32,
-            Kind::BFloat16 => Dtype::BF16,
-            Kind::Half => Dtype::F16,
-            Kind::Double => Dtype::F64,
-            Kind::Int64 => Dtype::I64,
-            Kind::Int => Dtype::I32,
-            Kind::Uint8 => Dtype::U8,
-            Kind::Bool => Dtype::BOOL,
-            other => {
-                return Err(ModelError::corrupt(
-                    path,
-                    format!("tensor `{name}` has dtype {other:?}, which cannot be stored"),
-                ));
-            }
+        let kind = tensor.kind();
+        let Some((dtype, _)) = DTYPES.iter().find(|(_, known)| *known == kind) else {
+            let message = format!("tensor `{name}` has dtype {kind:?}, which cannot be stored");
+            return Err(ModelError::corrupt(path, message));
         };
         let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
         let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        Ok(Self { tensor, shape, dtype })
+        Ok(Self { tensor, shape, dtype: *dtype })
     }
 }
 

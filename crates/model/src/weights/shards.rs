@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 use tch::Tensor;
 
-use crate::config::parameters::TensorSpec;
+use crate::config::parameters::{TensorSpec, published_name};
 use crate::files::write_json;
 use crate::weights::write_safetensors;
 use crate::{ModelError, Result, VlmConfig};
@@ -39,7 +39,7 @@ impl ShardPlan {
             file_bytes += size(spec);
         }
         files.push(first..specs.len());
-        let names = specs.iter().map(|s| config.family.published_name(&s.name)).collect();
+        let names = specs.iter().map(|s| published_name(config.family, &s.name)).collect();
         Self { names, files, bytes: specs.iter().map(size).sum() }
     }
 

@@ -64,40 +64,6 @@ pub(crate) fn describe_other_tensors<'a>(specs: &[TensorSpec], found: impl Itera
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::parameters::Init;
-
-    fn description(found: &[&str]) -> String {
-        let spec = |name: &str| TensorSpec { name: name.to_owned(), shape: vec![2], init: Init::Ones };
-        let names = ["model.layers.0.self_attn.q_proj.weight", "visual.merger.ln_q.weight", "lm_head.weight"];
-        describe_other_tensors(&names.map(spec), found.iter().copied())
-    }
-
-    #[test]
-    fn wrappers_are_named() {
-        for (name, part) in [
-            ("module.model.layers.0.self_attn.q_proj.weight", "`module.`"),
-            ("_orig_mod.model.visual.merger.ln_q.weight", "torch.compile"),
-            ("model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight", "activation checkpointing"),
-            ("base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
-            ("_fsdp_wrapped_module.lm_head.weight", "FSDP"),
-        ] {
-            let text = description(&[name, "a.b"]);
-            assert!(text.contains(part) && text.contains(&format!("`{name}`")), "{text}");
-        }
-        let both = description(&["_orig_mod.module.lm_head.weight"]);
-        assert!(both.contains("`_orig_mod.`") && both.contains("`module.`"), "{both}");
-    }
-
-    #[test]
-    fn other_names_are_listed() {
-        assert_eq!(description(&["lm_head.weight"]), "");
-        assert_eq!(
-            description(&["transformer.h.0.weight", "lm_head.weight"]),
-            "; found instead: `transformer.h.0.weight`"
-        );
-        // A wrapper's prefix in the names of another model means nothing.
-        assert!(description(&["module.transformer.weight"]).starts_with("; found instead"));
-    }
 
     #[test]
     fn quantised_tensors_are_recognised() {

@@ -4,24 +4,44 @@ use std::path::Path;
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use unveil_model::{Family, InitSpec, SpecialIds, Vlm, init};
+use unveil_core::{Family, SpecialTokens};
+use unveil_model::{InitSpec, Vlm, init};
+use unveil_testkit_model::tiny_spec;
 
-/// A tiny model with 300 tokens.
-pub fn spec(seed: u64) -> InitSpec {
-    let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
-    InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: 300, seed, special }
+/// Returns a tiny model with 300 tokens and the special tokens of `golden.py`.
+pub(crate) fn spec(seed: u64) -> InitSpec {
+    let special = SpecialTokens {
+        image_pad: 3,
+        video_pad: 4,
+        vision_start: 5,
+        vision_end: 6,
+        im_start: 2,
+        im_end: 1,
+        end_of_text: 0,
+    };
+    InitSpec { vocab_size: 300, special, ..tiny_spec(Family::Qwen2_5Vl, seed) }
+}
+
+/// Creates a tiny model whose weights were just initialised.
+pub(crate) fn fresh(family: Family, seed: u64) -> Vlm {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    fresh_in(dir.path(), family, seed)
+}
+
+fn fresh_in(dir: &Path, family: Family, seed: u64) -> Vlm {
+    init(&InitSpec { family: family.name().into(), ..spec(seed) }, dir).expect("init");
+    Vlm::load(dir, Device::Cpu, Kind::Float).expect("load")
 }
 
 /// Creates a tiny Qwen2.5-VL in `dir`; see [`lively_of`].
-pub fn lively(dir: &Path) -> Vlm {
+pub(crate) fn lively(dir: &Path) -> Vlm {
     lively_of(Family::Qwen2_5Vl, dir)
 }
 
 /// Creates a tiny model in `dir` whose logits and attention are far from uniform.
-pub fn lively_of(family: Family, dir: &Path) -> Vlm {
+pub(crate) fn lively_of(family: Family, dir: &Path) -> Vlm {
     tch::set_num_threads(1);
-    init(&InitSpec { family: family.name().into(), ..spec(7) }, dir).expect("init");
-    let mut vlm = Vlm::load(dir, Device::Cpu, Kind::Float).expect("load");
+    let mut vlm = fresh_in(dir, family, 7);
     tch::manual_seed(11);
     let state: Vec<(String, Tensor)> = vlm
         .named_parameters()
@@ -43,12 +63,12 @@ pub fn lively_of(family: Family, dir: &Path) -> Vlm {
 }
 
 /// Runs a script of `tests/` and returns its standard output.
-pub fn python(script: &str, args: &[&str]) -> String {
+pub(crate) fn python(script: &str, args: &[&str]) -> String {
     run(script, args, None)
 }
 
 /// Runs a script with the last transformers 4, which setup installs next to the packages of the interpreter.
-pub fn python4(script: &str, args: &[&str]) -> String {
+pub(crate) fn python4(script: &str, args: &[&str]) -> String {
     let python = unveil_testkit::python();
     let transformers4 = Path::new(&python).parent().and_then(Path::parent).expect("bin").join("transformers4");
     assert!(
@@ -73,7 +93,7 @@ fn run(script: &str, args: &[&str], packages: Option<&Path>) -> String {
 }
 
 /// Returns the largest absolute difference.
-pub fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn max_diff(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
 }

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
+use unveil_core::Family;
 use unveil_model::{Vlm, init, init_with_number_tokens, preset, read_safetensors, write_safetensors};
 
-use crate::common::{lively, max_diff, spec};
+use crate::common::{fresh, lively, max_diff, spec};
 
 fn load_error(dir: &Path) -> String {
-    Vlm::load(dir, Device::Cpu, Kind::Float).err().expect("must be refused").to_string()
+    Vlm::load(dir, Device::Cpu, Kind::Float).expect_err("must be refused").to_string()
 }
 
 fn edit(dir: &Path, change: impl Fn(&mut Vec<(String, Tensor)>)) {
@@ -127,6 +128,35 @@ fn quantised_wrapped_and_unfetched_directories_are_named() {
     }
 }
 
+/// Prefixes of wrappers are recognised at any level of a name; names of other models are listed.
+#[test]
+fn unknown_names_are_described() {
+    let mut vlm = fresh(Family::Qwen2_5Vl, 1);
+    let mut refusal = |found: &[&str]| {
+        let named: Vec<_> = found.iter().map(|name| ((*name).to_owned(), Tensor::from(0f32))).collect();
+        vlm.load_state(&named).expect_err("tensors are missing").to_string()
+    };
+    for (name, part) in [
+        ("module.model.layers.0.self_attn.q_proj.weight", "`module.`"),
+        ("_orig_mod.model.visual.merger.ln_q.weight", "torch.compile"),
+        ("model.layers.0._checkpoint_wrapped_module.self_attn.q_proj.weight", "activation checkpointing"),
+        ("base_model.model.model.language_model.layers.0.self_attn.q_proj.base_layer.weight", "merge_and_unload"),
+        ("_fsdp_wrapped_module.model.norm.weight", "FSDP"),
+    ] {
+        let text = refusal(&[name, "a.b"]);
+        assert!(text.contains(part) && text.contains(&format!("`{name}`")), "{text}");
+    }
+    let both = refusal(&["_orig_mod.module.model.norm.weight"]);
+    assert!(both.contains("`_orig_mod.`") && both.contains("`module.`"), "{both}");
+    let known = refusal(&["model.norm.weight"]);
+    assert!(!known.contains("found instead") && !known.contains("prefix"), "{known}");
+    let other = refusal(&["transformer.h.0.weight", "model.norm.weight"]);
+    assert!(other.ends_with("; found instead: `transformer.h.0.weight`"), "{other}");
+    // A wrapper's prefix in the names of another model means nothing.
+    let other = refusal(&["module.transformer.weight"]);
+    assert!(other.ends_with("; found instead: `module.transformer.weight`"), "{other}");
+}
+
 /// An output matrix that is stored in spite of a tied embedding: equal to it, without it, in another dtype, or different.
 #[test]
 fn stored_output_matrices_of_tied_models() {
@@ -139,7 +169,8 @@ fn stored_output_matrices_of_tied_models() {
         let config = path.join("config.json");
         let mut root: serde_json::Value =
             serde_json::from_slice(&std::fs::read(&config).expect("reads")).expect("JSON");
-        (root["tie_word_embeddings"], root["text_config"]["tie_word_embeddings"]) = (tied.into(), tied.into());
+        root["tie_word_embeddings"] = tied.into();
+        root["text_config"]["tie_word_embeddings"] = tied.into();
         std::fs::write(&config, root.to_string()).expect("writes");
         embedding
     };
@@ -173,7 +204,7 @@ fn stored_output_matrices_of_tied_models() {
     assert_eq!(max_diff(alone.parameter("model.embed_tokens.weight").expect("there"), &embedding), 0.0);
     // An untied model without an output matrix is refused.
     drop(fresh(false));
-    let message = with_head(None).err().expect("must be refused").to_string();
+    let message = with_head(None).expect_err("must be refused").to_string();
     assert!(message.contains("missing 1 tensor(s): `lm_head.weight`"), "{message}");
 }
 

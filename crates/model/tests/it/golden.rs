@@ -5,10 +5,10 @@ use std::path::Path;
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
-use unveil_core::{GridThw, Prompt};
+use unveil_core::{Family, GridThw, Prompt};
 use unveil_model::{
-    AttentionSet, CacheShape, CaptureSpec, Family, InitSpec, PackedBatch, PackedGroup, Vlm, export, init,
-    masked_logits, read_safetensors, rope_positions,
+    AttentionSet, CacheShape, CaptureSpec, InitSpec, PackedBatch, PackedGroup, Vlm, export, init, masked_logits,
+    read_safetensors, rope_positions,
 };
 
 use crate::common::{self, max_diff, python, python4};

@@ -1,9 +1,9 @@
 //! Packed groups equal separate sequences, decoding equals teacher forcing, caches can shrink and grow.
 
 use tch::{Device, Kind, Tensor};
-use unveil_core::Prompt;
+use unveil_core::{Family, Prompt};
 use unveil_model::{
-    AttentionSet, CacheShape, CaptureSpec, Family, ModelError, PackedBatch, PackedGroup, Tape, TapeMode, Var, Vlm,
+    AttentionSet, CacheShape, CaptureSpec, ModelError, PackedBatch, PackedGroup, PackedOut, Tape, TapeMode, Var, Vlm,
     logprobs, logprobs_entropy,
 };
 
@@ -45,6 +45,24 @@ fn pixels(vlm: &Vlm, groups: &[PackedGroup]) -> (Vec<[i64; 3]>, Tensor) {
     (grids, Tensor::randn([rows, vlm.config().vision.patch_len()], (Kind::Float, Device::Cpu)))
 }
 
+/// Runs `check` on a tiny model of each family.
+fn for_each_family(check: impl Fn(&Vlm)) {
+    for family in Family::ALL {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        check(&lively_of(family, dir.path()));
+    }
+}
+
+/// Runs packed groups with the attention of layer 2. Returns the image features, the batch and the result.
+fn run_packed(vlm: &Vlm, groups: &[PackedGroup], differentiable: bool) -> (Tensor, PackedBatch, PackedOut) {
+    let (grids, pixels) = pixels(vlm, groups);
+    let features = vlm.encode_images(&pixels, &grids).expect("features");
+    let batch = PackedBatch::build(groups, vlm.config(), Device::Cpu).expect("packs");
+    let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable };
+    let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
+    (features, batch, out)
+}
+
 /// Runs each response in a separate pass. Returns log-probabilities and attention rows in flat order.
 fn separately(vlm: &Vlm, groups: &[PackedGroup], pixels: &Tensor, layer: usize) -> (Tensor, Vec<Tensor>) {
     let mut lps = Vec::new();
@@ -69,20 +87,14 @@ fn separately(vlm: &Vlm, groups: &[PackedGroup], pixels: &Tensor, layer: usize) 
 
 #[test]
 fn packed_equals_separate() {
-    for family in Family::ALL {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        check_packed(&lively_of(family, dir.path()));
-    }
+    for_each_family(check_packed);
 }
 
 fn check_packed(vlm: &Vlm) {
     let groups = groups();
-    let (grids, pixels) = pixels(vlm, &groups);
+    let (_, pixels) = pixels(vlm, &groups);
     tch::no_grad(|| {
-        let features = vlm.encode_images(&pixels, &grids).expect("features");
-        let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-        let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: false };
-        let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
+        let (_, batch, out) = run_packed(vlm, &groups, false);
         let together = logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 0.7, &[3, 4]);
         let (separate, rows) = separately(vlm, &groups, &pixels, 2);
         assert_eq!(batch.len() as i64, separate.size()[0]);
@@ -102,10 +114,7 @@ fn check_packed(vlm: &Vlm) {
 /// removed, has the log-probabilities and attention of the packed pass.
 #[test]
 fn decoding_equals_packed() {
-    for family in Family::ALL {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        check_decoding(&lively_of(family, dir.path()));
-    }
+    for_each_family(check_decoding);
 }
 
 fn check_decoding(vlm: &Vlm) {
@@ -116,12 +125,8 @@ fn check_decoding(vlm: &Vlm) {
             group.responses.push((0..4 + n).map(|i| 30 + (g as u32 * 50 + n * 11 + i * 7) % 200).collect());
         }
     }
-    let (grids, pixels) = pixels(vlm, &groups);
     tch::no_grad(|| {
-        let features = vlm.encode_images(&pixels, &grids).expect("features");
-        let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-        let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: false };
-        let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
+        let (features, batch, out) = run_packed(vlm, &groups, false);
         let expected = logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
         let expected_rows = out.attention.expect("captured");
 
@@ -208,9 +213,7 @@ fn check_decoding(vlm: &Vlm) {
 /// Caches that are refilled in the middle of responses, as after a weight swap, equal those that grew token by token.
 #[test]
 fn refilled_caches_continue() {
-    for family in Family::ALL {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let vlm = lively_of(family, dir.path());
+    for_each_family(|vlm| {
         let groups: Vec<PackedGroup> = groups()
             .into_iter()
             .map(|mut g| {
@@ -218,7 +221,7 @@ fn refilled_caches_continue() {
                 g
             })
             .collect();
-        let (grids, pixels) = pixels(&vlm, &groups);
+        let (grids, pixels) = pixels(vlm, &groups);
         tch::no_grad(|| {
             let features = vlm.encode_images(&pixels, &grids).expect("features");
             let fed = |g: &PackedGroup| PackedGroup {
@@ -252,30 +255,24 @@ fn refilled_caches_continue() {
                 let out = vlm.decode_step(cache, &Tensor::from_slice(&tokens), &rows).expect("step");
                 (vlm.lm_head(&out.hidden), out.attention.expect("captured"))
             };
-            let ((a, rows_a), (b, rows_b)) = (next(&mut refilled_cache), next(&mut grown_cache));
+            let (a, rows_a) = next(&mut refilled_cache);
+            let (b, rows_b) = next(&mut grown_cache);
             assert!(max_diff(&a, &b) < 1e-4, "{}", max_diff(&a, &b));
             assert!(max_diff(&rows_a, &rows_b) < 1e-5);
         });
-    }
+    });
 }
 
 #[test]
 fn gradients_reach_all_parameters_within_the_mask() {
-    for family in Family::ALL {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        check_gradients(&lively_of(family, dir.path()));
-    }
+    for_each_family(check_gradients);
 }
 
 fn check_gradients(vlm: &Vlm) {
     let count = vlm.set_trainable(|_| true);
     assert_eq!(count, vlm.named_parameters().len());
     let groups = groups();
-    let (grids, pixels) = pixels(vlm, &groups);
-    let features = vlm.encode_images(&pixels, &grids).expect("features");
-    let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
-    let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: true };
-    let out = vlm.forward_packed(&batch, Some(&features), Some(spec)).expect("runs");
+    let (features, batch, out) = run_packed(vlm, &groups, true);
     let (lp, ent) = logprobs_entropy(&vlm.lm_head(&out.hidden), &batch.targets, 1.0, &[3, 4]);
     let attention = out.attention.expect("captured");
     assert!(attention.requires_grad());
@@ -318,11 +315,11 @@ fn mismatched_counts_are_refused() {
     }
     let mut wrong = group.clone();
     wrong.prompt.grids = vec![[1, 12, 10]];
-    let message = PackedBatch::build(&[wrong], vlm.config(), Device::Cpu).err().expect("mismatch").to_string();
+    let message = PackedBatch::build(&[wrong], vlm.config(), Device::Cpu).expect_err("mismatch").to_string();
     assert!(message.contains("group 0") && message.contains("36") && message.contains("30"), "{message}");
     let mut wrong = group.clone();
     wrong.responses[2][1] = 3;
-    let message = PackedBatch::build(&[wrong], vlm.config(), Device::Cpu).err().expect("placeholder").to_string();
+    let message = PackedBatch::build(&[wrong], vlm.config(), Device::Cpu).expect_err("placeholder").to_string();
     assert!(message.contains("response 2"), "{message}");
     let pixels = Tensor::zeros([143, 384], (Kind::Float, Device::Cpu));
     let message = vlm.encode_images(&pixels, &[[1, 12, 12]]).expect_err("short").to_string();
@@ -333,9 +330,8 @@ fn mismatched_counts_are_refused() {
 /// parts.
 #[test]
 fn segments_equal_one_graph() {
-    for family in Family::ALL {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let vlm = &lively_of(family, dir.path());
+    for_each_family(|vlm| {
+        let family = vlm.config().family.name();
         let groups = groups();
         let (grids, pixels) = pixels(vlm, &groups);
         let batch = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
@@ -370,9 +366,9 @@ fn segments_equal_one_graph() {
             assert!(whole.len() > 20);
             for ((name, a), (_, b)) in whole.iter().zip(gradients(TapeMode::Recompute, frozen)) {
                 let norm = |t: &Tensor| t.norm().double_value(&[]);
-                assert!(norm(a) > 0.0, "{family:?}: no gradient of {name}");
-                assert!(norm(&(a - b)) <= 1e-5 * norm(a) + 1e-7, "{family:?}: {name}, {frozen} frozen");
+                assert!(norm(a) > 0.0, "{family}: no gradient of {name}");
+                assert!(norm(&(a - b)) <= 1e-5 * norm(a) + 1e-7, "{family}: {name}, {frozen} frozen");
             }
         }
-    }
+    });
 }

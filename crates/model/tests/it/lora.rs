@@ -7,9 +7,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
-use unveil_core::{GridThw, Prompt};
+use unveil_core::{Family, GridThw, Prompt};
 use unveil_model::{
-    CacheShape, Family, LoraSpec, PackedBatch, PackedGroup, Tape, TapeMode, Vlm, export, fingerprint, read_adapters,
+    CacheShape, LoraSpec, PackedBatch, PackedGroup, Tape, TapeMode, Vlm, export, fingerprint, read_adapters,
     read_safetensors, rope_positions, write_safetensors,
 };
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use libloading::os::unix::Library;
-use nccl_rs::{Communicator, DataType, MIN_VERSION, Nccl, NcclError, UniqueId};
+use nccl_rs::{Communicator, DataType, MIN_VERSION, Nccl, NcclError, Transfer, UniqueId};
 
 /// A separate copy of the stand-in, with its own state.
 struct Fake {
@@ -69,19 +69,19 @@ fn calls_pass_nccls_arguments() {
     assert_eq!((comm.rank(), comm.ranks()), (0, 1));
     let from: Vec<f32> = (0..6).map(|i| i as f32).collect();
     let mut to = [[0f32; 6]; 3];
-    let stream = 77 as *mut c_void;
+    let transfer = |count: usize, dtype: DataType| Transfer { count, dtype, stream: 77 as *mut c_void };
     let pair = |k: usize, to: &mut [[f32; 6]; 3]| (from.as_ptr().cast::<c_void>(), to[k].as_mut_ptr().cast::<c_void>());
     // SAFETY: all buffers are long enough and live through the call, which the stand-in executes immediately.
     comm.group(
         soon(),
         || false,
         |calls| unsafe {
-            calls.all_reduce(pair(0, &mut to), 6, DataType::Float32, stream)?;
-            calls.reduce_scatter(pair(1, &mut to), 3, DataType::Float64, stream)?;
-            calls.all_gather(pair(2, &mut to), 4, DataType::Bfloat16, stream)?;
-            calls.broadcast(to[0].as_mut_ptr().cast(), 2, DataType::Int64, 0, stream)?;
-            calls.send(from.as_ptr().cast(), 5, DataType::Float32, 1, stream)?;
-            calls.recv(to[0].as_mut_ptr().cast(), 1, DataType::Float32, 3, stream)
+            calls.all_reduce(pair(0, &mut to), transfer(6, DataType::Float32))?;
+            calls.reduce_scatter(pair(1, &mut to), transfer(3, DataType::Float64))?;
+            calls.all_gather(pair(2, &mut to), transfer(4, DataType::Bfloat16))?;
+            calls.broadcast(to[0].as_mut_ptr().cast(), 0, transfer(2, DataType::Int64))?;
+            calls.send(from.as_ptr().cast(), 1, transfer(5, DataType::Float32))?;
+            calls.recv(to[0].as_mut_ptr().cast(), 3, transfer(1, DataType::Float32))
         },
     )
     .unwrap();
@@ -106,14 +106,10 @@ fn failed_call_ends_its_group() {
     let fake = Fake::build();
     let comm = fake.rank();
     let mut buffer = [0f32; 2];
+    let transfer = Transfer { count: 2, dtype: DataType::Float32, stream: std::ptr::null_mut() };
     // SAFETY: see above.
-    let error = comm
-        .group(
-            soon(),
-            || false,
-            |c| unsafe { c.broadcast(buffer.as_mut_ptr().cast(), 2, DataType::Float32, 9, std::ptr::null_mut()) },
-        )
-        .unwrap_err();
+    let error =
+        comm.group(soon(), || false, |c| unsafe { c.broadcast(buffer.as_mut_ptr().cast(), 9, transfer) }).unwrap_err();
     assert_eq!(error.to_string(), "ncclBroadcast: NCCL reports `invalid usage` (code 5)");
     assert_eq!(fake.get("fake_depth"), 0);
     drop(comm);

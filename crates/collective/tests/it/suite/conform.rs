@@ -8,7 +8,7 @@ use unveil_collective::{Collective, CollectiveError, Group, World};
 use super::{TestBackend, harness::device};
 
 /// Makes all calls on this rank; panics on a wrong result.
-pub fn check_all_calls(world: &World, backend: TestBackend, seed: u64) {
+pub(crate) fn check_all_calls(world: &World, backend: TestBackend, seed: u64) {
     let device = device(backend);
     let group = world.group();
     assert_eq!((group.rank(), group.world_size()), (world.rank(), world.size()));

@@ -41,7 +41,7 @@ fn end(started: Started) -> Result<()> {
 }
 
 /// Repeats a call until one fails; the victim fails in its third call.
-pub fn call_until_failure(
+pub(crate) fn call_until_failure(
     world: &World,
     device: Device,
     collective: &str,
@@ -80,13 +80,13 @@ fn repeat_call(group: &Group, device: Device, collective: &str, is_victim: bool,
 }
 
 /// Fails the victim among the shards of its replica; the other replica makes no call with it.
-pub fn call_in_shards_until_failure(world: &World, device: Device, victim: usize) -> Outcome {
+pub(crate) fn call_in_shards_until_failure(world: &World, device: Device, victim: usize) -> Outcome {
     let mesh = world.mesh(2, 2).unwrap();
     repeat_call(&mesh.shards, device, "all_reduce", world.rank() == victim, FailureMode::KillBefore)
 }
 
 /// Makes a different call on rank 1 than on the others.
-pub fn make_different_calls(world: &World, device: Device) -> Outcome {
+pub(crate) fn make_different_calls(world: &World, device: Device) -> Outcome {
     let group = world.group();
     let collective = if world.rank() == 1 { "all_gather" } else { "barrier" };
     outcome_of(begin(group, collective, device).and_then(end).err())
@@ -94,7 +94,7 @@ pub fn make_different_calls(world: &World, device: Device) -> Outcome {
 
 /// Checks that, when one of three ranks fails in a call, the other two end in time with the same fault.
 #[track_caller]
-pub fn check(backend: TestBackend, collective: &str, victim: usize, mode: FailureMode) {
+pub(crate) fn check(backend: TestBackend, collective: &str, victim: usize, mode: FailureMode) {
     let world = if backend == TestBackend::Nccl { 2 } else { 3 };
     let victim = victim % world;
     let task = RankTask::Fail { collective: collective.into(), victim, mode };
@@ -141,7 +141,7 @@ pub fn check(backend: TestBackend, collective: &str, victim: usize, mode: Failur
 
 /// Checks every collective, each with a different victim; rank 0, which hosts the store, is one of them.
 #[track_caller]
-pub fn check_all(backend: TestBackend, mode: FailureMode) {
+pub(crate) fn check_all(backend: TestBackend, mode: FailureMode) {
     let cases = COLLECTIVES.iter().enumerate().collect::<Vec<_>>();
     for pair in cases.chunks(2) {
         std::thread::scope(|s| {

@@ -14,11 +14,11 @@ use super::{RankSpec, RankTask, TestBackend, conform, fail};
 const SPEC_VARIABLE: &str = "UNVEIL_COLLECTIVE_SPEC";
 
 /// Time within which every rank must end after another one has failed.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// The result of a rank process, which it prints as JSON.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub error: Option<String>,
     pub fault: Option<Fault>,
     /// The error of one more call after the failure.
@@ -28,14 +28,14 @@ pub struct Outcome {
 }
 
 /// A rank process.
-pub struct RankProcess {
+pub(crate) struct RankProcess {
     child: Child,
     pub rank: usize,
     lines: mpsc::Receiver<String>,
 }
 
 impl RankSpec {
-    pub fn new(rank: usize, world: usize, backend: TestBackend, task: &RankTask) -> Self {
+    pub(crate) fn new(rank: usize, world: usize, backend: TestBackend, task: &RankTask) -> Self {
         Self {
             rank,
             world,
@@ -48,7 +48,7 @@ impl RankSpec {
         }
     }
 
-    pub fn start(&self) -> RankProcess {
+    pub(crate) fn start(&self) -> RankProcess {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["rank", "--exact", "--ignored", "--nocapture"]);
         command.env(SPEC_VARIABLE, serde_json::to_string(self).unwrap()).env("OMP_NUM_THREADS", "1");
@@ -86,7 +86,7 @@ impl RankProcess {
 
     /// Waits for the rank's outcome.
     #[track_caller]
-    pub fn outcome(&mut self, limit: Duration) -> Outcome {
+    pub(crate) fn outcome(&mut self, limit: Duration) -> Outcome {
         match self.line("OUTCOME ", Instant::now() + limit) {
             Some(text) => serde_json::from_str(&text).unwrap(),
             None => {
@@ -99,14 +99,14 @@ impl RankProcess {
     }
 
     /// Resumes a stopped process.
-    pub fn resume(&self) {
+    pub(crate) fn resume(&self) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
     }
 
     /// Waits for the process to exit.
     #[track_caller]
-    pub fn wait_for_exit(&mut self, limit: Duration) {
+    pub(crate) fn wait_for_exit(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         while self.child.try_wait().unwrap().is_none() {
             assert!(Instant::now() < deadline, "rank {} printed its outcome but does not exit", self.rank);
@@ -124,7 +124,7 @@ impl Drop for RankProcess {
 
 /// Starts rank 0, and the others with the address that it picked.
 #[track_caller]
-pub fn start_all(world: usize, backend: TestBackend, task: &RankTask) -> Vec<RankProcess> {
+pub(crate) fn start_all(world: usize, backend: TestBackend, task: &RankTask) -> Vec<RankProcess> {
     let first = RankSpec::new(0, world, backend, task).start();
     if world == 1 {
         return vec![first];
@@ -136,12 +136,12 @@ pub fn start_all(world: usize, backend: TestBackend, task: &RankTask) -> Vec<Ran
 }
 
 #[track_caller]
-pub fn address_of(first: &RankProcess) -> String {
+pub(crate) fn address_of(first: &RankProcess) -> String {
     first.line("ADDRESS ", Instant::now() + Duration::from_secs(60)).expect("rank 0 prints its address")
 }
 
 /// Runs a rank process: the body of the ignored test `rank`.
-pub fn rank() {
+pub(crate) fn rank() {
     let spec = std::env::var(SPEC_VARIABLE).expect("the other tests start this one");
     let spec: RankSpec = serde_json::from_str(&spec).unwrap();
     tch::set_num_threads(1);
@@ -165,7 +165,7 @@ pub fn rank() {
     println!("OUTCOME {}", serde_json::to_string(&outcome).unwrap());
 }
 
-pub fn outcome_of(error: Option<CollectiveError>) -> Outcome {
+pub(crate) fn outcome_of(error: Option<CollectiveError>) -> Outcome {
     let fault = match &error {
         Some(CollectiveError::Fault(fault)) => Some((**fault).clone()),
         _ => None,
@@ -173,7 +173,7 @@ pub fn outcome_of(error: Option<CollectiveError>) -> Outcome {
     Outcome { error: error.map(|e| e.to_string()), fault, ..Outcome::default() }
 }
 
-pub fn device(backend: TestBackend) -> tch::Device {
+pub(crate) fn device(backend: TestBackend) -> tch::Device {
     if backend == TestBackend::Nccl { tch::Device::Cuda(0) } else { tch::Device::Cpu }
 }
 
@@ -199,7 +199,7 @@ fn open(spec: &RankSpec) -> Result<World, CollectiveError> {
 }
 
 /// Checks all calls among `world` ranks, each in its own process.
-pub fn check_calls(world: usize, backend: TestBackend) {
+pub(crate) fn check_calls(world: usize, backend: TestBackend) {
     let seed = u64::from(std::process::id());
     for mut rank in start_all(world, backend, &RankTask::Conform { seed }) {
         let outcome = rank.outcome(Duration::from_secs(300));

@@ -1,14 +1,14 @@
 //! The conformance suite, the same for every backend. Ranks are real processes: the test binary, started again.
 
-pub mod conform;
-pub mod fail;
-pub mod harness;
+pub(crate) mod conform;
+pub(crate) mod fail;
+pub(crate) mod harness;
 
 use serde::{Deserialize, Serialize};
 
 /// Parameters that a rank process is started with.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct RankSpec {
+pub(crate) struct RankSpec {
     pub rank: usize,
     pub world: usize,
     pub address: String,
@@ -21,14 +21,14 @@ pub struct RankSpec {
 
 /// The backend under test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TestBackend {
+pub(crate) enum TestBackend {
     Gloo,
     Nccl,
 }
 
 /// The task of all ranks of a test.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub enum RankTask {
+pub(crate) enum RankTask {
     /// Makes all calls and compares them with a computation in one process.
     Conform { seed: u64 },
     /// Only joins the world.
@@ -43,7 +43,7 @@ pub enum RankTask {
 
 /// How the victim fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FailureMode {
+pub(crate) enum FailureMode {
     KillBefore,
     KillInside,
     StopBefore,
@@ -54,4 +54,4 @@ pub enum FailureMode {
     Leave,
 }
 
-pub const COLLECTIVES: [&str; 5] = ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier"];
+pub(crate) const COLLECTIVES: [&str; 5] = ["all_reduce", "reduce_scatter", "all_gather", "broadcast", "barrier"];
