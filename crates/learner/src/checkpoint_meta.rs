@@ -61,16 +61,16 @@ pub(crate) struct BestCheckpoint {
 }
 
 impl CheckpointMeta {
-    /// Creates the metadata of a stage without the fields that only stage 2 or adapters need.
-    pub fn new(stage: &str, config: &Config, progress: TrainerProgress, seen: u64) -> Self {
+    /// Creates the metadata of a stage from its configuration and the progress of its trainer.
+    pub(crate) fn new(stage: &str, config: &Config, progress: TrainerProgress) -> Self {
         let stage = stage.to_owned();
         let seed = config.run.seed;
         let config = unveil_config::entries(config);
-        Self { stage, seed, progress, experience: None, best: None, seen, adapters: None, config }
+        Self { stage, seed, progress, experience: None, best: None, seen: 0, adapters: None, config }
     }
 
     /// Reads the metadata of a checkpoint and checks its stage and seed.
-    pub fn read(reader: &Reader, stage: &str, seed: u64) -> Result<Self> {
+    pub(crate) fn read(reader: &Reader, stage: &str, seed: u64) -> Result<Self> {
         let step = reader.info().step;
         let error = |what: String| LearnerError::CheckpointState { step, what };
         let meta: Self = serde_json::from_value(reader.manifest().meta.clone())
@@ -91,7 +91,7 @@ impl CheckpointMeta {
     }
 
     /// Checks that a checkpoint fits `vlm`, its adapters on `base` if it has any, and the critic if there is one.
-    pub fn check_fits(&self, reader: &Reader, vlm: &Vlm, base: Option<&BaseModel>, critic: bool) -> Result<()> {
+    pub(crate) fn check_fits(&self, reader: &Reader, vlm: &Vlm, base: Option<&BaseModel>, critic: bool) -> Result<()> {
         let mismatch = |what: String| Err(LearnerError::CheckpointState { step: reader.info().step, what });
         let weights = || reader.manifest().tensors.iter().filter(|t| t.kind == "weight");
         if critic && !weights().any(|t| t.name.starts_with(CRITIC_PREFIX)) {
@@ -148,11 +148,11 @@ pub(crate) struct StaticFiles(Vec<(String, Bytes)>);
 
 impl StaticFiles {
     /// Reads the files from `dir`, except weights and the files that the model writes itself.
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub(crate) fn read(dir: &Path) -> Result<Self> {
         let mut files = Vec::new();
         for path in unveil_model::companion_files(dir)? {
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+            let bytes = std::fs::read(&path).map_err(LearnerError::io("read", &path))?;
             files.push((format!("{MODEL}/{name}"), Bytes::from(bytes)));
         }
         Ok(Self(files))
@@ -160,11 +160,11 @@ impl StaticFiles {
 
     /// Returns the objects of a checkpoint that contain no tensors: the files that complete a model directory, or an
     /// adapter directory that peft can load.
-    pub fn objects(&self, vlm: &Vlm, base: Option<&BaseModel>) -> Result<Vec<Object>> {
+    pub(crate) fn objects(&self, vlm: &Vlm, base: Option<&BaseModel>) -> Result<Vec<Object>> {
         let named = match base {
             Some(base) => adapter_config_file(vlm, &base.dir)?.into_iter().collect(),
             None => {
-                let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+                let scratch = tempfile::tempdir().map_err(LearnerError::io("create", "a temporary directory"))?;
                 let mut config = vlm.config().clone();
                 // Checkpoints contain fp32 master weights.
                 config.dtype = Kind::Float;
@@ -172,7 +172,7 @@ impl StaticFiles {
                 let mut named = self.0.clone();
                 for name in ["config.json", "generation_config.json"] {
                     let path = scratch.path().join(name);
-                    let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+                    let bytes = std::fs::read(&path).map_err(LearnerError::io("read", &path))?;
                     named.push((format!("{MODEL}/{name}"), bytes.into()));
                 }
                 named
@@ -185,16 +185,16 @@ impl StaticFiles {
 /// Returns the checkpoint file that describes the adapters: its name and contents. `None` without adapters.
 fn adapter_config_file(vlm: &Vlm, base: &Path) -> Result<Option<(String, Bytes)>> {
     let Some(adapters) = vlm.adapters() else { return Ok(None) };
-    let scratch = tempfile::tempdir().map_err(LearnerError::io("temporary directory"))?;
+    let scratch = tempfile::tempdir().map_err(LearnerError::io("create", "a temporary directory"))?;
     adapters.save_config(scratch.path(), &base.to_string_lossy())?;
     let path = scratch.path().join("adapter_config.json");
-    let bytes = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    let bytes = std::fs::read(&path).map_err(LearnerError::io("read", &path))?;
     Ok(Some((format!("{ADAPTER}/adapter_config.json"), bytes.into())))
 }
 
 impl SavedAdapters {
     /// Describes the adapters of `vlm` on `base`; `None` if there are no adapters.
-    pub fn new(vlm: &Vlm, base: Option<&BaseModel>) -> Option<Self> {
+    pub(crate) fn new(vlm: &Vlm, base: Option<&BaseModel>) -> Option<Self> {
         let spec = vlm.adapters()?.spec();
         let base = base?.hash.clone();
         Some(Self { rank: spec.rank, spec: lora::describe(spec), base })

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use unveil_config::Config;
-use unveil_core::{GroupId, GroupInput, Prompt, Record};
+use unveil_config::schema::Augment;
+use unveil_core::{GroupId, GroupInput, Record};
 use unveil_data::image_root::ImageRoot;
 use unveil_data::image_store::{ContentHash, Image};
 use unveil_data::records::RecordFile;
@@ -23,6 +24,7 @@ use crate::error::{LearnerError, Result};
 const CACHE_BYTES: usize = 192 << 20;
 
 /// Records of the training split with everything that turns them into model input.
+#[derive(Debug)]
 pub struct Dataset {
     records: Vec<Record>,
     by_id: HashMap<String, usize>,
@@ -36,7 +38,7 @@ pub struct Dataset {
     limits: Option<TokenLimits>,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 struct Cache {
     items: HashMap<usize, Arc<Item>>,
     bytes: usize,
@@ -54,6 +56,7 @@ impl Cache {
 }
 
 /// A record in one pass over the data, with its augmentation.
+#[derive(Debug)]
 pub struct Item {
     /// Prompt, patches, and the record with its boxes in pixels of the (augmented) image.
     pub input: Arc<GroupInput>,
@@ -73,24 +76,20 @@ impl Dataset {
     /// Selects the records of split `data.train_split`.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Setting`] if that split has no record or an augmentation setting is out of range.
+    /// Returns [`LearnerError::EmptySplit`] if that split has no record, and [`LearnerError::Augment`] if an augmentation setting is
+    /// out of range.
     pub fn new(config: &Config, records: RecordFile, preprocessor: Arc<Preprocessor>) -> Result<Self> {
-        let path = records.path.display().to_string();
+        let file = records.path.clone();
         let root = records.root();
         let split = &config.data.train_split;
         let records = records.split(split).records;
         if records.is_empty() {
-            return Err(LearnerError::Setting(format!("{path} has no record of split `{split}` (data.train_split)")));
+            return Err(LearnerError::EmptySplit { file, split: split.clone() });
         }
-        let a = &config.data.augment;
-        let augment = AugmentSpec {
-            crop_min: a.crop_min,
-            flip_h: a.flip_horizontal,
-            flip_v: a.flip_vertical,
-            jitter: a.jitter,
-            ..Default::default()
-        };
-        augment.validate().map_err(|e| LearnerError::Setting(e.to_string()))?;
+        // No key is without effect: a new one does not compile until it is listed here.
+        let Augment { crop_min, flip_horizontal: flip_h, flip_vertical: flip_v, jitter } = config.data.augment;
+        let augment = AugmentSpec { crop_min, flip_h, flip_v, jitter, ..AugmentSpec::default() };
+        augment.validate()?;
         let question = config.data.question.clone();
         let seed = config.run.seed;
         let by_id = records.iter().enumerate().map(|(i, r)| (r.id.clone(), i)).collect();
@@ -135,12 +134,11 @@ impl Dataset {
     /// Prepares record `index` for pass `pass`; `with_image` adds the encoded image for transport.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Image`], [`LearnerError::Prepare`] or [`LearnerError::Misfit`] if the image or the
-    /// record cannot be used; the message names the record.
+    /// Returns [`LearnerError::Image`], [`LearnerError::Prepare`], [`LearnerError::Augment`] or [`LearnerError::Misfit`] if the
+    /// image or the record cannot be used; the message names the record. Returns [`LearnerError::RecordIndex`] if there is no such
+    /// record.
     pub fn item(&self, index: usize, pass: u64, with_image: bool) -> Result<Arc<Item>> {
-        let record = self.records.get(index).ok_or_else(|| {
-            LearnerError::Setting(format!("record {index} does not exist: there are {} records", self.records.len()))
-        })?;
+        let record = self.records.get(index).ok_or(LearnerError::RecordIndex { index, count: self.records.len() })?;
         let cached = self.augment.is_off();
         if cached {
             let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
@@ -161,12 +159,9 @@ impl Dataset {
         let name = format!("{} of record \"{}\"", record.image, record.id);
         let mut image = Image::decode(&encoded, &name)?;
         let mut record = record.clone();
-        if record.question.trim().is_empty() {
-            record.question.clone_from(&self.question);
-        }
+        record.question = record.question_or(&self.question).to_owned();
         if !self.augment.is_off() {
-            let augmented = augment(&self.augment, self.seed, pass, &record.id, &image, &record.boxes)
-                .map_err(|e| LearnerError::Setting(e.to_string()))?;
+            let augmented = augment(&self.augment, self.seed, pass, &record.id, &image, &record.boxes)?;
             record.labels = augmented.kept.iter().filter_map(|i| record.labels.get(*i).cloned()).collect();
             record.boxes = augmented.boxes;
             image = augmented.image;
@@ -176,20 +171,19 @@ impl Dataset {
             }
         }
         record.image_size = Some([image.width(), image.height()]);
-        let prepared = self.preprocessor.prepare(&image, &record.question).map_err(prepare)?;
+        let prepared = self.preprocessor.prepare(&image, &record).map_err(prepare)?;
         let sizes = prepared.image.sizes();
         let target = self.preprocessor.target_ids(&record, &sizes).map_err(prepare)?;
         if let Some(limits) = &self.limits {
             limits
-                .check(prepared.prompt.ids.len(), prepared.image.image_tokens(), target.len())
+                .check(prepared.prompt.tokens.len(), prepared.image.image_tokens(), target.len())
                 .map_err(|source| LearnerError::Misfit { record: record.id.clone(), source })?;
         }
         let encoded = if with_image { encoded } else { Bytes::new() };
         let image_hash = with_image.then(|| (encoded.clone(), ContentHash::of(image.rgb()).to_string()));
-        let grid = prepared.image.grid_thw.map(|v| v as i64);
         let input = GroupInput {
             image_size: (image.width(), image.height()),
-            prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
+            prompt: prepared.prompt,
             merged: prepared.image.merged,
             patches: prepared.image.patches,
             encoded,

@@ -2,18 +2,18 @@
 
 use std::path::PathBuf;
 
+use unveil_trainer::TrainerError;
+
+/// Cause of an error that depends on what was being done.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Errors of the learner.
 #[derive(Debug, thiserror::Error)]
 pub enum LearnerError {
-    /// The trainer cannot continue.
+    /// The trainer, or the model, tensor library or ranks that it computes with, cannot continue. A failure of those has this form
+    /// also where the learner calls them itself: another rank that has failed or timed out is always [`TrainerError::Ranks`].
     #[error(transparent)]
-    Trainer(#[from] unveil_trainer::TrainerError),
-    /// The model crate reported an error.
-    #[error("model: {0}")]
-    Model(#[from] unveil_model::ModelError),
-    /// libtorch rejected an operation.
-    #[error("tensor library: {0}")]
-    Torch(#[from] tch::TchError),
+    Trainer(#[from] TrainerError),
     /// An image could not be read.
     #[error(transparent)]
     Image(#[from] unveil_data::image_store::ImageError),
@@ -39,12 +39,70 @@ pub enum LearnerError {
     /// The tokenizer or processor of the model directory could not be loaded.
     #[error(transparent)]
     Processor(#[from] unveil_preprocess::preprocessor::PreprocessError),
-    /// Another rank has failed or timed out.
-    #[error("ranks: {0}")]
-    Ranks(#[from] unveil_collective::CollectiveError),
-    /// An operation of the torch extensions failed, such as allocating host memory.
+    /// The training split is empty.
+    #[error(
+        "{file} has no record of split `{split}` (data.train_split): name one of its splits, or give records this one"
+    )]
+    EmptySplit {
+        /// The record file.
+        file: PathBuf,
+        /// Name of the split.
+        split: String,
+    },
+    /// A setting of `data.augment` is out of range, or a box of a record lies outside its image.
     #[error(transparent)]
-    Memory(#[from] unveil_torch_ext::ExtError),
+    Augment(#[from] unveil_preprocess::augment::AugmentError),
+    /// A record was asked for by an index that the training split does not have.
+    #[error("record {index} does not exist: the training split has {count} records")]
+    RecordIndex {
+        /// The index, from 0.
+        index: usize,
+        /// Number of records.
+        count: usize,
+    },
+    /// The records cannot be scored with the configured rewards.
+    #[error(transparent)]
+    Reward(#[from] unveil_reward::RewardError),
+    /// A record of rank 0's batch is not in the data of this rank.
+    #[error("record \"{record}\" is missing from the data of this rank: give all ranks the same data")]
+    RecordMissing {
+        /// Id of the record.
+        record: String,
+    },
+    /// A record has another prompt on this rank than on rank 0.
+    #[error(
+        "record \"{record}\" has another prompt on this rank than on rank 0: give all ranks the same images and model files"
+    )]
+    PromptDiffers {
+        /// Id of the record.
+        record: String,
+    },
+    /// A message between ranks could not be encoded or decoded.
+    #[error("the ranks cannot exchange {message}: {source}. Start all of them with the same build")]
+    RankMessage {
+        /// Description of the message.
+        message: &'static str,
+        /// The cause.
+        source: Cause,
+    },
+    /// Another rank cannot resume from a checkpoint.
+    #[error("rank {rank} cannot resume from the checkpoint of step {step}: {why}")]
+    RankResume {
+        /// Number of the rank.
+        rank: usize,
+        /// Step of the checkpoint.
+        step: u64,
+        /// Message of the rank, with its advice.
+        why: String,
+    },
+    /// Another rank could not write its shard of a checkpoint.
+    #[error("rank {rank} could not write its shard of a checkpoint: {why}")]
+    ShardWrite {
+        /// Number of the rank.
+        rank: usize,
+        /// Message of the rank, with its advice.
+        why: String,
+    },
     /// The experience server cannot continue.
     #[error(transparent)]
     Server(#[from] unveil_experience_rpc::ServerError),
@@ -64,22 +122,8 @@ pub enum LearnerError {
         /// Number of failures in a row.
         in_a_row: u32,
         /// The last failure.
-        source: Box<LearnerError>,
+        source: Box<Self>,
     },
-    /// A service could not be started or reached.
-    #[error(transparent)]
-    Service(#[from] unveil_service::ServiceError),
-    /// A file could not be read or written.
-    #[error("{path}: {source}")]
-    Io {
-        /// Path of the file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// A setting does not fit the model or the data.
-    #[error("{0}")]
-    Setting(String),
     /// The contents of a checkpoint do not fit the run.
     #[error("checkpoint of step {step}: {what}")]
     CheckpointState {
@@ -87,6 +131,35 @@ pub enum LearnerError {
         step: u64,
         /// Description of the problem.
         what: String,
+    },
+    /// A service could not be started or reached.
+    #[error(transparent)]
+    Service(#[from] unveil_service::ServiceError),
+    /// A file or directory could not be read, written, created or replaced.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// The operation, a verb.
+        action: &'static str,
+        /// Path of the file or directory.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The operating system refused a thread.
+    #[error("cannot start thread `{name}`: {source}. Raise the limit of processes (`ulimit -u`) or of the container")]
+    Thread {
+        /// Name of the thread.
+        name: &'static str,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// An event could not be converted to JSON.
+    #[error("cannot encode event `{kind}`: {source}")]
+    Event {
+        /// Kind of the event.
+        kind: &'static str,
+        /// The cause.
+        source: serde_json::Error,
     },
     /// Too many groups lack a component of their reward.
     #[error(
@@ -112,19 +185,75 @@ pub enum LearnerError {
         /// Number of updates before it.
         step: u64,
         /// The cause.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Cause,
     },
     /// A background thread ended without reporting an error.
     #[error("{0} ended unexpectedly")]
     ThreadEnded(&'static str),
 }
 
+/// Wraps errors of what the trainer computes with as the trainer does.
+macro_rules! from_causes_of_trainer_errors {
+    ($($cause:ty),+) => {
+        $(impl From<$cause> for LearnerError {
+            fn from(cause: $cause) -> Self {
+                Self::Trainer(cause.into())
+            }
+        })+
+    };
+}
+
+from_causes_of_trainer_errors!(
+    unveil_model::ModelError,
+    tch::TchError,
+    unveil_collective::CollectiveError,
+    unveil_torch_ext::ExtError
+);
+
 impl LearnerError {
-    pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+    /// Returns a conversion of I/O errors of the operation `action` (a verb) on `path`.
+    pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { path, source }
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// Returns a conversion of errors of encoding or decoding `message`, which ranks exchange.
+    pub(crate) fn rank_message<E: Into<Cause>>(message: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::RankMessage { message, source: source.into() }
     }
 }
 
 /// Result of this crate.
 pub type Result<T, E = LearnerError> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_rank_is_the_same_error_wherever_it_is_noticed() {
+        let failure = || unveil_collective::CollectiveError::Setup("rank 1 has left".to_owned());
+        let direct = LearnerError::from(failure());
+        let in_the_trainer = LearnerError::from(TrainerError::from(failure()));
+        for error in [&direct, &in_the_trainer] {
+            assert!(matches!(error, LearnerError::Trainer(TrainerError::Ranks(_))), "{error:?}");
+        }
+        assert_eq!(direct.to_string(), "ranks: rank 1 has left");
+    }
+
+    #[test]
+    fn io_errors_name_operation_and_path() {
+        let error = LearnerError::io("replace", "/runs/a/model")(std::io::ErrorKind::PermissionDenied.into());
+        assert_eq!(error.to_string(), "cannot replace /runs/a/model: permission denied");
+    }
+
+    #[test]
+    fn undecodable_messages_between_ranks_are_named() {
+        let decoded = serde_json::from_str::<u64>("no number").map_err(LearnerError::rank_message("a test message"));
+        let text = decoded.map_err(|e| e.to_string()).err().unwrap_or_default();
+        assert!(
+            text.starts_with("the ranks cannot exchange a test message: ") && text.ends_with("same build"),
+            "{text}"
+        );
+    }
+}

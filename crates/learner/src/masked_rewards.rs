@@ -28,7 +28,7 @@ pub(crate) struct MaskedRewardWindow {
 
 impl MaskedRewardWindow {
     /// Reads `learner.max_masked`, the batch size and the reward weights.
-    pub fn new(config: &Config) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
         let components = config.reward.components();
         let weighted = components.iter().filter(|(_, weight, _)| *weight > 0.0).map(|(name, ..)| (*name).to_owned());
         let size = MIN_GROUPS.max(config.learner.groups.saturating_mul(MIN_UPDATES));
@@ -36,7 +36,7 @@ impl MaskedRewardWindow {
     }
 
     /// Records a group that was set aside.
-    pub fn record_dropped(&mut self, why: &str) {
+    pub(crate) fn record_dropped(&mut self, why: &str) {
         self.push([(TOTAL.to_owned(), why.to_owned())].into());
     }
 
@@ -44,7 +44,7 @@ impl MaskedRewardWindow {
     ///
     /// # Errors
     /// Returns [`LearnerError::Masked`] if the window is full and a component is masked for too many of its groups.
-    pub fn record_batch(&mut self, step: u64, batch: &[TrainGroup]) -> Result<()> {
+    pub(crate) fn record_batch(&mut self, step: u64, batch: &[TrainGroup]) -> Result<()> {
         for group in batch {
             let missing = self.missing_components(group);
             self.push(missing);
@@ -108,6 +108,7 @@ fn describe(reason: &MaskReason) -> String {
         MaskReason::GroupMasked => "it is masked for another response".to_owned(),
         MaskReason::Failed(why) => format!("it failed: {why}"),
         MaskReason::Unavailable(why) => format!("it is unavailable: {why}"),
+        MaskReason::Form(rule) => rule.to_string(),
     }
 }
 
@@ -135,7 +136,8 @@ mod tests {
 
     fn window(limit: f64) -> MaskedRewardWindow {
         let mut config = Config::default();
-        (config.learner.max_masked, config.learner.groups) = (limit, 8);
+        config.learner.max_masked = limit;
+        config.learner.groups = 8;
         MaskedRewardWindow::new(&config)
     }
 

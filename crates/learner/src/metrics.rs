@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use unveil_core::TrainGroup;
-use unveil_model::GpuMemory;
 use unveil_service::prometheus_client::collector::Collector;
 use unveil_service::prometheus_client::encoding::DescriptorEncoder;
 use unveil_service::prometheus_client::metrics::counter::Counter;
@@ -15,6 +14,7 @@ use unveil_service::prometheus_client::metrics::family::Family;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
 use unveil_service::{Series, role_registry};
+use unveil_torch_ext::GpuMemory;
 use unveil_trainer::{UpdateReport, staleness};
 
 /// Upper bounds of the staleness buckets, in versions.
@@ -59,12 +59,12 @@ pub(crate) struct SaveMetrics {
 
 impl SaveMetrics {
     /// Counts a failed save.
-    pub fn failed(&self) {
+    pub(crate) fn failed(&self) {
         self.failures.inc();
     }
 
     /// Records a committed checkpoint and the duration of its save.
-    pub fn committed(&self, duration: Duration) {
+    pub(crate) fn committed(&self, duration: Duration) {
         self.seconds.observe(duration.as_secs_f64());
         *lock(&self.last_commit) = Instant::now();
     }
@@ -77,7 +77,7 @@ fn seconds() -> Histogram {
 
 impl LearnerMetrics {
     /// Creates the metrics; `agreement_limit` is the limit of |delta log p| in nats.
-    pub fn new(agreement_limit: f64) -> Self {
+    pub(crate) fn new(agreement_limit: f64) -> Self {
         let totals = UpdateTotals {
             last: UpdateReport::default(),
             updates: 0,
@@ -103,7 +103,7 @@ impl LearnerMetrics {
     }
 
     /// Creates a registry of all metrics.
-    pub fn registry(&self) -> Registry {
+    pub(crate) fn registry(&self) -> Registry {
         let mut registry = role_registry("learner");
         let help = "Time by part of a step: wait for the batch, update, publish, evaluate, save";
         registry.register_with_unit("part", help, Unit::Seconds, self.parts.clone());
@@ -118,12 +118,12 @@ impl LearnerMetrics {
     }
 
     /// Returns the metrics of checkpoint saves.
-    pub fn save_metrics(&self) -> SaveMetrics {
+    pub(crate) fn save_metrics(&self) -> SaveMetrics {
         self.saves.clone()
     }
 
     /// Runs a part of a step and records its duration.
-    pub fn time<T>(&self, part: &'static str, work: impl FnOnce() -> T) -> T {
+    pub(crate) fn time<T>(&self, part: &'static str, work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = work();
         self.record_duration(part, start.elapsed().as_secs_f64());
@@ -135,7 +135,7 @@ impl LearnerMetrics {
     }
 
     /// Records an update and its batch.
-    pub fn record_update(&self, report: &UpdateReport, batch: &[TrainGroup], gpu: Option<GpuMemory>) {
+    pub(crate) fn record_update(&self, report: &UpdateReport, batch: &[TrainGroup], gpu: Option<GpuMemory>) {
         self.record_duration("wait", report.wait_ms / 1e3);
         self.record_duration("update", report.step_ms / 1e3);
         // Staleness is relative to the version that the update started from.

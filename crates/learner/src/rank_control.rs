@@ -9,22 +9,22 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timeouts, World, open_reporting_address};
 use unveil_config::Config;
-use unveil_core::TrainGroup;
 use unveil_service::ServiceError;
-use unveil_trainer::wire::GroupDump;
 use unveil_trainer::{Ranks, ZeroStage, rank_device};
 
 use crate::error::{LearnerError, Result};
+use crate::rank_batch::BatchCommand;
+
+/// The commands of rank 0, as errors name them.
+const COMMANDS: &str = "the commands of rank 0";
 
 /// An operation that all ranks execute.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Command {
     /// Nothing to do yet.
     Idle,
-    /// Updates the model with a batch.
-    Update(Vec<GroupDump>),
-    /// Computes the values of a batch for a dump.
-    ComputeValues(Vec<GroupDump>),
+    /// Executes the stage's own command on a batch.
+    Batch(BatchCommand),
     /// Gathers all sharded parameters on all ranks.
     GatherParameters,
     /// Writes a checkpoint: each rank writes its shard under this term.
@@ -51,7 +51,7 @@ pub(crate) struct RankControl {
 
 impl RankControl {
     /// Creates the control of a learner with one rank.
-    pub fn solo() -> Self {
+    pub(crate) fn solo() -> Self {
         Self {
             ranks: Ranks::solo(),
             device: Device::Cpu,
@@ -63,8 +63,8 @@ impl RankControl {
     /// Connects all ranks. Rank 0 passes the rendezvous address to `on_listening` before it waits for the others.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Ranks`] if a rank does not join in time or has another configuration.
-    pub fn open(
+    /// Returns [`LearnerError::Trainer`] if a rank does not join in time or has another configuration.
+    pub(crate) fn open(
         config: &Config,
         model: &Path,
         records: &[String],
@@ -109,15 +109,12 @@ impl RankControl {
     /// stop.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
-    pub fn command(&mut self, command: impl FnOnce() -> Command) -> Result<bool> {
+    /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
+    pub(crate) fn command(&mut self, command: impl FnOnce() -> Command) -> Result<bool> {
         if self.ranks.size() == 1 {
             return Ok(false);
         }
-        let encode_error = |e: rmp_serde::encode::Error| {
-            LearnerError::Setting(format!("cannot encode a command for the other ranks: {e}"))
-        };
-        let bytes = rmp_serde::to_vec_named(&command()).map_err(encode_error)?;
+        let bytes = rmp_serde::to_vec_named(&command()).map_err(LearnerError::rank_message(COMMANDS))?;
         self.broadcast_bytes(Some(&bytes))?;
         self.last_command = Instant::now();
         self.any_stop_requested(false)
@@ -126,19 +123,18 @@ impl RankControl {
     /// Sends [`Command::Idle`] if the last command was long ago. Returns whether another rank was asked to stop.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
-    pub fn keepalive(&mut self) -> Result<bool> {
+    /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
+    pub(crate) fn keepalive(&mut self) -> Result<bool> {
         if self.last_command.elapsed() < self.keepalive_interval { Ok(false) } else { self.command(|| Command::Idle) }
     }
 
     /// Waits for the next command of rank 0, on another rank; `stop` reports that this rank was asked to stop.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
-    pub fn next_command(&self, stop: bool) -> Result<Command> {
+    /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
+    pub(crate) fn next_command(&self, stop: bool) -> Result<Command> {
         let bytes = self.broadcast_bytes(None)?;
-        let command = rmp_serde::from_slice(&bytes)
-            .map_err(|e| LearnerError::Setting(format!("cannot decode a command from rank 0: {e}")))?;
+        let command = rmp_serde::from_slice(&bytes).map_err(LearnerError::rank_message(COMMANDS))?;
         self.any_stop_requested(stop)?;
         Ok(command)
     }
@@ -149,7 +145,7 @@ impl RankControl {
     }
 
     /// Broadcasts `bytes` from rank 0 and returns them; other ranks pass `None`.
-    pub fn broadcast_bytes(&self, bytes: Option<&[u8]>) -> Result<Vec<u8>> {
+    pub(crate) fn broadcast_bytes(&self, bytes: Option<&[u8]>) -> Result<Vec<u8>> {
         let Some(world) = self.ranks.world() else { return Ok(bytes.unwrap_or_default().to_vec()) };
         let length = Tensor::from_slice(&[bytes.map_or(0, <[u8]>::len) as i64]).f_to_device(self.device)?;
         let length = usize::try_from(world.broadcast(length, 0)?.f_int64_value(&[0])?).unwrap_or(0);
@@ -164,8 +160,8 @@ impl RankControl {
     /// it.
     ///
     /// # Errors
-    /// Returns [`LearnerError::Ranks`] if another rank has failed or timed out.
-    pub fn gather_bytes(&self, bytes: Option<&[u8]>) -> Result<Option<Vec<Vec<u8>>>> {
+    /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
+    pub(crate) fn gather_bytes(&self, bytes: Option<&[u8]>) -> Result<Option<Vec<Vec<u8>>>> {
         let Some(world) = self.ranks.world() else { return Ok(bytes.map(|b| vec![b.to_vec()])) };
         let mut lengths = vec![0.0; self.ranks.size()];
         lengths[self.ranks.rank()] = bytes.map_or(0.0, |b| b.len() as f64 + 1.0);
@@ -185,11 +181,6 @@ impl RankControl {
             words.flat_map(|w| w.to_le_bytes()).take(*length as usize - 1).collect()
         };
         Ok(Some(lengths.iter().enumerate().map(bytes_of_rank).collect()))
-    }
-
-    /// Converts a batch to the form that is sent to other ranks.
-    pub fn to_wire(groups: &[TrainGroup]) -> Vec<GroupDump> {
-        groups.iter().map(|g| GroupDump::new(g, None)).collect()
     }
 }
 
@@ -220,7 +211,7 @@ fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<Stri
     let mut lines = vec![format!("unveil {}", env!("CARGO_PKG_VERSION"))];
     lines.extend(unveil_config::entries(&same).into_iter().map(|(key, value)| format!("{key} = {value}")));
     let path = model.join("config.json");
-    let shape = std::fs::read(&path).map_err(LearnerError::io(&path))?;
+    let shape = std::fs::read(&path).map_err(LearnerError::io("read", &path))?;
     lines.push(format!("config.json of the model = {}", blake3::hash(&shape)));
     lines.push(format!("records = {} with {}", records.len(), blake3::hash(records.join("\n").as_bytes())));
     Ok(lines.join("\n"))

@@ -16,7 +16,7 @@ use crate::error::Result;
 /// its answer, and with what stage 2 may generate.
 pub fn training_limits(config: &Config, context: usize) -> TokenLimits {
     let new_tokens = if config.learner.steps > 0 { config.rollout.max_new_tokens } else { 0 };
-    TokenLimits { context, new_tokens, question: config.data.question.clone() }
+    TokenLimits { context, new_tokens }
 }
 
 /// Checks every record that the run trains on or evaluates, reading only the headers of images. If `cancel` is cancelled, the check ends
@@ -68,7 +68,8 @@ mod tests {
         std::fs::write(&path, lines.join("\n")).unwrap();
         let mut config = Config::default();
         change(&mut config);
-        let (file, token) = (RecordFile::load_with(&path, PathPolicy::Folder).unwrap(), CancellationToken::new());
+        let file = RecordFile::load_with(&path, PathPolicy::Folder).unwrap();
+        let token = CancellationToken::new();
         if cancelled {
             token.cancel();
         }

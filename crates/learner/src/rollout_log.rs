@@ -25,7 +25,7 @@ const LOGGED_GROUPS: usize = 2;
 /// if the processor rejects the size of an image.
 pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset, reading: &AnswerReader) -> Result<()> {
     let folder = run.join("rollouts");
-    std::fs::create_dir_all(&folder).map_err(LearnerError::io(&folder))?;
+    std::fs::create_dir_all(&folder).map_err(LearnerError::io("create", &folder))?;
     let mut lines = Vec::new();
     for g in batch.iter().take(LOGGED_GROUPS) {
         let record = &g.input.record;
@@ -58,5 +58,5 @@ pub(crate) fn write(run: &Path, step: u64, batch: &[TrainGroup], data: &Dataset,
         }
     }
     let path = folder.join(format!("step-{step}.jsonl"));
-    unveil_core::write_atomic(&path, &lines).map_err(LearnerError::io(&path))
+    unveil_core::write_atomic(&path, &lines).map_err(LearnerError::io("write", &path))
 }

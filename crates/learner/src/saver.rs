@@ -23,9 +23,14 @@ use crate::error::{LearnerError, Result};
 use crate::metrics::SaveMetrics;
 use crate::rank_control::{Command, RankControl};
 use crate::snapshot::{ADAPTER, HostBufferPool, HostCopy, MODEL};
+use crate::threads::{spawn, start_runtime};
 
 /// Interval at which rank 0 polls the pending save.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Name of the threads that upload.
+const WRITER: &str = "checkpoint";
+/// The reports on written shards, as errors name them.
+const REPORTS: &str = "the reports on a checkpoint";
 
 /// Result of a save.
 #[derive(Debug)]
@@ -67,9 +72,8 @@ pub(crate) fn open_store(
     prefix: &str,
     environment: &[(String, String)],
 ) -> Result<Store> {
-    let base = if config.checkpoint.url.is_empty() { &config.run.dir } else { &config.checkpoint.url };
-    let place = if prefix.is_empty() { base.clone() } else { format!("{}/{prefix}", base.trim_end_matches('/')) };
-    Ok(handle.block_on(Store::open(&place, environment.to_vec(), Access::Write))?)
+    let url = config.checkpoint_url(prefix);
+    Ok(handle.block_on(Store::open(&url, environment.to_vec(), Access::Write))?)
 }
 
 /// A save in progress.
@@ -107,7 +111,12 @@ pub(crate) struct Saver {
 
 impl Saver {
     /// Claims the run at `checkpoint.url` (or the run directory if unset) plus `prefix`.
-    pub fn open(handle: &Handle, config: &Config, prefix: &str, environment: &[(String, String)]) -> Result<Self> {
+    pub(crate) fn open(
+        handle: &Handle,
+        config: &Config,
+        prefix: &str,
+        environment: &[(String, String)],
+    ) -> Result<Self> {
         let c = &config.checkpoint;
         let retention = Retention { keep: c.keep, keep_best: true, keep_every: c.keep_every };
         let store = open_store(handle, config, prefix, environment)?;
@@ -129,34 +138,34 @@ impl Saver {
     }
 
     /// Sets the metrics to update on every save.
-    pub fn set_metrics(&mut self, metrics: SaveMetrics) {
+    pub(crate) fn set_metrics(&mut self, metrics: SaveMetrics) {
         self.metrics = Some(metrics);
     }
 
     /// Returns the checkpoint store.
-    pub fn store(&self) -> &Store {
+    pub(crate) fn store(&self) -> &Store {
         &self.store
     }
 
     /// Returns the checkpoints to resume from, newest first.
-    pub fn resume_candidates(&self, resume: Resume) -> Result<ResumeCandidates> {
+    pub(crate) fn resume_candidates(&self, resume: Resume) -> Result<ResumeCandidates> {
         Ok(lock(&self.checkpoints).resume_candidates(resume)?)
     }
 
     /// Records the checkpoint that the run resumes from.
-    pub fn record_resume(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
+    pub(crate) fn record_resume(&mut self, from: Option<&CheckpointInfo>) -> Result<()> {
         self.last = from.map(|c| c.step);
         self.newest = self.last;
         Ok(self.handle.block_on(lock(&self.checkpoints).record_resume(from))?)
     }
 
     /// Returns the step that was last saved or resumed from; failed saves do not count.
-    pub fn last(&self) -> Option<u64> {
+    pub(crate) fn last(&self) -> Option<u64> {
         self.last
     }
 
     /// Starts writing a copy that was taken after a wait of `wait`. No save may be pending.
-    pub fn save(
+    pub(crate) fn save(
         &mut self,
         step: u64,
         (wait, copy): (Duration, HostCopy),
@@ -178,8 +187,7 @@ impl Saver {
             let written = written.clone();
             move || commit(&handle, &store, &checkpoints, (header, task), (&*written, &receive))
         };
-        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
-        let thread = thread.map_err(LearnerError::io("thread checkpoint"))?;
+        let thread = spawn(WRITER, work)?;
         self.pending = Some(Pending { thread, written, reports, rank_error: None, step, wait, copy: copy.took });
         self.last = Some(step);
         Ok(())
@@ -189,9 +197,9 @@ impl Saver {
     ///
     /// # Errors
     /// Returns [`LearnerError::SavesFailed`] after `checkpoint.max_failures` consecutive failures,
-    /// [`LearnerError::Checkpoint`] if another learner has claimed the run, and [`LearnerError::Ranks`] if another rank
+    /// [`LearnerError::Checkpoint`] if another learner has claimed the run, and [`LearnerError::Trainer`] if another rank
     /// has failed or timed out.
-    pub fn poll(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
+    pub(crate) fn poll(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
         let Some(p) = &mut self.pending else { return Ok(None) };
         if p.reports.is_some() && p.written.load(Ordering::Acquire) {
             control.command(|| Command::CollectReports)?;
@@ -249,7 +257,7 @@ impl Saver {
     ///
     /// # Errors
     /// See [`Saver::poll`].
-    pub fn wait(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
+    pub(crate) fn wait(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
         while self.pending.is_some() {
             if let Some(result) = self.poll(control)? {
                 return Ok(Some(result));
@@ -264,7 +272,7 @@ impl Saver {
     ///
     /// # Errors
     /// See [`Saver::poll`]; returns [`LearnerError::SavesFailed`] also after a single failure.
-    pub fn wait_last(&mut self, control: &mut RankControl) -> Result<Option<SavedCheckpoint>> {
+    pub(crate) fn wait_last(&mut self, control: &mut RankControl) -> Result<Option<SavedCheckpoint>> {
         match self.wait(control)? {
             None => Ok(None),
             Some(SaveResult::Saved(saved)) => Ok(Some(saved)),
@@ -276,7 +284,7 @@ impl Saver {
 
     /// Exports the adapters of a step next to `out`, and the model with the adapters merged (those of `vlm` on `base`)
     /// to `out`. Existing directories are replaced.
-    pub fn export_adapted(&mut self, step: u64, out: &Path, vlm: &mut Vlm, base: &BaseModel) -> Result<()> {
+    pub(crate) fn export_adapted(&mut self, step: u64, out: &Path, vlm: &mut Vlm, base: &BaseModel) -> Result<()> {
         let adapter = lora::adapter_dir(out);
         let fresh = sibling(out);
         let fresh_adapter = sibling(&adapter);
@@ -289,18 +297,18 @@ impl Saver {
         lora::export(vlm, &base.dir, &fresh, &fresh_adapter)?;
         for (from, to) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
             remove(to)?;
-            std::fs::rename(from, to).map_err(LearnerError::io(to))?;
+            std::fs::rename(from, to).map_err(LearnerError::io("replace", to))?;
         }
         Ok(())
     }
 
     /// Exports the model directory of a step to `out`, replacing an existing one.
-    pub fn export(&mut self, step: u64, out: &Path) -> Result<()> {
+    pub(crate) fn export(&mut self, step: u64, out: &Path) -> Result<()> {
         let fresh = sibling(out);
         remove(&fresh)?;
         self.handle.block_on(unveil_checkpoint::export(&self.store, Some(step), &fresh, MODEL, MODEL))?;
         remove(out)?;
-        std::fs::rename(&fresh, out).map_err(LearnerError::io(out))
+        std::fs::rename(&fresh, out).map_err(LearnerError::io("replace", out))
     }
 }
 
@@ -344,10 +352,9 @@ fn commit(
 
 /// Decodes the report of another rank.
 fn decode_report(rank: usize, message: &[u8]) -> Result<WriteReport> {
-    let error =
-        |what: String| LearnerError::Setting(format!("rank {rank} could not write its shard of a checkpoint: {what}"));
-    let report: Result<WriteReport, String> = serde_json::from_slice(message).map_err(|e| error(e.to_string()))?;
-    report.map_err(error)
+    let report: Result<WriteReport, String> =
+        serde_json::from_slice(message).map_err(LearnerError::rank_message(REPORTS))?;
+    report.map_err(|why| LearnerError::ShardWrite { rank, why })
 }
 
 /// Writes the checkpoint shards of a rank other than 0.
@@ -361,24 +368,20 @@ pub(crate) struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Opens the checkpoint store of the run.
-    pub fn open(config: &Config, environment: &[(String, String)]) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .map_err(LearnerError::io("runtime"))?;
-        let store = open_store(runtime.handle(), config, "", environment)?;
+    /// Opens the checkpoint store of `config` under `prefix`.
+    pub(crate) fn open(config: &Config, prefix: &str, environment: &[(String, String)]) -> Result<Self> {
+        let runtime = start_runtime(2)?;
+        let store = open_store(runtime.handle(), config, prefix, environment)?;
         Ok(Self { runtime, store, buffers: HostBufferPool::default(), writing: None, report: None })
     }
 
     /// Returns the store and the runtime that runs requests to it.
-    pub fn store(&self) -> (&Handle, &Store) {
+    pub(crate) fn store(&self) -> (&Handle, &Store) {
         (self.runtime.handle(), &self.store)
     }
 
     /// Starts writing a copy.
-    pub fn save(&mut self, (step, term, rank): (u64, u64, usize), copy: HostCopy) -> Result<()> {
+    pub(crate) fn save(&mut self, (step, term, rank): (u64, u64, usize), copy: HostCopy) -> Result<()> {
         // Rank 0 has abandoned a save that is still being written.
         if let Some(previous) = self.writing.take() {
             let _ = previous.join();
@@ -388,20 +391,16 @@ impl ShardWriter {
         let handle = self.runtime.handle().clone();
         let store = self.store.clone();
         let work = move || handle.block_on(write(&store, task));
-        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(work);
-        self.writing = Some(thread.map_err(LearnerError::io("thread checkpoint"))?);
+        self.writing = Some(spawn(WRITER, work)?);
         Ok(())
     }
 
     /// Reports the result to rank 0 if the save has finished.
-    pub fn report(&mut self, control: &RankControl) -> Result<()> {
+    pub(crate) fn report(&mut self, control: &RankControl) -> Result<()> {
         if let Some(thread) = self.writing.take_if(|t| t.is_finished()) {
             let result = thread.join().map_err(|_| LearnerError::ThreadEnded("the checkpoint writer"))?;
             let message = serde_json::to_vec(&result.map_err(|e| e.to_string()));
-            let encode_error = |e: serde_json::Error| {
-                LearnerError::Setting(format!("cannot encode the report of a checkpoint shard: {e}"))
-            };
-            self.report = Some(message.map_err(encode_error)?);
+            self.report = Some(message.map_err(LearnerError::rank_message(REPORTS))?);
         }
         if control.gather_bytes(self.report.as_deref())?.is_some() {
             self.report = None;
@@ -423,14 +422,14 @@ fn sibling(out: &Path) -> PathBuf {
 /// Removes a directory if it exists.
 fn remove(dir: &Path) -> Result<()> {
     match std::fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(LearnerError::io(dir)(e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(LearnerError::io("remove", dir)(e)),
         _ => Ok(()),
     }
 }
 
 impl SaveResult {
     /// Returns the `checkpoint` event, or the `checkpoint_failed` event with the newest committed step.
-    pub fn event(&self, stage: &str) -> Value {
+    pub(crate) fn event(&self, stage: &str) -> Value {
         match self {
             Self::Saved(saved) => saved.event(stage),
             Self::Failed(f) => serde_json::json!({
@@ -443,19 +442,19 @@ impl SaveResult {
 
 impl FailedSave {
     /// Returns the step whose save failed.
-    pub fn step(&self) -> u64 {
+    pub(crate) fn step(&self) -> u64 {
         self.step
     }
 }
 
 impl SavedCheckpoint {
     /// Returns the step of the checkpoint.
-    pub fn step(&self) -> u64 {
+    pub(crate) fn step(&self) -> u64 {
         self.info.step
     }
 
     /// Returns the `checkpoint` event; `wait_s` and `copy_s` are the times that training was blocked.
-    pub fn event(&self, stage: &str) -> Value {
+    pub(crate) fn event(&self, stage: &str) -> Value {
         let i = &self.info;
         serde_json::json!({
             "kind": "checkpoint", "stage": stage, "step": i.step, "path": i.path, "bytes": i.bytes, "best": i.best,

@@ -1,4 +1,4 @@
-//! Stage 1, instruction tuning: the order of the data, and the training loop with evaluation and checkpoints.
+//! Stage 1, instruction tuning: the order of the data, and its parts of the loop that both stages share.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,19 +10,19 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 use tch::Kind;
-use unveil_checkpoint::{Reader, Resume};
+use unveil_checkpoint::Resume;
+use unveil_config::{Config, SFT_PREFIX};
 use unveil_service::CancellationToken;
 use unveil_trainer::{SftBatch, SftTrainer, load_model};
 
-use crate::checkpoint_meta::{CheckpointMeta, StaticFiles};
+use crate::checkpoint_meta::CheckpointMeta;
 use crate::dataset::Dataset;
 use crate::error::{LearnerError, Result};
 use crate::rank_control::RankControl;
-use crate::resume::compatibility::{allowed_changes, report_changes};
-use crate::resume::resume_on_all_ranks;
-use crate::saver::{Save, SaveResult, Saver};
-use crate::snapshot::{copy_to_host, read_state};
 use crate::stage::{Outcome, Stage};
+use crate::stage_loop::{StageLoop, StageParts, StageStart};
+use crate::stage_plan::StagePlan;
+use crate::threads::{spawn, start_runtime};
 
 /// Batches prepared ahead of the update.
 const PREFETCHED_BATCHES: usize = 2;
@@ -68,7 +68,7 @@ fn prefetch(
             }
         }
     };
-    std::thread::Builder::new().name("sft-data".into()).spawn(work).map_err(LearnerError::io("thread sft-data"))?;
+    spawn("sft-data", work)?;
     Ok(receive)
 }
 
@@ -95,140 +95,109 @@ fn make_batch(
     Ok(Some(out))
 }
 
-/// Waits for the next batch; returns `None` if the stage was cancelled.
-fn next_batch(batches: &Receiver<Result<SftBatch>>, cancel: &CancellationToken) -> Result<Option<SftBatch>> {
-    loop {
-        let received = batches.recv_timeout(POLL_INTERVAL);
-        if cancel.is_cancelled() {
-            return Ok(None);
-        }
-        match received {
-            Ok(batch) => return batch.map(Some),
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(LearnerError::ThreadEnded("the data thread")),
-        }
-    }
-}
-
 /// Runs stage 1 until it ends or is interrupted. Checkpoints are saved under the prefix `sft` of the run; the model
 /// after the last update is written to [`Stage::out`]. Must not be called within a tokio runtime.
 ///
 /// # Errors
 /// See [`LearnerError`].
-pub fn run_sft(mut stage: Stage<'_>) -> Result<Outcome> {
+pub fn run_sft(stage: Stage<'_>) -> Result<Outcome> {
     let config = stage.config;
-    let seed = config.run.seed;
-    let total = config.sft.steps;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .map_err(LearnerError::io("runtime"))?;
-    let files = StaticFiles::read(stage.model_dir)?;
-    let mut trainer = SftTrainer::new(
-        load_model(
-            config,
-            config.run.threads,
-            stage.model_dir,
-            Kind::Float,
-            unveil_model::device(&config.run.device)?,
-        )?,
-        &config.sft.optimizer,
-        total,
-    )?;
+    let runtime = start_runtime(1)?;
+    let device = unveil_model::device(&config.run.device)?;
+    let vlm = load_model(config, config.run.threads, stage.model_dir, Kind::Float, device)?;
+    let trainer = SftTrainer::new(vlm, &config.sft.optimizer, config.sft.steps)?;
     // A step number refers to stage 2, which requires a complete stage 1.
     let resume = if config.run.resume == "never" { Resume::Never } else { Resume::Auto };
-    let mut saver = Saver::open(runtime.handle(), config, "sft", &stage.environment)?;
-    let mut control = RankControl::solo();
-    let attempt = |reader: &Reader| {
-        let meta = CheckpointMeta::read(reader, "sft", seed)?;
-        meta.check_fits(reader, trainer.vlm(), None, false)?;
-        allowed_changes(reader.info().step, &meta.config, config)?;
-        read_state(&trainer.local_state()?, runtime.handle(), reader)?;
-        Ok(meta)
-    };
-    let mut candidates = saver.resume_candidates(resume)?;
-    let resumed = resume_on_all_ranks(&control, (runtime.handle(), saver.store()), Some(&mut candidates), attempt)?;
-    if let Some((info, meta)) = &resumed {
-        let changed = allowed_changes(info.step, &meta.config, config)?;
-        report_changes(&mut *stage.progress, info.step, candidates.warnings(), &changed);
+    let start = StageStart::claim(&stage, plan(config), resume, runtime.handle())?;
+    let (mut run, mut parts) = start.resume(stage, RankControl::solo(), (trainer, None), SftParts::open)?;
+    let outcome = run.train(&mut parts)?;
+    if outcome.interrupted {
+        return Ok(outcome);
     }
-    saver.record_resume(resumed.as_ref().map(|(info, _)| info))?;
-    let mut images = 0u64;
-    if let Some((_, meta)) = &resumed {
-        trainer.resume_from(&meta.progress)?;
-        images = meta.seen;
+    run.export(outcome)
+}
+
+/// Returns the plan of stage 1.
+fn plan(config: &Config) -> StagePlan {
+    StagePlan {
+        name: "sft",
+        prefix: SFT_PREFIX,
+        total: config.sft.steps,
+        eval_every: config.sft.eval_every,
+        checkpoint_every: config.sft.checkpoint_every,
+        evaluates_start: false,
+        exports_best: false,
+        logs_term: false,
+        critic: false,
     }
-    let kind = if resumed.is_some() { "resumed" } else { "started" };
-    stage.event(&json!({"kind": kind, "stage": "sft", "step": trainer.step()}))?;
-    let save = |saver: &mut Saver, control: &mut RankControl, trainer: &SftTrainer, images: u64| {
+}
+
+/// The parts of stage 1: prepared batches, and the number of images.
+struct SftParts {
+    batches: Receiver<Result<SftBatch>>,
+    images: u64,
+    /// Images counted before this process resumed the run.
+    images_before: u64,
+    started: Instant,
+}
+
+impl SftParts {
+    /// Starts preparing the batches of the remaining updates.
+    fn open(run: &StageLoop<'_, SftTrainer>, meta: Option<&CheckpointMeta>) -> Result<Self> {
+        let config = run.stage.config;
+        let steps = run.trainer.step()..config.sft.steps;
+        let order = (config.sft.batch, config.run.seed);
+        let batches = prefetch(run.stage.data.clone(), order, steps, run.stage.cancel.clone())?;
+        let images = meta.map_or(0, |m| m.seen);
+        Ok(Self { batches, images, images_before: images, started: Instant::now() })
+    }
+
+    /// Waits for the next batch; returns `None` if the stage was cancelled.
+    fn next_batch(&self, run: &mut StageLoop<'_, SftTrainer>) -> Result<Option<SftBatch>> {
+        loop {
+            let received = self.batches.recv_timeout(POLL_INTERVAL);
+            run.keep_ranks()?;
+            if run.stage.cancel.is_cancelled() {
+                return Ok(None);
+            }
+            match received {
+                Ok(batch) => return batch.map(Some),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(LearnerError::ThreadEnded("the data thread")),
+            }
+        }
+    }
+}
+
+impl StageParts for SftParts {
+    type Trainer = SftTrainer;
+
+    fn update(&mut self, run: &mut StageLoop<'_, SftTrainer>) -> Result<bool> {
         let wait_start = Instant::now();
-        let previous = saver.wait(control)?;
-        let wait = wait_start.elapsed();
-        let copy = copy_to_host(&trainer.local_state()?, &saver.buffers)?;
-        let meta = CheckpointMeta::new("sft", config, trainer.progress(), images);
-        let save = Save { meta: &meta, best: false, is_only_rank: true };
-        saver.save(trainer.step(), (wait, copy), files.objects(trainer.vlm(), None)?, save)?;
-        Ok::<_, LearnerError>(previous)
-    };
-    let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
-    let steps = trainer.step()..total;
-    let batches = prefetch(stage.data.clone(), (config.sft.batch, seed), steps, stage.cancel.clone())?;
-    let mut outcome = Outcome::default();
-    let started = Instant::now();
-    let images_before = images;
-    while trainer.step() < total && !stage.cancel.is_cancelled() {
-        let wait_start = Instant::now();
-        let Some(batch) = next_batch(&batches, &stage.cancel)? else { break };
+        let Some(batch) = self.next_batch(run)? else { return Ok(false) };
         let wait_ms = wait_start.elapsed().as_secs_f64() * 1e3;
-        let report = trainer.update(&batch)?;
-        let step = trainer.step();
-        images += batch.inputs.len() as u64;
-        let rate = (images - images_before) as f64 / started.elapsed().as_secs_f64().max(1e-9);
+        let report = run.trainer.update(&batch)?;
+        let step = run.trainer.step();
+        self.images += batch.inputs.len() as u64;
+        let done = self.images - self.images_before;
+        let rate = done as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
         let step_ms = wait_start.elapsed().as_secs_f64() * 1e3 - wait_ms;
         let mut event = json!({
             "kind": "sft", "step": step, "pass": batch.pass, "loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm,
-            "tokens": report.tokens, "images_per_s": rate, "wait_ms": wait_ms, "step_ms": step_ms, "skipped_total": trainer.skipped(),
+            "tokens": report.tokens, "images_per_s": rate, "wait_ms": wait_ms, "step_ms": step_ms,
+            "skipped_total": run.trainer.skipped(),
         });
         if let Some(why) = &report.skipped {
             event["skipped"] = json!(why);
         }
-        stage.event(&event)?;
-        stage.progress.update(step, images - images_before, &[("loss", report.loss)]);
-        if step < total && due(config.sft.eval_every, step) {
-            outcome.last = stage.evaluate("sft", trainer.vlm_mut(), step)?;
-        }
-        if step < total
-            && due(config.sft.checkpoint_every, step)
-            && let Some(saved) = save(&mut saver, &mut control, &trainer, images)?
-        {
-            stage.event(&saved.event("sft"))?;
-        }
+        run.stage.event(&event)?;
+        run.stage.progress.update(step, done, &[("loss", report.loss)]);
+        Ok(true)
     }
-    drop(batches);
-    let mut last_save = saver.wait(&mut control)?;
-    if let Some(result) = &last_save {
-        stage.event(&result.event("sft"))?;
+
+    fn add_to_checkpoint(&self, meta: &mut CheckpointMeta) {
+        meta.seen = self.images;
     }
-    if saver.last() != Some(trainer.step()) {
-        save(&mut saver, &mut control, &trainer, images)?;
-        last_save = saver.wait_last(&mut control)?.map(SaveResult::Saved);
-        if let Some(result) = &last_save {
-            stage.event(&result.event("sft"))?;
-        }
-    }
-    (outcome.step, outcome.skipped) = (trainer.step(), trainer.skipped());
-    outcome.interrupted = trainer.step() < total;
-    if outcome.interrupted {
-        return Ok(outcome);
-    }
-    if last_save.is_some() {
-        let step = trainer.step();
-        outcome.last = stage.evaluate("sft", trainer.vlm_mut(), step)?.or(outcome.last);
-    }
-    saver.export(trainer.step(), stage.out)?;
-    outcome.exported = Some(trainer.step());
-    Ok(outcome)
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub(crate) const MODEL: &str = "model";
 const MAX_READ_BYTES: usize = 1 << 30;
 
 /// Host memory for copies; what one save has used, the next one takes again.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Debug)]
 pub struct HostBufferPool(Arc<Mutex<Option<HostBuffer>>>);
 
 impl HostBufferPool {
@@ -66,6 +66,7 @@ impl Drop for PooledBuffer {
 }
 
 /// Copy of this rank's share of a checkpoint in host memory.
+#[derive(Debug)]
 pub struct HostCopy {
     /// Shard objects.
     pub objects: Vec<Object>,
@@ -108,7 +109,7 @@ fn kind(dtype: Dtype) -> Kind {
 /// Copies the slices of `state` to host memory, in the layout of the checkpoint objects: fp32 master weights and moments.
 ///
 /// # Errors
-/// Returns [`LearnerError::Memory`] if the host memory cannot be allocated.
+/// Returns [`LearnerError::Trainer`] if the host memory cannot be allocated.
 pub fn copy_to_host(state: &LocalState<'_>, buffers: &HostBufferPool) -> Result<HostCopy> {
     let stored_kind = state.kind;
     let tensor_slice = |h: &StateSlice| {

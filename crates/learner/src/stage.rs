@@ -24,7 +24,7 @@ pub trait EventSink {
 
 impl EventSink for EventLog {
     fn append(&mut self, event: &Value) -> std::io::Result<()> {
-        EventLog::append(self, event)
+        Self::append(self, event)
     }
 }
 
@@ -46,15 +46,16 @@ pub trait Progress {
 
 impl Progress for StageProgress {
     fn update(&mut self, step: u64, done: u64, parts: &[(&str, f64)]) {
-        StageProgress::update(self, step, done, parts);
+        Self::update(self, step, done, parts);
     }
 
     fn note(&mut self, text: &str) {
-        StageProgress::note(self, text);
+        Self::note(self, text);
     }
 }
 
 /// Displays nothing.
+#[derive(Debug)]
 pub struct SilentProgress;
 
 impl Progress for SilentProgress {
@@ -65,12 +66,15 @@ impl Progress for SilentProgress {
 
 /// Result of a held-out evaluation.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Evaluation {
+pub struct ValidationResult {
     /// Metrics by name; they go into the `eval` event as they are.
     pub metrics: Map<String, Value>,
     /// Score that selects the best checkpoint; higher is better.
     pub score: f64,
 }
+
+/// Error of an [`Evaluator`].
+pub type EvaluatorError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Evaluates the model on held-out data without changing its weights.
 pub trait Evaluator {
@@ -78,14 +82,14 @@ pub trait Evaluator {
     ///
     /// # Errors
     /// Any error ends the stage, unless the stage was cancelled in the meantime.
-    fn evaluate(&mut self, vlm: &mut Vlm, step: u64) -> Result<Evaluation, Box<dyn std::error::Error + Send + Sync>>;
+    fn evaluate(&mut self, vlm: &mut Vlm, step: u64) -> Result<ValidationResult, EvaluatorError>;
 }
 
 impl<F> Evaluator for F
 where
-    F: FnMut(&mut Vlm, u64) -> Result<Evaluation, Box<dyn std::error::Error + Send + Sync>>,
+    F: FnMut(&mut Vlm, u64) -> Result<ValidationResult, EvaluatorError>,
 {
-    fn evaluate(&mut self, vlm: &mut Vlm, step: u64) -> Result<Evaluation, Box<dyn std::error::Error + Send + Sync>> {
+    fn evaluate(&mut self, vlm: &mut Vlm, step: u64) -> Result<ValidationResult, EvaluatorError> {
         self(vlm, step)
     }
 }
@@ -112,16 +116,25 @@ pub struct Stage<'a> {
     pub evaluator: Option<&'a mut dyn Evaluator>,
 }
 
+impl std::fmt::Debug for Stage<'_> {
+    /// Leaves out the environment, which contains credentials.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut fields = f.debug_struct("Stage");
+        fields.field("model_dir", &self.model_dir).field("out", &self.out).field("records", &self.data.len());
+        fields.finish_non_exhaustive()
+    }
+}
+
 impl Stage<'_> {
     /// Appends an event to the event log.
     pub(crate) fn event(&mut self, event: &Value) -> Result<()> {
         let path = Path::new(&self.config.run.dir).join("events.jsonl");
-        self.events.append(event).map_err(LearnerError::io(path))
+        self.events.append(event).map_err(LearnerError::io("append to", path))
     }
 
     /// Evaluates the model and logs the result; returns `None` if there is no evaluator or the evaluation was
     /// cancelled.
-    pub(crate) fn evaluate(&mut self, name: &str, vlm: &mut Vlm, step: u64) -> Result<Option<Evaluation>> {
+    pub(crate) fn evaluate(&mut self, name: &str, vlm: &mut Vlm, step: u64) -> Result<Option<ValidationResult>> {
         let Some(evaluator) = self.evaluator.as_mut() else { return Ok(None) };
         let started = std::time::Instant::now();
         let result = vlm.merged(|vlm| tch::no_grad(|| evaluator.evaluate(vlm, step)))?;
@@ -151,7 +164,7 @@ pub struct Outcome {
     /// Step whose weights are in [`Stage::out`]; `None` after an interrupt.
     pub exported: Option<u64>,
     /// Last evaluation.
-    pub last: Option<Evaluation>,
+    pub last: Option<ValidationResult>,
     /// Number of skipped updates.
     pub skipped: u64,
 }

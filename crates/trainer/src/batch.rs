@@ -37,7 +37,7 @@ pub(crate) struct TrainableGroup<'a> {
 
 impl<'a> TrainableGroup<'a> {
     /// Packs the responses with tokens and a reward; returns `None` if there are none.
-    pub fn new(group: &'a TrainGroup) -> Option<Self> {
+    pub(crate) fn new(group: &'a TrainGroup) -> Option<Self> {
         let trainable: Vec<TrainableResponse> = group
             .totals()
             .into_iter()
@@ -63,17 +63,17 @@ impl<'a> TrainableGroup<'a> {
     }
 
     /// Returns the number of response tokens.
-    pub fn token_count(&self) -> usize {
+    pub(crate) fn token_count(&self) -> usize {
         self.rollout_logprobs.len()
     }
 
     /// Returns the length of the packed sequence in tokens.
-    pub fn packed_len(&self) -> usize {
+    pub(crate) fn packed_len(&self) -> usize {
         self.packed.prompt.tokens.len() + self.token_count()
     }
 
     /// Returns the range of tokens of each response, counted from the group's first response token.
-    pub fn response_ranges(&self) -> Vec<Range<usize>> {
+    pub(crate) fn response_ranges(&self) -> Vec<Range<usize>> {
         let mut begin = 0;
         let lengths = self.packed.responses.iter().map(Vec::len);
         lengths
@@ -237,12 +237,19 @@ mod tests {
     fn answered(record: &str, texts: &[&str]) -> TrainGroup {
         let record: Record = serde_json::from_str(record).unwrap();
         let prompt = Prompt { tokens: vec![1], grids: vec![] };
-        let (merged, image_size) = (Grid { rows: 2, cols: 2 }, (20, 20));
+        let merged = Grid { rows: 2, cols: 2 };
+        let image_size = (20, 20);
         let input = GroupInput { record, image_size, prompt, patches: vec![], merged, encoded: Default::default() };
         let response = |(index, text): (usize, &&str)| {
             let n = text.chars().count();
-            let (tokens, logprobs, versions) = (vec![1; n], vec![0.0; n], vec![0; n]);
-            Response { index, tokens, text: (*text).to_owned(), logprobs, versions, finish: Finish::Stop }
+            Response {
+                index,
+                tokens: vec![1; n],
+                text: (*text).to_owned(),
+                logprobs: vec![0.0; n],
+                versions: vec![0; n],
+                finish: Finish::Stop,
+            }
         };
         let breakdown = |index| Breakdown { id: "a".into(), index, total: Some(0.0), components: BTreeMap::new() };
         TrainGroup {

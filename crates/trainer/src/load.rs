@@ -4,8 +4,7 @@ use std::path::Path;
 
 use tch::{Device, Kind};
 use unveil_config::Config;
-use unveil_config::schema::Dtype;
-use unveil_model::Vlm;
+use unveil_model::{Vlm, weight_kind};
 
 use crate::error::Result;
 
@@ -23,10 +22,7 @@ pub fn load_model(config: &Config, threads: usize, dir: &Path, kind: Kind, devic
 
 /// Returns the dtype of weights in the trainer, on the wire and on workers.
 pub fn wire_kind(config: &Config) -> Kind {
-    match config.run.dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-    }
+    weight_kind(config.run.dtype)
 }
 
 /// Returns the device of this rank. With several ranks, `auto` and `cuda` select the GPU with the rank's number.

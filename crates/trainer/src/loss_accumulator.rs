@@ -22,7 +22,7 @@ pub(crate) struct LossAccumulator {
 
 impl LossAccumulator {
     /// Adds a micro-batch.
-    pub fn add(&mut self, loss: &LossParts) -> Result<()> {
+    pub(crate) fn add(&mut self, loss: &LossParts) -> Result<()> {
         let means = &loss.means;
         let parts = [
             &loss.loss,
@@ -42,24 +42,24 @@ impl LossAccumulator {
     }
 
     /// Returns the parts as a list that has the same length on all ranks; `weighted` says whether there are importance weights.
-    pub fn to_list(&self, weighted: bool) -> Vec<f64> {
+    pub(crate) fn to_list(&self, weighted: bool) -> Vec<f64> {
         let importance = if weighted { &IMPORTANCE_PARTS[..] } else { &[] };
         PARTS.iter().chain(importance).map(|name| self.parts.get(name).copied().unwrap_or(0.0)).collect()
     }
 
     /// Reads the list of [`LossAccumulator::to_list`].
-    pub fn from_list(list: &[f64]) -> Self {
+    pub(crate) fn from_list(list: &[f64]) -> Self {
         let parts = PARTS.iter().chain(&IMPORTANCE_PARTS).copied().zip(list.iter().copied()).collect();
         Self { parts, ..Self::default() }
     }
 
     /// Returns the loss.
-    pub fn loss(&self) -> f64 {
+    pub(crate) fn loss(&self) -> f64 {
         self.parts.get("loss").copied().unwrap_or(0.0)
     }
 
     /// Adds a mini-batch whose gradients have the L2 norm `norm`.
-    pub fn add_mini_batch(&mut self, other: LossAccumulator, norm: f64) {
+    pub(crate) fn add_mini_batch(&mut self, other: Self, norm: f64) {
         for (name, v) in other.parts {
             *self.parts.entry(name).or_default() += v;
         }
@@ -68,7 +68,7 @@ impl LossAccumulator {
     }
 
     /// Writes the means over mini-batches to a report.
-    pub fn write_to(&self, report: &mut UpdateReport) {
+    pub(crate) fn write_to(&self, report: &mut UpdateReport) {
         let n = self.mini_batches.max(1) as f64;
         let mean = |k: &str| self.parts.get(k).map(|v| v / n);
         let mean_or_0 = |k: &str| mean(k).unwrap_or(0.0);

@@ -30,6 +30,7 @@ pub fn lr_at(o: &Optimizer, step: u64, total: u64) -> f64 {
 }
 
 /// This rank's shard of the gradients, flat, and the L2 norm of all gradients.
+#[derive(Debug)]
 pub struct Gradient {
     flat: Tensor,
     /// Global norm before clipping; not finite if any gradient is not.
@@ -39,6 +40,7 @@ pub struct Gradient {
 /// AdamW (arXiv 1711.05101, algorithm 2): decoupled decay of matrices only (2 dimensions or more), bias-corrected moments in
 /// fp32. The update equals that of `torch.optim.AdamW` up to rounding. Moments, and master weights if there are any, are sharded over
 /// the ranks of a replica (ZeRO, arXiv 1910.02054).
+#[derive(Debug)]
 pub struct AdamW {
     options: Optimizer,
     ranks: Rc<Ranks>,

@@ -46,14 +46,14 @@ pub(crate) struct MicroBatches<'m, 'a> {
 
 impl<'m, 'a> MicroBatches<'m, 'a> {
     /// Iterates over the micro-batches; they are empty once only other ranks have groups left.
-    pub fn iter(&self) -> impl Iterator<Item = &[&'m TrainableGroup<'a>]> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[&'m TrainableGroup<'a>]> {
         (0..self.count).map(|i| self.local.get(i).map_or(&[][..], Vec::as_slice))
     }
 }
 
 impl Partition {
     /// Partitions `groups` over `ranks`; micro-batches have at most `budget` padded positions.
-    pub fn new(groups: &[TrainableGroup<'_>], ranks: Rc<Ranks>, budget: usize, device: Device) -> Self {
+    pub(crate) fn new(groups: &[TrainableGroup<'_>], ranks: Rc<Ranks>, budget: usize, device: Device) -> Self {
         let packed_lens: Vec<usize> = groups.iter().map(TrainableGroup::packed_len).collect();
         let owners = assign_ranks(&packed_lens, ranks.size());
         let token_counts = groups.iter().map(TrainableGroup::token_count).collect();
@@ -61,12 +61,16 @@ impl Partition {
     }
 
     /// Iterates over the indices of the groups that this rank computes.
-    pub fn local_indices(&self) -> impl Iterator<Item = usize> {
+    pub(crate) fn local_indices(&self) -> impl Iterator<Item = usize> {
         (0..self.owners.len()).filter(|i| self.owners[*i] == self.ranks.rank())
     }
 
     /// Returns the micro-batches of the `chosen` ones of `groups`; a micro-batch has groups of similar length.
-    pub fn micro_batches<'m, 'a>(&self, groups: &'m [TrainableGroup<'a>], chosen: &[usize]) -> MicroBatches<'m, 'a> {
+    pub(crate) fn micro_batches<'m, 'a>(
+        &self,
+        groups: &'m [TrainableGroup<'a>],
+        chosen: &[usize],
+    ) -> MicroBatches<'m, 'a> {
         let of_rank = |rank: usize| {
             let mut assigned: Vec<&TrainableGroup> =
                 chosen.iter().filter(|i| self.owners[**i] == rank).map(|i| &groups[*i]).collect();
@@ -81,7 +85,7 @@ impl Partition {
     }
 
     /// Returns the share of positions that are padding, over all ranks.
-    pub fn padding_share(&self, groups: &[TrainableGroup<'_>]) -> f64 {
+    pub(crate) fn padding_share(&self, groups: &[TrainableGroup<'_>]) -> f64 {
         let mut all = 0;
         let mut unused = 0;
         for rank in 0..self.ranks.size() {
@@ -99,7 +103,7 @@ impl Partition {
     ///
     /// # Errors
     /// Returns [`crate::TrainerError::Ranks`] if another rank has failed or timed out.
-    pub fn all_gather_tokens(&self, local: &[f64]) -> Result<Vec<f64>> {
+    pub(crate) fn all_gather_tokens(&self, local: &[f64]) -> Result<Vec<f64>> {
         if self.ranks.size() == 1 {
             return Ok(local.to_vec());
         }
@@ -129,7 +133,8 @@ mod tests {
             assert_eq!(owners, assign_ranks(&packed_lens, ranks));
             let load = |r| packed_lens.iter().zip(&owners).filter(|(_, o)| **o == r).map(|(w, _)| w).sum::<usize>();
             let loads: Vec<usize> = (0..ranks).map(load).collect();
-            let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
+            let least = loads.iter().min().unwrap();
+            let most = loads.iter().max().unwrap();
             assert!(most - least <= 1000, "{loads:?}");
         }
         assert_eq!(assign_ranks(&[5, 5], 4), [0, 1]);

@@ -3,9 +3,9 @@
 use std::rc::Rc;
 
 use tch::{Kind, Tensor, no_grad};
-use unveil_algo::{Correction, Counts, LossParts, Objective, TokenBatch, policy_loss};
+use unveil_algo::{Counts, LossParts, Objective, TokenBatch, policy_loss};
 use unveil_config::schema::RatioBase;
-use unveil_core::GroupInput;
+use unveil_core::{GroupInput, Importance};
 use unveil_model::{CaptureSpec, PackedBatch, PackedGroup, Tape, TapeMode, ValueHead, Var, Vlm, logprobs_entropy};
 
 use crate::batch::{TokenField, TrainableGroup, flat_tensor, mention_batch, pixel_batch};
@@ -19,6 +19,7 @@ use crate::targets::layout;
 const HEAD_ROWS: i64 = 1024;
 
 /// The trained model, the models it is compared with, and the settings of its loss.
+#[derive(Debug)]
 pub(crate) struct Policy {
     pub vlm: Vlm,
     pub value_head: Option<ValueHead>,
@@ -31,6 +32,7 @@ pub(crate) struct Policy {
 }
 
 /// The model to which KL is computed.
+#[derive(Debug)]
 pub(crate) struct ReferenceModel {
     pub vlm: Vlm,
     /// Hooks of its passes.
@@ -56,7 +58,7 @@ pub(crate) struct TokenOutputs {
 impl ForwardPass<'_> {
     /// Backpropagates `loss`, which was computed from this pass, and adds the gradients to the reducer; `last` marks the last pass of
     /// the mini-batch.
-    pub fn backward(self, loss: Option<&Tensor>, last: bool) -> Result<()> {
+    pub(crate) fn backward(self, loss: Option<&Tensor>, last: bool) -> Result<()> {
         self.pass.begin_backward(last);
         if let Some(loss) = loss {
             loss.f_backward()?;
@@ -68,7 +70,11 @@ impl ForwardPass<'_> {
 
 impl Policy {
     /// Runs the forward pass over one micro-batch with gradients.
-    pub fn forward(&self, micro_batch: &[&TrainableGroup<'_>], objective: &Objective) -> Result<ForwardPass<'_>> {
+    pub(crate) fn forward(
+        &self,
+        micro_batch: &[&TrainableGroup<'_>],
+        objective: &Objective,
+    ) -> Result<ForwardPass<'_>> {
         let mode = match (self.settings.recompute, self.hooks.by_layer) {
             (true, _) => TapeMode::Recompute,
             (false, true) => TapeMode::Segments,
@@ -138,7 +144,7 @@ impl Policy {
     }
 
     /// Returns log-probabilities and values of this rank's micro-batches, computed without gradients.
-    pub fn forward_detached(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<(Vec<f64>, Vec<f64>)> {
+    pub(crate) fn forward_detached(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<(Vec<f64>, Vec<f64>)> {
         no_grad(|| {
             let objective = Objective { attention_coef: 0.0, ..self.settings.objective };
             let mut logprobs = Vec::new();
@@ -154,7 +160,7 @@ impl Policy {
 
     /// Returns log-probabilities of this rank's micro-batches under the reference: the model given as such, or the policy without its
     /// adapters. `None` if the KL coefficient is 0.
-    pub fn reference_logprobs(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<Option<Vec<f64>>> {
+    pub(crate) fn reference_logprobs(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<Option<Vec<f64>>> {
         if self.settings.objective.kl_coef == 0.0 {
             return Ok(None);
         }
@@ -189,7 +195,7 @@ impl Policy {
     }
 
     /// Computes the loss of one micro-batch from the outputs of its pass; `counts` are those of the whole mini-batch.
-    pub fn loss(
+    pub(crate) fn loss(
         &self,
         micro_batch: &[&TrainableGroup<'_>],
         outputs: &TokenOutputs,
@@ -204,7 +210,7 @@ impl Policy {
             RatioBase::Rollout => flat(|g| &g.rollout_logprobs)?,
             RatioBase::Learner => flat(|g| &g.proximal_logprobs)?,
         };
-        let behaviour = flat_if(objective.correction != Correction::None, |g| &g.rollout_logprobs)?;
+        let behaviour = flat_if(objective.importance != Importance::None, |g| &g.rollout_logprobs)?;
         let advantages = flat(|g| &g.advantages)?;
         let old_values = flat_if(objective.value_coef > 0.0, |g| &g.old_values)?;
         let targets = flat_if(objective.value_coef > 0.0, |g| &g.value_targets)?;

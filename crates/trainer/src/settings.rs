@@ -1,11 +1,9 @@
 //! The settings of a policy update, collected from the configuration so that a test or a dump can set them by hand.
 
 use tch::Kind;
-use unveil_algo::{
-    ClipRange, Correction, Estimator, KlController, KlForm, KlGradient, LossReduction, Objective, RatioLevel,
-};
+use unveil_algo::{ClipRange, Estimator, KlController, Objective};
 use unveil_config::Config;
-use unveil_config::schema::{self, Algorithm, Critic, Importance, KlPlacement, Optimizer, RatioBase, Whiten};
+use unveil_config::schema::{self, Critic, KlPlacement, Optimizer, RatioBase, Whiten};
 use unveil_core::MentionFinder;
 use unveil_model::{AttentionSet, Vlm};
 
@@ -66,7 +64,12 @@ impl StepSettings {
         let l = &config.learner;
         let vision = &config.reward.vision_relevance;
         Self {
-            estimator: estimator(l),
+            estimator: Estimator {
+                algorithm: l.algorithm,
+                scale_by_std: l.scale_by_std,
+                gamma: l.gamma,
+                lambda: l.lambda,
+            },
             whiten: match l.whiten {
                 Whiten::Auto => l.algorithm.whitens_by_default(),
                 Whiten::Always => true,
@@ -87,7 +90,7 @@ impl StepSettings {
             optimizer: l.optimizer.clone(),
             total_steps: l.steps,
             temperature: config.rollout.logprobs.temperature(config.rollout.temperature),
-            banned: banned_ids(vlm, banned),
+            banned: vlm.config().banned_ids(banned),
             agreement_limit: agreement_limit(l.agreement_limit, vlm.kind()),
             attention: AttentionSet::configured(vlm.config(), &vision.layers, &vision.heads),
             mentions: MentionFinder { reader: config.answer_reader(), synonyms: config.data.synonyms.clone() },
@@ -125,63 +128,20 @@ fn agreement_limit(configured: f64, kind: Kind) -> f64 {
     }
 }
 
-fn estimator(l: &schema::Learner) -> Estimator {
-    match l.algorithm {
-        Algorithm::Grpo => Estimator::Grpo { scale_by_std: l.scale_by_std },
-        Algorithm::Ppo => Estimator::Gae { gamma: l.gamma, lambda: l.lambda },
-        Algorithm::Rloo => Estimator::Rloo,
-        Algorithm::ReinforcePlusPlus => Estimator::ReinforcePlusPlus { gamma: l.gamma },
-        Algorithm::ReinforcePlusPlusBaseline => Estimator::ReinforcePlusPlusBaseline,
-    }
-}
-
 /// Returns the configured objective without the attention term.
 fn objective(l: &schema::Learner, max_length: usize) -> Objective {
-    let cap = l.importance_cap;
-    let value_coef = if l.algorithm == Algorithm::Ppo { l.value_coef } else { 0.0 };
+    let value_coef = if l.algorithm.needs_values() { l.value_coef } else { 0.0 };
     Objective {
         clip: ClipRange { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
-        ratio: match l.ratio {
-            schema::RatioLevel::Token => RatioLevel::Token,
-            schema::RatioLevel::Sequence => RatioLevel::Sequence,
-        },
-        correction: match l.importance {
-            Importance::None => Correction::None,
-            Importance::Full => Correction::Full,
-            Importance::Truncate => Correction::Truncate { cap },
-            Importance::Mask => Correction::Mask { cap },
-        },
-        reduction: match l.loss_mean {
-            schema::LossReduction::Token => LossReduction::TokenMean,
-            schema::LossReduction::SequenceTokenMean => LossReduction::SequenceTokenMean,
-            schema::LossReduction::SequenceTokenSum => LossReduction::SequenceTokenSum,
-            schema::LossReduction::SequenceMaxLength => {
-                LossReduction::SequenceMaxLength { max_length: max_length as u64 }
-            }
-            schema::LossReduction::GroupTokenMean => LossReduction::GroupTokenMean,
-        },
+        ratio: l.ratio,
+        importance: l.importance,
+        importance_cap: l.importance_cap,
+        reduction: l.loss_mean,
+        max_length: max_length as u64,
         value_clip: l.value_clip,
         kl_coef: l.kl_coef,
-        kl_form: match l.kl_form {
-            schema::KlForm::K1 => KlForm::K1,
-            schema::KlForm::K2 => KlForm::K2,
-            schema::KlForm::K3 => KlForm::K3,
-        },
-        kl_gradient: match l.kl_gradient {
-            schema::KlGradient::Own => KlGradient::Own,
-            schema::KlGradient::Reverse => KlGradient::Reverse,
-        },
+        kl_form: l.kl_form,
+        kl_gradient: l.kl_gradient,
         ..Objective::paper(l.policy_coef, value_coef, l.entropy_coef, l.clip_low)
     }
-}
-
-/// Returns the token ids that are never sampled, the same as in the engine: those of the tokenizer and the model's vision tokens.
-pub fn banned_ids(vlm: &Vlm, tokenizer: &[u32]) -> Vec<u32> {
-    let c = vlm.config();
-    let vision = [c.image_token_id, c.video_token_id, c.vision_start_token_id, c.vision_end_token_id];
-    let mut ids: Vec<u32> = tokenizer.iter().copied().chain(vision).collect();
-    ids.retain(|id| i64::from(*id) < c.text.vocab_size);
-    ids.sort_unstable();
-    ids.dedup();
-    ids
 }

@@ -40,6 +40,7 @@ pub struct SftReport {
 }
 
 /// The trainer of stage 1: a model and its optimiser.
+#[derive(Debug)]
 pub struct SftTrainer {
     vlm: Vlm,
     optimizer: AdamW,

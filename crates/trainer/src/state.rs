@@ -26,6 +26,7 @@ pub struct TrainerProgress {
 }
 
 /// A slice of a parameter, or of one of its moments, that this rank owns.
+#[derive(Debug)]
 pub struct StateSlice {
     /// `weight`, `exp_avg` or `exp_avg_sq`.
     pub kind: &'static str,
@@ -34,6 +35,7 @@ pub struct StateSlice {
 }
 
 /// State that this rank saves or loads.
+#[derive(Debug)]
 pub struct LocalState<'a> {
     /// The model.
     pub vlm: &'a Vlm,

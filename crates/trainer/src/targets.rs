@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use tch::Tensor;
 use unveil_algo::{
-    AlgoError, Counts, KlGradient, Moments, ScoredResponse, TokenLayout, check_tokens, estimate_advantages, kl_terms,
+    AlgoError, Counts, Moments, ScoredResponse, TokenLayout, check_tokens, estimate_advantages, kl_terms,
 };
 use unveil_config::schema::KlPlacement;
+use unveil_core::KlGradient;
 
 use crate::batch::{TrainableGroup, TrainableResponse, attended_responses};
 use crate::settings::StepSettings;
@@ -92,7 +93,7 @@ pub(crate) fn fill_targets(
         if let Some(v) = &before.values {
             g.old_values = v[range.clone()].to_vec();
         }
-        if s.estimator.needs_values() {
+        if s.estimator.algorithm.needs_values() {
             g.value_targets = out.targets[range.clone()].to_vec();
         }
         if let Some(r) = &before.reference {

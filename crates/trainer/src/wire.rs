@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use unveil_core::{Breakdown, Finish, Grid, GridThw, GroupId, GroupInput, Prompt, Record, Response, TrainGroup};
 
 /// A group without its pixels.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Debug)]
 pub struct GroupDump {
     pub(crate) id: GroupId,
     /// Name of the worker that generated it.
@@ -25,7 +25,7 @@ pub struct GroupDump {
 }
 
 /// A response and its rewards.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, Debug)]
 pub(crate) struct ResponseDump {
     index: usize,
     tokens: Vec<u32>,

@@ -1,32 +1,38 @@
-"""torch.optim.AdamW with clip_grad_norm_ on the gradients of IN. Usage: optim.py IN OUT LR CLIP DECAY FROZEN KIND
+"""torch.optim.AdamW with clip_grad_norm_ on the gradients of IN. Usage: optim.py IN LR CLIP DECAY [OUT FROZEN KIND]…
 
-The vector is frozen in the first FROZEN steps. With KIND bfloat16, gradients and parameters are rounded to bfloat16, and the optimiser
-uses fp32 copies of the parameters.
+Each OUT is the result of a run whose vector is frozen in the first FROZEN steps. With KIND bfloat16, gradients and parameters are rounded
+to bfloat16, and the optimiser uses fp32 copies of the parameters.
 """
 import sys
 
 import torch
 from safetensors.torch import load_file, save_file
 
-src, dst = sys.argv[1:3]
-lr, clip, decay = map(float, sys.argv[3:6])
-frozen, kind = int(sys.argv[6]), getattr(torch, sys.argv[7])
-x = load_file(src)
-params = {n: x[n].to(kind).float().requires_grad_(True) for n in ("matrix", "vector")}
-groups = [dict(params=[params["matrix"]], weight_decay=decay), dict(params=[params["vector"]], weight_decay=0.0)]
-opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
-for step in range(x["grad_matrix"].shape[0]):
+lr, clip, decay = map(float, sys.argv[2:5])
+x = load_file(sys.argv[1])
+
+
+def run(frozen, kind):
+    params = {n: x[n].to(kind).float().clone().requires_grad_(True) for n in ("matrix", "vector")}
+    groups = [dict(params=[params["matrix"]], weight_decay=decay), dict(params=[params["vector"]], weight_decay=0.0)]
+    opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(x["grad_matrix"].shape[0]):
+        for n, p in params.items():
+            is_frozen = n == "vector" and step < frozen
+            p.grad = None if is_frozen else x[f"grad_{n}"][step].to(kind).float().clone()  # it is clipped in place
+        torch.nn.utils.clip_grad_norm_(params.values(), clip)
+        for g in opt.param_groups:
+            g["lr"] = lr * (step + 1)
+        opt.step()
+    out = {n: p.detach() for n, p in params.items()}
     for n, p in params.items():
-        is_frozen = n == "vector" and step < frozen
-        p.grad = None if is_frozen else x[f"grad_{n}"][step].to(kind).float()
-    torch.nn.utils.clip_grad_norm_(params.values(), clip)
-    for g in opt.param_groups:
-        g["lr"] = lr * (step + 1)
-    opt.step()
-out = {n: p.detach() for n, p in params.items()}
-for n, p in params.items():
-    out[f"exp_avg.{n}"] = opt.state[p]["exp_avg"]
-    out[f"exp_avg_sq.{n}"] = opt.state[p]["exp_avg_sq"]
-    out[f"rounded.{n}"] = p.detach().to(kind).float().clone()
-    out[f"step.{n}"] = opt.state[p]["step"].view(1)
-save_file(out, dst)
+        out[f"exp_avg.{n}"] = opt.state[p]["exp_avg"]
+        out[f"exp_avg_sq.{n}"] = opt.state[p]["exp_avg_sq"]
+        out[f"rounded.{n}"] = p.detach().to(kind).float().clone()
+        out[f"step.{n}"] = opt.state[p]["step"].view(1)
+    return out
+
+
+runs = sys.argv[5:]
+for out, frozen, kind in zip(runs[::3], runs[1::3], runs[2::3]):
+    save_file(run(int(frozen), getattr(torch, kind)), out)

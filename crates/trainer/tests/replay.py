@@ -1,6 +1,6 @@
-"""Recomputes the update of a dumped batch with padded copies, transformers, autograd and torch's AdamW.
+"""Recomputes the updates of dumped batches with padded copies, transformers, autograd and torch's AdamW.
 
-replay.py DIR DTYPE    with base/ (the initial model), dump/, out/ (written by replay in float32 or float64); float64 must run first
+replay.py DIR…    each with base/ (the initial model), dump/, out-float64/ and out-float32/ (written by replay in that dtype)
 
 If there is an adapter/, peft trains it on the frozen base/ and merges it at the end.
 
@@ -12,16 +12,35 @@ a change is as uncertain as the last digits of a gradient near 0, so this limit 
 printed with their gradients.
 """
 
+import gc
 import json
+import os
 import pathlib
 import sys
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration  # noqa: F401, imported before forks
 
-root = pathlib.Path(sys.argv[1])
+
+def forked():
+    """Returns a directory and a dtype in a new process each, because whole_precision changes classes; ends the program after all."""
+    gc.freeze()  # else each process collects what was imported
+    failed = []
+    for root in map(pathlib.Path, sys.argv[1:]):
+        for dtype in ("float64", "float32"):
+            sys.stdout.flush()
+            child = os.fork()
+            if child == 0:
+                return root, dtype
+            if os.waitpid(child, 0)[1] != 0:
+                failed.append(f"{root.name} in {dtype}")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+root, dtype = forked()
+label = f"{root.name} {dtype}"
 
 
 def whole_precision(model):
@@ -44,11 +63,12 @@ def whole_precision(model):
 
 dump = json.loads((root / "dump/batch.json").read_text())
 pixels = load_file(root / "dump/batch.safetensors")
-result = json.loads((root / "out/replay.json").read_text())
+out = root / f"out-{dtype}"
+result = json.loads((out / "replay.json").read_text())
 s = dump["settings"]
 a, optimizer = s["learner"], s["learner"]["optimizer"]
 ppo = a["algorithm"] == "ppo"
-DT = getattr(torch, sys.argv[2])
+DT = getattr(torch, dtype)
 GRADIENT, CHANGE, PART = (1e-9, 1e-9, 1e-9) if DT == torch.float64 else (1e-4, 1e-3, 1e-5)
 BESIDE = 1e-4
 model = AutoModelForImageTextToText.from_pretrained(root / "base", dtype=DT, attn_implementation="sdpa").eval()
@@ -170,7 +190,7 @@ for name, value in dict(parts, loss=loss).items():
     right = truth[name].item()
     if abs(found[name] - right) > PART * max(1.0, abs(right)):
         faults.append(f"{name}: {found[name]} is not {right}")
-ours = load_file(root / "out/grads.safetensors")
+ours = load_file(out / "grads.safetensors")
 
 
 def stored(name):
@@ -201,10 +221,10 @@ torch.optim.AdamW([
     dict(params=[p for p in by_name.values() if p.dim() >= 2], weight_decay=optimizer["weight_decay"]),
     dict(params=[p for p in by_name.values() if p.dim() < 2], weight_decay=0.0)], **options).step()
 after = {}
-for file in (root / "out/model").glob("*.safetensors"):
+for file in (out / "model").glob("*.safetensors"):
     after |= load_file(file)
 if critic:
-    after |= load_file(root / "out/critic.safetensors")
+    after |= load_file(out / "critic.safetensors")
 if lora:
     merged = model.merge_and_unload().state_dict()
     own = {n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual.") for n in merged}
@@ -215,7 +235,7 @@ if lora:
             touched += 1
     if touched != len(after) - len(head):
         faults.append(f"{touched} of {len(after)} merged tensors are compared")
-    after |= {stored(n): t for n, t in load_file(root / "out/adapter/adapter_model.safetensors").items()}
+    after |= {stored(n): t for n, t in load_file(out / "adapter/adapter_model.safetensors").items()}
 whole, worst = torch.zeros(3, dtype=torch.float64), []
 for name, p in by_name.items():
     was = before[name].double()
@@ -225,14 +245,16 @@ for name, p in by_name.items():
     at = gap.argmax()
     worst.append((gap[at].item(), name, truth[f"gradient of {name}"].flatten()[at].item()))
 off, peer, size = whole.sqrt().tolist()
-print(f"{sys.argv[2]} change of all weights: ours is off by {off / size:.2e}, PyTorch's by {peer / size:.2e}")
+print(f"{label} change of all weights: ours is off by {off / size:.2e}, PyTorch's by {peer / size:.2e}")
 if not exact and off > 2 * peer + BESIDE * size:
     faults.append(f"the change of all weights is off by {off:.3e} of {size:.3e}, PyTorch's by {peer:.3e}")
 for gap, name, gradient in sorted(worst, reverse=True)[:3]:
-    print(f"{sys.argv[2]} {name}: the worst number is off by {gap:.2e}, where the gradient is {gradient:.2e}")
+    print(f"{label} {name}: the worst number is off by {gap:.2e}, where the gradient is {gradient:.2e}")
 if exact:
     save_file(truth, root / "truth.safetensors")
 for ours, theirs, what in sorted(seen, reverse=True)[:3]:
-    print(f"{sys.argv[2]} {what}: ours is off by {ours:.2e}, PyTorch's by {theirs:.2e}")
+    print(f"{label} {what}: ours is off by {ours:.2e}, PyTorch's by {theirs:.2e}")
 if faults:
-    sys.exit(f"{len(faults)} differences:\n" + "\n".join(faults[:10]))
+    sys.exit(f"{label}: {len(faults)} differences:\n" + "\n".join(faults[:10]))
+sys.stdout.flush()
+os._exit(0)  # without the destruction of all modules

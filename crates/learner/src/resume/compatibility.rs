@@ -44,10 +44,12 @@ mod tests {
         let before = Config::default();
         let saved = unveil_config::entries(&before);
         let mut now = before.clone();
-        (now.run.dir, now.learner.steps) = ("elsewhere".into(), before.learner.steps + 7);
+        now.run.dir = "elsewhere".into();
+        now.learner.steps = before.learner.steps + 7;
         let changes = allowed_changes(3, &saved, &now).unwrap();
         assert_eq!(changes, [format!("learner.steps = {}, was {}", now.learner.steps, before.learner.steps)]);
-        (now.rollout.n, now.learner.groups) = (before.rollout.n + 1, before.learner.groups + 1);
+        now.rollout.n = before.rollout.n + 1;
+        now.learner.groups = before.learner.groups + 1;
         let text = allowed_changes(3, &saved, &now).unwrap_err().to_string();
         for part in ["step 3", "rollout.n = ", "learner.groups = ", &format!("was {}", before.rollout.n), "never"] {
             assert!(text.contains(part), "{part}: {text}");

@@ -6,10 +6,19 @@ pub(crate) mod compatibility;
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use unveil_checkpoint::{CheckpointInfo, Error, Reader, ResumeCandidates, Store};
+use unveil_config::Config;
+use unveil_trainer::lora::BaseModel;
 
 use crate::checkpoint_meta::CheckpointMeta;
 use crate::error::{LearnerError, Result};
 use crate::rank_control::RankControl;
+use crate::snapshot::read_state;
+use crate::stage_plan::StagePlan;
+use crate::stage_trainer::StageTrainer;
+use compatibility::allowed_changes;
+
+/// The messages of [`resume_on_all_ranks`], as errors name them.
+const MESSAGES: &str = "the messages of a resume";
 
 /// Result of a rank's attempt to read a checkpoint.
 #[derive(Serialize, Deserialize)]
@@ -24,17 +33,15 @@ enum AttemptOutcome {
 ///
 /// # Errors
 /// Returns [`LearnerError::Checkpoint`] if no checkpoint can be used or the store is unreachable,
-/// [`LearnerError::CheckpointState`] if the checkpoint does not fit the configuration, and [`LearnerError::Ranks`] if
-/// another rank has failed or timed out.
+/// [`LearnerError::CheckpointState`] if the checkpoint does not fit the configuration, [`LearnerError::RankResume`] if
+/// another rank cannot read it, and [`LearnerError::Trainer`] if another rank has failed or timed out.
 pub(crate) fn resume_on_all_ranks(
     control: &RankControl,
     (handle, store): (&Handle, &Store),
     mut candidates: Option<&mut ResumeCandidates>,
     mut attempt: impl FnMut(&Reader) -> Result<CheckpointMeta>,
 ) -> Result<Option<(CheckpointInfo, CheckpointMeta)>> {
-    let message_error = |e: serde_json::Error| {
-        LearnerError::Setting(format!("cannot encode or decode a resume message between ranks: {e}"))
-    };
+    let message_error = |e: serde_json::Error| LearnerError::rank_message(MESSAGES)(e);
     loop {
         let proposal = match &mut candidates {
             Some(candidates) => Some(serde_json::to_vec(&candidates.next_candidate()?).map_err(message_error)?),
@@ -70,7 +77,7 @@ pub(crate) fn resume_on_all_ranks(
                     return result.map(|meta| Some((info, meta)));
                 }
                 AttemptOutcome::Failed(why) => {
-                    return Err(LearnerError::Setting(format!("rank {rank} cannot resume from a checkpoint: {why}")));
+                    return Err(LearnerError::RankResume { rank, step: info.step, why });
                 }
             }
         }
@@ -79,4 +86,23 @@ pub(crate) fn resume_on_all_ranks(
             candidates.reject(&info, damage)?;
         }
     }
+}
+
+/// Loads this rank's share of a checkpoint after checking that it fits the stage, the model (with its adapters on `base`, if it has
+/// any) and the configuration.
+///
+/// # Errors
+/// Returns [`LearnerError::CheckpointState`] if the checkpoint does not fit, and [`LearnerError::Checkpoint`] if it is damaged or
+/// the store fails.
+pub(crate) fn read_checkpoint(
+    config: &Config,
+    plan: &StagePlan,
+    (trainer, base): (&impl StageTrainer, Option<&BaseModel>),
+    (handle, reader): (&Handle, &Reader),
+) -> Result<CheckpointMeta> {
+    let meta = CheckpointMeta::read(reader, plan.name, config.run.seed)?;
+    meta.check_fits(reader, trainer.vlm(), base, plan.critic)?;
+    allowed_changes(reader.info().step, &meta.config, config)?;
+    read_state(&trainer.state_to_load()?, handle, reader)?;
+    Ok(meta)
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use crate::common::real_worker::start_worker;
 use crate::common::small_run::SmallRun;
-use crate::common::{breakdown, low_tokens, weights};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_core::TrainGroup;
@@ -18,6 +17,7 @@ use unveil_learner::{EventSink, Ready, SilentProgress, run_rl, sampling};
 use unveil_model::Vlm;
 use unveil_rollout::WorkerReport;
 use unveil_service::CancellationToken;
+use unveil_testkit_model::{breakdown, low_tokens, weights};
 use unveil_trainer::{PolicyTrainer, StepSettings};
 
 /// An event log that pauses after each update, like a slow learner.
@@ -39,8 +39,11 @@ impl EventSink for Events {
 fn small(steps: u64, max_staleness: u64, groups_per_lease: usize) -> SmallRun {
     let mut small = SmallRun::new(5);
     let c = &mut small.config;
-    (c.learner.steps, c.learner.checkpoint_every) = (steps, 0);
-    (c.rollout.max_staleness, c.rollout.groups_per_lease, c.rollout.threads) = (max_staleness, groups_per_lease, 1);
+    c.learner.steps = steps;
+    c.learner.checkpoint_every = 0;
+    c.rollout.max_staleness = max_staleness;
+    c.rollout.groups_per_lease = groups_per_lease;
+    c.rollout.threads = 1;
     c.rollout.max_new_tokens = 12;
     small
 }
@@ -83,7 +86,7 @@ fn synchronous(small: &SmallRun) -> SynchronousRun {
     let data = small.data();
     let load = || Vlm::load(&small.model(), Device::Cpu, Kind::Float).unwrap();
     let preprocessor = data.preprocessor().clone();
-    let banned = preprocessor.tokenizer().special().banned.clone();
+    let banned = preprocessor.tokenizer().banned().to_vec();
     let vlm = load();
     let settings = StepSettings::new(config, &vlm, &banned);
     let options = unveil_rollout::engine_options(config, vlm.config(), &banned);

@@ -37,7 +37,9 @@ fn files(dir: &Path) -> Vec<PathBuf> {
 #[test]
 fn a_flipped_bit_is_found_by_verify_and_by_resume() {
     let mut small = SmallRun::new(4);
-    (small.config.sft.steps, small.config.sft.batch, small.config.sft.checkpoint_every) = (2, 2, 1);
+    small.config.sft.steps = 2;
+    small.config.sft.batch = 2;
+    small.config.sft.checkpoint_every = 1;
     assert_eq!(run(&small, TO_THE_END).unwrap().0.step, 2);
     let place = small.run().join("sft");
     let newest = place.join("checkpoints/step-2/term-1");

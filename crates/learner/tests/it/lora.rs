@@ -5,13 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::common::small_run::{SmallRun, StopAt, experience, work};
-use crate::common::weight_sync::NoLeases;
-use crate::common::{adapters, add_noise, experience_settings, lora_spec, model};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_checkpoint::{Access, Manifest, ManifestTensor, Store};
-use unveil_config::schema::Algorithm;
-use unveil_core::{Sampling, TrainGroup};
+use unveil_core::{Algorithm, TrainGroup};
 use unveil_engine::{Engine, EngineOptions};
 use unveil_experience::Experience;
 use unveil_experience_rpc::{
@@ -21,9 +18,11 @@ use unveil_learner::{LearnerError, Outcome, SilentProgress, run_rl};
 use unveil_model::{AdapterMerger, LoraSpec, Vlm, export, read_adapters};
 use unveil_rollout::load_update;
 use unveil_service::CancellationToken;
+use unveil_testkit_model::{NoLeases, adapters, add_noise, experience_settings, lora_spec, model, server_options};
 
 fn run(small: &SmallRun, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerError> {
-    let (model, out) = (small.model(), small.dir.path().join("out/model"));
+    let model = small.model();
+    let out = small.dir.path().join("out/model");
     let cancel = CancellationToken::new();
     let mut events = StopAt { kind: "train", step: stop, cancel: cancel.clone(), seen: vec![] };
     let mut silent = SilentProgress;
@@ -37,8 +36,12 @@ fn run(small: &SmallRun, stop: u64) -> Result<(Outcome, Vec<Value>), LearnerErro
 fn small(algorithm: Algorithm) -> SmallRun {
     let mut small = SmallRun::new(5);
     let l = &mut small.config.learner;
-    (l.algorithm, l.steps, l.checkpoint_every, l.kl_coef) = (algorithm, 4, 0, 0.1);
-    (l.lora.rank, l.lora.rslora) = (3, true);
+    l.algorithm = algorithm;
+    l.steps = 4;
+    l.checkpoint_every = 0;
+    l.kl_coef = 0.1;
+    l.lora.rank = 3;
+    l.lora.rslora = true;
     l.lora.targets.push("visual.blocks.*.attn.qkv".into());
     small
 }
@@ -122,7 +125,8 @@ fn mismatched_checkpoints_are_refused() {
     refused(&small, &["checkpoint of step 2", "BLAKE3", "model0", "never"]);
     // A checkpoint of whole weights cannot be resumed with adapters.
     let mut whole = SmallRun::new(5);
-    (whole.config.learner.steps, whole.config.learner.checkpoint_every) = (3, 0);
+    whole.config.learner.steps = 3;
+    whole.config.learner.checkpoint_every = 0;
     assert_eq!(run(&whole, 1).unwrap().0.step, 1);
     whole.config.learner.lora.rank = 2;
     refused(&whole, &["checkpoint of step 1", "whole weights", "learner.lora.rank"]);
@@ -141,11 +145,8 @@ fn only_adapters_are_sent_after_the_first_version() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let settings = experience_settings(1, 9.0);
         let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
-        let listen = "127.0.0.1:0".to_owned();
-        let sampling = Sampling { n: 2, ..Default::default() };
         let broadcast = by_broadcast.then_some(BroadcastOptions { device: Device::Cpu, timeout: limit });
-        let options =
-            ExperienceServerOptions { listen, sampling, stop: vec![], vocab: 50, fixed_lease_size: None, broadcast };
+        let options = ExperienceServerOptions { broadcast, ..server_options() };
         let server = ExperienceServer::start(runtime.handle(), options, machine, Arc::new(NoLeases)).unwrap();
         let mut vlm = model(2);
         vlm.init_adapters(

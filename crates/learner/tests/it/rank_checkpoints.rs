@@ -9,9 +9,8 @@ use unveil_checkpoint::{
 };
 use unveil_learner::{HostBufferPool, copy_to_host, read_state};
 use unveil_model::read_safetensors;
+use unveil_testkit_model::rank_processes::{ALL_BATCHES, BATCHES, RankSpec, record, relative_difference, run, serve};
 use unveil_trainer::{PolicyTrainer, TrainerProgress};
-
-use crate::rank_processes::{ALL_BATCHES, BATCHES, RankSpec, record, relative_difference, run, serve};
 
 /// The test that is the process of a rank.
 const RANK: &str = "rank_checkpoints::rank";
@@ -42,7 +41,8 @@ fn rank() {
 /// Opens the checkpoint store of the test.
 fn checkpoints(spec: &RankSpec) -> (Runtime, Store) {
     let runtime = Runtime::new().unwrap();
-    let (place, none): (_, [(&str, &str); 0]) = (spec.dir.join("run"), []);
+    let place = spec.dir.join("run");
+    let none: [(&str, &str); 0] = [];
     let store = runtime.block_on(Store::open(place.to_str().unwrap(), none, Access::Write)).unwrap();
     (runtime, store)
 }

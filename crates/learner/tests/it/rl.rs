@@ -5,8 +5,8 @@ use std::path::Path;
 use crate::common::small_run::{BLIND, PICKY, SmallRun, StopAt, experience, work};
 use serde_json::Value;
 use unveil_checkpoint::{Access, Store};
-use unveil_config::schema::Algorithm;
-use unveil_learner::{Evaluation, LearnerError, Outcome, SilentProgress, run_rl};
+use unveil_core::Algorithm;
+use unveil_learner::{LearnerError, Outcome, SilentProgress, ValidationResult, run_rl};
 use unveil_service::CancellationToken;
 
 fn run(small: &SmallRun, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcome, Vec<Value>, u64) {
@@ -16,7 +16,7 @@ fn run(small: &SmallRun, stop: u64, evaluate: Option<fn(u64) -> f64>) -> (Outcom
     let mut events = StopAt { kind: "train", step: stop, cancel: cancel.clone(), seen: vec![] };
     let mut silent = SilentProgress;
     let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
-        Ok(Evaluation { metrics: serde_json::Map::new(), score: evaluate.map_or(0.0, |f| f(step)) })
+        Ok(ValidationResult { metrics: serde_json::Map::new(), score: evaluate.map_or(0.0, |f| f(step)) })
     };
     let mut stage = small.stage(&model, &out, &mut events, &mut silent, cancel);
     if evaluate.is_some() {
@@ -45,7 +45,8 @@ fn resumed_run_reaches_the_same_weights() {
         // The KL coefficient changes with every update and must be restored, too.
         let steered = || {
             let mut small = small(algorithm, 4);
-            (small.config.learner.kl_coef, small.config.learner.kl_target) = (0.1, 50.0);
+            small.config.learner.kl_coef = 0.1;
+            small.config.learner.kl_target = 50.0;
             small
         };
         let straight = steered();
@@ -84,6 +85,11 @@ fn the_best_checkpoint_is_exported() {
     let best: Vec<_> =
         of(&events, "checkpoint").iter().map(|e| (e["step"].as_u64().unwrap(), e["best"] == true)).collect();
     assert_eq!(best, vec![(1, true), (2, true), (4, false)]);
+    let place = |kind: &str| events.iter().position(|e| e["kind"] == kind && e["step"] == 4).unwrap();
+    assert!(
+        place("train") < place("eval") && place("eval") < place("checkpoint"),
+        "a save knows its score: {events:?}"
+    );
     let exported = std::fs::read(small.dir.path().join("rl-out/model.safetensors")).unwrap();
     let saved = |step: u64| {
         let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -123,7 +129,7 @@ fn run_with_failing_saves(
     let mut events = Vec::new();
     let mut silent = SilentProgress;
     let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
-        Ok(Evaluation { metrics: serde_json::Map::new(), score: -(step as f64 - 2.0).abs() })
+        Ok(ValidationResult { metrics: serde_json::Map::new(), score: -(step as f64 - 2.0).abs() })
     };
     let mut stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
     stage.evaluator = Some(&mut evaluator);
@@ -179,7 +185,8 @@ fn the_last_save_must_succeed() {
 fn run_error(small: &SmallRun, worker: &'static str) -> LearnerError {
     let model = small.model();
     let out = small.dir.path().join("rl-out");
-    let (mut events, mut silent) = (Vec::<Value>::new(), SilentProgress);
+    let mut events: Vec<Value> = Vec::new();
+    let mut silent = SilentProgress;
     let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
     let mut at_work = None;
     let ended = run_rl(stage, |ready| at_work = Some(work(experience(ready), small.model(), worker)));
@@ -191,14 +198,16 @@ fn run_error(small: &SmallRun, worker: &'static str) -> LearnerError {
 #[test]
 fn mostly_masked_rewards_end_the_run() {
     let mut blind = small(Algorithm::Grpo, 10);
-    (blind.config.learner.groups, blind.config.learner.max_masked) = (16, 0.5);
+    blind.config.learner.groups = 16;
+    blind.config.learner.max_masked = 0.5;
     let e = run_error(&blind, BLIND);
     let names_format =
         matches!(&e, LearnerError::Masked { step: 4, component, masked: 64, groups: 64, .. } if component == "format");
     assert!(names_format, "{e}");
     // Four of five records are set aside; the remaining one trains well.
     let mut picky = small(Algorithm::Grpo, 40);
-    (picky.config.rollout.max_losses, picky.config.learner.max_masked) = (1, 0.5);
+    picky.config.rollout.max_losses = 1;
+    picky.config.learner.max_masked = 0.5;
     let e = run_error(&picky, PICKY);
     assert!(matches!(&e, LearnerError::Masked { component, .. } if component == "total"), "{e}");
     assert!(e.to_string().contains("it cannot be made"), "{e}");

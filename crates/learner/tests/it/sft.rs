@@ -3,8 +3,9 @@
 use crate::common::small_run::{SmallRun, StopAt};
 use unveil_checkpoint::{Access, Store, list};
 use unveil_config::schema::Optimizer;
-use unveil_learner::{Evaluation, Progress, SilentProgress, run_sft};
+use unveil_learner::{LearnerError, Progress, SilentProgress, ValidationResult, run_sft};
 use unveil_service::CancellationToken;
+use unveil_testkit_model::weights;
 use unveil_trainer::{SftBatch, SftTrainer, TrainerError};
 
 fn batch(small: &SmallRun) -> SftBatch {
@@ -42,10 +43,10 @@ fn non_finite_losses_are_skipped_then_fatal() {
     damaged.patches[7] = f32::NAN;
     invalid.inputs[0] = damaged.into();
     let mut trainer = trainer(&small, 60);
-    let before = crate::common::weights(trainer.vlm());
+    let before = weights(trainer.vlm());
     let report = trainer.update(&invalid).unwrap();
     assert_eq!(report.skipped.as_deref(), Some("the loss is not finite"));
-    assert_eq!((trainer.step(), crate::common::weights(trainer.vlm()) == before), (1, true));
+    assert_eq!((trainer.step(), weights(trainer.vlm()) == before), (1, true));
     assert!(trainer.update(&good).unwrap().skipped.is_none());
     for _ in 0..4 {
         assert!(trainer.update(&invalid).unwrap().skipped.is_some());
@@ -80,7 +81,7 @@ fn run(small: &SmallRun, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json:
     let mut events = StopAt { kind: "sft", step: stop, cancel: cancel.clone(), seen: vec![] };
     let mut evaluator = |_: &mut unveil_model::Vlm, step: u64| {
         let metrics = serde_json::from_value(serde_json::json!({"mean_iou": 0.5})).unwrap();
-        Ok(Evaluation { metrics, score: step as f64 })
+        Ok(ValidationResult { metrics, score: step as f64 })
     };
     let mut last_progress = LastProgress(0);
     let mut stage = small.stage(&model, &out, &mut events, &mut last_progress, cancel);
@@ -89,6 +90,67 @@ fn run(small: &SmallRun, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json:
     let updates = events.seen.iter().filter(|e| e["kind"] == "sft").count() as u64;
     assert_eq!(last_progress.0, 3 * updates, "images of this process, from which the rate is last_progress");
     (outcome, events.seen)
+}
+
+/// Returns the error that ends the stage.
+fn error_of(small: &SmallRun) -> LearnerError {
+    let model = small.model();
+    let out = small.dir.path().join("o");
+    let mut events = Vec::new();
+    let mut silent = SilentProgress;
+    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
+    run_sft(stage).unwrap_err()
+}
+
+/// A save is reported before the next one begins, and the last evaluation follows the last save.
+#[test]
+fn events_of_the_stage_have_a_fixed_order() {
+    let mut small = small_sft();
+    small.config.sft.steps = 3;
+    small.config.sft.eval_every = 2;
+    small.config.sft.checkpoint_every = 1;
+    let (outcome, events) = run(&small, u64::MAX);
+    let order: Vec<_> = events.iter().map(|e| (e["kind"].as_str().unwrap(), e["step"].as_u64().unwrap())).collect();
+    let expected = [
+        ("started", 0),
+        ("sft", 1),
+        ("sft", 2),
+        ("eval", 2),
+        ("checkpoint", 1),
+        ("sft", 3),
+        ("checkpoint", 2),
+        ("checkpoint", 3),
+        ("eval", 3),
+    ];
+    assert_eq!(order, expected);
+    let best: Vec<_> = events.iter().filter_map(|e| e["best"].as_bool()).collect();
+    assert_eq!(
+        (best, outcome.exported),
+        (vec![false; 3], Some(3)),
+        "stage 1 exports the last checkpoint, not the best"
+    );
+}
+
+/// The save of the last step must succeed; an earlier one may fail.
+#[test]
+fn a_failed_save_is_reported_and_the_last_must_succeed() {
+    // A file blocks the directory of a checkpoint.
+    let with_blocked_checkpoint = |step: u64| {
+        let mut small = small_sft();
+        small.config.sft.steps = 3;
+        small.config.sft.checkpoint_every = 1;
+        let folder = small.run().join("sft/checkpoints");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(format!("step-{step}")), "").unwrap();
+        small
+    };
+    let (outcome, events) = run(&with_blocked_checkpoint(1), u64::MAX);
+    let kinds = events.iter().map(|e| (e["kind"].as_str().unwrap(), e["step"].as_u64().unwrap()));
+    let saves: Vec<_> = kinds.filter(|(kind, _)| kind.starts_with("checkpoint")).collect();
+    assert_eq!(saves, [("checkpoint_failed", 1), ("checkpoint", 2), ("checkpoint", 3)]);
+    assert_eq!(outcome.exported, Some(3));
+    let e = error_of(&with_blocked_checkpoint(3));
+    assert!(matches!(e, LearnerError::SavesFailed { step: 3, in_a_row: 1, .. }), "{e}");
 }
 
 #[test]
@@ -139,7 +201,7 @@ fn cancellation_interrupts_batch_preparation() {
 #[test]
 fn items_over_the_context_are_refused_by_id() {
     let small = small_sft();
-    let limits = unveil_preprocess::context_fit::TokenLimits { context: 50, new_tokens: 0, question: String::new() };
+    let limits = unveil_preprocess::context_fit::TokenLimits { context: 50, new_tokens: 0 };
     let e = small.data_with_limits(limits).item(2, 0, false).err().unwrap().to_string();
     assert!(e.contains("context of 50") && e.contains("record \""), "{e}");
 }
@@ -147,8 +209,10 @@ fn items_over_the_context_are_refused_by_id() {
 #[test]
 fn retention_keeps_newest_and_milestones_with_timings() {
     let mut small = small_sft();
-    (small.config.sft.steps, small.config.sft.checkpoint_every) = (5, 1);
-    (small.config.checkpoint.keep, small.config.checkpoint.keep_every) = (1, 2);
+    small.config.sft.steps = 5;
+    small.config.sft.checkpoint_every = 1;
+    small.config.checkpoint.keep = 1;
+    small.config.checkpoint.keep_every = 2;
     let (_, events) = run(&small, u64::MAX);
     let saved: Vec<_> = events.iter().filter(|e| e["kind"] == "checkpoint").collect();
     assert_eq!(saved.iter().filter_map(|e| e["step"].as_u64()).collect::<Vec<_>>(), [1, 2, 3, 4, 5]);
@@ -159,7 +223,8 @@ fn retention_keeps_newest_and_milestones_with_timings() {
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let kept = runtime.block_on(async {
-        let (place, none): (_, [(&str, &str); 0]) = (small.run().join("sft"), []);
+        let place = small.run().join("sft");
+        let none: [(&str, &str); 0] = [];
         let store = Store::open(&place.to_string_lossy(), none, Access::Read).await.unwrap();
         list(&store).await.unwrap()
     });
@@ -172,12 +237,7 @@ fn resuming_with_another_seed_is_refused() {
     small.config.sft.steps = 1;
     run(&small, u64::MAX);
     small.config.run.seed = 9;
-    let model = small.model();
-    let out = small.dir.path().join("o");
-    let mut events = Vec::new();
-    let mut silent = SilentProgress;
-    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
-    let e = run_sft(stage).unwrap_err().to_string();
+    let e = error_of(&small).to_string();
     assert!(e.contains("run.seed 0, now 9"), "{e}");
 }
 
@@ -186,11 +246,6 @@ fn corrupt_image_ends_the_stage_and_is_named() {
     let small = small_sft();
     let path = small.dir.path().join("data/images/synth-3-000002.png");
     std::fs::write(&path, b"no image").unwrap();
-    let model = small.model();
-    let out = small.dir.path().join("o");
-    let mut events = Vec::new();
-    let mut silent = SilentProgress;
-    let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
-    let e = run_sft(stage).unwrap_err().to_string();
+    let e = error_of(&small).to_string();
     assert!(e.contains("synth-3-000002") && e.contains("decoded"), "{e}");
 }

@@ -1,13 +1,13 @@
 //! A learner with sharded parameters broadcasts them whole.
 
 use std::io::{BufRead, BufReader};
+use std::process::Stdio;
 
 use tch::{Device, Kind};
 use unveil_collective::{Backend, Setup, Timeouts, open};
+use unveil_testkit::{KilledOnDrop, free_address, ignored_test};
+use unveil_testkit_model::{PATIENCE, WeightPublisher, bits, configured, low_tokens, model, rollout};
 use unveil_trainer::{Models, PolicyTrainer, Ranks, ZeroStage};
-
-use crate::common::weight_sync::{SOON, TestProcess, WeightPublisher, bits};
-use crate::common::{configured, low_tokens, model, rollout};
 
 const RANK: &str = "UNVEIL_TEST_RANK";
 const PORT: &str = "UNVEIL_TEST_PORT";
@@ -29,7 +29,7 @@ fn rank() {
     let address = format!("127.0.0.1:{}", std::env::var(PORT).unwrap());
     let backend = Backend::Gloo;
     let fingerprint = "test".into();
-    let timeouts = Timeouts::within(SOON);
+    let timeouts = Timeouts::within(PATIENCE);
     let setup = Setup { rank, world: 2, address, local_address: None, backend, fingerprint, token: None, timeouts };
     let ranks = Ranks::new(open(&setup).unwrap(), ZeroStage::Parameters, 0).unwrap();
     let settings = configured(&vlm, 20, |_| ());
@@ -66,9 +66,12 @@ fn rank() {
 
 #[test]
 fn sharded_parameters_are_broadcast_whole() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
-    let start =
-        |rank: usize| TestProcess::start("sharded_broadcast::rank", &[(RANK, rank.to_string()), (PORT, port.clone())]);
+    let port = free_address().port().to_string();
+    let start = |rank: usize| {
+        let mut command = ignored_test("sharded_broadcast::rank");
+        command.env(RANK, rank.to_string()).env(PORT, &port).stdout(Stdio::piped());
+        KilledOnDrop(command.spawn().unwrap())
+    };
     let mut zero = start(0);
     let mut one = start(1);
     let lines = BufReader::new(zero.0.stdout.take().unwrap()).lines().map_while(Result::ok);

@@ -28,8 +28,11 @@ const SOON: Duration = Duration::from_secs(120);
 fn small(steps: u64) -> SmallRun {
     let mut small = SmallRun::new(5);
     let c = &mut small.config;
-    (c.learner.steps, c.learner.checkpoint_every) = (steps, 0);
-    (c.rollout.max_staleness, c.rollout.groups_per_lease, c.rollout.threads) = (0, 2, 1);
+    c.learner.steps = steps;
+    c.learner.checkpoint_every = 0;
+    c.rollout.max_staleness = 0;
+    c.rollout.groups_per_lease = 2;
+    c.rollout.threads = 1;
     small
 }
 
@@ -112,7 +115,8 @@ async fn stalled_worker(address: SocketAddr, over: CancellationToken) -> usize {
 #[test]
 fn stalled_worker_loses_its_groups_to_another() {
     let mut small = small(2);
-    (small.config.rollout.lease_s, small.config.rollout.stall_s) = (600.0, 1.0);
+    small.config.rollout.lease_s = 600.0;
+    small.config.rollout.stall_s = 1.0;
     let runtime = runtime();
     let over = CancellationToken::new();
     let mut worker = None;

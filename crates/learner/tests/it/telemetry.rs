@@ -1,7 +1,7 @@
 //! Telemetry of a run: metrics that match the events, one trace per group through all roles, health; and a worker that
 //! is stopped while others continue.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::common::small_run::SmallRun;
@@ -10,13 +10,9 @@ use unveil_config::Config;
 use unveil_learner::{EventSink, Ready, SilentProgress, run_rl};
 use unveil_rollout::{WorkerOptions, WorkerReport};
 use unveil_service::{CancellationToken, TraceOptions, check_health, init_tracing};
-use unveil_testkit::{MetricsPage, Span, SpanCollector};
+use unveil_testkit::{MetricsPage, Span, SpanCollector, free_address, ignored_test};
 
 const SOON: Duration = Duration::from_secs(10);
-
-fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
 
 /// Keeps the events, all metrics pages at the last update, and the learner's page at the first checkpoint.
 struct ObservedRun {
@@ -91,8 +87,7 @@ fn is_healthy(address: SocketAddr, service: &str) -> bool {
 /// The trace subscriber is global to a process, so the traced run gets its own.
 #[test]
 fn metrics_match_events_and_each_group_is_one_trace() {
-    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-    let child = child.args(["telemetry::traced_run", "--exact", "--ignored", "--nocapture"]).output().unwrap();
+    let child = ignored_test("telemetry::traced_run").output().unwrap();
     let output = format!("{}{}", String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
     assert!(child.status.success() && output.contains("1 passed"), "{output}");
 }
@@ -102,10 +97,13 @@ fn metrics_match_events_and_each_group_is_one_trace() {
 fn traced_run() {
     let mut small = SmallRun::new(5);
     let collector = SpanCollector::start();
-    let pages = [free(), free(), free()];
+    let pages = [free_address(), free_address(), free_address()];
     let c = &mut small.config;
-    (c.learner.steps, c.learner.checkpoint_every, c.learner.kl_coef) = (3, 2, 0.01);
-    (c.rollout.threads, c.rollout.groups_per_lease) = (1, 2);
+    c.learner.steps = 3;
+    c.learner.checkpoint_every = 2;
+    c.learner.kl_coef = 0.01;
+    c.rollout.threads = 1;
+    c.rollout.groups_per_lease = 2;
     c.learner.metrics_listen = pages[0].to_string();
     c.rollout.metrics_listen = pages[1].to_string();
     c.reward.service.metrics_listen = pages[2].to_string();
@@ -215,10 +213,13 @@ fn check_one_trace_per_group(spans: &[Span], events: &[Value]) {
 fn stopped_worker_releases_its_groups_immediately() {
     let mut small = SmallRun::new(5);
     let c = &mut small.config;
-    (c.learner.steps, c.rollout.threads, c.rollout.groups_per_lease) = (1, 1, 2);
+    c.learner.steps = 1;
+    c.rollout.threads = 1;
+    c.rollout.groups_per_lease = 2;
     // Leases outlast the test, so that a group is freed only if it is released.
-    (c.rollout.lease_s, c.rollout.stall_s) = (3600.0, 7200.0);
-    let page = free();
+    c.rollout.lease_s = 3600.0;
+    c.rollout.stall_s = 7200.0;
+    let page = free_address();
     c.learner.metrics_listen = page.to_string();
     let mut slow = c.clone();
     slow.reward.deadline_s = 3600.0;
@@ -226,7 +227,7 @@ fn stopped_worker_releases_its_groups_immediately() {
     let stop_all = CancellationToken::new();
     let mut workers = Vec::new();
     let reward = rewards(&small.config, &stop_all);
-    let unused_address = free();
+    let unused_address = free_address();
     let model = small.model();
     let out = small.dir.path().join("rl-out");
     let mut silent = SilentProgress;

@@ -22,6 +22,7 @@ pub(crate) struct ReduceTiming {
 }
 
 /// Collects the gradients of a mini-batch and reduces them over ranks.
+#[derive(Debug)]
 pub(crate) struct GradientReducer {
     layout: Rc<ShardLayout>,
     ranks: Rc<Ranks>,
@@ -39,7 +40,7 @@ pub(crate) struct GradientReducer {
 }
 
 impl GradientReducer {
-    pub fn new(layout: Rc<ShardLayout>, ranks: Rc<Ranks>, kind: Kind) -> Self {
+    pub(crate) fn new(layout: Rc<ShardLayout>, ranks: Rc<Ranks>, kind: Kind) -> Self {
         let none = || layout.buckets.iter().map(|_| None).collect();
         let local = none();
         let owned = none();
@@ -56,13 +57,13 @@ impl GradientReducer {
     }
 
     /// Returns the number of decoder layers, up to the last one with gradients.
-    pub fn layers(&self) -> usize {
+    pub(crate) fn layers(&self) -> usize {
         self.layout.layers()
     }
 
     /// Collects the gradients of a layer (`None`: of everything outside the layers) after its backward pass; `last` marks the last
     /// pass of the mini-batch.
-    pub fn accumulate(&mut self, layer: Option<usize>, last: bool) -> Result<()> {
+    pub(crate) fn accumulate(&mut self, layer: Option<usize>, last: bool) -> Result<()> {
         let layout = self.layout.clone();
         let Some(index) = layout.buckets.iter().position(|b| b.layer == layer) else { return Ok(()) };
         let bucket = &layout.buckets[index];
@@ -106,7 +107,7 @@ impl GradientReducer {
     }
 
     /// Returns the time of reductions since the last call, and resets it.
-    pub fn take_timing(&mut self) -> ReduceTiming {
+    pub(crate) fn take_timing(&mut self) -> ReduceTiming {
         std::mem::take(&mut self.timing)
     }
 
@@ -131,7 +132,7 @@ impl GradientReducer {
     }
 
     /// Waits for all reductions and returns the part of the sum over all ranks that this rank owns, flat.
-    pub fn finish(&mut self) -> Result<Tensor> {
+    pub(crate) fn finish(&mut self) -> Result<Tensor> {
         self.wait_all()?;
         let layout = self.layout.clone();
         let mut parts = Vec::with_capacity(layout.buckets.len());
@@ -145,7 +146,7 @@ impl GradientReducer {
     }
 
     /// Drops all gradients, those in the parameters too. Waits for the reductions in flight, which all ranks take part in.
-    pub fn clear(&mut self) -> Result<()> {
+    pub(crate) fn clear(&mut self) -> Result<()> {
         self.wait_all()?;
         self.local.iter_mut().chain(&mut self.owned).for_each(|t| *t = None);
         for slot in self.layout.slots() {

@@ -8,6 +8,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Result, TrainerError};
 
 /// A parameter and its position in its bucket.
+#[derive(Debug)]
 pub(crate) struct ParameterSlot {
     pub name: String,
     pub tensor: Tensor,
@@ -19,6 +20,7 @@ pub(crate) struct ParameterSlot {
 }
 
 /// Parameters one after another, padded so that all shards have the same size.
+#[derive(Debug)]
 pub(crate) struct Bucket {
     /// The decoder layer of the parameters; `None` for everything outside the layers.
     pub layer: Option<usize>,
@@ -34,6 +36,7 @@ pub(crate) struct Bucket {
 }
 
 /// The elements of one parameter that this rank owns.
+#[derive(Debug)]
 pub(crate) struct OwnedRange {
     /// Index of the parameter, counted over all buckets.
     pub slot: usize,
@@ -44,6 +47,7 @@ pub(crate) struct OwnedRange {
 }
 
 /// Consecutive elements of a parameter on this rank.
+#[derive(Debug)]
 pub struct ParameterSlice {
     /// Name of the parameter.
     pub name: String,
@@ -56,6 +60,7 @@ pub struct ParameterSlice {
 }
 
 /// The layout of all parameters on this rank.
+#[derive(Debug)]
 pub(crate) struct ShardLayout {
     pub buckets: Vec<Bucket>,
     /// Number of elements that this rank owns, padding included.
@@ -74,7 +79,11 @@ impl ShardLayout {
     ///
     /// # Errors
     /// Returns [`TrainerError::Setting`] if a parameter is given twice.
-    pub fn new(parameters: &[(String, Tensor)], by_layer: bool, (shard, shards): (usize, usize)) -> Result<Self> {
+    pub(crate) fn new(
+        parameters: &[(String, Tensor)],
+        by_layer: bool,
+        (shard, shards): (usize, usize),
+    ) -> Result<Self> {
         let mut buckets: Vec<Bucket> = Vec::new();
         for (name, tensor) in parameters {
             if buckets.iter().any(|b| b.slots.iter().any(|s| s.name == *name)) {
@@ -130,7 +139,11 @@ impl ShardLayout {
     ///
     /// # Errors
     /// Returns the error of `tensor_of`, or [`TrainerError::Torch`] if a tensor has not the number of elements of its parameter.
-    pub fn owned_values(&self, kind: Kind, tensor_of: impl Fn(&ParameterSlot) -> Result<Tensor>) -> Result<Tensor> {
+    pub(crate) fn owned_values(
+        &self,
+        kind: Kind,
+        tensor_of: impl Fn(&ParameterSlot) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         tch::no_grad(|| {
             let shard = |b: &Bucket| -> Result<Tensor> {
                 Ok(b.flatten(kind, |s| tensor_of(s).map(Some))?.f_narrow(0, b.owned.start, b.size())?)
@@ -144,7 +157,11 @@ impl ShardLayout {
     ///
     /// # Errors
     /// Returns [`TrainerError::Torch`] if a parameter is not contiguous.
-    pub fn owned_slices(&self, flat: Option<&Tensor>, (part, parts): (usize, usize)) -> Result<Vec<ParameterSlice>> {
+    pub(crate) fn owned_slices(
+        &self,
+        flat: Option<&Tensor>,
+        (part, parts): (usize, usize),
+    ) -> Result<Vec<ParameterSlice>> {
         let part = part as i64;
         let parts = parts.max(1) as i64;
         let mut out = Vec::new();
@@ -171,19 +188,19 @@ impl ShardLayout {
     }
 
     /// Returns the number of decoder layers, up to the last one with parameters in this layout.
-    pub fn layers(&self) -> usize {
+    pub(crate) fn layers(&self) -> usize {
         self.buckets.iter().filter_map(|b| b.layer).max().map_or(0, |l| l + 1)
     }
 
     /// Iterates over all parameters, bucket by bucket.
-    pub fn slots(&self) -> impl Iterator<Item = &ParameterSlot> {
+    pub(crate) fn slots(&self) -> impl Iterator<Item = &ParameterSlot> {
         self.buckets.iter().flat_map(|b| &b.slots)
     }
 }
 
 impl Bucket {
     /// Returns the number of elements of the bucket that this rank owns.
-    pub fn size(&self) -> i64 {
+    pub(crate) fn size(&self) -> i64 {
         self.owned.end - self.owned.start
     }
 
@@ -192,7 +209,11 @@ impl Bucket {
     ///
     /// # Errors
     /// Returns the error of `tensor_of`, or [`TrainerError::Torch`] if a tensor has not the number of elements of its parameter.
-    pub fn flatten(&self, kind: Kind, tensor_of: impl Fn(&ParameterSlot) -> Result<Option<Tensor>>) -> Result<Tensor> {
+    pub(crate) fn flatten(
+        &self,
+        kind: Kind,
+        tensor_of: impl Fn(&ParameterSlot) -> Result<Option<Tensor>>,
+    ) -> Result<Tensor> {
         let mut parts = Vec::with_capacity(self.slots.len() + 1);
         let mut end = 0;
         let device = self.slots[0].tensor.device();
@@ -210,7 +231,7 @@ impl Bucket {
     }
 
     /// Returns the view of one parameter, in its shape, of the whole flat bucket.
-    pub fn view_of(&self, flat: &Tensor, s: &ParameterSlot) -> Result<Tensor> {
+    pub(crate) fn view_of(&self, flat: &Tensor, s: &ParameterSlot) -> Result<Tensor> {
         Ok(flat.f_narrow(0, s.begin, s.count)?.f_view(s.shape.as_slice())?)
     }
 }

@@ -11,7 +11,7 @@ use super::sharded_parameters::ShardedParameters;
 use crate::error::{Result, TrainerError};
 
 /// Hooks that gather parameters before a layer runs and reduce its gradients after.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Debug)]
 pub(crate) struct PassHooks {
     /// Parameters to gather; `None` where they are not sharded.
     pub sharded: Option<Rc<ShardedParameters>>,
@@ -44,7 +44,7 @@ impl PassHooks {
     ///
     /// # Errors
     /// Returns [`TrainerError::Ranks`] if another rank has failed or timed out.
-    pub fn begin(&self) -> Result<Rc<HookedPass>> {
+    pub(crate) fn begin(&self) -> Result<Rc<HookedPass>> {
         if let Some(sharded) = &self.sharded {
             sharded.prefetch(Some(0))?;
             sharded.gather(None)?;
@@ -61,7 +61,7 @@ impl PassHooks {
 
 impl HookedPass {
     /// Returns the hook to set on the tape; `None` where nothing is to be done layer by layer.
-    pub fn layer_hook(self: &Rc<Self>) -> Option<Rc<dyn LayerHook>> {
+    pub(crate) fn layer_hook(self: &Rc<Self>) -> Option<Rc<dyn LayerHook>> {
         self.hooks.by_layer.then(|| self.clone() as Rc<dyn LayerHook>)
     }
 
@@ -69,13 +69,13 @@ impl HookedPass {
     ///
     /// # Errors
     /// Returns the first error of the hooks.
-    pub fn end_forward(&self) -> Result<()> {
+    pub(crate) fn end_forward(&self) -> Result<()> {
         self.run_skipped_layers(Direction::Forward, self.hooks.layers());
         self.error.borrow_mut().take().map_or(Ok(()), Err)
     }
 
     /// Begins the backward pass; `last` marks the last pass of the mini-batch.
-    pub fn begin_backward(&self, last: bool) {
+    pub(crate) fn begin_backward(&self, last: bool) {
         self.last.set(last);
     }
 
@@ -83,7 +83,7 @@ impl HookedPass {
     ///
     /// # Errors
     /// Returns the first error of the hooks.
-    pub fn end_backward(&self) -> Result<()> {
+    pub(crate) fn end_backward(&self) -> Result<()> {
         self.run_skipped_layers(Direction::Backward, 0);
         self.keep_error(self.accumulate(None));
         self.error.borrow_mut().take().map_or(Ok(()), Err)

@@ -34,6 +34,7 @@ impl ZeroStage {
 }
 
 /// All ranks of a learner, as one of them sees them.
+#[derive(Debug)]
 pub struct Ranks {
     /// `None` if there is a single rank.
     world: Option<(World, Mesh)>,

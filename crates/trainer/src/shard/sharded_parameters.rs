@@ -14,6 +14,7 @@ use super::ranks::{Ranks, wait};
 use crate::error::{Result, TrainerError};
 
 /// The parameters of a model, sharded. A part of the model is a decoder layer (`Some`), or everything that belongs to none (`None`).
+#[derive(Debug)]
 pub(crate) struct ShardedParameters {
     ranks: Rc<Ranks>,
     /// Layouts of the sharded parameters, each with the values that this rank owns, flat.
@@ -25,7 +26,7 @@ pub(crate) struct ShardedParameters {
     state: RefCell<GatherState>,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 struct GatherState {
     /// Parts of the model that are gathered.
     gathered: Vec<Option<usize>>,
@@ -36,7 +37,7 @@ struct GatherState {
 impl ShardedParameters {
     /// Shards parameters: each source is the layout of parameters of one dtype and the values that this rank owns of them. They stay
     /// gathered until [`ShardedParameters::release`].
-    pub fn new(ranks: Rc<Ranks>, sources: Vec<(Rc<ShardLayout>, Tensor)>) -> Result<Self> {
+    pub(crate) fn new(ranks: Rc<Ranks>, sources: Vec<(Rc<ShardLayout>, Tensor)>) -> Result<Self> {
         let layers = sources.iter().map(|(layout, _)| layout.layers()).max().unwrap_or(0);
         let mut bytes = Vec::new();
         for (layout, _) in &sources {
@@ -53,7 +54,7 @@ impl ShardedParameters {
     }
 
     /// Returns this rank's slices of the parameters that are not trained, divided into `part.1` parts of which `part.0` is returned.
-    pub fn untrained_slices(&self, part: (usize, usize)) -> Result<Vec<ParameterSlice>> {
+    pub(crate) fn untrained_slices(&self, part: (usize, usize)) -> Result<Vec<ParameterSlice>> {
         // The first source holds the trained parameters.
         let untrained = self.sources.iter().skip(1);
         let slices =
@@ -68,7 +69,7 @@ impl ShardedParameters {
     }
 
     /// Starts the all-gather of `part`, unless it is gathered or under way.
-    pub fn prefetch(&self, part: Option<usize>) -> Result<()> {
+    pub(crate) fn prefetch(&self, part: Option<usize>) -> Result<()> {
         let mut state = self.state.borrow_mut();
         if state.gathered.contains(&part) || state.in_flight.contains_key(&part) {
             return Ok(());
@@ -87,7 +88,7 @@ impl ShardedParameters {
     }
 
     /// Gathers `part`: waits for its all-gather and fills the parameters.
-    pub fn gather(&self, part: Option<usize>) -> Result<()> {
+    pub(crate) fn gather(&self, part: Option<usize>) -> Result<()> {
         self.prefetch(part)?;
         let Some(works) = self.state.borrow_mut().in_flight.remove(&part) else { return Ok(()) };
         let mut failed = None;
@@ -110,7 +111,7 @@ impl ShardedParameters {
     }
 
     /// Releases the memory of `part`.
-    pub fn release(&self, part: Option<usize>) -> Result<()> {
+    pub(crate) fn release(&self, part: Option<usize>) -> Result<()> {
         let mut state = self.state.borrow_mut();
         let Some(index) = state.gathered.iter().position(|p| *p == part) else { return Ok(()) };
         state.gathered.swap_remove(index);
@@ -123,13 +124,13 @@ impl ShardedParameters {
     }
 
     /// Gathers all parameters.
-    pub fn gather_all(&self) -> Result<()> {
+    pub(crate) fn gather_all(&self) -> Result<()> {
         self.gather(None)?;
         (0..self.layers).try_for_each(|layer| self.gather(Some(layer)))
     }
 
     /// Releases the memory of all parameters.
-    pub fn release_all(&self) -> Result<()> {
+    pub(crate) fn release_all(&self) -> Result<()> {
         self.release(None)?;
         (0..self.layers).try_for_each(|layer| self.release(Some(layer)))
     }

@@ -28,7 +28,7 @@ impl DecoderShape {
     /// Returns the bytes of activations kept by a forward pass. A layer keeps about a dozen tensors of the hidden width (norms, queries,
     /// keys, values, attention output, residuals; attention itself is recomputed) and four of the MLP's width; the head keeps logits
     /// and their softmax for every response token. With `recompute` a layer keeps its input only, and one layer at a time the rest.
-    pub fn activation_bytes(&self, positions: u64, tokens: u64, recompute: bool, kind: Kind) -> u64 {
+    pub(super) fn activation_bytes(&self, positions: u64, tokens: u64, recompute: bool, kind: Kind) -> u64 {
         let layer = positions * (12 * self.hidden + 4 * self.intermediate);
         let layers = if recompute { layer + positions * self.hidden * self.layers } else { layer * self.layers };
         let rows = if recompute { tokens.min(1024) } else { tokens };

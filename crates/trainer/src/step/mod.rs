@@ -11,8 +11,8 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use tch::Tensor;
-use unveil_algo::{AlgoError, BatchStats, Correction, Counts, KlController, Objective, TokenLayout, check_batch};
-use unveil_core::{GroupId, TrainGroup};
+use unveil_algo::{AlgoError, BatchStats, Counts, KlController, Objective, TokenLayout, check_batch};
+use unveil_core::{GroupId, Importance, TrainGroup};
 use unveil_model::{ValueHead, Vlm};
 
 use crate::batch::TrainableGroup;
@@ -34,6 +34,7 @@ pub use setup::{CRITIC_PREFIX, Models};
 pub const SKIP_LIMIT: u64 = 5;
 
 /// The policy and its optimiser.
+#[derive(Debug)]
 pub struct PolicyTrainer {
     pub(crate) policy: Policy,
     pub(crate) optimizer: AdamW,
@@ -210,7 +211,7 @@ impl PolicyTrainer {
                 let ready = std::mem::take(&mut first_passes);
                 let local = accumulate_gradients(policy, &micro_batches, ready, &counts, &objective)?;
                 let gradient = self.optimizer.gradient()?;
-                let weighted = objective.correction != Correction::None;
+                let weighted = objective.importance != Importance::None;
                 let summed = self.ranks.all_reduce_sum(local.to_list(weighted), policy.vlm.device())?;
                 let total = LossAccumulator::from_list(&summed);
                 if !total.loss().is_finite() {

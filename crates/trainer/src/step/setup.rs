@@ -15,6 +15,7 @@ use crate::shard::{PassHooks, Ranks, ShardLayout, ShardedParameters, ZeroStage};
 use super::PolicyTrainer;
 
 /// The models of a trainer, all with the same architecture.
+#[derive(Debug)]
 pub struct Models {
     /// The policy.
     pub vlm: Vlm,
@@ -63,6 +64,7 @@ impl PolicyTrainer {
         vlm.set_trainable(|name| vlm.adapters().is_none() && settings.freezing.is_ever_trained(name));
         let value_head = settings
             .estimator
+            .algorithm
             .needs_values()
             .then(|| ValueHead::new(vlm.config().text.hidden_size, (activation_kind(vlm.kind()), vlm.device())));
         let mut trained: Vec<(String, Tensor)> = Vec::new();

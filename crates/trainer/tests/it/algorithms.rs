@@ -1,8 +1,8 @@
 //! Every algorithm option of the configuration takes effect in the update.
 
-use crate::common::{configured, low_tokens, model, rollout};
-use unveil_config::schema::{self, Algorithm, Importance, KlForm, KlPlacement, LossReduction, RatioBase, RatioLevel};
-use unveil_core::TrainGroup;
+use unveil_config::schema::{self, KlPlacement, RatioBase};
+use unveil_core::{Algorithm, Importance, KlForm, LossReduction, RatioLevel, TrainGroup};
+use unveil_testkit_model::{MAX_TOKENS, configured, low_tokens, model, rollout};
 use unveil_trainer::{PolicyTrainer, UpdateReport};
 
 fn learner(seed: u64, change: impl FnOnce(&mut schema::Learner)) -> PolicyTrainer {
@@ -42,7 +42,10 @@ fn algorithms_without_a_value_head_raise_a_toy_reward() {
 #[test]
 fn critic_warm_up_trains_only_the_value_loss() {
     let mut l = learner(3, |c| {
-        (c.algorithm, c.critic_warmup, c.kl_coef, c.entropy_coef) = (Algorithm::Ppo, 2, 0.1, 0.1);
+        c.algorithm = Algorithm::Ppo;
+        c.critic_warmup = 2;
+        c.kl_coef = 0.1;
+        c.entropy_coef = 0.1;
     });
     for step in 0..3 {
         let batch = rollout(l.vlm(), 2, 4, step, &low_tokens);
@@ -129,11 +132,7 @@ fn loss_reductions_scale_the_gradient() {
     let reduction_norm = |mean: LossReduction| norm(&move |c| c.loss_mean = mean);
     let per_response = plain * lengths.iter().sum::<usize>() as f64 / lengths.len() as f64;
     assert!(near(reduction_norm(LossReduction::SequenceTokenSum), per_response, 1e-3));
-    assert!(near(
-        reduction_norm(LossReduction::SequenceMaxLength),
-        per_response / crate::common::MAX_TOKENS as f64,
-        1e-3
-    ));
+    assert!(near(reduction_norm(LossReduction::SequenceMaxLength), per_response / MAX_TOKENS as f64, 1e-3));
     assert!(near(norm(&|c| c.policy_coef = 0.25), 0.25 * plain, 1e-3), "c1 scales the advantages");
     // On policy, all ratios are 1 at both levels, but the tokens of a response share one gradient.
     let sequence = norm(&|c| (c.ratio, c.loss_mean) = (RatioLevel::Sequence, LossReduction::SequenceTokenMean));

@@ -1,9 +1,8 @@
 //! Adapters in stage 2: training, and the policy without them as the KL reference.
 
 use unveil_model::Vlm;
+use unveil_testkit_model::{adapters, add_noise, configured, lora_spec, low_tokens, model, rollout, weights};
 use unveil_trainer::PolicyTrainer;
-
-use crate::common::{adapters, add_noise, configured, lora_spec, low_tokens, model, rollout, weights};
 
 fn adapted(seed: u64) -> Vlm {
     let mut vlm = model(seed);

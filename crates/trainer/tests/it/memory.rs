@@ -1,12 +1,10 @@
 //! An update without enough memory: the error contains the memory plan and advice, and the process ends without a
 //! panic.
 
-use std::process::Command;
-
-use crate::common::{configured, low_tokens, model, rollout};
 use nix::sys::resource::{Resource, setrlimit};
-use unveil_config::schema::Algorithm;
-use unveil_core::TrainGroup;
+use unveil_core::{Algorithm, TrainGroup};
+use unveil_testkit::ignored_test;
+use unveil_testkit_model::{configured, low_tokens, model, rollout};
 use unveil_trainer::{PolicyTrainer, TrainerError};
 
 const CHILD: &str = "UNVEIL_TEST_MEMORY";
@@ -40,12 +38,7 @@ fn update_with_little_memory() {
 
 #[test]
 fn out_of_memory_error_contains_the_plan() {
-    let mut child = Command::new(std::env::current_exe().unwrap());
-    child
-        .args(["memory::update_with_little_memory", "--exact", "--ignored", "--nocapture"])
-        .env(CHILD, "1")
-        .env("OMP_NUM_THREADS", "1");
-    let output = child.output().unwrap();
+    let output = ignored_test("memory::update_with_little_memory").env(CHILD, "1").output().unwrap();
     let out = String::from_utf8_lossy(&output.stdout);
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{out}{err}");

@@ -1,12 +1,16 @@
 //! The policy update: it learns, skips unusable batches, stops if rollout and learner disagree, and micro-batches add
 //! up.
 
-use crate::common::{breakdown, configured, low_tokens, model, rollout, settings, weights};
 use tch::{Device, Kind};
-use unveil_config::schema::{self, Algorithm, Freeze, LossReduction};
-use unveil_core::TrainGroup;
+use unveil_config::schema::{self, Freeze};
+use unveil_core::{Algorithm, LossReduction, TrainGroup};
 use unveil_model::Vlm;
+use unveil_testkit_model::{breakdown, configured, low_tokens, model, rollout, weights, write_model};
 use unveil_trainer::{Freezing, PolicyTrainer, StepSettings, TrainerError};
+
+fn settings(vlm: &Vlm, algorithm: Algorithm, steps: u64) -> StepSettings {
+    configured(vlm, steps, |l| l.algorithm = algorithm)
+}
 
 fn frozen(what: &[String]) -> Freezing {
     Freezing::new(&schema::Learner { frozen: what.to_vec(), ..Default::default() })
@@ -218,7 +222,7 @@ fn frozen_parameters_do_not_change() {
 #[test]
 fn bf16_weights_are_trained_with_fp32_masters() {
     let dir = tempfile::tempdir().unwrap();
-    crate::common::write_model(dir.path(), 3);
+    write_model(dir.path(), 3);
     let load = || Vlm::load(dir.path(), Device::Cpu, Kind::BFloat16).unwrap();
     let vlm = load();
     let s = settings(&vlm, Algorithm::Grpo, 20);
@@ -274,10 +278,4 @@ fn freeze_schedules_are_followed() {
     let counts: Vec<f64> =
         moments.iter().filter(|(n, _)| n.starts_with("step.model.")).map(|(_, t)| t.double_value(&[0])).collect();
     assert!(!counts.is_empty() && counts.iter().all(|c| *c == 2.0), "{counts:?}");
-}
-
-/// Repeats the tests with the rounding of other instruction sets.
-#[test]
-fn numbers_hold_under_every_dispatch() {
-    unveil_testkit::under_every_dispatch(&["policy::"]);
 }

@@ -2,9 +2,8 @@
 //! weights, moments.
 
 use unveil_model::read_safetensors;
+use unveil_testkit_model::rank_processes::{ALL_BATCHES, RankSpec, Update, record, relative_difference, run, serve};
 use unveil_trainer::NamedTensors;
-
-use crate::rank_processes::{ALL_BATCHES, RankSpec, Update, record, relative_difference, run, serve};
 
 /// The process of one rank, started by other tests.
 #[test]

@@ -4,15 +4,16 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::common::{low_tokens, model, rollout, write_model};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_config::Config;
-use unveil_config::schema::{Algorithm, Critic};
+use unveil_config::schema::Critic;
+use unveil_core::Algorithm;
 use unveil_model::{LoraSpec, ValueHead};
-use unveil_testkit::{python, under_every_dispatch};
+use unveil_testkit::python;
+use unveil_testkit_model::{low_tokens, model, rollout, write_model};
 use unveil_trainer::{Models, PolicyTrainer, Ranks, ReplayModels, StepSettings, dump, replay};
 
 fn models(model: &Path) -> ReplayModels<'_> {
@@ -86,10 +87,44 @@ fn config(algorithm: Algorithm) -> Config {
     c
 }
 
-fn compare(config: &Config) {
-    let dir = tempfile::tempdir().unwrap();
-    dumped(dir.path(), config);
-    let path_of = |name: &str| dir.path().join(name);
+/// Returns the updates to compare, by name.
+fn updates() -> [(&'static str, Config); 6] {
+    let mut critic = config(Algorithm::Ppo);
+    critic.learner.critic = Critic::Separate;
+    let mut recomputing = config(Algorithm::Ppo);
+    recomputing.learner.recompute = true;
+    let mut adapters = config(Algorithm::Grpo);
+    adapters.learner.lora.rank = 3;
+    adapters.learner.lora.alpha = 5.0;
+    // Adapters in both towers, with a value head.
+    let mut all_adapters = config(Algorithm::Ppo);
+    all_adapters.learner.lora.rank = 4;
+    all_adapters.learner.lora.rslora = true;
+    all_adapters.learner.recompute = true;
+    all_adapters.learner.lora.targets =
+        ["q_proj", "v_proj", "up_proj", "visual.*.qkv", "visual.*.down_proj", "visual.merger.*"]
+            .map(str::to_owned)
+            .to_vec();
+    // AdamW's first step is the sign of the gradient down to its epsilon. Adapters are small tensors, and without the value loss the
+    // gradients of the policy are closer to rounding noise: an epsilon above the noise of fp32 keeps single elements from dominating.
+    for c in [&mut critic, &mut adapters, &mut all_adapters] {
+        c.learner.optimizer.eps = 1e-5;
+    }
+    [
+        ("grpo", config(Algorithm::Grpo)),
+        ("ppo", config(Algorithm::Ppo)),
+        ("ppo-critic", critic),
+        ("ppo-recompute", recomputing),
+        ("grpo-adapters", adapters),
+        ("ppo-adapters", all_adapters),
+    ]
+}
+
+/// Writes a dump and replays it in both dtypes.
+fn replay_update(dir: &Path, config: &Config) {
+    std::fs::create_dir(dir).unwrap();
+    dumped(dir, config);
+    let path_of = |name: &str| dir.join(name);
     let lora = &config.learner.lora;
     if lora.rank > 0 {
         let mut vlm = model(seed());
@@ -106,78 +141,33 @@ fn compare(config: &Config) {
     let base = path_of("base");
     let adapter = path_of("adapter");
     let start = ReplayModels { adapter: (lora.rank > 0).then_some(adapter.as_path()), ..models(&base) };
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
-    for (kind, name) in [(Kind::Double, "float64"), (Kind::Float, "float32")] {
-        let result = replay(config, start, &path_of("dump"), &path_of("out"), &[], kind).unwrap();
+    for (kind, out) in [(Kind::Double, "out-float64"), (Kind::Float, "out-float32")] {
+        let result = replay(config, start, &path_of("dump"), &path_of(out), &[], kind).unwrap();
         assert!(result["clip_fraction"].as_f64().unwrap() > 0.05, "ratios must leave the clip range: {result}");
-        let mut reference = Command::new(python());
-        let reference_output =
-            reference.arg(&script).arg(dir.path()).arg(name).env("OMP_NUM_THREADS", "2").output().unwrap();
-        let reference_text = format!(
-            "{}{}",
-            String::from_utf8_lossy(&reference_output.stdout),
-            String::from_utf8_lossy(&reference_output.stderr)
-        );
-        assert!(reference_output.status.success(), "seed {}, {name}: {reference_text}", seed());
-        println!("seed {}: {reference_text}", seed());
     }
 }
 
+/// Compares full updates, with and without recomputation, with peft's on frozen weights, too. It is one test, because importing the
+/// libraries takes Python longer than all updates.
 #[test]
-fn grpo_equals_an_independent_update() {
-    compare(&config(Algorithm::Grpo));
-}
-
-#[test]
-fn ppo_equals_an_independent_update() {
-    compare(&config(Algorithm::Ppo));
-}
-
-#[test]
-fn a_separate_critic_equals_an_independent_update() {
-    let mut c = config(Algorithm::Ppo);
-    c.learner.critic = Critic::Separate;
-    // Without the value loss, the gradients of the policy are closer to the rounding noise of fp32: see `adapters`.
-    c.learner.optimizer.eps = 1e-5;
-    compare(&c);
-}
-
-/// Compares an update with recomputation of activations.
-#[test]
-fn recomputing_equals_an_independent_update() {
-    let mut c = config(Algorithm::Ppo);
-    c.learner.recompute = true;
-    compare(&c);
-}
-
-/// Repeats the tests with the rounding of other instruction sets.
-#[test]
-fn updates_hold_under_every_dispatch() {
-    under_every_dispatch(&[
-        "replay::ppo_equals_an_independent_update",
-        "replay::recomputing_equals_an_independent_update",
-    ]);
-}
-
-/// Compares adapters on frozen weights with peft, in both towers and with a value head. Adapters are small tensors, and
-/// AdamW's first step is the sign of the gradient down to its epsilon: an epsilon above the rounding noise of fp32
-/// keeps single elements from dominating.
-#[test]
-fn adapters_equal_an_independent_update() {
-    let config = |algorithm| {
-        let mut c = config(algorithm);
-        c.learner.optimizer.eps = 1e-5;
-        c
-    };
-    let mut c = config(Algorithm::Grpo);
-    (c.learner.lora.rank, c.learner.lora.alpha) = (3, 5.0);
-    compare(&c);
-    let mut c = config(Algorithm::Ppo);
-    (c.learner.lora.rank, c.learner.lora.rslora, c.learner.recompute) = (4, true, true);
-    c.learner.lora.targets = ["q_proj", "v_proj", "up_proj", "visual.*.qkv", "visual.*.down_proj", "visual.merger.*"]
-        .map(str::to_owned)
-        .to_vec();
-    compare(&c);
+fn updates_equal_independent_computations() {
+    let root = tempfile::tempdir().unwrap();
+    let updates = updates();
+    for (name, config) in &updates {
+        replay_update(&root.path().join(name), config);
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/replay.py");
+    let dirs = updates.iter().map(|(name, _)| root.path().join(name));
+    let output = Command::new(python()).arg(script).args(dirs).env("OMP_NUM_THREADS", "2").output().unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "seed {}: {text}", seed());
+    for (name, _) in &updates {
+        for dtype in ["float64", "float32"] {
+            let compared = format!("{name} {dtype} change of all weights:");
+            assert!(text.contains(&compared), "{name} was not compared: {text}");
+        }
+    }
+    println!("seed {}: {text}", seed());
 }
 
 #[test]

@@ -11,8 +11,7 @@ use unveil_proto::v1::reward_server::{Reward, RewardServer};
 use unveil_proto::{breakdown_to_wire, v1};
 use unveil_rollout::{WorkerOptions, WorkerReport};
 use unveil_service::{CancellationToken, Routes, ServeOptions, limited};
-
-use super::{breakdown, low_tokens};
+use unveil_testkit_model::{breakdown, low_tokens};
 
 /// Rewards low tokens, after a delay.
 struct ToyReward(Duration);
@@ -28,12 +27,12 @@ impl Reward for ToyReward {
 }
 
 /// A runtime with one worker thread.
-pub fn runtime() -> Runtime {
+pub(crate) fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
 }
 
 /// Starts a worker, and a reward service that takes `reward_delay` per group, on a thread that ends with the run.
-pub fn start_worker(
+pub(crate) fn start_worker(
     config: &Config,
     model: PathBuf,
     address: String,

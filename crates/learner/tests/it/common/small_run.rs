@@ -7,49 +7,32 @@ use std::sync::Arc;
 use serde_json::Value;
 use tch::{Device, Kind};
 use unveil_config::Config;
-use unveil_core::Prompt;
 use unveil_data::records::RecordFile;
 use unveil_datasets::synth::{RECORDS_FILE, SynthSpec, generate};
 use unveil_engine::{Engine, EngineOptions, GroupRequest, PromptInput, random::group_key};
 use unveil_experience_rpc::WeightReceiver;
 use unveil_learner::{Dataset, EventSink, Progress, Stage};
-use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+use unveil_model::Vlm;
 use unveil_preprocess::context_fit::TokenLimits;
 use unveil_preprocess::preprocessor::Preprocessor;
-use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::{breakdown_to_wire, response_to_wire, sampling_from_wire, v1};
 use unveil_rollout::load_update;
 use unveil_service::{CancellationToken, limited};
-
-use crate::common::{breakdown, low_tokens};
+use unveil_testkit_model::{breakdown, low_tokens, write_model_directory};
 
 /// A run in a temporary directory.
-pub struct SmallRun {
+pub(crate) struct SmallRun {
     pub dir: tempfile::TempDir,
     pub config: Config,
 }
 
 impl SmallRun {
-    pub fn new(records: usize) -> Self {
+    pub(crate) fn new(records: usize) -> Self {
         tch::set_num_threads(1);
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model0");
-        std::fs::create_dir(&model).unwrap();
-        let vocabulary = write_tiny(&model, &TinyProcessorSpec::default()).unwrap();
-        let s = &vocabulary.special;
-        let special = SpecialIds {
-            image_pad: s.image_pad,
-            video_pad: s.video_pad,
-            vision_start: s.vision_start,
-            vision_end: s.vision_end,
-            bos: None,
-            eos: s.im_end,
-            pad: s.end_of_text,
-        };
-        let family = "qwen2_5_vl".into();
-        let preset = "tiny".into();
-        init(&InitSpec { family, preset, vocab_size: vocabulary.vocab_size, seed: 1, special }, &model).unwrap();
+        write_model_directory(&model, 1);
         let spec = SynthSpec { train: records, seed: 3, ..Default::default() };
         generate(&spec, &dir.path().join("data"), |_, _| {}).unwrap();
         let mut config = Config::default();
@@ -64,28 +47,28 @@ impl SmallRun {
         Self { dir, config }
     }
 
-    pub fn model(&self) -> PathBuf {
+    pub(crate) fn model(&self) -> PathBuf {
         self.dir.path().join("model0")
     }
 
-    pub fn run(&self) -> PathBuf {
+    pub(crate) fn run(&self) -> PathBuf {
         self.config.run.dir.clone().into()
     }
 
-    pub fn data(&self) -> Arc<Dataset> {
+    pub(crate) fn data(&self) -> Arc<Dataset> {
         let records = RecordFile::load(&self.dir.path().join("data").join(RECORDS_FILE)).unwrap();
         let preprocessor = Arc::new(Preprocessor::load(&self.model()).unwrap());
         Arc::new(Dataset::new(&self.config, records, preprocessor).unwrap())
     }
 
     /// Returns the data with limits for its items.
-    pub fn data_with_limits(&self, limits: TokenLimits) -> Dataset {
-        let data = Arc::try_unwrap(self.data()).ok().expect("no other owner");
+    pub(crate) fn data_with_limits(&self, limits: TokenLimits) -> Dataset {
+        let data = Arc::try_unwrap(self.data()).expect("no other owner");
         data.with_limits(limits)
     }
 
     /// Creates a stage that logs to `events` and exports its model to `out`.
-    pub fn stage<'a>(
+    pub(crate) fn stage<'a>(
         &'a self,
         model: &'a Path,
         out: &'a Path,
@@ -100,7 +83,7 @@ impl SmallRun {
 }
 
 /// An event log that cancels the run at the event of `kind` and `step`.
-pub struct StopAt {
+pub(crate) struct StopAt {
     pub kind: &'static str,
     pub step: u64,
     pub cancel: CancellationToken,
@@ -118,13 +101,13 @@ impl EventSink for StopAt {
 }
 
 /// Name of a worker that submits groups whose `format` is masked.
-pub const BLIND: &str = "blind";
+pub(crate) const BLIND: &str = "blind";
 /// Name of a worker that fails on every record but the first.
-pub const PICKY: &str = "picky";
+pub(crate) const PICKY: &str = "picky";
 
 /// Leases, generates and submits on a thread until the run ends or the service stops. Returns the number of accepted
 /// groups.
-pub fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::JoinHandle<u64> {
+pub(crate) fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::JoinHandle<u64> {
     let name = name.to_owned();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -135,7 +118,7 @@ pub fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::Joi
 async fn worker(address: SocketAddr, model: &Path, name: &str) -> u64 {
     let preprocessor = Preprocessor::load(model).unwrap();
     let vlm = Vlm::load(model, Device::Cpu, Kind::Float).unwrap();
-    let banned = preprocessor.tokenizer().special().banned.clone();
+    let banned = preprocessor.tokenizer().banned().to_vec();
     let mut engine = Engine::new(vlm, EngineOptions { banned, ..Default::default() }).unwrap();
     let patience = std::time::Duration::from_secs(5);
     let channel = unveil_service::connect(&address.to_string(), patience).await.unwrap();
@@ -183,11 +166,15 @@ fn generate_groups(
 ) -> Vec<v1::SubmitRequest> {
     let request = |g: &v1::LeasedGroup| {
         let record: unveil_core::Record = serde_json::from_str(&g.record_json).unwrap();
-        let prepared = preprocessor.prepare_bytes(&g.image, &record.id, &record.question).unwrap();
-        let prompt = Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] };
+        let prepared = preprocessor.prepare_bytes(&g.image, &record.id, &record).unwrap();
         let key = g.group.as_ref().unwrap();
         GroupRequest {
-            input: PromptInput { id: record.id, prompt, patches: prepared.image.patches.into(), hashes: vec![] },
+            input: PromptInput {
+                id: record.id,
+                prompt: prepared.prompt,
+                patches: prepared.image.patches.into(),
+                hashes: vec![],
+            },
             key: group_key(&[&key.pass.to_le_bytes(), key.record.as_bytes()]),
             sampling: sampling_from_wire(g.sampling).unwrap(),
             stop: None,
@@ -234,7 +221,7 @@ fn generate_groups(
 }
 
 /// Returns the address of the experience service of a learner with one rank.
-pub fn experience(ready: unveil_learner::Ready) -> std::net::SocketAddr {
+pub(crate) fn experience(ready: unveil_learner::Ready) -> std::net::SocketAddr {
     match ready {
         unveil_learner::Ready::Experience(address) => address,
         _ => panic!("there is one rank"),
