@@ -7,6 +7,9 @@
 //! `gs://…`, `az://…` and local directories work too. Credentials come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
 //! …). The state is one parameter of zeros, to which each step adds 1; a second run continues where the first one ended.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "an example prints its results")]
+#![allow(clippy::disallowed_methods, reason = "credentials of the store come from the environment")]
+
 use unveil_checkpoint::{
     Access, CheckpointHeader, CheckpointInfo, Checkpoints, Dtype, MAX_OBJECT_BYTES, Object, ObjectLayout, ReadRequest,
     Reader, Resume, Retention, Store, TensorSlice, verify,
@@ -18,20 +21,19 @@ const PARAMETER: &str = "lm_head.weight";
 const SHAPE: [u64; 2] = [30, 40];
 
 /// The result of one run of this program.
-#[derive(Debug, PartialEq)]
-pub struct Outcome {
+struct Outcome {
     /// Step of the checkpoint that it resumed from.
-    pub resumed_from: Option<u64>,
+    resumed_from: Option<u64>,
     /// Step of the checkpoint that it saved.
-    pub saved: u64,
+    saved: u64,
     /// First element of the parameter, as read back from the store.
-    pub value: f32,
+    value: f32,
     /// Number of verified objects of the saved checkpoint.
-    pub verified: usize,
+    verified: usize,
 }
 
 /// Resumes, takes a step, saves and verifies.
-pub async fn run(url: &str) -> Result<Outcome, BoxError> {
+async fn run(url: &str) -> Result<Outcome, BoxError> {
     let store = Store::open(url, std::env::vars(), Access::Write).await?;
     // From here on, a learner that still holds an earlier claim on the run cannot commit.
     let retention = Retention { keep: 2, keep_best: true, keep_every: 0 };
@@ -105,6 +107,7 @@ fn objects(values: &[f32]) -> Vec<Object> {
 #[tokio::main]
 async fn main() -> Result<(), BoxError> {
     let url = std::env::args().nth(1).ok_or("usage: resume_from_bucket URL")?;
-    println!("{:?}", run(&url).await?);
+    let Outcome { resumed_from, saved, value, verified } = run(&url).await?;
+    println!("resumed from {resumed_from:?}, saved step {saved}, value {value}, {verified} objects verified");
     Ok(())
 }

@@ -7,10 +7,12 @@
 //! MODEL_DIR is in Hugging Face layout (`unveil model init` writes one); RECORDS.jsonl has lines such as
 //! `{"id": "a", "image": "a.png", "question": "What is abnormal, and where?"}`. The last argument is the number of responses.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "an example prints its results")]
+
 use std::path::Path;
 use std::sync::Arc;
 
-use unveil_core::{AnswerReader, BBox, Finish, Prompt, Sampling};
+use unveil_core::{AnswerReader, BBox, Finish, Sampling};
 use unveil_data::records::RecordFile;
 use unveil_engine::random::group_key;
 use unveil_engine::{Engine, EngineOptions, GroupRequest, PromptInput};
@@ -20,26 +22,25 @@ use unveil_preprocess::preprocessor::Preprocessor;
 type BoxError = Box<dyn std::error::Error>;
 
 /// A response as text.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generated {
+struct Generated {
     /// Text of all tokens.
-    pub text: String,
+    text: String,
     /// Boxes of the answer, in pixels of the original image.
-    pub boxes: Vec<BBox>,
+    boxes: Vec<BBox>,
     /// Log-probability of the whole response.
-    pub logprob: f32,
+    logprob: f32,
     /// Why the response ended.
-    pub finish: Finish,
+    finish: Finish,
     /// Row and column of the image token that the first response token attends to most.
-    pub looks_at: Option<[usize; 2]>,
+    looks_at: Option<[usize; 2]>,
 }
 
 /// Generates `n` responses to the first record of `records`.
-pub fn generate(model: &Path, records: &Path, n: usize) -> Result<Vec<Generated>, BoxError> {
+fn generate(model: &Path, records: &Path, n: usize) -> Result<Vec<Generated>, BoxError> {
     let preprocessor = Preprocessor::load(model)?;
     let file = RecordFile::load(records)?;
     let record = file.records.first().ok_or("the file has no record")?;
-    let prepared = preprocessor.prepare(&file.open_image(record)?, &record.question)?;
+    let prepared = preprocessor.prepare(&file.open_image(record)?, record)?;
     let sizes = prepared.image.sizes();
     let cells = prepared.image.merged;
 
@@ -47,14 +48,14 @@ pub fn generate(model: &Path, records: &Path, n: usize) -> Result<Vec<Generated>
     let options = EngineOptions {
         // The attention of one layer over the image tokens comes with every response.
         capture: Some(AttentionSet::layer(vlm.config().default_capture_layer())),
-        banned: preprocessor.tokenizer().special().banned.clone(),
+        banned: preprocessor.tokenizer().banned().to_vec(),
         ..EngineOptions::default()
     };
     let mut engine = Engine::new(vlm, options)?;
 
     let input = PromptInput {
         id: record.id.clone(),
-        prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![prepared.image.grid_thw.map(|v| v as i64)] },
+        prompt: prepared.prompt,
         patches: Arc::new(prepared.image.patches),
         hashes: Vec::new(),
     };
@@ -85,7 +86,8 @@ fn main() -> Result<(), BoxError> {
         return Err("usage: generate MODEL_DIR RECORDS.jsonl N".into());
     };
     for response in generate(Path::new(model), Path::new(records), n.parse()?)? {
-        println!("{response:?}");
+        let Generated { text, boxes, logprob, finish, looks_at } = response;
+        println!("{text:?} (boxes {boxes:?}, log-probability {logprob:.4}, {finish:?}, looks at {looks_at:?})");
     }
     Ok(())
 }

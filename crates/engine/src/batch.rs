@@ -19,7 +19,17 @@ struct ResponseState {
     stop: Option<Box<dyn FnMut(u32) -> bool + Send>>,
 }
 
+impl std::fmt::Debug for ResponseState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ResponseState")
+            .field("tokens", &self.tokens)
+            .field("finish", &self.finish)
+            .finish_non_exhaustive()
+    }
+}
+
 /// A running group; in the cache its rows are `slot * n ..`.
+#[derive(Debug)]
 pub(crate) struct RunningGroup {
     pub ticket: Ticket,
     pub request: GroupRequest,
@@ -28,6 +38,7 @@ pub(crate) struct RunningGroup {
 }
 
 /// Groups that share a cache and therefore have the same number of responses.
+#[derive(Debug)]
 pub(crate) struct Batch {
     pub n: usize,
     pub cache: GroupCache,

@@ -80,9 +80,10 @@ impl<V: Borrow<Vlm>> Engine<V> {
 #[cfg(test)]
 mod tests {
     use unveil_model::AttentionSet;
+    use unveil_testkit_model::{EOS, model};
 
     use super::*;
-    use crate::fixture::{EOS, input, model, request};
+    use crate::fixture::{input, request};
     use crate::{EngineOptions, PromptInput};
 
     fn is_close(a: &[f32], b: &[f32]) -> bool {

@@ -14,10 +14,9 @@
 //! use std::sync::Arc;
 //! use unveil_core::{Prompt, Sampling};
 //! use unveil_engine::{Engine, EngineOptions, GroupRequest, PromptInput, random::group_key};
-//! # use unveil_model::{InitSpec, SpecialIds, Vlm, init};
+//! # use unveil_model::Vlm;
 //! # let dir = tempfile::tempdir()?;
-//! # let special = SpecialIds { image_pad: 3, video_pad: 4, vision_start: 5, vision_end: 6, bos: None, eos: 1, pad: 0 };
-//! # init(&InitSpec { family: "qwen2_5_vl".to_owned(), preset: "tiny".to_owned(), vocab_size: 64, seed: 7, special }, dir.path())?;
+//! # unveil_testkit_model::write_model(dir.path(), 7);
 //! let vlm = Vlm::load(dir.path(), tch::Device::Cpu, tch::Kind::Float)?;
 //! let mut engine = Engine::new(vlm, EngineOptions::default())?;
 //!

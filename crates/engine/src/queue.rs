@@ -7,6 +7,7 @@ use crate::request::GroupRequest;
 pub struct Ticket(pub(crate) u64);
 
 /// A group in the queue.
+#[derive(Debug)]
 pub(crate) struct QueuedGroup {
     pub ticket: Ticket,
     pub request: GroupRequest,

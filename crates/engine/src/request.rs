@@ -33,6 +33,16 @@ pub struct GroupRequest {
     pub stop: Option<StopRule>,
 }
 
+impl std::fmt::Debug for GroupRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut out = f.debug_struct("GroupRequest");
+        out.field("id", &self.input.id)
+            .field("key", &self.key)
+            .field("sampling", &self.sampling)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Attention of response tokens over the image tokens of their prompt. Row `i` is that of response token `i`.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AttentionRows {

@@ -217,6 +217,7 @@ mod tests {
 
     /// The filtered probabilities equal those of transformers' logits warpers, for random logits and settings.
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the user may choose a seed")]
     fn filters_equal_transformers() {
         let seed = std::env::var("UNVEIL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
         tch::manual_seed(seed);

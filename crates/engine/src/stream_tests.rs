@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tch::Tensor;
-use unveil_core::{Finish, LogprobKind, Sampling};
-use unveil_model::{AdapterMerger, AttentionSet, Family, LoraSpec, Vlm};
+use unveil_core::{Family, Finish, LogprobKind, Sampling};
+use unveil_model::{AdapterMerger, AttentionSet, LoraSpec, Vlm};
+use unveil_testkit_model::{EOS, model, model_of};
 
-use crate::fixture::{EOS, input, model, model_of, request};
+use crate::fixture::{input, request};
 use crate::{Engine, EngineError, EngineOptions, GroupOutput, GroupRequest, ScoreRequest, Ticket};
 
 fn options() -> EngineOptions {

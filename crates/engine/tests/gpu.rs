@@ -1,16 +1,17 @@
 //! Tests of the engine on a GPU: equality with the CPU, agreement with teacher forcing in both dtypes, CUDA graphs, weight swaps. Run by
 //! `make test-gpu`; every test fails without a GPU.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and prints what it measured")]
+
 use std::path::Path;
 use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
-use unveil_core::{Prompt, Sampling};
+use unveil_core::{Family, Sampling};
 use unveil_engine::{Engine, EngineOptions, GroupOutput, GroupRequest, PromptInput, ScoreRequest};
-use unveil_model::{AttentionSet, Family, InitSpec, SpecialIds, Vlm, device, free_memory, init};
-
-const EOS: u32 = 60;
-const IMAGE: u32 = 61;
+use unveil_model::{AttentionSet, Vlm, device};
+use unveil_testkit_model::{EOS, image_prompt, write_model_of};
+use unveil_torch_ext::free_memory;
 
 fn gpu() -> Device {
     device("cuda").unwrap_or_else(|e| panic!("these tests need a GPU: {e}"))
@@ -18,10 +19,7 @@ fn gpu() -> Device {
 
 fn model_dir(family: Family, seed: u64) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let special =
-        SpecialIds { image_pad: IMAGE, video_pad: 62, vision_start: 58, vision_end: 59, bos: None, eos: EOS, pad: 63 };
-    let spec = InitSpec { family: family.name().into(), preset: "tiny".into(), vocab_size: 64, seed, special };
-    init(&spec, dir.path()).unwrap();
+    write_model_of(family, dir.path(), seed);
     dir
 }
 
@@ -32,16 +30,7 @@ fn load(dir: &Path, device: Device, kind: Kind) -> Vlm {
 fn requests(vlm: &Vlm, temperature: f64) -> Vec<GroupRequest> {
     (0..5usize)
         .map(|k| {
-            let v = &vlm.config().vision;
-            let h = 2 * (2 + (k as i64 % 2));
-            let w = 2 * (2 + (k as i64 % 3));
-            let mut tokens: Vec<u32> = vec![1, 2 + k as u32, 58];
-            tokens.extend(vec![IMAGE; (h * w / 4) as usize]);
-            tokens.push(59);
-            tokens.extend((0..1 + k as u32).map(|i| 10 + i));
-            let patches: Vec<f32> =
-                (0..h * w * v.patch_len()).map(|i| ((i as f32 + 1.0) * (0.37 + k as f32)).sin()).collect();
-            let prompt = Prompt { tokens, grids: vec![[1, h, w]] };
+            let (prompt, patches) = image_prompt(vlm, k);
             let input = PromptInput { id: format!("g{k}"), prompt, patches: Arc::new(patches), hashes: vec![] };
             let sampling = Sampling { n: 4, temperature, max_new_tokens: 90, seed: 5, ..Default::default() };
             GroupRequest { input, key: k as u64, sampling, stop: None }

@@ -20,6 +20,7 @@
 pub mod checksum;
 mod client;
 mod server;
+mod wire_dtype;
 
 pub use client::{
     BroadcastMember, ClientError, ExperienceConnection, HeldLeases, Progress, WeightReceiver, WeightRejection,

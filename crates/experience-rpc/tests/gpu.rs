@@ -1,14 +1,15 @@
 //! Weight broadcasts over NCCL between tensors on a GPU, in two processes that share one. Run by `make test-gpu`; fails
 //! without a GPU.
 
-#[allow(dead_code)]
-#[path = "it/common/weight_sync.rs"]
-mod weight_sync;
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and prints what it measured")]
+#![allow(clippy::disallowed_methods, reason = "a test reads its seed, paths and tasks from the environment")]
 
 use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
 
 use tch::Device;
-use weight_sync::{DIFFERENCE, SOON, TestProcess, TestSubscriber, WeightPublisher};
+use unveil_testkit::{KilledOnDrop, ignored_test};
+use unveil_testkit_model::{DIFFERENCE, PATIENCE, WeightPublisher, WeightSubscriber};
 
 const ADDRESS: &str = "UNVEIL_TEST_HOST";
 const VERSIONS: std::ops::Range<u64> = 1..4;
@@ -42,7 +43,7 @@ fn server() {
 fn worker() {
     let address = std::env::var(ADDRESS).expect("started by another test");
     let device = gpu();
-    let subscriber = TestSubscriber::start(address, "worker".into(), device);
+    let subscriber = WeightSubscriber::start(address, "worker".into(), device);
     assert!(subscriber.wait_for(0).whole);
     println!("HAS 0");
     for version in VERSIONS {
@@ -65,7 +66,9 @@ fn weights_are_broadcast_between_gpus() {
         environment.push(("NCCL_HOSTID", test.to_owned()));
         let plain = [("NCCL_P2P_DISABLE", "1"), ("NCCL_SHM_DISABLE", "1"), ("NCCL_NET", "Socket")];
         environment.extend(plain.iter().chain(&[("NCCL_SOCKET_IFNAME", "lo")]).map(|(k, v)| (*k, (*v).to_owned())));
-        let mut process = TestProcess::start(test, &environment);
+        let mut command = ignored_test(test);
+        let mut process =
+            KilledOnDrop(command.envs(environment).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
         let lines = BufReader::new(process.0.stdout.take().unwrap()).lines().map_while(Result::ok);
         (process, lines)
     };
@@ -79,5 +82,5 @@ fn weights_are_broadcast_between_gpus() {
         assert_eq!(line(&mut worker_lines, "HAS "), version.to_string());
     }
     writeln!(go, "go").unwrap();
-    assert!(worker.0.wait().unwrap().success() && server.0.wait().unwrap().success(), "within {SOON:?}");
+    assert!(worker.0.wait().unwrap().success() && server.0.wait().unwrap().success(), "within {PATIENCE:?}");
 }

@@ -24,13 +24,13 @@ pub(crate) struct LeaseHolder {
 }
 
 impl LeaseHolder {
-    pub fn is(&self, worker: &str, lease: &str) -> bool {
+    pub(crate) fn is(&self, worker: &str, lease: &str) -> bool {
         self.worker == worker && self.lease == lease
     }
 
     /// Returns whether a worker that does not report the lease does not have it, given that it received the answers to its calls up to
     /// `answered_calls`.
-    pub fn is_unknown_after(&self, answered_calls: u64) -> bool {
+    pub(crate) fn is_unknown_after(&self, answered_calls: u64) -> bool {
         self.call != 0 && self.call <= answered_calls
     }
 }
@@ -51,18 +51,18 @@ pub(crate) enum GroupSlot<T> {
 }
 
 impl<T> GroupSlot<T> {
-    pub fn waiting() -> Self {
+    pub(crate) fn waiting() -> Self {
         Self::Waiting { past: Vec::new() }
     }
 
-    pub fn past(&self) -> &[LeaseHolder] {
+    pub(crate) fn past(&self) -> &[LeaseHolder] {
         match self {
             Self::Waiting { past } | Self::Leased { past, .. } => past,
             Self::Ready { .. } | Self::Training | Self::SetAside { .. } => &[],
         }
     }
 
-    pub fn holder(&self) -> Option<&LeaseHolder> {
+    pub(crate) fn holder(&self) -> Option<&LeaseHolder> {
         match self {
             Self::Leased { holder, .. } => Some(holder),
             _ => None,
@@ -70,7 +70,7 @@ impl<T> GroupSlot<T> {
     }
 
     /// Returns whether the group is waiting and `worker` cannot still be working on it.
-    pub fn is_free_for(&self, worker: &str) -> bool {
+    pub(crate) fn is_free_for(&self, worker: &str) -> bool {
         matches!(self, Self::Waiting { past } if past.iter().all(|h| h.call == 0 || h.worker != worker))
     }
 }
@@ -87,7 +87,7 @@ pub(crate) struct WorkerLeases {
 }
 
 impl WorkerLeases {
-    pub fn groups(&self) -> Vec<u64> {
+    pub(crate) fn groups(&self) -> Vec<u64> {
         self.current.union(&self.past).copied().collect()
     }
 }
@@ -97,12 +97,12 @@ impl WorkerLeases {
 pub(crate) struct LeaseIndex(pub BTreeMap<String, WorkerLeases>);
 
 impl LeaseIndex {
-    pub fn entry(&mut self, worker: &str) -> &mut WorkerLeases {
+    pub(crate) fn entry(&mut self, worker: &str) -> &mut WorkerLeases {
         self.0.entry(worker.to_owned()).or_default()
     }
 
     /// Adds the holders of group `g`.
-    pub fn add<T>(&mut self, g: u64, slot: &GroupSlot<T>) {
+    pub(crate) fn add<T>(&mut self, g: u64, slot: &GroupSlot<T>) {
         if let Some(h) = slot.holder() {
             self.entry(&h.worker).current.insert(g);
         }
@@ -112,7 +112,7 @@ impl LeaseIndex {
     }
 
     /// Removes the holders of group `g`.
-    pub fn remove<T>(&mut self, g: u64, slot: &GroupSlot<T>) {
+    pub(crate) fn remove<T>(&mut self, g: u64, slot: &GroupSlot<T>) {
         if let Some(leases) = slot.holder().and_then(|h| self.0.get_mut(&h.worker)) {
             leases.current.remove(&g);
         }

@@ -30,7 +30,6 @@ pub(crate) struct WorkerShared {
     pub leases: Arc<HeldLeases>,
     pub meter: Meter,
     pub readiness: Readiness,
-    pub question: String,
     pub scoring: Arc<Scoring>,
     /// Limits the batches that are generated concurrently. Strictly on-policy it is one, so that a batch's composition, and with it
     /// every bit of its tokens, does not depend on time; otherwise the next batch fills the slots of finished responses.
@@ -110,7 +109,7 @@ async fn prepare_group(
         group.image = image;
     }
     let s = shared.clone();
-    let work = move || build_request(&s.preprocessor, group, &s.question, &s.scoring, &s.experience.address);
+    let work = move || build_request(&s.preprocessor, group, &s.scoring, &s.experience.address);
     let prepared = tokio::task::spawn_blocking(work).await.map_err(|_| RolloutError::Died("preparation"))?;
     shared.leases.progress.advance();
     match prepared {

@@ -14,7 +14,8 @@ use unveil_config::Config;
 use unveil_core::WeightVersion;
 use unveil_engine::{Engine, EngineError, GroupOutput, GroupRequest, Ticket};
 use unveil_experience_rpc::{Progress, WeightUpdate};
-use unveil_model::{GpuMemory, Vlm, gpu_memory, is_adapter};
+use unveil_model::{Vlm, is_adapter};
+use unveil_torch_ext::{GpuMemory, gpu_memory};
 
 use crate::{Result, RolloutError, open_engine};
 
@@ -53,7 +54,7 @@ pub(crate) struct DeviceThread {
 
 impl DeviceThread {
     /// Starts the thread and waits until the model is loaded. While `cancel` is true, generation ends early.
-    pub async fn start(spec: DeviceSpec, cancel: Arc<AtomicBool>) -> Result<Self> {
+    pub(crate) async fn start(spec: DeviceSpec, cancel: Arc<AtomicBool>) -> Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let (ready, loaded) = oneshot::channel();
         let thread = std::thread::Builder::new()
@@ -85,7 +86,7 @@ impl DeviceThread {
     }
 
     /// Ends the thread and waits for it, so that the process does not exit while it computes.
-    pub async fn close(self) {
+    pub(crate) async fn close(self) {
         drop(self.commands);
         let joined = tokio::task::spawn_blocking(move || self.thread.join());
         if tokio::time::timeout(SHUTDOWN_GRACE, joined).await.is_err() {
@@ -94,14 +95,14 @@ impl DeviceThread {
     }
 
     /// Generates groups, together with the batches in flight.
-    pub async fn generate(&self, requests: Vec<GroupRequest>) -> Result<Generated> {
+    pub(crate) async fn generate(&self, requests: Vec<GroupRequest>) -> Result<Generated> {
         let (reply, answer) = oneshot::channel();
         self.send(DeviceCommand::Generate(requests, reply))?;
         answer.await.map_err(|_| RolloutError::Died("model thread"))?
     }
 
     /// Loads weights between two steps and returns them; the inner error is the reason why the engine refuses them.
-    pub async fn load(&self, update: WeightUpdate) -> Result<Result<WeightUpdate, String>> {
+    pub(crate) async fn load(&self, update: WeightUpdate) -> Result<Result<WeightUpdate, String>> {
         let (reply, answer) = oneshot::channel();
         self.send(DeviceCommand::Load(update, reply))?;
         answer.await.map_err(|_| RolloutError::Died("model thread"))
@@ -269,21 +270,7 @@ mod tests {
     /// Adapters that do not fit the model are rejected before any parameter changes.
     #[test]
     fn unfitting_adapters_leave_the_engine_unchanged() {
-        let dir = tempfile::tempdir().unwrap();
-        let special = unveil_model::SpecialIds {
-            image_pad: 61,
-            video_pad: 62,
-            vision_start: 58,
-            vision_end: 59,
-            bos: None,
-            eos: 60,
-            pad: 63,
-        };
-        let family = "qwen2_5_vl".into();
-        let preset = "tiny".into();
-        let spec = unveil_model::InitSpec { family, preset, vocab_size: 64, seed: 3, special };
-        unveil_model::init(&spec, dir.path()).unwrap();
-        let vlm = Vlm::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        let vlm = unveil_testkit_model::model(3);
         let state = |vlm: &Vlm| {
             vlm.named_parameters().iter().map(|(n, t)| (n.clone(), t.copy())).collect::<Vec<(String, Tensor)>>()
         };

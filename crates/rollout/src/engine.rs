@@ -4,11 +4,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use tch::Kind;
 use unveil_config::Config;
-use unveil_config::schema::Dtype;
 use unveil_engine::{Engine, EngineOptions, StopRule};
-use unveil_model::{AttentionSet, Vlm, VlmConfig};
+use unveil_model::{AttentionSet, Vlm, VlmConfig, weight_kind};
 use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_preprocess::tokenizer::stop::StopStrings;
 use unveil_torch_ext::set_deterministic;
@@ -39,11 +37,7 @@ pub fn open_engine(config: &Config, dir: &Path, threads: usize, banned: &[u32]) 
     if threads > 0 {
         tch::set_num_threads(threads as i32);
     }
-    let kind = match config.run.dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-    };
-    let vlm = Vlm::load(dir, unveil_model::device(&config.run.device)?, kind)?;
+    let vlm = Vlm::load(dir, unveil_model::device(&config.run.device)?, weight_kind(config.run.dtype))?;
     let options = engine_options(config, vlm.config(), banned);
     Ok(Engine::new(vlm, options)?)
 }

@@ -59,7 +59,7 @@ pub enum RolloutError {
         /// Number of all records or lines.
         total: usize,
         /// Reason for the first one.
-        first: Box<RolloutError>,
+        first: Box<Self>,
     },
     /// A file cannot be read, or the output cannot be written.
     #[error("{what}: {source}")]

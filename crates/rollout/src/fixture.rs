@@ -1,4 +1,4 @@
-//! A tiny model directory and records for the tests of this crate, and a switch that stalls engines.
+//! Records for the tests of this crate, and a switch that stalls engines.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -7,25 +7,6 @@ use std::time::Duration;
 
 use unveil_core::Record;
 use unveil_data::image_store::Image;
-use unveil_model::{InitSpec, SpecialIds, init};
-use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
-
-/// Writes a model directory: tiny processor and tokenizer, random weights.
-pub(crate) fn model_dir(dir: &Path, seed: u64) {
-    let v = write_tiny(dir, &TinyProcessorSpec::default()).unwrap();
-    let s = &v.special;
-    let special = SpecialIds {
-        image_pad: s.image_pad,
-        video_pad: s.video_pad,
-        vision_start: s.vision_start,
-        vision_end: s.vision_end,
-        bos: None,
-        eos: s.im_end,
-        pad: s.end_of_text,
-    };
-    let spec = InitSpec { family: "qwen2_5_vl".into(), preset: "tiny".into(), vocab_size: v.vocab_size, seed, special };
-    init(&spec, dir).unwrap();
-}
 
 /// Directories of the models whose engines are stalled.
 pub(crate) static STALLED: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);

@@ -42,7 +42,7 @@ pub(crate) struct LeasedGroup {
 
 impl LeasedGroup {
     /// Creates the span of a stage in the trace of the group.
-    pub fn span(&self, stage: GroupStage) -> Span {
+    pub(crate) fn span(&self, stage: GroupStage) -> Span {
         let span = match stage {
             GroupStage::Generate => span!(parent: None, "generate", record = self.record.id),
             GroupStage::Score => span!(parent: None, "score", record = self.record.id),
@@ -61,14 +61,13 @@ pub(crate) enum GroupStage {
     Submit,
 }
 
-/// Builds the engine's request for a lease. `question` is used for records without one; `scoring` finds classes in answers.
+/// Builds the engine's request for a lease; `scoring` finds classes in answers.
 ///
 /// # Errors
 /// Returns [`ClientError::Protocol`] if the lease is inconsistent, and [`RolloutError::Prepare`] if the record cannot be preprocessed.
 pub(crate) fn build_request(
     preprocessor: &Arc<Preprocessor>,
     lease: v1::LeasedGroup,
-    question: &str,
     scoring: &Arc<Scoring>,
     address: &str,
 ) -> Result<(LeasedGroup, GroupRequest)> {
@@ -78,10 +77,9 @@ pub(crate) fn build_request(
     let sampling = sampling_from_wire(lease.sampling).map_err(inconsistent)?;
     let record: Record = serde_json::from_str(&lease.record_json)
         .map_err(|e| protocol(format!("sent `{}`, which is not a record: {e}", group.record)))?;
-    let question = if record.question.is_empty() { question } else { &record.question };
     let name = format!("of record \"{}\"", record.id);
     let prepared = preprocessor
-        .prepare_bytes(&lease.image, &name, question)
+        .prepare_bytes(&lease.image, &name, &record)
         .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
     let hash = ContentHash::parse(&lease.image_hash);
     let (input, geometry) = text::group_input(&record.id, hash, prepared);

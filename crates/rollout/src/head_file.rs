@@ -25,7 +25,7 @@ impl HeadFile {
     ///
     /// # Errors
     /// Returns [`RolloutError::Io`] if it cannot be created.
-    pub fn create(path: &Path) -> Result<Self> {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(RolloutError::io(path.display().to_string()))?;
         Ok(Self { path: path.to_owned(), out: BufWriter::new(file) })
     }
@@ -35,7 +35,7 @@ impl HeadFile {
     ///
     /// # Errors
     /// Returns [`RolloutError::Io`] if the file cannot be written, and [`RolloutError::Engine`] if the engine fails.
-    pub fn write(
+    pub(crate) fn write(
         &mut self,
         engine: &mut Engine,
         geometry: &ImageGeometry,

@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use unveil_model::GpuMemory;
 use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_service::prometheus_client::collector::Collector;
@@ -16,6 +15,7 @@ use unveil_service::prometheus_client::metrics::gauge::Gauge;
 use unveil_service::prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use unveil_service::prometheus_client::registry::{Registry, Unit};
 use unveil_service::{CancellationToken, Series, ServiceAccess, ServiceError, role_registry, serve_metrics};
+use unveil_torch_ext::GpuMemory;
 
 /// Metrics of one worker. Clones share them.
 #[derive(Debug, Clone)]
@@ -56,7 +56,7 @@ fn seconds() -> Histogram {
 }
 
 impl Meter {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             leases: Counter::default(),
             groups: Family::default(),
@@ -74,7 +74,7 @@ impl Meter {
     ///
     /// # Errors
     /// Returns a [`ServiceError`] if the address cannot be listened on.
-    pub async fn serve(
+    pub(crate) async fn serve(
         &self,
         listen: &str,
         access: &ServiceAccess,
@@ -110,18 +110,18 @@ impl Meter {
     }
 
     /// Counts leased groups.
-    pub fn count_leased(&self, groups: usize) {
+    pub(crate) fn count_leased(&self, groups: usize) {
         self.leases.inc_by(groups as u64);
     }
 
     /// Records the times of a group that was generated and scored.
-    pub fn observe_group(&self, generate_ms: f64, reward_ms: f64) {
+    pub(crate) fn observe_group(&self, generate_ms: f64, reward_ms: f64) {
         self.generate.observe(generate_ms / 1e3);
         self.reward.observe(reward_ms / 1e3);
     }
 
     /// Counts the learner's verdict on a group of `tokens` tokens.
-    pub fn count_verdict(&self, verdict: Verdict, tokens: u64) {
+    pub(crate) fn count_verdict(&self, verdict: Verdict, tokens: u64) {
         self.count(match verdict {
             Verdict::Accepted => "accepted",
             Verdict::Duplicate => "duplicate",
@@ -134,22 +134,22 @@ impl Meter {
     }
 
     /// Counts a group that was rejected because of the weights that sampled it.
-    pub fn count_weights_rejected(&self) {
+    pub(crate) fn count_weights_rejected(&self) {
         self.count(WEIGHTS_REJECTED);
     }
 
     /// Counts a group that was dropped because another worker has its lease.
-    pub fn count_lost(&self) {
+    pub(crate) fn count_lost(&self) {
         self.count(LOST);
     }
 
     /// Counts a group that was released because rewards were unavailable, or it could not be generated or scored.
-    pub fn count_released(&self, cause: Cause) {
+    pub(crate) fn count_released(&self, cause: Cause) {
         self.count(if cause == Cause::Unscored { UNSCORED } else { FAILED });
     }
 
     /// Records whether rewards are available.
-    pub fn set_rewards_available(&self, available: bool) {
+    pub(crate) fn set_rewards_available(&self, available: bool) {
         self.rewards_away.set(i64::from(!available));
     }
 
@@ -158,18 +158,18 @@ impl Meter {
     }
 
     /// Records a version published by the learner.
-    pub fn set_newest(&self, version: u64) {
+    pub(crate) fn set_newest(&self, version: u64) {
         let mut status = self.lock();
         status.newest = status.newest.max(version);
     }
 
     /// Records that the learner was restarted at this version, its newest.
-    pub fn reset_newest(&self, version: u64) {
+    pub(crate) fn reset_newest(&self, version: u64) {
         self.lock().newest = version;
     }
 
     /// Records that the device has loaded this version in the time `took`; `None`: the learner rejected its weights.
-    pub fn set_held(&self, version: Option<u64>, took: Duration) {
+    pub(crate) fn set_held(&self, version: Option<u64>, took: Duration) {
         self.lock().held = version;
         if let Some(version) = version {
             self.set_newest(version);
@@ -179,12 +179,12 @@ impl Meter {
     }
 
     /// Records the GPU memory as last reported by the device thread.
-    pub fn set_gpu_memory(&self, memory: Option<GpuMemory>) {
+    pub(crate) fn set_gpu_memory(&self, memory: Option<GpuMemory>) {
         self.lock().gpu = memory;
     }
 
     /// Returns the numbers of accepted groups, of other groups, of tokens, and of loaded weights.
-    pub fn totals(&self) -> (u64, u64, u64, u64) {
+    pub(crate) fn totals(&self) -> (u64, u64, u64, u64) {
         let count = |verdict| self.groups.get_or_create(&[("verdict", verdict)]).get();
         let refused =
             ["duplicate", "stale", "expired", "rejected", "unknown", WEIGHTS_REJECTED, LOST, UNSCORED, FAILED]

@@ -87,28 +87,26 @@ struct ScoredLine<'a> {
     vision_relevance: Option<f64>,
 }
 
-struct LoadedModel<'a> {
+struct LoadedModel {
     engine: Engine,
     preprocessor: Arc<Preprocessor>,
     scoring: Scoring,
-    options: &'a OfflineModel,
 }
 
-impl<'a> LoadedModel<'a> {
-    fn open(options: &'a OfflineModel) -> Result<Self> {
+impl LoadedModel {
+    fn open(options: &OfflineModel) -> Result<Self> {
         let config = &options.config;
         let dir = &options.dir;
-        let preprocessor = Arc::new(Preprocessor::load_with_box_form(dir, config.model.boxes)?);
-        let engine = open_engine(config, dir, config.run.threads, &preprocessor.tokenizer().special().banned)?;
-        Ok(Self { engine, preprocessor, scoring: Scoring::new(config), options })
+        let preprocessor = Arc::new(Preprocessor::load_with(dir, &config.input_settings())?);
+        let engine = open_engine(config, dir, config.run.threads, preprocessor.tokenizer().banned())?;
+        Ok(Self { engine, preprocessor, scoring: Scoring::new(config) })
     }
 
     fn input(&self, root: &ImageRoot, record: &Record) -> Result<(PromptInput, ImageGeometry)> {
         let image = root.open(record)?;
-        let question = if record.question.is_empty() { &self.options.config.data.question } else { &record.question };
         let prepared = self
             .preprocessor
-            .prepare(&image, question)
+            .prepare(&image, record)
             .map_err(|e| RolloutError::Prepare { record: record.id.clone(), source: Box::new(e) })?;
         Ok(text::group_input(&record.id, Some(ContentHash::of(image.rgb())), prepared))
     }
@@ -271,7 +269,8 @@ pub fn score_cli(options: &ScoreOptions, out: &mut dyn Write) -> Result<()> {
     let root = ImageRoot::of(&options.data, policy);
     // Neighbouring lines of one record are one group: its image is encoded once.
     let same_group = |a: &GivenResponse, b: &GivenResponse| {
-        a.record.id == b.record.id && a.record.image == b.record.image && a.record.question == b.record.question
+        let prompt = |g: &GivenResponse| model.preprocessor.prompt_text(&g.record).ok();
+        a.record.id == b.record.id && a.record.image == b.record.image && prompt(a) == prompt(b)
     };
     let groups: Vec<&[GivenResponse]> = given.chunk_by(same_group).collect();
     for chunk in groups.chunks(RECORDS_IN_MEMORY) {

@@ -21,18 +21,18 @@ struct Conditions {
 
 impl Readiness {
     /// Creates the readiness of a worker that is not ready until the learner answers.
-    pub fn new(health: Health) -> Self {
+    pub(crate) fn new(health: Health) -> Self {
         let conditions = Conditions { learner_answers: false, rewards_available: true };
         Self { health, conditions: Arc::new(Mutex::new(conditions)) }
     }
 
     /// Records whether the learner answers a worker that holds weights.
-    pub fn set_learner_answers(&self, answers: bool) {
+    pub(crate) fn set_learner_answers(&self, answers: bool) {
         self.update(|conditions| conditions.learner_answers = answers);
     }
 
     /// Records whether rewards are available.
-    pub fn set_rewards_available(&self, available: bool) {
+    pub(crate) fn set_rewards_available(&self, available: bool) {
         self.update(|conditions| conditions.rewards_available = available);
     }
 

@@ -49,7 +49,7 @@ impl RewardConnection {
     ///
     /// # Errors
     /// Returns [`RolloutError::Reward`] if the address is invalid or a certificate cannot be used.
-    pub async fn new(
+    pub(crate) async fn new(
         address: &str,
         options: ClientOptions,
         config: &Config,
@@ -68,7 +68,7 @@ impl RewardConnection {
     }
 
     /// Returns the size limit of messages to the service, in bytes.
-    pub fn max_message_bytes(&self) -> usize {
+    pub(crate) fn max_message_bytes(&self) -> usize {
         self.reward.service.max_message_mib << 20
     }
 
@@ -77,7 +77,7 @@ impl RewardConnection {
     /// # Errors
     /// Returns [`Unscored::Unavailable`] if the service or one of its scorers is unavailable, which starts an outage, and
     /// [`Unscored::Refused`] if the group cannot be scored.
-    pub async fn score(&self, request: v1::ScoreRequest) -> Result<Vec<Breakdown>, Unscored> {
+    pub(crate) async fn score(&self, request: v1::ScoreRequest) -> Result<Vec<Breakdown>, Unscored> {
         let start = Instant::now();
         let answered = match self.client(self.deadline).await {
             Ok(client) => client.try_score(request, self.deadline.saturating_sub(start.elapsed())).await,
@@ -114,7 +114,7 @@ impl RewardConnection {
 
     /// Returns the time until the next probe of an unavailable service, with jitter so that workers do not probe simultaneously; `None`
     /// if it is available.
-    pub fn retry_pause(&self) -> Option<Duration> {
+    pub(crate) fn retry_pause(&self) -> Option<Duration> {
         let outage = self.lock();
         let why = outage.why.clone()?;
         let full = MIN_RETRY_WAIT.saturating_mul(1 << outage.failures.saturating_sub(1).min(16)).min(MAX_RETRY_WAIT);
@@ -129,7 +129,7 @@ impl RewardConnection {
     }
 
     /// Probes an unavailable service.
-    pub async fn probe(&self) {
+    pub(crate) async fn probe(&self) {
         let probed = match self.client(PROBE_TIMEOUT).await {
             Ok(client) => client.probe(PROBE_TIMEOUT).await,
             Err(unavailable) => Err(unavailable),

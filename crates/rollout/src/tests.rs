@@ -11,7 +11,8 @@ use unveil_proto::v1::reward_server::RewardServer;
 use unveil_proto::{attention_from_wire, v1};
 use unveil_reward::vision::{VisionRule, rows_needed};
 use unveil_service::{CancellationToken, Routes, RoutesBuilder, RunningServer, ServeOptions, start};
-use unveil_testkit::MetricsPage;
+use unveil_testkit::{MetricsPage, free_address};
+use unveil_testkit_model::write_model_directory;
 
 use crate::{RolloutError, WorkerOptions, WorkerReport, fixture, run};
 use fake::{Damage, Fake, stream};
@@ -35,7 +36,7 @@ struct TestRun {
 async fn start_run() -> TestRun {
     let fake = Fake::default();
     let model = tempfile::tempdir().unwrap();
-    fixture::model_dir(model.path(), 1);
+    write_model_directory(model.path(), 1);
     fake.with(|s| s.weights = (0, weights(1)));
     let stop = CancellationToken::new();
     let serve =
@@ -77,12 +78,6 @@ impl TestRun {
     async fn run(&self) -> Result<WorkerReport, RolloutError> {
         tokio::time::timeout(Duration::from_secs(120), run(self.options(), CancellationToken::new())).await.unwrap()
     }
-}
-
-/// Returns a free port below the ephemeral range: a connection could take an ephemeral one before it is listened on.
-fn free_port() -> std::net::SocketAddr {
-    let address = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).ok()?.local_addr().ok();
-    (0..1000).find_map(|_| address(rand::random_range(12_000..30_000))).expect("a free port")
 }
 
 fn lease(k: u32, min_version: u64) -> v1::LeasedGroup {
@@ -129,7 +124,7 @@ fn answer(ks: &[u32], version: u64) -> v1::LeaseResponse {
 /// Returns weights of a seed as a safetensors file.
 fn weights(seed: u64) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
-    fixture::model_dir(dir.path(), seed);
+    write_model_directory(dir.path(), seed);
     std::fs::read(dir.path().join("model.safetensors")).unwrap()
 }
 
@@ -153,7 +148,7 @@ async fn worker_generates_scores_submits_and_loads_weights() {
         });
     });
     let mut options = services.options();
-    let page = free_port();
+    let page = free_address();
     options.config.rollout.metrics_listen = page.to_string();
     let report = tokio::time::timeout(Duration::from_secs(120), run(options, CancellationToken::new())).await.unwrap();
     let report = report.unwrap();
@@ -210,7 +205,8 @@ async fn worker_generates_scores_submits_and_loads_weights() {
                 for row in a.iter().flat_map(|a| &a.rows) {
                     assert!(row.len() == 36 && (row.iter().sum::<f32>() - 1.0).abs() < 1e-4);
                 }
-                (rows, tokens) = (rows + needed.len(), tokens + fed);
+                rows += needed.len();
+                tokens += fed;
             }
         }
         assert!(0 < rows && rows < tokens, "{rows} of {tokens}");

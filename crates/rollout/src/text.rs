@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use unveil_core::mention::overlapping_tokens;
-use unveil_core::{Attention, Prompt, Record, Response};
+use unveil_core::{Attention, Record, Response};
 use unveil_data::image_store::ContentHash;
 use unveil_engine::{AttentionRows, PromptInput, RawResponse};
 use unveil_preprocess::preprocessor::ModelInput;
@@ -13,10 +13,9 @@ use unveil_reward::Scoring;
 /// Builds the engine's input for a preprocessed record; `hash` is the content hash of its image.
 pub(crate) fn group_input(id: &str, hash: Option<ContentHash>, prepared: ModelInput) -> (PromptInput, ImageGeometry) {
     let geometry = ImageGeometry { sizes: prepared.image.sizes(), grid: prepared.image.merged };
-    let grid = prepared.image.grid_thw.map(|v| v as i64);
     let input = PromptInput {
         id: id.to_owned(),
-        prompt: Prompt { tokens: prepared.prompt.ids, grids: vec![grid] },
+        prompt: prepared.prompt,
         patches: Arc::new(prepared.image.patches),
         hashes: hash.iter().map(|h| *h.as_bytes()).collect(),
     };
@@ -32,12 +31,12 @@ pub(crate) struct ImageGeometry {
 
 impl ImageGeometry {
     /// Returns the width and height of the original image in pixels.
-    pub fn original(&self) -> [u32; 2] {
+    pub(crate) fn original(&self) -> [u32; 2] {
         [self.sizes.original.0, self.sizes.original.1]
     }
 
     /// Converts attention rows of the engine to rows over this image's grid.
-    pub fn attention(&self, rows: Option<&AttentionRows>) -> Option<Attention> {
+    pub(crate) fn attention(&self, rows: Option<&AttentionRows>) -> Option<Attention> {
         rows.and_then(|r| r.to_attention(self.grid))
     }
 }

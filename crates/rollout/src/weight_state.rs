@@ -45,7 +45,7 @@ struct CurrentWeights {
 
 impl WeightState {
     /// Creates the state before the first weights; `address` of the experience service is used in messages.
-    pub fn new(address: &str, meter: Meter) -> Self {
+    pub(crate) fn new(address: &str, meter: Meter) -> Self {
         Self {
             address: address.to_owned(),
             current: watch::Sender::new(CurrentWeights::default()),
@@ -58,17 +58,17 @@ impl WeightState {
     }
 
     /// Returns the weights on the device; `None` before the first ones and after a rejection.
-    pub fn held(&self) -> Option<HeldWeights> {
+    pub(crate) fn held(&self) -> Option<HeldWeights> {
         self.current.borrow().held
     }
 
     /// Returns the current generation: the number of times that the held weights became invalid.
-    pub fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }
 
     /// Returns the current era: the number of times that a different learner appeared.
-    pub fn era(&self) -> u64 {
+    pub(crate) fn era(&self) -> u64 {
         self.current.borrow().era
     }
 
@@ -76,7 +76,7 @@ impl WeightState {
     ///
     /// # Errors
     /// Returns [`RolloutError::Died`] if the state is dropped.
-    pub async fn wait_for_any(&self) -> Result<()> {
+    pub(crate) async fn wait_for_any(&self) -> Result<()> {
         let mut current = self.current.subscribe();
         current.wait_for(|p| p.held.is_some()).await.map(|_| ()).map_err(|_| RolloutError::Died("weights"))
     }
@@ -86,7 +86,7 @@ impl WeightState {
     ///
     /// # Errors
     /// Returns [`RolloutError::Died`] if the state is dropped.
-    pub async fn wait_for_version(&self, version: u64, era: u64) -> Result<bool> {
+    pub(crate) async fn wait_for_version(&self, version: u64, era: u64) -> Result<bool> {
         self.current.send_if_modified(|p| {
             if p.era == era {
                 p.needed = p.needed.max(version);
@@ -100,7 +100,7 @@ impl WeightState {
     }
 
     /// Returns the checksums of the versions that sampled tokens in `generation`; `None` if that generation has ended.
-    pub fn provenance(&self, generation: u64, versions: impl Iterator<Item = u64>) -> Option<Vec<HeldWeights>> {
+    pub(crate) fn provenance(&self, generation: u64, versions: impl Iterator<Item = u64>) -> Option<Vec<HeldWeights>> {
         let versions: BTreeSet<u64> = versions.collect();
         let loaded = self.lock();
         let held = |version| loaded.get(&version).map(|checksum| HeldWeights { version, checksum: *checksum });
@@ -108,7 +108,7 @@ impl WeightState {
     }
 
     /// Records that the service accepted a call that reported the held weights.
-    pub fn confirm(&self) {
+    pub(crate) fn confirm(&self) {
         self.consecutive_rejections.store(0, Ordering::SeqCst);
     }
 
@@ -117,7 +117,7 @@ impl WeightState {
     /// # Errors
     /// Returns [`ClientError::Weights`] if they were damaged several times in a row. Weights of another learner do not count, since the
     /// worker did not damage them.
-    pub fn invalidate(&self, generation: u64, why: WeightRejection) -> Result<()> {
+    pub(crate) fn invalidate(&self, generation: u64, why: WeightRejection) -> Result<()> {
         let mut loaded = self.lock();
         if self.generation.compare_exchange(generation, generation + 1, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return Ok(());

@@ -134,15 +134,15 @@ type Started = (WorkerShared, DeviceThread, WeightReceiver, Option<Arc<Broadcast
 async fn set_up(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>) -> Result<Started> {
     let config = &options.config;
     let dir = options.model_dir.clone();
-    let boxes = config.model.boxes;
-    let preprocessor = tokio::task::spawn_blocking(move || Preprocessor::load_with_box_form(&dir, boxes))
+    let settings = config.input_settings();
+    let preprocessor = tokio::task::spawn_blocking(move || Preprocessor::load_with(&dir, &settings))
         .await
         .map_err(|_| RolloutError::Died("loader"))??;
     let leases = Arc::new(HeldLeases::new(Duration::from_secs_f64(config.rollout.lease_s)));
     let spec = DeviceSpec {
         model_dir: options.model_dir.clone(),
         config: config.clone(),
-        banned: preprocessor.tokenizer().special().banned.clone(),
+        banned: preprocessor.tokenizer().banned().to_vec(),
         progress: leases.progress.clone(),
     };
     let device = DeviceThread::start(spec, cancel.clone()).await?;
@@ -176,7 +176,6 @@ async fn set_up(options: &WorkerOptions, meter: &Meter, cancel: &Arc<AtomicBool>
         leases,
         meter: meter.clone(),
         readiness,
-        question: config.data.question.clone(),
         scoring: Arc::new(Scoring::new(config)),
         generation_slots: Semaphore::new(if config.rollout.max_staleness == 0 { 1 } else { MAX_GENERATING_BATCHES }),
     };

@@ -21,7 +21,7 @@ use unveil_checkpoint::{
 
 /// An injected fault, for requests on paths that contain a given text.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// The write fails as on a full disk.
     DiskFull,
     /// The write succeeds, but is reported as failed.
@@ -41,10 +41,10 @@ pub enum Fault {
 }
 
 /// Faults, each with a text of the path and the number of matching requests that still fail.
-pub type FaultPlan = Arc<Mutex<Vec<(Fault, &'static str, usize)>>>;
+pub(crate) type FaultPlan = Arc<Mutex<Vec<(Fault, &'static str, usize)>>>;
 
 #[derive(Debug)]
-pub struct FaultyStore {
+pub(crate) struct FaultyStore {
     pub inner: Arc<dyn ObjectStore>,
     pub plan: FaultPlan,
 }
@@ -70,8 +70,36 @@ impl FaultyStore {
     }
 }
 
-#[async_trait]
-impl ObjectStore for FaultyStore {
+/// Implements [`ObjectStore`] for a wrapper with the given methods; the requests of all others go to its `inner`.
+macro_rules! wrapped_store {
+    ($store:ty, $($methods:tt)*) => {
+        #[async_trait]
+        impl ObjectStore for $store {
+            $($methods)*
+
+            async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+                self.inner.put_multipart_opts(location, opts).await
+            }
+
+            fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+                self.inner.list(prefix)
+            }
+
+            async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+                self.inner.list_with_delimiter(prefix).await
+            }
+
+            async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+                self.inner.copy_opts(from, to, options).await
+            }
+        }
+    };
+}
+pub(crate) use wrapped_store;
+
+wrapped_store! {
+    FaultyStore,
+
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         match self.next_fault(location, false) {
             Some(Fault::DiskFull) => Err(generic(std::io::Error::from_raw_os_error(28))),
@@ -94,10 +122,6 @@ impl ObjectStore for FaultyStore {
         }
     }
 
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
-    }
-
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         match self.next_fault(location, true) {
             Some(_) => Err(generic(std::io::Error::other("500 Internal Error"))),
@@ -108,28 +132,16 @@ impl ObjectStore for FaultyStore {
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         self.inner.delete_stream(locations)
     }
-
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
-    }
 }
 
 /// Keeps the newest `keep` checkpoints and the best one.
-pub fn retention(keep: usize) -> Retention {
+pub(crate) fn retention(keep: usize) -> Retention {
     Retention { keep, keep_best: true, keep_every: 0 }
 }
 
 /// A multipart store whose parts fail on demand, and which records the requests.
 #[derive(Debug)]
-pub struct FaultyMultipart {
+pub(crate) struct FaultyMultipart {
     pub inner: Arc<InMemory>,
     /// Number of further failures by part index.
     pub failing: Mutex<BTreeMap<usize, usize>>,
@@ -169,14 +181,14 @@ impl MultipartStore for FaultyMultipart {
 }
 
 /// A run in a store that can fail, and the raw store beneath it.
-pub struct FaultyRun {
+pub(crate) struct FaultyRun {
     pub raw: Arc<dyn ObjectStore>,
     pub plan: FaultPlan,
     pub store: Store,
 }
 
 impl FaultyRun {
-    pub fn in_memory() -> Self {
+    pub(crate) fn in_memory() -> Self {
         let raw: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
         let plan = FaultPlan::default();
         let faulty = Arc::new(FaultyStore { inner: raw.clone(), plan: plan.clone() });
@@ -184,16 +196,16 @@ impl FaultyRun {
         Self { raw, plan, store }
     }
 
-    pub fn inject(&self, fault: Fault, path: &'static str, times: usize) {
+    pub(crate) fn inject(&self, fault: Fault, path: &'static str, times: usize) {
         self.plan.lock().unwrap().push((fault, path, times));
     }
 
-    pub async fn claim(&self, keep: usize) -> Checkpoints {
+    pub(crate) async fn claim(&self, keep: usize) -> Checkpoints {
         Checkpoints::claim(self.store.clone(), retention(keep)).await.unwrap()
     }
 
     /// Claims the run and resumes it.
-    pub async fn resume(&self, keep: usize, resume: Resume) -> (Checkpoints, Option<Loaded>) {
+    pub(crate) async fn resume(&self, keep: usize, resume: Resume) -> (Checkpoints, Option<Loaded>) {
         let mut checkpoints = self.claim(keep).await;
         let candidates = checkpoints.resume_candidates(resume).unwrap();
         let loaded = load_first_valid(&self.store, candidates).await.unwrap();
@@ -202,7 +214,7 @@ impl FaultyRun {
     }
 
     /// Lists the names below a folder of the run.
-    pub async fn names(&self, folder: &str) -> Vec<String> {
+    pub(crate) async fn names(&self, folder: &str) -> Vec<String> {
         use futures::TryStreamExt;
         let root = Path::from(format!("runs/a/{folder}"));
         let objects: Vec<ObjectMeta> = self.raw.list(Some(&root)).try_collect().await.unwrap();
@@ -214,7 +226,7 @@ impl FaultyRun {
 }
 
 /// Builds objects whose contents depend on the step: two files, and shards of weights and moments.
-pub fn objects(step: u64) -> Vec<Object> {
+pub(crate) fn objects(step: u64) -> Vec<Object> {
     let file = |name: &str, bytes: Vec<u8>| Object { name: name.into(), bytes: bytes.into(), layout: None };
     let mut objects = vec![
         file("model/config.json", format!("{{\"step\":{step}}}").into_bytes()),
@@ -227,15 +239,15 @@ pub fn objects(step: u64) -> Vec<Object> {
 }
 
 /// Number of elements of the only parameter, `w`.
-pub const COUNT: u64 = 1200;
+pub(crate) const COUNT: u64 = 1200;
 
 /// Returns element `i` of the parameter (or its moment).
-pub fn value(step: u64, kind: &str, i: u64) -> f32 {
+pub(crate) fn value(step: u64, kind: &str, i: u64) -> f32 {
     (step * 10_000 + i) as f32 + kind.len() as f32 / 100.0
 }
 
 /// Builds slices of the parameter from kind, first element and number of elements.
-pub fn tensor_slices(ranges: &[(&str, u64, u64)]) -> Vec<TensorSlice> {
+pub(crate) fn tensor_slices(ranges: &[(&str, u64, u64)]) -> Vec<TensorSlice> {
     let slice = |(kind, begin, count): &(&str, u64, u64)| TensorSlice {
         kind: (*kind).into(),
         name: "w".into(),
@@ -249,7 +261,7 @@ pub fn tensor_slices(ranges: &[(&str, u64, u64)]) -> Vec<TensorSlice> {
 }
 
 /// Builds the objects of one writer from its slices.
-pub fn shards(
+pub(crate) fn shards(
     rank: usize,
     slices: Vec<TensorSlice>,
     limit: u64,
@@ -263,18 +275,18 @@ pub fn shards(
     ObjectLayout::split_into_objects(slices, limit).into_iter().enumerate().map(object).collect()
 }
 
-pub fn header(step: u64) -> CheckpointHeader {
+pub(crate) fn header(step: u64) -> CheckpointHeader {
     CheckpointHeader { step, meta: serde_json::json!({"step": step, "pass": 0}), best: false }
 }
 
 /// Saves a step as the only writer.
-pub async fn save(checkpoints: &mut Checkpoints, step: u64) -> unveil_checkpoint::Result<CheckpointInfo> {
+pub(crate) async fn save(checkpoints: &mut Checkpoints, step: u64) -> unveil_checkpoint::Result<CheckpointInfo> {
     checkpoints.save(header(step), objects(step)).await
 }
 
 /// A loaded checkpoint.
 #[derive(Debug)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     pub info: CheckpointInfo,
     pub meta: serde_json::Value,
     pub files: BTreeMap<String, Bytes>,
@@ -284,12 +296,12 @@ pub struct Loaded {
 }
 
 /// Loads the checkpoint that a learner would resume from.
-pub async fn load(store: &Store, resume: Resume) -> unveil_checkpoint::Result<Option<Loaded>> {
+pub(crate) async fn load(store: &Store, resume: Resume) -> unveil_checkpoint::Result<Option<Loaded>> {
     load_first_valid(store, resume_candidates(store, resume).await?).await
 }
 
 /// Loads the first candidate that is valid.
-pub async fn load_first_valid(
+pub(crate) async fn load_first_valid(
     store: &Store,
     mut candidates: ResumeCandidates,
 ) -> unveil_checkpoint::Result<Option<Loaded>> {

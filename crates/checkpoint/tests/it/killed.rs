@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::path::{Path as FsPath, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -22,8 +22,11 @@ use unveil_checkpoint::{
     Access, CheckpointHeader, Checkpoints, Object, Resume, Store, TensorSlice, WriteReport, WriteTask, list, verify,
     write,
 };
+use unveil_testkit::ignored_test;
 
-use crate::common::{COUNT, header, load, load_first_valid, objects, retention, save, shards, tensor_slices, value};
+use crate::common::{
+    COUNT, header, load, load_first_valid, objects, retention, save, shards, tensor_slices, value, wrapped_store,
+};
 
 /// Environment variable with the JSON of a child's [`ChildSpec`].
 const SPEC_VARIABLE: &str = "UNVEIL_TEST_KILL";
@@ -80,14 +83,11 @@ impl fmt::Display for KillingStore {
     }
 }
 
-#[async_trait]
-impl ObjectStore for KillingStore {
+wrapped_store! {
+    KillingStore,
+
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
         self.perform("put", location, self.inner.put_opts(location, payload, opts)).await
-    }
-
-    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.inner.put_multipart_opts(location, opts).await
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
@@ -105,18 +105,6 @@ impl ObjectStore for KillingStore {
             }
         };
         locations.then(delete).boxed()
-    }
-
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix)
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
     }
 }
 
@@ -204,8 +192,7 @@ fn child() {
 
 /// Runs a child and returns its output.
 fn run_child(dir: &FsPath, kill_at: usize, single_rank: bool) -> String {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["killed::child", "--exact", "--ignored", "--nocapture"]);
+    let mut command = ignored_test("killed::child");
     let spec = ChildSpec { dir: dir.to_owned(), kill_at, single_rank };
     command.env(SPEC_VARIABLE, serde_json::to_string(&spec).unwrap()).stderr(Stdio::null());
     let output = command.output().unwrap();

@@ -14,6 +14,7 @@ use crate::{Engine, Result};
 type ImageKey = ([u8; 32], GridThw);
 
 /// Cache of image features for the current weights, with least-recently-used eviction.
+#[derive(Debug)]
 pub(crate) struct ImageCache {
     limit_bytes: u64,
     bytes: u64,

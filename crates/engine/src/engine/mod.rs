@@ -81,6 +81,7 @@ pub struct EngineStats {
 ///
 /// One thread owns it. [`Engine::generate`] runs groups to completion; [`Engine::submit`], [`Engine::step`] and [`Engine::cancel`] run
 /// a stream of groups, and weights may be swapped between steps.
+#[derive(Debug)]
 pub struct Engine<V = Vlm> {
     pub(crate) vlm: V,
     pub(crate) options: EngineOptions,
@@ -107,17 +108,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
         if let Some(set) = &options.capture {
             set.check(&config.text)?;
         }
-        let mut banned = options.banned.clone();
-        banned.extend([
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        ]);
-        // Ids outside the vocabulary have no logits to mask.
-        banned.retain(|&id| i64::from(id) < config.text.vocab_size);
-        banned.sort_unstable();
-        banned.dedup();
+        let banned = config.banned_ids(&options.banned);
         Ok(Self {
             end_tokens: config.eos_token_ids(),
             images: ImageCache::new(options.image_cache_bytes),

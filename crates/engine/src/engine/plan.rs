@@ -2,7 +2,8 @@
 
 use std::borrow::Borrow;
 
-use unveil_model::{AttentionSet, CacheShape, GroupCache, Vlm, free_memory};
+use unveil_model::{AttentionSet, CacheShape, GroupCache, Vlm};
+use unveil_torch_ext::free_memory;
 
 use crate::{Engine, EngineError, Result};
 

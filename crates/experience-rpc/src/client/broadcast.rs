@@ -27,6 +27,7 @@ struct ReceiveRequest {
 }
 
 /// This worker's membership in broadcast groups. Dropping it ends the thread after the current call.
+#[derive(Debug)]
 pub struct BroadcastMember {
     device: Device,
     requests: mpsc::Sender<ReceiveRequest>,

@@ -27,7 +27,7 @@ pub(super) struct Checksummer {
 
 impl Checksummer {
     /// Creates a checksummer for bytes on the host and on `device`.
-    pub fn new(device: Device) -> Self {
+    pub(super) fn new(device: Device) -> Self {
         Self { device, tables: None, host: Vec::new() }
     }
 
@@ -35,7 +35,7 @@ impl Checksummer {
     ///
     /// # Errors
     /// Returns a [`TchError`] if they are on another device, or memory is insufficient.
-    pub fn checksum(&mut self, bytes: &Tensor) -> Result<Checksum, TchError> {
+    pub(super) fn checksum(&mut self, bytes: &Tensor) -> Result<Checksum, TchError> {
         if bytes.device() == Device::Cpu {
             self.host.resize(bytes.numel(), 0);
             bytes.f_copy_data_u8(&mut self.host, bytes.numel())?;

@@ -33,7 +33,7 @@ pub enum WeightRejection {
 }
 
 /// A client of the experience service; cheap to clone, clones share the connection.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct ExperienceConnection {
     inner: ExperienceClient<Channel>,
     /// Address of the service.

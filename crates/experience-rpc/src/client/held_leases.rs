@@ -31,6 +31,7 @@ impl Progress {
 }
 
 /// Leases that are neither submitted nor released.
+#[derive(Debug)]
 pub struct HeldLeases {
     /// Random number that distinguishes this process from others with the same worker name.
     pub session: u64,
@@ -40,7 +41,7 @@ pub struct HeldLeases {
     table: Mutex<LeaseTable>,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 struct LeaseTable {
     /// Number of the last lease call that was begun.
     calls_begun: u64,

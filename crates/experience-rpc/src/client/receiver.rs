@@ -20,6 +20,7 @@ use super::weight_stream::{HeldVersion, TensorPool, WeightAssembler, WeightUpdat
 const MAX_ATTEMPTS: usize = 3;
 
 /// Receives weights over a separate connection, so that no lease waits behind them.
+#[derive(Debug)]
 pub struct WeightReceiver {
     experience: ExperienceConnection,
     held: Option<HeldVersion>,
@@ -32,6 +33,7 @@ pub struct WeightReceiver {
 }
 
 /// The receiver's membership in broadcast groups.
+#[derive(Debug)]
 struct BroadcastMembership {
     member: Arc<BroadcastMember>,
     /// Round whose broadcast group was joined; 0: none.

@@ -8,6 +8,7 @@ use unveil_proto::v1::{Broadcast, HeldWeights, WeightsChunk, WeightsHead, Weight
 
 use super::checksummer::Checksummer;
 use crate::checksum::{Checksum, TensorChecksums, verify, version_checksum};
+use crate::wire_dtype::wire_kind;
 
 /// Tensors by name whose memory may be overwritten.
 pub(super) type TensorPool = HashMap<String, Tensor>;
@@ -21,7 +22,7 @@ pub(super) struct HeldVersion {
 
 impl HeldVersion {
     /// Returns the version and the checksum of the whole as a message.
-    pub fn to_wire(&self) -> HeldWeights {
+    pub(super) fn to_wire(&self) -> HeldWeights {
         HeldWeights { version: self.version, checksum: version_checksum(&self.sums) }
     }
 }
@@ -60,7 +61,7 @@ impl WeightAssembler {
     ///
     /// # Errors
     /// Returns a message if the head is damaged, builds on a version that is not held, or describes an invalid tensor.
-    pub fn begin(
+    pub(super) fn begin(
         first: &WeightsChunk,
         held: Option<&HeldVersion>,
         pool: &mut TensorPool,
@@ -93,22 +94,22 @@ impl WeightAssembler {
     }
 
     /// Takes the offered broadcast, if the tensors do not follow the head in the stream.
-    pub fn broadcast(&mut self) -> Option<Broadcast> {
+    pub(super) fn broadcast(&mut self) -> Option<Broadcast> {
         self.head.broadcast.take()
     }
 
     /// Returns the version being received.
-    pub fn version(&self) -> u64 {
+    pub(super) fn version(&self) -> u64 {
         self.head.version
     }
 
     /// Returns the number of bytes of all tensors that are sent.
-    pub fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         self.tensors.iter().map(|(_, t)| byte_len(t)).sum()
     }
 
     /// Copies the next bytes, which may span several tensors: flat, on any device. Only the checksum of the whole verifies them.
-    pub fn fill(&mut self, data: &Tensor, checksummer: &mut Checksummer) -> Result<(), String> {
+    pub(super) fn fill(&mut self, data: &Tensor, checksummer: &mut Checksummer) -> Result<(), String> {
         let mut at = 0;
         let count = data.numel();
         while at < count {
@@ -129,7 +130,7 @@ impl WeightAssembler {
     }
 
     /// Verifies and copies the next chunk; the error describes the problem with it.
-    pub fn push(&mut self, chunk: &WeightsChunk) -> Result<(), String> {
+    pub(super) fn push(&mut self, chunk: &WeightsChunk) -> Result<(), String> {
         let sum = verify(chunk).map_err(|sums| {
             self.skip_complete();
             let (name, at) = self.tensors.get(self.next).map_or(("", 0), |(n, _)| (n, self.sums[self.next].bytes));
@@ -167,7 +168,7 @@ impl WeightAssembler {
     }
 
     /// Returns the update if all tensors have arrived and the checksum of the whole is the announced one.
-    pub fn finish(mut self) -> Result<WeightUpdate, String> {
+    pub(super) fn finish(mut self) -> Result<WeightUpdate, String> {
         let version = self.head.version;
         self.skip_complete();
         if let Some((name, t)) = self.tensors.get(self.next) {
@@ -205,12 +206,7 @@ fn as_bytes(tensor: &Tensor) -> Result<Tensor, TchError> {
 
 /// Returns a tensor with the announced shape and dtype, from `pool` if possible.
 fn allocate(t: &WeightsTensor, pool: &mut TensorPool, device: Device) -> Result<Tensor, String> {
-    let kind = match t.dtype.as_str() {
-        "F32" => Kind::Float,
-        "BF16" => Kind::BFloat16,
-        "F16" => Kind::Half,
-        other => return Err(format!("its dtype `{other}` is not one of F32, BF16, F16")),
-    };
+    let kind = wire_kind(&t.dtype)?;
     let sides = t.shape.iter().map(|n| i64::try_from(*n)).collect::<Result<Vec<i64>, _>>();
     let shape = sides.map_err(|_| format!("its shape {:?} is too large", t.shape))?;
     let size = shape.iter().try_fold(kind.elt_size_in_bytes() as i64, |size, n| size.checked_mul(*n));

@@ -26,6 +26,7 @@ pub struct BroadcastOptions {
 }
 
 /// Handle of the sending thread, which leaves its group and ends when the handle is closed.
+#[derive(Debug)]
 pub(super) struct Broadcaster {
     device: Device,
     jobs: mpsc::Sender<BroadcastJob>,
@@ -38,7 +39,7 @@ impl Broadcaster {
     ///
     /// # Errors
     /// Returns [`ServerError::Thread`] if the thread cannot be spawned.
-    pub fn start(shared: Arc<Shared>, options: BroadcastOptions, token: Option<Secret>) -> Result<Self> {
+    pub(super) fn start(shared: Arc<Shared>, options: BroadcastOptions, token: Option<Secret>) -> Result<Self> {
         let (jobs, inbox) = mpsc::channel();
         let (running, ended) = mpsc::channel();
         let work = move || {
@@ -52,7 +53,7 @@ impl Broadcaster {
 
     /// Sends a job to the thread; returns it if the thread has died. Tensors of `new` on a GPU are copied there first,
     /// so that they need not be loaded from host memory; they may change once this returns.
-    pub fn send(&self, mut job: BroadcastJob, new: &NewWeights<'_>) -> Result<(), Box<BroadcastJob>> {
+    pub(super) fn send(&self, mut job: BroadcastJob, new: &NewWeights<'_>) -> Result<(), Box<BroadcastJob>> {
         if self.device.is_cuda() {
             match job.source.copy_to_device(new, self.device) {
                 Ok(source) => job.source = source,
@@ -63,7 +64,7 @@ impl Broadcaster {
     }
 
     /// Ends the thread and waits up to `timeout` for it.
-    pub fn close(self, timeout: Duration) {
+    pub(super) fn close(self, timeout: Duration) {
         drop(self.jobs);
         match self.ended.recv_timeout(timeout) {
             Err(mpsc::RecvTimeoutError::Timeout) => tracing::warn!("a broadcast of weights is still in progress"),

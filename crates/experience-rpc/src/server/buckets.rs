@@ -28,7 +28,7 @@ impl BucketSource {
     /// # Errors
     /// Returns [`ServerError::Unsendable`] if a tensor is on another device, and [`ServerError::Torch`] if there is no
     /// memory for the copy.
-    pub fn copy_to_device(&self, new: &NewWeights<'_>, device: Device) -> Result<Self> {
+    pub(super) fn copy_to_device(&self, new: &NewWeights<'_>, device: Device) -> Result<Self> {
         let Self::Host(tensors) = self else {
             return Err(ServerError::Unsendable("the tensors are already on a device".into()));
         };
@@ -57,7 +57,7 @@ impl BucketSource {
     ///
     /// # Errors
     /// Returns the errors of `send`, and [`ServerError::Torch`] if a bucket cannot be created.
-    pub fn for_each_bucket(&self, device: Device, mut send: impl FnMut(Tensor) -> Result<()>) -> Result<()> {
+    pub(super) fn for_each_bucket(&self, device: Device, mut send: impl FnMut(Tensor) -> Result<()>) -> Result<()> {
         match self {
             Self::Host(tensors) => {
                 let mut bucket: Vec<u8> = Vec::with_capacity(BUCKET_BYTES);

@@ -10,23 +10,24 @@ pub(super) const TICK: Duration = Duration::from_millis(250);
 const MIN_PAUSE: Duration = Duration::from_secs(2);
 
 /// Measures the time since the start without pauses.
+#[derive(Debug)]
 pub(super) struct Clock {
     started: Instant,
     reading: Mutex<LastReading>,
 }
 
-#[derive(Default)]
+#[derive(Default, Debug)]
 struct LastReading {
     last: Duration,
     paused: Duration,
 }
 
 impl Clock {
-    pub fn start() -> Self {
+    pub(super) fn start() -> Self {
         Self { started: Instant::now(), reading: Mutex::default() }
     }
 
-    pub fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.read_at(self.started.elapsed())
     }
 

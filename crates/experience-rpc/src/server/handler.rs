@@ -188,7 +188,7 @@ impl Service for Handler {
         }
         {
             let mut state = self.shared.lock();
-            state.touch_worker(&r.worker, r.session, self.shared.now());
+            state.record_call(&r.worker, r.session, self.shared.now());
             state.check_quarantine(&r.worker)?;
         }
         let wait = Duration::from_millis(u64::from(r.wait_ms)).min(MAX_WAIT);
@@ -210,7 +210,7 @@ impl Service for Handler {
         let heartbeat = Heartbeat { worker: &r.worker, answered_calls: r.done, held: &in_hand };
         let mut state = self.shared.lock();
         let now = self.shared.now();
-        state.touch_worker(&r.worker, r.session, now);
+        state.record_call(&r.worker, r.session, now);
         state.check_quarantine(&r.worker)?;
         let held = state.machine.leased_by(&r.worker);
         let lost = state.machine.heartbeat(&heartbeat, now);

@@ -81,6 +81,7 @@ pub trait GroupSource: Send + Sync + 'static {
 }
 
 /// State shared by the training thread and the handlers.
+#[derive(Debug)]
 struct ServerState {
     machine: Experience<TrainGroup>,
     /// Prepared groups, kept until they are trained.
@@ -165,6 +166,7 @@ async fn tick(shared: Weak<Shared>) {
 }
 
 /// Options of the experience server.
+#[derive(Debug)]
 pub struct ExperienceServerOptions {
     /// Listen address.
     pub listen: String,
@@ -188,6 +190,12 @@ pub struct ExperienceServer {
     running: Option<RunningServer>,
     broadcaster: Option<Broadcaster>,
     address: SocketAddr,
+}
+
+impl std::fmt::Debug for ExperienceServer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExperienceServer").field("address", &self.address).finish_non_exhaustive()
+    }
 }
 
 impl ExperienceServer {

@@ -24,6 +24,7 @@ const GRACE: Duration = Duration::from_secs(60);
 type Chunks = Box<dyn Iterator<Item = WeightsChunk> + Send>;
 
 /// Streams in progress.
+#[derive(Debug)]
 pub(super) struct Streams {
     permits: Arc<Semaphore>,
     live: Mutex<Vec<Weak<LiveStream>>>,
@@ -55,12 +56,12 @@ impl Default for Streams {
 
 impl Streams {
     /// Returns a permit if one is available.
-    pub fn try_permit(&self) -> Option<StreamPermit> {
+    pub(super) fn try_permit(&self) -> Option<StreamPermit> {
         self.permits.clone().try_acquire_owned().ok().map(|_permit| StreamPermit { _permit })
     }
 
     /// Waits for a permit; meanwhile, readers that are too slow lose theirs.
-    pub async fn permit(&self) -> Option<StreamPermit> {
+    pub(super) async fn permit(&self) -> Option<StreamPermit> {
         loop {
             self.sweep(0);
             let permit = self.permits.clone().acquire_owned();
@@ -71,7 +72,7 @@ impl Streams {
     }
 
     /// Starts a stream of `bytes` bytes in `chunks` with the weights of `version`.
-    pub fn start(
+    pub(super) fn start(
         &self,
         version: WeightVersion,
         bytes: u64,
@@ -88,7 +89,7 @@ impl Streams {
     }
 
     /// Drops streams of versions older than the predecessor of `next`, and streams past their deadline.
-    pub fn sweep(&self, next: WeightVersion) {
+    pub(super) fn sweep(&self, next: WeightVersion) {
         let now = Instant::now();
         let mut all = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|weak| {
@@ -116,7 +117,7 @@ impl Streams {
     }
 
     /// Returns the number of streams in progress, and of streams dropped since the start.
-    pub fn counts(&self) -> (usize, u64) {
+    pub(super) fn counts(&self) -> (usize, u64) {
         (MAX_STREAMS - self.permits.available_permits(), self.dropped.load(Ordering::Relaxed))
     }
 }

@@ -23,7 +23,7 @@ pub(super) struct Subscription {
 
 impl Subscription {
     /// Opens the stream of `worker` and registers the worker as a subscriber.
-    pub fn open(shared: &Arc<Shared>, worker: String) -> Self {
+    pub(super) fn open(shared: &Arc<Shared>, worker: String) -> Self {
         let stream = shared.lock().broadcast_groups.as_mut().map(|groups| groups.subscribe(&worker));
         let stopped = Box::pin(shared.shutdown.clone().cancelled_owned());
         Self { shared: shared.clone(), worker, stream, stopped }

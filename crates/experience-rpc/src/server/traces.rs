@@ -8,12 +8,12 @@ use unveil_core::GroupId;
 use unveil_service::span;
 
 /// Spans of groups between lease and update.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub(super) struct Traces(HashMap<GroupId, Span>);
 
 impl Traces {
     /// Returns the span of a group; a group that is leased again keeps its trace.
-    pub fn group(&mut self, id: &GroupId) -> Span {
+    pub(super) fn group(&mut self, id: &GroupId) -> Span {
         if let Some(span) = self.0.get(id) {
             return span.clone();
         }
@@ -25,12 +25,12 @@ impl Traces {
     }
 
     /// Creates a span for update `step` under each of its groups.
-    pub fn train<'a>(&self, step: u64, ids: impl Iterator<Item = &'a GroupId>) -> Vec<Span> {
+    pub(super) fn train<'a>(&self, step: u64, ids: impl Iterator<Item = &'a GroupId>) -> Vec<Span> {
         ids.filter_map(|id| self.0.get(id)).map(|group| span!(parent: group, "train", step)).collect()
     }
 
     /// Ends the traces of groups.
-    pub fn end<'a>(&mut self, ids: impl Iterator<Item = &'a GroupId>) {
+    pub(super) fn end<'a>(&mut self, ids: impl Iterator<Item = &'a GroupId>) {
         ids.for_each(|id| drop(self.0.remove(id)));
     }
 }

@@ -12,6 +12,7 @@ use unveil_proto::v1;
 
 use super::error::{Result, ServerError};
 use crate::checksum::{Checksum, TensorChecksums, chunk, version_checksum};
+use crate::wire_dtype::wire_name;
 
 /// Bytes per chunk, a multiple of every element size. A chunk is copied and checksummed while it is in the processor's
 /// cache.
@@ -31,7 +32,18 @@ pub struct NewWeights<'a> {
     pub may_change: &'a dyn Fn(&str) -> bool,
 }
 
+impl std::fmt::Debug for NewWeights<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut out = f.debug_struct("NewWeights");
+        out.field("version", &self.version)
+            .field("tensors", &self.named.len())
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Bytes of a tensor.
+#[derive(Debug)]
 pub(super) struct PackedTensor {
     name: String,
     dtype: &'static str,
@@ -44,17 +56,17 @@ pub(super) struct PackedTensor {
 
 impl PackedTensor {
     /// Returns the name of the tensor.
-    pub fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 
     /// Returns the number of bytes.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.sum.bytes
     }
 
     /// Returns the bytes, chunk by chunk.
-    pub fn data(&self) -> impl Iterator<Item = &[u8]> {
+    pub(super) fn data(&self) -> impl Iterator<Item = &[u8]> {
         self.chunks.iter().map(|c| &c.data[..])
     }
 }
@@ -62,6 +74,7 @@ impl PackedTensor {
 /// Weights that workers can fetch. A new version reuses the buffers of the previous one unless a stream is still
 /// sending them; streams of older versions are dropped. Host memory thus holds one copy besides the model, and two
 /// while a stream is in progress.
+#[derive(Debug)]
 pub(super) struct Published {
     pub version: WeightVersion,
     pub checksum: u32,
@@ -71,7 +84,7 @@ pub(super) struct Published {
 
 impl Published {
     /// Copies the tensors into chunks, reusing the buffers of the previous version and its tensors that never change.
-    pub fn pack(new: &NewWeights<'_>, previous: Option<Self>) -> Result<Self> {
+    pub(super) fn pack(new: &NewWeights<'_>, previous: Option<Self>) -> Result<Self> {
         let previous = previous.map_or_else(Vec::new, |p| p.tensors).into_iter().map(|t| (t.name.clone(), t));
         let mut previous: HashMap<String, Arc<PackedTensor>> = previous.collect();
         let adapters = new.adapters.map_or(&[][..], Adapters::named_parameters);
@@ -90,7 +103,8 @@ impl Published {
                 sum.concat(Checksum { crc32c: c.crc32c, bytes: c.data.len() as u64 })
             });
             let shape = tensor.size().iter().map(|n| *n as u64).collect();
-            let dtype = dtype(kind)?;
+            let dtype = wire_name(kind)
+                .ok_or_else(|| ServerError::Unsendable(format!("weights of dtype {kind:?} cannot be sent")))?;
             tensors.push(Arc::new(PackedTensor {
                 name: name.clone(),
                 dtype,
@@ -107,7 +121,7 @@ impl Published {
 
     /// Returns the chunks that a worker needs, and the bytes of tensors in them. `base` are the undamaged weights of
     /// this run that the worker holds, if any.
-    pub fn stream(
+    pub(super) fn stream(
         &self,
         base: Option<v1::HeldWeights>,
     ) -> (u64, impl Iterator<Item = v1::WeightsChunk> + Send + use<>) {
@@ -123,7 +137,7 @@ impl Published {
     }
 
     /// Returns the tensors changed after version `since`, ascending by name, and their header without a base.
-    pub fn changed_after(&self, since: WeightVersion) -> (v1::WeightsHead, Vec<Arc<PackedTensor>>) {
+    pub(super) fn changed_after(&self, since: WeightVersion) -> (v1::WeightsHead, Vec<Arc<PackedTensor>>) {
         let mut sent: Vec<Arc<PackedTensor>> = self.tensors.iter().filter(|t| t.changed_in > since).cloned().collect();
         sent.sort_by(|a, b| a.name.cmp(&b.name));
         (self.head(None, &sent), sent)
@@ -143,16 +157,6 @@ impl Published {
             adapter_scale: self.adapter_scale,
             broadcast: None,
         }
-    }
-}
-
-/// Returns the wire name of a dtype.
-fn dtype(kind: Kind) -> Result<&'static str> {
-    match kind {
-        Kind::Float => Ok("F32"),
-        Kind::BFloat16 => Ok("BF16"),
-        Kind::Half => Ok("F16"),
-        other => Err(ServerError::Unsendable(format!("weights of dtype {other:?} cannot be sent"))),
     }
 }
 

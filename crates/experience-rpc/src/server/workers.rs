@@ -15,7 +15,7 @@ impl ServerState {
 
     /// Records a call of a worker with its session. A new session of a name, or a new incarnation `base#k` of `base`,
     /// means that the process was restarted: leases of its predecessors are freed immediately.
-    pub(super) fn touch_worker(&mut self, worker: &str, session: u64, now: Duration) {
+    pub(super) fn record_call(&mut self, worker: &str, session: u64, now: Duration) {
         if session != 0 && self.sessions.insert(worker.to_owned(), session).is_some_and(|previous| previous != session)
         {
             self.release_groups_of(worker, now);

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::common::{experience_settings, text_input};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use tonic::Code;
 use unveil_config::{Config, Role};
-use unveil_core::{GroupId, Sampling, TrainGroup};
+use unveil_core::{GroupId, TrainGroup};
 use unveil_experience::{Experience, Settings};
 use unveil_experience_rpc::{
     ExperienceServer, ExperienceServerOptions, GroupSource, NewWeights, PreparedGroup, RecordFailure, ServerError,
@@ -18,6 +17,7 @@ use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_service::issue::{Existing, IssueOptions, issue};
 use unveil_service::{ServiceAccess, authorize, client_options, connect_with, limited};
+use unveil_testkit_model::{experience_settings, server_options, text_input};
 
 const SOON: Duration = Duration::from_secs(2);
 
@@ -33,15 +33,7 @@ impl GroupSource for Source {
 fn start_server(runtime: &Runtime, listen: &str, c: &Config) -> Result<ExperienceServer, ServerError> {
     let settings = Settings { total_groups: Some(4), ..experience_settings(2, 60.0) };
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into(), "b".into()]).unwrap();
-    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-    let options = ExperienceServerOptions {
-        listen: listen.into(),
-        sampling,
-        stop: vec![],
-        vocab: 50,
-        fixed_lease_size: None,
-        broadcast: None,
-    };
+    let options = ExperienceServerOptions { listen: listen.into(), ..server_options() };
     let access = ServiceAccess::of(c, Role::Learner)?;
     let server = ExperienceServer::start_with_access(runtime.handle(), options, access, machine, Arc::new(Source))?;
     let named = vec![("w".to_owned(), Tensor::ones([5], (Kind::Float, Device::Cpu)))];
@@ -70,7 +62,8 @@ fn experience_service_authenticates_and_limits_callers() {
         path.display().to_string()
     };
     let mut c = Config::default();
-    (c.tls.dir, c.auth.token_file) = (tls("ours"), token("the token of this run"));
+    c.tls.dir = tls("ours");
+    c.auth.token_file = token("the token of this run");
     let with = |change: &dyn Fn(&mut Config)| {
         let mut other = c.clone();
         change(&mut other);

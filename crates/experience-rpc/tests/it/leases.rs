@@ -5,19 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::common::{experience_settings, text_input};
 use bytes::Bytes;
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
-use unveil_core::{GroupId, Sampling, TrainGroup};
+use unveil_core::{GroupId, TrainGroup};
 use unveil_experience::{Experience, Settings};
-use unveil_experience_rpc::{
-    ExperienceServer, ExperienceServerOptions, GroupSource, NewWeights, PreparedGroup, RecordFailure,
-};
+use unveil_experience_rpc::{ExperienceServer, GroupSource, NewWeights, PreparedGroup, RecordFailure};
 use unveil_proto::v1;
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_service::limited;
+use unveil_testkit_model::{experience_settings, server_options, text_input};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -89,16 +87,7 @@ impl TestServer {
         let running = AtomicUsize::new(0);
         let source =
             Source { takes, note, bytes, prepared: prepared.clone(), running, max_running: max_running.clone() };
-        let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-        let options = ExperienceServerOptions {
-            listen: "127.0.0.1:0".into(),
-            sampling,
-            stop: vec![],
-            vocab: 50,
-            fixed_lease_size: None,
-            broadcast: None,
-        };
-        let server = ExperienceServer::start(runtime.handle(), options, machine, Arc::new(source)).unwrap();
+        let server = ExperienceServer::start(runtime.handle(), server_options(), machine, Arc::new(source)).unwrap();
         let named = vec![("w".to_owned(), Tensor::ones([5], (Kind::Float, Device::Cpu)))];
         let weights =
             NewWeights { version: 0, named: &named, kind: Kind::Float, adapters: None, may_change: &|_| true };
@@ -191,7 +180,10 @@ fn retried_calls_get_the_same_leases() {
 /// Heartbeats without progress do not renew a lease; heartbeats with progress renew it indefinitely.
 #[test]
 fn heartbeats_renew_only_leases_with_progress() {
-    let times = |s: &mut Settings| (s.lease_s, s.stall_s) = (0.4, 1.0);
+    let times = |s: &mut Settings| {
+        s.lease_s = 0.4;
+        s.stall_s = 1.0;
+    };
     let mut s = TestServer::new(2, Duration::ZERO, &[3], times);
     let leased = ids(&s.lease("w", 1, 1, 1000));
     let moving = leased[0].0.as_str();

@@ -7,7 +7,7 @@ use unveil_experience::{
     Experience, Heartbeat, HeldLease, Lease, LeaseCall, Settings, Submission, Verdict, VersionSpan,
 };
 
-pub fn settings(groups_per_step: usize, max_staleness: u64, total_groups: Option<u64>) -> Settings {
+pub(crate) fn settings(groups_per_step: usize, max_staleness: u64, total_groups: Option<u64>) -> Settings {
     Settings {
         groups_per_step,
         max_staleness,
@@ -20,30 +20,30 @@ pub fn settings(groups_per_step: usize, max_staleness: u64, total_groups: Option
     }
 }
 
-pub fn ids(n: usize) -> Vec<String> {
+pub(crate) fn ids(n: usize) -> Vec<String> {
     (0..n).map(|i| format!("r{i}")).collect()
 }
 
-pub fn run(records: usize, groups_per_step: usize, total: u64) -> Experience<()> {
+pub(crate) fn run(records: usize, groups_per_step: usize, total: u64) -> Experience<()> {
     Experience::new(settings(groups_per_step, 0, Some(total)), ids(records)).unwrap().with_max_losses(3)
 }
 
-pub fn at(s: u64) -> Duration {
+pub(crate) fn at(s: u64) -> Duration {
     Duration::from_secs(s)
 }
 
 /// Leases up to `max` groups by a call without a number, with every group prepared.
-pub fn lease(e: &mut Experience<()>, worker: &str, max: usize, now: Duration) -> Vec<Lease> {
+pub(crate) fn lease(e: &mut Experience<()>, worker: &str, max: usize, now: Duration) -> Vec<Lease> {
     e.lease(LeaseCall::new(worker, max), now, |_| true)
 }
 
-pub fn submit(e: &mut Experience<()>, worker: &str, l: &Lease, now: Duration) -> Verdict {
+pub(crate) fn submit(e: &mut Experience<()>, worker: &str, l: &Lease, now: Duration) -> Verdict {
     let versions = VersionSpan::at(e.version());
     e.submit(&Submission { worker, lease: &l.id, group: &l.group, versions }, (), now)
 }
 
 /// Trains the next batch, if it is complete, and returns its size.
-pub fn learn(e: &mut Experience<()>, step: &mut u64, now: Duration) -> Option<usize> {
+pub(crate) fn learn(e: &mut Experience<()>, step: &mut u64, now: Duration) -> Option<usize> {
     let batch = e.next_batch(now)?;
     let groups: Vec<GroupId> = batch.into_iter().map(|(g, ())| g).collect();
     *step += 1;
@@ -53,7 +53,13 @@ pub fn learn(e: &mut Experience<()>, step: &mut u64, now: Duration) -> Option<us
 }
 
 /// Sends a heartbeat with one lease and returns the lost leases.
-pub fn heartbeat(e: &mut Experience<()>, worker: &str, lease: &str, progress: u64, now: Duration) -> Vec<String> {
+pub(crate) fn heartbeat(
+    e: &mut Experience<()>,
+    worker: &str,
+    lease: &str,
+    progress: u64,
+    now: Duration,
+) -> Vec<String> {
     let held = [HeldLease { lease: lease.to_owned(), progress }];
     e.heartbeat(&Heartbeat { worker, answered_calls: 0, held: &held }, now)
 }

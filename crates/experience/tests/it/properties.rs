@@ -10,7 +10,7 @@ use crate::simulation::{Ends, World};
 
 /// One step of a simulation.
 #[derive(Debug, Clone)]
-pub enum Op {
+pub(crate) enum Op {
     Lease {
         worker: usize,
         max: usize,
@@ -82,7 +82,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 impl World {
-    pub fn apply(&mut self, op: &Op) {
+    pub(crate) fn apply(&mut self, op: &Op) {
         match *op {
             Op::Lease { worker, max } => {
                 self.lease(worker, max);

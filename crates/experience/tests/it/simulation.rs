@@ -11,7 +11,7 @@ use unveil_experience::{
 
 /// Behaviour of the workers at the end of a simulation.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Ends {
+pub(crate) enum Ends {
     /// All have lost their leases, and much time has passed.
     Forgetful,
     /// All continue to work.
@@ -22,21 +22,21 @@ pub enum Ends {
 
 /// A payload that records its group and weight version.
 #[derive(Debug, Clone)]
-pub struct Payload {
+pub(crate) struct Payload {
     pub group: GroupId,
     pub oldest: u64,
 }
 
 /// A worker's lease calls and progress.
 #[derive(Debug, Clone, Default)]
-pub struct Calls {
+pub(crate) struct Calls {
     pub answered: u64,
     /// Leases granted to the next call, whose answer was lost.
     pub lost: Option<Vec<Lease>>,
     pub progress: u64,
 }
 
-pub struct World {
+pub(crate) struct World {
     pub machine: Experience<Payload>,
     pub settings: Settings,
     pub ids: Vec<String>,
@@ -54,7 +54,7 @@ pub struct World {
     pub step: u64,
 }
 
-pub fn settings(groups_per_step: usize, max_staleness: u64) -> Settings {
+pub(crate) fn settings(groups_per_step: usize, max_staleness: u64) -> Settings {
     Settings {
         groups_per_step,
         max_staleness,
@@ -67,12 +67,12 @@ pub fn settings(groups_per_step: usize, max_staleness: u64) -> Settings {
     }
 }
 
-pub fn ids(n: usize) -> Vec<String> {
+pub(crate) fn ids(n: usize) -> Vec<String> {
     (0..n).map(|i| format!("r{i}")).collect()
 }
 
 impl World {
-    pub fn new(records: usize, groups_per_step: usize, max_staleness: u64) -> Self {
+    pub(crate) fn new(records: usize, groups_per_step: usize, max_staleness: u64) -> Self {
         let settings = settings(groups_per_step, max_staleness);
         let ids = ids(records);
         let machine = Experience::new(settings.clone(), ids.clone()).unwrap();
@@ -94,12 +94,12 @@ impl World {
     }
 
     /// Returns the leases that a worker reports.
-    pub fn held_leases(&self, w: usize) -> Vec<HeldLease> {
+    pub(crate) fn held_leases(&self, w: usize) -> Vec<HeldLease> {
         let progress = self.calls[w].progress;
         self.held[w].iter().map(|(l, _)| HeldLease { lease: l.id.clone(), progress }).collect()
     }
 
-    pub fn lease(&mut self, w: usize, max: usize) -> usize {
+    pub(crate) fn lease(&mut self, w: usize, max: usize) -> usize {
         let name = format!("w{w}");
         self.machine.expire(self.now);
         let call = self.calls[w].answered + 1;
@@ -128,7 +128,7 @@ impl World {
         n
     }
 
-    pub fn lose_answer(&mut self, w: usize, max: usize) {
+    pub(crate) fn lose_answer(&mut self, w: usize, max: usize) {
         let name = format!("w{w}");
         let call = self.calls[w].answered + 1;
         let got =
@@ -137,7 +137,7 @@ impl World {
     }
 
     /// Sends a heartbeat of a worker, which drops the leases that it has lost.
-    pub fn heartbeat(&mut self, w: usize, progresses: bool) {
+    pub(crate) fn heartbeat(&mut self, w: usize, progresses: bool) {
         self.calls[w].progress += u64::from(progresses);
         let name = format!("w{w}");
         let held = self.held_leases(w);
@@ -162,7 +162,7 @@ impl World {
         }
     }
 
-    pub fn send(&mut self, w: usize, lease: &Lease, oldest: u64) -> Verdict {
+    pub(crate) fn send(&mut self, w: usize, lease: &Lease, oldest: u64) -> Verdict {
         let worker = format!("w{w}");
         let newest = oldest.max(self.machine.version().min(oldest + 1));
         let payload = Payload { group: lease.group.clone(), oldest };
@@ -175,7 +175,7 @@ impl World {
         self.machine.submit(&s, payload, self.now)
     }
 
-    pub fn learn(&mut self, jump: u64) -> bool {
+    pub(crate) fn learn(&mut self, jump: u64) -> bool {
         let Some(batch) = self.machine.next_batch(self.now) else {
             return false;
         };
@@ -200,7 +200,7 @@ impl World {
 
     /// Checks that from any state the learner completes `steps` more steps with healthy workers, or with one healthy worker and others that
     /// send heartbeats without progress.
-    pub fn finish(&mut self, steps: usize, ends: Ends) {
+    pub(crate) fn finish(&mut self, steps: usize, ends: Ends) {
         if ends == Ends::Forgetful {
             self.held.iter_mut().for_each(Vec::clear);
             self.now += Duration::from_secs(1_000_000_000);
@@ -227,7 +227,7 @@ impl World {
     }
 
     /// Checks the trained lineage: positions in order, each record once per pass.
-    pub fn check(&mut self) {
+    pub(crate) fn check(&mut self) {
         let n = self.ids.len() as u64;
         for (i, g) in self.trained.iter().enumerate() {
             assert_eq!((g.pass, g.position), (i as u64 / n, i as u64 % n));

@@ -6,9 +6,9 @@ use tonic::Status;
 use unveil_proto::v1::release_request::Cause;
 use unveil_proto::v1::reward_server::RewardServer;
 use unveil_service::{CancellationToken, Health, READY, Routes, ServeOptions, check_health, start};
-use unveil_testkit::MetricsPage;
+use unveil_testkit::{MetricsPage, free_address};
 
-use super::{answer, free_port, set_size, start_run};
+use super::{answer, set_size, start_run};
 use crate::run;
 
 /// Groups that wait longer than the reward deadline are released, and generated again once rewards are available; in the meantime the
@@ -25,11 +25,12 @@ async fn groups_are_released_during_a_reward_outage() {
     let address = address.unwrap().to_string();
     let ready = async || check_health(&address, READY, Duration::from_secs(5)).await.unwrap();
     let mut options = services.options();
-    let reward = free_port();
-    let page = free_port();
+    let reward = free_address();
+    let page = free_address();
     options.config.reward.deadline_s = 0.3;
     options.config.rollout.metrics_listen = page.to_string();
-    (options.reward, options.health) = (format!("http://{reward}"), health);
+    options.reward = format!("http://{reward}");
+    options.health = health;
     let worker = tokio::spawn(run(options.clone(), stop.clone()));
     let begun = Instant::now();
     let until = async |what: &str, done: &dyn Fn() -> bool| {

@@ -69,7 +69,7 @@ pub(super) struct FakeState {
 pub(super) struct Fake(Arc<Mutex<FakeState>>);
 
 impl Fake {
-    pub fn with<T>(&self, f: impl FnOnce(&mut FakeState) -> T) -> T {
+    pub(super) fn with<T>(&self, f: impl FnOnce(&mut FakeState) -> T) -> T {
         f(&mut self.0.lock().unwrap())
     }
 }

@@ -34,7 +34,8 @@ async fn stalled_engine_shows_in_heartbeats() {
     let fake = services.fake.clone();
     let mut options = services.options();
     // Lease calls and heartbeats are frequent, and empty answers are not progress.
-    (options.wait, options.config.rollout.lease_s) = (Duration::from_millis(20), 0.15);
+    options.wait = Duration::from_millis(20);
+    options.config.rollout.lease_s = 0.15;
     fixture::STALLED.lock().unwrap().insert(services.model.path().to_owned());
     let script = tokio::spawn(async move {
         let seen = || fake.with(|s| progress(&s.heartbeats, "lease-0"));

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use unveil_core::{BBox, Grid, Sampling};
 use unveil_model::VlmConfig;
 use unveil_reward::calibrate::{HeadSample, calibrate};
+use unveil_testkit_model::write_model_directory;
 
 use crate::{GenerateOptions, OfflineModel, Result, ScoreOptions, fixture, generate_cli, open_engine, score_cli};
 
@@ -16,8 +17,7 @@ struct Sandbox {
 impl Sandbox {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::create_dir(dir.path().join("model")).unwrap();
-        fixture::model_dir(&dir.path().join("model"), 3);
+        write_model_directory(&dir.path().join("model"), 3);
         let mut lines = String::new();
         for k in 0..2 {
             std::fs::write(dir.path().join(format!("r{k}.png")), fixture::picture(k).to_png().unwrap()).unwrap();
@@ -33,7 +33,8 @@ impl Sandbox {
 
     fn model(&self) -> OfflineModel {
         let mut config = unveil_config::Config::default();
-        (config.run.device, config.run.threads) = ("cpu".into(), 1);
+        config.run.device = "cpu".into();
+        config.run.threads = 1;
         OfflineModel { dir: self.path().join("model"), config }
     }
 
@@ -294,7 +295,7 @@ fn configured_sink_filter_changes_scores() {
     // Rows of every token, as sent by the worker.
     let preprocessor = unveil_preprocess::preprocessor::Preprocessor::load(&sandbox.model().dir).unwrap();
     let mut engine = open_engine(&config, &sandbox.model().dir, 1, &[]).unwrap();
-    let prepared = preprocessor.prepare(&fixture::picture(0), &fixture::record(0).question).unwrap();
+    let prepared = preprocessor.prepare(&fixture::picture(0), &fixture::record(0)).unwrap();
     let (input, geometry) = crate::text::group_input("r0", None, prepared);
     let tokens = preprocessor.tokenizer().encode(ANSWER).unwrap();
     let (text, spans) = crate::text::decode(preprocessor.tokenizer(), &tokens);

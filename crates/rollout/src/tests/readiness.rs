@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use unveil_proto::v1::experience_server::ExperienceServer;
 use unveil_proto::v1::reward_server::RewardServer;
 use unveil_service::{CancellationToken, Health, READY, Routes, ServeOptions, check_health, start};
+use unveil_testkit::free_address;
 
-use super::{answer, free_port, start_run};
+use super::{answer, start_run};
 use crate::run;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -28,7 +29,8 @@ async fn worker_is_ready_with_weights_and_a_learner() {
         }
     };
     let mut options = services.options();
-    (options.health, options.wait) = (health, Duration::from_millis(100));
+    options.health = health;
+    options.wait = Duration::from_millis(100);
     let worker = tokio::spawn(run(options, stop.clone()));
     while services.fake.with(|s| s.weight_requests < 3) {
         assert!(is_serving("").await && !is_serving(READY).await, "no weights yet");
@@ -48,8 +50,8 @@ async fn roles_start_in_any_order() {
     let services = start_run().await;
     services.fake.with(|s| s.leases = [answer(&[0, 1], 0)].into());
     let mut options = services.options();
-    let learner = free_port();
-    let reward = free_port();
+    let learner = free_address();
+    let reward = free_address();
     options.experience = format!("http://{learner}");
     options.reward = format!("http://{reward}");
     options.config.reward.deadline_s = 60.0;

@@ -32,6 +32,7 @@ pub struct BroadcastReport {
 }
 
 /// Last request of a worker that can take part in broadcasts.
+#[derive(Debug)]
 struct Subscriber {
     held: v1::HeldWeights,
     round: u64,
@@ -42,6 +43,7 @@ struct Subscriber {
 }
 
 /// Exclusion of a worker that caused a broadcast to fail.
+#[derive(Debug)]
 struct Penalty {
     /// Failures since the last successful broadcast.
     failures: u64,
@@ -49,7 +51,7 @@ struct Penalty {
     included_from: WeightVersion,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     /// Workers may join.
     Sending,
@@ -59,6 +61,7 @@ enum Phase {
 }
 
 /// The current round, and the version that it is sending or has sent last.
+#[derive(Debug)]
 struct BroadcastGroup {
     round: u64,
     /// Ranks of the workers.
@@ -97,6 +100,7 @@ pub(super) struct BroadcastJob {
 }
 
 /// Subscribed workers and the current broadcast group.
+#[derive(Debug)]
 pub(super) struct BroadcastGroups {
     backend: &'static str,
     /// Number of the open subscription of each worker.
@@ -110,7 +114,7 @@ pub(super) struct BroadcastGroups {
 
 impl BroadcastGroups {
     /// Creates the state without subscribers; only workers with the same `backend` can take part.
-    pub fn new(backend: &'static str) -> Self {
+    pub(super) fn new(backend: &'static str) -> Self {
         Self {
             backend,
             streams: BTreeMap::new(),
@@ -123,28 +127,28 @@ impl BroadcastGroups {
     }
 
     /// Subscribes a worker; returns the number of its stream.
-    pub fn subscribe(&mut self, worker: &str) -> u64 {
+    pub(super) fn subscribe(&mut self, worker: &str) -> u64 {
         self.opened_streams += 1;
         self.streams.insert(worker.to_owned(), self.opened_streams);
         self.opened_streams
     }
 
     /// Handles the end of a stream: the worker is lost unless it has opened a newer one.
-    pub fn stream_closed(&mut self, worker: &str, stream: u64) {
+    pub(super) fn stream_closed(&mut self, worker: &str, stream: u64) {
         if self.streams.get(worker) == Some(&stream) {
             self.worker_lost(worker);
         }
     }
 
     /// Removes a worker.
-    pub fn worker_lost(&mut self, worker: &str) {
+    pub(super) fn worker_lost(&mut self, worker: &str) {
         self.streams.remove(worker);
         self.subscribers.remove(worker);
     }
 
     /// Records the request of a worker that holds `base` and should call again by `until`; `local` is the address on
     /// which it reached the server.
-    pub fn record_request(
+    pub(super) fn record_request(
         &mut self,
         worker: &str,
         capability: Option<&v1::BroadcastCapability>,
@@ -165,7 +169,7 @@ impl BroadcastGroups {
 
     /// Starts the broadcast of a new version to all workers that are alive; returns `None` if there are none or another
     /// broadcast is in progress.
-    pub fn start(&mut self, new: &Published, now: Duration) -> Option<BroadcastJob> {
+    pub(super) fn start(&mut self, new: &Published, now: Duration) -> Option<BroadcastJob> {
         if self.current.as_ref().is_some_and(|g| g.phase == Phase::Sending) {
             return None;
         }
@@ -207,7 +211,7 @@ impl BroadcastGroups {
     }
 
     /// Returns the offer for `worker`, which holds `base`.
-    pub fn offer(&mut self, worker: &str, base: Option<v1::HeldWeights>) -> BroadcastOffer {
+    pub(super) fn offer(&mut self, worker: &str, base: Option<v1::HeldWeights>) -> BroadcastOffer {
         let Some(group) = self.current.as_ref().filter(|g| g.phase == Phase::Sending) else {
             return BroadcastOffer::None;
         };
@@ -229,19 +233,19 @@ impl BroadcastGroups {
     }
 
     /// Returns the broadcasts that were completed since the last call.
-    pub fn drain_reports(&mut self) -> Vec<BroadcastReport> {
+    pub(super) fn drain_reports(&mut self) -> Vec<BroadcastReport> {
         std::mem::take(&mut self.reports)
     }
 
     /// Records that rank 0 waits for the other ranks at `address`.
-    pub fn rendezvous_ready(&mut self, address: SocketAddr) {
+    pub(super) fn rendezvous_ready(&mut self, address: SocketAddr) {
         if let Some(group) = &mut self.current {
             group.address = Some(address);
         }
     }
 
     /// Handles the end of a broadcast. After a failure, its members are not included again before their next request.
-    pub fn finished(&mut self, job: &BroadcastJob, result: &Result<()>) {
+    pub(super) fn finished(&mut self, job: &BroadcastJob, result: &Result<()>) {
         let Some(group) = &mut self.current else { return };
         let members = &group.members;
         let Err(e) = result else {

@@ -5,11 +5,10 @@ mod refused;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::common::{breakdown, experience_settings, text_input};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
-use unveil_core::{Finish, GroupId, Response, Sampling, TrainGroup};
+use unveil_core::{Finish, GroupId, Response, TrainGroup};
 use unveil_experience::{Event, Experience, Settings};
 use unveil_experience_rpc::{
     ExperienceServer, ExperienceServerOptions, GroupSource, NewWeights, PreparedGroup, RecordFailure, ServerError,
@@ -17,6 +16,7 @@ use unveil_experience_rpc::{
 use unveil_proto::v1::experience_client::ExperienceClient;
 use unveil_proto::v1::submit_response::Verdict;
 use unveil_proto::{breakdown_to_wire, response_to_wire, v1};
+use unveil_testkit_model::{breakdown, experience_settings, server_options, text_input};
 
 struct Source;
 
@@ -49,16 +49,7 @@ fn serve_with_silence(ids: &[&str], lease_s: f64, max_staleness: u64, silence_s:
     let settings = Settings { max_staleness, silence_s, total_groups: Some(4), ..experience_settings(2, lease_s) };
     let ids = ids.iter().map(|s| (*s).to_owned()).collect();
     let machine: Experience<TrainGroup> = Experience::new(settings, ids).unwrap();
-    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
-    let options = ExperienceServerOptions {
-        listen: "127.0.0.1:0".into(),
-        sampling,
-        stop: vec![],
-        vocab: 50,
-        fixed_lease_size: None,
-        broadcast: None,
-    };
-    let server = ExperienceServer::start(runtime.handle(), options, machine, Arc::new(Source)).unwrap();
+    let server = ExperienceServer::start(runtime.handle(), server_options(), machine, Arc::new(Source)).unwrap();
     let address = server.address().to_string();
     let channel = runtime.block_on(unveil_service::connect(&address, Duration::from_secs(5))).unwrap();
     TestServer { client: ExperienceClient::new(channel), server, runtime }
@@ -195,10 +186,9 @@ fn weight_streams_contain_only_changed_tensors() {
     assert!(data == bytes(&named(0)));
     assert_eq!(s.weights(Some(held(0)), 10), None, "the worker has the newest");
     // The worker asks before a newer version exists, and then receives only the changed tensor.
-    let (mut client, ask) = (
-        s.client.clone(),
-        v1::WeightsRequest { worker: "w".into(), holds: Some(held(0)), wait_ms: 20_000, broadcast_capability: None },
-    );
+    let mut client = s.client.clone();
+    let holds = Some(held(0));
+    let ask = v1::WeightsRequest { worker: "w".into(), holds, wait_ms: 20_000, broadcast_capability: None };
     let waiting = s.runtime.spawn(async move {
         let mut stream = client.weights(ask).await.unwrap().into_inner();
         let first = stream.message().await.unwrap().unwrap();
@@ -358,16 +348,8 @@ fn port_in_use_is_named() {
     let s = serve(&["a", "b"], 60.0);
     let settings = experience_settings(2, 1.0);
     let machine: Experience<TrainGroup> = Experience::new(settings, vec!["a".into()]).unwrap();
-    let sampling = Sampling { n: 2, temperature: 1.0, max_new_tokens: 4, seed: 7, ..Default::default() };
     let listen = s.server.address().to_string();
-    let options = ExperienceServerOptions {
-        listen: listen.clone(),
-        sampling,
-        stop: vec![],
-        vocab: 50,
-        fixed_lease_size: None,
-        broadcast: None,
-    };
+    let options = ExperienceServerOptions { listen: listen.clone(), ..server_options() };
     let e =
         ExperienceServer::start(s.runtime.handle(), options, machine, Arc::new(Source)).err().map(|e| e.to_string());
     assert!(e.is_some_and(|e| e.contains(&listen) && e.contains("in use")));
