@@ -6,13 +6,13 @@ use clap::{Args, Subcommand};
 use unveil_service::issue::{Existing, IssueOptions, issue};
 
 #[derive(Subcommand)]
-pub enum TlsCommand {
+pub(crate) enum TlsCommand {
     /// Creates an authority, and a certificate and key per role; set `tls.dir` to the directory. Prints one JSON object.
     Init(InitArgs),
 }
 
 #[derive(Args)]
-pub struct InitArgs {
+pub(crate) struct InitArgs {
     /// Directory to create: ca.crt and ca.key, and a subdirectory per role with tls.crt, tls.key and ca.crt.
     #[arg(long)]
     out: PathBuf,
@@ -31,7 +31,7 @@ pub struct InitArgs {
 }
 
 /// Runs `unveil tls …`.
-pub fn run(command: &TlsCommand) -> anyhow::Result<()> {
+pub(crate) fn run(command: &TlsCommand) -> anyhow::Result<()> {
     let TlsCommand::Init(args) = command;
     let existing = match (args.renew, args.force) {
         (true, _) => Existing::Renew,

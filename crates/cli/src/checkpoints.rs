@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use unveil_checkpoint::{self as checkpoint, Access, Retention, Store};
 
 #[derive(Debug, Args)]
-pub struct CheckpointArgs {
+pub(crate) struct CheckpointArgs {
     /// Path or URL, e.g. runs/quickstart or s3://bucket/prefix.
     url: String,
     /// A single step instead of the newest (show, export) or all (verify).
@@ -16,7 +16,7 @@ pub struct CheckpointArgs {
 }
 
 #[derive(Subcommand)]
-pub enum CheckpointCommand {
+pub(crate) enum CheckpointCommand {
     /// Prints one JSON line per checkpoint, oldest first.
     List {
         /// Path or URL.
@@ -67,7 +67,7 @@ async fn with_accounting(store: &Store, shown: checkpoint::CheckpointDetails) ->
 }
 
 /// Runs `unveil checkpoint …`.
-pub fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
+pub(crate) fn run(command: &CheckpointCommand) -> anyhow::Result<()> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(execute(command))
 }
 

@@ -22,7 +22,7 @@ use unveil_preprocess::preprocessor::Preprocessor;
 use crate::roles::context_length;
 
 #[derive(Subcommand)]
-pub enum DataCommand {
+pub(crate) enum DataCommand {
     /// Generates synthetic records with exact boxes.
     Synth {
         /// Number of records, a tenth each for val and test.
@@ -94,7 +94,7 @@ pub enum DataCommand {
 }
 
 #[derive(Args)]
-pub struct ImportArgs {
+pub(crate) struct ImportArgs {
     /// Format.
     #[arg(value_parser = PossibleValuesParser::new(Format::ALL.map(Format::name)))]
     format: String,
@@ -134,7 +134,7 @@ pub struct ImportArgs {
 }
 
 #[derive(Args)]
-pub struct CollectArgs {
+pub(crate) struct CollectArgs {
     /// Record file.
     #[arg(long, required_unless_present = "write_prompts")]
     data: Option<PathBuf>,
@@ -149,7 +149,7 @@ pub struct CollectArgs {
 }
 
 /// Runs `unveil data …`.
-pub fn run(command: &DataCommand) -> anyhow::Result<()> {
+pub(crate) fn run(command: &DataCommand) -> anyhow::Result<()> {
     match command {
         DataCommand::Synth { n, seed, out, size, no_finding, several } => {
             let mut spec = SynthSpec { size: *size, ..SynthSpec::new(*n, *seed) };
@@ -164,9 +164,10 @@ pub fn run(command: &DataCommand) -> anyhow::Result<()> {
         DataCommand::Check { data, near, outside, table, model, config } => {
             let policy = PathPolicy::new(*outside);
             // Its errors name the file.
-            let mut report = check::check_file(data, policy, *near)?;
+            let config = config.load()?;
+            let mut report = check::check_file(data, policy, *near, &config.data.question)?;
             if let Some(model) = model {
-                let misfits = find_model_misfits(data, policy, model, &config.load()?)?;
+                let misfits = find_model_misfits(data, policy, model, &config)?;
                 report.findings = check::merge_findings(std::mem::take(&mut report.findings), misfits);
             }
             print_check_report(data, &report, *table)
@@ -243,13 +244,9 @@ fn print_warnings(report: &ImportReport) {
 
 /// Finds records that do not fit a model. Those of the validation and test splits are only prompted, all others are also trained on.
 fn find_model_misfits(data: &Path, policy: PathPolicy, model: &Path, config: &Config) -> anyhow::Result<Vec<Finding>> {
-    let preprocessor = Preprocessor::load_with_box_form(model, config.model.boxes)?;
+    let preprocessor = Preprocessor::load_with(model, &config.input_settings())?;
     let records = RecordFile::load_lenient(data, policy, |_| ())?;
-    let limits = TokenLimits {
-        context: context_length(model)?,
-        new_tokens: config.rollout.max_new_tokens,
-        question: config.data.question.clone(),
-    };
+    let limits = TokenLimits { context: context_length(model)?, new_tokens: config.rollout.max_new_tokens };
     let held_out = [&config.data.val_split, &config.data.test_split];
     let record_use = |r: &Record| if held_out.contains(&&r.split) { RecordUse::Prompted } else { RecordUse::Trained };
     Ok(find_misfits(&records, &preprocessor, &limits, record_use, &|| false))

@@ -23,7 +23,7 @@ use unveil_rollout::open_engine;
 use crate::preflight::require_model_dir;
 
 #[derive(Args)]
-pub struct EvalArgs {
+pub(crate) struct EvalArgs {
     #[command(flatten)]
     role: RoleArgs,
     /// Model directory.
@@ -74,7 +74,7 @@ fn parse_suite(name: &str) -> Result<SuiteChoice, String> {
 }
 
 #[derive(Args)]
-pub struct ReportArgs {
+pub(crate) struct ReportArgs {
     /// Run directory.
     #[arg(required_unless_present = "responses")]
     run: Option<PathBuf>,
@@ -101,7 +101,7 @@ pub struct ReportArgs {
 }
 
 /// Default number of responses on the sample page of a run.
-pub const SAMPLE_PAGE_RESPONSES: usize = 1000;
+pub(crate) const SAMPLE_PAGE_RESPONSES: usize = 1000;
 
 /// Loads a configuration with the box form from the command line.
 fn load_config(config: &ConfigArgs, boxes: Option<BoxForm>) -> anyhow::Result<Config> {
@@ -111,7 +111,7 @@ fn load_config(config: &ConfigArgs, boxes: Option<BoxForm>) -> anyhow::Result<Co
 }
 
 /// Runs `unveil eval`.
-pub fn eval(args: &EvalArgs) -> anyhow::Result<()> {
+pub(crate) fn eval(args: &EvalArgs) -> anyhow::Result<()> {
     let config = load_config(&args.role.config, args.boxes)?;
     if args.role.supervised {
         unveil_cli::exit_with_supervisor();
@@ -154,17 +154,17 @@ fn evaluate_model(
     args: &EvalArgs,
 ) -> anyhow::Result<(Evaluation, Option<Vec<EvaluatedAnswer>>, usize)> {
     require_model_dir("--model", model)?;
-    let preprocessor = Preprocessor::load_with_box_form(model, config.model.boxes)?;
+    let preprocessor = Preprocessor::load_with(model, &config.input_settings())?;
     let mut left_out: Vec<EvalError> = Vec::new();
     let records =
         RecordFile::load_lenient(data, PathPolicy::new(config.data.outside), |e| left_out.push(EvalError::Records(e)))?;
-    let (mut samples, unusable) = load_usable_samples(&records, &args.split, &config.data.question, &preprocessor)?;
+    let (mut samples, unusable) = load_usable_samples(&records, &args.split, &preprocessor)?;
     left_out.extend(unusable);
     if let SuiteChoice::Suite(suite) = args.suite {
         let grounding_samples = samples.iter().filter(|s| !s.record.is_text());
         check_suite(suite, grounding_samples.map(|s| (s.record.id.as_str(), s.record.source.as_str())))?;
     }
-    let mut engine = open_engine(config, model, config.run.threads, &preprocessor.tokenizer().special().banned)?;
+    let mut engine = open_engine(config, model, config.run.threads, preprocessor.tokenizer().banned())?;
     samples.retain(|s| match engine.check_input(&s.input, config.rollout.max_new_tokens) {
         Ok(_) => true,
         Err(e) => {
@@ -202,14 +202,14 @@ fn image_folders(run: &Path) -> ImageFolders {
 }
 
 /// Returns the image directories of the records of a configuration.
-pub fn run_images(config: &Config) -> ImageFolders {
+pub(crate) fn run_images(config: &Config) -> ImageFolders {
     let records = config.records();
     let folder = records.parent().map(|p| if p.as_os_str().is_empty() { Path::new(".") } else { p });
     ImageFolders::new(folder).allow_anywhere(config.data.outside)
 }
 
 /// Runs `unveil report`.
-pub fn report(args: &ReportArgs) -> anyhow::Result<()> {
+pub(crate) fn report(args: &ReportArgs) -> anyhow::Result<()> {
     let path = match (&args.run, &args.responses, &args.scores, &args.out) {
         (Some(run), ..) => unveil_report::write_report(run, args.images, args.samples, &image_folders(run))?,
         (None, Some(responses), Some(scores), Some(out)) => {

@@ -10,12 +10,12 @@ use unveil_config::{Config, ConfigError, Loaded};
 use unveil_core::{redact, stderr_line};
 use unveil_service::{CancellationToken, ServiceError, TraceOptions, Tracing, init_tracing};
 
-/// Configuration file and overrides.
+/// Configuration files and overrides.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
-    /// Configuration file (TOML); without it, the defaults apply.
+    /// Configuration file (TOML); repeatable, later files override earlier ones. Without one, the defaults apply.
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    pub config: Vec<PathBuf>,
     /// Overrides a key, e.g. `--set run.seed=1`; repeatable.
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
@@ -35,7 +35,7 @@ impl ConfigArgs {
     /// # Errors
     /// Returns a [`ConfigError`] with all problems of one kind.
     pub fn load_with_origins(&self) -> Result<Loaded, ConfigError> {
-        Loaded::new(self.config.as_deref(), unveil_config::environment().into_iter(), &self.sets)
+        Loaded::new(&self.config, unveil_config::environment().into_iter(), &self.sets)
     }
 }
 
@@ -138,6 +138,7 @@ where
 }
 
 /// Exits the process when standard input ends; for supervised commands without a stop token.
+#[expect(clippy::disallowed_methods, reason = "such a command has nothing to finish, and no other way to stop it")]
 pub fn exit_with_supervisor() {
     on_stdin_end(|| std::process::exit(130));
 }

@@ -1,5 +1,7 @@
 //! `unveil`: all roles and tools. Parses arguments, calls the crates, prints results on stdout as JSON and logs on stderr.
 
+#![expect(clippy::print_stdout, reason = "results go to stdout as JSON, everything else to stderr")]
+
 mod certificates;
 mod checkpoints;
 mod dataset;
@@ -117,7 +119,13 @@ enum ConfigCommand {
     /// Loads and checks a configuration and the existence of its files; prints a summary line on stderr.
     Check(preflight::CheckArgs),
     /// Prints the effective configuration as TOML.
-    Show(ConfigArgs),
+    Show {
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Explains every key in comments, with its type, range, default and origin.
+        #[arg(long)]
+        explain: bool,
+    },
     /// Prints the JSON Schema of configuration files, for editors.
     Schema,
 }
@@ -149,8 +157,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Checkpoint(command) => checkpoints::run(&command),
         Command::Submit(command) => submit::run(&command),
         Command::Config(ConfigCommand::Check(args)) => preflight::check(&args),
-        Command::Config(ConfigCommand::Show(args)) => {
-            print!("{}", args.load()?.to_toml()?);
+        Command::Config(ConfigCommand::Show { config, explain }) => {
+            let loaded = config.load_with_origins()?;
+            print!("{}", if explain { loaded.explain()? } else { loaded.config.to_toml()? });
             Ok(())
         }
         Command::Config(ConfigCommand::Schema) => {

@@ -10,9 +10,9 @@ use tch::{Device, Kind};
 use unveil_cli::{ConfigArgs, init_telemetry};
 use unveil_config::schema::Model as ModelConfig;
 use unveil_config::{directory_problem, format_count};
-use unveil_core::{Sampling, stderr_line};
-use unveil_model::{InitSpec, Preset, SpecialIds, Vlm, VlmConfig};
-use unveil_preprocess::preprocessor::{Family, Preprocessor};
+use unveil_core::{Family, Sampling, stderr_line};
+use unveil_model::{InitSpec, Preset, Vlm, VlmConfig, dtype_name, parse_dtype};
+use unveil_preprocess::preprocessor::Preprocessor;
 use unveil_preprocess::tokenizer::tiny::{TinyProcessorSpec, write_tiny};
 use unveil_rollout::{GenerateOptions, OfflineModel, ScoreOptions, generate_cli, score_cli};
 use unveil_trainer::ReplayModels;
@@ -20,7 +20,7 @@ use unveil_trainer::ReplayModels;
 use crate::preflight::require_model_dir;
 
 #[derive(Subcommand)]
-pub enum ModelCommand {
+pub(crate) enum ModelCommand {
     /// Creates a model directory with random weights.
     Init {
         /// Model family.
@@ -60,13 +60,27 @@ pub enum ModelCommand {
     },
 }
 
+/// Model and configuration of a command without training.
 #[derive(Args)]
-pub struct GenerateArgs {
+struct OfflineArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Model directory.
     #[arg(long)]
     model: PathBuf,
+}
+
+impl OfflineArgs {
+    fn load(&self) -> anyhow::Result<OfflineModel> {
+        require_model_dir("--model", &self.model)?;
+        Ok(OfflineModel { dir: self.model.clone(), config: self.config.load()? })
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    model: OfflineArgs,
     /// Record file.
     #[arg(long)]
     data: PathBuf,
@@ -97,12 +111,9 @@ pub struct GenerateArgs {
 }
 
 #[derive(Args)]
-pub struct ScoreArgs {
+pub(crate) struct ScoreArgs {
     #[command(flatten)]
-    config: ConfigArgs,
-    /// Model directory.
-    #[arg(long)]
-    model: PathBuf,
+    model: OfflineArgs,
     /// Records with `index` and `response` or `tokens`.
     #[arg(long)]
     data: PathBuf,
@@ -118,7 +129,7 @@ pub struct ScoreArgs {
 }
 
 #[derive(Args)]
-pub struct ReplayArgs {
+pub(crate) struct ReplayArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Model directory before the update.
@@ -142,35 +153,26 @@ pub struct ReplayArgs {
 }
 
 /// Runs `unveil model …`.
-pub fn model(command: &ModelCommand) -> anyhow::Result<()> {
+pub(crate) fn model(command: &ModelCommand) -> anyhow::Result<()> {
     match command {
         ModelCommand::Init { family, preset, out, seed, yes } => {
             let shape = unveil_model::preset(family, preset)?;
             confirm_published_shape(shape, out, *yes)?;
             std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
             let processor = TinyProcessorSpec {
-                family: Family::named(family).with_context(|| format!("no processor for the family `{family}`"))?,
+                family: family.parse::<Family>()?,
                 patch: shape.patch_size as u32,
                 merge: shape.merge_size() as u32,
                 temporal: shape.temporal_patch_size() as u32,
                 ..Default::default()
             };
             let vocabulary = write_tiny(out, &processor)?;
-            let s = &vocabulary.special;
             let spec = InitSpec {
                 family: family.clone(),
                 preset: preset.clone(),
                 vocab_size: vocabulary.vocab_size,
                 seed: *seed,
-                special: SpecialIds {
-                    image_pad: s.image_pad,
-                    video_pad: s.video_pad,
-                    vision_start: s.vision_start,
-                    vision_end: s.vision_end,
-                    bos: None,
-                    eos: s.im_end,
-                    pad: s.end_of_text,
-                },
+                special: vocabulary.special,
             };
             let numbers: Vec<u32> = vocabulary.numbers.collect();
             unveil_model::init_with_number_tokens(&spec, &numbers, out)?;
@@ -215,26 +217,6 @@ fn confirm_published_shape(shape: &Preset, out: &Path, yes: bool) -> anyhow::Res
     Ok(())
 }
 
-fn parse_dtype(name: &str) -> Result<Kind, String> {
-    match name {
-        "float32" => Ok(Kind::Float),
-        "bfloat16" => Ok(Kind::BFloat16),
-        "float16" => Ok(Kind::Half),
-        other => Err(format!("`{other}`: use float32, bfloat16 or float16")),
-    }
-}
-
-/// Returns the name of a dtype.
-fn dtype_name(kind: Kind) -> String {
-    match kind {
-        Kind::Float => "float32".to_owned(),
-        Kind::BFloat16 => "bfloat16".to_owned(),
-        Kind::Half => "float16".to_owned(),
-        Kind::Double => "float64".to_owned(),
-        other => format!("{other:?}").to_lowercase(),
-    }
-}
-
 fn parse_training_dtype(name: &str) -> Result<Kind, String> {
     match name {
         "float32" => Ok(Kind::Float),
@@ -262,8 +244,8 @@ fn describe(dir: &Path) -> anyhow::Result<serde_json::Value> {
 }
 
 /// Runs `unveil generate`.
-pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
-    let model = offline_model(&args.config, &args.model)?;
+pub(crate) fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
+    let model = args.model.load()?;
     let options = GenerateOptions {
         data: args.data.clone(),
         sampling: Sampling {
@@ -284,17 +266,11 @@ pub fn generate(args: &GenerateArgs) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// Loads the configuration for a model directory given on the command line.
-fn offline_model(config: &ConfigArgs, dir: &Path) -> anyhow::Result<OfflineModel> {
-    require_model_dir("--model", dir)?;
-    Ok(OfflineModel { dir: dir.to_owned(), config: config.load()? })
-}
-
 /// Runs `unveil score`.
-pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
+pub(crate) fn score(args: &ScoreArgs) -> anyhow::Result<()> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     let options = ScoreOptions {
-        model: offline_model(&args.config, &args.model)?,
+        model: args.model.load()?,
         data: args.data.clone(),
         temperature: args.temperature,
         answers: args.answers,
@@ -305,13 +281,13 @@ pub fn score(args: &ScoreArgs) -> anyhow::Result<()> {
 }
 
 /// Runs `unveil learner replay`.
-pub fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
+pub(crate) fn replay(args: &ReplayArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     let _tracing = init_telemetry(&config, "replay", "warn")?;
     require_model_dir("--model", &args.model)?;
     args.reference.as_deref().map_or(Ok(()), |dir| require_model_dir("--reference", dir))?;
-    let preprocessor = Preprocessor::load_with_box_form(&args.model, config.model.boxes)?;
-    let banned = &preprocessor.tokenizer().special().banned;
+    let preprocessor = Preprocessor::load_with(&args.model, &config.input_settings())?;
+    let banned = preprocessor.tokenizer().banned();
     println!(
         "{}",
         unveil_trainer::replay(

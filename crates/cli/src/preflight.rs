@@ -1,6 +1,6 @@
 //! Checks before work begins: existence of the model and other inputs, and learning rates that fit the model's size.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use clap::Args;
@@ -9,11 +9,14 @@ use unveil_config::schema::{DataKind, Model};
 use unveil_config::{
     Config, ConfigError, Loaded, TrainingStage, count_parameters, entries, format_count, model_dir_problem,
 };
+use unveil_core::Family;
 use unveil_core::stderr_line;
-use unveil_model::{Family, preset, presets};
+use unveil_model::{preset, presets};
+use unveil_preprocess::processor::{PixelBounds, ProcessorConfig};
+use unveil_preprocess::prompt_template::PromptTemplate;
 
 #[derive(Args)]
-pub struct CheckArgs {
+pub(crate) struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Skips checking that the model, the data and other files exist, for the configuration of another machine.
@@ -22,28 +25,32 @@ pub struct CheckArgs {
 }
 
 /// Runs `unveil config check`.
-pub fn check(args: &CheckArgs) -> anyhow::Result<()> {
+pub(crate) fn check(args: &CheckArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     check_model_name(&loaded)?;
     if !args.offline {
         loaded.check_paths()?;
+        check_pixel_bounds(&loaded)?;
     }
+    check_prompt(&loaded)?;
     check_learning_rates(&loaded, &TrainingStage::ALL)?;
     check_trainable(&loaded)?;
-    stderr_line(&format!("ok: {}", summarise(&loaded, args.config.config.as_deref())));
+    stderr_line(&format!("ok: {}", summarise(&loaded, &args.config.config)));
     Ok(())
 }
 
 /// Checks everything that the stages need: model family, files, learning rates.
-pub fn check_all(loaded: &Loaded, stages: &[TrainingStage]) -> Result<(), ConfigError> {
+pub(crate) fn check_all(loaded: &Loaded, stages: &[TrainingStage]) -> Result<(), ConfigError> {
     check_model_name(loaded)?;
     loaded.check_paths()?;
+    check_pixel_bounds(loaded)?;
+    check_prompt(loaded)?;
     check_learning_rates(loaded, stages)?;
     check_trainable(loaded)
 }
 
 /// Checks that the learning rates fit the model, if its size can be determined here.
-pub fn check_learning_rates(loaded: &Loaded, stages: &[TrainingStage]) -> Result<(), ConfigError> {
+pub(crate) fn check_learning_rates(loaded: &Loaded, stages: &[TrainingStage]) -> Result<(), ConfigError> {
     model_size(&loaded.config).map_or(Ok(()), |parameters| loaded.check_learning_rates(parameters, stages))
 }
 
@@ -72,6 +79,27 @@ fn check_model_name(loaded: &Loaded) -> Result<(), ConfigError> {
     Err(loaded.invalid(vec![problem]))
 }
 
+/// Checks that the prompt template can be parsed.
+fn check_prompt(loaded: &Loaded) -> Result<(), ConfigError> {
+    let template = PromptTemplate::new(&loaded.config.input_settings().prompt);
+    template.map(|_| ()).map_err(|e| loaded.invalid(vec![e.to_string()]))
+}
+
+/// Checks that the bounds of the resize do not contradict those of the model directory, if there is one.
+fn check_pixel_bounds(loaded: &Loaded) -> Result<(), ConfigError> {
+    let c = &loaded.config;
+    let settings = c.input_settings();
+    let bounds = PixelBounds { min: settings.min_pixels, max: settings.max_pixels };
+    // A directory without a usable processor is reported where it is loaded.
+    let directory = Path::new(&c.model.dir);
+    match ProcessorConfig::load(directory) {
+        Ok(processor) if !c.model.dir.is_empty() => {
+            processor.bounded(bounds).map(|_| ()).map_err(|e| loaded.invalid(vec![e.to_string()]))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses to train a preset with a published shape from scratch, unless it already exists: it does not have the published tokenizer.
 fn check_trainable(loaded: &Loaded) -> Result<(), ConfigError> {
     let c = &loaded.config;
@@ -88,9 +116,12 @@ fn check_trainable(loaded: &Loaded) -> Result<(), ConfigError> {
 }
 
 /// Summarises a configuration in one line.
-fn summarise(loaded: &Loaded, file: Option<&Path>) -> String {
+fn summarise(loaded: &Loaded, files: &[PathBuf]) -> String {
     let c = &loaded.config;
-    let file = file.map_or_else(|| "the defaults".to_owned(), |f| f.display().to_string());
+    let file = match files {
+        [] => "the defaults".to_owned(),
+        files => files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().join(" + "),
+    };
     let count = model_size(c).map_or_else(String::new, |n| format!(", {} parameters", format_count(n)));
     let model = match c.model.dir.as_str() {
         "" => format!("{}/{} from scratch", c.model.family, c.model.preset),
@@ -104,13 +135,13 @@ fn summarise(loaded: &Loaded, file: Option<&Path>) -> String {
 }
 
 /// Checks that `dir`, the value of the flag `name`, is a model directory.
-pub fn require_model_dir(name: &str, dir: &Path) -> anyhow::Result<()> {
+pub(crate) fn require_model_dir(name: &str, dir: &Path) -> anyhow::Result<()> {
     model_dir_problem(name, dir).map_or(Ok(()), |problem| bail!("{problem}"))
 }
 
 /// Checks the inputs of a role that is started separately: the data if it reads them, and its initial model, which an earlier step creates
 /// unless it is `model.dir`.
-pub fn check_role_inputs(loaded: &Loaded, model: &Path, reads_data: bool) -> anyhow::Result<()> {
+pub(crate) fn check_role_inputs(loaded: &Loaded, model: &Path, reads_data: bool) -> anyhow::Result<()> {
     let c = &loaded.config;
     if model == Path::new(&c.model.dir) {
         if let Some(problem) = model_dir_problem("model.dir", model) {

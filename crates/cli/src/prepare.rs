@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 use unveil_checkpoint::{self as checkpoint, Access, Store};
 use unveil_cli::{ConfigArgs, Stop, run_role};
-use unveil_config::Config;
+use unveil_config::{Config, SFT_PREFIX};
 use unveil_core::stderr_line;
 
 use crate::models::{ModelCommand, model};
@@ -28,7 +28,7 @@ enum PreparedRole {
 }
 
 #[derive(Args)]
-pub struct PrepareArgs {
+pub(crate) struct PrepareArgs {
     /// Role that will start on this machine.
     role: PreparedRole,
     #[command(flatten)]
@@ -39,7 +39,7 @@ pub struct PrepareArgs {
 }
 
 /// Runs `unveil prepare ROLE`.
-pub fn run(args: &PrepareArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &PrepareArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     if args.role != PreparedRole::Rollout {
         unveil_launch::prepare_data(&config, &|line| _ = stderr_line(line))?;
@@ -65,7 +65,7 @@ pub fn run(args: &PrepareArgs) -> anyhow::Result<()> {
 
 /// Fetches the model of the last step of stage 1 from its checkpoint.
 fn fetch_stage1_model(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
-    let url = &config.sft_checkpoint_url();
+    let url = &config.checkpoint_url(SFT_PREFIX);
     let step = config.sft.steps;
     let deadline = Instant::now() + wait;
     if let Some(parent) = dir.parent() {

@@ -16,8 +16,8 @@ use unveil_engine::Engine;
 use unveil_eval::{Bootstrap, EvalSettings, check_suite, evaluate, evaluate_withheld, load_samples, measure_suite};
 use unveil_launch::{LaunchError, TrainOptions};
 use unveil_learner::{
-    Dataset, Evaluation, EventSink, Outcome, Progress, Ready, SilentProgress, Stage, check_records, run_rl,
-    training_limits,
+    Dataset, EvaluatorError, EventSink, Outcome, Progress, Ready, SilentProgress, Stage, ValidationResult,
+    check_records, run_rl, training_limits,
 };
 use unveil_model::{Vlm, VlmConfig};
 use unveil_preprocess::preprocessor::Preprocessor;
@@ -44,7 +44,7 @@ fn sibling_binary(name: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// Runs `unveil train`; with `prepare` only the part before stage 2.
-pub fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
+pub(crate) fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
     let loaded = args.load_with_origins()?;
     let config = loaded.config.clone();
     let rank = config.learner.parallel.rank;
@@ -104,13 +104,13 @@ fn check_shared_listeners(config: &Config) -> Result<(), ConfigError> {
 }
 
 /// Runs `unveil reward …`: replaces this process by `unveil-reward …`.
-pub fn reward(args: &[String]) -> anyhow::Result<()> {
+pub(crate) fn reward(args: &[String]) -> anyhow::Result<()> {
     let error = Command::new(sibling_binary("unveil-reward")?).args(args).exec();
     Err(error).context("cannot start unveil-reward")
 }
 
 /// Runs `unveil sft`.
-pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
+pub(crate) fn sft(args: &RoleArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
     let _tracing = init_telemetry(&config, "sft", "warn")?;
@@ -125,7 +125,7 @@ pub fn sft(args: &RoleArgs) -> anyhow::Result<()> {
 }
 
 /// Runs `unveil learner`.
-pub fn learner(args: &RoleArgs) -> anyhow::Result<()> {
+pub(crate) fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
     let _tracing = init_telemetry(&config, "learner", "warn")?;
@@ -167,7 +167,7 @@ fn run_stage(
     let outcome = run_role(supervised, 1, |cancel| async move {
         let (health, _) = Health::start(&config.health.listen, cancel.clone()).await?;
         let work = || -> anyhow::Result<Outcome> {
-            let preprocessor = Arc::new(Preprocessor::load_with_box_form(&model_dir, config.model.boxes)?);
+            let preprocessor = Arc::new(Preprocessor::load_with(&model_dir, &config.input_settings())?);
             let context = context_length(&model_dir)?;
             let records = load_records(config)?;
             if config.learner.parallel.rank == 0 {
@@ -210,21 +210,19 @@ fn run_stage(
 }
 
 /// Returns the context length in tokens of the model in a directory.
-pub fn context_length(model_dir: &Path) -> anyhow::Result<usize> {
+pub(crate) fn context_length(model_dir: &Path) -> anyhow::Result<usize> {
     Ok(VlmConfig::load(model_dir)?.text.max_position_embeddings.max(0) as usize)
 }
-
-type EvaluatorError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Returns the evaluation on the validation split for use during training.
 fn validation_evaluator(
     config: &Config,
     model_dir: &Path,
-) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<Evaluation, EvaluatorError>> {
-    let preprocessor = Preprocessor::load_with_box_form(model_dir, config.model.boxes)?;
+) -> anyhow::Result<impl FnMut(&mut Vlm, u64) -> Result<ValidationResult, EvaluatorError>> {
+    let preprocessor = Preprocessor::load_with(model_dir, &config.input_settings())?;
     let data = &config.data;
     let eval = &config.eval;
-    let samples = load_samples(&load_records(config)?, &data.val_split, eval.val_limit, &data.question, &preprocessor)?;
+    let samples = load_samples(&load_records(config)?, &data.val_split, eval.val_limit, &preprocessor)?;
     let settings = EvalSettings {
         max_new_tokens: config.rollout.max_new_tokens,
         batch: eval.batch,
@@ -236,7 +234,7 @@ fn validation_evaluator(
     }
     let config = config.clone();
     Ok(move |vlm: &mut Vlm, _step: u64| {
-        let options = engine_options(&config, vlm.config(), &preprocessor.tokenizer().special().banned);
+        let options = engine_options(&config, vlm.config(), preprocessor.tokenizer().banned());
         let mut engine = Engine::new(&*vlm, options)?;
         let evaluation = evaluate(&mut engine, &preprocessor, &samples, &settings)?;
         let score = (evaluation.metrics.mean_iou + evaluation.metrics.soft_f1) / 2.0;
@@ -250,12 +248,12 @@ fn validation_evaluator(
             let values = measure_suite(*suite, &evaluation.answers, withheld.as_deref(), &no_intervals)?.values();
             metrics.insert(suite.name().to_owned(), values.into());
         }
-        Ok(Evaluation { metrics, score })
+        Ok(ValidationResult { metrics, score })
     })
 }
 
 /// Runs `unveil rollout`.
-pub fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
+pub(crate) fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
     let _tracing = init_telemetry(&config, "rollout", "info")?;

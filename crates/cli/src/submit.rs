@@ -6,7 +6,7 @@ mod kubernetes;
 mod slurm;
 
 #[derive(Subcommand)]
-pub enum SubmitCommand {
+pub(crate) enum SubmitCommand {
     /// Installs the Helm chart with the configuration of a run, or prints the command if helm is not installed.
     Kubernetes(kubernetes::KubernetesArgs),
     /// Submits one Slurm job, which saves and restarts automatically when it is preempted.
@@ -14,7 +14,7 @@ pub enum SubmitCommand {
 }
 
 /// Runs `unveil submit …`.
-pub fn run(command: &SubmitCommand) -> anyhow::Result<()> {
+pub(crate) fn run(command: &SubmitCommand) -> anyhow::Result<()> {
     match command {
         SubmitCommand::Kubernetes(args) => kubernetes::run(args),
         SubmitCommand::Slurm(args) => slurm::run(args),

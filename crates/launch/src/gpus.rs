@@ -29,12 +29,12 @@ pub(crate) struct Gpu {
 
 impl Gpu {
     /// Returns the environment variable of the process.
-    pub fn env_variable(&self) -> (&'static str, &str) {
+    pub(crate) fn env_variable(&self) -> (&'static str, &str) {
         (VISIBLE_DEVICES, &self.id)
     }
 
     /// Returns the `--set` option that the process needs, if any.
-    pub fn config_override(&self) -> Option<&'static str> {
+    pub(crate) fn config_override(&self) -> Option<&'static str> {
         self.numbered.then_some("run.device=cuda")
     }
 }
@@ -44,7 +44,7 @@ impl Gpus {
     ///
     /// # Errors
     /// Returns [`LaunchError::Gpus`] if the device is the number of a GPU that does not exist.
-    pub fn detect(device: &str, visible: Option<&str>) -> Result<Self, LaunchError> {
+    pub(crate) fn detect(device: &str, visible: Option<&str>) -> Result<Self, LaunchError> {
         if device == "cpu" {
             return Ok(Self::default());
         }
@@ -68,7 +68,7 @@ impl Gpus {
     }
 
     /// Returns the GPU for a process that runs alone.
-    pub fn first(&self) -> Option<Gpu> {
+    pub(crate) fn first(&self) -> Option<Gpu> {
         self.for_process(0)
     }
 
@@ -81,7 +81,7 @@ impl Gpus {
     ///
     /// # Errors
     /// Returns [`LaunchError::Gpus`] if there are fewer GPUs than processes and they must not be shared.
-    pub fn assign(&self, ranks: usize, workers: usize, share: bool) -> Result<Placement, LaunchError> {
+    pub(crate) fn assign(&self, ranks: usize, workers: usize, share: bool) -> Result<Placement, LaunchError> {
         let have = self.ids.len();
         let need = ranks + workers;
         if have > 0 && have < need && !share {
@@ -108,7 +108,7 @@ pub(crate) struct Placement {
 
 impl Placement {
     /// Describes the assignment in one line; `None` on CPUs.
-    pub fn describe(&self) -> Option<String> {
+    pub(crate) fn describe(&self) -> Option<String> {
         let rank = |i: usize| if i == 0 { "learner".to_owned() } else { format!("learner-{i}") };
         let ranks = self.ranks.iter().enumerate().map(|(i, g)| (rank(i), g));
         let workers = self.workers.iter().enumerate().map(|(i, g)| (format!("rollout-{i}"), g));

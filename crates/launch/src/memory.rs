@@ -5,31 +5,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use procfs::process::{Process, all_processes};
+
 /// Samples the memory on a thread until dropped.
 pub(crate) struct PeakMemory {
-    peak_kib: Arc<AtomicU64>,
+    peak_bytes: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
 }
 
 impl PeakMemory {
     /// Starts sampling.
-    pub fn start() -> Self {
-        let peak_kib = Arc::new(AtomicU64::new(0));
+    pub(crate) fn start() -> Self {
+        let peak_bytes = Arc::new(AtomicU64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
-        let peak = peak_kib.clone();
+        let peak = peak_bytes.clone();
         let stopped = stop.clone();
         std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                peak.fetch_max(total_pss_kib(), Ordering::Relaxed);
+                peak.fetch_max(total_pss(), Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(500));
             }
         });
-        Self { peak_kib, stop }
+        Self { peak_bytes, stop }
     }
 
     /// Returns the highest sum so far in MiB.
-    pub fn peak_mib(&self) -> f64 {
-        self.peak_kib.load(Ordering::Relaxed) as f64 / 1024.0
+    pub(crate) fn peak_mib(&self) -> f64 {
+        self.peak_bytes.load(Ordering::Relaxed) as f64 / f64::from(1 << 20)
     }
 }
 
@@ -39,40 +41,48 @@ impl Drop for PeakMemory {
     }
 }
 
-fn total_pss_kib() -> u64 {
-    let mut children: HashMap<u32, Vec<u32>> = HashMap::new();
-    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    for pid in pids.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok()) {
-        if let Some(parent) = parent(pid) {
-            children.entry(parent).or_default().push(pid);
+/// Returns the sum of the proportional set sizes in bytes. Processes that end meanwhile, or that may not be read, are left out.
+fn total_pss() -> u64 {
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    // Each process is closed before the next is opened: there may be more of them than file descriptors.
+    for process in all_processes().into_iter().flatten().flatten() {
+        if let Ok(stat) = process.stat() {
+            children.entry(stat.ppid).or_default().push(process.pid());
         }
     }
-    let mut todo = vec![std::process::id()];
+    let mut todo = vec![std::process::id().cast_signed()];
     let mut sum = 0;
     while let Some(pid) = todo.pop() {
-        sum += pss_kib(pid).unwrap_or(0);
+        sum += pss(pid).unwrap_or(0);
         todo.extend(children.remove(&pid).unwrap_or_default());
     }
     sum
 }
 
-fn parent(pid: u32) -> Option<u32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
-}
-
-fn pss_kib(pid: u32) -> Option<u64> {
-    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    rollup.lines().find_map(|l| l.strip_prefix("Pss:"))?.trim().trim_end_matches("kB").trim().parse().ok()
+/// Returns the proportional set size of a process in bytes.
+fn pss(pid: i32) -> Option<u64> {
+    let rollup = Process::new(pid).ok()?.smaps_rollup().ok()?;
+    rollup.memory_map_rollup.iter().next()?.extension.map.get("Pss").copied()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
     fn this_process_is_counted() {
-        let before = super::total_pss_kib();
+        let before = total_pss();
         let block = vec![1u8; 64 << 20];
-        let after = super::total_pss_kib();
-        assert!(before > 0 && after > before + 60 * 1024, "{before} {after} {}", block.len());
+        let after = total_pss();
+        assert!(before > 0 && after > before + (60 << 20), "{before} {after} {}", block.len());
+    }
+
+    #[test]
+    fn process_that_has_ended_is_left_out() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        child.wait().unwrap();
+        assert_eq!(pss(pid), None);
+        assert!(total_pss() > 0);
     }
 }

@@ -49,7 +49,8 @@ mod tests {
         std::fs::write(&records, lines.join("\n")).unwrap();
         let mut config = Config::default();
         config.run.dir = dir.path().join("run").display().to_string();
-        (config.data.kind, config.data.root) = (DataKind::Jsonl, records.display().to_string());
+        config.data.kind = DataKind::Jsonl;
+        config.data.root = records.display().to_string();
         let prepared = |c: &Config| prepare_data(c, &|_| ()).map_err(|e| e.to_string());
         let e = prepared(&config).unwrap_err();
         assert!(["records.jsonl", "\"q7\"", "reward.relevance.weight"].iter().all(|w| e.contains(w)), "{e}");
@@ -57,7 +58,8 @@ mod tests {
         let mut first = config.clone();
         first.learner.steps = 0;
         prepared(&first).unwrap();
-        (config.reward.relevance.weight, config.reward.relevance.kind) = (0.5, RelevanceKind::TokenF1);
+        config.reward.relevance.weight = 0.5;
+        config.reward.relevance.kind = RelevanceKind::TokenF1;
         prepared(&config).unwrap();
     }
 }

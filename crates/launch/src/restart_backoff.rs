@@ -22,7 +22,7 @@ pub(crate) struct RestartBackoff {
 
 impl RestartBackoff {
     /// Records an exit and returns the delay of the restart; `None` if there were too many.
-    pub fn record_exit(&mut self, now: Instant) -> Option<Duration> {
+    pub(crate) fn record_exit(&mut self, now: Instant) -> Option<Duration> {
         while self.exits.front().is_some_and(|exit| now.saturating_duration_since(*exit) >= WINDOW) {
             self.exits.pop_front();
         }
@@ -37,7 +37,7 @@ impl RestartBackoff {
     }
 
     /// Returns true once, when the restart granted by [`RestartBackoff::record_exit`] is due.
-    pub fn take_due(&mut self, now: Instant) -> bool {
+    pub(crate) fn take_due(&mut self, now: Instant) -> bool {
         self.due.take_if(|due| now >= *due).is_some()
     }
 }

@@ -40,7 +40,7 @@ pub(crate) struct RoleProcess {
 
 impl RoleProcess {
     /// Starts the process.
-    pub fn start(command: RoleCommand<'_>) -> Result<Self, LaunchError> {
+    pub(crate) fn start(command: RoleCommand<'_>) -> Result<Self, LaunchError> {
         let RoleCommand { name, program, args, log, shown, gpu } = command;
         let stderr = if shown {
             Stdio::inherit()
@@ -74,7 +74,7 @@ impl RoleProcess {
     }
 
     /// Waits for the role's ready line and returns the address in it. An error of `check`, which is called meanwhile, ends the wait.
-    pub fn wait_for_address(
+    pub(crate) fn wait_for_address(
         &mut self,
         timeout: Duration,
         check: &mut dyn FnMut() -> Result<(), LaunchError>,
@@ -95,7 +95,7 @@ impl RoleProcess {
     }
 
     /// Returns the lines that the role printed on stdout since the last call.
-    pub fn output(&self) -> Vec<String> {
+    pub(crate) fn output(&self) -> Vec<String> {
         let mut all: Vec<String> = self.lines.try_iter().collect();
         while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(200)) {
             all.push(line);
@@ -104,12 +104,12 @@ impl RoleProcess {
     }
 
     /// Returns the exit status if the process has ended.
-    pub fn exit_status(&mut self) -> Option<ExitStatus> {
+    pub(crate) fn exit_status(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
     /// Returns the error for a role that ended by itself, including what it could not write to its log, and prints the end of the log.
-    pub fn failure(&self, status: ExitStatus) -> LaunchError {
+    pub(crate) fn failure(&self, status: ExitStatus) -> LaunchError {
         let text = self.log.as_ref().and_then(|l| std::fs::read_to_string(l).ok()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         for line in &lines[lines.len().saturating_sub(8)..] {
@@ -129,12 +129,12 @@ impl RoleProcess {
     }
 
     /// Sends SIGTERM.
-    pub fn terminate(&self) {
+    pub(crate) fn terminate(&self) {
         let _may_have_ended = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM);
     }
 
     /// Waits until `deadline` for the process to end, then kills its process group.
-    pub fn reap(&mut self, deadline: Instant) -> Option<ExitStatus> {
+    pub(crate) fn reap(&mut self, deadline: Instant) -> Option<ExitStatus> {
         loop {
             if let Some(status) = self.exit_status() {
                 return Some(status);

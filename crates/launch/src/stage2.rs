@@ -44,7 +44,7 @@ impl Worker {
 
 impl Stage2<'_> {
     /// Runs until the learner has ended; all processes have ended when this returns.
-    pub fn run(&self, stop: &dyn Fn() -> bool, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
+    pub(crate) fn run(&self, stop: &dyn Fn() -> bool, note: &dyn Fn(&str)) -> Result<(), LaunchError> {
         let check_stop = || if stop() { Err(LaunchError::Interrupted) } else { Ok(()) };
         let mut reward = None;
         let mut reward_address = self.reward_address.to_owned();

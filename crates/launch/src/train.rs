@@ -27,6 +27,15 @@ pub struct TrainOptions<'a> {
     pub prepare: bool,
 }
 
+impl std::fmt::Debug for TrainOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TrainOptions")
+            .field("unveil", &self.unveil)
+            .field("prepare", &self.prepare)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Runs both stages and returns the contents of `summary.json`; `None` if the run was only prepared.
 ///
 /// # Errors

@@ -31,7 +31,7 @@ impl Exporter {
     ///
     /// # Errors
     /// Returns [`ServiceError::Address`] for an invalid address and [`ServiceError::Setup`] if the exporter cannot be created.
-    pub fn open(endpoint: &str, role: &str, run: &str) -> Result<Self, ServiceError> {
+    pub(crate) fn open(endpoint: &str, role: &str, run: &str) -> Result<Self, ServiceError> {
         let setup = |e: String| ServiceError::Setup(format!("traces to {endpoint}: {e}"));
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(1).thread_name("spans").enable_all().build();
@@ -49,7 +49,7 @@ impl Exporter {
         Ok(Self { provider, runtime: Some(runtime) })
     }
 
-    pub fn tracer(&self) -> SdkTracer {
+    pub(crate) fn tracer(&self) -> SdkTracer {
         self.provider.tracer("unveil")
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use procfs::process::Process;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -89,11 +90,10 @@ impl Collector for Memory {
     }
 }
 
-/// Returns the resident memory in bytes (`VmRSS` of proc_pid_status(5)), if the system reports it.
+/// Returns the resident memory in bytes (`resident` of proc_pid_statm(5)), if the system reports it.
 fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
-    line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib * 1024)
+    let pages = Process::myself().ok()?.statm().ok()?.resident;
+    Some(pages * procfs::page_size())
 }
 
 #[cfg(test)]

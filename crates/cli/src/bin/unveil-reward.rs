@@ -1,5 +1,7 @@
 //! `unveil-reward`: the reward commands in a binary without libtorch.
 
+#![expect(clippy::print_stdout, reason = "results go to stdout as JSON, everything else to stderr")]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;

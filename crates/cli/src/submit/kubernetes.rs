@@ -11,7 +11,7 @@ use unveil_launch::submit::kubernetes::{KubernetesError, Release, helm_values, s
 use crate::preflight::check_learning_rates;
 
 #[derive(Args)]
-pub struct KubernetesArgs {
+pub(crate) struct KubernetesArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Additional values that override those made from the configuration; repeatable, the last one wins.
@@ -35,7 +35,7 @@ pub struct KubernetesArgs {
 }
 
 /// Runs `unveil submit kubernetes`.
-pub fn run(args: &KubernetesArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &KubernetesArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     check_learning_rates(&loaded, &TrainingStage::ALL)?;
     let text = helm_values(&loaded.config).map_err(|e| match e {
@@ -58,8 +58,8 @@ pub fn run(args: &KubernetesArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     let file = args.write.clone().unwrap_or_else(|| format!("{}.values.yaml", args.release).into());
+    let command = shell_command(&release.helm, &release.install_args(&file))?;
     let installed = release.install(&text, &file)?;
-    let command = shell_command(&release.helm, &release.install_args(&file));
     if !installed {
         eprintln!("helm is not installed: nothing was started. On a machine with helm, run\n  {command}");
     }

@@ -9,7 +9,7 @@ use unveil_launch::submit::slurm::{SlurmJob, SlurmOptions, SubmitContext};
 use crate::preflight::check_learning_rates;
 
 #[derive(Args)]
-pub struct SlurmArgs {
+pub(crate) struct SlurmArgs {
     #[command(flatten)]
     config: ConfigArgs,
     #[command(flatten)]
@@ -20,14 +20,21 @@ pub struct SlurmArgs {
 }
 
 /// Runs `unveil submit slurm`.
-pub fn run(args: &SlurmArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &SlurmArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     check_learning_rates(&loaded, &TrainingStage::ALL)?;
     let config = loaded.config;
-    let config_file = args.config.config.clone();
+    let config_file = match args.config.config.as_slice() {
+        [file] => file.clone(),
+        [] => return Err(ConfigError::Invalid(vec!["submit needs --config FILE".into()]).into()),
+        _ => {
+            let message = "submit slurm takes one --config FILE: combine files with `base = [\"other.toml\"]` in it";
+            return Err(ConfigError::Invalid(vec![message.into()]).into());
+        }
+    };
     let context = SubmitContext {
         directory: std::env::current_dir().context("cannot determine the working directory")?,
-        config: config_file.ok_or_else(|| ConfigError::Invalid(vec!["submit needs --config FILE".into()]))?,
+        config: config_file,
         sets: args.config.sets.clone(),
         program: std::env::current_exe().context("cannot determine the path of this program")?,
     };

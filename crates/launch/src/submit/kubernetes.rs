@@ -2,13 +2,15 @@
 //!
 //! Pods share no disk: checkpoints are in an object store, and every path of the configuration is a path inside the containers.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use unveil_config::Config;
 use unveil_config::schema::DataKind;
+
+use super::quote::{QuoteError, shell_word};
 
 /// URL schemes of object stores.
 const STORE_SCHEMES: [&str; 5] = ["s3://", "s3a://", "gs://", "az://", "azure://"];
@@ -30,6 +32,9 @@ pub enum KubernetesError {
         /// The cause.
         source: std::io::Error,
     },
+    /// The command line of helm cannot be written for a shell.
+    #[error("command line of helm: {0}")]
+    CommandLine(#[from] QuoteError),
     /// helm exists but cannot be run.
     #[error("cannot run {program}: {source}")]
     Helm {
@@ -82,9 +87,11 @@ impl Release {
     /// Renders the manifests for the values (`helm template`); returns `None` if helm is not installed.
     ///
     /// # Errors
-    /// Returns [`KubernetesError::Helm`] if helm cannot be run, and [`KubernetesError::Refused`] if it rejects the values.
+    /// Returns [`KubernetesError::CommandLine`] if a shell could not repeat the call, [`KubernetesError::Helm`] if helm cannot be run, and
+    /// [`KubernetesError::Refused`] if it rejects the values.
     pub fn manifests(&self, values: &str) -> Result<Option<String>, KubernetesError> {
         let args = self.args(&["template"], Path::new("-"));
+        let command = shell_command(&self.helm, &args)?;
         let spawned = Command::new(&self.helm).args(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
         let Some(mut child) = self.if_installed(spawned)? else { return Ok(None) };
         let fail = |source| KubernetesError::Helm { program: self.helm.display().to_string(), source };
@@ -92,7 +99,7 @@ impl Release {
         let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(values.as_bytes()));
         let out = child.wait_with_output().map_err(fail)?;
         if !out.status.success() {
-            return Err(self.refused(&args, &out.status.to_string()));
+            return Err(KubernetesError::Refused { command, status: out.status.to_string() });
         }
         written.map_err(fail)?;
         Ok(Some(String::from_utf8_lossy(&out.stdout).into_owned()))
@@ -101,18 +108,19 @@ impl Release {
     /// Writes the values to `file` and installs or upgrades the release; returns false if helm is not installed.
     ///
     /// # Errors
-    /// Returns [`KubernetesError::Write`] if the file cannot be written, [`KubernetesError::Helm`] if helm cannot be run, and
-    /// [`KubernetesError::Refused`] if it fails.
+    /// Returns [`KubernetesError::CommandLine`] if a shell could not repeat the call, [`KubernetesError::Write`] if the file cannot be
+    /// written, [`KubernetesError::Helm`] if helm cannot be run, and [`KubernetesError::Refused`] if it fails.
     pub fn install(&self, values: &str, file: &Path) -> Result<bool, KubernetesError> {
+        let args = self.install_args(file);
+        let command = shell_command(&self.helm, &args)?;
         let fail = |source| KubernetesError::Write { path: file.to_owned(), source };
         unveil_core::write_atomic(file, values.as_bytes()).map_err(fail)?;
-        let args = self.install_args(file);
         // helm's messages are for the user; stdout is reserved for results.
         let outcome = Command::new(&self.helm).args(&args).stdin(Stdio::null()).stdout(std::io::stderr()).status();
         match self.if_installed(outcome)? {
             None => Ok(false),
             Some(status) if status.success() => Ok(true),
-            Some(status) => Err(self.refused(&args, &status.to_string())),
+            Some(status) => Err(KubernetesError::Refused { command, status: status.to_string() }),
         }
     }
 
@@ -124,20 +132,15 @@ impl Release {
             Err(source) => Err(KubernetesError::Helm { program: self.helm.display().to_string(), source }),
         }
     }
-
-    fn refused(&self, args: &[OsString], status: &str) -> KubernetesError {
-        KubernetesError::Refused { command: shell_command(&self.helm, args), status: status.to_owned() }
-    }
 }
 
-/// Returns a command line for a shell, with single quotes around words that need them.
-pub fn shell_command(program: &OsString, args: &[OsString]) -> String {
-    let quoted = |word: &OsString| {
-        let word = word.display().to_string();
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@=+,".contains(c);
-        if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
-    };
-    std::iter::once(program).chain(args).map(quoted).collect::<Vec<_>>().join(" ")
+/// Returns a command line for a shell, with quotes around words that need them.
+///
+/// # Errors
+/// Returns [`KubernetesError::CommandLine`] if a word is not UTF-8 or contains a NUL byte.
+pub fn shell_command(program: &OsStr, args: &[OsString]) -> Result<String, KubernetesError> {
+    let words = std::iter::once(program).chain(args.iter().map(OsString::as_os_str));
+    Ok(words.map(shell_word).collect::<Result<Vec<_>, _>>()?.join(" "))
 }
 
 /// Returns the chart values for a configuration, as YAML.
@@ -210,6 +213,7 @@ fn problems(c: &Config) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -217,7 +221,8 @@ mod tests {
     fn config() -> Config {
         let mut c = Config::default();
         c.checkpoint.url = "s3://bucket/runs/a".into();
-        (c.learner.parallel.ranks, c.rollout.workers) = (4, 3);
+        c.learner.parallel.ranks = 4;
+        c.rollout.workers = 3;
         c
     }
 
@@ -259,8 +264,10 @@ mod tests {
         let mut c = config();
         c.checkpoint.url = "runs/a".into();
         c.learner.steps = 0;
-        (c.model.dir, c.reward.symbolic.table) = ("models/x".into(), "/inputs/table.json".into());
-        (c.data.kind, c.data.root) = (DataKind::Jsonl, "records.jsonl".into());
+        c.model.dir = "models/x".into();
+        c.reward.symbolic.table = "/inputs/table.json".into();
+        c.data.kind = DataKind::Jsonl;
+        c.data.root = "records.jsonl".into();
         let e = helm_values(&c).unwrap_err().to_string();
         for word in ["checkpoint.url is `runs/a`", "s3://", "learner.steps is 0", "data.root", "model.dir", "`inputs`"]
         {
@@ -305,8 +312,24 @@ mod tests {
         );
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "a: 1\n");
         assert_eq!(release.manifests("a: 1\n").unwrap().as_deref(), Some("a: 1\n"), "values are passed on stdin");
-        let command = shell_command(&release.helm, &release.install_args(&file));
+        let command = shell_command(&release.helm, &release.install_args(&file)).unwrap();
         assert!(command.ends_with("--values 'my values.yaml'"), "{command}");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn command_line_that_is_not_utf8_is_rejected_before_helm_runs() {
+        let dir = folder("bytes");
+        let mut release = helm(&dir, "cat");
+        release.values = vec![OsStr::from_bytes(b"my \xff.yaml").into()];
+        let file = dir.join("v.yaml");
+        for e in [release.install("a: 1\n", &file).unwrap_err(), release.manifests("a: 1\n").unwrap_err()] {
+            assert!(matches!(e, KubernetesError::CommandLine(QuoteError::NotUtf8(_))), "{e}");
+            assert!(e.to_string().contains("my \\xFF.yaml"), "{e}");
+        }
+        assert!(!file.exists() && !dir.join("args").exists(), "helm ran");
+        let nul = shell_command(OsStr::new("helm"), &["a\0".into()]);
+        assert!(matches!(nul, Err(KubernetesError::CommandLine(QuoteError::Nul(_)))));
         std::fs::remove_dir_all(dir).unwrap();
     }
 

@@ -125,12 +125,16 @@ impl SlurmJob {
     /// Returns [`ConfigError::Invalid`] with a message for every option that cannot work.
     pub fn new(config: &Config, options: &SlurmOptions, context: &SubmitContext) -> Result<Self, ConfigError> {
         let layout = script::JobLayout::new(config, options, context);
-        let problems = check::problems(config, options, &layout);
+        let mut problems = check::problems(config, options, &layout);
+        let settings = script::settings(config, options, &layout).unwrap_or_else(|more| {
+            problems.extend(more);
+            Vec::new()
+        });
         if !problems.is_empty() {
             return Err(ConfigError::Invalid(problems));
         }
         Ok(Self {
-            script: script::render(config, options, &layout),
+            script: script::render(config, options, &layout, &settings),
             path: layout.run.join("slurm.sbatch"),
             logs: layout.logs(),
         })

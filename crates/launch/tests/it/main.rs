@@ -1,6 +1,8 @@
 //! Tests of the batch script of a Slurm job: its settings, rejected options, and its behaviour with small programs in place of Slurm's
 //! commands. The workspace's `tests/` run it on a real Slurm.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and prints what it measured")]
+
 mod script_behaviour;
 mod script_refusals;
 mod script_settings;

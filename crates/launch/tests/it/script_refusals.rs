@@ -1,8 +1,12 @@
 //! Rejected options and their messages.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 
-use crate::job;
+use unveil_launch::submit::slurm::{SlurmJob, SubmitContext};
+
+use crate::{config, job, options};
 
 /// Asserts that the options are rejected with a message that contains all `words`.
 #[track_caller]
@@ -71,6 +75,24 @@ fn unsupported_paths_are_rejected() {
     let container = ["--container", "image"];
     refused(&[&container[..], &["--mount", "/a,b"]].concat(), &[], &["/a,b", "comma"]);
     refused(&[&container[..], &["--mount", "/a:b"]].concat(), &[], &["/a:b", "colon"]);
+}
+
+#[test]
+fn texts_beyond_a_shell_are_rejected() {
+    refused(&[], &["checkpoint.url=s3://bucket/a\u{0}b"], &["CHECKPOINTS", "SETS", "a\\0b", "NUL byte"]);
+    let latin1 = |path: &[u8]| OsStr::from_bytes(path).into();
+    let context = SubmitContext {
+        directory: latin1(b"/data/\xe9"),
+        config: latin1(b"/configs/\xfc.toml"),
+        sets: Vec::new(),
+        program: "unveil".into(),
+    };
+    let e = SlurmJob::new(&config(&[]), &options(&[]), &context).expect_err("the paths are rejected").to_string();
+    for word in
+        ["working directory", "run directory", "CONFIG", "/configs/\\xFC.toml", "RUN_DIR", "not UTF-8: rename it"]
+    {
+        assert!(e.contains(word), "\"{word}\" is not in: {e}");
+    }
 }
 
 #[test]

@@ -51,7 +51,7 @@ fn learner_and_rollout_nodes_of_one_allocation() {
 #SBATCH --exclusive
 UNVEIL=/opt/unveil/bin/unveil
 CONFIG=/home/me/run.toml
-SETS=(learner.parallel.ranks=8 rollout.workers=6 checkpoint.url=s3://bucket/runs/a run.seed=5)
+SETS=('learner.parallel.ranks=8' 'rollout.workers=6' 'checkpoint.url=s3://bucket/runs/a' 'run.seed=5')
 RUN_DIR=/home/me/runs/run
 CHECKPOINTS=s3://bucket/runs/a
 RANKS=8

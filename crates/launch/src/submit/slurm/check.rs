@@ -103,9 +103,9 @@ pub(super) fn problems(config: &Config, options: &SlurmOptions, layout: &JobLayo
     let fixed = [("working directory", &layout.directory), ("run directory", &layout.run)];
     for (what, path) in fixed.into_iter().chain(layout.mounts.iter().map(|m| ("mount", m))) {
         require(
-            is_plain(path),
+            path.to_str().is_some_and(is_plain),
             format!(
-                "the {what} {} contains a backslash, both kinds of quotes, or a line break, which cannot be passed to Slurm",
+                "the {what} {} contains a backslash, both kinds of quotes, or a line break, or is not UTF-8, which cannot be passed to Slurm",
                 path.display()
             ),
         );
@@ -139,14 +139,13 @@ fn check_sbatch_option(more: &str, require: &mut impl FnMut(bool, String)) {
         ),
     );
     require(
-        is_plain(Path::new(value)),
+        is_plain(value),
         format!("--sbatch `{more}`: the value contains a backslash, both kinds of quotes, or a line break"),
     );
 }
 
-/// Returns whether a directive can contain the path.
-fn is_plain(path: &Path) -> bool {
-    let text = path.display().to_string();
+/// Returns whether a directive can contain the text.
+fn is_plain(text: &str) -> bool {
     let both_quotes = text.contains('\'') && text.contains('"');
     !both_quotes && !text.contains(|c: char| c == '\\' || c.is_control())
 }

@@ -1,11 +1,13 @@
 //! Text of the batch script: directives and settings, followed by the fixed part.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use unveil_config::Config;
 use unveil_config::schema::Auth;
 
 use super::{Runtime, SlurmOptions, SubmitContext, absolute};
+use crate::submit::quote::{QuoteError, shell_word};
 
 /// The script with settings for manual use; everything after the settings is the same in every job.
 pub(super) const TEMPLATE: &str = include_str!("../../../../../cluster/slurm/unveil.sbatch");
@@ -28,7 +30,7 @@ pub(super) struct JobLayout {
 
 impl JobLayout {
     /// Resolves the paths of a job against the working directory.
-    pub fn new(config: &Config, options: &SlurmOptions, context: &SubmitContext) -> Self {
+    pub(super) fn new(config: &Config, options: &SlurmOptions, context: &SubmitContext) -> Self {
         let directory = absolute(&context.directory, Path::new(""));
         let resolve = |path: &Path| absolute(&directory, path);
         let run = resolve(&config.run_dir());
@@ -65,7 +67,7 @@ impl JobLayout {
     }
 
     /// Returns the directory of logs.
-    pub fn logs(&self) -> PathBuf {
+    pub(super) fn logs(&self) -> PathBuf {
         self.run.join("logs")
     }
 }
@@ -91,15 +93,20 @@ impl NodeResources {
     }
 }
 
-/// Renders the script; the options must have been checked.
-pub(super) fn render(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> String {
+/// Renders the script with its [`settings`]; the options must have been checked.
+pub(super) fn render(
+    config: &Config,
+    options: &SlurmOptions,
+    layout: &JobLayout,
+    settings: &[(&'static str, String)],
+) -> String {
     let (head, rest) = TEMPLATE.split_once(BEGIN).unwrap_or_default();
     let body = rest.split_once(END).unwrap_or_default().1;
     let mut out = format!("{head}{BEGIN}");
     for line in directives(config, options, layout) {
         out.push_str(&format!("#SBATCH {line}\n"));
     }
-    for (name, value) in settings(config, options, layout) {
+    for (name, value) in settings {
         out.push_str(&format!("{name}={value}\n"));
     }
     out + END + body
@@ -142,58 +149,66 @@ fn directives(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> Ve
     out
 }
 
-/// Returns the settings as names and values in shell syntax.
-pub(super) fn settings(config: &Config, options: &SlurmOptions, layout: &JobLayout) -> Vec<(&'static str, String)> {
-    let path = |p: &Path| shell_word(&p.display().to_string());
-    let optional = |text: Option<String>| text.map_or_else(String::new, |t| shell_word(&t));
-    let list = |all: Vec<String>| format!("({})", all.join(" "));
+/// Returns the settings as names and values in shell syntax, or one message per value that a shell cannot receive.
+pub(super) fn settings(
+    config: &Config,
+    options: &SlurmOptions,
+    layout: &JobLayout,
+) -> Result<Vec<(&'static str, String)>, Vec<String>> {
     let checkpoints = &config.checkpoint.url;
     // A URL is kept; a directory is made independent of where the job starts.
     let checkpoints = match checkpoints.contains("://") || checkpoints.is_empty() {
-        true => checkpoints.clone(),
-        false => absolute(&layout.directory, Path::new(checkpoints)).display().to_string(),
+        true => PathBuf::from(checkpoints),
+        false => absolute(&layout.directory, Path::new(checkpoints)),
     };
-    let runtime = options.container.as_ref().map(|_| match options.runtime {
-        Runtime::Pyxis => "pyxis".to_owned(),
-        Runtime::Apptainer => "apptainer".to_owned(),
-    });
+    let runtime = match (&options.container, options.runtime) {
+        (None, _) => "",
+        (Some(_), Runtime::Pyxis) => "pyxis",
+        (Some(_), Runtime::Apptainer) => "apptainer",
+    };
     let tls = match (config.tls.dir.is_empty(), config.tls.insecure) {
         (false, _) => "own",
         (true, false) => "new",
         (true, true) => "none",
     };
     let token = if config.auth == Auth::default() { "new" } else { "own" };
-    vec![
-        ("UNVEIL", path(&layout.program)),
-        ("CONFIG", path(&layout.config)),
-        ("SETS", list(layout.sets.iter().map(|s| shell_word(s)).collect())),
-        ("RUN_DIR", path(&layout.run)),
-        ("CHECKPOINTS", optional(Some(checkpoints).filter(|c| !c.is_empty()))),
-        ("RANKS", config.learner.parallel.ranks.to_string()),
-        ("LEARNER_NODES", options.learner_nodes.to_string()),
-        ("WORKERS", config.rollout.workers.to_string()),
-        ("ROLLOUT_NODES", options.rollout_nodes.to_string()),
-        ("REWARD_TASKS", layout.reward_tasks.to_string()),
-        ("TLS", tls.to_owned()),
-        ("TOKEN", token.to_owned()),
-        ("CPUS", options.cpus.to_string()),
-        ("GPUS", layout.gpus.to_string()),
-        ("MAX_RESTARTS", options.max_restarts.to_string()),
-        ("SECRETS", layout.secrets.as_deref().map_or_else(String::new, path)),
-        ("RUNTIME", optional(runtime)),
-        ("IMAGE", optional(options.container.clone())),
-        ("MOUNTS", list(layout.mounts.iter().map(|m| path(m)).collect())),
-    ]
+    let mut settings = Vec::new();
+    let mut problems = Vec::new();
+    let mut set = |name: &'static str, value: Result<String, QuoteError>| match value {
+        Ok(value) => settings.push((name, value)),
+        Err(e) => problems.push(format!("{name} of the batch script: {e}")),
+    };
+    set("UNVEIL", shell_word(&layout.program));
+    set("CONFIG", shell_word(&layout.config));
+    set("SETS", array(&layout.sets));
+    set("RUN_DIR", shell_word(&layout.run));
+    set("CHECKPOINTS", optional(&checkpoints));
+    set("RANKS", Ok(config.learner.parallel.ranks.to_string()));
+    set("LEARNER_NODES", Ok(options.learner_nodes.to_string()));
+    set("WORKERS", Ok(config.rollout.workers.to_string()));
+    set("ROLLOUT_NODES", Ok(options.rollout_nodes.to_string()));
+    set("REWARD_TASKS", Ok(layout.reward_tasks.to_string()));
+    set("TLS", Ok(tls.to_owned()));
+    set("TOKEN", Ok(token.to_owned()));
+    set("CPUS", Ok(options.cpus.to_string()));
+    set("GPUS", Ok(layout.gpus.to_string()));
+    set("MAX_RESTARTS", Ok(options.max_restarts.to_string()));
+    set("SECRETS", optional(layout.secrets.as_deref().unwrap_or(Path::new(""))));
+    set("RUNTIME", optional(runtime));
+    set("IMAGE", optional(options.container.as_deref().unwrap_or_default()));
+    set("MOUNTS", array(&layout.mounts));
+    if problems.is_empty() { Ok(settings) } else { Err(problems) }
 }
 
-/// Returns a word in shell syntax, in single quotes if necessary.
-pub(super) fn shell_word(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
+/// Returns an array of the shell.
+fn array<T: AsRef<OsStr>>(values: &[T]) -> Result<String, QuoteError> {
+    let words = values.iter().map(shell_word).collect::<Result<Vec<_>, _>>()?;
+    Ok(format!("({})", words.join(" ")))
+}
+
+/// Returns the word for a value, and nothing for an empty value.
+fn optional(value: impl AsRef<OsStr>) -> Result<String, QuoteError> {
+    if value.as_ref().is_empty() { Ok(String::new()) } else { shell_word(value) }
 }
 
 /// Returns a directive with a value in the syntax of sbatch: quotes protect blanks and `#`, and nothing else is special within them.
