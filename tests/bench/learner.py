@@ -15,11 +15,11 @@ Rows, for each shape (shapes.py has the sizes):
     learner.py --shapes tiny --rounds 5 [--ranks] [--sync]
 """
 
-import argparse
 import os
 import sys
 from statistics import median
 
+import options
 import ranks
 import shapes
 import sync
@@ -91,27 +91,19 @@ def measure(shape, n, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="tiny", help=f"of {','.join(shapes.SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
-    parser.add_argument("--others", type=float, default=0.1, help="maximum cores that other programs may use during a turn")
+    parser = options.parser(__doc__, "learner", "tiny", rounds=5)
     parser.add_argument("--sync", action="store_true", help="also measure the rows of sync.py")
     parser.add_argument("--ranks", action="store_true", help="also measure the rows of ranks.py")
-    parser.add_argument("--name", default="learner", help="name of the file under target/bench")
-    args = parser.parse_args()
-    unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
-    if unknown or args.rounds < 1:
-        parser.error(f"there is no shape {unknown[0]}" if unknown else "--rounds must be at least 1")
+    args = options.parse(parser)
     rows, notes = [], []
-    for shape in args.shapes.split(","):
+    for shape in args.shapes:
         print(f"bench: {shape}: {shapes.parameters(shape):,} parameters", flush=True)
         for n in (8, 4):
             more, note = measure(shape, n, args)
             rows += more
             notes.append(note)
     if args.ranks:
-        more, notes_of_ranks = ranks.measure(args.shapes.split(",")[0], args.rounds)
+        more, notes_of_ranks = ranks.measure(args.shapes[0], args.rounds)
         rows, notes = rows + more, notes + notes_of_ranks
     if args.sync:
         more, notes_of_sync = sync.measure(sync.Options())

@@ -26,12 +26,12 @@ side.
     rollout.py --shapes 6m,100m --rounds 5 [--device cuda --dtype bfloat16] [--load] [--name rollout]
 """
 
-import argparse
 import os
 import sys
 from statistics import mean, median
 
 import load
+import options
 import shapes
 import table
 from process import Child, Quiet
@@ -207,22 +207,14 @@ def bandwidth_row(pair, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="6m,100m", help=f"of {','.join(shapes.SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = options.parser(__doc__, "rollout", "6m,100m", rounds=7)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
     parser.add_argument("--caches", default="dynamic,static-compiled",
                         help="caches of the peer to choose from: dynamic, static, static-compiled")
-    parser.add_argument("--others", type=float, default=0.1, help="maximum cores that other programs may use during a turn")
     parser.add_argument("--bandwidth", action="store_true", help="also measure the share of the memory-bandwidth bound")
     parser.add_argument("--load", action="store_true", help="also measure the rows of load.py")
-    parser.add_argument("--name", default="rollout", help="name of the file under target/bench")
-    args = parser.parse_args()
-    unknown = [s for s in args.shapes.split(",") if s not in shapes.SHAPES]
-    if unknown or args.rounds < 1:
-        parser.error(f"unknown shape {unknown[0]}" if unknown else "--rounds must be at least 1")
+    args = options.parse(parser)
     if args.device != "cpu":
         require_gpu()
     caches = args.caches.split(",")
@@ -231,7 +223,7 @@ def main():
         with Pair("6m", args, "float32") as pair:
             notes.append(check(pair))
             print("bench:", notes[-1], flush=True)
-    for shape in args.shapes.split(","):
+    for shape in args.shapes:
         print(f"bench: {shape}: {shapes.parameters(shape):,} parameters", flush=True)
         with Pair(shape, args) as pair:
             gpu = pair.peer.ready.get("gpu")

@@ -1,6 +1,8 @@
 //! Runs the soak (`make chaos SEED=… FAULTS=…`): prints every fault as it happens and the verdict as JSON at the end. Exits with code 1 if
 //! anything is wrong.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "an example prints its results")]
+
 use std::process::ExitCode;
 use std::time::Duration;
 

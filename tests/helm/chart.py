@@ -17,8 +17,8 @@ SHAPES = [name for name, path in VALUES.items() if path.with_suffix(".toml").exi
 RELEASE, NAMESPACE = "demo", "med"
 
 
-class Strict(yaml.SafeLoader):
-    """Loader that refuses duplicate keys, which YAML libraries accept and Kubernetes does not."""
+class Strict(yaml.CSafeLoader):
+    """Loader that refuses duplicate keys, which YAML libraries accept and Kubernetes does not. libyaml is ten times as fast as Python."""
 
 
 def _mapping(loader, node):
@@ -26,7 +26,7 @@ def _mapping(loader, node):
     twice = {key for key in seen if seen.count(key) > 1}
     if twice:
         raise yaml.YAMLError(f"keys given twice: {sorted(twice)}{node.start_mark}")
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return yaml.CSafeLoader.construct_mapping(loader, node, deep=True)
 
 
 Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

@@ -2,4 +2,6 @@
 //!
 //! This crate serves tests only; its panics say what to do.
 
+#![allow(clippy::unwrap_used, reason = "fixtures of tests may panic")]
+
 pub mod chaos;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// A certificate authority; its files are in `dir/name`.
+#[derive(Debug)]
 pub struct Authority {
     dir: PathBuf,
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,

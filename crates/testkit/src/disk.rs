@@ -8,6 +8,7 @@ use crate::Sandbox;
 /// A directory on a memory file system of limited size, visible only to programs of [`SmallDisk::command`].
 ///
 /// It is mounted in a separate mount namespace, so user namespaces are the only privilege that is required.
+#[derive(Debug)]
 pub struct SmallDisk {
     holder: Child,
     dir: PathBuf,

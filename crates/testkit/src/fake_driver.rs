@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A fake `libcuda.so.1`, deleted on drop.
+#[derive(Debug)]
 pub struct FakeDriver {
     dir: tempfile::TempDir,
     library: PathBuf,

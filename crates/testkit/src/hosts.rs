@@ -32,6 +32,7 @@ exec sleep 900
 
 /// Hosts in a separate user namespace: user namespaces are the only privilege that is required, and the network of the machine is not
 /// touched. They end with the sandbox.
+#[derive(Debug)]
 pub struct Hosts {
     holder: Child,
     dir: PathBuf,

@@ -1,10 +1,12 @@
 //! A network link between two roles, as a TCP proxy in this process that can be slow, cut or silent.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::loopback::AcceptLoop;
 
 /// Interval at which a waiting direction checks for changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -28,12 +30,13 @@ pub enum NetworkCondition {
     Silent,
 }
 
+#[derive(Debug)]
 struct Shared {
     condition: Mutex<NetworkCondition>,
     target: Mutex<Option<SocketAddr>>,
     /// Number of cuts so far; connections from before the last one are closed.
     cuts: AtomicU64,
-    stop: AtomicBool,
+    stop: Arc<AtomicBool>,
 }
 
 impl Shared {
@@ -48,38 +51,29 @@ impl Shared {
 }
 
 /// A running proxy, stopped on drop.
+#[derive(Debug)]
 pub struct NetworkLink {
-    address: SocketAddr,
+    connections: AcceptLoop,
     shared: Arc<Shared>,
 }
 
 impl NetworkLink {
     /// Listens on a free loopback port. Without a target, connections are closed immediately.
     pub fn start(target: Option<SocketAddr>) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
-        let address = listener.local_addr().expect("a bound listener has an address");
         let shared = Arc::new(Shared {
             condition: Mutex::default(),
             target: Mutex::new(target),
             cuts: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+            stop: Arc::default(),
         });
-        let accept_state = shared.clone();
-        std::thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                if accept_state.stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let shared = accept_state.clone();
-                std::thread::spawn(move || serve(&client, &shared));
-            }
-        });
-        Self { address, shared }
+        let state = shared.clone();
+        let connections = AcceptLoop::start(shared.stop.clone(), move |client| serve(&client, &state));
+        Self { connections, shared }
     }
 
     /// Returns the listen address.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.connections.address()
     }
 
     /// Redirects new connections to `target`.
@@ -93,14 +87,6 @@ impl NetworkLink {
         if condition == NetworkCondition::Cut {
             self.shared.cuts.fetch_add(1, Ordering::Relaxed);
         }
-    }
-}
-
-impl Drop for NetworkLink {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        // Wake the accepting thread, so that it sees the flag.
-        drop(TcpStream::connect(self.address));
     }
 }
 
@@ -171,6 +157,8 @@ fn forward(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, since: u64
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     /// Starts a server that echoes its input.

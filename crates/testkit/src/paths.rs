@@ -14,11 +14,26 @@ pub fn workspace() -> PathBuf {
 /// Panics if it is not built.
 #[track_caller]
 pub fn binary(name: &str) -> PathBuf {
-    let test = std::env::current_exe().expect("the running test has a path");
-    let folder = test.ancestors().nth(2).expect("the running test is in target/PROFILE/deps");
-    let path = folder.join(name);
+    let path = profile_folder().join(name);
     assert!(path.is_file(), "{} is missing: build it with `cargo build --workspace --bins`", path.display());
     path
+}
+
+/// Returns the path of a built example, next to the directory of the running test (`target/debug/deps/x` -> `target/debug/examples/NAME`).
+///
+/// # Panics
+/// Panics if it is not built.
+#[track_caller]
+pub fn example(name: &str) -> PathBuf {
+    let path = profile_folder().join("examples").join(name);
+    assert!(path.is_file(), "{} is missing: build it with `cargo build --workspace --examples`", path.display());
+    path
+}
+
+/// Returns `target/PROFILE`.
+fn profile_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("the running test has a path");
+    test.ancestors().nth(2).expect("the running test is in target/PROFILE/deps").to_owned()
 }
 
 /// Returns the directory of the BCCD data set: `UNVEIL_BCCD`, or else `shared/data/bccd` next to the workspace.

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A running program that writes its output to files. It is killed on drop.
+#[derive(Debug)]
 pub struct Process {
     child: Child,
     command_line: String,

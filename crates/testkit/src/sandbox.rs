@@ -17,6 +17,7 @@ const MARKER_VARIABLE: &str = "TESTKIT_SANDBOX";
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Directory in which the programs of a test run. On drop it kills all of them and deletes the directory.
+#[derive(Debug)]
 pub struct Sandbox {
     dir: TempDir,
     started: AtomicUsize,
@@ -116,10 +117,23 @@ impl Sandbox {
         }
     }
 
-    /// Writes `micro.toml`, a complete run of a few seconds with run directory `run`. Stage 1 learns the form of answers, so that rewards
-    /// differ; stage 2 makes one and a half passes over eight records in six updates, with a checkpoint after every second one.
-    pub fn micro_config(&self) -> PathBuf {
-        self.write("micro.toml", micro_config(&self.path("run")))
+    /// Writes `micro.toml`, a complete run of a few seconds with run directory `run`, and returns its path. Stage 1 learns the form of
+    /// answers, so that rewards differ; stage 2 makes one and a half passes over eight records in six updates, with a checkpoint after
+    /// every second one.
+    pub fn micro_config(&self) -> String {
+        self.write("micro.toml", micro_config(&self.path("run"))).to_string_lossy().into_owned()
+    }
+
+    /// Starts a subcommand such as `train` with the configuration of [`Sandbox::micro_config`] and settings (`KEY=VALUE`).
+    #[track_caller]
+    pub fn start_micro(&self, command: &str, sets: &[&str]) -> Process {
+        self.spawn(&run_args(command, &self.micro_config(), sets))
+    }
+
+    /// Runs a subcommand as [`Sandbox::start_micro`] starts it until it exits.
+    #[track_caller]
+    pub fn run_micro(&self, command: &str, sets: &[&str]) -> Finished {
+        self.start_micro(command, sets).wait(COMMAND_TIMEOUT)
     }
 
     /// Runs `unveil data synth --n N --seed S` and returns the record file in `dir`.
@@ -164,6 +178,12 @@ impl Drop for Sandbox {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Returns the arguments of a subcommand that reads a configuration file and settings (`KEY=VALUE`).
+pub fn run_args<'a>(command: &'a str, config: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
+    let sets = sets.iter().flat_map(|set| ["--set", *set]);
+    [command, "--config", config].into_iter().chain(sets).collect()
 }
 
 fn micro_config(run: &Path) -> String {

@@ -14,6 +14,7 @@ use crate::{Sandbox, events_of};
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A cluster of nodes `n1`, `n2`… with two CPUs each.
+#[derive(Debug)]
 pub struct MiniSlurm<'a> {
     sandbox: &'a Sandbox,
     dir: PathBuf,
@@ -164,7 +165,8 @@ fn slurm_conf(dir: &Path, nodes: usize) -> String {
     let first = free_ports(nodes as u16 + 1);
     let from = first + 1;
     let to = first + nodes as u16;
-    // cred_expire: a requeued job waits that long. NoInAddrAny: everything is on loopback.
+    // cred_expire: a requeued job waits that long. MessageTimeout: calls to a dead node are repeated that long before it counts as down.
+    // NoInAddrAny: everything is on loopback.
     format!(
         "ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -175,6 +177,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={dir}/munge.sock,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+MessageTimeout=5
 MailProg=/bin/true
 SlurmctldPidFile={dir}/slurmctld.pid
 SlurmdPidFile={dir}/%n/slurmd.pid

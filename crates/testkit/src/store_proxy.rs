@@ -1,10 +1,12 @@
 //! An HTTP proxy in front of an object store that injects faults: errors, silence, truncated and lost answers, delays.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::loopback::AcceptLoop;
 
 /// A request to the store.
 #[derive(Debug, Clone)]
@@ -43,47 +45,43 @@ struct Shared {
     generation: AtomicUsize,
     calls: AtomicUsize,
     faulted: AtomicUsize,
-    stop: AtomicBool,
+    stop: Arc<AtomicBool>,
     /// Serialises conditional writes, which are atomic in S3; s3s-fs 0.14 checks first and writes afterwards.
     conditional: Mutex<()>,
 }
 
 /// The running proxy, stopped on drop.
 pub struct StoreProxy {
-    address: SocketAddr,
+    connections: AcceptLoop,
     shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for StoreProxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreProxy").field("target", &self.shared.target).finish_non_exhaustive()
+    }
 }
 
 impl StoreProxy {
     /// Serves the store at `endpoint` (`http://host:port`) on a free loopback port.
     pub fn start(endpoint: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
-        let address = listener.local_addr().expect("a bound listener has an address");
         let shared = Arc::new(Shared {
             target: endpoint.trim_start_matches("http://").trim_end_matches('/').to_owned(),
             rule: Mutex::new(Arc::new(|_| None)),
             generation: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             faulted: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
+            stop: Arc::default(),
             conditional: Mutex::new(()),
         });
-        let accept_state = shared.clone();
-        std::thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                if accept_state.stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let shared = accept_state.clone();
-                std::thread::spawn(move || serve(&client, &shared));
-            }
-        });
-        Self { address, shared }
+        let state = shared.clone();
+        let connections = AcceptLoop::start(shared.stop.clone(), move |client| serve(&client, &state));
+        Self { connections, shared }
     }
 
     /// Returns the URL, `http://127.0.0.1:port`.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.connections.address())
     }
 
     /// Sets the rule that decides on a fault for each request; it is called from any thread.
@@ -100,14 +98,6 @@ impl StoreProxy {
     /// Returns the number of requests with a fault so far.
     pub fn faulted_requests(&self) -> usize {
         self.shared.faulted.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for StoreProxy {
-    fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        // Wake the accepting thread, so that it sees the flag.
-        drop(TcpStream::connect(self.address));
     }
 }
 
@@ -221,6 +211,8 @@ fn call_store(target: &str, request: &RawRequest) -> std::io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     /// Starts a store that answers each connection once, with the path and body of the request.
@@ -242,7 +234,7 @@ mod tests {
 
     /// Sends a conditional write, and reads until the connection closes or is silent for two seconds.
     fn put(proxy: &StoreProxy) -> String {
-        let mut stream = TcpStream::connect(proxy.address).unwrap();
+        let mut stream = TcpStream::connect(proxy.connections.address()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         let request = "PUT /b/k?x=1 HTTP/1.1\r\nHost: h\r\nIf-None-Match: *\r\nContent-Length: 4\r\n\r\nbody";
         stream.write_all(request.as_bytes()).unwrap();

@@ -13,6 +13,7 @@ const AWS: [&str; 2] = ["AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY"];
 const AZURE: [&str; 2] = ["AZURITE_BLOB_STORAGE_URL", "AZURE_STORAGE_ACCOUNT_KEY"];
 
 /// A bucket on a server. A server that was started here stops on drop.
+#[derive(Debug)]
 pub struct StoreServer {
     /// `scheme://bucket`.
     bucket: String,

@@ -1,7 +1,6 @@
 //! A small scripted HTTP/1.1 server that can also misbehave: stall, drop connections, send garbage.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -9,6 +8,8 @@ use std::time::Duration;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
+
+use crate::loopback::AcceptLoop;
 
 /// A received request.
 #[derive(Debug, Clone)]
@@ -65,10 +66,10 @@ impl WebReply {
 }
 
 /// The running server, stopped on drop.
+#[derive(Debug)]
 pub struct WebServer {
     scheme: &'static str,
-    address: SocketAddr,
-    stop: Arc<AtomicBool>,
+    connections: AcceptLoop,
     seen: Arc<Mutex<Vec<WebRequest>>>,
 }
 
@@ -93,53 +94,30 @@ impl WebServer {
 
     fn open(tls: Option<Arc<ServerConfig>>, act: impl Fn(&WebRequest) -> WebReply + Send + Sync + 'static) -> Self {
         let scheme = if tls.is_some() { "https" } else { "http" };
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port on the loopback");
-        let address = listener.local_addr().expect("a bound listener has an address");
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let act = Arc::new(act);
-        let count = Arc::new(AtomicUsize::new(0));
+        let count = AtomicUsize::new(0);
         let stopped = Arc::clone(&stop);
         let log = Arc::clone(&seen);
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if stopped.load(Ordering::Relaxed) {
-                    return;
-                }
-                let act = Arc::clone(&act);
-                let count = Arc::clone(&count);
-                let log = Arc::clone(&log);
-                let stop = Arc::clone(&stopped);
-                let tls = tls.clone();
-                std::thread::spawn(move || match tls {
-                    None => serve(stream, &*act, &count, &log, &stop),
-                    // A client that does not trust the certificate closes the connection; reading then ends.
-                    Some(tls) => {
-                        let connection = ServerConnection::new(tls).expect("a TLS connection");
-                        serve(StreamOwned::new(connection, stream), &*act, &count, &log, &stop);
-                    }
-                });
+        let connections = AcceptLoop::start(stop, move |stream| match &tls {
+            None => serve(stream, &act, &count, &log, &stopped),
+            // A client that does not trust the certificate closes the connection; reading then ends.
+            Some(tls) => {
+                let connection = ServerConnection::new(Arc::clone(tls)).expect("a TLS connection");
+                serve(StreamOwned::new(connection, stream), &act, &count, &log, &stopped);
             }
         });
-        Self { scheme, address, stop, seen }
+        Self { scheme, connections, seen }
     }
 
     /// Returns the URL, `http://127.0.0.1:port` or `https://127.0.0.1:port`.
     pub fn url(&self) -> String {
-        format!("{}://{}", self.scheme, self.address)
+        format!("{}://{}", self.scheme, self.connections.address())
     }
 
     /// Returns the requests so far.
     pub fn requests(&self) -> Vec<WebRequest> {
         self.seen.lock().expect("no test thread panicked").clone()
-    }
-}
-
-impl Drop for WebServer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // Wake the accepting thread, so that it sees the flag.
-        drop(TcpStream::connect(self.address));
     }
 }
 

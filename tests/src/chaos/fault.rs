@@ -13,7 +13,7 @@ use super::role_supervisor::{Role, RoleSupervisor};
 
 /// A fault, lasting or instantaneous.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
+pub(super) enum Fault {
     /// kill -9.
     Kill(Role),
     /// SIGSTOP, and SIGCONT after a time.
@@ -46,7 +46,7 @@ pub enum Fault {
 
 impl Fault {
     /// Returns the kind under which its recovery is reported.
-    pub fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Kill(Role::Learner) | Self::Damage | Self::Loss => "learner",
             Self::Kill(Role::Rollout(_)) => "rollout",
@@ -58,7 +58,7 @@ impl Fault {
     }
 
     /// Returns how long it lasts.
-    pub fn duration(&self) -> Duration {
+    pub(super) fn duration(&self) -> Duration {
         match self {
             Self::Pause(_, time) | Self::Network { time, .. } | Self::Store { time, .. } => *time,
             Self::Kill(_) | Self::Damage | Self::Loss => Duration::ZERO,
@@ -66,7 +66,7 @@ impl Fault {
     }
 
     /// Returns the role that it kills.
-    pub fn killed(&self) -> Option<Role> {
+    pub(super) fn killed(&self) -> Option<Role> {
         match self {
             Self::Kill(role) => Some(*role),
             Self::Damage | Self::Loss => Some(Role::Learner),
@@ -76,7 +76,7 @@ impl Fault {
 }
 
 /// Deck of faults: every kind once per round, in random order, with random victims and durations.
-pub struct FaultDeck {
+pub(super) struct FaultDeck {
     rng: ChaCha8Rng,
     workers: usize,
     max_duration: Duration,
@@ -88,12 +88,12 @@ const KINDS: usize = 16;
 
 impl FaultDeck {
     /// Creates a deck; no fault lasts longer than `max_duration`.
-    pub fn new(rng: ChaCha8Rng, workers: usize, max_duration: Duration) -> Self {
+    pub(super) fn new(rng: ChaCha8Rng, workers: usize, max_duration: Duration) -> Self {
         Self { rng, workers, max_duration, remaining: Vec::new() }
     }
 
     /// Draws the next fault.
-    pub fn draw(&mut self) -> Fault {
+    pub(super) fn draw(&mut self) -> Fault {
         if self.remaining.is_empty() {
             self.remaining = (0..KINDS).collect();
             self.remaining.shuffle(&mut self.rng);
@@ -103,7 +103,7 @@ impl FaultDeck {
     }
 
     /// Draws the pause before the next fault.
-    pub fn pause(&mut self) -> Duration {
+    pub(super) fn pause(&mut self) -> Duration {
         self.max_duration.mul_f64(self.rng.random_range(0.0..0.4))
     }
 
@@ -142,7 +142,7 @@ impl FaultDeck {
 }
 
 /// Begins a fault. `objects` is the directory of the run's objects in the store. Returns the object that was damaged or removed.
-pub fn begin_fault(
+pub(super) fn begin_fault(
     fault: &Fault,
     roles: &mut RoleSupervisor<'_>,
     store: &StoreProxy,
@@ -177,7 +177,7 @@ pub fn begin_fault(
 }
 
 /// Ends a lasting fault.
-pub fn end_fault(fault: &Fault, roles: &mut RoleSupervisor<'_>, store: &StoreProxy) {
+pub(super) fn end_fault(fault: &Fault, roles: &mut RoleSupervisor<'_>, store: &StoreProxy) {
     match fault {
         Fault::Pause(role, _) => roles.signal(*role, Signal::SIGCONT),
         Fault::Network { worker, link, .. } => roles.links(*worker)[*link].set(NetworkCondition::Normal),

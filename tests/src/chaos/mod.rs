@@ -12,7 +12,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::Value;
-use unveil_testkit::{Finished, Lineage, Sandbox, StoreProxy, StoreServer, binary};
+use unveil_testkit::{Finished, Lineage, Sandbox, StoreProxy, StoreServer, binary, run_args};
 
 use fault::{Fault, FaultDeck, begin_fault, end_fault};
 use role_supervisor::{EventTail, Role, RoleSupervisor};
@@ -230,7 +230,7 @@ struct SoakRun<'a> {
     sandbox: &'a Sandbox,
     s3: &'a StoreServer,
     run: PathBuf,
-    config: PathBuf,
+    config: String,
 }
 
 impl SoakRun<'_> {
@@ -247,11 +247,10 @@ impl SoakRun<'_> {
 
     /// Creates the data and runs stage 1.
     fn prepare(&self) {
-        let config = self.config.to_string_lossy();
         let sets = self.sets();
-        let mut args = vec!["train", "--config", &config];
-        args.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
-        args.extend(["--set", "learner.steps=0"]);
+        let mut sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        sets.push("learner.steps=0");
+        let args = run_args("train", &self.config, &sets);
         self.unveil(&args).ok();
     }
 

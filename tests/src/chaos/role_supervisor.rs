@@ -14,7 +14,7 @@ const RESTART_DELAY: Duration = Duration::from_millis(500);
 
 /// Role of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Role {
+pub(super) enum Role {
     /// The learner, which hosts the experience service.
     Learner,
     /// A rollout worker, by number.
@@ -37,7 +37,7 @@ struct RoleSlot {
 
 /// Outcome of the processes.
 #[derive(Debug, Clone, Default)]
-pub struct ProcessExits {
+pub(super) struct ProcessExits {
     /// Processes that exited without being killed by the soak, with the end of their output.
     pub by_themselves: Vec<String>,
     /// Those that panicked.
@@ -47,11 +47,11 @@ pub struct ProcessExits {
 }
 
 /// Supervisor of all roles of a run.
-pub struct RoleSupervisor<'a> {
+pub(super) struct RoleSupervisor<'a> {
     sandbox: &'a Sandbox,
     s3: &'a StoreServer,
     store: &'a StoreProxy,
-    config: PathBuf,
+    config: String,
     sets: Vec<String>,
     slots: Vec<RoleSlot>,
     /// Links of each worker: to the learner, and to the reward service.
@@ -61,11 +61,11 @@ pub struct RoleSupervisor<'a> {
 
 impl<'a> RoleSupervisor<'a> {
     /// Starts everything: a learner that saves through `store`, the reward service, and `workers` rollout workers.
-    pub fn start(
+    pub(super) fn start(
         sandbox: &'a Sandbox,
         s3: &'a StoreServer,
         store: &'a StoreProxy,
-        config: PathBuf,
+        config: String,
         sets: Vec<String>,
         workers: usize,
     ) -> Self {
@@ -80,12 +80,12 @@ impl<'a> RoleSupervisor<'a> {
     }
 
     /// Returns the links of a worker: to the learner, and to the reward service.
-    pub fn links(&self, worker: usize) -> &[NetworkLink; 2] {
+    pub(super) fn links(&self, worker: usize) -> &[NetworkLink; 2] {
         &self.links[worker]
     }
 
     /// Restarts exited processes, and points the links at the addresses that roles have announced. Call it continually.
-    pub fn restart_exited(&mut self) {
+    pub(super) fn restart_exited(&mut self) {
         for i in 0..self.slots.len() {
             let exited = self.slots[i].process.as_mut().is_some_and(|p| !p.is_running());
             if exited {
@@ -111,19 +111,19 @@ impl<'a> RoleSupervisor<'a> {
     }
 
     /// Returns whether a role runs and, if it is a service, listens.
-    pub fn is_up(&self, role: Role) -> bool {
+    pub(super) fn is_up(&self, role: Role) -> bool {
         let slot = self.slot(role);
         slot.process.is_some() && (slot.ready || matches!(role, Role::Rollout(_)))
     }
 
     /// Returns the start time of the current process of a role; `None` if it does not run.
-    pub fn started(&self, role: Role) -> Option<Instant> {
+    pub(super) fn started(&self, role: Role) -> Option<Instant> {
         let slot = self.slot(role);
         slot.process.as_ref().map(|_| slot.start)
     }
 
     /// Sends a signal to the process of a role, if it runs.
-    pub fn signal(&mut self, role: Role, signal: Signal) {
+    pub(super) fn signal(&mut self, role: Role, signal: Signal) {
         let Some(slot) = self.slots.iter_mut().find(|s| s.role == role) else { return };
         let Some(process) = slot.process.take() else { return };
         process.signal(signal);
@@ -138,7 +138,7 @@ impl<'a> RoleSupervisor<'a> {
     }
 
     /// Interrupts the learner like Ctrl-C, so that it saves, then stops all other roles. Returns the outcome of all processes.
-    pub fn shut_down(mut self, within: Duration) -> ProcessExits {
+    pub(super) fn shut_down(mut self, within: Duration) -> ProcessExits {
         let learner = self.slots.iter_mut().find(|s| s.role == Role::Learner).and_then(|s| s.process.take());
         if let Some(mut learner) = learner {
             learner.interrupt();
@@ -176,13 +176,12 @@ impl<'a> RoleSupervisor<'a> {
     }
 
     fn spawn(&self, role: Role, starts: usize) -> Process {
-        let config = self.config.to_string_lossy().into_owned();
         let (program, mut args): (&str, Vec<String>) = match role {
             Role::Learner => ("unveil", vec!["learner".into()]),
             Role::Reward => ("unveil-reward", vec!["serve".into()]),
             Role::Rollout(i) => ("unveil", vec!["rollout".into(), "--worker".into(), format!("worker-{i}-{starts}")]),
         };
-        args.extend(["--config".to_owned(), config]);
+        args.extend(["--config".to_owned(), self.config.clone()]);
         let mut sets = self.sets.clone();
         if let Role::Rollout(i) = role {
             let [learner, reward] = self.links(i);
@@ -204,7 +203,7 @@ fn announced_address(process: &Process) -> Option<SocketAddr> {
 }
 
 /// Incremental reader of the updates in the event log of a run.
-pub struct EventTail {
+pub(super) struct EventTail {
     path: PathBuf,
     position: usize,
     updates: usize,
@@ -212,12 +211,12 @@ pub struct EventTail {
 
 impl EventTail {
     /// Creates a reader for the run in a directory.
-    pub fn new(run: &Path) -> Self {
+    pub(super) fn new(run: &Path) -> Self {
         Self { path: run.join("events.jsonl"), position: 0, updates: 0 }
     }
 
     /// Returns the number of updates so far, including repeated ones.
-    pub fn updates(&mut self) -> usize {
+    pub(super) fn updates(&mut self) -> usize {
         use std::io::{Read, Seek, SeekFrom};
         let mut text = Vec::new();
         let read = std::fs::File::open(&self.path).and_then(|mut f| {

@@ -18,7 +18,7 @@ pub(super) struct GroupTally {
 impl GroupTally {
     /// Counts the groups of a lineage with the given numbers of records and of groups per update; `accounting` is the one in
     /// `checkpoint show`.
-    pub fn new(lineage: &Lineage, accounting: &Value, (records, groups): (usize, usize)) -> Self {
+    pub(super) fn new(lineage: &Lineage, accounting: &Value, (records, groups): (usize, usize)) -> Self {
         let (duplicated, lost) = lineage.count_duplicated_and_lost(records);
         let counted = |key: &str| accounting[key].as_u64().unwrap_or(0);
         let steps = &lineage.steps;

@@ -2,16 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use unveil_testkit::{Lineage, MetricsPage, Sandbox, events_of};
+use unveil_testkit::{Lineage, MetricsPage, Sandbox, events_of, run_args};
 
 const SOON: Duration = Duration::from_secs(120);
 
 #[test]
 fn staleness_stays_bounded_while_a_worker_is_paused() {
     let s = Sandbox::new();
-    let config = s.micro_config();
     let run = s.path("run");
-    let config = config.to_string_lossy();
     let sets = [
         "rollout.max_staleness=2",
         "rollout.workers=2",
@@ -21,9 +19,7 @@ fn staleness_stays_bounded_while_a_worker_is_paused() {
         "rollout.max_new_tokens=96",
         "learner.steps=12",
     ];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    let mut train = s.spawn(&args);
+    let mut train = s.start_micro("train", &sets);
     train.until("an update", SOON, || (events_of(&run, "train").len() >= 2).then_some(()));
     let worker = s.find_role("rollout").expect("a rollout worker runs");
     worker.pause();
@@ -45,21 +41,18 @@ fn staleness_stays_bounded_while_a_worker_is_paused() {
 #[test]
 fn added_workers_take_leases_and_may_die() {
     let s = Sandbox::new();
-    let config = s.micro_config();
     let run = s.path("run");
-    let config = config.to_string_lossy();
     let sets = ["learner.steps=24", "learner.groups=4", "rollout.groups_per_lease=1", "rollout.lease_s=3"];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    let mut train = s.spawn(&args);
+    let mut train = s.start_micro("train", &sets);
     train.until("an update", SOON, || (!events_of(&run, "train").is_empty()).then_some(()));
     let first = s.find_role("rollout").expect("a rollout worker runs");
     let address = |key: &str| first.args.iter().find(|a| a.starts_with(key)).expect("the address of a service").clone();
     let learner = address("learner.address=");
     let reward = address("reward.address=");
-    let mut args = vec!["rollout", "--worker", "added#1", "--config", &config];
+    let config = s.micro_config();
     let sets = [&learner, &reward, "rollout.groups_per_lease=1", "rollout.metrics_listen=127.0.0.1:0"];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+    let mut args = run_args("rollout", &config, &sets);
+    args.extend(["--worker", "added#1"]);
     let start = Instant::now();
     let mut added = s.spawn(&args);
     let page = loop {

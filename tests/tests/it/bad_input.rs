@@ -60,7 +60,6 @@ fn invalid_records_are_reported() {
         ("the same id again", with(json!({"id": first})), first, "already on line 1"),
     ];
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let shown = bad.to_string_lossy();
     let root = format!("data.root={shown}");
     let place = format!("{shown}:21");
@@ -122,7 +121,6 @@ fn records_that_do_not_fit_the_model_are_reported() {
     write_records(&bad, &records);
     let config = s.micro_config();
     let shown = bad.to_string_lossy().into_owned();
-    let config = config.to_string_lossy();
     let model = s.tiny_model("model", 0);
     let model = model.to_string_lossy();
     s.unveil(&["data", "check", &shown]).ok();
@@ -198,7 +196,6 @@ fn invalid_model_directories_are_reported() {
 
     s.synth("data", 20, 1);
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let root = format!("data.root={}", s.path("data/records.jsonl").display());
     let cases: [(&PathBuf, &[&str]); 3] = [
         (&missing, &["missing", "layers.0.mlp.down_proj.weight"]),
@@ -252,7 +249,6 @@ fn invalid_model_directories_are_reported() {
 fn roles_without_their_input_name_the_command_to_run() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let first = ["model-init does not exist", "`unveil train --prepare`", "the same configuration"];
     s.unveil(&["sft", "--config", &config]).fails_with(1, &first);
     let later = ["stage1 does not exist", "the model of stage 1", "`unveil sft`"];
@@ -279,7 +275,6 @@ fn large_models_need_explicit_learning_rates() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let records = s.synth("data", 20, 1);
-    let config = config.to_string_lossy();
     let model = format!("model.dir={}", seven_billion(&s, "seven"));
     let root = format!("data.root={}", records.display());
     let with = |command: &[&str], sets: &[&str]| {
@@ -328,7 +323,6 @@ fn large_presets_need_confirmation() {
 fn invalid_configurations_are_reported() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let with = |set: &str| s.unveil(&["train", "--config", &config, "--set", set]);
     with("learner.clip_hihg=0.3").fails_with(2, &["learner.clip_hihg", "did you mean `learner.clip_high`"]);
     with("sft.steps=many").fails_with(2, &["sft.steps", "integer"]);
@@ -396,7 +390,6 @@ fn ports_in_use_are_reported() {
 
     // In `train`, the role that needs the port reports it, and the others are stopped.
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let listen = format!("learner.listen={address}");
     let done = s.unveil(&["train", "--config", &config, "--set", "sft.steps=0", "--set", &listen]).exits(1);
     assert!(
@@ -413,7 +406,7 @@ fn impossible_run_directories_are_reported() {
     let config = s.micro_config();
     let file = s.write("file", "not a folder");
     let dir = format!("run.dir={}/run", file.display());
-    s.unveil(&["train", "--config", &config.to_string_lossy(), "--set", &dir])
+    s.unveil(&["train", "--config", &config, "--set", &dir])
         .fails_with(1, &["cannot", &format!("{}/run", file.display())]);
 }
 
@@ -424,7 +417,6 @@ fn full_disks_stop_the_run_and_keep_checkpoints() {
     let run = s.path("run");
     std::fs::create_dir(&run).expect("a folder");
     let disk = SmallDisk::mount(&s, &run, 600);
-    let config = config.to_string_lossy();
     let unveil = binary("unveil");
     let args = ["train", "--config", &config, "--set", "learner.steps=20"];
     let mut train = s.start(&mut disk.command(&s, &unveil, &args));

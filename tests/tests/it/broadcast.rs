@@ -9,13 +9,9 @@ const SOON: Duration = Duration::from_secs(120);
 #[test]
 fn broadcast_runs_train_every_group_once() {
     let s = Sandbox::new();
-    let config = s.micro_config();
     let run = s.path("run");
-    let config = config.to_string_lossy();
     let sets = ["rollout.weight_sync=broadcast", "rollout.workers=2", "rollout.groups_per_lease=1"];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    s.spawn(&args).wait(SOON).ok();
+    s.start_micro("train", &sets).wait(SOON).ok();
     Lineage::read(&run).assert_exactly_once(6, 2, 8);
     let sent = events_of(&run, "broadcast");
     assert!(sent.iter().any(|e| e["workers"] == 2), "no broadcast reached both workers: {sent:?}");

@@ -54,6 +54,11 @@ fn checks_report_what_was_checked() {
     assert_eq!(done.stderr.trim(), "ok: 2 records, 0 images decoded, 1 warning");
     let want = "warning  2  a\\u{1b}  the key `patient_id` is kept, but not used: did you mean `patient`?\n";
     assert_eq!(done.stdout, want);
+    // A record without a question is asked the configured one.
+    let bare = s.write("bare.jsonl", r#"{"id":"a","image_size":[9,9],"split":"train"}"#).display().to_string();
+    assert_eq!(s.unveil(&["data", "check", &bare]).ok().stdout, "");
+    let done = s.unveil(&["data", "check", &bare, "--set", "data.question="]).ok();
+    assert!(done.json()[0]["what"].as_str().is_some_and(|w| w.contains("data.question")), "{}", done.stdout);
     let bad = s.write("bad.jsonl", line("\"a\"", r#","category":"x""#)).display().to_string();
     let done = s.unveil(&["data", "check", &bad]);
     assert_eq!((&done.json()[0]["id"], &done.json()[0]["severity"]), (&"a".into(), &"error".into()), "{}", done.stdout);

@@ -25,12 +25,9 @@ fn weights(s: &Sandbox) -> Vec<u8> {
 fn deterministic_runs_repeat_bit_for_bit() {
     let run = |sets: &[&str]| {
         let s = Sandbox::new();
-        let config = s.micro_config();
-        let config = config.to_string_lossy().into_owned();
-        let always = ["run.deterministic=true", "rollout.max_staleness=0", "rollout.groups_per_lease=1"];
-        let mut args = vec!["train", "--config", &config];
-        args.extend(always.iter().chain(sets).flat_map(|set| ["--set", *set]));
-        s.spawn(&args).wait(SOON).ok();
+        let always =
+            ["run.deterministic=true", "sft.steps=20", "rollout.max_staleness=0", "rollout.groups_per_lease=1"];
+        s.start_micro("train", &[&always[..], sets].concat()).wait(SOON).ok();
         Lineage::read(&s.path("run")).assert_exactly_once(6, 2, 8);
         s
     };

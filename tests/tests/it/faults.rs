@@ -14,11 +14,7 @@ fn start(s: &Sandbox) -> Process {
 }
 
 fn start_with(s: &Sandbox, sets: &[&str]) -> Process {
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    s.spawn(&args)
+    s.start_micro("train", sets)
 }
 
 fn after_first_update(s: &Sandbox, train: &mut Process) {
@@ -106,9 +102,7 @@ fn verified_or_empty(s: &Sandbox) {
 #[test]
 fn killed_supervisors_end_a_running_evaluation() {
     let s = Sandbox::new();
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
-    let mut train = s.spawn(&["train", "--config", &config, "--set", "sft.steps=2", "--set", "data.synth.test=600"]);
+    let mut train = start_with(&s, &["sft.steps=2", "data.synth.test=600"]);
     train.until("the evaluation", SOON, || s.find_role("eval"));
     train.kill();
     s.assert_all_exit(STOP);
@@ -131,9 +125,7 @@ fn killed_reward_services_are_restarted() {
 #[test]
 fn interrupts_during_data_synthesis() {
     let s = Sandbox::new();
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
-    let mut train = s.spawn(&["train", "--config", &config, "--set", "data.synth.train=50000"]);
+    let mut train = start_with(&s, &["data.synth.train=50000"]);
     train.until("drawing", SOON, || s.path("run/data/images").exists().then_some(()));
     let signalled = Instant::now();
     train.interrupt();
@@ -151,8 +143,7 @@ fn interrupts_save_a_checkpoint_and_stop_all_roles() {
     let mut train = start_with(&s, &long);
     after_first_update(&s, &mut train);
 
-    let config = s.micro_config();
-    let other = s.unveil(&["train", "--config", &config.to_string_lossy()]);
+    let other = s.run_micro("train", &[]);
     other.fails_with(1, &["in use by another", &run.to_string_lossy()]);
 
     let signalled = Instant::now();
@@ -175,11 +166,9 @@ fn interrupts_save_a_checkpoint_and_stop_all_roles() {
 #[test]
 fn terminations_in_stage_1_resume_there() {
     let s = Sandbox::new();
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
     let run = s.path("run");
-    let args = ["train", "--config", &config, "--set", "sft.steps=80", "--set", "learner.steps=0"];
-    let mut train = s.spawn(&args);
+    let sets = ["sft.steps=80", "learner.steps=0"];
+    let mut train = start_with(&s, &sets);
     train.until("updates of stage 1", SOON, || (events_of(&run, "sft").len() >= 2).then_some(()));
     let signalled = Instant::now();
     // Like Slurm and Kubernetes.
@@ -192,7 +181,7 @@ fn terminations_in_stage_1_resume_there() {
     assert_eq!(committed_steps(&place).last(), Some(&done));
     s.unveil(&["checkpoint", "verify", &place.to_string_lossy()]).ok();
 
-    s.unveil(&args).ok();
+    s.run_micro("train", &sets).ok();
     let steps: Vec<u64> = events_of(&run, "sft").iter().filter_map(|e| e["step"].as_u64()).collect();
     assert_eq!(steps, (1..=80).collect::<Vec<_>>(), "no update is done twice");
 }

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use unveil_testkit::{Lineage, Process, Sandbox, StoreFault, StoreProxy, StoreServer, binary};
+use unveil_testkit::{Lineage, Process, Sandbox, StoreFault, StoreProxy, StoreServer, binary, run_args};
 
 const SOON: Duration = Duration::from_secs(180);
 
@@ -25,10 +25,8 @@ fn paused_learners_commit_nothing_after_a_takeover() {
     let start = |s: &Sandbox, endpoint: &str, steps: u64| -> Process {
         let steps = format!("learner.steps={steps}");
         let config = s.micro_config();
-        let config = config.to_string_lossy();
         let sets = ["sft.steps=5", "learner.checkpoint_every=1", "checkpoint.keep=9", &url, &steps];
-        let mut args = vec!["train", "--config", &config];
-        args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+        let args = run_args("train", &config, &sets);
         s.start(s3.configure(&mut s.command(&binary("unveil"), &args), endpoint))
     };
 

@@ -2,12 +2,11 @@
 //! own disk, started in any order.
 
 use std::collections::BTreeSet;
-use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use unveil_testkit::{Finished, MetricsPage, Process, Sandbox, binary, python, workspace};
+use unveil_testkit::{Finished, MetricsPage, Process, Sandbox, binary, free_address, python, workspace};
 
 const SOON: Duration = Duration::from_secs(120);
 
@@ -19,14 +18,6 @@ fn chart_and_container_pass_their_tests() {
     let done = s.start(command.env("UNVEIL", binary("unveil")).env("PYTHONDONTWRITEBYTECODE", "1")).wait(2 * SOON).ok();
     let ran = done.stderr.lines().find_map(|l| l.strip_prefix("Ran ")?.split(' ').next()?.parse::<usize>().ok());
     assert!(ran.is_some_and(|n| n > 20), "{}", done.stderr);
-}
-
-/// Returns a free port below the ephemeral range, so that it is still free when a role starts later.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 12_000 + (std::process::id() % 1_000) as u16 * 16;
-    let mut ports = std::iter::repeat_with(|| first + NEXT.fetch_add(1, Ordering::Relaxed) % 4_000);
-    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
 }
 
 /// Fetches the metrics page on a port.
@@ -74,8 +65,8 @@ fn health_variable(port: u16) -> (&'static str, String) {
 #[test]
 fn roles_without_a_shared_disk_run_and_report_health() {
     let sandbox = Sandbox::new();
-    let config = sandbox.micro_config().to_string_lossy().into_owned();
-    let port: Vec<u16> = (0..10).map(|_| free_port()).collect();
+    let config = sandbox.micro_config();
+    let port: Vec<u16> = (0..10).map(|_| free_address().port()).collect();
     let at = |i: usize| format!("127.0.0.1:{}", port[i]);
     let store = sandbox.path("store").to_string_lossy().into_owned();
     let variables = vec![

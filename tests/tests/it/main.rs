@@ -1,5 +1,8 @@
 //! Tests that cross crates: the built programs as real processes, one module per subject.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test may panic, and prints what it measured")]
+#![allow(clippy::disallowed_methods, reason = "a test reads its seed, paths and tasks from the environment")]
+
 mod asynchrony;
 mod bad_input;
 mod broadcast;
@@ -12,6 +15,7 @@ mod helm;
 mod machines;
 mod offline;
 mod pages;
+mod prompts;
 mod ranks;
 mod resume;
 mod reward;

@@ -5,25 +5,17 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use unveil_service::{READY, check_health};
-use unveil_testkit::{FoundProcess, Lineage, Process, Sandbox, committed_steps, events_of};
+use unveil_testkit::{FoundProcess, Lineage, Process, Sandbox, committed_steps, events_of, free_address};
 
 const SOON: Duration = Duration::from_secs(120);
 const TWO: [&str; 2] = ["learner.parallel.ranks=2", "learner.parallel.lost_s=5"];
 
 fn start(s: &Sandbox, command: &str, sets: &[&str]) -> Process {
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
-    let mut args = vec![command, "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    s.spawn(&args)
+    s.start_micro(command, sets)
 }
 
 fn rank_one(s: &Sandbox) -> Option<FoundProcess> {
     s.processes().into_iter().find(|p| p.args.iter().any(|a| a == "learner.parallel.rank=1"))
-}
-
-fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// Queries the health endpoint.

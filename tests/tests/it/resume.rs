@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use unveil_testkit::{Finished, Lineage, Process, Sandbox, StoreServer, binary, committed_steps, events_of, read_json};
+use unveil_testkit::{
+    Finished, Lineage, Process, Sandbox, StoreServer, binary, committed_steps, events_of, read_json, run_args,
+};
 
 const SOON: Duration = Duration::from_secs(180);
 
@@ -31,10 +33,7 @@ impl<'a> Machine<'a> {
 
     fn train(&self, sets: &[&str]) -> Process {
         let config = self.s.micro_config();
-        let config = config.to_string_lossy().into_owned();
-        let mut args = vec!["train", "--config", &config];
-        args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-        self.spawn(&args)
+        self.spawn(&run_args("train", &config, sets))
     }
 
     fn run_dir(&self) -> PathBuf {
@@ -181,7 +180,6 @@ fn extended_runs_skip_damaged_checkpoints() {
     let s = Sandbox::new();
     let config = s.micro_config();
     let run = s.path("run");
-    let config = config.to_string_lossy();
     let train = |steps: u64| {
         let steps = format!("learner.steps={steps}");
         s.unveil(&["train", "--config", &config, "--set", "sft.steps=10", "--set", &steps]).ok()
@@ -211,9 +209,7 @@ fn extended_runs_skip_damaged_checkpoints() {
     assert_eq!((&shown["accounting"]["trained"], &shown["accounting"]["exactly_once"]), (&json!(20), &json!(true)));
 
     // The learner itself compares the configuration of the checkpoint: the run may be on another machine.
-    let sets = ["rollout.n=3", "learner.optimizer.lr=0.5"];
-    let mut args = vec!["learner", "--config", &config];
-    args.extend(["sft.steps=10", "learner.steps=12"].iter().chain(&sets).flat_map(|set| ["--set", *set]));
-    let line = s.unveil(&args).fails_with(1, &["step 10", "rollout.n = 3, was 4"]);
+    let sets = ["sft.steps=10", "learner.steps=12", "rollout.n=3", "learner.optimizer.lr=0.5"];
+    let line = s.run_micro("learner", &sets).fails_with(1, &["step 10", "rollout.n = 3, was 4"]);
     assert!(!line.contains("optimizer.lr"), "the learning rate may change: {line}");
 }

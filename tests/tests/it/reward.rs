@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use unveil_service::{READY, check_health};
-use unveil_testkit::{Sandbox, binary, json_lines};
+use unveil_testkit::{Sandbox, binary, free_address, json_lines};
 
 #[test]
 fn the_reward_binary_does_not_link_torch() {
@@ -24,7 +24,7 @@ fn the_reward_binary_does_not_link_torch() {
 fn the_reward_service_starts_and_stops_quickly() {
     let s = Sandbox::new();
     let start = Instant::now();
-    let health = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
+    let health = free_address();
     let mut service = s.spawn(&["reward", "serve", "--set", &format!("health.listen={health}")]);
     let ready = json_lines(&service.first_line(Duration::from_secs(10)));
     eprintln!("ready after {:?}", start.elapsed());

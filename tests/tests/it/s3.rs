@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use unveil_testkit::{Finished, Lineage, Process, Sandbox, binary, python};
+use unveil_testkit::{Finished, Lineage, Process, Sandbox, binary, python, run_args};
 
 const SOON: Duration = Duration::from_secs(120);
 const URL: &str = "s3://bucket/runs/a";
@@ -46,11 +46,8 @@ fn runs_save_to_moto_and_notice_its_loss() {
     let config = s.micro_config();
     let run = s.path("run");
     let set = format!("checkpoint.url={URL}");
-    let config = config.to_string_lossy();
     let sets = [set.as_str(), "sft.steps=5", "learner.steps=2", "learner.checkpoint_every=1"];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    s3.run(&args).ok();
+    s3.run(&run_args("train", &config, &sets)).ok();
     Lineage::read(&run).assert_exactly_once(2, 2, 8);
     let list = s3.run(&["checkpoint", "list", URL]).ok().json();
     assert_eq!(list.iter().filter_map(|c| c["step"].as_u64()).collect::<Vec<_>>(), [1, 2]);

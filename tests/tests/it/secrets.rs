@@ -59,7 +59,7 @@ fn no_output_contains_a_secret() {
     s.write("token", TOKEN);
     let tls = s.path("tls").display().to_string();
     s.unveil(&["tls", "init", "--out", &tls]).ok();
-    let file = s.micro_config().display().to_string();
+    let file = s.micro_config();
     let url = server.url();
     let sets = [
         format!("auth.token_file={}", s.path("token").display()),

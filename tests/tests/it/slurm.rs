@@ -42,7 +42,6 @@ fn slurm_runs_survive_a_hung_node_and_a_preemption() {
     set_permissions(&secrets, Permissions::from_mode(0o600)).expect("private secrets");
     let config = s.micro_config();
     let run = s.path("run");
-    let config = config.to_string_lossy();
     let secrets = secrets.to_string_lossy();
     let steps = format!("learner.steps={STEPS}");
     let flags = ["--config", &config, "--learner-nodes", "2", "--cpus", "1", "--secrets", &secrets];
@@ -145,7 +144,6 @@ fn slurm_accepts_arrays_heterogeneous_jobs_and_odd_paths() {
     let config = s.micro_config();
     let roles = s.write("roles", ROLES);
     set_permissions(&roles, Permissions::from_mode(0o755)).expect("a program");
-    let config = config.to_string_lossy();
     let roles = roles.to_string_lossy();
     let odd = s.path("it's 100% #1");
     let plain = ["--set", "tls.insecure=true", "--sbatch", "comment=two words"];
@@ -192,7 +190,6 @@ fn slurm_restarts_runs_after_the_death_of_a_node() {
     let config = s.micro_config();
     let roles = roles.to_string_lossy();
     let run = s.path("long");
-    let config = config.to_string_lossy();
     let dir = format!("run.dir={}", run.display());
     let flags =
         ["--config", &config, "--program", &roles, "--cpus", "1", "--learner-nodes", "2", "--rollout-nodes", "1"];

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::Value;
-use unveil_testkit::{Lineage, Sandbox, Span, SpanCollector, events_of, json_lines, read_json};
+use unveil_testkit::{Lineage, Sandbox, Span, SpanCollector, events_of, json_lines, read_json, run_args};
 
 fn assert_valid_metrics(metrics: &Value) {
     for key in ["accuracy", "mean_iou", "acc50", "soft_f1", "vision_lift", "n"] {
@@ -29,13 +29,11 @@ fn tensorboard_files(dir: &Path) -> usize {
 fn complete_runs_end_to_end() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let run = s.path("run");
     let collector = SpanCollector::start();
     let endpoint = format!("telemetry.otlp_endpoint={}", collector.endpoint());
     let sets = ["eval.suites=[\"grounding\"]", "telemetry.log=json", &endpoint];
-    let args: Vec<&str> =
-        ["train", "--config", &config].into_iter().chain(sets.into_iter().flat_map(|set| ["--set", set])).collect();
+    let args = run_args("train", &config, &sets);
     let first = s.unveil(&args).ok();
     assert_eq!(s.processes(), [], "every role ends with the run");
 
@@ -173,11 +171,9 @@ fn check_checkpoints(s: &Sandbox, run: &str) {
 fn adapter_runs_write_merged_model_and_adapters() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let run = s.path("run");
     let sets = ["learner.lora.rank=4", "learner.kl_coef=0.05", "learner.steps=3"];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
+    let mut args = run_args("train", &config, &sets);
     s.unveil(&args).ok();
     Lineage::read(&run).assert_exactly_once(3, 2, 8);
     let updates = events_of(&run, "train");
@@ -210,8 +206,6 @@ fn adapter_runs_write_merged_model_and_adapters() {
 #[test]
 fn ppo_trains_a_value_head() {
     let s = Sandbox::new();
-    let config = s.micro_config();
-    let config = config.to_string_lossy();
     let run = s.path("run");
     let sets = [
         "learner.algorithm=ppo",
@@ -220,9 +214,7 @@ fn ppo_trains_a_value_head() {
         "learner.minibatches=2",
         "data.augment.crop_min=0.6",
     ];
-    let mut args = vec!["train", "--config", &config];
-    args.extend(sets.iter().flat_map(|set| ["--set", *set]));
-    s.unveil(&args).ok();
+    s.run_micro("train", &sets).ok();
     Lineage::read(&run).assert_exactly_once(2, 2, 8);
     check_samples(&run, 2);
     for e in events_of(&run, "train") {
@@ -241,7 +233,6 @@ fn ppo_trains_a_value_head() {
 fn dumped_batches_replay_to_the_same_weights() {
     let s = Sandbox::new();
     let config = s.micro_config();
-    let config = config.to_string_lossy();
     let run = s.path("run");
     let dumps = s.path("dumps");
     let out = s.path("out");

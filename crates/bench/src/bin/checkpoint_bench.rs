@@ -5,6 +5,9 @@
 //! `raw_save`, `raw_load` and `clear` have the key `url`. A save copies the state as a learner does, then writes objects, manifest and
 //! log; a load reads and verifies everything into memory.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+#![allow(clippy::disallowed_methods, reason = "credentials of the store come from the environment")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};

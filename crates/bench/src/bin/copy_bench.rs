@@ -4,6 +4,8 @@
 //! `copy_bench MODEL_DIR THREADS ROUNDS` measures alternately the seconds of each copy (the first one allocates its
 //! memory) and the seconds of a memcpy of as many bytes by as many threads.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::path::Path;
 use std::time::Instant;
 

@@ -5,9 +5,12 @@
 //! seconds of each update, the seconds of these spent waiting for other ranks, and the loss and gradient norm of the
 //! first update. With `overlap = false`, the all-reduce over ranks starts after the backward pass.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::path::Path;
+use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -132,16 +135,15 @@ fn serve(args: &[String], say: &mut dyn FnMut(Value) -> Result<(), BoxError>) ->
     Ok(())
 }
 
-fn main() {
+fn main() -> ExitCode {
     let mut say = |reply: Value| -> Result<(), BoxError> {
         let mut out = std::io::stdout().lock();
         writeln!(out, "{reply}")?;
         Ok(out.flush()?)
     };
     let args: Vec<String> = std::env::args().collect();
-    if let Err(error) = serve(&args, &mut say) {
-        eprintln!("learner_bench: {error}");
-        let _ = say(json!({ "error": error.to_string() }));
-        std::process::exit(1);
-    }
+    let Err(error) = serve(&args, &mut say) else { return ExitCode::SUCCESS };
+    eprintln!("learner_bench: {error}");
+    let _ = say(json!({ "error": error.to_string() }));
+    ExitCode::FAILURE
 }

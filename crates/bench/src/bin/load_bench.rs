@@ -3,13 +3,16 @@
 //! `load_bench model DIR DEVICE DTYPE` loads a model directory and then reads one byte of every page of every parameter, so that no page fault is
 //! left for later; `load_bench raw DIR` reads the same weights files with read(2) into one buffer.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::time::Instant;
 
+use procfs::process::Process;
 use tch::{Device, Kind, Tensor};
-use unveil_model::{Vlm, device};
+use unveil_model::{Vlm, device, parse_dtype};
 
 type Error = Box<dyn std::error::Error>;
 
@@ -18,11 +21,7 @@ const BUFFER_BYTES: usize = 8 << 20;
 
 /// Loads the directory; the time includes reading its pages afterwards.
 fn load_model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Error> {
-    let kind = match kind {
-        "float32" => Kind::Float,
-        "bfloat16" => Kind::BFloat16,
-        other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
-    };
+    let kind = parse_dtype(kind)?;
     let device = device(device_name)?;
     if device != Device::Cpu {
         // Create the GPU context before the clock starts.
@@ -38,17 +37,13 @@ fn load_model(dir: &Path, device_name: &str, kind: &str) -> Result<String, Error
         check = check.wrapping_add(touch_pages(tensor));
     }
     let seconds = start.elapsed().as_secs_f64();
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let kib = |field: &str| -> u64 {
-        let line = status.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':'));
-        line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
-    };
+    let status = Process::myself()?.status()?;
     Ok(format!(
         "{{\"seconds\":{seconds},\"load_seconds\":{loaded},\"bytes\":{bytes},\"check\":{check},\
          \"peak_kib\":{},\"anonymous_kib\":{},\"file_kib\":{}}}",
-        kib("VmHWM"),
-        kib("RssAnon"),
-        kib("RssFile")
+        status.vmhwm.unwrap_or(0),
+        status.rssanon.unwrap_or(0),
+        status.rssfile.unwrap_or(0)
     ))
 }
 

@@ -4,6 +4,8 @@
 //! `serve` runs the service on a free port, `load ADDRESS SECONDS RATE` calls it (RATE responses per second, 0 = as fast as it
 //! answers). The result is one JSON line.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;

@@ -5,15 +5,18 @@
 //! Commands: `greedy {groups, new}` returns tokens; `generate {groups, n, new, capture, calls}` returns the seconds of each call and the
 //! number of encoded images per call. Attention is captured in the layer that rollout uses.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::io::{BufRead, Write};
 use std::path::Path;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use unveil_core::{Finish, Prompt, Sampling};
 use unveil_engine::{Engine, EngineOptions, GroupOutput, GroupRequest, PromptInput};
-use unveil_model::{AttentionSet, Vlm, device, read_safetensors};
+use unveil_model::{AttentionSet, Vlm, device, parse_dtype, read_safetensors};
 
 type BoxError = Box<dyn std::error::Error>;
 
@@ -127,11 +130,7 @@ fn serve(args: &[String], reply: &mut dyn FnMut(Value) -> Result<(), BoxError>) 
         return Err("usage: rollout_bench MODEL_DIR PROMPTS DEVICE DTYPE THREADS".into());
     };
     tch::set_num_threads(threads.parse()?);
-    let kind = match kind.as_str() {
-        "float32" => Kind::Float,
-        "bfloat16" => Kind::BFloat16,
-        other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
-    };
+    let kind = parse_dtype(kind)?;
     let vlm = Vlm::load(Path::new(dir), device(device_name)?, kind)?;
     let mut bench = Bench { vlm: &vlm, inputs: prompts(Path::new(file))?, with_capture: None, without_capture: None };
     reply(json!({ "ready": true }))?;
@@ -147,16 +146,15 @@ fn serve(args: &[String], reply: &mut dyn FnMut(Value) -> Result<(), BoxError>) 
     Ok(())
 }
 
-fn main() {
+fn main() -> ExitCode {
     let mut reply = |value: Value| -> Result<(), BoxError> {
         let mut stdout = std::io::stdout().lock();
         writeln!(stdout, "{value}")?;
         Ok(stdout.flush()?)
     };
     let args: Vec<String> = std::env::args().collect();
-    if let Err(error) = serve(&args, &mut reply) {
-        eprintln!("rollout_bench: {error}");
-        let _ = reply(json!({ "error": error.to_string() }));
-        std::process::exit(1);
-    }
+    let Err(error) = serve(&args, &mut reply) else { return ExitCode::SUCCESS };
+    eprintln!("rollout_bench: {error}");
+    let _ = reply(json!({ "error": error.to_string() }));
+    ExitCode::FAILURE
 }

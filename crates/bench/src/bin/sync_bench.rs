@@ -9,6 +9,8 @@
 //! the receiver, `{"op":"join"}` switches to broadcasts and `{"op":"leave"}` back to streams; on the sender,
 //! `{"op":"sent"}` returns the number of broadcasts since the last call.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark may panic, and its results go to stdout")]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -24,6 +26,7 @@ use unveil_experience_rpc::{
     BroadcastMember, BroadcastOptions, ExperienceServer, ExperienceServerOptions, GroupSource, NewWeights,
     PreparedGroup, RecordFailure, WeightReceiver,
 };
+use unveil_model::parse_dtype;
 
 type BoxError = Box<dyn std::error::Error>;
 
@@ -48,11 +51,7 @@ struct Model {
 
 /// Creates tensors of the given shapes as views of one block.
 fn tensors(path: &str, dtype: &str) -> Result<Model, BoxError> {
-    let kind = match dtype {
-        "float32" => Kind::Float,
-        "bfloat16" => Kind::BFloat16,
-        other => return Err(format!("dtype `{other}`: use float32 or bfloat16").into()),
-    };
+    let kind = parse_dtype(dtype)?;
     let shapes: BTreeMap<String, Vec<i64>> = serde_json::from_slice(&std::fs::read(path)?)?;
     let numel = |shape: &[i64]| shape.iter().product::<i64>();
     let largest = shapes.values().map(|s| numel(s)).max().ok_or("no shapes")?;
