@@ -125,7 +125,7 @@ impl Placement {
 }
 
 /// Returns the number of GPUs that the driver shows this process; 0 without a driver.
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "calls the CUDA driver, which is a C library")]
 fn driver_gpu_count(driver: &Path) -> usize {
     type Init = unsafe extern "C" fn(u32) -> i32;
     type Count = unsafe extern "C" fn(*mut i32) -> i32;

@@ -52,7 +52,7 @@ fn tensor_bytes(tensor: &Tensor) -> usize {
 }
 
 /// Reads a byte of each page of a tensor in host memory; sums a tensor on another device, which waits for its copies.
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "reads a tensor's memory in place")]
 fn touch_pages(tensor: &Tensor) -> u64 {
     if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
         return tensor.sum(Kind::Float).double_value(&[]).to_bits();

@@ -222,7 +222,7 @@ fn allocate(t: &WeightsTensor, pool: &mut TensorPool, device: Device) -> Result<
 }
 
 /// Writes bytes of a tensor starting at byte `at`.
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "copies received bytes into a tensor's memory")]
 fn write_bytes(tensor: &mut Tensor, at: usize, data: &[u8]) {
     assert!(at + data.len() <= byte_len(tensor) && tensor.device() == Device::Cpu && tensor.is_contiguous());
     // SAFETY: the tensor is contiguous, in host memory and large enough (asserted above), and the caller has it alone. Any bytes

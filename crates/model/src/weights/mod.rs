@@ -268,7 +268,7 @@ pub(crate) fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(files.into_iter().map(|f| dir.join(f)).collect())
 }
 
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "maps a file into memory")]
 fn map_file(path: &Path) -> Result<MmapMut> {
     let file = File::open(path).map_err(|e| ModelError::io(path, e))?;
     // SAFETY: the map is private: writes to it never reach the file. Weights files are replaced by rename, never rewritten in place, so
@@ -319,7 +319,7 @@ fn view_kind(path: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
 }
 
 /// Returns a tensor over the mapped bytes; `None` if they are not aligned. The map must live as long as the tensor.
-#[allow(unsafe_code)]
+#[expect(unsafe_code, reason = "borrows mapped memory as a tensor")]
 fn borrow_view(view: &TensorView<'_>, kind: Kind) -> Result<Option<Tensor>> {
     let shape = shape_of(view);
     let data = view.data();
