@@ -77,6 +77,22 @@ impl Gpus {
         Some(Gpu { id: id.clone(), numbered: self.numbered })
     }
 
+    /// Assigns GPUs to the ranks of stage 1; with `share` several ranks may get the same one.
+    ///
+    /// # Errors
+    /// Returns [`LaunchError::Gpus`] if there are fewer GPUs than ranks and they must not be shared.
+    pub(crate) fn assign_stage_1(&self, ranks: usize, share: bool) -> Result<Vec<Option<Gpu>>, LaunchError> {
+        let have = self.ids.len();
+        if have > 0 && have < ranks && !share {
+            return Err(LaunchError::Gpus(format!(
+                "stage 1 has {ranks} ranks that each need a GPU, and there are {have} ({}). Lower sft.parallel.ranks, or set \
+                 launch.share_gpus = true to run several processes on one GPU",
+                self.ids.join(", ")
+            )));
+        }
+        Ok((0..ranks).map(|rank| self.for_process(rank)).collect())
+    }
+
     /// Assigns GPUs to the learner's ranks and to the workers; with `share` several processes may get the same one.
     ///
     /// # Errors
@@ -143,6 +159,28 @@ fn driver_gpu_count(driver: &Path) -> usize {
     if status == 0 { usize::try_from(count).unwrap_or(0) } else { 0 }
 }
 
+/// Returns the memory in bytes of the smallest GPU that the driver shows this process; `None` without a driver or a GPU.
+pub(crate) fn smallest_memory() -> Option<u64> {
+    driver_smallest_memory(Path::new(DRIVER))
+}
+
+#[expect(unsafe_code, reason = "calls the CUDA driver, which is a C library")]
+fn driver_smallest_memory(driver: &Path) -> Option<u64> {
+    type Total = unsafe extern "C" fn(*mut usize, i32) -> i32;
+    let count = driver_gpu_count(driver);
+    // SAFETY: the symbol has this signature in every version of the driver, which was initialised to count the GPUs; it needs no context,
+    // and the library stays loaded.
+    unsafe {
+        let library = std::mem::ManuallyDrop::new(Library::open(Some(driver), RTLD_NOW).ok()?);
+        let total = library.get::<Total>(b"cuDeviceTotalMem_v2").ok()?;
+        let memory = |gpu: usize| {
+            let mut bytes = 0;
+            (total(&raw mut bytes, i32::try_from(gpu).ok()?) == 0).then_some(bytes as u64)
+        };
+        (0..count).filter_map(memory).min()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use unveil_testkit::FakeDriver;
@@ -204,5 +242,12 @@ mod tests {
         let driver = FakeDriver::build(&[(1, 2), (3, 4), (5, 6)]);
         assert_eq!(driver_gpu_count(driver.library()), 3);
         assert_eq!(driver_gpu_count(Path::new("/nowhere/libcuda.so.1")), 0);
+    }
+
+    #[test]
+    fn smallest_gpu_limits_a_plan() {
+        let driver = FakeDriver::build(&[(1, 8 << 30), (3, 6 << 30), (5, 7 << 30)]);
+        assert_eq!(driver_smallest_memory(driver.library()), Some(6 << 30));
+        assert_eq!(driver_smallest_memory(Path::new("/nowhere/libcuda.so.1")), None);
     }
 }

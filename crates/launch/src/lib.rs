@@ -5,13 +5,16 @@
 
 mod gpus;
 mod memory;
+mod placement;
 mod prepare;
 mod restart_backoff;
 mod role_process;
+mod stage1;
 mod stage2;
 pub mod submit;
 mod train;
 
+pub use placement::{MachineMemory, PlacedProcess, placement};
 pub use prepare::prepare_data;
 pub use train::{TrainOptions, train};
 

@@ -10,6 +10,7 @@ use unveil_config::Config;
 use crate::gpus::{self, Gpus, Placement};
 use crate::memory::PeakMemory;
 use crate::role_process::{RoleCommand, RoleProcess};
+use crate::stage1::Stage1;
 use crate::stage2::Stage2;
 use crate::{LaunchError, io, prepare_data};
 
@@ -63,7 +64,7 @@ pub fn train(config: &Config, options: &TrainOptions<'_>) -> Result<Option<Value
         job.run_to_end("model", args.into_iter().chain([initial.display().to_string()]).chain(seed).collect(), false)?;
     }
     if config.sft.steps > 0 && !config.stage1_model().join("config.json").exists() {
-        job.run_to_end("sft", job.role_args("sft"), true)?;
+        job.run_stage_1()?;
     }
     let before = job.evaluate(&config.stage1_model(), "before")?;
     if options.prepare {
@@ -86,7 +87,7 @@ pub fn train(config: &Config, options: &TrainOptions<'_>) -> Result<Option<Value
     }
     let after = if config.learner.steps > 0 { job.evaluate(&config.final_model(), "after")? } else { before.clone() };
 
-    let summary = json!({
+    let mut summary = json!({
         "before": before,
         "after": after,
         "wall_s": wall.seconds(),
@@ -94,13 +95,28 @@ pub fn train(config: &Config, options: &TrainOptions<'_>) -> Result<Option<Value
         "steps": config.learner.steps,
         "seed": config.run.seed,
     });
+    let events = unveil_report::read_events(&run).map_err(io("cannot read", &run))?;
+    add_sampling_counts(&mut summary, config, events);
     let path = run.join("summary.json");
     unveil_core::write_atomic(&path, format!("{summary:#}\n").as_bytes()).map_err(io("cannot write", &path))?;
     Ok(Some(summary))
 }
 
+/// Adds to the summary how many groups were replaced and how many responses left out of the loss, each if the configuration enables it.
+fn add_sampling_counts(summary: &mut Value, config: &Config, events: Vec<Value>) {
+    let updates = unveil_report::lineage(events);
+    let sum =
+        |key: &str| -> u64 { updates.iter().filter(|e| e["kind"] == "train").filter_map(|e| e[key].as_u64()).sum() };
+    if config.learner.max_replaced > 0 {
+        summary["replaced_groups"] = sum("replaced").into();
+    }
+    if config.learner.overlong_filter {
+        summary["filtered_responses"] = sum("filtered_responses").into();
+    }
+}
+
 /// Returns the GPUs of the run and their assignment in stage 2, before anything is written.
-fn assign_gpus(config: &Config, prepare: bool) -> Result<(Gpus, Placement), LaunchError> {
+pub(crate) fn assign_gpus(config: &Config, prepare: bool) -> Result<(Gpus, Placement), LaunchError> {
     let visible = unveil_config::environment().into_iter().find(|(name, _)| name == gpus::VISIBLE_DEVICES);
     let gpus = Gpus::detect(&config.run.device, visible.as_ref().map(|(_, value)| value.as_str()))?;
     let mut ranks = config.learner.parallel.ranks;
@@ -125,8 +141,11 @@ struct TrainJob<'a> {
 }
 
 impl TrainJob<'_> {
-    fn role_args(&self, command: &str) -> Vec<String> {
-        [command, "--config", &self.file.display().to_string(), "--supervised"].map(str::to_owned).to_vec()
+    /// Runs all ranks of stage 1.
+    fn run_stage_1(&self) -> Result<(), LaunchError> {
+        let ranks = self.gpus.assign_stage_1(self.config.sft.parallel.ranks, self.config.launch.share_gpus)?;
+        let stage = Stage1 { unveil: &self.options.unveil, config: self.file, logs: self.logs, ranks };
+        stage.run(self.options.stop)
     }
 
     /// Prepares the data on a separate thread, which an interrupt abandons: record files are written atomically.
@@ -287,6 +306,24 @@ mod tests {
         let mut config = Config::default();
         config.run.dir = run.display().to_string();
         config
+    }
+
+    #[test]
+    fn the_summary_counts_replaced_groups_of_the_lineage() {
+        let train = |step: u64, replaced: u64| json!({"kind": "train", "step": step, "replaced": replaced, "filtered_responses": 2});
+        let resumed = json!({"kind": "resumed", "stage": "rl", "step": 1});
+        let events =
+            vec![train(1, 3), train(2, 100), resumed, train(2, 4), json!({"kind": "sft", "step": 1, "replaced": 9})];
+        let mut config = Config::default();
+        let mut summary = json!({});
+        add_sampling_counts(&mut summary, &config, events.clone());
+        assert_eq!(summary, json!({}), "off");
+        config.learner.max_replaced = 5;
+        add_sampling_counts(&mut summary, &config, events.clone());
+        assert_eq!(summary, json!({"replaced_groups": 7}));
+        config.learner.overlong_filter = true;
+        add_sampling_counts(&mut summary, &config, events);
+        assert_eq!(summary, json!({"replaced_groups": 7, "filtered_responses": 4}));
     }
 
     /// A crash or a full disk during a write must not be mistaken for defaults or for another run.
