@@ -26,12 +26,17 @@ const CHANGEABLE: &[&str] = &[
     "reward.listen",
     "reward.address",
     "reward.deadline_s",
+    "sft.parallel",
+    "sft.token_budget",
+    "sft.recompute",
     "learner.steps",
     "learner.optimizer.lr",
     "learner.optimizer.allow_high_lr",
     "learner.optimizer.lr_end",
     "learner.optimizer.warmup",
     "learner.optimizer.decay",
+    "learner.optimizer.schedule",
+    "learner.optimizer.groups",
     "learner.parallel",
     "learner.token_budget",
     "learner.recompute",
@@ -41,6 +46,7 @@ const CHANGEABLE: &[&str] = &[
     "learner.metrics_listen",
     "learner.eval_every",
     "learner.max_masked",
+    "learner.max_replaced",
     "learner.checkpoint_every",
     "checkpoint",
     "launch",
@@ -134,8 +140,14 @@ mod tests {
         now.learner.optimizer.lr = 0.5;
         now.learner.parallel.ranks = 4;
         now.rollout.n = 3;
+        now.run.compute = unveil_core::Compute::Fast;
         let changed: Vec<(String, bool)> = changes(&before, &now).into_iter().map(|c| (c.key, c.allowed)).collect();
-        let expected = [("learner.optimizer.lr", true), ("learner.parallel.ranks", true), ("rollout.n", false)];
+        let expected = [
+            ("learner.optimizer.lr", true),
+            ("learner.parallel.ranks", true),
+            ("rollout.n", false),
+            ("run.compute", false),
+        ];
         let mut changed: Vec<(&str, bool)> = changed.iter().map(|(k, a)| (k.as_str(), *a)).collect();
         changed.sort_unstable();
         assert_eq!(changed, expected);

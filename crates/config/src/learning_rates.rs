@@ -3,7 +3,7 @@
 
 use crate::error::ConfigError;
 use crate::load::Loaded;
-use crate::schema::Optimizer;
+use crate::schema::{Optimizer, SftPhase};
 use crate::size::format_count;
 
 /// Number of parameters above which a model is assumed to be pretrained.
@@ -40,17 +40,22 @@ impl Loaded {
     fn learning_rate_problem(&self, parameters: u64, stage: TrainingStage) -> Option<String> {
         let c = &self.config;
         let (section, steps, optimizer, adapters): (&str, u64, &Optimizer, bool) = match stage {
-            TrainingStage::Sft => ("sft", c.sft.steps, &c.sft.optimizer, false),
+            TrainingStage::Sft => ("sft", c.sft.steps, &c.sft.optimizer, c.sft.lora.rank > 0),
             TrainingStage::Learner => ("learner", c.learner.steps, &c.learner.optimizer, c.learner.lora.rank > 0),
         };
         if parameters <= LARGE_MODEL || steps == 0 {
             return None;
         }
+        if stage == TrainingStage::Sft && !c.sft.stage.is_empty() {
+            return self.phase_rate_problem();
+        }
         let key = format!("{section}.optimizer.lr");
         let lr = optimizer.lr;
+        let highest = optimizer.groups.iter().map(|g| g.lr).fold(lr, f64::max);
         let size = format_count(parameters);
         let usual = match (stage, adapters) {
-            (TrainingStage::Sft, _) => "1e-5",
+            (TrainingStage::Sft, false) => "1e-5",
+            (TrainingStage::Sft, true) => "1e-4",
             (TrainingStage::Learner, false) => "1e-6",
             (TrainingStage::Learner, true) => "1e-5",
         };
@@ -61,12 +66,30 @@ impl Loaded {
                 if adapters { " with adapters" } else { "" }
             ));
         }
-        (lr > MAX_FULL_TRAINING_LR && !adapters && !optimizer.allow_high_lr).then(|| {
+        (highest > MAX_FULL_TRAINING_LR && !adapters && !optimizer.allow_high_lr).then(|| {
+            let key = if highest > lr { format!("{section}.optimizer.groups: a rate") } else { key };
             format!(
-                "{key} is {lr:e}, and all weights of a model with {size} parameters are trained: use at most {MAX_FULL_TRAINING_LR:e} \
+                "{key} is {highest:e}, and all weights of a model with {size} parameters are trained: use at most {MAX_FULL_TRAINING_LR:e} \
                  ({usual} is usual), or confirm it by {section}.optimizer.allow_high_lr = true"
             )
         })
+    }
+}
+
+impl Loaded {
+    /// Returns why the learning rate of a phase of stage 1 does not fit a large model.
+    fn phase_rate_problem(&self) -> Option<String> {
+        let is_wrong = |p: &SftPhase| {
+            let highest = p.optimizer.groups.iter().map(|g| g.lr).fold(p.optimizer.lr, f64::max);
+            let is_high = highest > MAX_FULL_TRAINING_LR && p.lora.rank == 0 && !p.optimizer.allow_high_lr;
+            is_high || p.optimizer.lr == Optimizer::default().lr
+        };
+        let index = self.config.sft.stage.iter().position(is_wrong)?;
+        let lr = self.config.sft.stage[index].optimizer.lr;
+        Some(format!(
+            "sft.stage[{index}].optimizer.lr is {lr:e}, for a large model: set it to at most {MAX_FULL_TRAINING_LR:e} (1e-5 is usual; 1e-4 with \
+             adapters), or confirm a higher one by allow_high_lr = true"
+        ))
     }
 }
 
@@ -115,10 +138,13 @@ mod tests {
             ""
         );
         assert_eq!(message(QWEN_7B, &["sft.steps=0", "learner.optimizer.lr=2e-4", "learner.lora.rank=8"]), "");
-        // Stage 1 has no adapters.
+        // Stage 1 trains all weights.
         let first = message(QWEN_7B, &["sft.optimizer.lr=2e-4", "learner.optimizer.lr=2e-4", "learner.lora.rank=8"]);
         assert!(first.contains("sft.optimizer.lr is 2e-4") && !first.contains("learner.optimizer.lr is"), "{first}");
         assert_eq!(message(1_260_000, &["learner.optimizer.lr=1e-1"]), "");
+        let group = "learner.optimizer.groups=[{parameters=['merger'],lr=1e-3}]";
+        let high = message(QWEN_7B, &["sft.steps=0", "learner.optimizer.lr=1e-6", group]);
+        assert!(high.contains("learner.optimizer.groups: a rate is 1e-3"), "{high}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub use identity::{MIN_TOKEN_CHARS, Role, TlsFiles};
 pub use learning_rates::TrainingStage;
 pub use load::{Loaded, environment, load, load_from, parse};
 pub use path_checks::{directory_problem, model_dir_problem};
-pub use paths::SFT_PREFIX;
+pub use paths::SFT_PREFIXES;
 pub use reference::{json_schema, reference_page};
 pub use schema::Config;
 pub use size::{count_parameters, format_count};

@@ -95,7 +95,8 @@ pub fn reference_page() -> String {
         let section = &keys[0].section;
         let _ = write!(
             page,
-            "\n## `[{section}]`\n\n{title}\n\n| key | type | default | range | meaning |\n|---|---|---|---|---|\n"
+            "\n## `{}`\n\n{title}\n\n| key | type | default | range | meaning |\n|---|---|---|---|---|\n",
+            table_header(section)
         );
         for key in &keys {
             let default = key.default.as_ref().map_or_else(|| "required".to_owned(), |value| format!("`{value}`"));
@@ -106,6 +107,13 @@ pub fn reference_page() -> String {
         }
     }
     page
+}
+
+/// Returns the header of a section in TOML. A section inside the entries of a list is called `[list].section`, and its header follows that of
+/// an entry.
+fn table_header(section: &str) -> String {
+    let name = section.replace(['[', ']'], "");
+    if section.ends_with(']') { format!("[[{name}]]") } else { format!("[{name}]") }
 }
 
 fn properties(schema: &Value) -> impl Iterator<Item = (&str, &Value)> {
@@ -234,7 +242,15 @@ mod tests {
         let known: Vec<String> = crate::change::entries(&Config::default()).into_iter().map(|(key, _)| key).collect();
         for path in &known {
             let listed = keys.iter().any(|k| key_path(k) == *path || path.starts_with(&format!("{}.", key_path(k))));
-            assert!(listed || ["reward.custom", "reward.gates", "learner.freeze"].contains(&path.as_str()), "{path}");
+            let tables = [
+                "reward.custom",
+                "reward.gates",
+                "learner.freeze",
+                "sft.stage",
+                "sft.optimizer.groups",
+                "learner.optimizer.groups",
+            ];
+            assert!(listed || tables.contains(&path.as_str()), "{path}");
         }
         for key in &keys {
             let required = key.section.starts_with('[');

@@ -4,7 +4,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use unveil_core::Dtype;
+use unveil_core::{Compute, Dtype};
 
 mod access;
 mod answer;
@@ -21,6 +21,8 @@ mod prompt;
 mod reward;
 mod reward_service;
 mod rollout;
+mod schedule;
+mod sft;
 mod telemetry;
 
 pub use access::{Auth, Tls};
@@ -31,16 +33,18 @@ pub(crate) use endpoint::ChatEndpoint;
 pub use health::Health;
 pub use launch::Launch;
 pub use learner::{Critic, Freeze, KlPlacement, Learner, RatioBase, Whiten};
-pub use lora::Lora;
+pub use lora::{Lora, SftLora};
 pub use model::Model;
 pub use parallel::Parallel;
 pub use prompt::Prompt;
 pub use reward::{
-    Abstention, ComponentConfig, Custom, Gate, Length, Localization, Normalise, Overlap, Relevance, RelevanceKind,
-    Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
+    Abstention, ComponentConfig, Custom, Gate, Length, Localization, Normalise, Overlap, Overlong, Relevance,
+    RelevanceKind, Repetition, Reward, Symbolic, VisionMode, VisionRelevance,
 };
 pub use reward_service::{Judge, RewardService};
 pub use rollout::{Rollout, WeightSync};
+pub use schedule::{ParameterGroup, Schedule};
+pub use sft::{Sft, SftPhase};
 pub use telemetry::{LogFormat, Telemetry};
 
 /// Complete configuration of a run.
@@ -104,9 +108,14 @@ pub struct Run {
     /// exactly `rollout.groups_per_lease` groups, each generated separately. Requires `rollout.max_staleness = 0` and a
     /// `rollout.groups_per_lease` that divides `learner.groups`.
     pub deterministic: bool,
-    /// Data type of the weights in computation: `float32` or `bfloat16`. Activations are always fp32, the stage 2 learner keeps fp32 master
-    /// weights, and stage 1 runs entirely in fp32.
+    /// Data type of the weights in computation: `float32` or `bfloat16`. Activations are always fp32, training keeps fp32 master weights
+    /// in both stages.
     pub dtype: Dtype,
+    /// Precision of matrix products, attention and KV caches, in training and generation: `exact` (fp32; a GPU multiplies bf16 weights with
+    /// inputs of 16 bits or more), `fast` (bf16 operands with fp32 sums, and a bf16 KV cache: for large models on a GPU, which multiplies
+    /// bf16 numbers many times as fast as fp32 ones; on the CPU it is slower than `exact`), or `tf32` (GPU only). Residual stream, norms,
+    /// softmax and log-probabilities are fp32 in every mode. `learner.agreement_limit` follows the mode.
+    pub compute: Compute,
 }
 
 impl Default for Run {
@@ -120,6 +129,7 @@ impl Default for Run {
             device: "auto".into(),
             deterministic: false,
             dtype: Dtype::default(),
+            compute: Compute::default(),
         }
     }
 }
@@ -134,9 +144,11 @@ pub struct Optimizer {
     pub lr: f64,
     /// Confirms a learning rate above 5e-5 for full training of a model above 500 million parameters, which is otherwise refused.
     pub allow_high_lr: bool,
+    /// Course of the learning rate after the warm-up: `linear`, `cosine` or `constant`, which ignores `decay` and `lr_end`.
+    pub schedule: Schedule,
     /// Number of updates of linear warm-up; afterwards the rate is constant until it decays.
     pub warmup: u64,
-    /// Fraction of all updates, at the end, over which the rate falls linearly to `lr * lr_end`, 0 to 1; 0 keeps the rate constant.
+    /// Fraction of all updates, at the end, over which the rate falls to `lr * lr_end`, 0 to 1; 0 keeps the rate constant.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub decay: f64,
     /// Final learning rate as a fraction of `lr`, 0 to 1.
@@ -150,6 +162,8 @@ pub struct Optimizer {
     pub weight_decay: f64,
     /// Maximum global norm of the gradient; larger gradients are scaled down. 0 disables clipping.
     pub clip_norm: f64,
+    /// Groups of parameters with other learning rates.
+    pub groups: Vec<ParameterGroup>,
 }
 
 impl Default for Optimizer {
@@ -157,6 +171,7 @@ impl Default for Optimizer {
         Self {
             lr: 1e-3,
             allow_high_lr: false,
+            schedule: Schedule::default(),
             warmup: 20,
             decay: 0.3,
             lr_end: 0.05,
@@ -164,30 +179,8 @@ impl Default for Optimizer {
             eps: 1e-8,
             weight_decay: 0.01,
             clip_norm: 1.0,
+            groups: Vec::new(),
         }
-    }
-}
-
-/// Stage 1: supervised fine-tuning by cross-entropy on the reference answers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Sft {
-    /// Number of updates; 0 skips stage 1.
-    pub steps: u64,
-    /// Images per update.
-    #[schemars(range(min = 1))]
-    pub batch: usize,
-    /// Optimiser of stage 1.
-    pub optimizer: Optimizer,
-    /// Updates between evaluations on the validation split; 0 evaluates at the end only.
-    pub eval_every: u64,
-    /// Updates between checkpoints; 0 saves at the end only.
-    pub checkpoint_every: u64,
-}
-
-impl Default for Sft {
-    fn default() -> Self {
-        Self { steps: 400, batch: 16, optimizer: Optimizer::default(), eval_every: 0, checkpoint_every: 0 }
     }
 }
 
@@ -204,11 +197,15 @@ pub struct Eval {
     /// Additional metric suites of the validation during training: `grounding`, `mau`. Their results are in the `eval` events and in the
     /// report. `grounding` answers every image a second time, with the image withheld. Empty: the summary metrics only.
     pub suites: Vec<Suite>,
+    /// Metric of the validation whose highest value selects the model that a stage exports: the name of a summary metric (`mean_iou`), or
+    /// suite and metric (`grounding.acc50`). Empty: stage 2 exports the model with the highest mean of `mean_iou` and `soft_f1`, and stage 1
+    /// its last one.
+    pub best: String,
 }
 
 impl Default for Eval {
     fn default() -> Self {
-        Self { val_limit: 0, batch: 32, report_images: 8, suites: Vec::new() }
+        Self { val_limit: 0, batch: 32, report_images: 8, suites: Vec::new(), best: String::new() }
     }
 }
 

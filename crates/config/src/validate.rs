@@ -13,6 +13,9 @@ mod message_size;
 mod parallel;
 pub(crate) mod plaintext;
 mod reward;
+mod sft;
+
+use unveil_core::Compute;
 
 use crate::schema::{Config, DataKind, Optimizer};
 
@@ -39,6 +42,10 @@ pub(crate) fn problems(c: &Config) -> Vec<String> {
             || c.run.device.strip_prefix("cuda:").is_some_and(|n| n.parse::<u32>().is_ok()),
         format!("run.device is `{}`: use auto, cpu, cuda or cuda:N", c.run.device),
     );
+    require(
+        c.run.compute != Compute::Tf32 || c.run.device != "cpu",
+        "run.compute = \"tf32\" needs a GPU, but run.device is `cpu`: use exact or fast".into(),
+    );
     match c.data.kind {
         DataKind::Synth => require(
             c.data.synth.size.is_multiple_of(16) && (48..=448).contains(&c.data.synth.size),
@@ -64,7 +71,6 @@ pub(crate) fn problems(c: &Config) -> Vec<String> {
         format!("data.augment.crop_min is {}: use a fraction above 0 up to 1", a.crop_min),
     );
     require((0.0..1.0).contains(&a.jitter), format!("data.augment.jitter is {}: use 0 up to below 1", a.jitter));
-    require(c.sft.batch > 0, "sft.batch is 0".into());
     require(c.rollout.n > 0, "rollout.n is 0: a group has at least one response".into());
     require(
         c.rollout.temperature > 0.0,
@@ -75,6 +81,10 @@ pub(crate) fn problems(c: &Config) -> Vec<String> {
     require(top_p > 0.0 && top_p <= 1.0, format!("rollout.top_p is {top_p}: use a number above 0 up to 1"));
     require((0.0..=1.0).contains(&min_p), format!("rollout.min_p is {min_p}: use a number from 0 to 1"));
     require(c.rollout.stop.iter().all(|s| !s.is_empty()), "rollout.stop contains an empty string".into());
+    require(
+        !c.rollout.keep_cache || c.rollout.max_staleness > 0,
+        "rollout.keep_cache has no effect with rollout.max_staleness = 0: weights never change during generation; remove one of them".into(),
+    );
     require(
         c.rollout.max_rows >= c.rollout.n,
         format!("rollout.max_rows ({}) must hold one group of rollout.n ({})", c.rollout.max_rows, c.rollout.n),
@@ -146,9 +156,13 @@ pub(crate) fn problems(c: &Config) -> Vec<String> {
     collect::check(c, &mut out);
     learner::check(c, &mut out);
     parallel::check(c, &mut out);
+    sft::check(c, &mut out);
     listen::check(c, &mut out);
     message_size::check(c, &mut out);
     check_optimizer("sft", &c.sft.optimizer, &mut out);
+    for (i, phase) in c.sft.stage.iter().enumerate() {
+        check_optimizer(&format!("sft.stage[{i}]"), &phase.optimizer, &mut out);
+    }
     check_optimizer("learner", &c.learner.optimizer, &mut out);
     out
 }
@@ -165,6 +179,19 @@ fn check_optimizer(stage: &str, o: &Optimizer, out: &mut Vec<String>) {
     }
     if o.betas.iter().any(|b| !(0.0..1.0).contains(b)) {
         out.push(format!("{stage}.optimizer.betas is {:?}: each 0 up to below 1", o.betas));
+    }
+    for (i, group) in o.groups.iter().enumerate() {
+        if group.parameters.is_empty() || group.parameters.iter().any(String::is_empty) {
+            out.push(format!(
+                "{stage}.optimizer.groups, entry {i}: parameters must name some, each with a name or prefix"
+            ));
+        }
+        if !(group.lr > 0.0 && group.lr.is_finite()) {
+            out.push(format!(
+                "{stage}.optimizer.groups, entry {i}: lr is {}: use a number above 0, or freeze the parameters",
+                group.lr
+            ));
+        }
     }
 }
 

@@ -25,6 +25,7 @@
 pub mod algorithm;
 pub mod answer;
 pub mod boxes;
+mod compute;
 pub mod dtype;
 pub mod family;
 mod files;
@@ -33,6 +34,7 @@ pub mod group;
 pub mod limits;
 pub mod loss_options;
 pub mod mention;
+mod parameter_names;
 pub mod prompt;
 pub mod record;
 pub mod reward;
@@ -49,16 +51,18 @@ pub use answer::{
     parse_answer,
 };
 pub use boxes::{BoxForm, UnknownBoxForm};
+pub use compute::Compute;
 pub use dtype::Dtype;
 pub use family::{Family, UnknownFamily};
 pub use files::{FILE_MODE, replace_file, write_atomic};
 pub use geometry::{BBox, BoxFault, Grid};
 pub use group::{Finish, GroupId, LogprobKind, Response, Sampling, WeightVersion, records_by_pass};
-pub use loss_options::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
+pub use loss_options::{Importance, KlForm, KlGradient, LossReduction, RatioLevel, Surrogate};
 pub use mention::MentionFinder;
+pub use parameter_names::{selects_layer, selects_parameter};
 pub use prompt::{GridThw, InputSettings, Prompt, PromptSettings};
 pub use record::{Record, RecordError, RecordFault};
-pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason};
+pub use reward::{Attention, Breakdown, Component, LesionScore, MaskReason, rewards_are_equal};
 pub use secret::{Secret, redact};
 pub use special_tokens::SpecialTokens;
 pub use stderr_line::stderr_line;

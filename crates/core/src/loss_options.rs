@@ -13,6 +13,17 @@ pub enum RatioLevel {
     Sequence,
 }
 
+/// Form of the policy loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Surrogate {
+    /// The clipped surrogate of PPO: a token whose ratio has left the clip range has no gradient.
+    Clip,
+    /// CISPO: the log-probability of each token, weighted by the advantage and by the ratio, which is clipped and has no gradient. Every
+    /// token keeps its gradient (MiniMax-M1, arXiv 2506.13585, eq. 4 and 5).
+    Cispo,
+}
+
 /// Importance weight `w = exp(learner before the update - rollout)` of each token's surrogate; used if `ratio_to = "learner"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

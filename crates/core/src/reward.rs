@@ -21,6 +21,17 @@ pub struct Attention {
     pub rows: Vec<Vec<f32>>,
 }
 
+/// Difference from their mean up to which rewards count as equal.
+const EQUAL_REWARDS: f64 = 1e-9;
+
+/// Returns whether a group has rewards and all of them are equal (within 1e-9), so that its relative advantages are exactly 0. Rewards that
+/// are masked (`None`) or not finite are left out.
+pub fn rewards_are_equal(totals: &[Option<f64>]) -> bool {
+    let values: Vec<f64> = totals.iter().flatten().copied().filter(|v| v.is_finite()).collect();
+    let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+    !values.is_empty() && values.iter().all(|v| (v - mean).abs() <= EQUAL_REWARDS)
+}
+
 /// Reason why a component has no value, or a remark on its value. A masked component is never 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::geometry::Grid;
-use crate::group::{GroupId, Response};
+use crate::group::{Finish, GroupId, Response};
 use crate::prompt::Prompt;
 use crate::record::Record;
-use crate::reward::{Attention, Breakdown};
+use crate::reward::{Attention, Breakdown, rewards_are_equal};
 
 /// Prompt and image of one group.
 #[derive(Debug, Clone)]
@@ -60,5 +60,21 @@ impl TrainGroup {
     /// Returns whether the group can be trained on: some response has tokens and a reward.
     pub fn is_rewarded(&self) -> bool {
         self.responses.iter().zip(self.totals()).any(|(r, total)| total.is_some() && !r.tokens.is_empty())
+    }
+
+    /// Returns the positions of the responses that enter the loss: those with tokens and a reward and, with `overlong_filter`, not cut at
+    /// the length limit.
+    pub fn responses_in_loss(&self, overlong_filter: bool) -> Vec<usize> {
+        let enters = |(r, total): (&Response, Option<f64>)| {
+            total.is_some() && !r.tokens.is_empty() && !(overlong_filter && r.finish == Finish::Length)
+        };
+        let entering: Vec<bool> = self.responses.iter().zip(self.totals()).map(enters).collect();
+        (0..entering.len()).filter(|i| entering[*i]).collect()
+    }
+
+    /// Returns whether an algorithm that compares responses has nothing to learn from the group: all its rewards are equal, or no
+    /// rewarded response enters the loss. A group without any reward, which can be scored again, does not count.
+    pub fn teaches_nothing(&self, overlong_filter: bool) -> bool {
+        self.is_rewarded() && (rewards_are_equal(&self.totals()) || self.responses_in_loss(overlong_filter).is_empty())
     }
 }

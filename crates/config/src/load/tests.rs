@@ -39,6 +39,15 @@ fn invalid_staleness_is_refused() {
 }
 
 #[test]
+fn keeping_caches_needs_stale_weights() {
+    assert!(!with("", &[], &[]).unwrap().rollout.keep_cache);
+    let kept = with("", &[], &["rollout.keep_cache=true", "rollout.max_staleness=1"]).unwrap();
+    assert!(kept.rollout.keep_cache);
+    let m = with("", &[], &["rollout.keep_cache=true", "rollout.max_staleness=0"]).unwrap_err().to_string();
+    assert!(m.contains("rollout.keep_cache has no effect with rollout.max_staleness = 0"), "{m}");
+}
+
+#[test]
 fn nondeterministic_settings_are_refused() {
     let fault = |sets: &[&str]| {
         let sets = [&["run.deterministic=true"][..], sets].concat();
@@ -102,11 +111,19 @@ fn learner_choices_are_checked() {
         )
     );
     assert_eq!((l.kl_form, l.kl_in, l.whiten, l.clip_dual), (KlForm::K2, KlPlacement::Reward, Whiten::Always, 3.0));
-    let faults: [(&[&str], &[&str]); 30] = [
+    let faults: [(&[&str], &[&str]); 35] = [
         (&["algorithm=grpoo"], &["grpoo", "rloo", "reinforce_plus_plus_baseline"]),
         (&["loss_mean=tokens"], &["tokens", "sequence_max_length"]),
         (&["kl_form=k4"], &["k4", "k3"]),
         (&["clip_dual=0.5"], &["learner.clip_dual", "0.5", "above 1"]),
+        (&["max_replaced=1000001"], &["learner.max_replaced is 1000001", "to 1000000"]),
+        (&["algorithm=ppo", "max_replaced=4"], &["learner.max_replaced is 4", "ppo", "use 0"]),
+        (&["surrogate=ppo"], &["ppo", "cispo"]),
+        (&["surrogate=cispo", "clip_dual=3"], &["learner.clip_dual is 3", "cispo", "use 0"]),
+        (
+            &["overlong_filter=true", "kl_coef=0.1", "kl_in=reward"],
+            &["learner.overlong_filter", "grpo", "learner.kl_in = \"loss\""],
+        ),
         (&["importance_cap=1"], &["learner.importance_cap", "above 1"]),
         (&["importance=truncate"], &["learner.importance", "truncate", "learner.ratio_to"]),
         (&["algorithm=reinforce_plus_plus", "whiten=never"], &["learner.whiten", "reinforce_plus_plus", "auto"]),
@@ -199,7 +216,7 @@ fn reward_choices_are_checked() {
     assert_eq!((r.custom[0].weight, r.custom[0].range, r.gates[0].at_least), (1.0, [0.0, 1.0], 1.0));
     let names: Vec<&str> = r.components().iter().map(|(n, ..)| *n).collect();
     assert_eq!(names, ["localization", "vision_relevance", "format", "category", "relevance", "tone"]);
-    let faults: [(&[&str], &[&str]); 18] = [
+    let faults: [(&[&str], &[&str]); 21] = [
         (&["localization.curriculum=[[5,0.1],[5,0.2]]"], &["curriculum", "increase"]),
         (&["localization.curriculum=[[5,1.5]]"], &["curriculum", "0 to 1"]),
         (&["localization.overlap=diou"], &["diou", "ciou"]),
@@ -213,6 +230,12 @@ fn reward_choices_are_checked() {
         (&["judge.base_url=http://x/v1"], &["judge.base_url", "judge.model"]),
         (&["judge.temperature=3", "judge.per_minute=-1"], &["judge.temperature", "0 to 2", "judge.per_minute"]),
         (&["length.min_chars=900"], &["length.min_chars", "900"]),
+        (&["overlong.weight=-1"], &["reward.overlong.weight is -1", "0 or more"]),
+        (
+            &["overlong.weight=1", "overlong.interval_tokens=99"],
+            &["overlong.interval_tokens is 99", "max_new_tokens (40)"],
+        ),
+        (&["custom=[{name=\"overlong\", address=\"http://x\"}]"], &["overlong", "taken"]),
         (&["symbolic.weight=1"], &["symbolic.table"]),
         (&["custom=[{name=\"format\", address=\"http://x\"}]"], &["format", "taken"]),
         (&["custom=[{name=\"a\", address=\"ftp://x\"}]"], &["ftp://x", "grpc://"]),
@@ -332,6 +355,7 @@ fn wrong_values_are_reported_with_key_origin_and_expectation() {
             &[],
             "`learner.algorithm` in c.toml:2 is \"dapo\": use grpo, ppo, rloo, reinforce_plus_plus or reinforce_plus_plus_baseline",
         ),
+        ("", &["run.compute=half"], "`run.compute` in --set is \"half\": use exact, fast or tf32"),
         ("", &["run.dtype=fp16"], "`run.dtype` in --set is \"fp16\": use float32 or bfloat16"),
         (
             "",
@@ -385,6 +409,13 @@ fn values_out_of_range_are_reported_with_their_origin() {
   rollout.top_p is 2: use a number above 0 up to 1 (in c.toml:2)
   rollout.max_rows (2) must hold one group of rollout.n (4) (rollout.max_rows in c.toml:3, rollout.n in the environment (UNVEIL__ROLLOUT__N))";
     assert_eq!(m, expected);
+}
+
+#[test]
+fn tf32_needs_a_gpu() {
+    let m = error_message("[run]\ncompute = \"tf32\"", &[], &["run.device=cpu"]);
+    assert!(m.contains("run.compute = \"tf32\" needs a GPU, but run.device is `cpu`: use exact or fast"), "{m}");
+    assert_eq!(with("[run]\ncompute = \"tf32\"", &[], &[]).unwrap().run.compute, unveil_core::Compute::Tf32);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use unveil_core::{Algorithm, Importance, KlForm, KlGradient, LossReduction, RatioLevel};
+use unveil_core::{Algorithm, Importance, KlForm, KlGradient, LossReduction, RatioLevel, Surrogate};
 
 use super::{Lora, Optimizer, Parallel};
 
@@ -85,6 +85,9 @@ pub struct Learner {
     /// c1, weight of the policy loss, above 0: scale of the advantages, applied after their normalisation.
     #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub policy_coef: f64,
+    /// Form of the policy loss: `clip` (the clipped surrogate) or `cispo` (each token's log-probability, weighted by its clipped ratio; the
+    /// clip ranges bound the weight, and `clip_low` of 1 or more sets no lower bound, as in arXiv 2506.13585).
+    pub surrogate: Surrogate,
     /// Clip range of the ratio below 1, above 0.
     #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub clip_low: f64,
@@ -104,6 +107,9 @@ pub struct Learner {
     /// Bound of the importance weight with `truncate` and `mask`, above 1.
     #[schemars(extend("exclusiveMinimum" = 1.0))]
     pub importance_cap: f64,
+    /// Leaves responses that were cut at `rollout.max_new_tokens` out of the loss and of its means (overlong filtering of DAPO, arXiv
+    /// 2503.14476, section 3.4). Their rewards still count in the mean and the standard deviation of their group.
+    pub overlong_filter: bool,
     /// Reduction of the loss: `token`, `sequence_token_mean`, `sequence_token_sum`, `sequence_max_length` or `group_token_mean`.
     pub loss_mean: LossReduction,
     /// Divides group advantages by their standard deviation (grpo).
@@ -153,9 +159,15 @@ pub struct Learner {
     /// Parameters that stage 2 freezes for a range of updates.
     pub freeze: Vec<Freeze>,
     /// Maximum mean |delta log p| between rollout and learner on tokens of the same weight version; above it the run stops. 0 selects the
-    /// default: 1e-5, or 1e-3 with bf16 weights.
+    /// default of `run.compute`: 1e-5 for `exact` (1e-3 with bf16 weights), 6e-3 for `tf32`, 5e-2 for `fast`.
     #[schemars(range(min = 0.0))]
     pub agreement_limit: f64,
+    /// Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): maximum number of groups per update, up to 1000000, that are replaced by
+    /// further ones because they teach nothing: all their rewards are equal, or `overlong_filter` leaves out all their responses. A replaced
+    /// group is counted and never trained. Above the maximum such groups are trained, and the run stops at a batch that has no other ones.
+    /// Needs an algorithm that compares responses. 0 disables it.
+    #[schemars(range(max = 1_000_000))]
+    pub max_replaced: usize,
     /// Maximum fraction (0 to 1) of recent groups in which an applicable component with a weight, or the whole reward, is masked, or that
     /// were set aside; above it the run stops. The window is the last 64 groups or four updates, whichever is more. 1 never stops.
     #[schemars(range(min = 0.0, max = 1.0))]
@@ -191,6 +203,7 @@ impl Default for Learner {
             minibatches: 1,
             optimizer: Optimizer { lr: 3e-4, warmup: 5, weight_decay: 0.0, ..Default::default() },
             policy_coef: 1.0,
+            surrogate: Surrogate::Clip,
             clip_low: 0.2,
             clip_high: 0.28,
             clip_dual: 0.0,
@@ -198,6 +211,7 @@ impl Default for Learner {
             ratio_to: RatioBase::Rollout,
             importance: Importance::None,
             importance_cap: 2.0,
+            overlong_filter: false,
             loss_mean: LossReduction::Token,
             scale_by_std: true,
             whiten: Whiten::Auto,
@@ -219,6 +233,7 @@ impl Default for Learner {
             frozen: Vec::new(),
             freeze: Vec::new(),
             agreement_limit: 0.0,
+            max_replaced: 0,
             max_masked: 0.5,
             eval_every: 0,
             checkpoint_every: 50,

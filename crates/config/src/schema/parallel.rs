@@ -1,9 +1,9 @@
-//! Section `[learner.parallel]`: ranks of the learner.
+//! Sections `[learner.parallel]` and `[sft.parallel]`: ranks of a training stage.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Ranks of the learner: one process each, one GPU each if there are GPUs. The ranks communicate over NCCL on GPUs and over Gloo on CPUs,
+/// Ranks of a training stage: one process each, one GPU each if there are GPUs. The ranks communicate over NCCL on GPUs and over Gloo on CPUs,
 /// by `run.device`. All ranks are started with the same configuration except for `rank`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -11,7 +11,7 @@ pub struct Parallel {
     /// Number of ranks, at least 1.
     #[schemars(range(min = 1))]
     pub ranks: usize,
-    /// Rank of this process, from 0. Rank 0 hosts the experience service, evaluates and saves.
+    /// Rank of this process, from 0. Rank 0 evaluates and saves, and hosts the experience service of stage 2.
     pub rank: usize,
     /// Rendezvous address of the ranks, `host:port`: an address of rank 0 that the others can reach. With port 0 `unveil train` picks a
     /// free port and passes it to the other ranks.

@@ -210,6 +210,25 @@ impl Default for Length {
     }
 }
 
+/// Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in tokens: added to the total, 0 for responses of at most
+/// `rollout.max_new_tokens - interval_tokens`, from there falling linearly to -1 at `rollout.max_new_tokens`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Overlong {
+    /// Factor of the punishment, 0 or more; with 0 it is not computed.
+    #[schemars(range(min = 0.0))]
+    pub weight: f64,
+    /// Length of the interval in which the punishment grows, in tokens, 1 to `rollout.max_new_tokens`.
+    #[schemars(range(min = 1))]
+    pub interval_tokens: usize,
+}
+
+impl Default for Overlong {
+    fn default() -> Self {
+        Self { weight: 0.0, interval_tokens: 8 }
+    }
+}
+
 /// Penalty for repeated n-grams in an answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -328,6 +347,8 @@ pub struct Reward {
     pub judge: Judge,
     /// Whether the answer is neither too short nor too long.
     pub length: Length,
+    /// Punishment of responses near the length limit.
+    pub overlong: Overlong,
     /// Whether the answer avoids repeating itself.
     pub repetition: Repetition,
     /// Whether the answer says "no finding" exactly if there is none.
@@ -363,6 +384,7 @@ impl Default for Reward {
             relevance: Relevance::default(),
             judge: Judge::default(),
             length: Length::default(),
+            overlong: Overlong::default(),
             repetition: Repetition::default(),
             abstention: Abstention::default(),
             symbolic: Symbolic::default(),

@@ -1,8 +1,11 @@
 //! Checks of the section `[learner]`. Each message names the key, its value and the allowed range.
 
-use unveil_core::{Algorithm, Importance, KlGradient};
+use unveil_core::{Algorithm, Importance, KlGradient, Surrogate};
 
 use crate::schema::{Config, Critic, KlPlacement, RatioBase, Whiten};
+
+/// Upper bound of `learner.max_replaced`, far beyond what a batch can wait for.
+const MAX_REPLACED: usize = 1_000_000;
 
 /// Returns an enum value as written in a configuration file.
 fn toml_name(choice: impl serde::Serialize) -> String {
@@ -66,10 +69,27 @@ pub(super) fn check(c: &Config, out: &mut Vec<String>) {
         (0.0..=1.0).contains(&masked),
         format!("learner.max_masked is {masked}: use a fraction from 0 (none may be masked) to 1 (all may be)"),
     );
+    let replaced = l.max_replaced;
+    require(
+        replaced <= MAX_REPLACED,
+        format!("learner.max_replaced is {replaced}: use 0 (no groups are replaced) to {MAX_REPLACED}"),
+    );
+    require(
+        replaced == 0 || l.algorithm.compares_responses(),
+        format!(
+            "learner.max_replaced is {replaced} and learner.algorithm {algorithm}, which learns from groups of equal rewards, too; use 0"
+        ),
+    );
     let dual = l.clip_dual;
     require(
         dual == 0.0 || (dual > 1.0 && dual.is_finite()),
         format!("learner.clip_dual is {dual}: use 0 (off) or a number above 1"),
+    );
+    require(
+        dual == 0.0 || l.surrogate == Surrogate::Clip,
+        format!(
+            "learner.clip_dual is {dual} and learner.surrogate \"cispo\": its weights are bounded by learner.clip_high; use 0"
+        ),
     );
     require(
         l.importance_cap > 1.0 && l.importance_cap.is_finite(),
@@ -111,6 +131,15 @@ pub(super) fn check(c: &Config, out: &mut Vec<String>) {
     require(
         l.kl_gradient == KlGradient::Own || l.kl_in == KlPlacement::Loss,
         "learner.kl_gradient = \"reverse\" needs learner.kl_in = \"loss\": KL in the reward has no gradient; use \"own\"".into(),
+    );
+    require(
+        !(l.overlong_filter
+            && l.kl_coef > 0.0
+            && l.kl_in == KlPlacement::Reward
+            && matches!(l.algorithm, Algorithm::Grpo | Algorithm::Rloo)),
+        format!(
+            "learner.overlong_filter with learner.kl_in = \"reward\" and learner.algorithm = {algorithm}: the KL of a response left out of the loss is not computed, so that its reward cannot be compared with the others; use learner.kl_in = \"loss\""
+        ),
     );
     let lora = &l.lora;
     require(

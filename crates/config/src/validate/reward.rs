@@ -8,13 +8,14 @@ use super::is_duration;
 use crate::schema::{Config, RelevanceKind};
 
 /// Names of built-in components, which a custom scorer cannot have.
-const RESERVED_NAMES: [&str; 9] = [
+const RESERVED_NAMES: [&str; 10] = [
     "localization",
     "vision_relevance",
     "format",
     "category",
     "relevance",
     "length",
+    "overlong",
     "repetition",
     "abstention",
     "symbolic",
@@ -66,6 +67,17 @@ pub(super) fn check(c: &Config, out: &mut Vec<String>) {
     require(
         l.min_chars <= l.max_chars,
         format!("reward.length.min_chars ({}) is above max_chars ({})", l.min_chars, l.max_chars),
+    );
+    let punishment = &r.overlong;
+    require(
+        punishment.weight >= 0.0 && punishment.weight.is_finite(),
+        format!("reward.overlong.weight is {}: use 0 or more", punishment.weight),
+    );
+    let interval = punishment.interval_tokens;
+    let limit = c.rollout.max_new_tokens;
+    require(
+        interval > 0 && (punishment.weight == 0.0 || interval <= limit),
+        format!("reward.overlong.interval_tokens is {interval}: use 1 to rollout.max_new_tokens ({limit})"),
     );
     require(r.repetition.ngram > 0, "reward.repetition.ngram is 0".into());
     require(
