@@ -1,6 +1,7 @@
 //! Checks that the values of a batch are finite, and counts masked and equal rewards.
 
-use crate::advantage::all_equal;
+use unveil_core::rewards_are_equal;
+
 use crate::error::expect_len;
 use crate::layout::{TokenLayout, TokenPosition};
 use crate::{AlgoError, NotFinite};
@@ -44,7 +45,7 @@ pub fn check_batch(
         stats.responses += totals.len();
         stats.masked_responses += masked;
         stats.masked_groups += usize::from(masked == totals.len());
-        stats.flat_groups += usize::from(all_equal(totals));
+        stats.flat_groups += usize::from(rewards_are_equal(totals));
     }
     for (what, values) in series {
         check_tokens(what, values, layout)?;

@@ -54,4 +54,4 @@ pub use layout::{Counts, TokenLayout, TokenPosition};
 pub use loss::{LossParts, TokenBatch, TokenMeans, policy_loss, value_terms};
 pub use objective::Objective;
 pub use reduction::token_weights;
-pub use surrogate::{ClipRange, approx_kl, clip_fraction, log_ratios, policy_terms};
+pub use surrogate::{ClipRange, approx_kl, cispo_terms, clip_fraction, log_ratios, policy_terms};

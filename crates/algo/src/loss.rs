@@ -2,7 +2,7 @@
 //! token. Results have the dtype of the log-probabilities.
 
 use tch::{Tensor, no_grad};
-use unveil_core::Importance;
+use unveil_core::{Importance, Surrogate};
 
 use crate::attention::{MentionBatch, attention_rewards};
 use crate::error::expect_shape;
@@ -10,7 +10,7 @@ use crate::importance::importance_weights;
 use crate::kl::kl_terms;
 use crate::layout::{Counts, TokenLayout};
 use crate::reduction::token_weights;
-use crate::surrogate::{approx_kl, clip_fraction, log_ratios, policy_terms};
+use crate::surrogate::{approx_kl, cispo_terms, clip_fraction, log_ratios, policy_terms};
 use crate::{AlgoError, Objective};
 
 /// Values per token of a (micro-)batch: all `[N]`, of one dtype (f32 or f64).
@@ -45,7 +45,7 @@ pub struct TokenBatch<'a> {
 pub struct LossParts {
     /// The loss, differentiable.
     pub loss: Tensor,
-    /// Clipped surrogate, multiplied by importance weights.
+    /// Clipped surrogate or CISPO, multiplied by importance weights.
     pub policy: Tensor,
     /// Value loss; 0 without one.
     pub value: Tensor,
@@ -139,7 +139,10 @@ pub fn policy_loss(
     let mut total = WeightedSum { loss: None };
 
     let log_ratio = log_ratios(logprobs, old, o.ratio, layout)?;
-    let terms = policy_terms(&log_ratio, advantages, &o.clip);
+    let terms = match o.surrogate {
+        Surrogate::Clip => policy_terms(&log_ratio, advantages, &o.clip),
+        Surrogate::Cispo => cispo_terms(logprobs, &log_ratio, advantages, &o.clip),
+    };
     let importance = match o.importance {
         Importance::None => None,
         importance => {

@@ -1,6 +1,6 @@
 //! The objective of an update: its terms with their coefficients, forms and clip ranges.
 
-use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
+use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel, Surrogate};
 
 use crate::surrogate::ClipRange;
 
@@ -11,6 +11,8 @@ pub struct Objective {
     /// c1: scale of the advantages, applied after normalisation, which would cancel it; equivalent to the coefficient of the clipped
     /// surrogate. 0 omits the surrogate.
     pub policy_coef: f64,
+    /// Form of the policy loss, `L_clip` above.
+    pub surrogate: Surrogate,
     /// Clip ranges of the ratio.
     pub clip: ClipRange,
     /// Whether ratios are per token or per response.
@@ -44,6 +46,7 @@ impl Objective {
     pub fn surrogate(clip_low: f64, clip_high: f64) -> Self {
         Self {
             policy_coef: 1.0,
+            surrogate: Surrogate::Clip,
             clip: ClipRange { low: clip_low, high: clip_high, dual: None },
             ratio: RatioLevel::Token,
             importance: Importance::None,

@@ -1,4 +1,4 @@
-//! The clipped surrogate: probability ratios per token or per response, and the policy terms.
+//! The policy terms of the loss, clipped surrogate and CISPO, with probability ratios per token or per response.
 
 use tch::Tensor;
 use unveil_core::RatioLevel;
@@ -51,6 +51,14 @@ pub fn policy_terms(log_ratio: &Tensor, advantages: &Tensor, clip: &ClipRange) -
         Some(c) => -objective.maximum(&(advantages.clamp_max(0.0) * c)),
         None => -objective,
     }
+}
+
+/// Returns per token `-sg(clip(rho, 1 - low, 1 + high)) A log p` with `rho = exp(log_ratio)` and `sg` without gradient (CISPO, MiniMax-M1,
+/// arXiv 2506.13585, eq. 4 and 5). `low` of 1 or more sets no lower bound, as in the source; `dual` has no effect. `[N]`, differentiable in
+/// `logprobs`.
+pub fn cispo_terms(logprobs: &Tensor, log_ratio: &Tensor, advantages: &Tensor, clip: &ClipRange) -> Tensor {
+    let weight = log_ratio.detach().exp().clamp(1.0 - clip.low, 1.0 + clip.high);
+    -(weight * advantages * logprobs)
 }
 
 /// Returns per token 1 if the ratio is outside `[1 - low, 1 + high]`, else 0. `[N]`, of the dtype of `log_ratio`.

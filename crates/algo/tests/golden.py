@@ -45,6 +45,9 @@ def surrogate(lp, old, A, s):
         worst = torch.where(worst < c, worst, c)
     objective = torch.where(A >= 0, for_positive, worst * A)
     outside = ((ratio < low) | (ratio > high)).double()
+    if s["surrogate"] == "cispo":  # the weights as constants, so that autograd cannot see the ratio
+        weights = [min(max(r, 1 - s["clip_low"]), 1 + s["clip_high"]) for r in ratio.tolist()]
+        objective = torch.tensor(weights, dtype=F64) * A * lp
     return -objective, outside.detach()
 
 

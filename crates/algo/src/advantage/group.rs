@@ -1,6 +1,6 @@
 //! Advantages of responses relative to the other responses to the same prompt. Masked rewards are left out, never counted as 0.
 
-use super::EQUAL;
+use unveil_core::rewards_are_equal;
 
 /// Added to the standard deviation before dividing.
 pub const STD_EPS: f64 = 1e-6;
@@ -16,12 +16,6 @@ fn finite(total: &Option<f64>) -> Option<f64> {
 
 fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
-}
-
-/// Returns whether a group has rewards and all of them are equal (within 1e-9), so that its relative advantages are exactly 0.
-pub(crate) fn all_equal(totals: &[Option<f64>]) -> bool {
-    let values = finite_rewards(totals);
-    !values.is_empty() && values.iter().all(|v| (v - mean(&values)).abs() <= EQUAL)
 }
 
 /// Returns group-relative advantages: each response's reward minus the mean of its group (DeepSeekMath, arXiv 2402.03300, section
@@ -48,7 +42,7 @@ pub fn group_advantages(totals: &[Option<f64>], scale_by_std: bool) -> Vec<Optio
     let n = values.len() as f64;
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
     let scale = if scale_by_std { variance.sqrt() + STD_EPS } else { 1.0 };
-    let flat = all_equal(totals);
+    let flat = rewards_are_equal(totals);
     totals.iter().map(|t| finite(t).map(|v| if flat { 0.0 } else { (v - mean) / scale })).collect()
 }
 
@@ -60,7 +54,7 @@ pub fn leave_one_out_advantages(totals: &[Option<f64>]) -> Vec<Option<f64>> {
     let values = finite_rewards(totals);
     let sum = values.iter().sum::<f64>();
     let others = values.len().saturating_sub(1) as f64;
-    let flat = all_equal(totals);
+    let flat = rewards_are_equal(totals);
     let advantage = |v: f64| if flat { 0.0 } else { v - (sum - v) / others };
     totals.iter().map(|t| finite(t).map(advantage)).collect()
 }
@@ -76,8 +70,8 @@ mod tests {
             assert_eq!(group_advantages(&[Some(0.1 + 0.2), Some(0.3)], std), vec![Some(0.0); 2]);
         }
         assert_eq!(leave_one_out_advantages(&[Some(0.1 + 0.2), Some(0.3)]), vec![Some(0.0); 2]);
-        assert!(all_equal(&[Some(0.1 + 0.2), None, Some(0.3)]) && !all_equal(&[Some(0.1), Some(0.3)]));
-        assert!(!all_equal(&[None, None]), "a masked group does not count as equal");
+        assert!(rewards_are_equal(&[Some(0.1 + 0.2), None, Some(0.3)]) && !rewards_are_equal(&[Some(0.1), Some(0.3)]));
+        assert!(!rewards_are_equal(&[None, None]), "a masked group does not count as equal");
     }
 
     #[test]

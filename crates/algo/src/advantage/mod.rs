@@ -6,7 +6,6 @@ mod returns;
 mod whiten;
 
 pub use estimate::{AdvantageEstimate, Estimator, ScoredResponse, estimate_advantages};
-pub(crate) use group::all_equal;
 pub use group::{STD_EPS, group_advantages, leave_one_out_advantages};
 pub use returns::{discounted_returns, gae, token_rewards};
 pub use whiten::Moments;

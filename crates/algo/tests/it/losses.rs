@@ -1,9 +1,9 @@
 //! Compares values and gradients of the loss with PyTorch, for every form, clip range, coefficient and reduction.
 
 use serde_json::{Value, json};
-use tch::Kind;
-use unveil_algo::{ClipRange, LossParts, Objective};
-use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel};
+use tch::{Kind, Tensor};
+use unveil_algo::{ClipRange, LossParts, Objective, TokenBatch, TokenLayout, policy_loss};
+use unveil_core::{Importance, KlForm, KlGradient, LossReduction, RatioLevel, Surrogate};
 
 use crate::batch::{Batch, LEAVES};
 use crate::harness::{Cases, DOUBLE, Results, SINGLE, Tolerance, seed};
@@ -35,6 +35,7 @@ fn objective(i: usize) -> Objective {
     let (importance, importance_cap) = IMPORTANCE[(i + i / 5) % 5];
     Objective {
         policy_coef: [1.0, 0.7][i / 5 % 2],
+        surrogate: if i % 7 == 6 { Surrogate::Cispo } else { Surrogate::Clip },
         clip: CLIPS[i % 3],
         ratio: if i % 4 == 3 { RatioLevel::Sequence } else { RatioLevel::Token },
         importance,
@@ -53,7 +54,7 @@ fn objective(i: usize) -> Objective {
 
 fn settings(o: &Objective, batch: &Batch) -> Value {
     json!({
-        "what": "loss", "lengths": batch.layout.lengths(), "policy_coef": o.policy_coef, "clip_low": o.clip.low,
+        "what": "loss", "lengths": batch.layout.lengths(), "policy_coef": o.policy_coef, "surrogate": o.surrogate, "clip_low": o.clip.low,
         "clip_high": o.clip.high, "clip_dual": o.clip.dual, "ratio": format!("{:?}", o.ratio), "correction": o.importance,
         "cap": o.importance_cap, "aggregation": format!("{:?}", o.reduction), "max_length": o.max_length, "value_coef": o.value_coef,
         "value_clip": o.value_clip, "entropy_coef": o.entropy_coef, "kl_coef": o.kl_coef,
@@ -102,6 +103,32 @@ fn series(objectives: &[Objective], kind: Kind, first_seed: u64, tolerance: Tole
     objectives.iter().enumerate().map(case).collect()
 }
 
+/// A token far outside the clip range keeps its gradient with CISPO, and has none with the clipped surrogate.
+#[test]
+fn cispo_keeps_the_gradient_of_clipped_tokens() {
+    let old = Tensor::from_slice(&[-2.5f64, -0.2]);
+    let advantages = Tensor::from_slice(&[1.0f64, -2.0]);
+    let layout = TokenLayout::new(vec![vec![1, 1]]);
+    let gradient = |surrogate| {
+        let logprobs = Tensor::from_slice(&[-0.5f64, -3.0]).set_requires_grad(true);
+        let objective = Objective { surrogate, ..Objective::surrogate(0.2, 0.28) };
+        let batch = TokenBatch {
+            logprobs: Some(&logprobs),
+            old_logprobs: Some(&old),
+            advantages: Some(&advantages),
+            ..Default::default()
+        };
+        let parts = policy_loss(&objective, &batch, &layout, &layout.counts()).unwrap();
+        assert_eq!(parts.means.clip_fraction.double_value(&[]), 1.0);
+        parts.loss.backward();
+        Vec::<f64>::try_from(logprobs.grad()).unwrap()
+    };
+    assert_eq!(gradient(Surrogate::Clip), [0.0, 0.0]);
+    // Minus weight times advantage, over two tokens: the weights are 1.28 and 0.8.
+    let cispo = gradient(Surrogate::Cispo);
+    assert!((cispo[0] + 1.28 / 2.0).abs() < 1e-12 && (cispo[1] - 0.8 * 2.0 / 2.0).abs() < 1e-12, "{cispo:?}");
+}
+
 /// Compares all options in both dtypes and single terms. Python computes them in one run, because its imports take longer.
 #[test]
 fn losses_and_gradients_match_pytorch() {
@@ -142,6 +169,11 @@ fn single_terms() -> Vec<Objective> {
     }
     all.extend(IMPORTANCE.map(|(importance, importance_cap)| Objective { importance, importance_cap, ..base }));
     all.extend(CLIPS.map(|clip| Objective { clip, ..base }));
+    let cispo = Objective { surrogate: Surrogate::Cispo, ..base };
+    all.extend(CLIPS.map(|clip| Objective { clip, ..cispo }));
+    // No lower bound of the weight.
+    all.push(Objective { clip: ClipRange { low: 1.0, high: 1.5, dual: None }, ..cispo });
+    all.push(Objective { ratio: RatioLevel::Sequence, importance: Importance::Truncate, importance_cap: 1.6, ..cispo });
     all.extend(REDUCTIONS.map(|reduction| Objective { reduction, max_length: 12, ..base }));
     all
 }
@@ -154,7 +186,7 @@ fn gradients_of_omitted_terms_are_zero() {
     for (leaf, gradient) in LEAVES.iter().zip(&gradients) {
         assert_eq!(gradient.abs().max().double_value(&[]) > 0.0, *leaf == "values", "{leaf}");
     }
-    let advantages: Vec<(&str, tch::Tensor)> = b.named.iter().map(|(k, t)| (*k, t.shallow_clone())).collect();
+    let advantages: Vec<(&str, Tensor)> = b.named.iter().map(|(k, t)| (*k, t.shallow_clone())).collect();
     let mut flat = Batch { layout: b.layout.clone(), named: advantages };
     flat.named.iter_mut().filter(|(k, _)| *k == "advantages").for_each(|(_, t)| *t = t.zeros_like());
     for dual in [None, Some(2.0)] {

@@ -3,19 +3,22 @@
 use serde_json::json;
 use tch::Kind;
 use unveil_algo::{ClipRange, Objective};
-use unveil_core::{Importance, LossReduction, RatioLevel};
+use unveil_core::{Importance, LossReduction, RatioLevel, Surrogate};
 
 use crate::batch::Batch;
 use crate::harness::{Cases, DOUBLE, seed};
 
-/// TRL's names of its reductions.
-const LOSSES: [(&str, LossReduction); 5] = [
+/// TRL's names of its reductions and surrogates.
+const LOSSES: [(&str, LossReduction); 6] = [
     ("grpo", LossReduction::SequenceTokenMean),
     ("bnpo", LossReduction::Token),
     ("dr_grpo", LossReduction::SequenceMaxLength),
     ("dapo", LossReduction::Token),
     ("luspo", LossReduction::SequenceTokenSum),
+    (CISPO, LossReduction::Token),
 ];
+
+const CISPO: &str = "cispo";
 
 #[test]
 fn losses_match_trl() {
@@ -27,7 +30,13 @@ fn losses_match_trl() {
             let objective = Objective {
                 reduction,
                 max_length: 12,
-                clip: ClipRange { low: 0.2, high: 0.28, dual: [None, Some(2.5)][round % 2] },
+                surrogate: if name == CISPO { Surrogate::Cispo } else { Surrogate::Clip },
+                // TRL's CISPO has no lower bound.
+                clip: ClipRange {
+                    low: if name == CISPO { 1.0 } else { 0.2 },
+                    high: 0.28,
+                    dual: [None, Some(2.5)][round % 2],
+                },
                 ratio: [RatioLevel::Token, RatioLevel::Sequence][round / 2 % 2],
                 importance: [Importance::None, Importance::Truncate, Importance::Mask][round % 3],
                 importance_cap: [0.0, 2.0, 1.7][round % 3],
@@ -41,9 +50,11 @@ fn losses_match_trl() {
                 Importance::Mask => "token_mask",
                 _ => "none",
             };
+            // In its CISPO, `epsilon_high` is the largest weight itself.
+            let epsilon_high = objective.clip.high + if name == CISPO { 1.0 } else { 0.0 };
             let settings = json!({
                 "lengths": batch.layout.lengths(), "loss_type": name, "epsilon_low": objective.clip.low,
-                "epsilon_high": objective.clip.high, "delta": objective.clip.dual, "beta": objective.kl_coef,
+                "epsilon_high": epsilon_high, "delta": objective.clip.dual, "beta": objective.kl_coef,
                 "entropy_coef": objective.entropy_coef, "level": format!("{:?}", objective.ratio).to_lowercase(),
                 "correction": correction, "cap": objective.importance_cap, "max_completion_length": objective.max_length,
             });
