@@ -42,6 +42,7 @@ pub mod localization;
 mod meter;
 mod model_files;
 mod offline;
+pub mod overlong;
 mod relevance;
 mod rows;
 mod score;

@@ -199,6 +199,7 @@ fn group_input(
 }
 
 fn response(model: Option<&ModelFiles>, line: ResponseLine) -> Result<ResponseInput, String> {
+    let given = line.tokens.as_ref().map(Vec::len);
     let (text, spans) = match (line.response, line.tokens, model) {
         (_, Some(tokens), Some(m)) => m.decode_tokens(&tokens),
         (Some(text), None, Some(m)) => m.tokenize_text(text)?,
@@ -214,7 +215,9 @@ fn response(model: Option<&ModelFiles>, line: ResponseLine) -> Result<ResponseIn
     if let Some(i) = spans.iter().position(|&(b, e)| b > e || e > text.len()) {
         return Err(format!("`spans[{i}]` is not a byte range of the text ({} bytes)", text.len()));
     }
-    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention, version: line.version.unwrap_or(0) })
+    let tokens = given.or(Some(spans.len())).filter(|tokens| *tokens > 0);
+    let version = line.version.unwrap_or(0);
+    Ok(ResponseInput { index: line.index, text, spans, attention: line.attention, version, tokens })
 }
 
 /// Returns `(width, height)` in pixels from the record, else from the image's header.

@@ -9,6 +9,7 @@ use unveil_preprocess::codec::{GroundedAnswer, Sizes, codec, read_answer};
 use crate::compose::{WeightedComponent, apply_gates, compose};
 use crate::labels::LabelMatches;
 use crate::localization::{OverlapRule, PredictedBoxes, TrueBoxes, score_localization};
+use crate::overlong::punish;
 use crate::scoring::{Resources, Scoring};
 use crate::vision::{AttendedResponse, Region, VisionRule, score_vision_relevance};
 use crate::{format, relevance, text_quality};
@@ -48,6 +49,8 @@ pub struct ResponseInput {
     pub attention: Option<Attention>,
     /// Newest weight version that generated one of its tokens; 0 if unknown.
     pub version: u64,
+    /// Length in tokens, with the end token if it was produced; `None` if unknown.
+    pub tokens: Option<usize>,
 }
 
 /// Scores a group by all components that need neither files nor other services. The breakdowns are in the order of the responses.
@@ -88,7 +91,7 @@ pub fn compute_components(scoring: &Scoring, resources: &Resources, input: &Grou
     input.responses.iter().map(score_response).collect()
 }
 
-/// Applies gates and group masks to raw components and computes the totals.
+/// Applies gates and group masks to raw components and computes the totals, with the overlong punishment.
 pub fn compose_breakdowns(scoring: &Scoring, input: &GroupInput, mut components: Vec<Components>) -> Vec<Breakdown> {
     // A gate on a component that does not apply to text records must not close.
     let applies = |gate: &&Gate| !(input.record.is_text() && REGION_COMPONENTS.contains(&gate.needs.as_str()));
@@ -99,7 +102,9 @@ pub fn compose_breakdowns(scoring: &Scoring, input: &GroupInput, mut components:
         .into_iter()
         .map(|(name, weight, normalise)| WeightedComponent { name, weight, normalise })
         .collect();
-    let totals = compose(&mut components, &weighted, scoring.reward.max_eps);
+    let mut totals = compose(&mut components, &weighted, scoring.reward.max_eps);
+    let lengths: Vec<Option<usize>> = input.responses.iter().map(|r| r.tokens).collect();
+    punish(scoring, &lengths, &mut totals, &mut components);
     let responses = input.responses.iter().zip(totals).zip(components);
     responses
         .map(|((r, total), components)| Breakdown { id: input.record.id.clone(), index: r.index, total, components })

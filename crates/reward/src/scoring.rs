@@ -20,12 +20,19 @@ pub struct Scoring {
     pub synonyms: BTreeMap<String, Vec<String>>,
     /// Reader of answers.
     pub reader: AnswerReader,
+    /// Maximum length of a response in tokens, for the overlong punishment.
+    pub max_tokens: usize,
 }
 
 impl Scoring {
     /// Copies the part of a run's configuration that enters scores.
     pub fn new(config: &Config) -> Self {
-        Self { reward: config.reward.clone(), synonyms: config.data.synonyms.clone(), reader: config.answer_reader() }
+        Self {
+            reward: config.reward.clone(),
+            synonyms: config.data.synonyms.clone(),
+            reader: config.answer_reader(),
+            max_tokens: config.rollout.max_new_tokens,
+        }
     }
 
     /// Returns the category and its synonyms; the lookup folds names as comparisons do.

@@ -106,7 +106,8 @@ fn response(at: usize, r: v1::Response) -> Result<ResponseInput, RewardError> {
         attention_from_wire(a).inspect_err(|e| tracing::warn!(response = r.index, "attention dropped: {e}")).ok()
     });
     let version = r.versions.iter().copied().max().unwrap_or(0);
-    Ok(ResponseInput { index: r.index as usize, text: r.text, spans, attention, version })
+    let tokens = Some(r.tokens.len().max(spans.len())).filter(|tokens| *tokens > 0);
+    Ok(ResponseInput { index: r.index as usize, text: r.text, spans, attention, version, tokens })
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-"""Independent references for the scorers: torchvision, scipy, rouge-score, sacrebleu, difflib, and SQuAD's normalisation.
+"""Independent references for the scorers: torchvision, scipy, rouge-score, sacrebleu, difflib, TRL, and SQuAD's normalisation.
 
 Reads one JSON object on stdin and writes one on stdout; each function documents its input and output.
 """
@@ -117,5 +117,11 @@ def embedding(request):
     return {"vectors": vectors}
 
 
+def overlong(request):
+    """cases: [[tokens, max_tokens, interval]] -> TRL's soft overlong punishment of a response of that length."""
+    from trl.rewards import get_soft_overlong_punishment
+    return {"values": [get_soft_overlong_punishment(most, interval)([[1] * n])[0] for n, most, interval in request["cases"]]}
+
+
 request = json.load(sys.stdin)
-json.dump({"boxes": boxes, "labels": labels, "texts": texts, "embedding": embedding}[request["what"]](request), sys.stdout)
+json.dump({"boxes": boxes, "labels": labels, "texts": texts, "embedding": embedding, "overlong": overlong}[request["what"]](request), sys.stdout)

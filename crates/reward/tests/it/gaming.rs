@@ -17,7 +17,8 @@ fn record(boxes: &str) -> Record {
 fn response(index: usize, text: &str, row: &[f32]) -> ResponseInput {
     let spans: Vec<(usize, usize)> = text.char_indices().map(|(b, c)| (b, b + c.len_utf8())).collect();
     let attention = Attention { grid: GRID, tokens: (0..spans.len()).collect(), rows: vec![row.to_vec(); spans.len()] };
-    ResponseInput { index, text: text.to_owned(), spans, attention: Some(attention), version: 0 }
+    let tokens = Some(spans.len());
+    ResponseInput { index, text: text.to_owned(), spans, attention: Some(attention), version: 0, tokens }
 }
 
 fn half_inside() -> Vec<f32> {

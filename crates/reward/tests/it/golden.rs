@@ -1,4 +1,4 @@
-//! Compares scorers with torchvision, scipy, rouge-score, sacrebleu, difflib and transformers on random cases (golden.py).
+//! Compares scorers with torchvision, scipy, rouge-score, sacrebleu, difflib, transformers and TRL on random cases (golden.py).
 //! `UNVEIL_SEED` is the seed of the cases.
 
 use std::io::Write;
@@ -13,6 +13,7 @@ use unveil_reward::embed::{Embedder, similarity};
 use unveil_reward::localization::{
     OverlapRule, PredictedBoxes, TrueBoxes, any_label, score_localization, score_localization_by_iou,
 };
+use unveil_reward::overlong::soft_overlong_punishment;
 use unveil_reward::text::{bleu::bleu, difflib, overlap};
 use unveil_reward::{GroupInput, ResponseInput, Scoring, score_group};
 
@@ -107,6 +108,25 @@ fn golden(request: &Value) -> Value {
 
 fn number(v: &Value) -> f64 {
     v.as_f64().unwrap()
+}
+
+#[test]
+fn overlong_punishment_matches_trl() {
+    let mut rng = Numbers::new(9);
+    let mut cases: Vec<[usize; 3]> = (0..300)
+        .map(|_| {
+            let most = 1 + rng.below(200);
+            let interval = 1 + rng.below(most);
+            [rng.below(most + 3), most, interval]
+        })
+        .collect();
+    cases.extend([[16_384, 20_480, 4096], [18_432, 20_480, 4096], [20_480, 20_480, 4096], [5, 5, 5]]);
+    let theirs = golden(&json!({"what": "overlong", "cases": cases}));
+    let ours = cases.iter().map(|[tokens, most, interval]| soft_overlong_punishment(*tokens, *most, *interval));
+    for (i, value) in ours.enumerate() {
+        let expected = number(&theirs["values"][i]);
+        assert!((value - expected).abs() < 1e-12, "{:?}: {value} and {expected}", cases[i]);
+    }
 }
 
 #[test]

@@ -162,7 +162,8 @@ fn response(rng: &mut ChaCha8Rng, index: usize) -> ResponseInput {
         _ => text.char_indices().take(400).map(|(b, c)| (b, b + c.len_utf8())).collect(),
     };
     let attention = attention(rng, spans.len());
-    ResponseInput { index, text, spans, attention, version: rng.random_range(0..200) }
+    let tokens = rng.random_bool(0.9).then(|| rng.random_range(0..60));
+    ResponseInput { index, text, spans, attention, version: rng.random_range(0..200), tokens }
 }
 
 fn group(rng: &mut ChaCha8Rng) -> GroupInput {
@@ -211,6 +212,7 @@ fn scoring(rng: &mut ChaCha8Rng) -> Scoring {
     r.repetition.weight = 0.3;
     r.abstention.weight = 0.3;
     r.symbolic.weight = 0.3;
+    r.overlong.weight = 0.3;
     r.gates = vec![Gate { component: "vision_relevance".into(), needs: "category".into(), at_least: 1.0 }];
     Scoring::new(&config)
 }
@@ -235,21 +237,23 @@ fn arbitrary_text_scores_within_range() {
         let literal = scoring.reward.vision_relevance.mode == VisionMode::PaperLiteral;
         let weights: f64 = scoring.reward.components().iter().map(|(_, w, _)| w).sum();
         for b in &out {
-            assert_eq!(b.components.len(), 9);
+            assert_eq!(b.components.len(), 10);
             for (name, c) in &b.components {
                 assert_eq!(c.masked, c.value.is_none(), "{name} {c:?}");
                 // A value has a reason only where the format is broken, and then it is the rule that broke.
                 let broken_form = name == "format" && c.value == Some(0.0);
                 assert_eq!(c.reason.is_some(), c.masked || broken_form, "{name} {c:?}");
                 let most = if literal && name == "vision_relevance" { 400.0 } else { 1.0 };
-                assert!(c.value.is_none_or(|v| (0.0..=most).contains(&v)), "{name} {c:?} {group:?}");
+                let range = if name == "overlong" { -1.0..=0.0 } else { 0.0..=most };
+                assert!(c.value.is_none_or(|v| range.contains(&v)), "{name} {c:?} {group:?}");
                 assert!(c.detail.values().all(|v| v.is_finite()), "{name} {c:?}");
                 let unit = |v: f64| (0.0..=1.0).contains(&v);
                 assert!(c.lesions.iter().all(|l| unit(l.iou) && unit(l.counted)), "{c:?}");
                 if c.masked { masked += 1 } else { scored += 1 }
             }
             let most = if literal { weights * 400.0 } else { weights + 1e-9 };
-            assert!(b.total.is_some_and(|t| (0.0..=most).contains(&t)), "{b:?}");
+            let least = -scoring.reward.overlong.weight;
+            assert!(b.total.is_some_and(|t| (least..=most).contains(&t)), "{b:?}");
             serde_json::to_string(b).unwrap();
         }
         done += out.len() as u64;
