@@ -20,15 +20,19 @@ impl<T> Experience<T> {
             return None;
         }
         let batch = self.next_range()?;
+        let replaced = self.replaced_groups();
         let is_usable = |slot: Option<&GroupSlot<T>>| match slot {
             Some(GroupSlot::Ready { versions, .. }) => !self.is_stale(*versions),
             Some(GroupSlot::SetAside { .. }) => true,
             _ => false,
         };
-        if !batch.clone().all(|g| is_usable(self.slots.get(&g))) {
-            self.drop_stale(batch);
+        // A replaced group is not trained, however old its weights are.
+        let is_replaced = |g: &u64| replaced.binary_search(g).is_ok();
+        if !batch.clone().all(|g| is_replaced(&g) || is_usable(self.slots.get(&g))) {
+            self.drop_stale(batch.filter(|g| !is_replaced(g)));
             return None;
         }
+        self.drop_replaced(batch.clone());
         self.in_training = batch.end - batch.start;
         let mut out = Vec::with_capacity(self.settings.groups_per_step);
         for g in batch {
@@ -45,7 +49,7 @@ impl<T> Experience<T> {
         versions.oldest.saturating_add(self.settings.max_staleness) < self.version
     }
 
-    fn drop_stale(&mut self, batch: std::ops::Range<u64>) {
+    fn drop_stale(&mut self, batch: impl Iterator<Item = u64>) {
         for g in batch {
             let Some(GroupSlot::Ready { versions, worker, lease, .. }) = self.slots.get(&g) else {
                 continue;
@@ -100,7 +104,8 @@ impl<T> Experience<T> {
         }
         self.frontier += self.in_training;
         self.in_training = 0;
-        self.count_passed_set_aside(range);
+        self.count_passed_set_aside(range.clone());
+        self.count_passed_replaced(range);
         self.slots = self.slots.split_off(&self.frontier);
         self.order.forget_before(self.frontier / self.order.records());
         self.events.push(Event::Trained { ms: self.now_ms(), step, groups: expected });

@@ -42,6 +42,8 @@ pub enum Event {
     Quarantined { ms: u64, worker: String, why: String },
     /// A group was set aside and is never trained.
     Dropped { ms: u64, group: GroupId, why: String },
+    /// A group was looked at and replaced by a further one, because its responses teach nothing. It is never trained.
+    Replaced { ms: u64, worker: String, lease: String, group: GroupId, oldest: WeightVersion },
     /// An update of a batch is complete; the `train` event has the outcome of each group.
     Trained { ms: u64, step: u64, groups: Vec<GroupId> },
 }

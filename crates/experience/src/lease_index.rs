@@ -43,9 +43,11 @@ pub(crate) enum GroupSlot<T> {
     /// Leased to a worker. Holders in `past` may still be working on it in vain.
     Leased { holder: LeaseHolder, past: Vec<LeaseHolder> },
     /// Submitted completely.
-    Ready { payload: T, versions: VersionSpan, worker: String, lease: String },
+    Ready { payload: T, teaches_nothing: bool, versions: VersionSpan, worker: String, lease: String },
     /// In the batch in training.
     Training,
+    /// Looked at and replaced by a further group in the batch in training: never trained.
+    Replaced,
     /// Set aside: never trained.
     SetAside { why: String },
 }
@@ -58,7 +60,7 @@ impl<T> GroupSlot<T> {
     pub(crate) fn past(&self) -> &[LeaseHolder] {
         match self {
             Self::Waiting { past } | Self::Leased { past, .. } => past,
-            Self::Ready { .. } | Self::Training | Self::SetAside { .. } => &[],
+            Self::Ready { .. } | Self::Training | Self::Replaced | Self::SetAside { .. } => &[],
         }
     }
 

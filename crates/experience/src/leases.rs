@@ -220,7 +220,7 @@ impl<T> Experience<T> {
             return Verdict::Expired;
         };
         let late = match self.slots.get(&g) {
-            None | Some(GroupSlot::Ready { .. } | GroupSlot::Training) => {
+            None | Some(GroupSlot::Ready { .. } | GroupSlot::Training | GroupSlot::Replaced) => {
                 self.counts.duplicates += 1;
                 self.events.push(Event::Duplicate { ms, worker, lease, group });
                 return Verdict::Duplicate;
@@ -244,7 +244,10 @@ impl<T> Experience<T> {
         }
         self.clear_losses(g);
         self.quarantine.reset(s.worker);
-        let slot = GroupSlot::Ready { payload, versions: s.versions, worker: worker.clone(), lease: lease.clone() };
+        let teaches_nothing = self.replacement.is_candidate(&payload);
+        let versions = s.versions;
+        let slot =
+            GroupSlot::Ready { payload, teaches_nothing, versions, worker: worker.clone(), lease: lease.clone() };
         self.set_slot(g, slot);
         self.events.push(Event::Submitted { ms, worker, lease, group, oldest, late });
         Verdict::Accepted

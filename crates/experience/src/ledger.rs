@@ -17,6 +17,10 @@ pub enum GroupOutcome {
     Skipped,
     /// No response of the group had a reward, so there was nothing to learn from.
     Masked,
+    /// All responses of the group were cut at the length limit and left out of the loss.
+    Filtered,
+    /// The group was looked at and replaced by a further one, because its responses teach nothing.
+    Replaced,
 }
 
 /// Outcomes of groups by pass in the lineage of a checkpoint.
@@ -42,6 +46,10 @@ struct PassLedger {
     wholly_masked: u64,
     #[serde(default, skip_serializing_if = "is_zero")]
     dropped: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    filtered: u64,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    replaced: u64,
     /// One bit per record of the data set; empty once all are set.
     #[serde(default, skip_serializing_if = "Vec::is_empty", with = "hex")]
     rows: Vec<u8>,
@@ -65,7 +73,7 @@ pub struct DroppedGroup {
 impl PassLedger {
     /// Returns the number of finished groups.
     fn done(&self) -> u64 {
-        self.trained + self.skipped + self.wholly_masked + self.dropped
+        self.trained + self.skipped + self.wholly_masked + self.dropped + self.filtered + self.replaced
     }
 }
 
@@ -77,6 +85,8 @@ impl Ledger {
             GroupOutcome::Trained => p.trained += 1,
             GroupOutcome::Skipped => p.skipped += 1,
             GroupOutcome::Masked => p.wholly_masked += 1,
+            GroupOutcome::Filtered => p.filtered += 1,
+            GroupOutcome::Replaced => p.replaced += 1,
         }
     }
 
@@ -98,11 +108,23 @@ impl Ledger {
         self.passes.iter().map(|p| p.dropped).sum()
     }
 
-    /// Returns the numbers of trained, skipped, wholly masked and dropped groups.
-    pub(crate) fn sums(&self) -> [u64; 4] {
-        let add =
-            |[a, b, c, d]: [u64; 4], p: &PassLedger| [a + p.trained, b + p.skipped, c + p.wholly_masked, d + p.dropped];
-        self.passes.iter().fold([0; 4], add)
+    /// Returns the number of groups that were looked at and replaced.
+    pub(crate) fn replaced(&self) -> u64 {
+        self.passes.iter().map(|p| p.replaced).sum()
+    }
+
+    /// Returns the numbers of groups by outcome over all passes.
+    pub(crate) fn sums(&self) -> PassAccount {
+        let mut sums = PassAccount::default();
+        for p in &self.passes {
+            sums.trained += p.trained;
+            sums.skipped += p.skipped;
+            sums.wholly_masked += p.wholly_masked;
+            sums.dropped += p.dropped;
+            sums.filtered += p.filtered;
+            sums.replaced += p.replaced;
+        }
+        sums
     }
 
     /// Marks a row as done and returns the ledger of its pass.
@@ -144,6 +166,12 @@ pub struct PassAccount {
     /// Groups without any reward.
     #[serde(skip_serializing_if = "is_zero")]
     pub wholly_masked: u64,
+    /// Groups whose responses were all left out of the loss by the overlong filter.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub filtered: u64,
+    /// Groups that were looked at and replaced by a further one, because their responses teach nothing.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub replaced: u64,
 }
 
 /// Comparison of a checkpoint's ledger with its position in the data.
@@ -163,7 +191,12 @@ pub struct Accounting {
     pub skipped: u64,
     /// Groups without any reward.
     pub wholly_masked: u64,
-    /// Whether every due group was trained exactly once, i.e. none was lost, dropped, skipped or wholly masked.
+    /// Groups whose responses were all left out of the loss by the overlong filter.
+    pub filtered: u64,
+    /// Groups that were looked at and replaced by a further one, because their responses teach nothing.
+    pub replaced: u64,
+    /// Whether every due group was trained exactly once, or looked at exactly once and left out as configured (filtered or replaced);
+    /// none was lost, dropped, skipped or wholly masked.
     pub exactly_once: bool,
     /// Accounting by pass; the last pass may be incomplete.
     pub passes: Vec<PassAccount>,
@@ -220,6 +253,8 @@ impl ExperienceSnapshot {
                 dropped: p.dropped,
                 skipped: p.skipped,
                 wholly_masked: p.wholly_masked,
+                filtered: p.filtered,
+                replaced: p.replaced,
             }
         };
         let is_relevant = |p: &PassAccount| p.lost > 0 || ledger_of(p.pass).is_some_and(|p| p.done() > 0);
@@ -231,8 +266,10 @@ impl ExperienceSnapshot {
         let dropped = sum(|p| p.dropped);
         let skipped = sum(|p| p.skipped);
         let wholly_masked = sum(|p| p.wholly_masked);
-        // If all groups before the position were trained, no group can have had another outcome.
-        let exactly_once = twice == 0 && lost == 0 && trained == self.trained;
+        let filtered = sum(|p| p.filtered);
+        let replaced = sum(|p| p.replaced);
+        // If all groups before the position were trained or left out, no group can have had another outcome.
+        let exactly_once = twice == 0 && lost == 0 && trained + filtered + replaced == self.trained;
         let set_aside = self.ledger.set_aside.clone();
         Accounting {
             records: self.records,
@@ -242,6 +279,8 @@ impl ExperienceSnapshot {
             dropped,
             skipped,
             wholly_masked,
+            filtered,
+            replaced,
             exactly_once,
             passes,
             set_aside,
@@ -352,6 +391,25 @@ mod tests {
         // A ledger in the format without these counts.
         let old: Ledger = serde_json::from_str(r#"{"passes":[{"pass":0,"trained":11,"different":11}]}"#).unwrap();
         assert!(snapshot(11, old).accounting().exactly_once);
+    }
+
+    #[test]
+    fn replaced_and_filtered_groups_keep_the_accounting_exact() {
+        for outcome in [GroupOutcome::Replaced, GroupOutcome::Filtered] {
+            let mut l = ledger((0..10).map(|r| (0, r)));
+            l.record(0, 10, 11, outcome);
+            let l: Ledger = serde_json::from_str(&serde_json::to_string(&l).unwrap()).unwrap();
+            let a = snapshot(11, l.clone()).accounting();
+            let counts = (a.trained, a.replaced + a.filtered, a.twice, a.lost, a.exactly_once);
+            assert_eq!(counts, (10, 1, 0, 0, true), "{outcome:?}");
+            assert_eq!(a.replaced, u64::from(outcome == GroupOutcome::Replaced));
+            assert_eq!((a.passes[0].replaced, a.passes[0].filtered), (a.replaced, a.filtered));
+            // It occurs a second time.
+            let mut twice = l;
+            twice.record(0, 10, 11, GroupOutcome::Trained);
+            let a = snapshot(11, twice).accounting();
+            assert_eq!((a.twice, a.exactly_once), (1, false), "{outcome:?}");
+        }
     }
 
     #[test]

@@ -7,8 +7,10 @@
 //! Guarantees, regardless of worker behaviour:
 //! - each group of a pass is returned by [`Experience::next_batch`] exactly once, in the order of the pass;
 //! - no group is trained whose oldest token lags the learner by more than `max_staleness` versions;
-//! - the outcome of each group (trained, skipped, wholly masked, set aside) is counted independently, by record, in a ledger that is part
-//!   of every checkpoint;
+//! - the outcome of each group (trained, skipped, wholly masked, set aside, replaced, filtered) is counted independently, by record, in a
+//!   ledger that is part of every checkpoint;
+//! - a group that teaches nothing is replaced by a further one, if so configured, up to a limit per batch: it is looked at once, counted,
+//!   and never trained, and which groups are replaced follows from the order of the pass and not from the order of submissions;
 //! - a group that repeatedly kills workers is set aside, named and counted, and a worker whose submissions are repeatedly rejected is
 //!   quarantined;
 //! - a group whose worker died, fell silent, stalled or returned it is leased again, before any newer group, and never to a worker that may

@@ -110,6 +110,8 @@ fn headline(summary: &Value) -> (Vec<MetricRow>, Vec<String>) {
     let mut facts = Vec::new();
     facts.extend(summary["after"]["n"].as_u64().map(|n| format!("{n} held-out images")));
     facts.extend(number("steps").map(|s| format!("{s:.0} updates in stage 2")));
+    facts.extend(number("replaced_groups").map(|n| format!("{n:.0} groups replaced, because they teach nothing")));
+    facts.extend(number("filtered_responses").map(|n| format!("{n:.0} cut responses left out of the loss")));
     facts.extend(number("wall_s").map(|s| format!("{:.0} min {:02.0} s", (s / 60.0).floor(), s % 60.0)));
     facts.extend(number("peak_rss_mib").map(|m| format!("peak memory {m:.0} MiB")));
     facts.extend(number("seed").map(|s| format!("seed {s:.0}")));
@@ -142,6 +144,10 @@ fn charts(events: &[Value]) -> Vec<Panel> {
     let rewards: Vec<Series<'_>> = components.iter().map(|(name, p)| Series { name, points: p.clone() }).collect();
     let held_out = [("mean IoU", "/mean_iou"), ("soft F1", "/soft_f1"), ("accuracy of the category", "/accuracy")]
         .map(|(name, pointer)| Series { name, points: points(&rl, pointer) });
+    // Counts that are 0 throughout belong to a feature that is off.
+    let counts = |title: &str, pointer: &str| {
+        single(title, &train, pointer).filter(|_| points(&train, pointer).iter().any(|(_, count)| *count > 0.0))
+    };
     let panels = [
         single("Stage 1: cross-entropy", &sft, "/loss"),
         line_chart("Stage 2: held-out validation", "step", &held_out),
@@ -152,6 +158,8 @@ fn charts(events: &[Value]) -> Vec<Panel> {
         single("Stage 2: agreement, mean |Δ log p| of the same weights", &train, "/agreement"),
         single("Stage 2: drift, mean |Δ log p| of stale tokens", &train, "/drift"),
         single("Stage 2: gradient norm", &train, "/grad_norm"),
+        counts("Stage 2: groups replaced per update, because they teach nothing", "/replaced"),
+        counts("Stage 2: responses left out of the loss, cut at the length limit", "/filtered_responses"),
     ];
     panels.into_iter().flatten().collect()
 }
@@ -208,6 +216,23 @@ mod tests {
         };
         assert_eq!(images(&ImageFolders::default()), [0, 0]);
         assert_eq!(images(&ImageFolders::new([other.path()])), [1, 1]);
+    }
+
+    #[test]
+    fn replaced_groups_are_shown_if_there_are_any() {
+        let page = |replaced: u64| {
+            let dir = tempfile::tempdir().unwrap();
+            let event = |step: u64| json!({"kind": "train", "step": step, "replaced": replaced * step, "filtered_responses": 0});
+            let lines: String = (1..4).map(|step| format!("{}\n", event(step))).collect();
+            std::fs::write(dir.path().join("events.jsonl"), lines).unwrap();
+            let summary = json!({"replaced_groups": 6 * replaced}).to_string();
+            std::fs::write(dir.path().join("summary.json"), if replaced > 0 { &summary } else { "{}" }).unwrap();
+            std::fs::read_to_string(write_report(dir.path(), 0, 0, &ImageFolders::default()).unwrap()).unwrap()
+        };
+        let with = page(1);
+        assert!(with.contains("groups replaced per update") && with.contains("6 groups replaced"), "{with}");
+        assert!(!with.contains("cut at the length limit"), "{with}");
+        assert!(!page(0).contains("replaced"));
     }
 
     #[test]

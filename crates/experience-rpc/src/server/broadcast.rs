@@ -51,10 +51,10 @@ impl Broadcaster {
         Ok(Self { device: options.device, jobs, ended, thread })
     }
 
-    /// Sends a job to the thread; returns it if the thread has died. Tensors of `new` on a GPU are copied there first,
-    /// so that they need not be loaded from host memory; they may change once this returns.
-    pub(super) fn send(&self, mut job: BroadcastJob, new: &NewWeights<'_>) -> Result<(), Box<BroadcastJob>> {
-        if self.device.is_cuda() {
+    /// Sends a job to the thread; returns it if the thread has died. Tensors of `new`, if they can be read, on a GPU are copied there
+    /// first, so that they need not be loaded from host memory; they may change once this returns.
+    pub(super) fn send(&self, mut job: BroadcastJob, new: Option<&NewWeights<'_>>) -> Result<(), Box<BroadcastJob>> {
+        if let Some(new) = new.filter(|_| self.device.is_cuda()) {
             match job.source.copy_to_device(new, self.device) {
                 Ok(source) => job.source = source,
                 Err(e) => tracing::warn!(version = job.version, "broadcasting weights from host memory: {e}"),

@@ -71,7 +71,13 @@ impl Collector for QueueCollector {
         s.gauge("weight_streams", "Streams of weights under way", None, streams as f64)?;
         let help = "Streams of weights that were dropped: superseded, or read too slowly";
         s.counter("dropped_weight_streams", help, None, dropped as f64)?;
-        let untrained = [("dropped", n.dropped), ("skipped", n.skipped), ("wholly_masked", n.wholly_masked)];
+        let untrained = [
+            ("dropped", n.dropped),
+            ("skipped", n.skipped),
+            ("wholly_masked", n.wholly_masked),
+            ("filtered", n.filtered),
+            ("replaced", n.replaced),
+        ];
         let help = "Groups that trained nothing since the start of the run, by reason";
         s.counters("untrained_groups", help, "reason", untrained)?;
         let help = "Submissions refused for what they hold, by worker";

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tch::Tensor;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore};
 use tonic::Status;
@@ -25,7 +26,7 @@ use error::Result;
 use handler::Handler;
 use streams::Streams;
 use traces::Traces;
-use weights::Published;
+use weights::{Packing, Published};
 
 mod broadcast;
 mod broadcast_groups;
@@ -293,28 +294,54 @@ impl ExperienceServer {
     /// Returns [`ServerError::Experience`] if the version is not newer than the current one, and
     /// [`ServerError::Torch`] if a tensor cannot be copied.
     pub fn publish(&self, new: &NewWeights<'_>) -> Result<()> {
+        self.publish_from(new, true, |pack| pack(new.named))
+    }
+
+    /// Publishes a version like [`ExperienceServer::publish`], but reads the tensors of `new` only while `visit` passes them: in any number
+    /// of parts, each of which may be freed once it has been passed. Adapters that are not passed are read at the end. Broadcasts take
+    /// the weights from host memory.
+    ///
+    /// # Errors
+    /// Returns the error of `visit`, and those of [`ExperienceServer::publish`].
+    pub fn publish_in_parts<E: From<ServerError>>(
+        &self,
+        new: &NewWeights<'_>,
+        visit: impl FnOnce(&mut dyn FnMut(&[(String, Tensor)]) -> Result<()>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.publish_from(new, false, visit)
+    }
+
+    /// Publishes the tensors that `visit` passes; `kept`: those of `new` can be read afterwards.
+    fn publish_from<E: From<ServerError>>(
+        &self,
+        new: &NewWeights<'_>,
+        kept: bool,
+        visit: impl FnOnce(&mut dyn FnMut(&[(String, Tensor)]) -> Result<()>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let version = new.version;
         let previous = {
             let mut state = self.shared.lock();
             // The state machine starts, or is restored, at the version of this process's first weights.
             let current = state.machine.version();
             if version < current || (version == current && !state.checksums.is_empty()) {
-                return Err(ExperienceError::VersionRegression { version, current }.into());
+                return Err(ServerError::from(ExperienceError::VersionRegression { version, current }).into());
             }
             // From here on the previous version is not sent; requests wait for this one.
             state.weights.take()
         };
         self.shared.streams.sweep(version);
-        let published = Published::pack(new, previous)?;
+        let mut packing = Packing::new(new, previous);
+        visit(&mut |named: &[(String, Tensor)]| packing.add(named))?;
+        let published = packing.finish()?;
         let mut state = self.shared.lock();
-        state.machine.publish(version)?;
+        state.machine.publish(version).map_err(ServerError::from)?;
         let is_first = state.checksums.insert(version, published.checksum).is_none() && state.checksums.len() == 1;
         let now = self.shared.now();
         let job = state.broadcast_groups.as_mut().and_then(|groups| groups.start(&published, now));
         state.weights = Some(published);
         drop(state);
         if let Some((job, thread)) = job.zip(self.broadcaster.as_ref())
-            && let Err(job) = thread.send(job, new)
+            && let Err(job) = thread.send(job, Some(new).filter(|_| kept))
             && let Some(groups) = &mut self.shared.lock().broadcast_groups
         {
             groups.finished(&job, &Err(ServerError::ThreadEnded("the broadcast thread")));
@@ -350,9 +377,11 @@ impl ExperienceServer {
                 return Err(nothing_left(&state.machine.snapshot()));
             }
             if let Some(batch) = batch {
-                for (id, _) in &batch {
+                let replaced = state.machine.replaced_in_training();
+                for id in batch.iter().map(|(id, _)| id).chain(&replaced) {
                     state.inputs.remove(id);
                 }
+                state.traces.end(replaced.iter());
                 drop(state);
                 // If staleness is allowed, the next batch can be leased from here on.
                 self.shared.work.notify_waiters();
@@ -364,6 +393,11 @@ impl ExperienceServer {
             }
             (state, _) = self.shared.ready.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Returns the groups that were looked at and replaced in the batch that was taken, in order.
+    pub fn replaced(&self) -> Vec<GroupId> {
+        self.shared.lock().machine.replaced_in_training()
     }
 
     /// Opens a span for update `step` in the trace of each of its groups; the spans end when they are dropped.

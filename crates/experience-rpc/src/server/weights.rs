@@ -82,18 +82,31 @@ pub(super) struct Published {
     tensors: Vec<Arc<PackedTensor>>,
 }
 
-impl Published {
-    /// Copies the tensors into chunks, reusing the buffers of the previous version and its tensors that never change.
-    pub(super) fn pack(new: &NewWeights<'_>, previous: Option<Self>) -> Result<Self> {
+/// A version that is being packed, part by part.
+pub(super) struct Packing<'a> {
+    new: &'a NewWeights<'a>,
+    adapters: &'a [(String, Tensor)],
+    previous: HashMap<String, Arc<PackedTensor>>,
+    tensors: Vec<Arc<PackedTensor>>,
+}
+
+impl<'a> Packing<'a> {
+    /// Begins a version, which reuses the buffers of the previous version and its tensors that never change.
+    pub(super) fn new(new: &'a NewWeights<'a>, previous: Option<Published>) -> Self {
         let previous = previous.map_or_else(Vec::new, |p| p.tensors).into_iter().map(|t| (t.name.clone(), t));
-        let mut previous: HashMap<String, Arc<PackedTensor>> = previous.collect();
         let adapters = new.adapters.map_or(&[][..], Adapters::named_parameters);
-        let mut tensors = Vec::with_capacity(new.named.len() + adapters.len());
-        let named = new.named.iter().map(|(n, t)| (n, t, new.kind, (new.may_change)(n)));
-        for (name, tensor, kind, changes) in named.chain(adapters.iter().map(|(n, t)| (n, t, Kind::Float, true))) {
-            let old = previous.remove(name);
-            if let Some(old) = old.as_ref().filter(|_| !changes) {
-                tensors.push(old.clone());
+        Self { new, adapters, previous: previous.collect(), tensors: Vec::with_capacity(new.named.len()) }
+    }
+
+    /// Copies tensors into chunks.
+    pub(super) fn add(&mut self, named: &[(String, Tensor)]) -> Result<()> {
+        let new = self.new;
+        for (name, tensor) in named {
+            let is_adapter = self.adapters.iter().any(|(adapter, _)| adapter == name);
+            let kind = if is_adapter { Kind::Float } else { new.kind };
+            let old = self.previous.remove(name);
+            if let Some(old) = old.as_ref().filter(|_| !is_adapter && !(new.may_change)(name)) {
+                self.tensors.push(old.clone());
                 continue;
             }
             // The buffers cannot be reused if a stream is still sending the tensor.
@@ -105,18 +118,33 @@ impl Published {
             let shape = tensor.size().iter().map(|n| *n as u64).collect();
             let dtype = wire_name(kind)
                 .ok_or_else(|| ServerError::Unsendable(format!("weights of dtype {kind:?} cannot be sent")))?;
-            tensors.push(Arc::new(PackedTensor {
-                name: name.clone(),
-                dtype,
-                shape,
-                changed_in: new.version,
-                sum,
-                chunks,
-            }));
+            let changed_in = new.version;
+            self.tensors.push(Arc::new(PackedTensor { name: name.clone(), dtype, shape, changed_in, sum, chunks }));
         }
+        Ok(())
+    }
+
+    /// Adds the adapters that have not been added, and completes the version.
+    pub(super) fn finish(mut self) -> Result<Published> {
+        for adapter in self.adapters {
+            if self.tensors.iter().all(|t| t.name != adapter.0) {
+                self.add(std::slice::from_ref(adapter))?;
+            }
+        }
+        let Self { new, tensors, .. } = self;
         let sums: TensorChecksums = tensors.iter().map(|t| (t.name.clone(), t.sum)).collect();
         let adapter_scale = new.adapters.map(|a| a.spec().scale());
-        Ok(Self { version: new.version, checksum: version_checksum(&sums), adapter_scale, tensors })
+        Ok(Published { version: new.version, checksum: version_checksum(&sums), adapter_scale, tensors })
+    }
+}
+
+impl Published {
+    /// Packs all tensors of a version.
+    #[cfg(test)]
+    pub(super) fn pack(new: &NewWeights<'_>, previous: Option<Self>) -> Result<Self> {
+        let mut packing = Packing::new(new, previous);
+        packing.add(new.named)?;
+        packing.finish()
     }
 
     /// Returns the chunks that a worker needs, and the bytes of tensors in them. `base` are the undamaged weights of
@@ -200,7 +228,8 @@ mod tests {
 
     fn pack(version: u64, named: &[(String, Tensor)], kind: Kind, previous: Option<Published>) -> Published {
         let changes = |name: &str| !name.starts_with("visual.");
-        Published::pack(&NewWeights { version, named, kind, adapters: None, may_change: &changes }, previous).unwrap()
+        let new = NewWeights { version, named, kind, adapters: None, may_change: &changes };
+        Published::pack(&new, previous).unwrap()
     }
 
     fn head(chunks: &[v1::WeightsChunk]) -> v1::WeightsHead {
@@ -239,6 +268,27 @@ mod tests {
             let data: Vec<u8> = chunks[1..].iter().flat_map(|c| c.data.to_vec()).collect();
             let in_order: Vec<u8> = named.iter().flat_map(|one| bytes(std::slice::from_ref(one), kind)).collect();
             assert!(data == in_order);
+        }
+    }
+
+    /// Each part may be overwritten once it has been added.
+    #[test]
+    fn parts_give_the_same_version_as_the_whole() {
+        let whole = pack(3, &named(0.25), Kind::BFloat16, None);
+        let changes = |_: &str| true;
+        let new = NewWeights { version: 3, named: &[], kind: Kind::BFloat16, adapters: None, may_change: &changes };
+        let mut packing = Packing::new(&new, None);
+        for part in named(0.25).chunks(2).rev() {
+            packing.add(part).unwrap();
+            for (_, t) in part {
+                let _ = t.shallow_clone().zero_();
+            }
+        }
+        let by_parts = packing.finish().unwrap();
+        assert_eq!((by_parts.version, by_parts.checksum), (whole.version, whole.checksum));
+        for tensor in &whole.tensors {
+            let same = by_parts.tensors.iter().find(|t| t.name == tensor.name).unwrap();
+            assert!(same.data().eq(tensor.data()) && same.shape == tensor.shape);
         }
     }
 

@@ -6,6 +6,7 @@
 //! separate modules.
 
 mod quarantine;
+mod replacement;
 mod set_aside;
 
 use std::collections::{BTreeMap, HashSet};
@@ -41,6 +42,10 @@ pub struct Stats {
     pub wholly_masked: u64,
     /// Groups set aside and never trained, in that lineage.
     pub dropped: u64,
+    /// Groups that were looked at and replaced because their responses teach nothing, in that lineage.
+    pub replaced: u64,
+    /// Groups whose responses were all left out of the loss by the overlong filter, in that lineage.
+    pub filtered: u64,
     /// Pass of the next group to train.
     pub pass: u64,
     /// Position of the next group in that pass.
@@ -83,6 +88,7 @@ pub struct Experience<T> {
     pub(crate) ledger: Ledger,
     pub(crate) losses: set_aside::LossTracker,
     pub(crate) quarantine: quarantine::Quarantine,
+    pub(crate) replacement: replacement::Replacement<T>,
     pub(crate) now: Duration,
     pub(crate) counts: Stats,
     pub(crate) events: Vec<Event>,
@@ -118,6 +124,7 @@ impl<T> Experience<T> {
             ledger: Ledger::default(),
             losses: set_aside::LossTracker::default(),
             quarantine: quarantine::Quarantine::default(),
+            replacement: replacement::Replacement::default(),
             now: Duration::ZERO,
             counts: Stats::default(),
             events: Vec::new(),
@@ -220,24 +227,28 @@ impl<T> Experience<T> {
     /// Returns the current counts.
     pub fn stats(&self) -> Stats {
         let n = self.order.records();
-        let [trained, skipped, wholly_masked, dropped] = self.ledger.sums();
+        let sums = self.ledger.sums();
+        let replaced = self.replaced_groups();
         let mut s = Stats {
-            trained,
-            skipped,
-            wholly_masked,
-            dropped: dropped + self.set_aside_in(0..u64::MAX),
+            trained: sums.trained,
+            skipped: sums.skipped,
+            wholly_masked: sums.wholly_masked,
+            dropped: sums.dropped + self.set_aside_in(0..u64::MAX),
+            replaced: sums.replaced + replaced.len() as u64,
+            filtered: sums.filtered,
             pass: self.frontier / n,
             position: self.frontier % n,
             version: self.version,
             ..self.counts
         };
-        for slot in self.slots.values() {
+        for (g, slot) in &self.slots {
             match slot {
                 GroupSlot::Waiting { .. } => s.waiting += 1,
                 GroupSlot::Leased { .. } => s.leased += 1,
+                GroupSlot::Ready { .. } if replaced.binary_search(g).is_ok() => {}
                 GroupSlot::Ready { .. } => s.ready += 1,
                 GroupSlot::Training => s.training += 1,
-                GroupSlot::SetAside { .. } => {}
+                GroupSlot::Replaced | GroupSlot::SetAside { .. } => {}
             }
         }
         s

@@ -238,34 +238,37 @@ impl<T> Experience<T> {
         self.slots.range(range).filter(|(_, s)| matches!(s, GroupSlot::SetAside { .. })).count() as u64
     }
 
-    /// Returns the number of groups of the whole run, increased by those set aside, which are replaced.
+    /// Returns the number of groups of the whole run, increased by those set aside and those that teach nothing, which are replaced.
     pub(crate) fn total_groups(&self) -> Option<u64> {
-        let replaced = self.ledger.dropped() + self.set_aside_in(0..u64::MAX);
-        self.settings.total_groups.map(|n| n.saturating_add(replaced))
+        let set_aside = self.ledger.dropped() + self.set_aside_in(0..u64::MAX);
+        let replaced = self.ledger.replaced() + self.replaced_groups().len() as u64;
+        self.settings.total_groups.map(|n| n.saturating_add(set_aside + replaced))
     }
 
     /// Returns the end (exclusive) of the lease window of the published version.
     pub(crate) fn window_end(&self) -> u64 {
         let window = (self.settings.max_staleness + 1).saturating_mul(self.settings.groups_per_step as u64);
         let set_aside = self.losses.passed_in_window + self.set_aside_in(self.frontier..u64::MAX);
-        self.window_start.saturating_add(window).saturating_add(set_aside)
+        self.extended_window_end(self.window_start.saturating_add(window).saturating_add(set_aside))
     }
 
     /// Returns the number of groups between the window's start and `g` that will be trained.
     pub(crate) fn trainable_before(&self, g: u64) -> u64 {
         let set_aside = self.losses.passed_in_window + self.set_aside_in(self.frontier..g.max(self.frontier));
-        g.saturating_sub(self.window_start).saturating_sub(set_aside)
+        g.saturating_sub(self.window_start).saturating_sub(set_aside).saturating_sub(self.replaced_before(g))
     }
 
-    /// Returns the range of groups in the next batch, including those set aside, or `None` if too few groups have been leased.
+    /// Returns the range of groups in the next batch, including those set aside or replaced, or `None` if too few groups have been leased.
     pub(crate) fn next_range(&self) -> Option<std::ops::Range<u64>> {
         let end = self.total_groups().unwrap_or(u64::MAX);
+        let replaced = self.replaced_groups();
         let mut batch_end = self.frontier;
         let mut size = 0;
         while batch_end < end && size < self.settings.groups_per_step {
             match self.slots.get(&batch_end) {
                 None => return None,
                 Some(GroupSlot::SetAside { .. }) => {}
+                Some(_) if replaced.binary_search(&batch_end).is_ok() => {}
                 Some(_) => size += 1,
             }
             batch_end += 1;
@@ -298,6 +301,7 @@ impl<T> Experience<T> {
     /// Starts a new window after a version was published.
     pub(crate) fn reset_window(&mut self) {
         self.losses.passed_in_window = 0;
+        self.reset_replaced_window();
     }
 
     /// Returns the groups set aside that the frontier has not passed, with the reasons.

@@ -36,7 +36,7 @@ fn stale_or_unknown_weights_return_the_group() {
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].group, held[0].0.group);
     let s = Submission { worker: "w0", lease: &held[1].0.id, group: &held[1].0.group, versions: VersionSpan::at(6) };
-    let payload = Payload { group: held[1].0.group.clone(), oldest: 6 };
+    let payload = Payload { group: held[1].0.group.clone(), oldest: 6, flat: false };
     assert_eq!(w.machine.submit(&s, payload, w.now), Verdict::Stale, "weights of an abandoned lineage");
 }
 

@@ -7,5 +7,6 @@ mod fixtures;
 mod leases;
 mod properties;
 mod quarantine;
+mod replacement;
 mod set_aside;
 mod simulation;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use unveil_experience::{Experience, Verdict};
 
-use crate::simulation::{Ends, World};
+use crate::simulation::{Ends, Replacing, World};
 
 /// One step of a simulation.
 #[derive(Debug, Clone)]
@@ -138,9 +138,11 @@ impl World {
             }
             Op::Restart { keep_weights } => {
                 self.settings.term += 1;
-                self.machine = Experience::restore(self.settings.clone(), self.ids.clone(), &self.saved).unwrap();
-                self.trained.truncate(self.saved.trained as usize);
-                self.step = self.trained.len() as u64 / self.settings.groups_per_step as u64;
+                let restored = Experience::restore(self.settings.clone(), self.ids.clone(), &self.saved).unwrap();
+                self.machine = self.replacing.apply(restored);
+                self.finished.truncate(self.saved.trained as usize);
+                self.replaced.retain(|g| self.finished.contains(g));
+                self.step = self.trained() as u64 / self.settings.groups_per_step as u64;
                 if !keep_weights {
                     self.held.iter_mut().for_each(Vec::clear);
                 }
@@ -155,7 +157,8 @@ impl World {
             s.waiting + s.leased + s.ready + s.training <= bound,
             "more groups in flight than staleness allows: {s:?}"
         );
-        assert_eq!(s.trained as usize, self.trained.len());
+        assert_eq!(s.trained as usize, self.trained());
+        assert!(s.replaced as usize >= self.replaced.len(), "{s:?}");
     }
 }
 
@@ -166,10 +169,13 @@ proptest! {
         records in 1..20usize,
         groups_per_step in 1..7usize,
         max_staleness in 0..3u64,
+        limit in prop_oneof![1 => Just(0usize), 2 => 1..9usize],
+        flat_percent in prop_oneof![Just(10u64), Just(50), Just(90), Just(100)],
         ops in prop::collection::vec(op(), 0..200),
         ends in prop_oneof![Just(Ends::Forgetful), Just(Ends::Healthy), Just(Ends::Stuck)],
     ) {
-        let mut w = World::new(records, groups_per_step, max_staleness);
+        let replacing = Replacing { limit, flat_percent };
+        let mut w = World::with_replacement(records, groups_per_step, max_staleness, replacing);
         for op in &ops {
             w.apply(op);
         }
