@@ -36,7 +36,7 @@ fn main() {
             leave_out("cuda");
         }
     }
-    for name in ["store", "memory", "context"] {
+    for name in ["store", "memory", "context", "autograd", "operations", "packed_attention", "precision"] {
         match torch.as_deref() {
             Some(torch) => {
                 let headers = [torch.join("include"), torch.join("include/torch/csrc/api/include")];

@@ -54,5 +54,5 @@ pub use error::{CollectiveError, Fault, FaultKind, Result};
 pub use group::{Collective, Group};
 pub use rendezvous::{open, open_reporting_address};
 pub use setup::{Backend, Setup, Timeouts};
-pub use work::{Barrier, Work};
+pub use work::{Barrier, Joined, Work};
 pub use world::{Mesh, World};

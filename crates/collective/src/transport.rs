@@ -54,6 +54,12 @@ pub(crate) trait Pending: Debug + Send {
     /// Waits up to `timeout` and returns whether the call has completed.
     fn poll(&mut self, timeout: Duration) -> Result<bool, String>;
 
+    /// Returns the result before the call has completed, if work that the calling thread enqueues afterwards waits for it on the device;
+    /// `None` if the host has to wait.
+    fn result_on_stream(&mut self) -> Result<Option<Tensor>, String> {
+        Ok(None)
+    }
+
     /// Returns the result of a completed call; `None` for a barrier.
     fn take(self: Box<Self>) -> Result<Option<Tensor>, String>;
 }

@@ -128,3 +128,9 @@ pub(crate) fn quantised_error(how: &str) -> String {
          (transformers: model.dequantize())"
     )
 }
+
+/// Returns the tensor of an operation in the C++ shim. Panics with libtorch's message if it failed, as tch's own operations do; the trainer
+/// reads these messages.
+pub(crate) fn or_panic(result: unveil_torch_ext::Result<tch::Tensor>) -> tch::Tensor {
+    result.unwrap_or_else(|e| panic!("{e}"))
+}

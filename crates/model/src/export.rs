@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind};
 
-use crate::weights::weight_files;
-use crate::{AdapterMerger, ModelError, Result, Vlm, VlmConfig, read_adapters};
+use crate::adapters::modules::select;
+use crate::weights::{overwrite, weight_files};
+use crate::{AdapterMerger, ModelError, Result, Vlm, VlmConfig, read_adapter_files};
 
 /// Returns the files of a model directory that are neither weights nor configuration (tokenizer, processor, chat template), sorted.
 ///
@@ -45,12 +46,49 @@ pub fn export(dir: &Path, out: &Path, kind: Option<Kind>, adapter: Option<&Path>
         )));
     }
     if let Some(adapter) = adapter {
-        let (spec, named) = read_adapters(adapter)?;
-        AdapterMerger::default().merge(&mut vlm, &named, spec.scale())?;
+        check_adapter_base(adapter, dir)?;
+        let files = read_adapter_files(adapter)?;
+        let (_, targets) = select(vlm.named_parameters(), &files.modules)?;
+        overwrite(adapter, &targets, &files.parameters)?;
+        AdapterMerger::default().merge(&mut vlm, &files.adapters, files.spec.scale())?;
     }
     vlm.save_as(out, kind)?;
     copy_companion_files(dir, out)?;
     VlmConfig::load(out)
+}
+
+/// File beside adapters with the [`fingerprint`] of the model that they belong to.
+const BASE_FILE: &str = "base.blake3";
+
+/// Records in the directory `adapter` that its adapters belong to the model with the fingerprint `base`.
+///
+/// # Errors
+/// Returns [`ModelError::Io`] if the file cannot be written.
+pub fn record_adapter_base(adapter: &Path, base: &str) -> Result<()> {
+    let path = adapter.join(BASE_FILE);
+    std::fs::write(&path, format!("{base}\n")).map_err(|e| ModelError::io(&path, e))
+}
+
+/// Checks that the adapters in the directory `adapter` belong to the model in `base`; adapters without a record fit any model.
+///
+/// # Errors
+/// Returns [`ModelError::Input`] if they belong to another model, and [`ModelError::Io`] if a file cannot be read.
+pub fn check_adapter_base(adapter: &Path, base: &Path) -> Result<()> {
+    let path = adapter.join(BASE_FILE);
+    if !path.exists() {
+        return Ok(());
+    }
+    let recorded = std::fs::read_to_string(&path).map_err(|e| ModelError::io(&path, e))?;
+    let recorded = recorded.trim();
+    let present = fingerprint(base)?;
+    if recorded == present {
+        return Ok(());
+    }
+    Err(ModelError::input(format!(
+        "the adapters in {} belong to the model with BLAKE3 {recorded}, but {} has {present}: use the model that they were trained on",
+        adapter.display(),
+        base.display()
+    )))
 }
 
 /// Copies the [`companion_files`] of `dir` to `out`.

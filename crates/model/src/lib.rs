@@ -28,6 +28,7 @@
 //! ```
 
 mod adapters;
+mod compute;
 mod config;
 mod decoder;
 mod device;
@@ -44,7 +45,8 @@ mod vlm;
 mod weights;
 
 pub use adapters::lora::{Adapters, LoraSpec, is_adapter};
-pub use adapters::peft::read_adapters;
+pub use adapters::peft::{AdapterFiles, read_adapter_files, read_adapters};
+pub use compute::agreement_limit;
 pub use config::parameters::canonical_name;
 pub use config::preset::{Preset, preset, presets};
 pub use config::{TextConfig, VisionAttention, VisionConfig, VlmConfig};
@@ -52,9 +54,10 @@ pub use decoder::logprob::{entropy, log_softmax, logprobs, logprobs_entropy, mas
 pub use device::device;
 pub use dtype::{dtype_name, parse_dtype, weight_kind};
 pub use error::ModelError;
-pub use export::{companion_files, copy_companion_files, export, fingerprint};
+pub use export::{check_adapter_base, companion_files, copy_companion_files, export, fingerprint, record_adapter_base};
 pub use generation::cache::{CacheShape, DecodeOut, GroupCache, Prefill};
 pub use layers::attention::{AttentionSet, Capture, CaptureSpec};
+pub use layers::dropout::AdapterDropout;
 pub use layers::ops::activation_kind;
 pub use layers::rope::rope_positions;
 pub use training::packed::{PackedBatch, PackedGroup};
@@ -73,9 +76,6 @@ mod tests {
     /// Reruns unit tests that compute with other instruction sets of libtorch.
     #[test]
     fn numbers_hold_under_every_dispatch() {
-        unveil_testkit::under_every_dispatch(&[
-            "layers::attention::tests::two_parts_equal_one_softmax",
-            "training::packed_attention::tests::packed_attention_equals_its_dense_mask",
-        ]);
+        unveil_testkit::under_every_dispatch(&["layers::attention::tests::two_parts_equal_one_softmax"]);
     }
 }

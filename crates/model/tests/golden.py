@@ -4,12 +4,14 @@ golden.py make DIR [SEED]   random tiny models of each family with inputs and tr
 golden.py check DIR         compares the logits of directories DIR/<model>/rust, written by the Rust side; prints JSON
 """
 
+import contextlib
 import json
 import pathlib
 import random
 import sys
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -19,6 +21,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.utils import logging
 
 logging.set_verbosity_error()
@@ -137,6 +141,34 @@ def rows_of_heads(attentions, prompt, image):
     return tokens, torch.stack([rows[:, :, t].mean(2) for t in tokens]).contiguous()
 
 
+def rounded(t):
+    return t.bfloat16().float()
+
+
+@contextlib.contextmanager
+def rounded_operands():
+    """The fast mode: operands of linear layers and of attention are rounded to bf16, everything else is fp32."""
+    plain = F.linear
+    modules = [(module, module.eager_attention_forward) for module in (modeling_qwen2_5_vl, modeling_qwen3_vl)]
+
+    def linear(x, weight, bias=None):
+        out = plain(rounded(x), rounded(weight))
+        return out if bias is None else out + bias
+
+    def attention(eager):
+        return lambda module, q, k, v, *args, **more: eager(module, rounded(q), rounded(k), rounded(v), *args, **more)
+
+    F.linear = linear
+    for module, eager in modules:
+        module.eager_attention_forward = attention(eager)
+    try:
+        yield
+    finally:
+        F.linear = plain
+        for module, eager in modules:
+            module.eager_attention_forward = eager
+
+
 @torch.no_grad()
 def make(root, seed=0):
     rng = random.Random(seed)
@@ -191,6 +223,9 @@ def make_model(path, rng, kind, config, head=False):
         out = model(**full_inputs(inputs, sequence), output_attentions=True)
         tensors[f"{index}.tokens"] = sequence[0].contiguous()
         tensors[f"{index}.logits"] = out.logits[0].contiguous()
+        if not grids:
+            with rounded_operands():
+                tensors[f"{index}.fast"] = model(**full_inputs(inputs, sequence)).logits[0].contiguous()
         tokens = None
         if grids:
             tensors[f"{index}.pixels"] = inputs["pixel_values"]

@@ -15,6 +15,11 @@ int unveil_context_deterministic(int on, char* message, size_t size) {
   });
 }
 
+// Allows or forbids TF32 in matrix products of fp32 operands on GPUs; returns 0, or 1 with a message.
+int unveil_context_tf32(int on, char* message, size_t size) {
+  return guarded(message, size, [&] { at::globalContext().setAllowTF32CuBLAS(on != 0); });
+}
+
 // Returns 1 if the calling thread's operations on tensors that need gradients are recorded for a backward pass.
 int unveil_context_grad() { return c10::GradMode::is_enabled() ? 1 : 0; }
 }

@@ -9,8 +9,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <map>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "guarded.h"
 
@@ -35,6 +37,14 @@ struct Graph {
   std::optional<c10::cuda::CUDAStreamGuard> stream;
 };
 
+// The stream on which the calling thread captures on a device: cuBLAS keeps a workspace for each stream.
+c10::cuda::CUDAStream capture_stream(c10::DeviceIndex device) {
+  thread_local std::map<c10::DeviceIndex, c10::cuda::CUDAStream> streams;
+  const auto found = streams.find(device);
+  if (found != streams.end()) return found->second;
+  return streams.emplace(device, c10::cuda::getStreamFromPool(false, device)).first->second;
+}
+
 }  // namespace
 
 extern "C" {
@@ -43,16 +53,21 @@ int unveil_graph_new(void** out, char* message, size_t size) {
   return guarded(message, size, [&] { *out = new Graph(); });
 }
 
-// Records the calling thread's later work in the graph, without running it.
-int unveil_graph_begin(void* handle, int device, char* message, size_t size) {
+// A memory pool for graphs that are never replayed at the same time, as the two numbers that name it.
+int unveil_graph_pool(uint64_t* first, uint64_t* second, char* message, size_t size) {
+  return guarded(message, size, [&] { std::tie(*first, *second) = at::cuda::graph_pool_handle(); });
+}
+
+// Records the calling thread's later work in the graph, without running it; its memory comes from a pool of unveil_graph_pool.
+int unveil_graph_begin(void* handle, int device, uint64_t first, uint64_t second, char* message, size_t size) {
   auto* self = static_cast<Graph*>(handle);
   return guarded(message, size, [&] {
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
     c10::cuda::device_synchronize();
-    self->stream.emplace(c10::cuda::getStreamFromPool(false, static_cast<c10::DeviceIndex>(device)));
+    self->stream.emplace(capture_stream(static_cast<c10::DeviceIndex>(device)));
     try {
       // Other threads may allocate and synchronise meanwhile; only this one may not.
-      self->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+      self->graph.capture_begin({first, second}, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
       self->graph.abandon();
       self->stream.reset();

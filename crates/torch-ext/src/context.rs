@@ -17,12 +17,25 @@ fn library() -> Result<&'static NativeLibrary, String> {
 /// # Errors
 /// Returns [`ExtError::Unavailable`] if the library cannot be loaded.
 pub fn set_deterministic(on: bool) -> Result<()> {
+    switch("deterministic algorithms", b"unveil_context_deterministic", on)
+}
+
+/// Allows or forbids TF32 in matrix products of fp32 operands on GPUs, in the whole process.
+///
+/// # Errors
+/// Returns [`ExtError::Unavailable`] if the library cannot be loaded.
+pub fn allow_tf32(on: bool) -> Result<()> {
+    switch("TF32", b"unveil_context_tf32", on)
+}
+
+/// Turns a switch of cpp/context.cc on or off; `symbol` must be one of its switches.
+fn switch(what: &'static str, symbol: &[u8], on: bool) -> Result<()> {
     type Switch = unsafe extern "C" fn(c_int, *mut c_char, usize) -> c_int;
-    // SAFETY: the type is that of cpp/context.cc.
-    let switch = library().and_then(|l| unsafe { l.get::<Switch>(b"unveil_context_deterministic") });
+    // SAFETY: the type is that of the switches in cpp/context.cc.
+    let switch = library().and_then(|l| unsafe { l.get::<Switch>(symbol) });
     let switch = switch.map_err(|reason| ExtError::Unavailable { library: "context", reason })?;
     // SAFETY: the function keeps no pointer.
-    check_call("deterministic algorithms", |m, n| unsafe { switch(c_int::from(on), m, n) })
+    check_call(what, |m, n| unsafe { switch(c_int::from(on), m, n) })
 }
 
 /// Returns whether operations of the calling thread record gradients ([`Tensor::requires_grad`] only says whether a tensor needs

@@ -1,6 +1,7 @@
-//! A small C++ shim for functions that tch lacks: CUDA graphs and streams, CPU kernels for decode steps, control over the memory behind tensors,
-//! libtorch's key-value store and Gloo. Each C++ file becomes a shared library that is embedded in this crate and loaded on first use,
-//! so that one build serves hosts with and without a GPU. The free memory of a device is read here, too.
+//! A small C++ shim for functions that tch lacks: CUDA graphs and streams, CPU kernels for decode steps, attention of packed sequences and
+//! products of bf16 operands with their gradients, control over the memory behind tensors, libtorch's key-value store and Gloo. Each C++
+//! file becomes a shared library that is embedded in this crate and loaded on first use, so that one build serves hosts with and without a
+//! GPU. The free memory of a device is read here, too.
 //!
 //! Must not depend on: models, async runtimes, what communication is for. The project's unsafe code is here, apart from file maps and
 //! the bindings to NCCL.
@@ -24,6 +25,7 @@
 
 #![expect(unsafe_code, reason = "this crate is the boundary to C++; every unsafe block states why it is sound")]
 
+mod autograd;
 mod buffer;
 mod context;
 mod cpu_kernels;
@@ -34,18 +36,25 @@ mod gpu;
 mod graph;
 mod library;
 mod memory;
+mod operations;
+mod packed_attention;
+mod precision;
 mod store;
 mod stream;
 
+pub use autograd::backward;
 pub use buffer::HostBuffer;
-pub use context::{grad_enabled, set_deterministic};
+pub use context::{allow_tf32, grad_enabled, set_deterministic};
 pub use cpu_kernels::{DecodeLayer, DecodeStep, decode, instruction_sets, linear, with_instruction_set};
 pub use cuda::load_cuda;
 pub use device_memory::{GpuMemory, free_memory, gpu_memory};
 pub use gloo::{GlooGroup, GlooWork};
 pub use gpu::{AllocatorMemory, allocator_memory, select_gpu};
-pub use graph::CudaGraph;
+pub use graph::{CudaGraph, GraphPool};
 pub use memory::{drop_grad, memory_size, resize_memory};
+pub use operations::{OperationCounts, count_operations};
+pub use packed_attention::{PackedLayout, packed_attention};
+pub use precision::{MatrixSet, Operands, keep_wide_gradient, mixed_linear, round_through};
 pub use store::Store;
 pub use stream::{CudaEvent, CudaStream};
 

@@ -213,6 +213,11 @@ impl Pending for NcclWork {
         }
     }
 
+    fn result_on_stream(&mut self) -> Result<Option<Tensor>, String> {
+        self.event.block_current().map_err(|e| e.to_string())?;
+        Ok(self.result.take())
+    }
+
     fn take(self: Box<Self>) -> Result<Option<Tensor>, String> {
         self.event.block_current().map_err(|e| e.to_string())?;
         Ok(self.result)

@@ -1,15 +1,17 @@
 //! Low-rank adapters (LoRA, arXiv 2106.09685): `y = W x + s B A x` with A `[r, in]`, B `[out, r]` and `s = alpha / r`, while `W` stays
 //! frozen: specification, tensors and checks. See `vlm::adapters` for their creation, `merge` for merged weights and `peft` for files.
 //!
-//! There is no dropout on `x`: rollout and learner must compute the same log-probabilities for the same weights.
+//! Dropout on `x` is for stage 1 alone: rollout and learner must compute the same log-probabilities for the same weights.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::Tensor;
 
+use crate::adapters::modules::SavedModules;
+use crate::layers::dropout::AdapterDropout;
 use crate::layers::linear::Linear;
 use crate::{ModelError, Result};
 
@@ -55,6 +57,10 @@ pub struct Adapters {
     pub(crate) spec: LoraSpec,
     pub(crate) named: Vec<(String, Tensor)>,
     pub(crate) enabled: Arc<AtomicBool>,
+    /// Dropout of the present pass.
+    pub(crate) dropout: Arc<Mutex<Option<AdapterDropout>>>,
+    /// Modules that are trained whole; the base model has other values there.
+    pub(crate) modules: SavedModules,
 }
 
 impl Adapters {
@@ -69,11 +75,41 @@ impl Adapters {
         &self.named
     }
 
+    /// Returns the names of the modules that are trained whole beside the adapters.
+    pub fn module_names(&self) -> &[String] {
+        &self.modules.names
+    }
+
+    /// Returns the parameters of these modules, which are parameters of the model.
+    pub fn module_parameters(&self) -> &[(String, Tensor)] {
+        &self.modules.parameters
+    }
+
+    /// Iterates over all tensors that differ from the base model: those of the adapters, then those of the modules.
+    pub fn saved_tensors(&self) -> impl Iterator<Item = &(String, Tensor)> {
+        self.named.iter().chain(&self.modules.parameters)
+    }
+
     /// Sets whether the adapters need gradients.
     pub fn set_trainable(&self, trainable: bool) {
         for (_, tensor) in &self.named {
             let _ = tensor.set_requires_grad(trainable);
         }
+    }
+
+    /// Sets the dropout of the adapters in the passes that follow; `None` disables it, as generation and evaluation need.
+    ///
+    /// # Errors
+    /// Returns [`ModelError::Input`] if an adapter is in the vision tower, whose inputs have no positions.
+    pub fn set_dropout(&self, dropout: Option<AdapterDropout>) -> Result<()> {
+        let visual = self.named.iter().find(|(name, _)| name.starts_with("visual."));
+        if let Some((name, _)) = visual.filter(|_| dropout.is_some()) {
+            return Err(ModelError::input(format!(
+                "`{name}` is in the vision tower: dropout is for adapters of the decoder"
+            )));
+        }
+        *self.dropout.lock().unwrap_or_else(PoisonError::into_inner) = dropout;
+        Ok(())
     }
 
     /// Returns whether the adapters contribute to the model's output.

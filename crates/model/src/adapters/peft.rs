@@ -2,14 +2,14 @@
 //! followed by the in-memory name of the layer in transformers. Source: peft's checkpoint format (huggingface.co/docs/peft, developer
 //! guides), version 0.21.
 //!
-//! Only plain LoRA can be read; every other feature of peft is refused by its key.
+//! Plain LoRA can be read, with modules that were trained whole beside it; every other feature of peft is refused by its key.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use crate::adapters::lora::{Adapters, LoraSpec, check_rank, lora_pairs};
+use crate::adapters::lora::{Adapters, LoraSpec, check_rank, is_adapter, lora_pairs};
 use crate::config::parameters;
 use crate::files::{refuse_lfs_pointer, write_json};
 use crate::weights::{read_safetensors, write_safetensors};
@@ -20,7 +20,7 @@ const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 /// Keys that change what an adapter computes, unless their value is null, false, empty or "none".
-const UNSUPPORTED_KEYS: [&str; 16] = [
+const UNSUPPORTED_KEYS: [&str; 15] = [
     "alora_invocation_tokens",
     "bias",
     "fan_in_fan_out",
@@ -29,7 +29,6 @@ const UNSUPPORTED_KEYS: [&str; 16] = [
     "kasa_config",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "monteclora_config",
     "rank_pattern",
     "target_parameters",
@@ -51,7 +50,7 @@ impl Adapters {
     /// Returns [`ModelError::Io`] if a file cannot be written.
     pub fn save(&self, dir: &Path, base: &str) -> Result<()> {
         let stored: Vec<(String, Tensor)> =
-            self.named_parameters().iter().map(|(n, t)| (Self::peft_name(n), t.shallow_clone())).collect();
+            self.saved_tensors().map(|(n, t)| (Self::peft_name(n), t.shallow_clone())).collect();
         write_safetensors(&dir.join(WEIGHTS_FILE), &stored)?;
         self.save_config(dir, base)
     }
@@ -69,22 +68,50 @@ impl Adapters {
         let s = self.spec();
         let layers: Vec<String> =
             lora_pairs(dir, self.named_parameters())?.iter().map(|p| parameters::transformers_name(p.layer)).collect();
+        let modules: Vec<String> = self.module_names().iter().map(|n| parameters::transformers_name(n)).collect();
+        let modules = if modules.is_empty() { Value::Null } else { json!(modules) };
         let alpha = if s.alpha.fract() == 0.0 && s.alpha < 1e9 { json!(s.alpha as i64) } else { json!(s.alpha) };
         let config = json!({
             "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
-            "init_lora_weights": true, "lora_alpha": alpha, "lora_dropout": 0.0, "modules_to_save": null, "peft_type": "LORA",
+            "init_lora_weights": true, "lora_alpha": alpha, "lora_dropout": 0.0, "modules_to_save": modules, "peft_type": "LORA",
             "r": s.rank, "target_modules": layers, "task_type": null, "use_dora": false, "use_rslora": s.rank_stabilised,
         });
         write_json(&dir.join(CONFIG_FILE), &config)
     }
 }
 
-/// Reads both files. Returns the adapters' specification and their tensors, under the names of this crate, in the order of the file.
-/// `lora_dropout` is ignored.
+/// Adapters that were read from files, under the names of this crate.
+#[derive(Debug)]
+pub struct AdapterFiles {
+    /// Specification of the adapters.
+    pub spec: LoraSpec,
+    /// Tensors of the adapters, in the order of the file.
+    pub adapters: Vec<(String, Tensor)>,
+    /// Names of the modules that were trained whole.
+    pub modules: Vec<String>,
+    /// Parameters of these modules.
+    pub parameters: Vec<(String, Tensor)>,
+}
+
+/// Reads adapters that have no modules beside them; see [`read_adapter_files`].
+///
+/// # Errors
+/// Returns the same errors as [`read_adapter_files`], and one that names `modules_to_save` if there are modules.
+pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
+    let files = read_adapter_files(dir)?;
+    if !files.modules.is_empty() {
+        let message =
+            format!("modules_to_save is {:?}, but only plain LoRA, without it, is supported here", files.modules);
+        return Err(ModelError::config(&dir.join(CONFIG_FILE), message));
+    }
+    Ok((files.spec, files.adapters))
+}
+
+/// Reads both files: adapters, and the modules that were trained whole beside them. `lora_dropout` is ignored.
 ///
 /// # Errors
 /// Returns an error that names the file, and the key or tensor that is unsupported or inconsistent.
-pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
+pub fn read_adapter_files(dir: &Path) -> Result<AdapterFiles> {
     let path = dir.join(CONFIG_FILE);
     let text = std::fs::read(&path).map_err(|e| ModelError::io(&path, e))?;
     let config_error = |message: String| ModelError::config(&path, message);
@@ -113,6 +140,12 @@ pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
     let (Some(rank), Some(alpha)) = (rank, alpha) else {
         return Err(config_error("r and lora_alpha must be positive numbers".into()));
     };
+    let modules: Vec<String> = match config.get("modules_to_save") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(value) => serde_json::from_value(value.clone())
+            .map_err(|_| config_error(format!("modules_to_save is {value}, expected a list of names")))?,
+    };
+    let modules: Vec<String> = modules.iter().map(|n| parameters::canonical_name(n)).collect();
     let path = dir.join(WEIGHTS_FILE);
     let without_prefix = |name: &str| name.strip_prefix(PREFIX).map(parameters::canonical_name);
     let named = read_safetensors(&path)?
@@ -124,11 +157,14 @@ pub fn read_adapters(dir: &Path) -> Result<(LoraSpec, Vec<(String, Tensor)>)> {
             }
         })
         .collect::<Result<Vec<_>>>()?;
-    let pairs = lora_pairs(&path, &named)?;
+    let is_parameter = |(name, _): &(String, Tensor)| !modules.is_empty() && !is_adapter(name);
+    let (parameters, adapters): (Vec<_>, Vec<_>) = named.into_iter().partition(is_parameter);
+    let pairs = lora_pairs(&path, &adapters)?;
     check_rank(&path, &pairs, rank)?;
     let targets = pairs.iter().map(|p| p.layer.to_owned()).collect();
     let rank_stabilised = config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
-    Ok((LoraSpec { rank, alpha, rank_stabilised, targets }, named))
+    let spec = LoraSpec { rank, alpha, rank_stabilised, targets };
+    Ok(AdapterFiles { spec, adapters, modules, parameters })
 }
 
 /// Returns whether a value leaves plain LoRA unchanged.

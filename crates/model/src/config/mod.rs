@@ -5,6 +5,7 @@ pub(crate) mod family;
 pub(crate) mod json;
 pub(crate) mod parameters;
 pub(crate) mod preset;
+mod shape;
 
 use serde_json::{Map, Value};
 use tch::Kind;

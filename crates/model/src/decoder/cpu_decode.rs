@@ -1,7 +1,8 @@
 //! Decode steps on the CPU with this project's own kernels: the same work as [`Decoder::step`] without the cost of starting some forty
-//! operations per layer. For fp32 weights without active adapters.
+//! operations per layer. For fp32 weights in the exact mode without active adapters.
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::Compute;
 use unveil_torch_ext::{DecodeLayer, DecodeStep};
 
 use crate::decoder::{Decoder, Layer};
@@ -13,7 +14,7 @@ use crate::{ModelError, Result};
 impl Decoder {
     /// Returns whether the kernels support this decoder.
     pub(crate) fn has_cpu_kernels(&self) -> bool {
-        self.norm.device() == Device::Cpu && self.norm.kind() == Kind::Float
+        self.norm.device() == Device::Cpu && self.norm.kind() == Kind::Float && self.compute == Compute::Exact
     }
 
     /// [`Decoder::step`] with the kernels, for embeddings `[A, D]` of the rows in `slots`.

@@ -9,7 +9,9 @@ pub(crate) mod logprob;
 use std::rc::Rc;
 
 use tch::{Kind, Tensor};
+use unveil_core::Compute;
 
+use crate::compute::{attention_operands, cache_kind, rounded_operand};
 use crate::config::parameters::GetTensor;
 use crate::generation::cache::GroupCache;
 use crate::generation::decode_slots::StepTensors;
@@ -48,6 +50,8 @@ pub(crate) struct Decoder {
     pub layers: Vec<Layer>,
     pub norm: Tensor,
     pub rotary: Rotary,
+    /// Precision of attention; that of products belongs to the layers.
+    pub compute: Compute,
 }
 
 /// The positions that each position may attend to.
@@ -56,7 +60,7 @@ pub(crate) enum AttentionMask {
     Causal,
     /// An additive mask `[B or 1, 1, L, L]` in the dtype of the embeddings.
     Additive(Tensor),
-    /// The attention of packed groups, in the dtype of the embeddings.
+    /// The attention of packed groups.
     Packed(PackedAttention),
 }
 
@@ -132,6 +136,7 @@ impl Decoder {
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<Vec<_>>>()?,
             rotary: Rotary::new(config, norm.device()),
             norm,
+            compute: Compute::default(),
         })
     }
 
@@ -187,9 +192,9 @@ impl Decoder {
         let capture = options.capture.as_deref().filter(|_| pass.captures(index));
         let captured = capture.map(|capture| capture_rows(index, &q, &k, capture));
         let mut attended = match &pass.mask {
-            AttentionMask::Causal => sdpa(&q, &k, &v, None, true).transpose(1, 2),
-            AttentionMask::Additive(mask) => sdpa(&q, &k, &v, Some(mask), false).transpose(1, 2),
-            AttentionMask::Packed(packed) => packed.attend(&q, &k, &v),
+            AttentionMask::Causal => sdpa(&q, &k, &v, None, true, self.compute).transpose(1, 2),
+            AttentionMask::Additive(mask) => sdpa(&q, &k, &v, Some(mask), false, self.compute).transpose(1, 2),
+            AttentionMask::Packed(packed) => packed.attend(&q, &k, &v, attention_operands(self.compute, &q)),
         };
         let rows = options.rows.as_ref().filter(|_| index + 1 == self.layers.len());
         let mut x = x.shallow_clone();
@@ -207,7 +212,8 @@ impl Decoder {
         let mut out = vec![x];
         out.extend(captured);
         if options.keep_kv {
-            out.extend([k.contiguous(), v.contiguous()]);
+            let kind = cache_kind(self.compute, k.kind());
+            out.extend([k, v].map(|t| t.to_kind(kind).contiguous()));
         }
         out
     }
@@ -266,7 +272,7 @@ impl Decoder {
             Some(index) => t.index_select(0, index),
         };
         let captured = cache.capture().zip(store.captured.as_ref()).map(|(set, captured)| {
-            let scores = by_group.matmul(&captured.image_k.transpose(-1, -2));
+            let scores = by_group.matmul(&captured.image_k.to_kind(by_group.kind()).transpose(-1, -2));
             let v = scores.size()[3];
             let scores = scores.view([groups, hkv, n, heads, v]);
             let image_rows = match &captured.heads {
@@ -305,8 +311,10 @@ impl Decoder {
                 Tensor::cat(&[q, k], 2)
             }
         };
-        // Queries and keys are rotated together.
-        let (q, k) = split2(&rotate(&qk, cos, sin), 2, hq, hkv);
+        // Queries and keys are rotated together. What is rounded here is what caches hold, so that generation and training agree.
+        let rotated = rounded_operand(self.compute, rotate(&qk, cos, sin));
+        let v = rounded_operand(self.compute, v);
+        let (q, k) = split2(&rotated, 2, hq, hkv);
         Qkv { q: q.transpose(1, 2), k: k.transpose(1, 2), v: v.transpose(1, 2) }
     }
 

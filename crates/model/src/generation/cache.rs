@@ -1,6 +1,6 @@
 //! KV caches for generation, in fixed slots with one group each: the prefix is stored once, each of its n responses has its own suffix. The
 //! row of a response is slot * n + index. Free slots take part in the computation harmlessly, so that shapes are the same in every step.
-//! Keys and values are fp32 (see the decoder).
+//! Keys and values are fp32, or bf16 in the fast mode.
 
 use tch::{Device, Kind, Tensor};
 
@@ -113,7 +113,7 @@ pub struct GroupCache {
 }
 
 impl GroupCache {
-    /// Creates empty caches. With `fixed_shapes`, the shapes of a step depend only on the shape of the cache and on the suffix length
+    /// Creates empty caches of keys and values of dtype `kind`. With `fixed_shapes`, the shapes of a step depend only on the shape of the cache and on the suffix length
     /// rounded up to a multiple of 64, at the price of also computing rows that have ended; on a GPU, steps are recorded and replayed.
     ///
     /// # Errors
@@ -124,7 +124,7 @@ impl GroupCache {
         shape: CacheShape,
         capture: Option<AttentionSet>,
         fixed_shapes: bool,
-        device: Device,
+        (kind, device): (Kind, Device),
     ) -> Result<Self> {
         if shape.slots == 0 || shape.n == 0 || shape.response == 0 {
             return Err(ModelError::input(
@@ -141,12 +141,12 @@ impl GroupCache {
         let heads = config.num_key_value_heads;
         let d = config.head_dim;
         let zeros = |groups: i64, tokens: usize| -> Result<Tensor> {
-            Ok(Tensor::f_zeros([groups, heads, tokens as i64, d], (Kind::Float, device))?)
+            Ok(Tensor::f_zeros([groups, heads, tokens as i64, d], (kind, device))?)
         };
         let layer = |index: usize| -> Result<LayerCache> {
             let set = capture.as_ref().filter(|c| c.captures(index));
             let captured = |set: &AttentionSet| -> Result<CapturedLayer> {
-                let image_k = Tensor::f_zeros([s, heads, shape.images as i64, d], (Kind::Float, device))?;
+                let image_k = zeros(s, shape.images)?;
                 let flags = set.head_flags(index, config.num_attention_heads);
                 Ok(CapturedLayer { image_k, heads: set.heads(index, device), flags })
             };
@@ -174,12 +174,17 @@ impl GroupCache {
         Ok(cache)
     }
 
-    /// Returns the device memory that a cache of `shape` needs, in bytes.
-    pub fn bytes(config: &TextConfig, shape: &CacheShape) -> u64 {
+    /// Returns the device memory that a cache of `shape` with keys and values of dtype `kind` needs, in bytes.
+    pub fn bytes(config: &TextConfig, shape: &CacheShape, kind: Kind) -> u64 {
         let values_per_token =
             config.num_hidden_layers * 2 * (config.num_key_value_heads * config.head_dim).max(0) as usize;
         let tokens = shape.slots * (shape.prompt + shape.n * shape.response);
-        (values_per_token * tokens * Kind::Float.elt_size_in_bytes()) as u64
+        (values_per_token * tokens * kind.elt_size_in_bytes()) as u64
+    }
+
+    /// Returns the dtype of keys and values.
+    pub fn kind(&self) -> Kind {
+        self.layers.first().map_or(Kind::Float, |layer| layer.prefix_k.kind())
     }
 
     /// Returns the current capacity.

@@ -1,7 +1,7 @@
 //! Decode steps of a [`GroupCache`]: their inputs, cache writes, and replay of recorded steps.
 
 use tch::{Kind, Tensor};
-use unveil_torch_ext::CudaGraph;
+use unveil_torch_ext::{CudaGraph, GraphPool};
 
 use crate::generation::cache::GroupCache;
 use crate::generation::decode_slots::{CacheWrite, StepSlots, StepTensors};
@@ -63,7 +63,11 @@ impl GroupCache {
                 CacheWrite::Column(offset) => target.narrow(2, *offset, 1).copy_(new),
                 CacheWrite::Scatter(rows, offsets) => {
                     let mut target = target.shallow_clone();
-                    let _ = target.index_put_(&[Some(rows), None, Some(offsets)], &new.squeeze_dim(2), false);
+                    let _ = target.index_put_(
+                        &[Some(rows), None, Some(offsets)],
+                        &new.squeeze_dim(2).to_kind(target.kind()),
+                        false,
+                    );
                 }
             }
         }
@@ -72,8 +76,8 @@ impl GroupCache {
 
 /// Runs one step.
 type StepRunner<'r> = &'r dyn Fn(&Tensor, &GroupCache, &StepTensors) -> StepResult;
-/// Records one step.
-type Recorder<'r> = &'r dyn Fn(&dyn Fn() -> StepResult) -> Recording;
+/// Records one step with memory of a pool.
+type Recorder<'r> = &'r dyn Fn(&GraphPool, &dyn Fn() -> StepResult) -> Recording;
 
 /// Runs one step of a cache with fixed shapes on GPU `gpu`. The first step of a shape runs normally and is then recorded.
 pub(crate) fn replayed_step(
@@ -83,7 +87,7 @@ pub(crate) fn replayed_step(
     inputs: StepTensors,
     run: StepRunner<'_>,
 ) -> StepResult {
-    run_or_replay(cache, tokens, inputs, run, &|work| CudaGraph::record(gpu, work))
+    run_or_replay(cache, tokens, inputs, run, &|pool, work| CudaGraph::record(gpu, pool, work))
 }
 
 fn run_or_replay(
@@ -101,7 +105,8 @@ fn run_or_replay(
         return Ok(output);
     }
     let tokens = tokens.copy();
-    let recording = record(&|| run(&tokens, cache, &inputs));
+    cache.graphs.refresh_pool();
+    let recording = record(cache.graphs.pool(), &|| run(&tokens, cache, &inputs));
     cache.graphs.finish_recording(tokens, inputs, recording);
     Ok(output)
 }
@@ -120,14 +125,14 @@ mod tests {
     fn attempted_steps(steps: i64, error: &ExtError) -> (Vec<i64>, Option<String>) {
         let config = preset("qwen2_5_vl", "tiny").unwrap().config();
         let shape = CacheShape { slots: 1, n: 2, prompt: 3, response: 64, images: 0 };
-        let mut cache = GroupCache::new(&config.text, shape, None, true, Device::Cpu).unwrap();
+        let mut cache = GroupCache::new(&config.text, shape, None, true, (Kind::Float, Device::Cpu)).unwrap();
         let attempted = Cell::new(false);
         let mut attempts = Vec::new();
         for step in 0..steps {
             attempted.set(false);
             let inputs = cache.step_tensors(&[0, 1]);
             let run = |_: &Tensor, _: &GroupCache, _: &StepTensors| Ok((Tensor::from(step), None));
-            let refuse = |_: &dyn Fn() -> StepResult| {
+            let refuse = |_: &GraphPool, _: &dyn Fn() -> StepResult| {
                 attempted.set(true);
                 Err(error.clone())
             };

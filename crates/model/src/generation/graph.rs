@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use tch::Tensor;
-use unveil_torch_ext::{CudaGraph, ExtError};
+use unveil_torch_ext::{CudaGraph, ExtError, GraphPool};
 
 use crate::Result;
 use crate::generation::decode_slots::StepTensors;
@@ -13,6 +13,8 @@ use crate::generation::decode_slots::StepTensors;
 #[derive(Default, Debug)]
 pub(crate) struct StepGraphs {
     steps: HashMap<i64, RecordedStep>,
+    /// Memory of all recordings: steps run one after another, and their results are read in between.
+    pool: GraphPool,
     /// Number of steps that were replayed.
     pub replayed: u64,
     backoff: RecordingBackoff,
@@ -29,6 +31,18 @@ impl StepGraphs {
     /// Returns whether this step should be recorded.
     pub(crate) fn should_record(&mut self) -> bool {
         self.backoff.due()
+    }
+
+    /// Replaces the memory pool if it has ended with its last recording.
+    pub(crate) fn refresh_pool(&mut self) {
+        if self.steps.is_empty() {
+            self.pool = GraphPool::default();
+        }
+    }
+
+    /// Returns the memory pool of recordings.
+    pub(crate) fn pool(&self) -> &GraphPool {
+        &self.pool
     }
 
     /// Keeps a successful recording; backs off after a failed one.

@@ -3,7 +3,7 @@
 //! A captured row belongs to one query token: a softmax over the image tokens only, in fp32 from post-rotary queries and keys, averaged
 //! over a set of (layer, head). It equals eager attention that is renormalised over the image tokens per head and then averaged.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{ModelError, Result, TextConfig, VlmConfig};
 
@@ -213,21 +213,26 @@ pub(crate) fn gather_positions(t: &Tensor, index: &Tensor) -> Tensor {
     t.gather(2, &index.view([size[0], 1, n, 1]).expand([size[0], size[1], n, size[3]], false), false)
 }
 
-/// Computes softmax attention of `q [B, H, Q, d]` over `k, v [B, H, K, d]` with an additive `bias` (broadcast to `[B, H, Q, K]`), all
-/// fp32, and the log-sum-exp of each row `[B, H, Q]`. Two parts merged by [`merge_by_lse`] equal one softmax over both (Hydragen, arXiv
+/// Computes softmax attention of fp32 `q [B, H, Q, d]` over `k, v [B, H, K, d]`, fp32 or bf16, with an additive `bias` (broadcast to
+/// `[B, H, Q, K]`), and the log-sum-exp of each row `[B, H, Q]`, both fp32. With bf16 keys a GPU also rounds `q` to bf16. Two parts merged by [`merge_by_lse`] equal one softmax over both (Hydragen, arXiv
 /// 2402.05099, section 3.1). Has no gradient.
 pub(crate) fn attend_with_lse(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> (Tensor, Tensor) {
     let size = q.size();
     let full = [size[0], size[1], size[2], k.size()[2]];
     match q.device() {
         Device::Cuda(_) => {
-            let bias = bias.map(|b| b.expand(full, false));
+            let bias = bias.map(|b| b.to_kind(k.kind()).expand(full, false));
+            let q = q.to_kind(k.kind());
             let (out, lse, _, _) =
-                Tensor::internal_scaled_dot_product_efficient_attention(q, k, v, bias, true, 0.0, false, None::<f64>);
+                Tensor::internal_scaled_dot_product_efficient_attention(&q, k, v, bias, true, 0.0, false, None::<f64>);
             // The kernel pads the rows of its sums to a multiple of its block.
-            (out, lse.narrow(2, 0, size[2]))
+            (out.to_kind(Kind::Float), lse.narrow(2, 0, size[2]))
         }
-        _ => Tensor::internal_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, false, bias, None::<f64>),
+        _ => {
+            let k = k.to_kind(q.kind());
+            let v = v.to_kind(q.kind());
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu(q, &k, &v, 0.0, false, bias, None::<f64>)
+        }
     }
 }
 
@@ -240,8 +245,6 @@ pub(crate) fn merge_by_lse((a, lse_a): (Tensor, Tensor), (b, lse_b): (Tensor, Te
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     #[test]

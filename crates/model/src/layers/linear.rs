@@ -1,14 +1,17 @@
 //! Linear layers with optional bias and adapter, and linear layers that share an input.
 
-use std::cell::OnceCell;
-use std::sync::Arc;
+use std::cell::{Cell, OnceCell};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::Tensor;
+use unveil_core::Compute;
+use unveil_torch_ext::MatrixSet;
 
 use crate::Result;
 use crate::config::parameters::GetTensor;
-use crate::layers::ops::{linear, records_gradients};
+use crate::layers::dropout::AdapterDropout;
+use crate::layers::ops::{linear, linear_set, records_gradients};
 
 /// A linear layer: `W x + b`, plus the output of its adapter.
 #[derive(Debug)]
@@ -20,17 +23,20 @@ pub(crate) struct Linear {
     /// `[out]`
     pub bias: Option<Tensor>,
     pub adapter: OnceCell<Adapter>,
+    /// Precision of the product.
+    pub compute: Cell<Compute>,
 }
 
 impl Linear {
     /// Creates the layer from the parameter `NAME.weight` and, if it is `biased`, `NAME.bias`.
     pub(crate) fn new(get: &GetTensor<'_>, name: String, biased: bool) -> Result<Self> {
         let bias = biased.then(|| get(&format!("{name}.bias"))).transpose()?;
-        Ok(Self { weight: get(&format!("{name}.weight"))?, bias, name, adapter: OnceCell::new() })
+        let weight = get(&format!("{name}.weight"))?;
+        Ok(Self { weight, bias, name, adapter: OnceCell::new(), compute: Cell::default() })
     }
 
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
-        let output = linear(x, &self.weight, self.bias.as_ref());
+        let output = linear(x, &self.weight, self.bias.as_ref(), self.compute.get());
         match self.adapter_output(x) {
             Some(added) => output + added,
             None => output,
@@ -39,7 +45,7 @@ impl Linear {
 
     /// Returns what the adapter adds; `None` without an adapter, or while adapters are disabled.
     fn adapter_output(&self, x: &Tensor) -> Option<Tensor> {
-        self.adapter.get().and_then(|a| a.apply(x))
+        self.adapter.get().and_then(|a| a.apply(x, self.compute.get()))
     }
 
     fn records_gradients(&self) -> bool {
@@ -54,14 +60,21 @@ pub(crate) struct Adapter {
     pub(crate) b: Tensor,
     pub(crate) scale: f64,
     pub(crate) enabled: Arc<AtomicBool>,
+    /// Dropout of the present pass, shared by all adapters of a model.
+    pub(crate) dropout: Arc<Mutex<Option<AdapterDropout>>>,
+    /// Key of the layer for dropout.
+    pub(crate) key: i64,
 }
 
 impl Adapter {
     /// Returns what the adapter adds to the layer's output for `x [.., in]`: `[.., out]`; `None` while adapters are disabled.
-    pub(crate) fn apply(&self, x: &Tensor) -> Option<Tensor> {
-        self.enabled
-            .load(Ordering::Relaxed)
-            .then(|| (x.linear(&self.a, None::<&Tensor>) * self.scale).linear(&self.b, None::<&Tensor>))
+    pub(crate) fn apply(&self, x: &Tensor, compute: Compute) -> Option<Tensor> {
+        let product = |x: &Tensor, weight: &Tensor| linear(x, weight, None, compute);
+        self.enabled.load(Ordering::Relaxed).then(|| {
+            let dropout = self.dropout.lock().unwrap_or_else(PoisonError::into_inner);
+            let dropped = dropout.as_ref().map(|d| d.apply(x, self.key));
+            product(&(product(dropped.as_ref().unwrap_or(x), &self.a) * self.scale), &self.b)
+        })
     }
 }
 
@@ -85,14 +98,15 @@ impl FusedLinear {
         let Some((weight, bias)) = &self.fused else {
             return Tensor::cat(&self.parts.iter().map(|p| p.apply(x)).collect::<Vec<_>>(), -1);
         };
+        let compute = self.parts.first().map_or_else(Compute::default, |p| p.compute.get());
         let output = if self.parts.iter().any(Linear::records_gradients) {
-            // Gradients must reach the parameters, so these are concatenated on every call.
-            let bias: Vec<&Tensor> = self.parts.iter().filter_map(|p| p.bias.as_ref()).collect();
-            let bias = (!bias.is_empty()).then(|| Tensor::cat(&bias, 0));
+            // Gradients must reach the parameters, whose memory the fused matrix shares.
             let weights: Vec<&Tensor> = self.parts.iter().map(|p| &p.weight).collect();
-            linear(x, &Tensor::cat(&weights, 0), bias.as_ref())
+            let biases: Vec<&Tensor> = self.parts.iter().filter_map(|p| p.bias.as_ref()).collect();
+            let set = MatrixSet { weights: &weights, biases: &biases, whole: Some((weight, bias.as_ref())) };
+            linear_set(x, &set, compute)
         } else {
-            linear(x, weight, bias.as_ref())
+            linear(x, weight, bias.as_ref(), compute)
         };
         let added: Vec<Option<Tensor>> = self.parts.iter().map(|p| p.adapter_output(x)).collect();
         if added.iter().all(Option::is_none) {
@@ -122,7 +136,7 @@ mod tests {
         Tensor::randn(size, (Kind::Float, Device::Cpu))
     }
 
-    /// Trainable weights use the fast path if no gradient is recorded: the fused matrix, and the kernels for few rows.
+    /// Trainable weights use the fused matrix, and the kernels for few rows if no gradient is recorded.
     #[test]
     fn fast_path_is_used_without_recording() {
         tch::manual_seed(5);
@@ -131,6 +145,7 @@ mod tests {
             weight: weight.set_requires_grad(true),
             bias: None,
             adapter: OnceCell::new(),
+            compute: Cell::default(),
         };
         let x = random(&[3, 100]);
         let other = random(&[14, 100]);
@@ -138,8 +153,7 @@ mod tests {
         // A matrix that differs from the parts shows which one is used.
         let fused = FusedLinear::new(parts(), Some((other.shallow_clone(), None)));
         let recorded = fused.apply(&x);
-        let joined = Tensor::cat(&[&fused.parts[0].weight, &fused.parts[1].weight], 0).detach();
-        assert_eq!(recorded.detach(), x.linear(&joined, None::<Tensor>));
+        assert_eq!(recorded.detach(), x.linear(&other, None::<Tensor>));
         recorded.sum(Kind::Float).backward();
         assert!(fused.parts.iter().all(|p| p.weight.grad().defined()));
         let ours = unveil_torch_ext::linear(&x, &other, None).unwrap();

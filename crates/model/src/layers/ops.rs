@@ -3,6 +3,11 @@
 //! rounding to bf16 after each would amplify the differences until rollout and training disagree about log-probabilities.
 
 use tch::{Device, Kind, Tensor};
+use unveil_core::Compute;
+use unveil_torch_ext::{MatrixSet, Operands, mixed_linear};
+
+use crate::compute::attention_operands;
+use crate::error::or_panic;
 
 /// Returns the dtype of activations for weights of dtype `kind`: fp64 for fp64 weights, else fp32.
 pub fn activation_kind(kind: Kind) -> Kind {
@@ -36,15 +41,22 @@ pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     Tensor::cat(&[&a * cos - &b * sin, &b * cos + &a * sin], -1)
 }
 
-/// Computes `x W^T (+ b)` in fp32. Half-precision weights are not converted on a GPU: x is split into two half-precision summands that
-/// are multiplied in one product and summed in fp32. This keeps about 16 of the 24 mantissa bits of x and reads the weights once.
-pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+/// Computes `x W^T (+ b)` in fp32 from operands that `compute` selects. Half-precision weights are not converted on a GPU in the other
+/// modes: x is split into two half-precision summands that are multiplied in one product and summed in fp32. This keeps about 16 of the
+/// 24 mantissa bits of x and reads the weights once.
+pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, compute: Compute) -> Tensor {
     let kind = weight.kind();
+    let recorded = records_gradients([Some(x), Some(weight), bias].into_iter().flatten());
+    let operands = product_operands(x, compute);
+    if operands == Operands::Bf16 || (recorded && kind != x.kind()) {
+        let biases: Vec<&Tensor> = bias.into_iter().collect();
+        return linear_set(x, &MatrixSet { weights: &[weight], biases: &biases, whole: None }, compute);
+    }
     if kind == x.kind() {
         return linear_few_rows(x, weight, bias).unwrap_or_else(|| x.linear(weight, bias));
     }
     let bias = bias.map(|b| b.to_kind(x.kind()));
-    if !matches!(x.device(), Device::Cuda(_)) || records_gradients([x, weight]) {
+    if !matches!(x.device(), Device::Cuda(_)) {
         return x.linear(&weight.to_kind(x.kind()), bias);
     }
     let mut size = x.size();
@@ -61,6 +73,16 @@ pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tens
         *last = weight.size()[0];
     }
     out.view(size.as_slice())
+}
+
+/// Computes the products of `x` with a set of matrices, whose gradients are fp32.
+pub(crate) fn linear_set(x: &Tensor, set: &MatrixSet<'_>, compute: Compute) -> Tensor {
+    or_panic(mixed_linear(x, set, product_operands(x, compute)))
+}
+
+/// Returns the operands of products with `x`.
+fn product_operands(x: &Tensor, compute: Compute) -> Operands {
+    if compute == Compute::Fast && x.kind() == Kind::Float { Operands::Bf16 } else { Operands::Input }
 }
 
 /// Returns whether an operation on these tensors is recorded for a backward pass. A trainable weight alone does not imply it: a learner
@@ -90,9 +112,29 @@ pub(crate) fn minus_infinity_where(mask: &Tensor, kind: Kind) -> Tensor {
     Tensor::zeros(mask.size().as_slice(), (kind, mask.device())).masked_fill(mask, f64::NEG_INFINITY)
 }
 
-/// Computes scaled dot-product attention with libtorch's fused kernels; `k` and `v` may have fewer heads (grouped queries).
-pub(crate) fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
-    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None, q.size()[1] != k.size()[1])
+/// Computes scaled dot-product attention with libtorch's fused kernels, in the dtype of `q`; `k` and `v` may have fewer heads (grouped
+/// queries).
+pub(crate) fn sdpa(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Option<&Tensor>,
+    causal: bool,
+    compute: Compute,
+) -> Tensor {
+    let operands = attention_operands(compute, q);
+    let kind = q.kind();
+    let heads = q.size()[1];
+    let grouped = heads != k.size()[1];
+    // On a GPU, the only fused kernel for fp32 refuses grouped heads, and libtorch would compute all scores.
+    let expand = grouped && q.device().is_cuda() && operands == Kind::Float;
+    let prepared = |t: &Tensor| {
+        let t = t.to_kind(operands);
+        if expand { t.repeat_interleave_self_int(heads / t.size()[1], 1, heads) } else { t }
+    };
+    let mask = mask.map(|m| m.to_kind(operands));
+    let (q, k, v) = (q.to_kind(operands), prepared(k), prepared(v));
+    Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, None, grouped && !expand).to_kind(kind)
 }
 
 /// Returns `1 / base^(2i / dim)` for i in `0..dim/2`, as fp32.

@@ -59,27 +59,43 @@ impl PackedBatch {
     /// Returns [`ModelError::Input`], with the group, if there is no group, an empty response, an image placeholder in a response, or a
     /// mismatch of placeholders and grids.
     pub fn build(groups: &[PackedGroup], config: &VlmConfig, device: Device) -> Result<Self> {
-        for (index, group) in groups.iter().enumerate() {
-            if let Some(r) = group.responses.iter().position(Vec::is_empty) {
-                return Err(ModelError::input(format!("group {index} of the batch: response {r} is empty")));
-            }
-        }
+        check_responses(groups)?;
         Self::pack(groups, config, device)
+    }
+
+    /// [`PackedBatch::build`] with all groups one after another in a single row without padding: positions restart with each group, and
+    /// attention separates the groups. Attention rows cannot be captured from it.
+    ///
+    /// # Errors
+    /// Returns the same errors as [`PackedBatch::build`].
+    pub fn build_row(groups: &[PackedGroup], config: &VlmConfig, device: Device) -> Result<Self> {
+        check_responses(groups)?;
+        Self::assemble(groups, true, config, device)
     }
 
     /// [`PackedBatch::build`], but responses may be empty.
     pub(crate) fn pack(groups: &[PackedGroup], config: &VlmConfig, device: Device) -> Result<Self> {
+        Self::assemble(groups, false, config, device)
+    }
+
+    /// Packs groups, each in a row that is padded to the longest, or all in a `single_row`.
+    fn assemble(groups: &[PackedGroup], single_row: bool, config: &VlmConfig, device: Device) -> Result<Self> {
         if groups.is_empty() {
             return Err(ModelError::input("a batch needs at least one group"));
         }
-        let len_of = |g: &PackedGroup| g.prompt.tokens.len() + g.responses.iter().map(Vec::len).sum::<usize>();
-        let l = groups.iter().map(len_of).max().unwrap_or(0);
-        let b = groups.len();
         let shapes: Vec<(usize, Vec<usize>)> =
             groups.iter().map(|g| (g.prompt.tokens.len(), g.responses.iter().map(Vec::len).collect())).collect();
-        let mut rows = BatchBuilder { l, ..BatchBuilder::default() };
+        let length_of = |(prompt, responses): &(usize, Vec<usize>)| prompt + responses.iter().sum::<usize>();
+        let lengths: Vec<usize> = shapes.iter().map(length_of).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let (b, l) = if single_row { (1, lengths.iter().sum()) } else { (groups.len(), longest) };
+        let mut rows = BatchBuilder { padded_len: (!single_row).then_some(l), ..BatchBuilder::default() };
         for (index, group) in groups.iter().enumerate() {
             rows.push(index, group, config)?;
+        }
+        let image_tokens = rows.image_positions.iter().map(Vec::len).collect();
+        if single_row {
+            rows.join_rows(&lengths);
         }
         let (images, image_valid) = pad(&rows.image_positions);
         let (queries, _) = pad(&rows.query_positions);
@@ -96,13 +112,13 @@ impl PackedBatch {
         Ok(Self {
             tokens: tensor(&rows.tokens, &[batch, length]),
             positions: tensor(&rows.positions, &[batch, length, 3]).permute([2, 0, 1]).contiguous(),
-            attention: PackedAttention::new(&shapes, l, device),
+            attention: PackedAttention::new(&shapes, l, single_row, device)?,
             predict_index: tensor(&rows.predict, &[-1]),
             input_index: tensor(&rows.input, &[-1]),
             targets: tensor(&rows.targets, &[-1]),
             image_index: tensor(&images, &[batch, -1]),
             image_valid: tensor(&image_valid, &[batch, -1]).to_kind(Kind::Bool),
-            image_tokens: rows.image_positions.iter().map(Vec::len).collect(),
+            image_tokens,
             query_index: tensor(&queries, &[batch, -1]),
             query_flat: tensor(&query_flat, &[-1]),
             count: rows.targets.len(),
@@ -122,10 +138,21 @@ impl PackedBatch {
     }
 }
 
+/// Checks that no response is empty.
+fn check_responses(groups: &[PackedGroup]) -> Result<()> {
+    for (index, group) in groups.iter().enumerate() {
+        if let Some(r) = group.responses.iter().position(Vec::is_empty) {
+            return Err(ModelError::input(format!("group {index} of the batch: response {r} is empty")));
+        }
+    }
+    Ok(())
+}
+
 /// A batch under construction, group by group, as plain numbers.
 #[derive(Default)]
 struct BatchBuilder {
-    l: usize,
+    /// Length to which each group is padded; `None` for groups that share a row.
+    padded_len: Option<usize>,
     tokens: Vec<i64>,
     positions: Vec<i64>,
     predict: Vec<i64>,
@@ -148,8 +175,7 @@ impl BatchBuilder {
             Ok(positions) => positions,
             Err(e) => return invalid(e.to_string()),
         };
-        let l = self.l;
-        let base = index * l;
+        let base = self.tokens.len();
         let p = prompt.len();
         self.tokens.extend(prompt.iter().map(|t| i64::from(*t)));
         self.positions.extend(positions.iter().flatten());
@@ -173,14 +199,28 @@ impl BatchBuilder {
             start += response.len();
             ranges.push(first..self.targets.len());
         }
-        let filler = padding_token(config);
-        self.tokens.resize(base + l, filler);
-        self.positions.resize((base + l) * 3, 0);
+        if let Some(l) = self.padded_len {
+            self.tokens.resize(base + l, padding_token(config));
+            self.positions.resize((base + l) * 3, 0);
+        }
         self.next.push(next);
         self.ranges.push(ranges);
         self.query_positions.push(queries);
         self.image_positions.push(image_positions(prompt, config));
         Ok(())
+    }
+
+    /// Makes the sequence positions of groups of these `lengths` count from the start of the row that they share.
+    fn join_rows(&mut self, lengths: &[usize]) {
+        for positions in [&mut self.image_positions, &mut self.query_positions] {
+            let mut joined = Vec::new();
+            let mut begin = 0;
+            for (list, length) in positions.iter().zip(lengths) {
+                joined.extend(list.iter().map(|p| p + begin));
+                begin += *length as i64;
+            }
+            *positions = vec![joined];
+        }
     }
 }
 

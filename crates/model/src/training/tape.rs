@@ -6,6 +6,8 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
+use crate::Result;
+
 /// Treatment of the activations of a segment until its backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TapeMode {
@@ -165,7 +167,10 @@ impl<'a> Tape<'a> {
     }
 
     /// Propagates the gradients at the leaves back through all segments to the parameters.
-    pub fn backward(mut self) {
+    ///
+    /// # Errors
+    /// Returns [`ModelError::Ext`](crate::ModelError::Ext) if libtorch refuses an operation.
+    pub fn backward(mut self) -> Result<()> {
         for (id, leaf) in std::mem::take(&mut self.leaves) {
             accumulate(&mut self.gradients[id], leaf.grad());
         }
@@ -186,11 +191,9 @@ impl<'a> Tape<'a> {
                     (leaves, outputs)
                 }
             };
-            // The gradient of sum(output * seed) is the vector-Jacobian product.
-            let products = outputs.iter().zip(&seeds).filter_map(|(t, seed)| Some((t * seed.as_ref()?).sum(t.kind())));
-            if let Some(total) = products.reduce(|a, b| a + b) {
-                total.backward();
-            }
+            let seeded: Vec<(&Tensor, &Tensor)> =
+                outputs.iter().zip(&seeds).filter_map(|(t, seed)| Some((t, seed.as_ref()?))).collect();
+            unveil_torch_ext::backward(&seeded)?;
             for (input, leaf) in segment.inputs.iter().zip(&leaves) {
                 if let Some(id) = input.id {
                     accumulate(&mut self.gradients[id], leaf.grad());
@@ -200,6 +203,7 @@ impl<'a> Tape<'a> {
                 hook.after(*layer, Direction::Backward);
             }
         }
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use tch::{Device, Tensor};
-use unveil_core::GridThw;
+use unveil_core::{Compute, GridThw};
 
 use crate::layers::linear::Linear;
 use crate::layers::ops::{activation_kind, layer_norm, linear, rms_norm, rotate, sdpa, split2};
@@ -114,6 +114,8 @@ pub(crate) struct VisionTower {
     config: VisionConfig,
     tower: TowerWeights,
     tables: RefCell<HashMap<(i64, i64), FrameTables>>,
+    /// Precision of the patch embedding and of attention; that of other products belongs to the layers.
+    pub compute: Compute,
 }
 
 /// Number of image sizes whose tables are cached.
@@ -121,7 +123,7 @@ const MAX_CACHED_TABLES: usize = 256;
 
 impl VisionTower {
     pub(crate) fn new(config: &VisionConfig, tower: TowerWeights) -> Self {
-        Self { config: config.clone(), tower, tables: RefCell::default() }
+        Self { config: config.clone(), tower, tables: RefCell::default(), compute: Compute::default() }
     }
 
     /// Returns all linear layers, in order, without the patch embedding.
@@ -232,7 +234,7 @@ impl VisionTower {
         let c = &self.config;
         let tower = &self.tower;
         let weight = tower.patch.0.view([c.hidden_size, c.patch_len()]);
-        let mut x = linear(patches, &weight, tower.patch.1.as_ref());
+        let mut x = linear(patches, &weight, tower.patch.1.as_ref(), self.compute);
         if let (Some(grid), Some((index, weights))) = (&tower.positions, &tables.positions) {
             let taps = grid.index_select(0, index).view([-1, weights.size()[1], c.hidden_size]).to_kind(x.kind());
             x += (taps * weights.unsqueeze(-1)).sum_dim_intlist([1i64].as_slice(), false, x.kind());
@@ -257,11 +259,8 @@ impl VisionTower {
                 let t = if count * len == s { t.shallow_clone() } else { t.narrow(1, start, count * len) };
                 t.reshape([n * count, len, heads, d]).transpose(1, 2)
             };
-            sdpa(&windows(&q), &windows(&k), &windows(&v), None, false).transpose(1, 2).reshape([
-                n,
-                count * len,
-                heads * d,
-            ])
+            let out = sdpa(&windows(&q), &windows(&k), &windows(&v), None, false, self.compute);
+            out.transpose(1, 2).reshape([n, count * len, heads * d])
         };
         let out = if block.full || tables.single_window() {
             attend(0, 1, s)

@@ -2,15 +2,17 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use regex::Regex;
 use tch::Tensor;
+use unveil_core::selects_layer;
 
 use crate::adapters::lora::{A_SUFFIX, Adapters, B_SUFFIX, LoraSpec, check_pairs, check_rank, lora_pairs};
+use crate::adapters::modules::SavedModules;
+use crate::layers::dropout::layer_key;
 use crate::layers::linear::{Adapter, Linear};
 use crate::layers::ops::{activation_kind, detached_copy};
 use crate::vlm::Vlm;
@@ -76,15 +78,48 @@ impl Vlm {
             return Err(ModelError::input("the model already has adapters"));
         }
         let enabled = Arc::new(AtomicBool::new(true));
+        let dropout = Arc::new(Mutex::new(None));
         for p in lora_pairs(Path::new("adapters"), &named)? {
             let a = p.a.shallow_clone();
             let b = p.b.shallow_clone();
             let enabled = enabled.clone();
+            let dropout = dropout.clone();
+            let key = layer_key(p.layer);
             if let Some(layer) = self.linears().find(|l| l.name == p.layer) {
-                layer.adapter.get_or_init(|| Adapter { a, b, scale: spec.scale(), enabled });
+                layer.adapter.get_or_init(|| Adapter { a, b, scale: spec.scale(), enabled, dropout, key });
             }
         }
-        self.adapters = Some(Adapters { spec, named, enabled });
+        self.adapters = Some(Adapters { spec, named, enabled, dropout, modules: SavedModules::default() });
+        Ok(())
+    }
+
+    /// Selects modules to be trained whole beside the adapters, by full name or by the last dot-separated parts of it. Their present
+    /// values count as those of the base model.
+    ///
+    /// # Errors
+    /// Returns [`ModelError::Input`] if the model has no adapters, a name selects no module, a module contains an adapter, or a module
+    /// shares its matrix with another one.
+    pub fn save_modules(&mut self, selectors: &[String]) -> Result<()> {
+        let Some(adapters) = &mut self.adapters else {
+            return Err(ModelError::input("modules can only be trained beside adapters, and the model has none"));
+        };
+        let modules = SavedModules::select(&self.parameters, selectors)?;
+        let is_within = |name: &str| modules.parameters.iter().any(|(n, _)| n.strip_suffix(".weight") == Some(name));
+        for p in lora_pairs(Path::new("adapters"), &adapters.named)? {
+            if is_within(p.layer) {
+                let layer = p.layer;
+                return Err(ModelError::input(format!(
+                    "`{layer}` has an adapter and is in a module that is trained whole"
+                )));
+            }
+        }
+        let embeds = |(n, _): &(String, Tensor)| n.starts_with("model.embed_tokens.");
+        if self.config.tie_word_embeddings && modules.parameters.iter().any(embeds) {
+            return Err(ModelError::input(
+                "the embedding of this model is its output matrix, too, so it cannot be trained beside adapters",
+            ));
+        }
+        adapters.modules = modules;
         Ok(())
     }
 
@@ -93,7 +128,7 @@ impl Vlm {
         self.adapters.as_ref()
     }
 
-    /// Overwrites the adapters in place, after checking all names and shapes.
+    /// Overwrites the adapters, and the modules that are trained beside them, in place, after checking all names and shapes.
     ///
     /// # Errors
     /// Returns [`ModelError::Input`] if the model has no adapters, and an error that names the tensor that is missing, extra or of another
@@ -102,19 +137,23 @@ impl Vlm {
         let Some(adapters) = &self.adapters else {
             return Err(ModelError::input("the model has no adapters to load"));
         };
-        overwrite(Path::new("adapter state"), &adapters.named, named)
+        overwrite(Path::new("adapter state"), adapters.saved_tensors(), named)
     }
 
-    /// Runs `work` with the adapters disabled: the model is the base model meanwhile.
+    /// Runs `work` with the adapters disabled and the modules beside them as they were: the model is the base model meanwhile.
     pub fn without_adapters<R>(&self, work: impl FnOnce(&Self) -> R) -> R {
         /// Restores the previous state, even if `work` panics.
         struct Restore<'a>(&'a Adapters, bool);
         impl Drop for Restore<'_> {
             fn drop(&mut self) {
                 self.0.set_enabled(self.1);
+                self.0.modules.swap();
             }
         }
-        let _restore = self.adapters.as_ref().map(|a| Restore(a, a.set_enabled(false)));
+        let _restore = self.adapters.as_ref().map(|a| {
+            a.modules.swap();
+            Restore(a, a.set_enabled(false))
+        });
         work(self)
     }
 }
@@ -123,13 +162,8 @@ impl Vlm {
 fn matching_layers<'a>(vlm: &'a Vlm, targets: &[String]) -> Result<Vec<&'a Linear>> {
     let mut chosen = HashSet::new();
     for target in targets {
-        let pattern = regex::escape(target).replace(r"\*", ".*");
-        let pattern = Regex::new(&format!(r"^(.*\.)?{pattern}$"))
-            .map_err(|e| ModelError::input(format!("target `{target}`: {e}")))?;
-        let visual = target.starts_with("visual.");
-        let matches = |l: &&Linear| l.name.starts_with("visual.") == visual && pattern.is_match(&l.name);
         let mut any = false;
-        for layer in vlm.linears().filter(matches) {
+        for layer in vlm.linears().filter(|l| selects_layer(target, &l.name)) {
             chosen.insert(layer.name.as_str());
             any = true;
         }

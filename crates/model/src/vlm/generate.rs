@@ -99,7 +99,7 @@ impl Vlm {
     /// # Errors
     /// Returns the same errors as [`GroupCache::new`].
     pub fn cache(&self, shape: CacheShape, capture: Option<AttentionSet>, fixed_shapes: bool) -> Result<GroupCache> {
-        GroupCache::new(&self.config.text, shape, capture, fixed_shapes, self.device())
+        GroupCache::new(&self.config.text, shape, capture, fixed_shapes, (self.cache_kind(), self.device()))
     }
 
     /// Feeds one token `[A]` to each of `rows` (ascending) and returns the hidden states that predict the next ones. Call it without

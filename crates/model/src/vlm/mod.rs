@@ -11,10 +11,11 @@ use std::path::Path;
 use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
-use unveil_core::GridThw;
-use unveil_torch_ext::{ExtError, select_gpu};
+use unveil_core::{Compute, GridThw};
+use unveil_torch_ext::{ExtError, keep_wide_gradient, select_gpu};
 
 use crate::adapters::lora::Adapters;
+use crate::compute::{cache_kind, prepare};
 use crate::config::parameters;
 use crate::decoder::{AttentionMask, Decoder, SequenceOptions, SequenceOut};
 use crate::family::build_tower;
@@ -87,6 +88,9 @@ impl Vlm {
             by_name.get(name).copied().ok_or_else(|| ModelError::input(format!("no tensor `{name}`")))
         };
         let fused = fuse_weights(&config, &mut parameters, &index_of)?;
+        for (_, narrow) in parameters.iter().filter(|(_, t)| matches!(t.kind(), Kind::BFloat16 | Kind::Half)) {
+            keep_wide_gradient(narrow)?;
+        }
         let get = |name: &str| -> Result<Tensor> { Ok(parameters[index_of(name)?].1.shallow_clone()) };
         let fused = |first: &str| fused.get(first).map(Tensor::shallow_clone);
         let embedding = get("model.embed_tokens.weight")?;
@@ -159,6 +163,28 @@ impl Vlm {
         self.by_name.get(name).map(|i| &self.parameters[*i].1)
     }
 
+    /// Sets the precision of computation; caches that exist keep theirs.
+    ///
+    /// # Errors
+    /// Returns [`ModelError::Input`] for TF32 without a GPU.
+    pub fn set_compute(&mut self, compute: Compute) -> Result<()> {
+        prepare(compute, self.device())?;
+        self.decoder.compute = compute;
+        self.vision.compute = compute;
+        self.linears().for_each(|layer| layer.compute.set(compute));
+        Ok(())
+    }
+
+    /// Returns the precision of computation.
+    pub fn compute(&self) -> Compute {
+        self.decoder.compute
+    }
+
+    /// Returns the dtype of keys and values in caches.
+    pub fn cache_kind(&self) -> Kind {
+        cache_kind(self.decoder.compute, activation_kind(self.kind()))
+    }
+
     /// Returns all linear layers: the decoder's, then the vision tower's.
     pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.decoder.linears().chain(self.vision.linears())
@@ -215,11 +241,11 @@ impl Vlm {
         image_features: Option<&Var>,
     ) -> Result<(Var, Option<Deepstack>)> {
         let vocab = self.config.text.vocab_size;
-        if tokens.numel() > 0 && (tokens.max().int64_value(&[]) >= vocab || tokens.min().int64_value(&[]) < 0) {
+        let is_placeholder = tokens.eq(i64::from(self.config.image_token_id));
+        let (fits, count) = check_tokens(tokens, &is_placeholder, vocab)?;
+        if !fits {
             return Err(ModelError::input(format!("a token id is outside the vocabulary of {vocab}")));
         }
-        let is_placeholder = tokens.eq(i64::from(self.config.image_token_id));
-        let count = is_placeholder.sum(Kind::Int64).int64_value(&[]);
         let features = image_features.map(|f| f.tensor.size());
         let rows = features.as_ref().and_then(|f| f.first().copied()).unwrap_or(0);
         if count != rows {
@@ -240,10 +266,14 @@ impl Vlm {
         }
         let mut parts = tape.call(&[features], move |t| t[0].split(d, 1));
         let deepstack = parts.split_off(1);
-        let positions = (levels > 0).then(|| is_placeholder.flatten(0, 1).nonzero().squeeze_dim(1));
-        let is_placeholder = is_placeholder.unsqueeze(-1);
-        let embeds = tape.call1(&[&parts[0]], move |t| self.embed_tokens(&ids).masked_scatter(&is_placeholder, &t[0]));
-        Ok((embeds, positions.map(|positions| (positions, deepstack))))
+        // Their number is known: neither this nor the backward pass waits for the device to count them.
+        let positions = is_placeholder.f_flatten(0, 1)?.f_nonzero_static(count, 0)?.f_squeeze_dim(1)?;
+        let targets = positions.shallow_clone();
+        let embeds = tape.call1(&[&parts[0]], move |t| {
+            let text = self.embed_tokens(&ids);
+            text.flatten(0, 1).index_copy(0, &targets, &t[0]).view_as(&text)
+        });
+        Ok((embeds, (levels > 0).then_some((positions, deepstack))))
     }
 
     /// Runs a teacher-forced pass over tokens `[B, L]` at `positions [3, B, L]`. A `mask` of `None` is causal, a bool mask `[B, 1, L, L]` is
@@ -289,7 +319,13 @@ impl Vlm {
         image_features: Option<&Tensor>,
         options: SequenceOptions,
     ) -> Result<SequenceOut> {
-        self.infer(&batch.tokens, image_features, &batch.positions, self.packed_mask(batch), options)
+        self.infer(
+            &batch.tokens,
+            image_features,
+            &batch.positions,
+            AttentionMask::Packed(batch.attention.clone()),
+            options,
+        )
     }
 
     /// Checks shapes and runs the decoder.
@@ -332,14 +368,9 @@ impl Vlm {
         }))
     }
 
-    /// Returns the attention mask of a packed batch in the dtype of the activations.
-    fn packed_mask(&self, batch: &PackedBatch) -> AttentionMask {
-        AttentionMask::Packed(batch.attention.to_kind(activation_kind(self.kind())))
-    }
-
     /// Computes the logits `[.., V]`, fp32, of hidden states `[.., D]`. Pass only the rows that are needed.
     pub fn lm_head(&self, hidden: &Tensor) -> Tensor {
-        linear(hidden, &self.head, None)
+        linear(hidden, &self.head, None, self.decoder.compute)
     }
 
     /// [`Vlm::lm_head`] for the rows of a decode step: on the CPU the logits of a row do not depend on the number of other rows.
@@ -389,6 +420,9 @@ impl Vlm {
         features: Option<&Var>,
         capture: Option<CaptureSpec>,
     ) -> Result<(Var, Option<Var>)> {
+        if capture.is_some() && batch.attention.is_shared() {
+            return Err(ModelError::input("attention cannot be captured from groups that share a row"));
+        }
         let capture = capture.map(|c| {
             Rc::new(Capture {
                 set: c.set,
@@ -401,8 +435,14 @@ impl Vlm {
         });
         let rows = Some(batch.predict_index.shallow_clone());
         let options = SequenceOptions { capture, rows, ..SequenceOptions::default() };
-        let out =
-            self.run_sequences(tape, &batch.tokens, features, &batch.positions, self.packed_mask(batch), options)?;
+        let out = self.run_sequences(
+            tape,
+            &batch.tokens,
+            features,
+            &batch.positions,
+            AttentionMask::Packed(batch.attention.clone()),
+            options,
+        )?;
         let attention = (!out.attention.is_empty()).then(|| {
             let index = batch.query_flat.shallow_clone();
             tape.call1(&out.attention.iter().collect::<Vec<_>>(), move |layers| {
@@ -422,4 +462,14 @@ impl Vlm {
     fn try_embed_tokens(&self, tokens: &Tensor) -> Result<Tensor> {
         Ok(Tensor::f_embedding(&self.embedding, tokens, -1, false, false)?.f_to_kind(activation_kind(self.kind()))?)
     }
+}
+
+/// Returns whether all tokens are within a vocabulary of `vocab`, and the number of placeholders among them; one copy to the host.
+fn check_tokens(tokens: &Tensor, is_placeholder: &Tensor, vocab: i64) -> Result<(bool, i64)> {
+    if tokens.numel() == 0 {
+        return Ok((true, 0));
+    }
+    let facts = [tokens.f_min()?, tokens.f_max()?, is_placeholder.f_sum(Kind::Int64)?];
+    let facts = Vec::<i64>::try_from(Tensor::f_stack(&facts, 0)?)?;
+    Ok((facts[0] >= 0 && facts[1] < vocab, facts[2]))
 }

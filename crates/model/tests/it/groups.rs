@@ -110,6 +110,40 @@ fn check_packed(vlm: &Vlm) {
     });
 }
 
+/// Groups that share a row without padding have the log-probabilities of groups with a padded row each. Attention is not captured.
+#[test]
+fn shared_row_equals_padded_rows() {
+    for_each_family(|vlm| {
+        let groups = groups();
+        let (grids, pixels) = pixels(vlm, &groups);
+        tch::no_grad(|| {
+            let features = vlm.encode_images(&pixels, &grids).expect("features");
+            let run = |batch: &PackedBatch| {
+                let out = vlm.forward_packed(batch, Some(&features), None).expect("runs");
+                logprobs(&vlm.lm_head(&out.hidden), &batch.targets, 0.7, &[3, 4])
+            };
+            let padded = PackedBatch::build(&groups, vlm.config(), Device::Cpu).expect("packs");
+            let row = PackedBatch::build_row(&groups, vlm.config(), Device::Cpu).expect("packs");
+            let total = groups.iter().map(|g| g.prompt.tokens.len() + g.responses.iter().map(Vec::len).sum::<usize>());
+            assert_eq!(row.tokens.size(), [1, total.sum::<usize>() as i64]);
+            assert_eq!(
+                (row.len(), &row.ranges, &row.image_tokens),
+                (padded.len(), &padded.ranges, &padded.image_tokens)
+            );
+            let diff = max_diff(&run(&row), &run(&padded));
+            assert!(diff < 1e-5, "log-probabilities differ by {diff}");
+            let spec = CaptureSpec { set: AttentionSet::layer(2), differentiable: false };
+            let e = vlm.forward_packed(&row, Some(&features), Some(spec)).expect_err("refused").to_string();
+            assert!(e.contains("share a row"), "{e}");
+        });
+    });
+    let empty = PackedGroup { prompt: prompt(100, &[]), responses: vec![Vec::new()] };
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let vlm = lively(dir.path());
+    let e = PackedBatch::build_row(&[empty], vlm.config(), Device::Cpu).expect_err("refused").to_string();
+    assert!(e.contains("response 0 is empty"), "{e}");
+}
+
 /// Decoding responses of different lengths, with rows that stop, groups that are admitted late and slots that are freed, reused and
 /// removed, has the log-probabilities and attention of the packed pass.
 #[test]
@@ -357,7 +391,7 @@ fn segments_equal_one_graph() {
             let logp = Tensor::cat(&parts.iter().map(|v| tape.leaf(v)).collect::<Vec<_>>(), 0);
             let rows = tape.leaf(&rows.expect("captured"));
             (logp.sin().sum(Kind::Float) + rows.square().sum(Kind::Float) * 10.0).backward();
-            tape.backward();
+            tape.backward().expect("backward pass");
             let trained = vlm.named_parameters().iter().filter(|(_, t)| t.requires_grad());
             trained.map(|(n, t)| (n.clone(), t.grad().copy())).collect()
         };

@@ -12,6 +12,7 @@ mod kernels;
 mod logprob;
 mod lora;
 mod merge;
+mod precision;
 mod tape;
 mod value_head;
 
@@ -33,6 +34,8 @@ fn numbers_hold_under_every_dispatch() {
         "lora::recomputed_gradients_are_equal",
         // Low-rank products, added to weights and removed from them.
         "merge::merges_do_not_drift",
+        // Products of bf16 operands, and caches of bf16 keys and values.
+        "precision::decoding_agrees_with_teacher_forcing_in_every_mode",
         // Log-softmax.
         "logprob::banned_tokens_have_no_probability",
     ]);

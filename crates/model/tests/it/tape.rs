@@ -6,6 +6,7 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 use unveil_core::{Family, Prompt};
 use unveil_model::{Direction, LayerHook, PackedBatch, PackedGroup, Tape, TapeMode, Var};
+use unveil_torch_ext::count_operations;
 
 use crate::common::fresh;
 
@@ -36,7 +37,7 @@ fn segments_equal_one_graph() {
         let second_leaf = tape.leaf(&b);
         let loss = first_leaf.square().sum(Kind::Double) + (second_leaf * 3.0).sum(Kind::Double);
         loss.backward();
-        tape.backward();
+        tape.backward().expect("backward pass");
         (loss.double_value(&[]), w.grad().copy(), u.grad().copy())
     };
     let (loss, gw, gu) = run(TapeMode::Graph);
@@ -47,6 +48,28 @@ fn segments_equal_one_graph() {
             assert!(
                 (gradient - expected).abs().max().double_value(&[]) < 1e-10 * expected.abs().max().double_value(&[])
             );
+        }
+    }
+}
+
+/// The vector-Jacobian product of a segment starts from the gradients of its outputs; a scalar product with them would be computed and
+/// differentiated only for its gradient.
+#[test]
+fn backward_pass_computes_no_scalar_products() {
+    let r = |n: &[i64]| Tensor::randn(n, (Kind::Float, Device::Cpu));
+    let w = r(&[4, 4]).set_requires_grad(true);
+    for mode in [TapeMode::Segments, TapeMode::Recompute] {
+        let mut tape = Tape::new(mode);
+        let start = Var::constant(r(&[3, 4]));
+        let once = tape.call1(&[&start], |t| t[0].mm(&w));
+        let twice = tape.call1(&[&once], |t| t[0].mm(&w));
+        tape.leaf(&twice).sum(Kind::Float).backward();
+        let (passed, counts) = count_operations(|| tape.backward()).expect("counts");
+        passed.expect("backward pass");
+        let recomputed = if mode == TapeMode::Recompute { 2 } else { 0 };
+        assert_eq!(counts["aten::mm"], 3 + recomputed, "{counts:?}");
+        for product in ["aten::mul", "aten::sum"] {
+            assert_eq!(counts.get(product), None, "{mode:?}: {product}");
         }
     }
 }
@@ -80,7 +103,7 @@ fn hooks_are_called_around_layers_in_both_directions() {
         tape.set_layer_hook(Some(log.clone()));
         let (hidden, _) = vlm.train_packed(&mut tape, &batch, None, None).expect("runs");
         tape.leaf(&hidden).sum(Kind::Float).backward();
-        tape.backward();
+        tape.backward().expect("backward pass");
         let calls = |direction| {
             let all = log.0.borrow();
             all.iter().filter(|(_, d, _)| *d == direction).map(|(l, _, e)| (*l, *e)).collect::<Vec<_>>()
