@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::rc::Rc;
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
@@ -146,6 +147,21 @@ pub fn record(dir: &Path) {
     }
 }
 
+/// Joins the ranks of a `world` over Gloo on the loopback, at this `port` of rank 0, with a ZeRO stage and a number of shards.
+pub fn join_ranks((rank, world): (usize, usize), port: u16, (zero, shards): (u8, usize)) -> Rc<Ranks> {
+    if world == 1 {
+        return Ranks::solo();
+    }
+    let timeouts =
+        Timeouts { rendezvous: Duration::from_secs(60), call: Duration::from_secs(60), ..Timeouts::default() };
+    let address = format!("127.0.0.1:{port}");
+    let backend = Backend::Gloo;
+    let fingerprint = "test".into();
+    let setup = Setup { rank, world, address, local_address: None, backend, fingerprint, token: None, timeouts };
+    let group = open(&setup).expect("all ranks join");
+    Ranks::new(group, ZeroStage::from_number(zero), shards).expect("shards divide the ranks")
+}
+
 /// Performs all updates of a rank and writes its view of the state to a file; `before` and `after` surround the updates.
 fn work(
     spec: &RankSpec,
@@ -155,27 +171,7 @@ fn work(
     tch::set_num_threads(1);
     let kind = if spec.double { Kind::Double } else { Kind::Float };
     let load = || Vlm::load(&spec.dir.join("base"), Device::Cpu, kind).expect("the recorded model loads");
-    let ranks = if spec.world == 1 {
-        Ranks::solo()
-    } else {
-        let timeouts =
-            Timeouts { rendezvous: Duration::from_secs(60), call: Duration::from_secs(60), ..Timeouts::default() };
-        let address = format!("127.0.0.1:{}", spec.port);
-        let backend = Backend::Gloo;
-        let fingerprint = "test".into();
-        let setup = Setup {
-            rank: spec.rank,
-            world: spec.world,
-            address,
-            local_address: None,
-            backend,
-            fingerprint,
-            token: None,
-            timeouts,
-        };
-        let group = open(&setup).expect("all ranks join");
-        Ranks::new(group, ZeroStage::from_number(spec.zero), spec.shards).expect("shards divide the ranks")
-    };
+    let ranks = join_ranks((spec.rank, spec.world), spec.port, (spec.zero, spec.shards));
     let vlm = load();
     let patch_len = vlm.config().vision.patch_len();
     let settings = settings(&vlm, spec);

@@ -21,6 +21,7 @@ int cuDevicePrimaryCtxRetain(void **context, int device) { retained[device]++; *
 int cuDevicePrimaryCtxRelease_v2(int device) { return --retained[device] < 0 ? 201 : 0; }
 int cuCtxPushCurrent_v2(void *context) { stack[++depth] = (int)(long)context; return 0; }
 int cuCtxPopCurrent_v2(void **context) { *context = (void *)(long)stack[depth--]; return 0; }
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = memory[device][1]; return 0; }
 int cuMemGetInfo_v2(unsigned long *free, unsigned long *total) {
   int device = depth > 0 ? stack[depth] - 1 : 0;
   *free = memory[device][0];

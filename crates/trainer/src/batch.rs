@@ -1,4 +1,4 @@
-//! The data of an update in host memory: groups flattened per token for the loss, and their division into micro-batches.
+//! The data of a stage 2 update in host memory: groups flattened per token for the loss.
 
 use std::ops::Range;
 
@@ -9,6 +9,7 @@ use unveil_core::{GridThw, GroupInput, MentionFinder, TrainGroup};
 use unveil_model::PackedGroup;
 
 use crate::error::Result;
+use crate::micro_batch::BatchItem;
 
 /// A response that enters the loss.
 pub(crate) struct TrainableResponse {
@@ -22,6 +23,8 @@ pub(crate) struct TrainableResponse {
 pub(crate) struct TrainableGroup<'a> {
     pub group: &'a TrainGroup,
     pub responses: Vec<TrainableResponse>,
+    /// Rewards of the responses that the overlong filter leaves out of the loss; they count in the statistics of the group.
+    pub filtered_rewards: Vec<f64>,
     pub packed: PackedGroup,
     /// Log-probabilities recorded by the rollout worker.
     pub rollout_logprobs: Vec<f64>,
@@ -36,16 +39,17 @@ pub(crate) struct TrainableGroup<'a> {
 }
 
 impl<'a> TrainableGroup<'a> {
-    /// Packs the responses with tokens and a reward; returns `None` if there are none.
-    pub(crate) fn new(group: &'a TrainGroup) -> Option<Self> {
-        let trainable: Vec<TrainableResponse> = group
-            .totals()
-            .into_iter()
-            .enumerate()
-            .filter(|(response, _)| !group.responses[*response].tokens.is_empty())
-            .filter_map(|(response, total)| Some(TrainableResponse { response, reward: total? }))
+    /// Packs the responses that enter the loss, with `overlong_filter` without those cut at the length limit; returns `None` if there are
+    /// none.
+    pub(crate) fn new(group: &'a TrainGroup, overlong_filter: bool) -> Option<Self> {
+        let totals = group.totals();
+        let entering = group.responses_in_loss(overlong_filter);
+        let trainable: Vec<TrainableResponse> = entering
+            .iter()
+            .filter_map(|response| Some(TrainableResponse { response: *response, reward: totals[*response]? }))
             .collect();
         trainable.first()?;
+        let filtered = group.responses_in_loss(false).into_iter().filter(|response| !entering.contains(response));
         let chosen = || trainable.iter().map(|r| &group.responses[r.response]);
         let tokens: Vec<Vec<u32>> = chosen().map(|r| r.tokens.clone()).collect();
         Some(Self {
@@ -57,19 +61,10 @@ impl<'a> TrainableGroup<'a> {
             old_values: Vec::new(),
             value_targets: Vec::new(),
             reference_logprobs: Vec::new(),
+            filtered_rewards: filtered.filter_map(|response| totals[response]).collect(),
             responses: trainable,
             group,
         })
-    }
-
-    /// Returns the number of response tokens.
-    pub(crate) fn token_count(&self) -> usize {
-        self.rollout_logprobs.len()
-    }
-
-    /// Returns the length of the packed sequence in tokens.
-    pub(crate) fn packed_len(&self) -> usize {
-        self.packed.prompt.tokens.len() + self.token_count()
     }
 
     /// Returns the range of tokens of each response, counted from the group's first response token.
@@ -82,6 +77,20 @@ impl<'a> TrainableGroup<'a> {
                 begin - n..begin
             })
             .collect()
+    }
+}
+
+impl BatchItem for TrainableGroup<'_> {
+    fn packed(&self) -> &PackedGroup {
+        &self.packed
+    }
+
+    fn input(&self) -> &GroupInput {
+        &self.group.input
+    }
+
+    fn token_count(&self) -> usize {
+        self.rollout_logprobs.len()
     }
 }
 
@@ -107,61 +116,22 @@ pub(crate) fn pixel_batch<'a>(
 /// Accessor of one field of a group with a value per token.
 pub(crate) type TokenField = for<'m, 'g> fn(&'m TrainableGroup<'g>) -> &'m [f64];
 
-/// Returns one field of all groups as a flat tensor.
-pub(crate) fn flat_tensor(
+/// Returns fields of all groups as flat tensors, copied to the device at once; `None` for a field that is not given.
+pub(crate) fn flat_tensors<const N: usize>(
     groups: &[&TrainableGroup<'_>],
-    field: TokenField,
+    fields: [Option<TokenField>; N],
     kind: Kind,
     device: Device,
-) -> Result<Tensor> {
-    let values: Vec<f64> = groups.iter().flat_map(|g| field(g)).copied().collect();
-    Ok(Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?)
-}
-
-/// Largest share of a micro-batch that may be padding.
-const MAX_PADDING: f64 = 0.05;
-
-/// Splits groups, sorted by length, into micro-batches of consecutive groups. The padded size of a micro-batch (groups x longest
-/// sequence) is at most `budget`, and at most [`MAX_PADDING`] of it is padding, unless it has a single group.
-pub(crate) fn micro_batches<'m, 'a>(
-    groups: &[&'m TrainableGroup<'a>],
-    budget: usize,
-) -> Vec<Vec<&'m TrainableGroup<'a>>> {
-    let packed_lens: Vec<usize> = groups.iter().map(|g| g.packed_len()).collect();
-    split_by_len(&packed_lens, budget).into_iter().map(|range| groups[range].to_vec()).collect()
-}
-
-/// Splits sequences of these lengths as [`micro_batches`] does.
-fn split_by_len(packed_lens: &[usize], budget: usize) -> Vec<Range<usize>> {
-    let mut out: Vec<Range<usize>> = Vec::new();
-    let mut longest = 0;
-    let mut filled = 0;
-    for (i, len) in packed_lens.iter().enumerate() {
-        longest = longest.max(*len);
-        filled += len;
-        match out.last_mut() {
-            Some(range) if within_budget((range.len() + 1) * longest, filled, budget) => range.end = i + 1,
-            _ => {
-                longest = *len;
-                filled = *len;
-                out.push(i..i + 1);
-            }
-        }
+) -> Result<[Option<Tensor>; N]> {
+    let given = fields.iter().flatten().count();
+    let tokens: usize = groups.iter().map(|g| g.token_count()).sum();
+    let mut values: Vec<f64> = Vec::with_capacity(given * tokens);
+    for field in fields.iter().flatten() {
+        values.extend(groups.iter().flat_map(|g| field(g)));
     }
-    out
-}
-
-fn within_budget(padded: usize, filled: usize, budget: usize) -> bool {
-    padded <= budget && (padded - filled) as f64 <= MAX_PADDING * padded as f64
-}
-
-/// Returns the number of positions in the micro-batches, padding included, and the number of padding positions.
-pub(crate) fn padding_positions(micro_batches: &[Vec<&TrainableGroup<'_>>]) -> (usize, usize) {
-    let padded =
-        |batch: &Vec<&TrainableGroup<'_>>| batch.len() * batch.iter().map(|g| g.packed_len()).max().unwrap_or(0);
-    let all: usize = micro_batches.iter().map(padded).sum();
-    let filled: usize = micro_batches.iter().flatten().map(|g| g.packed_len()).sum();
-    (all, all - filled)
+    let values = Tensor::f_from_slice(&values)?.f_to_kind(kind)?.f_to_device(device)?;
+    let mut rows = values.f_view([given as i64, tokens as i64])?.f_unbind(0)?.into_iter();
+    Ok(fields.map(|field| field.and_then(|_| rows.next())))
 }
 
 /// Returns the number of responses with vision relevance among `groups`.
@@ -222,9 +192,6 @@ pub(crate) fn mention_batch(
 
 #[cfg(test)]
 mod tests {
-    use rand::{Rng, SeedableRng};
-    use rand_chacha::ChaCha8Rng;
-
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
@@ -267,7 +234,7 @@ mod tests {
 
     /// Returns the tokens whose attention enters the loss, per response.
     fn mention_tokens(group: &TrainGroup, mentions: &MentionFinder) -> Option<Vec<Vec<usize>>> {
-        let trainable = TrainableGroup::new(group)?;
+        let trainable = TrainableGroup::new(group, false)?;
         let batch = mention_batch(&[&trainable], mentions, 4, Device::Cpu)?;
         let tokens = Vec::<i64>::try_from(&batch.tokens).ok()?;
         let responses = Vec::<i64>::try_from(&batch.response).ok()?;
@@ -317,24 +284,5 @@ mod tests {
         }
         let record = r#"{"id":"a","task":"vqa","answer":"a nodule","category":"nodule","boxes":[[0,0,10,10]]}"#;
         assert_eq!(mention_tokens(&answered(record, &TEXTS), &mentions), None, "text answers have no mentions");
-    }
-
-    #[test]
-    fn micro_batches_have_little_padding() {
-        let mut rng = ChaCha8Rng::seed_from_u64(3);
-        for count in [1, 2, 16, 200] {
-            let mut packed_lens: Vec<usize> = (0..count).map(|_| rng.random_range(290..1400)).collect();
-            packed_lens.sort_unstable();
-            let ranges = split_by_len(&packed_lens, 20_000);
-            assert_eq!(ranges.iter().cloned().flatten().collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
-            for range in &ranges {
-                let lens = &packed_lens[range.clone()];
-                let padded = lens.len() * lens.iter().max().unwrap();
-                assert!(padded <= 20_000, "{lens:?}");
-                assert!((padded - lens.iter().sum::<usize>()) as f64 <= 0.05 * padded as f64, "{lens:?}");
-            }
-        }
-        assert_eq!(split_by_len(&[500, 500, 500], 1000), [0..2, 2..3]);
-        assert_eq!(split_by_len(&[5000, 5000], 1000).len(), 2, "a single group may exceed the budget");
     }
 }

@@ -13,7 +13,7 @@ use unveil_core::TrainGroup;
 use unveil_model::{read_safetensors, write_safetensors};
 
 use crate::error::{Result, TrainerError};
-use crate::optim::lr_at;
+use crate::learning_rate::lr_at;
 use crate::step::{Counters, PolicyTrainer, ValuesByGroup};
 use crate::wire::GroupDump;
 

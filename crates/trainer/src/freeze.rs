@@ -1,29 +1,29 @@
 //! Freezing: which parameters are trained at which update, by name.
 
 use unveil_config::schema::{Freeze, Learner};
+use unveil_core::selects_parameter;
+
+/// Prefix of the names of the critic's parameters.
+pub const CRITIC_PREFIX: &str = "critic.";
 
 /// Parameters that are never trained, and those that are frozen for some updates.
 #[derive(Debug, Clone, Default)]
 pub struct Freezing {
+    /// Key of the configuration that lists `always`.
+    key: String,
     always: Vec<String>,
     schedule: Vec<Freeze>,
-}
-
-/// Returns whether a parameter is selected by `selector`: the name of a module or a prefix of parameter names.
-fn is_selected(name: &str, selector: &str) -> bool {
-    let merger = name.starts_with("visual.merger.") || name.starts_with("visual.deepstack_merger_list.");
-    match selector {
-        "merger" => merger,
-        "vision_tower" => name.starts_with("visual.") && !merger,
-        "language_model" => name.starts_with("model.") || name.starts_with("lm_head."),
-        prefix => name.starts_with(prefix),
-    }
 }
 
 impl Freezing {
     /// Reads `learner.frozen` and `learner.freeze`.
     pub fn new(l: &Learner) -> Self {
-        Self { always: l.frozen.clone(), schedule: l.freeze.clone() }
+        Self { schedule: l.freeze.clone(), ..Self::always("learner.frozen", &l.frozen) }
+    }
+
+    /// Never trains the parameters that the configuration's `key` lists as `frozen`, and always trains the others.
+    pub fn always(key: &str, frozen: &[String]) -> Self {
+        Self { key: key.to_owned(), always: frozen.to_vec(), schedule: Vec::new() }
     }
 
     /// Returns whether the trained parameters change between updates.
@@ -33,13 +33,13 @@ impl Freezing {
 
     /// Returns whether a parameter is trained at any update.
     pub fn is_ever_trained(&self, name: &str) -> bool {
-        self.always.iter().all(|selector| !is_selected(name, selector))
+        self.always.iter().all(|selector| !selects_parameter(selector, name))
     }
 
     /// Returns whether a parameter is trained at update `step`, from 0.
     pub fn is_trained_at(&self, name: &str, step: u64) -> bool {
         let is_frozen = |f: &Freeze| {
-            (f.from..f.until).contains(&step) && f.parameters.iter().any(|selector| is_selected(name, selector))
+            (f.from..f.until).contains(&step) && f.parameters.iter().any(|selector| selects_parameter(selector, name))
         };
         self.is_ever_trained(name) && !self.schedule.iter().any(is_frozen)
     }
@@ -50,9 +50,9 @@ impl Freezing {
     /// Returns a message that names the key if a selector matches no parameter, or if an update would train nothing.
     pub fn check<'n>(&self, names: impl Iterator<Item = &'n str> + Clone) -> Result<(), String> {
         let scheduled = self.schedule.iter().flat_map(|f| &f.parameters).map(|selector| ("learner.freeze", selector));
-        let always = self.always.iter().map(|selector| ("learner.frozen", selector));
+        let always = self.always.iter().map(|selector| (self.key.as_str(), selector));
         for (key, selector) in always.chain(scheduled) {
-            if !names.clone().any(|n| is_selected(n, selector)) {
+            if !names.clone().any(|n| selects_parameter(selector, n)) {
                 return Err(format!(
                     "{key} has `{selector}`, but no parameter name starts with it; vision_tower, merger and language_model are accepted too"
                 ));
@@ -61,7 +61,7 @@ impl Freezing {
         let changes = std::iter::once(0).chain(self.schedule.iter().flat_map(|f| [f.from, f.until]));
         match changes.into_iter().find(|step| !names.clone().any(|n| self.is_trained_at(n, *step))) {
             Some(0) if !names.clone().any(|n| self.is_ever_trained(n)) => {
-                Err("learner.frozen: nothing is trained: every parameter is frozen".into())
+                Err(format!("{}: nothing is trained: every parameter is frozen", self.key))
             }
             Some(step) => {
                 Err(format!("learner.freeze: update {step} (from 0) trains nothing: leave some parameters unfrozen"))
@@ -91,7 +91,10 @@ mod tests {
         let words = |w: &[&str]| w.iter().map(|s| (*s).to_owned()).collect();
         let freeze =
             |(w, from, until): &(&[&str], u64, u64)| Freeze { parameters: words(w), from: *from, until: *until };
-        Freezing { always: words(frozen), schedule: schedule.iter().map(freeze).collect() }
+        Freezing {
+            schedule: schedule.iter().map(freeze).collect(),
+            ..Freezing::always("learner.frozen", &words(frozen))
+        }
     }
 
     #[test]

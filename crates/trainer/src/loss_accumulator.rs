@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use tch::{Kind, Tensor};
 use unveil_algo::LossParts;
 
 use crate::error::Result;
@@ -13,15 +14,17 @@ const PARTS: [&str; 8] = ["loss", "policy", "value", "attention", "entropy", "kl
 const IMPORTANCE_PARTS: [&str; 2] = ["importance", "importance_bounded"];
 
 /// Loss parts, summed over micro-batches and averaged over mini-batches.
-#[derive(Default)]
+#[derive(Default, Debug)]
 pub(crate) struct LossAccumulator {
     parts: BTreeMap<&'static str, f64>,
+    /// Parts of the micro-batches that were added, one vector each, still on the device.
+    pending: Vec<Tensor>,
     norm: f64,
     mini_batches: u64,
 }
 
 impl LossAccumulator {
-    /// Adds a micro-batch.
+    /// Adds a micro-batch without waiting for the device to compute it.
     pub(crate) fn add(&mut self, loss: &LossParts) -> Result<()> {
         let means = &loss.means;
         let parts = [
@@ -35,16 +38,21 @@ impl LossAccumulator {
             &means.approx_kl,
         ];
         let importance = means.importance.iter().flat_map(|(mean, bounded)| [mean, bounded]);
-        for (name, t) in PARTS.iter().zip(parts).chain(IMPORTANCE_PARTS.iter().zip(importance)) {
-            *self.parts.entry(name).or_default() += t.f_double_value(&[])?;
-        }
+        let scalar = |t: &Tensor| -> Result<Tensor> { Ok(t.f_detach()?.f_to_kind(Kind::Double)?.f_view([1])?) };
+        let scalars = parts.into_iter().chain(importance).map(scalar).collect::<Result<Vec<_>>>()?;
+        self.pending.push(Tensor::f_cat(&scalars, 0)?);
         Ok(())
     }
 
-    /// Returns the parts as a list that has the same length on all ranks; `weighted` says whether there are importance weights.
-    pub(crate) fn to_list(&self, weighted: bool) -> Vec<f64> {
-        let importance = if weighted { &IMPORTANCE_PARTS[..] } else { &[] };
-        PARTS.iter().chain(importance).map(|name| self.parts.get(name).copied().unwrap_or(0.0)).collect()
+    /// Returns the sums of the parts as a list that has the same length on all ranks; `weighted` says whether there are importance
+    /// weights. Copies the parts of all micro-batches to the host at once.
+    pub(crate) fn into_list(self, weighted: bool) -> Result<Vec<f64>> {
+        let importance = if weighted { IMPORTANCE_PARTS.len() } else { 0 };
+        let mut sums = vec![0.0; PARTS.len() + importance];
+        for micro_batch in rows_to_host(&self.pending)? {
+            sums.iter_mut().zip(micro_batch).for_each(|(sum, part)| *sum += part);
+        }
+        Ok(sums)
     }
 
     /// Reads the list of [`LossAccumulator::to_list`].
@@ -82,4 +90,11 @@ impl LossAccumulator {
         let loss_parts = PARTS[..4].iter().filter(|k| self.parts.contains_key(*k));
         report.loss = loss_parts.map(|k| ((*k).to_owned(), mean_or_0(k))).collect();
     }
+}
+
+/// Copies fp64 vectors of equal length to the host at once.
+pub(crate) fn rows_to_host(rows: &[Tensor]) -> Result<Vec<Vec<f64>>> {
+    let Some(width) = rows.first().map(Tensor::numel).filter(|width| *width > 0) else { return Ok(Vec::new()) };
+    let all = Vec::<f64>::try_from(Tensor::f_cat(rows, 0)?)?;
+    Ok(all.chunks(width).map(<[f64]>::to_vec).collect())
 }

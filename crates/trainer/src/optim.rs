@@ -1,5 +1,4 @@
-//! AdamW over this rank's shard of the parameters, clipping by global norm, and the learning-rate schedule. State is keyed by
-//! parameter name.
+//! AdamW over this rank's shard of the parameters, and clipping by global norm. State is keyed by parameter name.
 //!
 //! The shard is kept in flat tensors, so that an update is about a dozen large operations instead of ten small ones per parameter.
 //! Parameters in bf16 have master weights in fp32, and so have sharded parameters.
@@ -14,20 +13,11 @@ use unveil_collective::Collective;
 use unveil_config::schema::Optimizer;
 
 use crate::error::{Result, TrainerError};
+use crate::learning_rate::relative_rates;
 use crate::shard::{
     GradientReducer, OwnedRange, ParameterSlice, ParameterSlot, PassHooks, Ranks, ReduceTiming, ShardLayout,
     ShardedParameters, ZeroStage, wait,
 };
-
-/// Returns the learning rate of update `step` (from 0) of `total`: linear warm-up, constant, then linear decay from `lr` to
-/// `lr * lr_end` over the last `decay` (a fraction) of the updates.
-pub fn lr_at(o: &Optimizer, step: u64, total: u64) -> f64 {
-    let decay_steps = (o.decay * total as f64).max(1.0);
-    let decayed = ((step + 1) as f64 - (total as f64 - decay_steps)).clamp(0.0, decay_steps) / decay_steps;
-    let warmup_factor = ((step + 1) as f64 / o.warmup.max(1) as f64).min(1.0);
-    let decay_factor = if o.decay > 0.0 { 1.0 - decayed * (1.0 - o.lr_end) } else { 1.0 };
-    o.lr * warmup_factor.min(decay_factor)
-}
 
 /// This rank's shard of the gradients, flat, and the L2 norm of all gradients.
 #[derive(Debug)]
@@ -58,6 +48,8 @@ pub struct AdamW {
     counts: Vec<u64>,
     /// By parameter, whether it is being trained.
     active: Vec<bool>,
+    /// By parameter, its learning rate relative to that of an update.
+    rates: Vec<f64>,
     updates: u64,
 }
 
@@ -74,7 +66,8 @@ impl AdamW {
     /// or in fp64 for fp64 parameters.
     ///
     /// # Errors
-    /// Returns [`TrainerError::Setting`] if there is no parameter, one is given twice, or a dtype cannot be trained.
+    /// Returns [`TrainerError::Setting`] if there is no parameter, one is given twice, a dtype cannot be trained, or a group of parameters
+    /// is empty.
     pub fn sharded(options: &Optimizer, parameters: &[(String, Tensor)], ranks: Rc<Ranks>) -> Result<Self> {
         let Some((_, first_parameter)) = parameters.first() else {
             return Err(TrainerError::Setting("nothing is trained: every parameter is frozen".into()));
@@ -91,6 +84,7 @@ impl AdamW {
         let kind = if double { Kind::Double } else { Kind::Float };
         let layout = Rc::new(ShardLayout::new(parameters, ranks.size() > 1, ranks.shard())?);
         let gradients = Rc::new(RefCell::new(GradientReducer::new(layout.clone(), ranks.clone(), kind)));
+        let rates = relative_rates(options, layout.slots().map(|s| s.name.as_str()))?;
         let zeros = || Tensor::f_zeros([layout.numel], (kind, first_parameter.device()));
         let exp_avg = zeros()?;
         let exp_avg_sq = zeros()?;
@@ -105,6 +99,7 @@ impl AdamW {
             master: None,
             counts: vec![0; parameters.len()],
             active: vec![true; parameters.len()],
+            rates,
             updates: 0,
         };
         if optimizer.ranks.shards().is_some() || parameters.iter().any(|(_, t)| t.kind() != kind) {
@@ -211,25 +206,31 @@ impl AdamW {
             if clip > 0.0 && gradient.norm > clip {
                 let _ = flat.g_mul_scalar_(clip / (gradient.norm + 1e-6));
             }
-            for (range, count) in self.uniform_ranges() {
-                self.update_range(&flat, range, count, lr)?;
+            for (range, count, rate) in self.uniform_ranges() {
+                self.update_range(&flat, range, count, lr * rate)?;
             }
             // Sharded parameters get the new weights when they are gathered next.
             if self.ranks.zero_stage() == ZeroStage::Parameters { Ok(()) } else { self.write_back() }
         })
     }
 
-    /// Returns ranges of the shard whose parameters are being trained, each with the number of updates its parameters took part in.
-    fn uniform_ranges(&self) -> Vec<(Range<i64>, u64)> {
-        if self.active.iter().all(|a| *a) && self.counts.iter().all(|c| *c == self.counts[0]) {
-            return vec![(0..self.layout.numel, self.counts[0])];
+    /// Returns ranges of the shard whose parameters are being trained, each with the number of updates its parameters took part in and
+    /// their relative learning rate.
+    fn uniform_ranges(&self) -> Vec<(Range<i64>, u64, f64)> {
+        let is_uniform =
+            |slot: usize| self.active[slot] && self.counts[slot] == self.counts[0] && self.rates[slot] == self.rates[0];
+        if (0..self.active.len()).all(is_uniform) {
+            return vec![(0..self.layout.numel, self.counts[0], self.rates[0])];
         }
-        let mut ranges: Vec<(Range<i64>, u64)> = Vec::new();
+        let mut ranges: Vec<(Range<i64>, u64, f64)> = Vec::new();
         for owned in self.layout.owned_ranges.iter().filter(|o| self.active[o.slot]) {
             let count = self.counts[owned.slot];
+            let rate = self.rates[owned.slot];
             match ranges.last_mut() {
-                Some((range, c)) if *c == count && range.end == owned.range.start => range.end = owned.range.end,
-                _ => ranges.push((owned.range.clone(), count)),
+                Some((range, c, r)) if *c == count && *r == rate && range.end == owned.range.start => {
+                    range.end = owned.range.end;
+                }
+                _ => ranges.push((owned.range.clone(), count, rate)),
             }
         }
         ranges
@@ -438,24 +439,14 @@ fn l2_norm(flat: &Tensor) -> Result<f64> {
     let rest = flat.f_narrow(0, in_runs, count - in_runs)?.f_view([1, count - in_runs])?;
     let norm_of_rows =
         |t: &Tensor| t.f_norm_scalaropt_dim(2, [-1i64].as_slice(), false)?.f_to_kind(Kind::Double)?.f_norm();
-    let runs_norm = norm_of_rows(&runs)?;
-    let rest_norm = norm_of_rows(&rest)?;
-    Ok(runs_norm.f_double_value(&[])?.hypot(rest_norm.f_double_value(&[])?))
+    // One copy to the host, not one for each norm.
+    let norms = Vec::<f64>::try_from(Tensor::f_stack(&[norm_of_rows(&runs)?, norm_of_rows(&rest)?], 0)?)?;
+    Ok(norms.into_iter().fold(0.0, f64::hypot))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn learning_rate_schedule() {
-        let o = Optimizer { lr: 1.0, warmup: 4, decay: 0.25, lr_end: 0.1, ..Default::default() };
-        let at = |s| lr_at(&o, s, 20);
-        assert_eq!((at(0), at(3), at(4), at(14)), (0.25, 1.0, 1.0, 1.0));
-        assert!((at(19) - 0.1).abs() < 1e-12 && (at(500) - 0.1).abs() < 1e-12);
-        assert!((15..20).all(|s| at(s) < at(s - 1)));
-        assert_eq!(lr_at(&Optimizer { lr: 1.0, warmup: 0, decay: 0.0, ..o }, 0, 1), 1.0);
-    }
 
     #[test]
     fn norm_of_many_elements_is_accurate() {

@@ -1,15 +1,15 @@
-//! Data parallelism: assigns the groups of a batch to ranks and collects what each computed. Every rank holds the whole batch except
-//! the pixels of other ranks' groups, so everything apart from passes through the model is computed identically on all ranks.
+//! Data parallelism: assigns the items of a batch to ranks and collects what each computed. Every rank holds the whole batch except
+//! the pixels of other ranks' items, so everything apart from passes through the model is computed identically on all ranks.
 
 use std::rc::Rc;
 
 use tch::Device;
 
-use crate::batch::{TrainableGroup, micro_batches, padding_positions};
 use crate::error::Result;
+use crate::micro_batch::{BatchItem, Division};
 use crate::shard::Ranks;
 
-/// Assigns each group to one of `ranks` ranks: the longest first, each to the rank with the smallest load so far.
+/// Assigns each item to one of `ranks` ranks: the longest first, each to the rank with the smallest load so far.
 pub(crate) fn assign_ranks(packed_lens: &[usize], ranks: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..packed_lens.len()).collect();
     order.sort_by_key(|i| std::cmp::Reverse(packed_lens[*i]));
@@ -23,83 +23,85 @@ pub(crate) fn assign_ranks(packed_lens: &[usize], ranks: usize) -> Vec<usize> {
     owners
 }
 
-/// The groups of a batch, partitioned over the ranks.
+/// The items of a batch (groups of stage 2 or samples of stage 1), partitioned over the ranks.
 pub(crate) struct Partition {
     ranks: Rc<Ranks>,
-    /// Rank of each group.
+    /// Rank of each item.
     owners: Vec<usize>,
-    /// Response tokens of each group.
+    /// Response tokens of each item.
     token_counts: Vec<usize>,
-    /// Maximum of padded positions in a micro-batch.
+    /// Maximum of positions in a micro-batch.
     budget: usize,
+    division: Division,
     device: Device,
 }
 
 /// The micro-batches of one rank. All ranks iterate over the same number of them.
-pub(crate) struct MicroBatches<'m, 'a> {
-    local: Vec<Vec<&'m TrainableGroup<'a>>>,
+pub(crate) struct MicroBatches<'m, T> {
+    local: Vec<Vec<&'m T>>,
     /// Number of micro-batches on each rank, empty ones included.
     count: usize,
     /// Padded positions on the rank that has most.
     pub positions: usize,
 }
 
-impl<'m, 'a> MicroBatches<'m, 'a> {
-    /// Iterates over the micro-batches; they are empty once only other ranks have groups left.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &[&'m TrainableGroup<'a>]> {
+impl<'m, T> MicroBatches<'m, T> {
+    /// Iterates over the micro-batches; they are empty once only other ranks have items left.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[&'m T]> {
         (0..self.count).map(|i| self.local.get(i).map_or(&[][..], Vec::as_slice))
     }
 }
 
 impl Partition {
-    /// Partitions `groups` over `ranks`; micro-batches have at most `budget` padded positions.
-    pub(crate) fn new(groups: &[TrainableGroup<'_>], ranks: Rc<Ranks>, budget: usize, device: Device) -> Self {
-        let packed_lens: Vec<usize> = groups.iter().map(TrainableGroup::packed_len).collect();
+    /// Partitions `items` over `ranks`; micro-batches are formed by `division` and have at most `budget` positions.
+    pub(crate) fn new<T: BatchItem>(
+        items: &[T],
+        ranks: Rc<Ranks>,
+        (division, budget): (Division, usize),
+        device: Device,
+    ) -> Self {
+        let packed_lens: Vec<usize> = items.iter().map(T::packed_len).collect();
         let owners = assign_ranks(&packed_lens, ranks.size());
-        let token_counts = groups.iter().map(TrainableGroup::token_count).collect();
-        Self { ranks, owners, token_counts, budget, device }
+        let token_counts = items.iter().map(T::token_count).collect();
+        Self { ranks, owners, token_counts, budget, division, device }
     }
 
-    /// Iterates over the indices of the groups that this rank computes.
+    /// Iterates over the indices of the items that this rank computes.
     pub(crate) fn local_indices(&self) -> impl Iterator<Item = usize> {
         (0..self.owners.len()).filter(|i| self.owners[*i] == self.ranks.rank())
     }
 
-    /// Returns the micro-batches of the `chosen` ones of `groups`; a micro-batch has groups of similar length.
-    pub(crate) fn micro_batches<'m, 'a>(
-        &self,
-        groups: &'m [TrainableGroup<'a>],
-        chosen: &[usize],
-    ) -> MicroBatches<'m, 'a> {
+    /// Returns the micro-batches of the `chosen` ones of `items`.
+    pub(crate) fn micro_batches<'m, T: BatchItem>(&self, items: &'m [T], chosen: &[usize]) -> MicroBatches<'m, T> {
         let of_rank = |rank: usize| {
-            let mut assigned: Vec<&TrainableGroup> =
-                chosen.iter().filter(|i| self.owners[**i] == rank).map(|i| &groups[*i]).collect();
-            assigned.sort_by_key(|g| g.packed_len());
-            micro_batches(&assigned, self.budget)
+            let assigned: Vec<&T> = chosen.iter().filter(|i| self.owners[**i] == rank).map(|i| &items[*i]).collect();
+            self.division.micro_batches(&assigned, self.budget)
         };
         let by_rank: Vec<_> = (0..self.ranks.size()).map(of_rank).collect();
         let count = by_rank.iter().map(Vec::len).max().unwrap_or(0);
-        let positions = by_rank.iter().map(|batches| padding_positions(batches).0).max().unwrap_or(0);
+        let positions = |batches: &Vec<Vec<&T>>| self.division.padding_positions(batches).0;
+        let positions = by_rank.iter().map(positions).max().unwrap_or(0);
         let local = by_rank.into_iter().nth(self.ranks.rank()).unwrap_or_default();
         MicroBatches { local, count, positions }
     }
 
     /// Returns the share of positions that are padding, over all ranks.
-    pub(crate) fn padding_share(&self, groups: &[TrainableGroup<'_>]) -> f64 {
+    pub(crate) fn padding_share<T: BatchItem>(&self, items: &[T]) -> f64 {
         let mut all = 0;
         let mut unused = 0;
         for rank in 0..self.ranks.size() {
-            let assigned: Vec<&TrainableGroup> =
-                groups.iter().zip(&self.owners).filter(|(_, o)| **o == rank).map(|(g, _)| g).collect();
-            let (rank_all, rank_unused) = padding_positions(&micro_batches(&assigned, self.budget));
+            let assigned: Vec<&T> =
+                items.iter().zip(&self.owners).filter(|(_, o)| **o == rank).map(|(item, _)| item).collect();
+            let micro_batches = self.division.micro_batches(&assigned, self.budget);
+            let (rank_all, rank_unused) = self.division.padding_positions(&micro_batches);
             all += rank_all;
             unused += rank_unused;
         }
         unused as f64 / all.max(1) as f64
     }
 
-    /// Gathers one value per token from all ranks: `local` has this rank's groups in the order of the batch; the result has all
-    /// groups.
+    /// Gathers one value per token from all ranks: `local` has this rank's items in the order of the batch; the result has all
+    /// items.
     ///
     /// # Errors
     /// Returns [`crate::TrainerError::Ranks`] if another rank has failed or timed out.

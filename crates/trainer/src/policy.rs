@@ -1,22 +1,22 @@
 //! The model's side of an update: forward and backward passes over packed groups, and the loss.
 
-use std::rc::Rc;
-
 use tch::{Kind, Tensor, no_grad};
 use unveil_algo::{Counts, LossParts, Objective, TokenBatch, policy_loss};
 use unveil_config::schema::RatioBase;
-use unveil_core::{GroupInput, Importance};
-use unveil_model::{CaptureSpec, PackedBatch, PackedGroup, Tape, TapeMode, ValueHead, Var, Vlm, logprobs_entropy};
+use unveil_core::Importance;
+use unveil_model::{CaptureSpec, Tape, TapeMode, ValueHead, Vlm, logprobs_entropy};
 
-use crate::batch::{TokenField, TrainableGroup, flat_tensor, mention_batch, pixel_batch};
+use crate::batch::{TokenField, TrainableGroup, flat_tensors, mention_batch};
 use crate::error::Result;
+use crate::forward_pass::{ForwardPass, PassOptions, head_rows, record_forward, tape_mode};
+use crate::micro_batch::Division;
 use crate::partition::MicroBatches;
 use crate::settings::StepSettings;
-use crate::shard::{HookedPass, PassHooks};
+use crate::shard::PassHooks;
 use crate::targets::layout;
 
-/// Rows of logits computed at a time under recomputation.
-const HEAD_ROWS: i64 = 1024;
+/// How groups are divided into micro-batches.
+pub(crate) const DIVISION: Division = Division::LittlePadding;
 
 /// The trained model, the models it is compared with, and the settings of its loss.
 #[derive(Debug)]
@@ -39,14 +39,6 @@ pub(crate) struct ReferenceModel {
     pub hooks: PassHooks,
 }
 
-/// A forward pass over one micro-batch, from whose outputs a loss is computed. A rank without a micro-batch computes nothing, but
-/// takes part in the collective calls.
-pub(crate) struct ForwardPass<'a> {
-    pass: Rc<HookedPass>,
-    pub outputs: Option<TokenOutputs>,
-    tape: Tape<'a>,
-}
-
 /// Outputs per response token, flat over the micro-batch.
 pub(crate) struct TokenOutputs {
     pub logprobs: Tensor,
@@ -55,32 +47,13 @@ pub(crate) struct TokenOutputs {
     attention: Option<Tensor>,
 }
 
-impl ForwardPass<'_> {
-    /// Backpropagates `loss`, which was computed from this pass, and adds the gradients to the reducer; `last` marks the last pass of
-    /// the mini-batch.
-    pub(crate) fn backward(self, loss: Option<&Tensor>, last: bool) -> Result<()> {
-        self.pass.begin_backward(last);
-        if let Some(loss) = loss {
-            loss.f_backward()?;
-            self.tape.backward();
-        }
-        self.pass.end_backward()
-    }
-}
+/// A pass of the policy.
+pub(crate) type PolicyPass<'a> = ForwardPass<'a, TokenOutputs>;
 
 impl Policy {
     /// Runs the forward pass over one micro-batch with gradients.
-    pub(crate) fn forward(
-        &self,
-        micro_batch: &[&TrainableGroup<'_>],
-        objective: &Objective,
-    ) -> Result<ForwardPass<'_>> {
-        let mode = match (self.settings.recompute, self.hooks.by_layer) {
-            (true, _) => TapeMode::Recompute,
-            (false, true) => TapeMode::Segments,
-            (false, false) => TapeMode::Graph,
-        };
-        self.run_forward(micro_batch, objective, mode)
+    pub(crate) fn forward(&self, micro_batch: &[&TrainableGroup<'_>], objective: &Objective) -> Result<PolicyPass<'_>> {
+        self.run_forward(micro_batch, objective, tape_mode(self.settings.recompute, &self.hooks))
     }
 
     fn run_forward(
@@ -88,14 +61,10 @@ impl Policy {
         micro_batch: &[&TrainableGroup<'_>],
         objective: &Objective,
         mode: TapeMode,
-    ) -> Result<ForwardPass<'_>> {
-        let pass = self.hooks.begin()?;
-        let mut tape = Tape::new(mode);
-        tape.set_layer_hook(pass.layer_hook());
-        let outputs =
-            if micro_batch.is_empty() { None } else { Some(self.compute(&mut tape, micro_batch, objective, mode)?) };
-        pass.end_forward()?;
-        Ok(ForwardPass { pass, outputs, tape })
+    ) -> Result<PolicyPass<'_>> {
+        ForwardPass::run(&self.hooks, mode, |tape| {
+            if micro_batch.is_empty() { Ok(None) } else { self.compute(tape, micro_batch, objective, mode).map(Some) }
+        })
     }
 
     fn compute<'a>(
@@ -107,12 +76,10 @@ impl Policy {
     ) -> Result<TokenOutputs> {
         let capture = (objective.attention_coef > 0.0)
             .then(|| CaptureSpec { set: self.settings.attention.clone(), differentiable: true });
-        let groups: Vec<_> = micro_batch.iter().map(|g| g.packed.clone()).collect();
-        let inputs = micro_batch.iter().map(|g| &*g.group.input);
-        let (hidden, attention, targets) = record_forward(&self.vlm, tape, &groups, inputs.clone(), capture)?;
+        let options = PassOptions { capture, dropout: None };
+        let (hidden, attention, targets) = record_forward(&self.vlm, tape, micro_batch, DIVISION, options)?;
         let s = &self.settings;
-        let rows = hidden.tensor.size()[0];
-        let chunk = if mode == TapeMode::Recompute { HEAD_ROWS.min(rows) } else { rows };
+        let chunk = head_rows(mode, &hidden);
         let chunks = tape.call(&[&hidden], move |t| t[0].split(chunk, 0));
         let mut logprobs = Vec::new();
         let mut entropy = Vec::new();
@@ -129,7 +96,7 @@ impl Policy {
             Some(critic) => {
                 // The critic's parameters are in the bucket of everything outside the policy's layers.
                 tape.set_layer_hook(None);
-                Some(record_forward(critic, tape, &groups, inputs, None)?.0)
+                Some(record_forward(critic, tape, micro_batch, DIVISION, PassOptions::default())?.0)
             }
             None => None,
         };
@@ -144,7 +111,10 @@ impl Policy {
     }
 
     /// Returns log-probabilities and values of this rank's micro-batches, computed without gradients.
-    pub(crate) fn forward_detached(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<(Vec<f64>, Vec<f64>)> {
+    pub(crate) fn forward_detached(
+        &self,
+        micro_batches: &MicroBatches<'_, TrainableGroup<'_>>,
+    ) -> Result<(Vec<f64>, Vec<f64>)> {
         no_grad(|| {
             let objective = Objective { attention_coef: 0.0, ..self.settings.objective };
             let mut logprobs = Vec::new();
@@ -160,7 +130,10 @@ impl Policy {
 
     /// Returns log-probabilities of this rank's micro-batches under the reference: the model given as such, or the policy without its
     /// adapters. `None` if the KL coefficient is 0.
-    pub(crate) fn reference_logprobs(&self, micro_batches: &MicroBatches<'_, '_>) -> Result<Option<Vec<f64>>> {
+    pub(crate) fn reference_logprobs(
+        &self,
+        micro_batches: &MicroBatches<'_, TrainableGroup<'_>>,
+    ) -> Result<Option<Vec<f64>>> {
         if self.settings.objective.kl_coef == 0.0 {
             return Ok(None);
         }
@@ -173,7 +146,12 @@ impl Policy {
         }
     }
 
-    fn logprobs_under(&self, vlm: &Vlm, hooks: &PassHooks, micro_batches: &MicroBatches<'_, '_>) -> Result<Vec<f64>> {
+    fn logprobs_under(
+        &self,
+        vlm: &Vlm,
+        hooks: &PassHooks,
+        micro_batches: &MicroBatches<'_, TrainableGroup<'_>>,
+    ) -> Result<Vec<f64>> {
         no_grad(|| {
             let mut out = Vec::new();
             for micro_batch in micro_batches.iter() {
@@ -181,9 +159,8 @@ impl Policy {
                 if !micro_batch.is_empty() {
                     let mut tape = Tape::new(TapeMode::Graph);
                     tape.set_layer_hook(pass.layer_hook());
-                    let groups: Vec<_> = micro_batch.iter().map(|g| g.packed.clone()).collect();
-                    let inputs = micro_batch.iter().map(|g| &*g.group.input);
-                    let (hidden, _, targets) = record_forward(vlm, &mut tape, &groups, inputs, None)?;
+                    let (hidden, _, targets) =
+                        record_forward(vlm, &mut tape, micro_batch, DIVISION, PassOptions::default())?;
                     let s = &self.settings;
                     let logits = vlm.lm_head(&hidden.tensor);
                     out.extend(to_host(&unveil_model::logprobs(&logits, &targets, s.temperature, &s.banned))?);
@@ -204,17 +181,21 @@ impl Policy {
     ) -> Result<LossParts> {
         let device = self.vlm.device();
         let mut objective = *objective;
-        let flat = |field: TokenField| flat_tensor(micro_batch, field, outputs.logprobs.kind(), device);
-        let flat_if = |needed: bool, field: TokenField| needed.then(|| flat(field)).transpose();
-        let old = match self.settings.ratio_to {
-            RatioBase::Rollout => flat(|g| &g.rollout_logprobs)?,
-            RatioBase::Learner => flat(|g| &g.proximal_logprobs)?,
-        };
-        let behaviour = flat_if(objective.importance != Importance::None, |g| &g.rollout_logprobs)?;
-        let advantages = flat(|g| &g.advantages)?;
-        let old_values = flat_if(objective.value_coef > 0.0, |g| &g.old_values)?;
-        let targets = flat_if(objective.value_coef > 0.0, |g| &g.value_targets)?;
-        let reference = flat_if(self.settings.objective.kl_coef > 0.0, |g| &g.reference_logprobs)?;
+        let with_values = objective.value_coef > 0.0;
+        let field = |needed: bool, field: TokenField| needed.then_some(field);
+        let fields = [
+            match self.settings.ratio_to {
+                RatioBase::Rollout => field(true, |g| &g.rollout_logprobs),
+                RatioBase::Learner => field(true, |g| &g.proximal_logprobs),
+            },
+            field(true, |g| &g.advantages),
+            field(objective.importance != Importance::None, |g| &g.rollout_logprobs),
+            field(with_values, |g| &g.old_values),
+            field(with_values, |g| &g.value_targets),
+            field(self.settings.objective.kl_coef > 0.0, |g| &g.reference_logprobs),
+        ];
+        let [old, advantages, behaviour, old_values, targets, reference] =
+            flat_tensors(micro_batch, fields, outputs.logprobs.kind(), device)?;
         let rows = outputs.attention.as_ref();
         let mention = rows.and_then(|rows| mention_batch(micro_batch, &self.settings.mentions, rows.size()[1], device));
         if mention.is_none() {
@@ -222,9 +203,9 @@ impl Policy {
         }
         let batch = TokenBatch {
             logprobs: Some(&outputs.logprobs),
-            old_logprobs: Some(&old),
+            old_logprobs: old.as_ref(),
             behaviour: behaviour.as_ref(),
-            advantages: Some(&advantages),
+            advantages: advantages.as_ref(),
             entropy: Some(&outputs.entropy),
             values: outputs.values.as_ref(),
             old_values: old_values.as_ref(),
@@ -236,34 +217,8 @@ impl Policy {
     }
 }
 
-/// Records the forward pass of groups on `tape`. Returns the hidden states that predict each response token, the attention rows if
-/// they are captured, and the tokens.
-fn record_forward<'a, 'i>(
-    vlm: &'a Vlm,
-    tape: &mut Tape<'a>,
-    groups: &[PackedGroup],
-    inputs: impl Iterator<Item = &'i GroupInput>,
-    capture: Option<CaptureSpec>,
-) -> Result<(Var, Option<Var>, Tensor)> {
-    let batch = PackedBatch::build(groups, vlm.config(), vlm.device())?;
-    let images = pixel_batch(inputs, vlm.config().vision.patch_len(), vlm.device())?;
-    let images = images.as_ref().map(|(pixels, grids)| (pixels, grids.as_slice()));
-    let (hidden, attention) = vlm.train_packed(tape, &batch, images, capture)?;
-    Ok((hidden, attention, batch.targets))
-}
-
-/// Runs the forward pass of groups in one autograd graph. Returns the hidden states that predict each response token, and the tokens.
-pub(crate) fn forward_groups<'i>(
-    vlm: &Vlm,
-    groups: &[PackedGroup],
-    inputs: impl Iterator<Item = &'i GroupInput>,
-) -> Result<(Tensor, Tensor)> {
-    let (hidden, _, targets) = record_forward(vlm, &mut Tape::new(TapeMode::Graph), groups, inputs, None)?;
-    Ok((hidden.tensor, targets))
-}
-
 /// Returns log-probabilities and values of several passes, concatenated, without their graphs.
-pub(crate) fn detached_outputs(passes: &[ForwardPass<'_>]) -> Result<(Vec<f64>, Vec<f64>)> {
+pub(crate) fn detached_outputs(passes: &[PolicyPass<'_>]) -> Result<(Vec<f64>, Vec<f64>)> {
     let mut logprobs = Vec::new();
     let mut values = Vec::new();
     for outputs in passes.iter().filter_map(|f| f.outputs.as_ref()) {
@@ -271,6 +226,11 @@ pub(crate) fn detached_outputs(passes: &[ForwardPass<'_>]) -> Result<(Vec<f64>, 
         values.extend(outputs.values.as_ref().map(to_host).transpose()?.into_iter().flatten());
     }
     Ok((logprobs, values))
+}
+
+/// Copies the log-probabilities of several passes to host memory at once.
+pub(crate) fn logprobs_to_host(passes: &[Tensor]) -> Result<Vec<f64>> {
+    if passes.is_empty() { Ok(Vec::new()) } else { to_host(&Tensor::f_cat(passes, 0)?) }
 }
 
 /// Copies the values of a tensor to host memory, flat.

@@ -12,11 +12,12 @@ use unveil_model::{ValueHead, copy_companion_files, write_safetensors};
 
 use crate::dump;
 use crate::error::{Result, TrainerError};
+use crate::freeze::CRITIC_PREFIX;
 use crate::load::load_model;
 use crate::lora;
 use crate::settings::StepSettings;
 use crate::shard::Ranks;
-use crate::step::{CRITIC_PREFIX, Models};
+use crate::step::Models;
 use crate::step::{Counters, PolicyTrainer};
 
 /// Models that a replay starts from.
@@ -52,7 +53,7 @@ pub fn replay(
     let mut vlm = load(model)?;
     let adapted = lora::attach_adapters(&mut vlm, config)?;
     if let Some(dir) = models.adapter {
-        lora::load(&mut vlm, dir)?;
+        lora::load(&mut vlm, dir, "learner")?;
     }
     let (groups, values, dumped) = dump::read(batch, vlm.config().vision.patch_len())?;
     let reference = models.reference.or((!adapted).then_some(model)).filter(|_| config.learner.kl_coef > 0.0);

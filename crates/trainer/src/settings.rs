@@ -1,11 +1,10 @@
 //! The settings of a policy update, collected from the configuration so that a test or a dump can set them by hand.
 
-use tch::Kind;
 use unveil_algo::{ClipRange, Estimator, KlController, Objective};
 use unveil_config::Config;
 use unveil_config::schema::{self, Critic, KlPlacement, Optimizer, RatioBase, Whiten};
 use unveil_core::MentionFinder;
-use unveil_model::{AttentionSet, Vlm};
+use unveil_model::{AttentionSet, Vlm, agreement_limit};
 
 use crate::freeze::Freezing;
 
@@ -16,6 +15,8 @@ pub struct StepSettings {
     pub estimator: Estimator,
     /// Whether advantages are normalised over the batch.
     pub whiten: bool,
+    /// Whether responses cut at the length limit are left out of the loss.
+    pub overlong_filter: bool,
     /// Clip ranges, forms and coefficients of the loss. `kl_coef` is the initial KL coefficient, be KL part of the loss or the reward.
     pub objective: Objective,
     /// Denominator of the probability ratio.
@@ -75,6 +76,7 @@ impl StepSettings {
                 Whiten::Always => true,
                 Whiten::Never => false,
             },
+            overlong_filter: l.overlong_filter,
             objective: Objective {
                 attention_coef: vision.weight * vision.gradient,
                 ..objective(l, config.rollout.max_new_tokens)
@@ -91,7 +93,11 @@ impl StepSettings {
             total_steps: l.steps,
             temperature: config.rollout.logprobs.temperature(config.rollout.temperature),
             banned: vlm.config().banned_ids(banned),
-            agreement_limit: agreement_limit(l.agreement_limit, vlm.kind()),
+            agreement_limit: if l.agreement_limit > 0.0 {
+                l.agreement_limit
+            } else {
+                agreement_limit(vlm.compute(), vlm.kind())
+            },
             attention: AttentionSet::configured(vlm.config(), &vision.layers, &vision.heads),
             mentions: MentionFinder { reader: config.answer_reader(), synonyms: config.data.synonyms.clone() },
             freezing: Freezing::new(l),
@@ -119,20 +125,12 @@ impl StepSettings {
     }
 }
 
-/// Returns the configured limit, or a default for the dtype if it is 0.
-fn agreement_limit(configured: f64, kind: Kind) -> f64 {
-    match kind {
-        _ if configured > 0.0 => configured,
-        Kind::BFloat16 | Kind::Half => 1e-3,
-        _ => 1e-5,
-    }
-}
-
 /// Returns the configured objective without the attention term.
 fn objective(l: &schema::Learner, max_length: usize) -> Objective {
     let value_coef = if l.algorithm.needs_values() { l.value_coef } else { 0.0 };
     Objective {
         clip: ClipRange { low: l.clip_low, high: l.clip_high, dual: (l.clip_dual > 0.0).then_some(l.clip_dual) },
+        surrogate: l.surrogate,
         ratio: l.ratio,
         importance: l.importance,
         importance_cap: l.importance_cap,

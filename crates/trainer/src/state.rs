@@ -9,7 +9,7 @@ use unveil_model::Vlm;
 
 use crate::error::Result;
 use crate::optim::AdamW;
-use crate::shard::{ParameterSlice, ShardLayout};
+use crate::shard::{ParameterSlice, ShardLayout, ShardedParameters};
 use crate::step::{Counters, PolicyTrainer};
 
 /// Trainer state that is not a tensor: counters and the KL coefficient.
@@ -48,17 +48,40 @@ pub struct LocalState<'a> {
 }
 
 /// Lists the slices of an optimiser's state and of weights that are not trained.
-pub(crate) fn state_slices(
-    optimizer: &AdamW,
-    part: (usize, usize),
-    untrained: Vec<ParameterSlice>,
-) -> Result<Vec<StateSlice>> {
+fn state_slices(optimizer: &AdamW, part: (usize, usize), untrained: Vec<ParameterSlice>) -> Result<Vec<StateSlice>> {
     let weights = untrained.into_iter().map(|slice| StateSlice { kind: "weight", slice });
     let trained = optimizer.owned_slices(part)?.into_iter().map(|(kind, slice)| StateSlice { kind, slice });
     let mut all: Vec<StateSlice> = weights.chain(trained).collect();
     // Each object of a checkpoint contains slices of one kind.
     all.sort_by_key(|h| h.kind != "weight");
     Ok(all)
+}
+
+/// Returns part `part` of the state that this rank shards, and part `of_whole` of the weights that all ranks hold and none trains, of a
+/// model and its optimiser; `sharded` are the model's parameters if they are sharded.
+///
+/// # Errors
+/// Returns [`crate::TrainerError::Torch`] if a parameter is not contiguous.
+pub(crate) fn local_state<'a>(
+    (vlm, optimizer): (&'a Vlm, &AdamW),
+    sharded: Option<&ShardedParameters>,
+    rank: usize,
+    part: (usize, usize),
+    of_whole: (usize, usize),
+) -> Result<LocalState<'a>> {
+    let untrained = match sharded {
+        // Checkpoints of adapters do not contain the weights of the base model.
+        _ if vlm.adapters().is_some() => Vec::new(),
+        Some(divided) => divided.untrained_slices(part)?,
+        None => {
+            let trained: Vec<_> = optimizer.names().collect();
+            let rest = vlm.named_parameters().iter().filter(|(n, _)| !trained.contains(&n.as_str()));
+            let rest: Vec<(String, Tensor)> = rest.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+            ShardLayout::new(&rest, false, (0, 1))?.owned_slices(None, of_whole)?
+        }
+    };
+    let slices = state_slices(optimizer, part, untrained)?;
+    Ok(LocalState { vlm, kind: optimizer.kind(), rank, slices })
 }
 
 impl PolicyTrainer {
@@ -82,20 +105,8 @@ impl PolicyTrainer {
 
     /// Returns part `part` of the state that this rank shards, and part `of_whole` of the weights that all ranks hold and none trains.
     fn local_state(&self, part: (usize, usize), of_whole: (usize, usize)) -> Result<LocalState<'_>> {
-        let vlm = &self.policy.vlm;
-        let untrained = match &self.policy.hooks.sharded {
-            // Checkpoints of adapters do not contain the weights of the base model.
-            _ if vlm.adapters().is_some() => Vec::new(),
-            Some(divided) => divided.untrained_slices(part)?,
-            None => {
-                let trained: Vec<_> = self.optimizer.names().collect();
-                let rest = vlm.named_parameters().iter().filter(|(n, _)| !trained.contains(&n.as_str()));
-                let rest: Vec<(String, Tensor)> = rest.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-                ShardLayout::new(&rest, false, (0, 1))?.owned_slices(None, of_whole)?
-            }
-        };
-        let slices = state_slices(&self.optimizer, part, untrained)?;
-        Ok(LocalState { vlm, kind: self.optimizer.kind(), rank: self.ranks.rank(), slices })
+        let policy = &self.policy;
+        local_state((&policy.vlm, &self.optimizer), policy.hooks.sharded.as_deref(), self.ranks.rank(), part, of_whole)
     }
 
     /// Returns the state that is not a tensor.

@@ -10,12 +10,13 @@ use unveil_config::schema::KlPlacement;
 use unveil_core::KlGradient;
 
 use crate::batch::{TrainableGroup, TrainableResponse, attended_responses};
+use crate::micro_batch::BatchItem;
 use crate::settings::StepSettings;
 
 /// Outputs of the models before the update, flat over the tokens of all groups.
 pub(crate) struct PreUpdate {
-    /// The policy's log-probabilities.
-    pub logprobs: Vec<f64>,
+    /// The policy's log-probabilities; `None` if the training passes yield them.
+    pub logprobs: Option<Vec<f64>>,
     /// Values; `None` without a value head.
     pub values: Option<Vec<f64>>,
     /// Log-probabilities under the reference model; `None` without one.
@@ -33,7 +34,7 @@ pub(crate) fn counts(groups: &[&TrainableGroup<'_>]) -> Counts {
 }
 
 /// Writes proximal and reference log-probabilities, advantages, values and value targets to the groups. Returns the mean KL to the
-/// reference per response in nats; `None` without a reference.
+/// reference per response in nats; `None` without a reference or without log-probabilities.
 ///
 /// # Errors
 /// Returns [`AlgoError::NotFinite`], with positions among `groups`.
@@ -45,19 +46,8 @@ pub(crate) fn fill_targets(
 ) -> Result<Option<f64>, AlgoError> {
     let all: Vec<&TrainableGroup> = groups.iter().collect();
     let layout = layout(&all);
-    check_tokens("recomputed log-probability", &before.logprobs, &layout)?;
-    let kl = match &before.reference {
-        Some(reference) => {
-            check_tokens("reference log-probability", reference, &layout)?;
-            let o = &s.objective;
-            let terms = kl_terms(
-                o.kl_form,
-                KlGradient::Own,
-                &Tensor::f_from_slice(&before.logprobs)?,
-                &Tensor::f_from_slice(reference)?,
-            );
-            Some(Vec::<f64>::try_from(&terms)?)
-        }
+    let kl = match &before.logprobs {
+        Some(logprobs) => token_kl(&layout, logprobs, before.reference.as_deref(), s)?,
         None => None,
     };
     let penalty: Vec<f64> = match &kl {
@@ -77,7 +67,12 @@ pub(crate) fn fill_targets(
             let values = range_or_empty(values, tokens);
             ScoredResponse { reward: response.reward, tokens: range.len(), penalty, values }
         };
-        sampled_groups.push(g.responses.iter().zip(g.response_ranges()).map(sampled).collect());
+        let mut responses: Vec<ScoredResponse<'_>> = g.responses.iter().zip(g.response_ranges()).map(sampled).collect();
+        if s.estimator.algorithm.compares_responses() {
+            let filtered = |reward: &f64| ScoredResponse { reward: *reward, tokens: 0, penalty: &[], values: &[] };
+            responses.extend(g.filtered_rewards.iter().map(filtered));
+        }
+        sampled_groups.push(responses);
         begin += g.token_count();
     }
     let mut out = estimate_advantages(s.estimator, &sampled_groups)?;
@@ -88,7 +83,9 @@ pub(crate) fn fill_targets(
     let mut begin = 0;
     for g in groups.iter_mut() {
         let range = begin..begin + g.token_count();
-        g.proximal_logprobs = before.logprobs[range.clone()].to_vec();
+        if let Some(logprobs) = &before.logprobs {
+            g.proximal_logprobs = logprobs[range.clone()].to_vec();
+        }
         g.advantages = out.advantages[range.clone()].to_vec();
         if let Some(v) = &before.values {
             g.old_values = v[range.clone()].to_vec();
@@ -101,7 +98,41 @@ pub(crate) fn fill_targets(
         }
         begin = range.end;
     }
-    Ok(kl.map(|kl| kl.iter().sum::<f64>() / layout.counts().responses.max(1) as f64))
+    Ok(kl.map(|kl| per_response(&kl, &layout)))
+}
+
+/// Returns the mean KL to the reference per response in nats, from log-probabilities that are flat over `groups`; `None` without a
+/// reference.
+///
+/// # Errors
+/// Returns [`AlgoError::NotFinite`], with positions among `groups`.
+pub(crate) fn kl_to_reference(
+    groups: &[&TrainableGroup<'_>],
+    logprobs: &[f64],
+    reference: Option<&[f64]>,
+    s: &StepSettings,
+) -> Result<Option<f64>, AlgoError> {
+    let layout = layout(groups);
+    Ok(token_kl(&layout, logprobs, reference, s)?.map(|kl| per_response(&kl, &layout)))
+}
+
+/// Returns the KL to the reference by token.
+fn token_kl(
+    layout: &TokenLayout,
+    logprobs: &[f64],
+    reference: Option<&[f64]>,
+    s: &StepSettings,
+) -> Result<Option<Vec<f64>>, AlgoError> {
+    check_tokens("recomputed log-probability", logprobs, layout)?;
+    let Some(reference) = reference else { return Ok(None) };
+    check_tokens("reference log-probability", reference, layout)?;
+    let form = s.objective.kl_form;
+    let terms = kl_terms(form, KlGradient::Own, &Tensor::f_from_slice(logprobs)?, &Tensor::f_from_slice(reference)?);
+    Ok(Some(Vec::<f64>::try_from(&terms)?))
+}
+
+fn per_response(kl: &[f64], layout: &TokenLayout) -> f64 {
+    kl.iter().sum::<f64>() / layout.counts().responses.max(1) as f64
 }
 
 /// Returns a range of `values`, or nothing if `values` is empty.

@@ -6,6 +6,7 @@ use serde::Serialize;
 use unveil_core::{TrainGroup, WeightVersion, records_by_pass};
 
 use crate::batch::TrainableGroup;
+use crate::micro_batch::BatchItem;
 
 /// Report of one update, written as the `train` event.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -40,6 +41,13 @@ pub struct UpdateReport {
     pub wholly_masked: Vec<String>,
     /// Number of groups whose rewards are all equal, so that they have no group-relative advantage.
     pub flat_groups: usize,
+    /// Number of groups that were looked at and replaced, because their responses teach nothing (dynamic sampling).
+    pub replaced: usize,
+    /// Records of these groups.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub replaced_groups: Vec<String>,
+    /// Number of responses left out of the loss because they were cut at the length limit (overlong filter).
+    pub filtered_responses: usize,
     /// Approximate KL of the policy before the update to the policy that the loss was computed with.
     pub kl: f64,
     /// KL to the reference model per token, in the configured form.
@@ -168,6 +176,12 @@ pub(crate) fn measure_agreement(
 pub fn staleness(group: &TrainGroup, version: WeightVersion) -> u64 {
     let oldest = group.responses.iter().flat_map(|r| r.versions.iter().copied()).min();
     version.saturating_sub(oldest.unwrap_or(version))
+}
+
+/// Returns the number of rewarded responses that the overlong filter leaves out of the loss.
+pub(crate) fn filtered_responses(groups: &[TrainGroup], overlong_filter: bool) -> usize {
+    let left_out = |g: &TrainGroup| g.responses_in_loss(false).len() - g.responses_in_loss(overlong_filter).len();
+    groups.iter().map(left_out).sum()
 }
 
 /// Fills the part of the report that needs neither the model nor finite values; `version` is that of the weights before the update.

@@ -91,10 +91,17 @@ if lora:
 banned = torch.tensor(s["banned"])
 
 
+def cut(r):
+    """Returns whether the overlong filter leaves a response out of the loss."""
+    return a["overlong_filter"] and r["finish"] == "length"
+
+
 def rows(group):
     """Returns log-probabilities, entropies and values of each unmasked response, in a padded row with its own copy of the image."""
     i = dump["groups"].index(group)
-    chosen = [r for r in group["responses"] if not r["masked"] and r["tokens"]]
+    chosen = [r for r in group["responses"] if not r["masked"] and r["tokens"] and not cut(r)]
+    if not chosen:
+        return
     prompt, longest = group["prompt"], max(len(r["tokens"]) for r in chosen)
     ids = torch.tensor([prompt + r["tokens"] + [0] * (longest - len(r["tokens"])) for r in chosen])
     mask = torch.tensor([[1] * (len(prompt) + len(r["tokens"])) + [0] * (longest - len(r["tokens"])) for r in chosen])
@@ -134,7 +141,8 @@ for group in dump["groups"]:
     spread = (rewards - rewards.mean()).abs().max() > 1e-9
     scale = rewards.std() + 1e-6 if a["scale_by_std"] else 1.0
     relative = (rewards - rewards.mean()) / scale * spread
-    for (r, logp, ent, values), adv in zip(rows(group), relative):
+    entering = [adv for r, adv in zip((r for r in group["responses"] if not r["masked"]), relative) if not cut(r)]
+    for (r, logp, ent, values), adv in zip(rows(group), entering):
         tokens["logp"].append(logp)
         tokens["ent"].append(ent)
         tokens["old"].append(torch.tensor(r["logprobs"], dtype=DT))
@@ -151,7 +159,11 @@ if ppo:
 
 ratio = (t["logp"] - t["old"]).exp()
 clipped = ratio.clamp(1 - a["clip_low"], 1 + a["clip_high"])
-parts = {"policy": -torch.minimum(ratio * t["adv"], clipped * t["adv"]).mean(), "entropy": t["ent"].mean()}
+if a["surrogate"] == "cispo":
+    policy = -(clipped.detach() * t["adv"] * t["logp"]).mean()
+else:
+    policy = -torch.minimum(ratio * t["adv"], clipped * t["adv"]).mean()
+parts = {"policy": policy, "entropy": t["ent"].mean()}
 loss = parts["policy"] - a["entropy_coef"] * parts["entropy"]
 if ppo:
     near = t["old_val"] + (t["val"] - t["old_val"]).clamp(-a["value_clip"], a["value_clip"])

@@ -69,7 +69,7 @@ pub(crate) struct ShardLayout {
 }
 
 /// Returns the decoder layer that a parameter belongs to.
-fn layer_of(name: &str) -> Option<usize> {
+pub(crate) fn layer_of(name: &str) -> Option<usize> {
     name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 

@@ -9,7 +9,7 @@ mod sharded_parameters;
 
 pub(crate) use gradients::{GradientReducer, ReduceTiming};
 pub use layout::ParameterSlice;
-pub(crate) use layout::{OwnedRange, ParameterSlot, ShardLayout};
+pub(crate) use layout::{OwnedRange, ParameterSlot, ShardLayout, layer_of};
 pub(crate) use pass::{HookedPass, PassHooks};
 pub(crate) use ranks::wait;
 pub use ranks::{Ranks, ZeroStage};

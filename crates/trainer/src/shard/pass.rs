@@ -10,6 +10,9 @@ use super::gradients::GradientReducer;
 use super::sharded_parameters::ShardedParameters;
 use crate::error::{Result, TrainerError};
 
+/// Layers whose parameters are gathered ahead of the one that is computed: their calls overlap with it.
+const PREFETCHED_LAYERS: usize = 2;
+
 /// Hooks that gather parameters before a layer runs and reduce its gradients after.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct PassHooks {
@@ -71,6 +74,7 @@ impl HookedPass {
     /// Returns the first error of the hooks.
     pub(crate) fn end_forward(&self) -> Result<()> {
         self.run_skipped_layers(Direction::Forward, self.hooks.layers());
+        self.keep_error(self.check_gathers());
         self.error.borrow_mut().take().map_or(Ok(()), Err)
     }
 
@@ -86,6 +90,7 @@ impl HookedPass {
     pub(crate) fn end_backward(&self) -> Result<()> {
         self.run_skipped_layers(Direction::Backward, 0);
         self.keep_error(self.accumulate(None));
+        self.keep_error(self.check_gathers());
         self.error.borrow_mut().take().map_or(Ok(()), Err)
     }
 
@@ -101,18 +106,19 @@ impl HookedPass {
         }
     }
 
-    /// Gathers the parameters of `layer`, and starts to gather those of the layer after it.
+    /// Gathers the parameters of `layer`, and starts to gather those of the layers after it.
     fn gather(&self, layer: usize, direction: Direction) -> Result<()> {
         let Some(sharded) = &self.hooks.sharded else { return Ok(()) };
         sharded.prefetch(Some(layer))?;
-        let next = match direction {
-            Direction::Forward => Some(layer + 1).filter(|l| *l < sharded.layers),
-            Direction::Backward => layer.checked_sub(1),
-        };
-        if let Some(next) = next {
+        for next in layers_after(layer, direction, sharded.layers) {
             sharded.prefetch(Some(next))?;
         }
         sharded.gather(Some(layer))
+    }
+
+    /// Waits for the gathers whose parameters were computed with.
+    fn check_gathers(&self) -> Result<()> {
+        self.hooks.sharded.as_ref().map_or(Ok(()), |sharded| sharded.check_gathers())
     }
 
     /// Releases the parameters of `layer`; a backward pass also accumulates its gradients.
@@ -140,6 +146,14 @@ impl HookedPass {
     }
 }
 
+/// Returns the layers of which the parameters are gathered ahead while `layer` of `layers` is computed.
+fn layers_after(layer: usize, direction: Direction, layers: usize) -> impl Iterator<Item = usize> {
+    (1..=PREFETCHED_LAYERS).filter_map(move |k| match direction {
+        Direction::Forward => Some(layer + k).filter(|next| *next < layers),
+        Direction::Backward => layer.checked_sub(k),
+    })
+}
+
 impl LayerHook for HookedPass {
     fn before(&self, layer: usize, direction: Direction) {
         let visited = if direction == Direction::Forward { layer } else { layer + 1 };
@@ -149,5 +163,18 @@ impl LayerHook for HookedPass {
 
     fn after(&self, layer: usize, direction: Direction) {
         self.keep_error(self.release(layer, direction));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_layers_are_gathered_ahead_within_the_model() {
+        let after = |layer, direction| layers_after(layer, direction, 4).collect::<Vec<_>>();
+        assert_eq!([after(0, Direction::Forward), after(2, Direction::Forward)], [vec![1, 2], vec![3]]);
+        assert_eq!([after(3, Direction::Backward), after(1, Direction::Backward)], [vec![2, 1], vec![0]]);
+        assert!(after(3, Direction::Forward).is_empty() && after(0, Direction::Backward).is_empty());
     }
 }

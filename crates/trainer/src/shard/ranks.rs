@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use tch::{Kind, Tensor};
-use unveil_collective::{Collective, Group, Mesh, Work, World};
+use unveil_collective::{Collective, Group, Joined, Mesh, Work, World};
 
 use crate::error::{Result, TrainerError};
 
@@ -137,6 +137,16 @@ impl Ranks {
         let sum = group.all_reduce(Tensor::f_from_slice(&values)?.f_to_device(device)?)?;
         Ok(Vec::<f64>::try_from(sum.f_to_kind(Kind::Double)?)?)
     }
+}
+
+/// Makes the device wait for a collective, or the host up to the group's timeout if it cannot; see [`Work::join`].
+pub(crate) fn join(group: &Group, work: Work) -> Result<(Tensor, Option<Joined>)> {
+    Ok(work.join(Instant::now() + group.timeout())?)
+}
+
+/// Waits for a collective that the device waits for, up to the group's timeout.
+pub(crate) fn wait_joined(group: &Group, joined: Joined) -> Result<()> {
+    Ok(joined.wait(Instant::now() + group.timeout())?)
 }
 
 /// Waits for a collective, up to the group's timeout.

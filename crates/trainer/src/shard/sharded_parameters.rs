@@ -1,16 +1,16 @@
-//! Parameters that are sharded over ranks and gathered only while a pass needs them (ZeRO stage 3, arXiv 1910.02054): the next layer
-//! is all-gathered while the present one computes.
+//! Parameters that are sharded over ranks and gathered only while a pass needs them (ZeRO stage 3, arXiv 1910.02054): the next layers
+//! are all-gathered while the present one computes, and on GPUs the host enqueues layers whose parameters have not arrived yet.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
 use tch::{Tensor, no_grad};
-use unveil_collective::{Collective, Group, Work};
+use unveil_collective::{Collective, Group, Joined, Work};
 use unveil_torch_ext::{memory_size, resize_memory};
 
 use super::layout::{ParameterSlice, ShardLayout};
-use super::ranks::{Ranks, wait};
+use super::ranks::{Ranks, join, wait, wait_joined};
 use crate::error::{Result, TrainerError};
 
 /// The parameters of a model, sharded. A part of the model is a decoder layer (`Some`), or everything that belongs to none (`None`).
@@ -32,7 +32,12 @@ struct GatherState {
     gathered: Vec<Option<usize>>,
     /// All-gathers under way, by part: source, bucket and call.
     in_flight: HashMap<Option<usize>, Vec<(usize, usize, Work)>>,
+    /// All-gathers that the device waits for and that the host has not checked, by part, the oldest first.
+    unchecked: VecDeque<Vec<Joined>>,
 }
+
+/// Parts that the host runs ahead of the device: it checks older all-gathers before it enqueues further work that depends on others.
+const MAX_UNCHECKED: usize = 2;
 
 impl ShardedParameters {
     /// Shards parameters: each source is the layout of parameters of one dtype and the values that this rank owns of them. They stay
@@ -49,7 +54,7 @@ impl ShardedParameters {
             bytes.push(layout_bytes);
         }
         let gathered = std::iter::once(None).chain((0..layers).map(Some)).collect();
-        let state = RefCell::new(GatherState { gathered, in_flight: HashMap::new() });
+        let state = RefCell::new(GatherState { gathered, ..GatherState::default() });
         Ok(Self { ranks, sources, bytes, layers, state })
     }
 
@@ -87,27 +92,54 @@ impl ShardedParameters {
         Ok(())
     }
 
-    /// Gathers `part`: waits for its all-gather and fills the parameters.
+    /// Gathers `part` and fills the parameters. For a layer only the device waits for the all-gather, if it can; see
+    /// [`ShardedParameters::check_gathers`]. For the part outside the layers the host waits: what follows reads results.
     pub(crate) fn gather(&self, part: Option<usize>) -> Result<()> {
         self.prefetch(part)?;
         let Some(works) = self.state.borrow_mut().in_flight.remove(&part) else { return Ok(()) };
         let mut failed = None;
+        let mut unchecked = Vec::new();
         for (s, b, work) in works {
-            let gathered = wait(self.group()?, work);
+            let group = self.group()?;
+            let gathered = match part {
+                Some(_) => join(group, work),
+                None => wait(group, work).map(|flat| (flat, None)),
+            };
             let bucket = &self.sources[s].0.buckets[b];
             for (slot, bytes) in bucket.slots.iter().zip(&self.bytes[s][b]) {
                 // The memory must exist even after a failure, because the pass is about to compute with it.
                 resize_memory(&slot.tensor, *bytes)?;
-                if let Ok(flat) = &gathered {
+                if let Ok((flat, _)) = &gathered {
                     no_grad(|| {
                         Ok::<_, TrainerError>(slot.tensor.data().f_copy_(&bucket.view_of(flat, slot)?).map(drop)?)
                     })?;
                 }
             }
-            failed = failed.or(gathered.err());
+            match gathered {
+                Ok((_, joined)) => unchecked.extend(joined),
+                Err(e) => failed = failed.or(Some(e)),
+            }
         }
-        self.state.borrow_mut().gathered.push(part);
-        failed.map_or(Ok(()), Err)
+        let mut state = self.state.borrow_mut();
+        state.gathered.push(part);
+        state.unchecked.push_back(unchecked);
+        drop(state);
+        let checked = self.check_all_but(MAX_UNCHECKED);
+        failed.map_or(checked, Err)
+    }
+
+    /// Waits for all gathers whose parameters have been computed with, before anything waits for the device in another way.
+    pub(crate) fn check_gathers(&self) -> Result<()> {
+        self.check_all_but(0)
+    }
+
+    /// Waits for the gathers of all parts but the newest `count`.
+    fn check_all_but(&self, count: usize) -> Result<()> {
+        let mut state = self.state.borrow_mut();
+        let checked = state.unchecked.len().saturating_sub(count);
+        let oldest: Vec<Joined> = state.unchecked.drain(..checked).flatten().collect();
+        drop(state);
+        oldest.into_iter().try_for_each(|joined| wait_joined(self.group()?, joined))
     }
 
     /// Releases the memory of `part`.
@@ -126,7 +158,37 @@ impl ShardedParameters {
     /// Gathers all parameters.
     pub(crate) fn gather_all(&self) -> Result<()> {
         self.gather(None)?;
-        (0..self.layers).try_for_each(|layer| self.gather(Some(layer)))
+        (0..self.layers).try_for_each(|layer| self.gather(Some(layer)))?;
+        self.check_gathers()
+    }
+
+    /// Gathers all parameters, and keeps them if `keep`; else takes part in the gathers of the ranks that do.
+    pub(crate) fn gather_if(&self, keep: bool) -> Result<()> {
+        if keep {
+            self.release_all()?;
+            return self.gather_all();
+        }
+        self.visit_parts(|_| Ok(()))
+    }
+
+    /// Gathers part after part, and calls `visit` while it is gathered: one layer is whole at a time, and what belongs to no layer. All
+    /// ranks call it.
+    pub(crate) fn visit_parts<E: From<TrainerError>>(
+        &self,
+        mut visit: impl FnMut(Option<usize>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.release_all()?;
+        let mut outcome = Ok(());
+        for part in std::iter::once(None).chain((0..self.layers).map(Some)) {
+            self.gather(part)?;
+            self.check_gathers()?;
+            // The other ranks need this one for their gathers, even after an error.
+            if outcome.is_ok() {
+                outcome = visit(part);
+            }
+            self.release(part)?;
+        }
+        outcome
     }
 
     /// Releases the memory of all parameters.

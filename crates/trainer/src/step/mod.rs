@@ -1,6 +1,7 @@
 //! One policy update from a batch of groups: advantages, packed forward passes, loss, gradients, AdamW. It depends on nothing but the
 //! batch and the state of the trainer.
 
+mod agreement;
 mod memory;
 mod setup;
 
@@ -17,18 +18,20 @@ use unveil_model::{ValueHead, Vlm};
 
 use crate::batch::TrainableGroup;
 use crate::error::{Result, TrainerError};
+use crate::freeze::CRITIC_PREFIX;
+use crate::learning_rate::lr_at;
 use crate::loss_accumulator::LossAccumulator;
-use crate::optim::{AdamW, lr_at};
+use crate::micro_batch::BatchItem;
+use crate::optim::AdamW;
+use crate::out_of_memory::catch_out_of_memory;
 use crate::partition::{MicroBatches, Partition};
-use crate::policy::{ForwardPass, Policy, detached_outputs};
+use crate::policy::{DIVISION, Policy, PolicyPass, detached_outputs, logprobs_to_host};
 use crate::settings::StepSettings;
 use crate::shard::Ranks;
-use crate::targets::{PreUpdate, counts, fill_targets};
-use crate::update_report::{Agreement, UpdateReport, measure_agreement, summarize_batch};
+use crate::targets::{PreUpdate, counts, fill_targets, kl_to_reference};
+use crate::update_report::{UpdateReport, filtered_responses, summarize_batch};
 
-use memory::catch_out_of_memory;
-
-pub use setup::{CRITIC_PREFIX, Models};
+pub use setup::Models;
 
 /// Number of skipped steps in a row after which a stage stops.
 pub const SKIP_LIMIT: u64 = 5;
@@ -108,6 +111,7 @@ impl PolicyTrainer {
             sharded.release_all()?;
         }
         let mut report = summarize_batch(groups, self.step);
+        report.filtered_responses = filtered_responses(groups, self.policy.settings.overlong_filter);
         report.lr = lr_at(&self.policy.settings.optimizer, self.step, self.policy.settings.total_steps);
         let outcome = match check_usable(groups) {
             Err(unusable) => Err(unusable),
@@ -151,7 +155,11 @@ impl PolicyTrainer {
         given: &ValuesByGroup,
         report: &mut UpdateReport,
     ) -> Result<Result<(), Unusable>> {
-        let mut trainable = trainable_groups(groups);
+        let mut trainable = self.trainable_groups(groups);
+        if trainable.is_empty() && report.filtered_responses > 0 {
+            let why = "every rewarded response of the batch was cut at rollout.max_new_tokens, and learner.overlong_filter leaves these out";
+            return Ok(Err(Unusable(why.into())));
+        }
         if trainable.is_empty() {
             return Ok(Err(Unusable("every reward of the batch is masked".into())));
         }
@@ -173,31 +181,35 @@ impl PolicyTrainer {
                 .map(|micro_batch| policy.forward(micro_batch, &objective))
                 .collect::<Result<Vec<_>>>()?;
         }
-        let (logprobs, values) = if first_passes.is_empty() {
-            policy.forward_detached(&micro_batches)?
-        } else {
-            detached_outputs(&first_passes)?
+        // If they are needed for nothing but the comparison with the rollout, the training passes yield them.
+        let deferred = first_passes.is_empty() && self.training_passes_yield_logprobs();
+        let outputs = match (deferred, first_passes.is_empty()) {
+            (true, _) => None,
+            (false, true) => Some(policy.forward_detached(&micro_batches)?),
+            (false, false) => Some(detached_outputs(&first_passes)?),
         };
         let reference = policy.reference_logprobs(&micro_batches)?;
         let mut before = PreUpdate {
-            logprobs: partition.all_gather_tokens(&logprobs)?,
-            values: policy.value_head.as_ref().map(|_| partition.all_gather_tokens(&values)).transpose()?,
+            logprobs: outputs.as_ref().map(|(logprobs, _)| partition.all_gather_tokens(logprobs)).transpose()?,
+            values: match &outputs {
+                Some((_, values)) if policy.value_head.is_some() => Some(partition.all_gather_tokens(values)?),
+                _ => None,
+            },
             reference: reference.map(|r| partition.all_gather_tokens(&r)).transpose()?,
         };
         let refs: Vec<&TrainableGroup> = trainable.iter().collect();
-        let agreement = measure_agreement(&refs, &before.logprobs, self.step);
-        self.check_agreement(&agreement)?;
-        report.set_agreement(&agreement);
+        if let Some(logprobs) = &before.logprobs {
+            self.compare_with_rollout(&refs, logprobs, report)?;
+        }
         if let Some(values) = &mut before.values {
             override_values(&refs, given, values)?;
         }
         drop((refs, micro_batches));
         report.kl_coef = before.reference.is_some().then(|| self.kl.coef());
-        let kl = match fill_targets(&mut trainable, &before, settings, self.kl.coef()) {
+        let mut kl = match fill_targets(&mut trainable, &before, settings, self.kl.coef()) {
             Ok(kl) => kl,
             Err(e @ AlgoError::NotFinite(_)) => {
-                let index = |g: &TrainableGroup<'_>, r: usize| g.group.responses[g.responses[r].response].index;
-                return Ok(Err(unusable(e, |g, r| (&trainable[g].group.id.record, index(&trainable[g], r)))));
+                return Ok(Err(unusable_token(e, &trainable.iter().collect::<Vec<_>>())));
             }
             Err(e) => return Err(e.into()),
         };
@@ -209,10 +221,19 @@ impl PolicyTrainer {
                 let counts = counts(&chosen);
                 let micro_batches = partition.micro_batches(&trainable, &indices);
                 let ready = std::mem::take(&mut first_passes);
-                let local = accumulate_gradients(policy, &micro_batches, ready, &counts, &objective)?;
+                let (local, logprobs) = accumulate_gradients(policy, &micro_batches, ready, &counts, &objective)?;
                 let gradient = self.optimizer.gradient()?;
+                if deferred {
+                    let logprobs = partition.all_gather_tokens(&logprobs_to_host(&logprobs)?)?;
+                    self.compare_with_rollout(&chosen, &logprobs, report)?;
+                    match kl_to_reference(&chosen, &logprobs, before.reference.as_deref(), settings) {
+                        Ok(mean) => kl = mean,
+                        Err(e @ AlgoError::NotFinite(_)) => return Ok(Err(unusable_token(e, &chosen))),
+                        Err(e) => return Err(e.into()),
+                    }
+                }
                 let weighted = objective.importance != Importance::None;
-                let summed = self.ranks.all_reduce_sum(local.to_list(weighted), policy.vlm.device())?;
+                let summed = self.ranks.all_reduce_sum(local.into_list(weighted)?, policy.vlm.device())?;
                 let total = LossAccumulator::from_list(&summed);
                 if !total.loss().is_finite() {
                     return Ok(Err(Unusable("the loss is not finite".into())));
@@ -244,26 +265,22 @@ impl PolicyTrainer {
 
     fn partition(&self, trainable: &[TrainableGroup<'_>]) -> Partition {
         let policy = &self.policy;
-        Partition::new(trainable, self.ranks.clone(), policy.settings.token_budget, policy.vlm.device())
+        let division = (DIVISION, policy.settings.token_budget);
+        Partition::new(trainable, self.ranks.clone(), division, policy.vlm.device())
     }
 
-    fn check_agreement(&self, agreement: &Agreement) -> Result<()> {
-        let limit = self.policy.settings.agreement_limit;
-        // Workers are checked one by one, so that the others cannot hide one that drifts.
-        let mut above: Vec<(&String, f64)> =
-            agreement.workers.iter().map(|(name, mean)| (name, *mean)).filter(|(_, mean)| *mean > limit).collect();
-        above.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let Some(mean) = agreement.mean.filter(|mean| *mean > limit).or(above.first().map(|(_, mean)| *mean)) else {
-            return Ok(());
-        };
-        let named: Vec<String> = above.iter().map(|(name, mean)| format!("worker `{name}` ({mean:.2e})")).collect();
-        let workers = named.join(", ");
-        Err(TrainerError::Agreement { step: self.step + 1, mean, limit, workers, worst: agreement.worst.join(", ") })
+    /// Returns the groups of a batch that can be trained on, sorted by packed length.
+    pub(crate) fn trainable_groups<'g>(&self, groups: &'g [TrainGroup]) -> Vec<TrainableGroup<'g>> {
+        let overlong_filter = self.policy.settings.overlong_filter;
+        let mut trainable: Vec<TrainableGroup<'g>> =
+            groups.iter().filter_map(|g| TrainableGroup::new(g, overlong_filter)).collect();
+        trainable.sort_by_key(TrainableGroup::packed_len);
+        trainable
     }
 
     /// Returns the indices of the groups that this rank computes, the only ones whose pixels it needs.
     pub fn local_groups(&self, groups: &[TrainGroup]) -> Vec<usize> {
-        let trainable = trainable_groups(groups);
+        let trainable = self.trainable_groups(groups);
         let partition = self.partition(&trainable);
         let local: Vec<&GroupId> = partition.local_indices().map(|i| &trainable[i].group.id).collect();
         (0..groups.len()).filter(|i| local.contains(&&groups[*i].id)).collect()
@@ -288,7 +305,7 @@ impl PolicyTrainer {
     /// # Errors
     /// Returns [`TrainerError::Ranks`] if another rank has failed or timed out, or an error of the model if the inputs do not fit it.
     pub fn compute_values(&self, groups: &[TrainGroup]) -> Result<ValuesByGroup> {
-        let trainable = trainable_groups(groups);
+        let trainable = self.trainable_groups(groups);
         if self.policy.value_head.is_none() || trainable.is_empty() {
             return Ok(ValuesByGroup::new());
         }
@@ -375,23 +392,18 @@ fn mini_batches(s: &StepSettings, step: u64, groups: usize, epoch: usize) -> Vec
     order.chunks(size).map(<[usize]>::to_vec).collect()
 }
 
-/// Returns the groups of a batch that can be trained on, sorted by packed length.
-pub(crate) fn trainable_groups(groups: &[TrainGroup]) -> Vec<TrainableGroup<'_>> {
-    let mut trainable: Vec<TrainableGroup> = groups.iter().filter_map(TrainableGroup::new).collect();
-    trainable.sort_by_key(TrainableGroup::packed_len);
-    trainable
-}
-
-/// Runs forward and backward over this rank's micro-batches of a mini-batch, and returns the sum of their loss parts. `counts` are
-/// those of the whole mini-batch; `ready` are forward passes over exactly these micro-batches, or empty.
+/// Runs forward and backward over this rank's micro-batches of a mini-batch, and returns the sum of their loss parts, and their
+/// log-probabilities on the device. `counts` are those of the whole mini-batch; `ready` are forward passes over exactly these
+/// micro-batches, or empty.
 fn accumulate_gradients(
     policy: &Policy,
-    micro_batches: &MicroBatches<'_, '_>,
-    ready: Vec<ForwardPass<'_>>,
+    micro_batches: &MicroBatches<'_, TrainableGroup<'_>>,
+    ready: Vec<PolicyPass<'_>>,
     counts: &Counts,
     objective: &Objective,
-) -> Result<LossAccumulator> {
+) -> Result<(LossAccumulator, Vec<Tensor>)> {
     let mut total = LossAccumulator::default();
+    let mut logprobs = Vec::new();
     let mut ready = ready.into_iter();
     let mut micro_batches = micro_batches.iter().peekable();
     while let Some(micro_batch) = micro_batches.next() {
@@ -400,13 +412,14 @@ fn accumulate_gradients(
             None => policy.forward(micro_batch, objective)?,
         };
         let outputs = forward.outputs.as_ref();
+        logprobs.extend(outputs.map(|outputs| outputs.logprobs.detach()));
         let loss = outputs.map(|outputs| policy.loss(micro_batch, outputs, counts, objective)).transpose()?;
         if let Some(loss) = &loss {
             total.add(loss)?;
         }
         forward.backward(loss.as_ref().map(|l| &l.loss), micro_batches.peek().is_none())?;
     }
-    Ok(total)
+    Ok((total, logprobs))
 }
 
 /// Overwrites `values`, flat over all groups, with those that are `given`.
@@ -440,6 +453,12 @@ fn check_usable(groups: &[TrainGroup]) -> Result<BatchStats, Unusable> {
         groups.iter().flat_map(|g| &g.responses).flat_map(|r| r.logprobs.iter().copied()).collect();
     check_batch(&rewards, &layout, &[("log-probability", &logprobs)])
         .map_err(|e| unusable(e, |g, r| (&groups[g].id.record, groups[g].responses[r].index)))
+}
+
+/// Describes why trainable groups cannot be used.
+fn unusable_token(e: AlgoError, groups: &[&TrainableGroup<'_>]) -> Unusable {
+    let index = |g: &TrainableGroup<'_>, r: usize| g.group.responses[g.responses[r].response].index;
+    unusable(e, |g, r| (&groups[g].group.id.record, index(groups[g], r)))
 }
 
 /// Describes why a batch cannot be used; `name` returns the record and response index of positions in the batch.

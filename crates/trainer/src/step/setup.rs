@@ -7,10 +7,12 @@ use unveil_config::schema::Critic;
 use unveil_model::{ValueHead, Vlm, activation_kind};
 
 use crate::error::{Result, TrainerError};
+use crate::freeze::CRITIC_PREFIX;
 use crate::optim::AdamW;
 use crate::policy::{Policy, ReferenceModel};
 use crate::settings::StepSettings;
-use crate::shard::{PassHooks, Ranks, ShardLayout, ShardedParameters, ZeroStage};
+use crate::shard::{PassHooks, Ranks};
+use crate::sharded_model::{ParameterReader, shard_trained, shard_untrained, visit_parameters};
 
 use super::PolicyTrainer;
 
@@ -24,9 +26,6 @@ pub struct Models {
     /// Backbone of the value head; `None`: the policy itself.
     pub critic: Option<Vlm>,
 }
-
-/// Prefix of the names of the critic's parameters.
-pub const CRITIC_PREFIX: &str = "critic.";
 
 impl PolicyTrainer {
     /// Returns a trainer on a single rank, whose value head (if the algorithm has one) uses the policy as its backbone.
@@ -97,33 +96,12 @@ impl PolicyTrainer {
 
     /// Shards the parameters over the ranks, if the ZeRO stage asks for it and it has not been done. All weights must be gathered.
     pub(crate) fn shard_parameters(&mut self) -> Result<()> {
-        let master = self.optimizer.master_shard();
-        let Some((layout, master)) = master.filter(|_| self.ranks.zero_stage() == ZeroStage::Parameters) else {
-            return Ok(());
-        };
         if self.policy.hooks.sharded.is_some() {
             return Ok(());
         }
-        let untrained_shard = |vlm: &Vlm, trained: Option<&ShardLayout>| -> Result<Option<(Rc<ShardLayout>, Tensor)>> {
-            let is_untrained = |name: &str| trained.is_none_or(|t| t.slots().all(|s| s.name != *name));
-            let named = vlm.named_parameters().iter().filter(|(n, _)| is_untrained(n));
-            let named: Vec<_> = named.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-            if named.is_empty() {
-                return Ok(None);
-            }
-            let layout = ShardLayout::new(&named, true, self.ranks.shard())?;
-            let owned = layout.owned_values(vlm.kind(), |s| Ok(s.tensor.shallow_clone()))?;
-            Ok(Some((Rc::new(layout), owned)))
-        };
-        let frozen = untrained_shard(&self.policy.vlm, Some(&layout))?;
-        let sources = std::iter::once((layout, master)).chain(frozen).collect();
-        let sharded = Rc::new(ShardedParameters::new(self.ranks.clone(), sources)?);
-        sharded.release_all()?;
+        let Some(sharded) = shard_trained(&self.policy.vlm, &self.optimizer, &self.ranks)? else { return Ok(()) };
         if let Some(reference) = &mut self.policy.reference {
-            let sources = untrained_shard(&reference.vlm, None)?.into_iter().collect();
-            let sharded = ShardedParameters::new(self.ranks.clone(), sources)?;
-            sharded.release_all()?;
-            reference.hooks = PassHooks { sharded: Some(Rc::new(sharded)), by_layer: true, ..PassHooks::default() };
+            reference.hooks = shard_untrained(&reference.vlm, &self.ranks)?;
         }
         self.policy.hooks = self.optimizer.hooks(Some(sharded));
         Ok(())
@@ -135,6 +113,24 @@ impl PolicyTrainer {
     /// Returns [`TrainerError::Ranks`] if another rank has failed or timed out.
     pub fn gather_parameters(&self) -> Result<()> {
         self.policy.hooks.sharded.as_ref().map_or(Ok(()), |sharded| sharded.gather_all())
+    }
+
+    /// Gathers all sharded parameters on rank 0, until the next update releases them; the other ranks hold one layer at a time. All ranks
+    /// call it.
+    ///
+    /// # Errors
+    /// Returns [`TrainerError::Ranks`] if another rank has failed or timed out.
+    pub fn gather_on_rank_0(&self) -> Result<()> {
+        self.policy.hooks.sharded.as_ref().map_or(Ok(()), |sharded| sharded.gather_if(self.ranks.rank() == 0))
+    }
+
+    /// Passes all parameters of the model and of its adapters to `read` on rank 0. If they are sharded, they are gathered part by part, and
+    /// each part is released after `read`. All ranks call it.
+    ///
+    /// # Errors
+    /// Returns the error of `read`, and [`TrainerError::Ranks`] if another rank has failed or timed out.
+    pub fn visit_parameters<E: From<TrainerError>>(&self, read: &mut ParameterReader<'_, E>) -> Result<(), E> {
+        visit_parameters(&self.policy.vlm, (self.policy.hooks.sharded.as_deref(), &self.ranks), read)
     }
 
     /// Broadcasts the weights of rank 0, and sets the master weights from `weights`, given on rank 0 in full precision. All ranks call it

@@ -1,7 +1,7 @@
 //! Every algorithm option of the configuration takes effect in the update.
 
 use unveil_config::schema::{self, KlPlacement, RatioBase};
-use unveil_core::{Algorithm, Importance, KlForm, LossReduction, RatioLevel, TrainGroup};
+use unveil_core::{Algorithm, Finish, Importance, KlForm, LossReduction, RatioLevel, Surrogate, TrainGroup};
 use unveil_testkit_model::{MAX_TOKENS, configured, low_tokens, model, rollout};
 use unveil_trainer::{PolicyTrainer, UpdateReport};
 
@@ -81,6 +81,55 @@ fn ratio_to_the_learner_uses_importance_weights() {
     assert_eq!((none.clip_fraction, none.kl), (0.0, 0.0), "the ratio to the learner starts at 1");
     let coupled = update(&stale, |_| {});
     assert_eq!(coupled.clip_fraction, 1.0, "the ratio to the rollout is e");
+}
+
+#[test]
+fn cispo_equals_the_clipped_surrogate_on_policy() {
+    let batch = rollout(&model(3), 3, 4, 0, &low_tokens);
+    let clip = update(&batch, |_| {});
+    let cispo = update(&batch, |c| c.surrogate = Surrogate::Cispo);
+    assert!(near(cispo.grad_norm, clip.grad_norm, 1e-4), "{} and {}", cispo.grad_norm, clip.grad_norm);
+    assert!(!near(cispo.loss["policy"], clip.loss["policy"], 1e-3), "CISPO weighs log-probabilities");
+}
+
+#[test]
+fn the_overlong_filter_leaves_out_cut_responses_alone() {
+    let mut batch = rollout(&model(3), 3, 4, 0, &low_tokens);
+    let cut = [(0, 1), (1, 0), (1, 1), (1, 2), (1, 3)];
+    let tokens: usize = cut.iter().map(|(g, r)| batch[*g].responses[*r].tokens.len()).sum();
+    for g in &mut batch {
+        g.responses.iter_mut().for_each(|r| r.finish = Finish::Stop);
+    }
+    let whole = update(&batch, |c| c.overlong_filter = true);
+    cut.iter().for_each(|(g, r)| batch[*g].responses[*r].finish = Finish::Length);
+    let off = update(&batch, |_| {});
+    assert_eq!((whole.filtered_responses, whole.tokens, off.filtered_responses), (0, off.tokens, 0));
+    assert!(near(whole.grad_norm, off.grad_norm, 1e-6), "without cut responses the filter changes nothing");
+    for algorithm in [Algorithm::Grpo, Algorithm::Rloo, Algorithm::Ppo, Algorithm::ReinforcePlusPlusBaseline] {
+        let report = update(&batch, |c| (c.overlong_filter, c.algorithm) = (true, algorithm));
+        assert_eq!((report.filtered_responses, report.tokens), (cut.len(), off.tokens - tokens), "{algorithm:?}");
+        assert_eq!(report.responses, off.responses, "the report counts all responses");
+    }
+    let filtered = |batch: &[TrainGroup]| update(batch, |c| c.overlong_filter = true).grad_norm;
+    // The reward of a cut response changes the advantages of the others.
+    let before = filtered(&batch);
+    batch[0].breakdowns[1].total = Some(5.0);
+    assert!(!near(filtered(&batch), before, 1e-3));
+    // It has no gradient itself: its tokens may be anything.
+    let with = |batch: &mut Vec<TrainGroup>, token: u32| {
+        batch[0].responses[1].tokens.iter_mut().for_each(|t| *t = token);
+        filtered(batch)
+    };
+    let first = with(&mut batch, 1);
+    assert!(near(with(&mut batch, 2), first, 1e-6));
+}
+
+#[test]
+fn a_batch_of_cut_responses_is_skipped() {
+    let mut batch = rollout(&model(3), 2, 4, 0, &low_tokens);
+    batch.iter_mut().flat_map(|g| &mut g.responses).for_each(|r| r.finish = Finish::Length);
+    let report = learner(3, |c| c.overlong_filter = true).update(&batch).unwrap();
+    assert!(report.skipped.unwrap().contains("learner.overlong_filter"));
 }
 
 #[test]

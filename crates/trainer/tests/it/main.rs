@@ -4,12 +4,18 @@
 #![allow(clippy::disallowed_methods, reason = "a test reads its seed, paths and tasks from the environment")]
 
 mod algorithms;
+mod compute;
 mod lora;
 mod memory;
+mod operations;
 mod optim;
+mod planned_memory;
 mod policy;
 mod ranks;
 mod replay;
+mod sft;
+mod sft_ranks;
+mod sft_reference;
 
 /// Reruns tests with other instruction sets, which round differently. `UNVEIL_DISPATCH=all` reruns all of them, with those against Python.
 #[test]
@@ -21,5 +27,7 @@ fn numbers_hold_under_every_dispatch() {
         "policy::bf16_weights_are_trained_with_fp32_masters",
         // Captured attention with gradients, entropy, and KL to a reference.
         "policy::attention_entropy_and_kl_enter_the_loss",
+        // Several answers in a row, in micro-batches.
+        "sft::every_division_equals_one_pass",
     ]);
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use unveil_config::schema::Optimizer;
+use unveil_config::schema::{Optimizer, ParameterGroup};
 use unveil_testkit::python;
 use unveil_trainer::optim::AdamW;
 
@@ -13,7 +13,16 @@ const CLIP: f64 = 0.7;
 const DECAY: f64 = 0.1;
 const STEPS: i64 = 6;
 
-/// Compares six updates of a matrix and a vector: plain, with a vector that is frozen at first, and in bf16 with fp32 master weights.
+/// A run: updates in which the vector is frozen at first, dtype, and the vector's learning rate relative to that of the matrix.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    frozen: i64,
+    kind: Kind,
+    rate: f64,
+}
+
+/// Compares six updates of a matrix and a vector: plain, with a vector that is frozen at first or has another learning rate, and in bf16
+/// with fp32 master weights.
 #[test]
 fn updates_equal_torch() {
     tch::manual_seed(4);
@@ -28,28 +37,37 @@ fn updates_equal_torch() {
     let dir = tempfile::tempdir().unwrap();
     let src = dir.path().join("in.safetensors");
     Tensor::write_safetensors(&named, &src).unwrap();
-    let runs = [(0, Kind::Float), (2, Kind::Float), (3, Kind::BFloat16)];
-    let result = |frozen: i64| dir.path().join(format!("frozen-{frozen}.safetensors"));
+    let run = |frozen: i64, kind: Kind, rate: f64| Run { frozen, kind, rate };
+    let runs = [
+        run(0, Kind::Float, 1.0),
+        run(2, Kind::Float, 1.0),
+        run(0, Kind::Float, 3.0),
+        run(3, Kind::BFloat16, 1.0),
+        run(0, Kind::BFloat16, 0.25),
+    ];
+    let result = |index: usize| dir.path().join(format!("run-{index}.safetensors"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/optim.py");
     let mut python = Command::new(python());
     python.arg(script).arg(&src).args([LR, CLIP, DECAY].map(|v| v.to_string())).env("OMP_NUM_THREADS", "1");
-    for (frozen, kind) in runs {
+    for (index, Run { frozen, kind, rate }) in runs.into_iter().enumerate() {
         let kind = if kind == Kind::BFloat16 { "bfloat16" } else { "float32" };
-        python.arg(result(frozen)).args([frozen.to_string().as_str(), kind]);
+        python.arg(result(index)).args([frozen.to_string().as_str(), kind, rate.to_string().as_str()]);
     }
     let output = python.output().unwrap();
     assert!(output.status.success(), "optim.py: {}", String::from_utf8_lossy(&output.stderr));
-    for (frozen, kind) in runs {
-        compare(&named, frozen, kind, &Tensor::read_safetensors(result(frozen)).unwrap());
+    for (index, run) in runs.into_iter().enumerate() {
+        compare(&named, run, &Tensor::read_safetensors(result(index)).unwrap());
     }
 }
 
-/// Repeats the updates and compares them with `expected`. The tensors have dtype `kind`, and the vector is frozen in the first `frozen`
-/// updates.
-fn compare(named: &[(&str, Tensor)], frozen: i64, kind: Kind, expected: &[(String, Tensor)]) {
+/// Repeats the updates of a run and compares them with `expected`.
+fn compare(named: &[(&str, Tensor)], run: Run, expected: &[(String, Tensor)]) {
+    let Run { frozen, kind, rate } = run;
     let leaf = |i: usize| named[i].1.to_kind(kind).copy().set_requires_grad(true);
     let parameters = vec![("matrix".to_owned(), leaf(0)), ("vector".to_owned(), leaf(1))];
-    let options = Optimizer { lr: LR, clip_norm: CLIP, weight_decay: DECAY, ..Default::default() };
+    let group = ParameterGroup { parameters: vec!["vec".into()], lr: LR * rate };
+    let groups = if rate == 1.0 { Vec::new() } else { vec![group] };
+    let options = Optimizer { lr: LR, clip_norm: CLIP, weight_decay: DECAY, groups, ..Default::default() };
     let mut adam = AdamW::new(&options, &parameters).unwrap();
     for step in 0..STEPS {
         adam.set_trained(|name| name != "vector" || step >= frozen);
@@ -63,7 +81,7 @@ fn compare(named: &[(&str, Tensor)], frozen: i64, kind: Kind, expected: &[(Strin
     let mut ours = adam.state().unwrap();
     ours.extend(adam.weights().unwrap());
     ours.extend(parameters.iter().map(|(n, t)| (format!("rounded.{n}"), t.detach().to_kind(Kind::Float))));
-    let run = format!("{kind:?}, frozen for {frozen}");
+    let run = format!("{run:?}");
     for (name, want) in expected {
         let Some((_, found)) = ours.iter().find(|(n, _)| n == name) else {
             assert_eq!((name.starts_with("step."), want.double_value(&[0])), (true, STEPS as f64), "{run}: {name}");

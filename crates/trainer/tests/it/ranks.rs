@@ -1,15 +1,48 @@
 //! Trainers of several ranks (real processes, Gloo) against a trainer of one rank, over recorded batches: losses, gradient norms,
 //! weights, moments.
 
+use std::collections::BTreeSet;
+
 use unveil_model::read_safetensors;
 use unveil_testkit_model::rank_processes::{ALL_BATCHES, RankSpec, Update, record, relative_difference, run, serve};
-use unveil_trainer::NamedTensors;
+use unveil_torch_ext::memory_size;
+use unveil_trainer::{NamedTensors, PolicyTrainer, TrainerError};
 
 /// The process of one rank, started by other tests.
 #[test]
 #[ignore = "started by other tests"]
 fn rank() {
-    serve(|_, _| {}, |_, _| {});
+    serve(|_, _| {}, check_visit);
+}
+
+/// Checks that rank 0 reads every parameter once, with the weights of the optimiser, and that the others are not whole meanwhile.
+fn check_visit(spec: &RankSpec, trainer: &PolicyTrainer) {
+    let (weights, _) = trainer.state().unwrap();
+    let mut names = Vec::new();
+    let visited: Result<(), TrainerError> = trainer.visit_parameters(&mut |part| {
+        for (name, tensor) in part {
+            if let Some((_, own)) = weights.iter().find(|(n, _)| n == name) {
+                assert_eq!(tensor, own, "{name}");
+            }
+            names.push(name.clone());
+        }
+        if spec.zero == 3 {
+            let all = trainer.vlm().named_parameters().iter();
+            let held = all.filter(|(_, t)| memory_size(t).unwrap() != Some(0)).map(|(n, _)| n);
+            let layers: BTreeSet<&str> =
+                held.filter_map(|n| n.strip_prefix("model.layers.")?.split('.').next()).collect();
+            assert!(layers.len() <= 1, "{layers:?}");
+        }
+        Ok(())
+    });
+    visited.unwrap();
+    let expected = if spec.rank == 0 { trainer.vlm().named_parameters().len() } else { 0 };
+    assert_eq!((names.len(), names.iter().collect::<BTreeSet<_>>().len()), (expected, expected));
+    trainer.gather_on_rank_0().unwrap();
+    for (name, tensor) in trainer.vlm().named_parameters() {
+        let is_whole = memory_size(tensor).unwrap() != Some(0);
+        assert_eq!(is_whole, spec.rank == 0 || spec.zero < 3 || spec.world == 1, "{name}");
+    }
 }
 
 fn run_ranks(spec: &RankSpec) -> Vec<(Vec<Update>, NamedTensors)> {

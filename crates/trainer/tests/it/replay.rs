@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use unveil_config::Config;
 use unveil_config::schema::Critic;
-use unveil_core::Algorithm;
+use unveil_core::{Algorithm, Finish, Surrogate};
 use unveil_model::{LoraSpec, ValueHead};
 use unveil_testkit::python;
 use unveil_testkit_model::{low_tokens, model, rollout, write_model};
@@ -39,6 +39,12 @@ fn dumped(dir: &Path, config: &Config) {
     }
     groups[0].breakdowns[1].total = None;
     groups[2].breakdowns.iter_mut().for_each(|b| b.total = Some(0.5));
+    if config.learner.overlong_filter {
+        // One response of a group, and all responses of another one.
+        groups.iter_mut().flat_map(|g| &mut g.responses).for_each(|r| r.finish = Finish::Stop);
+        groups[0].responses[2].finish = Finish::Length;
+        groups[2].responses.iter_mut().for_each(|r| r.finish = Finish::Length);
+    }
     let settings = StepSettings::new(config, &vlm, &[]);
     let hidden = vlm.config().text.hidden_size;
     let ppo = config.learner.algorithm == Algorithm::Ppo;
@@ -88,11 +94,15 @@ fn config(algorithm: Algorithm) -> Config {
 }
 
 /// Returns the updates to compare, by name.
-fn updates() -> [(&'static str, Config); 6] {
+fn updates() -> [(&'static str, Config); 8] {
     let mut critic = config(Algorithm::Ppo);
     critic.learner.critic = Critic::Separate;
     let mut recomputing = config(Algorithm::Ppo);
     recomputing.learner.recompute = true;
+    let mut cispo = config(Algorithm::Grpo);
+    cispo.learner.surrogate = Surrogate::Cispo;
+    let mut overlong = config(Algorithm::Grpo);
+    overlong.learner.overlong_filter = true;
     let mut adapters = config(Algorithm::Grpo);
     adapters.learner.lora.rank = 3;
     adapters.learner.lora.alpha = 5.0;
@@ -107,11 +117,13 @@ fn updates() -> [(&'static str, Config); 6] {
             .to_vec();
     // AdamW's first step is the sign of the gradient down to its epsilon. Adapters are small tensors, and without the value loss the
     // gradients of the policy are closer to rounding noise: an epsilon above the noise of fp32 keeps single elements from dominating.
-    for c in [&mut critic, &mut adapters, &mut all_adapters] {
+    for c in [&mut critic, &mut cispo, &mut overlong, &mut adapters, &mut all_adapters] {
         c.learner.optimizer.eps = 1e-5;
     }
     [
         ("grpo", config(Algorithm::Grpo)),
+        ("grpo-cispo", cispo),
+        ("grpo-overlong", overlong),
         ("ppo", config(Algorithm::Ppo)),
         ("ppo-critic", critic),
         ("ppo-recompute", recomputing),
