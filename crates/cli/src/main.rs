@@ -7,6 +7,7 @@ mod checkpoints;
 mod dataset;
 mod evaluation;
 mod models;
+mod planning;
 mod preflight;
 mod prepare;
 mod roles;
@@ -38,6 +39,9 @@ enum Command {
         /// Stops before stage 2: only data, model and stage 1, for clusters that start the roles themselves.
         #[arg(long)]
         prepare: bool,
+        /// Prints the plan of the run and the GPU of each process, and starts nothing.
+        #[arg(long, conflicts_with = "prepare")]
+        dry_run: bool,
         #[command(flatten)]
         dump: DumpArgs,
     },
@@ -93,6 +97,8 @@ enum Command {
     /// Checks and shows configurations.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Computes the memory of each role and the time of a step from shapes alone; prints one JSON object.
+    Plan(planning::PlanArgs),
     /// Creates certificates for mutual TLS between the roles.
     #[command(subcommand)]
     Tls(certificates::TlsCommand),
@@ -136,9 +142,9 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Train { mut config, resume, prepare, dump } => {
+        Command::Train { mut config, resume, prepare, dry_run, dump } => {
             config.sets.extend(overrides(resume, dump));
-            roles::train(&config, prepare)
+            roles::train(&config, prepare, dry_run)
         }
         Command::Sft(role) => roles::sft(&role),
         Command::Learner { command: Some(LearnerCommand::Replay(args)), .. } => models::replay(&args),
@@ -166,6 +172,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             println!("{:#}", unveil_config::json_schema());
             Ok(())
         }
+        Command::Plan(args) => planning::run(&args),
         Command::Tls(command) => certificates::run(&command),
         Command::Report(args) => evaluation::report(&args),
     }

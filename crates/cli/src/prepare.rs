@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 use unveil_checkpoint::{self as checkpoint, Access, Store};
 use unveil_cli::{ConfigArgs, Stop, run_role};
-use unveil_config::{Config, SFT_PREFIX};
+use unveil_config::{Config, SFT_PREFIXES};
 use unveil_core::stderr_line;
 
 use crate::models::{ModelCommand, model};
@@ -65,20 +65,42 @@ pub(crate) fn run(args: &PrepareArgs) -> anyhow::Result<()> {
 
 /// Fetches the model of the last step of stage 1 from its checkpoint.
 fn fetch_stage1_model(config: &Config, dir: &Path, wait: Duration) -> anyhow::Result<()> {
-    let url = &config.checkpoint_url(SFT_PREFIX);
+    let phases = config.sft_phases();
+    let prefix = SFT_PREFIXES.get(phases.len().saturating_sub(1)).copied().unwrap_or_default();
+    let url = &config.checkpoint_url(prefix);
     let step = config.sft.steps;
+    // A checkpoint of adapters does not contain the model below them.
+    let adapted = phases.last().is_some_and(|phase| phase.lora.rank > 0);
+    if adapted && phases.len() > 1 {
+        anyhow::bail!(
+            "the last phase of stage 1 trains adapters of the model of the phase before, which is in no checkpoint: share {} with the machine of \
+             stage 1",
+            config.run_dir().display()
+        );
+    }
+    let adapter = &config.stage1_adapter();
     let deadline = Instant::now() + wait;
     if let Some(parent) = dir.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     }
     let export = async || -> checkpoint::Result<()> {
         let store = Store::open(url, unveil_config::environment(), Access::Read).await?;
-        checkpoint::export(&store, Some(step), dir, "model", "model").await.map(|_| ())
+        match adapted {
+            false => checkpoint::export(&store, Some(step), dir, "model", "model").await.map(|_| ()),
+            true if adapter.exists() => Ok(()),
+            true => checkpoint::export(&store, Some(step), adapter, "adapter", "adapter_model").await.map(|_| ()),
+        }
+    };
+    let merge = || -> anyhow::Result<()> {
+        if adapted {
+            unveil_model::export(&config.initial_model(), dir, None, Some(adapter))?;
+        }
+        Ok(())
     };
     run_role(false, 1, |token| async move {
         let mut last_reason = String::new();
         loop {
-            let Err(e) = export().await else { return Ok(()) };
+            let Err(e) = export().await else { return merge() };
             if Instant::now() >= deadline {
                 return Err(e).with_context(|| format!("stage 1 has not ended: no model of step {step} in {url}"));
             }

@@ -27,7 +27,7 @@ use unveil_rollout::{WorkerOptions, engine_options};
 use unveil_service::{Health, announce};
 
 use crate::evaluation::{SAMPLE_PAGE_RESPONSES, run_images};
-use crate::preflight;
+use crate::{planning, preflight};
 
 /// Returns the path of a binary next to this one.
 fn sibling_binary(name: &str) -> anyhow::Result<PathBuf> {
@@ -43,19 +43,27 @@ fn sibling_binary(name: &str) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-/// Runs `unveil train`; with `prepare` only the part before stage 2.
-pub(crate) fn train(args: &ConfigArgs, prepare: bool) -> anyhow::Result<()> {
+/// Runs `unveil train`; with `prepare` only the part before stage 2, with `dry_run` nothing.
+pub(crate) fn train(args: &ConfigArgs, prepare: bool, dry_run: bool) -> anyhow::Result<()> {
     let loaded = args.load_with_origins()?;
     let config = loaded.config.clone();
-    let rank = config.learner.parallel.rank;
-    if rank > 0 {
-        let message = format!(
-            "learner.parallel.rank is {rank}: `unveil train` starts all ranks itself; use `unveil learner` for a single rank"
-        );
-        return Err(ConfigError::Invalid(vec![message]).into());
+    for (section, role, parallel) in
+        [("sft", "sft", &config.sft.parallel), ("learner", "learner", &config.learner.parallel)]
+    {
+        let rank = parallel.rank;
+        if rank > 0 {
+            let message = format!(
+                "{section}.parallel.rank is {rank}: `unveil train` starts all ranks itself; use `unveil {role}` for a single rank"
+            );
+            return Err(ConfigError::Invalid(vec![message]).into());
+        }
     }
     check_shared_listeners(&config)?;
     preflight::check_all(&loaded, &TrainingStage::ALL)?;
+    if dry_run {
+        return planning::dry_run(&loaded);
+    }
+    planning::check_memory(&loaded, prepare)?;
     let _tracing = init_telemetry(&config, "train", "info")?;
     let unveil = sibling_binary("unveil")?;
     let unveil_reward = sibling_binary("unveil-reward")?;
@@ -118,9 +126,10 @@ pub(crate) fn sft(args: &RoleArgs) -> anyhow::Result<()> {
     preflight::check_role_inputs(&loaded, &paths.0, true)?;
     preflight::check_learning_rates(&loaded, &[TrainingStage::Sft])?;
     let progress = StageProgress::new("stage 1", config.sft.steps, "images");
-    run_stage(args.supervised, "sft", &config, paths, progress, |stage, health| {
+    let rank = config.sft.parallel.rank;
+    run_stage(args.supervised, ("sft", rank), &config, paths, progress, |stage, health| {
         health.set_ready();
-        unveil_learner::run_sft(stage)
+        unveil_learner::run_sft(stage, |ready| announce_ready(ready, health))
     })
 }
 
@@ -129,25 +138,29 @@ pub(crate) fn learner(args: &RoleArgs) -> anyhow::Result<()> {
     let loaded = args.config.load_with_origins()?;
     let config = loaded.config.clone();
     let _tracing = init_telemetry(&config, "learner", "warn")?;
-    let paths = (config.stage1_model(), config.final_model());
+    let paths = (config.stage2_base(), config.final_model());
     preflight::check_role_inputs(&loaded, &paths.0, true)?;
     preflight::check_learning_rates(&loaded, &[TrainingStage::Learner])?;
     let progress = StageProgress::new("stage 2", config.learner.steps, "responses");
-    run_stage(args.supervised, "learner", &config, paths, progress, |stage, health| {
-        run_rl(stage, |ready| {
-            let (role, address) = match ready {
-                Ready::Ranks(address) => ("rendezvous", address),
-                Ready::Experience(address) => {
-                    health.set_ready();
-                    ("learner", address)
-                }
-                Ready::Joined => return health.set_ready(),
-            };
-            if let Err(e) = announce(role, address) {
-                stderr_line(&format!("cannot write the ready line: {e}"));
-            }
-        })
+    let rank = config.learner.parallel.rank;
+    run_stage(args.supervised, ("learner", rank), &config, paths, progress, |stage, health| {
+        run_rl(stage, |ready| announce_ready(ready, health))
     })
+}
+
+/// Tells the supervisor and probes that a milestone of the start-up has been reached.
+fn announce_ready(ready: Ready, health: &Health) {
+    let (role, address) = match ready {
+        Ready::Ranks(address) => ("rendezvous", address),
+        Ready::Experience(address) => {
+            health.set_ready();
+            ("learner", address)
+        }
+        Ready::Joined => return health.set_ready(),
+    };
+    if let Err(e) = announce(role, address) {
+        stderr_line(&format!("cannot write the ready line: {e}"));
+    }
 }
 
 /// Loads the records of a run.
@@ -158,7 +171,7 @@ fn load_records(config: &Config) -> Result<RecordFile, unveil_data::records::Rec
 /// Runs one training stage on a separate thread, which owns the model.
 fn run_stage(
     supervised: bool,
-    role: &str,
+    (role, rank): (&str, usize),
     config: &Config,
     (model_dir, out): (PathBuf, PathBuf),
     progress: StageProgress,
@@ -170,7 +183,7 @@ fn run_stage(
             let preprocessor = Arc::new(Preprocessor::load_with(&model_dir, &config.input_settings())?);
             let context = context_length(&model_dir)?;
             let records = load_records(config)?;
-            if config.learner.parallel.rank == 0 {
+            if rank == 0 {
                 check_records(config, &records, &preprocessor, context, &cancel)?;
             }
             if cancel.is_cancelled() {
@@ -180,7 +193,7 @@ fn run_stage(
             // Only rank 0 reports events and progress.
             let mut discarded = Vec::new();
             let mut silent = SilentProgress;
-            let mut shown = (config.learner.parallel.rank == 0)
+            let mut shown = (rank == 0)
                 .then(|| Ok::<_, anyhow::Error>((EventLog::open(&config.run_dir(), role)?, progress)))
                 .transpose()?;
             let (events, progress): (&mut dyn EventSink, &mut dyn Progress) = match &mut shown {
@@ -237,7 +250,7 @@ fn validation_evaluator(
         let options = engine_options(&config, vlm.config(), preprocessor.tokenizer().banned());
         let mut engine = Engine::new(&*vlm, options)?;
         let evaluation = evaluate(&mut engine, &preprocessor, &samples, &settings)?;
-        let score = (evaluation.metrics.mean_iou + evaluation.metrics.soft_f1) / 2.0;
+        let mean = (evaluation.metrics.mean_iou + evaluation.metrics.soft_f1) / 2.0;
         let mut metrics = serde_json::to_value(evaluation.metrics)?.as_object().cloned().unwrap_or_default();
         let withheld = match config.eval.suites.contains(&Suite::Grounding) {
             true => Some(evaluate_withheld(&mut engine, &preprocessor, &samples, &settings)?.answers),
@@ -248,8 +261,22 @@ fn validation_evaluator(
             let values = measure_suite(*suite, &evaluation.answers, withheld.as_deref(), &no_intervals)?.values();
             metrics.insert(suite.name().to_owned(), values.into());
         }
+        let score = if config.eval.best.is_empty() { mean } else { score_of(&metrics, &config.eval.best) };
         Ok(ValidationResult { metrics, score })
     })
+}
+
+/// Returns the metric with this name, `NAME` or `SUITE.NAME`, as a score. A metric without a value has none, and neither has one that the
+/// suite does not know: then no checkpoint counts as better than another.
+fn score_of(metrics: &serde_json::Map<String, serde_json::Value>, name: &str) -> f64 {
+    let value = match name.split_once('.') {
+        Some((suite, metric)) => metrics.get(suite).and_then(|values| values.get(metric)),
+        None => metrics.get(name),
+    };
+    if value.is_none() {
+        stderr_line(&format!("the validation has no metric `{name}` (eval.best), so no checkpoint counts as the best"));
+    }
+    value.and_then(serde_json::Value::as_f64).unwrap_or(f64::NAN)
 }
 
 /// Runs `unveil rollout`.
@@ -262,8 +289,8 @@ pub(crate) fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
             bail!("a rollout worker needs {key} (http://host:port)");
         }
     }
-    preflight::check_role_inputs(&loaded, &config.stage1_model(), false)?;
-    let model = config.stage1_model();
+    preflight::check_role_inputs(&loaded, &config.stage2_base(), false)?;
+    let model = config.stage2_base();
     let experience = config.learner.address.clone();
     let reward = config.reward.address.clone();
     let mut options = WorkerOptions::new(config, model, experience, reward, worker);
@@ -272,4 +299,17 @@ pub(crate) fn rollout(args: &RoleArgs, worker: String) -> anyhow::Result<()> {
         Ok(unveil_rollout::run(options, token).await?)
     })?;
     if report.finished { Ok(()) } else { Err(Stop::for_role(args.supervised).into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::score_of;
+
+    #[test]
+    fn scores_are_metrics_of_the_summary_or_of_a_suite() {
+        let metrics = serde_json::json!({"mean_iou": 0.25, "n": 3, "grounding": {"acc50": 0.5, "gap": null}});
+        let metrics = metrics.as_object().cloned().unwrap_or_default();
+        assert_eq!((score_of(&metrics, "mean_iou"), score_of(&metrics, "grounding.acc50")), (0.25, 0.5));
+        assert!(["grounding.gap", "grounding.none", "mau.accuracy"].iter().all(|n| score_of(&metrics, n).is_nan()));
+    }
 }

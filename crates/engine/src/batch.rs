@@ -34,6 +34,8 @@ pub(crate) struct RunningGroup {
     pub ticket: Ticket,
     pub request: GroupRequest,
     pub image_tokens: usize,
+    /// Version of the weights that filled the KV cache, if they are not the current ones.
+    pub cached_with: Option<WeightVersion>,
     responses: Vec<ResponseState>,
 }
 
@@ -60,7 +62,7 @@ impl RunningGroup {
             stop: request.stop.as_ref().map(|rule| rule()),
         };
         let responses = (0..request.sampling.n).map(|_| response()).collect();
-        Self { ticket, request, image_tokens, responses }
+        Self { ticket, request, image_tokens, cached_with: None, responses }
     }
 
     fn is_done(&self) -> bool {
@@ -139,7 +141,7 @@ impl Batch {
 
     /// Returns the size of the KV cache in bytes.
     pub(crate) fn cache_bytes(&self, config: &TextConfig) -> u64 {
-        GroupCache::bytes(config, &self.cache.shape())
+        GroupCache::bytes(config, &self.cache.shape(), self.cache.kind())
     }
 
     /// Returns the cache rows to feed next, ascending, and their tokens.

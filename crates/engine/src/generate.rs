@@ -3,7 +3,7 @@
 use std::borrow::Borrow;
 
 use tch::Tensor;
-use unveil_core::Prompt;
+use unveil_core::{Prompt, WeightVersion};
 use unveil_model::{CacheShape, Vlm};
 
 use crate::batch::{Batch, RunningGroup};
@@ -97,7 +97,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             return Ok(());
         }
         let MaxSizes { n, prompt, images, response } = *max;
-        let shape = CacheShape { slots, n, prompt, response, images };
+        let Some(shape) = self.reuse_cache(&CacheShape { slots, n, prompt, response, images }) else { return Ok(()) };
         let cache = self.vlm.borrow().cache(shape, self.options.capture.clone(), self.fixed_shapes())?;
         self.batch = Some(Batch::new(n, cache));
         Ok(())
@@ -141,7 +141,8 @@ impl<V: Borrow<Vlm>> Engine<V> {
                 return Err(EngineError::NonFinite { group: group.request.input.id.clone() });
             }
             let feed_last = capture && group.image_tokens > 0;
-            group.push(r, token, logprob, self.version, self.end_tokens.contains(&token), feed_last);
+            let version = group.cached_with.unwrap_or(self.version);
+            group.push(r, token, logprob, version, self.end_tokens.contains(&token), feed_last);
         }
         self.stats.tokens += rows.len() as u64;
         Ok(())
@@ -190,10 +191,22 @@ impl<V: Borrow<Vlm>> Engine<V> {
         outputs.extend(retired);
         let occupied: Vec<usize> = (0..batch.slots.len()).filter(|s| batch.slots[*s].is_some()).collect();
         if occupied.is_empty() {
-            self.batch = None;
+            self.end_batch();
         } else if self.waiting.is_empty() && !batch.cache.fixed_shapes() && occupied.len() * 2 <= batch.slots.len() {
             batch.cache.retain_slots(&occupied)?;
             batch.slots.retain(Option::is_some);
+        }
+        Ok(())
+    }
+
+    /// Sets the version of weights that have been loaded, and brings running groups up to date with them.
+    pub(crate) fn change_version(&mut self, version: WeightVersion) -> Result<()> {
+        let before = std::mem::replace(&mut self.version, version);
+        if !self.options.keep_cache {
+            return self.recompute_caches();
+        }
+        for group in self.batch.iter_mut().flat_map(|batch| &mut batch.slots).flatten() {
+            group.cached_with.get_or_insert(before);
         }
         Ok(())
     }

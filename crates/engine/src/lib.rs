@@ -34,6 +34,7 @@
 //! ```
 
 mod batch;
+mod cache_reuse;
 mod engine;
 mod error;
 mod generate;

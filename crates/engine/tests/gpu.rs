@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 use unveil_core::{Family, Sampling};
-use unveil_engine::{Engine, EngineOptions, GroupOutput, GroupRequest, PromptInput, ScoreRequest};
+use unveil_engine::{
+    AttentionRows, Engine, EngineOptions, GroupOutput, GroupRequest, PromptInput, ScoreRequest, ScoredResponse,
+};
 use unveil_model::{AttentionSet, Vlm, device};
 use unveil_testkit_model::{EOS, image_prompt, write_model_of};
-use unveil_torch_ext::free_memory;
+use unveil_torch_ext::{free_memory, set_deterministic};
 
 fn gpu() -> Device {
     device("cuda").unwrap_or_else(|e| panic!("these tests need a GPU: {e}"))
@@ -52,27 +54,52 @@ fn score_requests(requests: &[GroupRequest], outputs: &[GroupOutput]) -> Vec<Sco
     requests.iter().zip(outputs).map(score_request).collect()
 }
 
-/// Returns the maximum and mean difference of log-probabilities, and the maximum difference of attention rows, between generation and
-/// teacher forcing.
-fn agreement(engine: &mut Engine<&Vlm>, requests: &[GroupRequest], temperature: f64) -> (f32, f32, f32) {
-    let outputs = engine.generate(requests, None).unwrap();
-    let scored = engine.score(&score_requests(requests, &outputs), temperature).unwrap();
-    let mut max = 0f32;
+/// Differences between two computations of the same responses.
+#[derive(Debug, Default)]
+struct Difference {
+    /// Largest difference of log-probabilities.
+    max: f32,
+    /// Mean difference of log-probabilities. Kernels round differently, but a wrong result is not rare.
+    mean: f32,
+    /// Largest difference of attention rows.
+    rows: f32,
+}
+
+/// Log-probabilities and attention rows of a response.
+type Computed<'a> = (&'a [f32], &'a AttentionRows);
+
+fn difference<'a>(pairs: impl Iterator<Item = (Computed<'a>, Computed<'a>)>) -> Difference {
+    let mut out = Difference::default();
     let mut sum = 0f32;
     let mut count = 0;
-    let mut rows = 0f32;
-    for (r, s) in outputs.iter().flat_map(|o| &o.responses).zip(scored.iter().flatten()) {
-        for (a, b) in r.logprobs.iter().zip(&s.logprobs) {
-            max = max.max((a - b).abs());
-            sum += (a - b).abs();
+    for ((logprobs, rows), (other_logprobs, other_rows)) in pairs {
+        assert_eq!((logprobs.len(), rows.len()), (other_logprobs.len(), other_rows.len()));
+        for delta in logprobs.iter().zip(other_logprobs).map(|(a, b)| (a - b).abs()) {
+            out.max = out.max.max(delta);
+            sum += delta;
             count += 1;
         }
-        let generated = r.attention.as_ref().unwrap();
-        let teacher_forced = s.attention.as_ref().unwrap();
-        assert_eq!(generated.len(), r.tokens.len());
-        rows = generated.values.iter().zip(&teacher_forced.values).map(|(a, b)| (a - b).abs()).fold(rows, f32::max);
+        let deltas = rows.values.iter().zip(&other_rows.values).map(|(a, b)| (a - b).abs());
+        out.rows = deltas.fold(out.rows, f32::max);
     }
-    (max, sum / count as f32, rows)
+    assert!(count > 0);
+    out.mean = sum / count as f32;
+    out
+}
+
+fn generated(outputs: &[GroupOutput]) -> impl Iterator<Item = Computed<'_>> {
+    outputs.iter().flat_map(|o| &o.responses).map(|r| (r.logprobs.as_slice(), r.attention.as_ref().unwrap()))
+}
+
+fn scored(outputs: &[Vec<ScoredResponse>]) -> impl Iterator<Item = Computed<'_>> {
+    outputs.iter().flatten().map(|s| (s.logprobs.as_slice(), s.attention.as_ref().unwrap()))
+}
+
+/// Compares generation with teacher forcing.
+fn agreement(engine: &mut Engine<&Vlm>, requests: &[GroupRequest], temperature: f64) -> Difference {
+    let outputs = engine.generate(requests, None).unwrap();
+    let forced = engine.score(&score_requests(requests, &outputs), temperature).unwrap();
+    difference(generated(&outputs).zip(scored(&forced)))
 }
 
 #[test]
@@ -80,10 +107,10 @@ fn generation_agrees_with_teacher_forcing() {
     let gpu = gpu();
     for family in Family::ALL {
         let dir = model_dir(family, 3);
-        for (kind, max_limit, mean_limit) in [(Kind::Float, 1e-5, 1e-5), (Kind::BFloat16, 1e-2, 1e-3)] {
+        for (kind, max_limit, mean_limit) in [(Kind::Float, 1e-3, 1e-5), (Kind::BFloat16, 1e-2, 1e-3)] {
             let vlm = load(dir.path(), gpu, kind);
             let mut engine = Engine::new(&vlm, options()).unwrap();
-            let (max, mean, rows) = agreement(&mut engine, &requests(&vlm, 0.9), 0.9);
+            let Difference { max, mean, rows } = agreement(&mut engine, &requests(&vlm, 0.9), 0.9);
             println!(
                 "{} {kind:?}: log p differs by at most {max}, by {mean} on average; rows by at most {rows}",
                 family.name()
@@ -91,6 +118,10 @@ fn generation_agrees_with_teacher_forcing() {
             assert!(max <= max_limit && mean <= mean_limit && rows <= 1e-3);
             let stats = engine.stats();
             assert_eq!(engine.graph_error(), None);
+            // The next batch of the same shape finds all its steps recorded.
+            engine.generate(&requests(&vlm, 0.9), None).unwrap();
+            let again = engine.stats();
+            assert_eq!(again.graph_steps - stats.graph_steps, again.decode_steps - stats.decode_steps);
             assert!(stats.graph_steps * 10 > stats.decode_steps * 9, "{stats:?}");
         }
     }
@@ -103,18 +134,19 @@ fn gpu_equals_cpu() {
         let dir = model_dir(family, 4);
         let cpu_model = load(dir.path(), Device::Cpu, Kind::Float);
         let gpu_model = load(dir.path(), gpu, Kind::Float);
-        let requests = requests(&cpu_model, 0.0);
-        let on_cpu = Engine::new(&cpu_model, options()).unwrap().generate(&requests, None).unwrap();
-        let on_gpu = Engine::new(&gpu_model, options()).unwrap().generate(&requests, None).unwrap();
-        let pairs = on_cpu.iter().flat_map(|g| &g.responses).zip(on_gpu.iter().flat_map(|g| &g.responses));
-        for (a, b) in pairs {
-            assert_eq!(a.tokens, b.tokens);
-            let max_difference =
-                |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-            assert!(max_difference(&a.logprobs, &b.logprobs) < 1e-3);
-            assert!(
-                max_difference(&a.attention.as_ref().unwrap().values, &b.attention.as_ref().unwrap().values) < 1e-3
-            );
+        let requests = requests(&cpu_model, 1.0);
+        let mut on_cpu = Engine::new(&cpu_model, options()).unwrap();
+        let outputs = on_cpu.generate(&requests, None).unwrap();
+        // Both are given the CPU's tokens: sampled ones may differ by rounding alone, and so would all that follow.
+        let forced = score_requests(&requests, &outputs);
+        let on_gpu = Engine::new(&gpu_model, options()).unwrap().score(&forced, 1.0).unwrap();
+        let Difference { max, mean, rows } = difference(generated(&outputs).zip(scored(&on_gpu)));
+        println!("{}: log p differs by at most {max}, by {mean} on average; rows by at most {rows}", family.name());
+        assert!(max <= 1e-3 && mean <= 1e-5 && rows <= 1e-3);
+        let on_cpu = on_cpu.score(&forced, 1.0).unwrap();
+        for (a, b) in on_cpu.iter().flatten().zip(on_gpu.iter().flatten()) {
+            let equal = a.greedy.iter().zip(&b.greedy).filter(|(a, b)| a == b).count();
+            assert!(equal * 100 >= a.greedy.len() * 95, "{equal} of {} greedy tokens are equal", a.greedy.len());
         }
     }
 }
@@ -143,9 +175,10 @@ fn weights_change_under_cuda_graphs() {
         let requests = score_requests(&requests[k..=k], std::slice::from_ref(output));
         let scored = Engine::new(&new_model, options()).unwrap().score(&requests, 1.0).unwrap();
         for (r, s) in output.responses.iter().zip(&scored[0]) {
-            for (i, version) in r.versions.iter().enumerate() {
-                assert!(*version == 0 || (r.logprobs[i] - s.logprobs[i]).abs() < 1e-5, "group {k}, token {i}");
-            }
+            let of_new: Vec<usize> = (0..r.versions.len()).filter(|i| r.versions[*i] == 1).collect();
+            let deltas: Vec<f32> = of_new.iter().map(|i| (r.logprobs[*i] - s.logprobs[*i]).abs()).collect();
+            let mean = deltas.iter().sum::<f32>() / deltas.len().max(1) as f32;
+            assert!(mean < 1e-5 && deltas.iter().all(|delta| *delta < 1e-3), "group {k}: {deltas:?}");
         }
     }
 }
@@ -162,4 +195,24 @@ fn weights_are_loaded_to_the_gpu_in_the_requested_dtype() {
     for ((name, a), (_, b)) in vlm.named_parameters().iter().zip(saved.named_parameters()) {
         assert_eq!((a.to_device(Device::Cpu) - b).abs().max().double_value(&[]), 0.0, "{name}");
     }
+}
+
+/// Deterministic algorithms exist for all operations of generation, and repeat it bit for bit.
+#[test]
+fn deterministic_generation_repeats() {
+    let gpu = gpu();
+    set_deterministic(true).unwrap();
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let dir = model_dir(Family::Qwen2_5Vl, 9);
+        let run = || {
+            let vlm = load(dir.path(), gpu, kind);
+            let options = EngineOptions { fixed_shapes: true, ..options() };
+            Engine::new(&vlm, options).unwrap().generate(&requests(&vlm, 1.0), None).unwrap()
+        };
+        let first = run();
+        for (a, b) in first.iter().zip(&run()).flat_map(|(a, b)| a.responses.iter().zip(&b.responses)) {
+            assert_eq!((&a.tokens, &a.logprobs), (&b.tokens, &b.logprobs), "{kind:?}");
+        }
+    }
+    set_deterministic(false).unwrap();
 }

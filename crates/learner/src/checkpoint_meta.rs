@@ -100,19 +100,19 @@ impl CheckpointMeta {
                     .into(),
             );
         }
+        let section = if self.stage == "sft" { "sft" } else { "learner" };
         match (&self.adapters, vlm.adapters(), base) {
             (None, None, _) => Ok(()),
-            (None, Some(_), _) => mismatch(
-                "it contains whole weights, but learner.lora.rank is above 0: set it to 0, or run.resume = \"never\""
-                    .into(),
-            ),
+            (None, Some(_), _) => mismatch(format!(
+                "it contains whole weights, but {section}.lora.rank is above 0: set it to 0, or run.resume = \"never\""
+            )),
             (Some(saved), None, _) => {
-                mismatch(format!("it contains adapters of rank {}, but learner.lora.rank is 0: set it", saved.rank))
+                mismatch(format!("it contains adapters of rank {}, but {section}.lora.rank is 0: set it", saved.rank))
             }
             (Some(saved), Some(adapters), base) => {
                 let spec = lora::describe(adapters.spec());
                 if saved.spec != spec {
-                    return mismatch(lora::mismatch(&saved.spec, &spec));
+                    return mismatch(lora::mismatch(section, &saved.spec, &spec));
                 }
                 if let Some(b) = base.filter(|b| b.hash != saved.base) {
                     return mismatch(format!(
@@ -123,13 +123,13 @@ impl CheckpointMeta {
                     ));
                 }
                 let names: Vec<String> =
-                    adapters.named_parameters().iter().map(|(n, _)| unveil_model::Adapters::peft_name(n)).collect();
+                    adapters.saved_tensors().map(|(n, _)| unveil_model::Adapters::peft_name(n)).collect();
                 let stored: Vec<&str> = weights().filter(|t| t.artifact == ADAPTER).map(|t| t.name.as_str()).collect();
                 let unmatched = |place: &str, name: &str| {
                     let name = name
                         .strip_prefix("base_model.model.")
                         .map_or_else(|| name.into(), unveil_model::canonical_name);
-                    mismatch(format!("the adapters do not match learner.lora.targets: `{name}` is only in {place}"))
+                    mismatch(format!("the adapters do not match {section}.lora.targets: `{name}` is only in {place}"))
                 };
                 if let Some(name) = stored.iter().find(|n| !names.iter().any(|name| name == *n)) {
                     return unmatched("the checkpoint", name);

@@ -179,6 +179,19 @@ pub enum LearnerError {
         /// The most frequent reason.
         reason: String,
     },
+    /// No group of a batch teaches anything, although as many groups as allowed were replaced.
+    #[error(
+        "step {step}: all {looked_at} groups that were looked at teach nothing ({replaced} of them were replaced, the maximum of learner.max_replaced): their rewards are equal, or all their responses were cut. Their responses are in rollouts/step-{step}.jsonl: if they are all right, the task is solved; if they are all wrong, train longer in stage 1 or use easier records; else raise learner.max_replaced, rollout.temperature or rollout.n",
+        looked_at = .groups + .replaced
+    )]
+    NothingToLearn {
+        /// Number of the update.
+        step: u64,
+        /// Groups of the batch.
+        groups: usize,
+        /// Groups that were replaced before.
+        replaced: usize,
+    },
     /// The held-out evaluation failed.
     #[error("evaluation at step {step}: {source}")]
     Evaluate {

@@ -1,12 +1,10 @@
 //! The loop of the ranks other than rank 0, in either stage: they execute the commands of rank 0 and write their own shards of
 //! checkpoints.
 
-use std::net::SocketAddr;
-
+use serde::de::DeserializeOwned;
 use unveil_trainer::lora::BaseModel;
 
 use crate::error::Result;
-use crate::rank_batch::BatchCommand;
 use crate::rank_control::{Command, RankControl};
 use crate::resume::{read_checkpoint, resume_on_all_ranks};
 use crate::saver::ShardWriter;
@@ -20,19 +18,18 @@ use crate::stage_trainer::StageTrainer;
 ///
 /// # Errors
 /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out, and any error of `execute`.
-pub(crate) fn follow<T: StageTrainer>(
+pub(crate) fn follow<T: StageTrainer, B: DeserializeOwned>(
+    control: &RankControl,
     stage: &Stage<'_>,
     plan: &StagePlan,
     make_trainer: impl FnOnce(&Stage<'_>, &RankControl) -> Result<(T, Option<BaseModel>)>,
-    execute: impl Fn(BatchCommand, &Stage<'_>, &mut T) -> Result<()>,
+    execute: impl Fn(B, &Stage<'_>, &mut T) -> Result<()>,
     on_joined: impl FnOnce(),
 ) -> Result<Outcome> {
     let config = stage.config;
-    let ignore_address = |_: SocketAddr| ();
-    let control = RankControl::open(config, stage.model_dir, &stage.data.ids(), ignore_address)?;
     let mut writer = ShardWriter::open(config, plan.prefix, &stage.environment)?;
-    let (mut trainer, base) = make_trainer(stage, &control)?;
-    if let Some((_, meta)) = resume_on_all_ranks(&control, writer.store(), None, |r| {
+    let (mut trainer, base) = make_trainer(stage, control)?;
+    if let Some((_, meta)) = resume_on_all_ranks(control, writer.store(), None, |r| {
         read_checkpoint(config, plan, (&trainer, base.as_ref()), (writer.store().0, r))
     })? {
         trainer.resume_from(&meta.progress)?;
@@ -42,12 +39,13 @@ pub(crate) fn follow<T: StageTrainer>(
         match control.next_command(stage.cancel.is_cancelled())? {
             Command::Idle => {}
             Command::Batch(command) => execute(command, stage, &mut trainer)?,
-            Command::GatherParameters => trainer.gather_parameters()?,
+            Command::GatherParameters => trainer.gather_on_rank_0()?,
+            Command::VisitParameters => trainer.visit_parameters(&mut |_| Ok(()))?,
             Command::Save { step, term } => {
                 let copy = copy_to_host(&trainer.state_to_save()?, &writer.buffers)?;
                 writer.save((step, term, control.ranks.rank()), copy)?;
             }
-            Command::CollectReports => writer.report(&control)?,
+            Command::CollectReports => writer.report(control)?,
             Command::Shutdown => break,
         }
     }

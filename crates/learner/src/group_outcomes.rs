@@ -4,12 +4,17 @@ use unveil_core::{GroupId, TrainGroup};
 use unveil_experience::GroupOutcome;
 use unveil_trainer::UpdateReport;
 
-/// Returns what became of each group of the `batch` of an update.
-pub(crate) fn group_outcomes(report: &UpdateReport, batch: &[TrainGroup]) -> Vec<(GroupId, GroupOutcome)> {
-    let outcome = |g: &TrainGroup| match (g.is_rewarded(), &report.skipped) {
-        (false, _) => GroupOutcome::Masked,
-        (true, Some(_)) => GroupOutcome::Skipped,
-        (true, None) => GroupOutcome::Trained,
+/// Returns what became of each group of the `batch` of an update; `overlong_filter` is the setting of the learner.
+pub(crate) fn group_outcomes(
+    report: &UpdateReport,
+    batch: &[TrainGroup],
+    overlong_filter: bool,
+) -> Vec<(GroupId, GroupOutcome)> {
+    let outcome = |g: &TrainGroup| match &report.skipped {
+        _ if !g.is_rewarded() => GroupOutcome::Masked,
+        _ if g.responses_in_loss(overlong_filter).is_empty() => GroupOutcome::Filtered,
+        Some(_) => GroupOutcome::Skipped,
+        None => GroupOutcome::Trained,
     };
     batch.iter().map(|g| (g.id.clone(), outcome(g))).collect()
 }
@@ -64,10 +69,26 @@ mod tests {
         let batch = [group("a", Some(0.5)), group("b", None)];
         let outcomes = |skipped: Option<&str>| {
             let report = UpdateReport { skipped: skipped.map(str::to_owned), ..Default::default() };
-            group_outcomes(&report, &batch).into_iter().map(|(id, outcome)| (id.record, outcome)).collect::<Vec<_>>()
+            group_outcomes(&report, &batch, false)
+                .into_iter()
+                .map(|(id, outcome)| (id.record, outcome))
+                .collect::<Vec<_>>()
         };
         assert_eq!(outcomes(None), [("a".to_owned(), GroupOutcome::Trained), ("b".to_owned(), GroupOutcome::Masked)]);
         let skipped = outcomes(Some("the loss is not finite"));
         assert_eq!(skipped, [("a".to_owned(), GroupOutcome::Skipped), ("b".to_owned(), GroupOutcome::Masked)]);
+    }
+
+    #[test]
+    fn groups_of_cut_responses_are_filtered() {
+        let mut cut = group("a", Some(0.5));
+        cut.responses[0].finish = unveil_core::Finish::Length;
+        let batch = [cut, group("b", Some(0.5))];
+        let outcomes = |filter| {
+            let outcomes = group_outcomes(&UpdateReport::default(), &batch, filter);
+            outcomes.into_iter().map(|(_, outcome)| outcome).collect::<Vec<_>>()
+        };
+        assert_eq!(outcomes(false), [GroupOutcome::Trained, GroupOutcome::Trained]);
+        assert_eq!(outcomes(true), [GroupOutcome::Filtered, GroupOutcome::Trained]);
     }
 }

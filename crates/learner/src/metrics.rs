@@ -38,6 +38,7 @@ struct UpdateTotals {
     updates: u64,
     skipped: u64,
     responses: u64,
+    filtered: u64,
     tokens: u64,
     masked: BTreeMap<String, u64>,
     /// Seconds in which gradient reductions were in progress.
@@ -83,6 +84,7 @@ impl LearnerMetrics {
             updates: 0,
             skipped: 0,
             responses: 0,
+            filtered: 0,
             tokens: 0,
             masked: BTreeMap::new(),
             reduce_s: 0.0,
@@ -145,6 +147,7 @@ impl LearnerMetrics {
         n.updates += 1;
         n.skipped += u64::from(report.skipped.is_some());
         n.responses += report.responses as u64;
+        n.filtered += report.filtered_responses as u64;
         n.tokens += report.tokens as u64;
         for (name, masked) in &report.masked {
             *n.masked.entry(name.clone()).or_default() += masked;
@@ -166,6 +169,8 @@ impl Collector for LearnerMetrics {
         s.counter("updates", "Updates, skipped ones too", None, n.updates as f64)?;
         s.counter("skipped_updates", "Updates that left the weights as they were", None, n.skipped as f64)?;
         s.counter("responses", "Responses in the batches of updates", None, n.responses as f64)?;
+        let help = "Responses left out of the loss because they were cut at the length limit";
+        s.counter("filtered_responses", help, None, n.filtered as f64)?;
         s.counter("tokens", "Response tokens trained on", None, n.tokens as f64)?;
         let masked = n.masked.iter().map(|(k, v)| (k.as_str(), *v));
         s.counters("masked", "Responses for which a reward component, or the total, is masked", "component", masked)?;
@@ -256,6 +261,7 @@ mod tests {
     fn counters_add_up_and_a_commit_resets_the_age() {
         let metrics = LearnerMetrics::new(1e-5);
         let mut report = UpdateReport { responses: 8, tokens: 100, reduce_ms: 500.0, ..Default::default() };
+        report.filtered_responses = 3;
         report.reduce_wait_ms = 125.0;
         report.masked.insert("relevance".into(), 3);
         for agreement in [None, Some(2e-6)] {
@@ -266,6 +272,7 @@ mod tests {
         for (series, value) in [
             ("updates_total", 2.0),
             ("responses_total", 16.0),
+            ("filtered_responses_total", 6.0),
             ("tokens_total", 200.0),
             ("masked_total{component=\"relevance\"}", 6.0),
             ("collective_seconds_total", 1.0),

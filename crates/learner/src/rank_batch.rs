@@ -7,6 +7,7 @@ use unveil_trainer::PolicyTrainer;
 use unveil_trainer::wire::GroupDump;
 
 use crate::error::{LearnerError, Result};
+use crate::parallel::{map_in_parallel, thread_count};
 use crate::stage::Stage;
 
 /// A command about a batch that the other ranks execute.
@@ -57,15 +58,21 @@ fn to_wire(batch: &[TrainGroup]) -> Vec<GroupDump> {
 /// Rebuilds the batch of rank 0, with the pixels of the groups that this rank computes.
 fn rebuild_batch(stage: &Stage<'_>, trainer: &PolicyTrainer, groups: Vec<GroupDump>) -> Result<Vec<TrainGroup>> {
     let mut batch: Vec<TrainGroup> = groups.into_iter().map(|g| g.into_train_group(Vec::new())).collect();
-    for i in trainer.local_groups(&batch) {
-        let group = &batch[i];
+    let local = trainer.local_groups(&batch);
+    let data = &stage.data;
+    // Decoding takes longer than anything else that the device would wait for.
+    let inputs = map_in_parallel(&local, thread_count(stage.config.learner.threads), |i| {
+        let group = &batch[*i];
         let Record { id, .. } = &group.input.record;
-        let index = stage.data.index(id).ok_or_else(|| LearnerError::RecordMissing { record: id.clone() })?;
-        let item = stage.data.item(index, group.id.pass, false)?;
+        let index = data.index(id).ok_or_else(|| LearnerError::RecordMissing { record: id.clone() })?;
+        let item = data.item(index, group.id.pass, false)?;
         if item.input.prompt != group.input.prompt {
             return Err(LearnerError::PromptDiffers { record: id.clone() });
         }
-        batch[i].input = item.input.clone();
+        Ok(item.input.clone())
+    })?;
+    for (i, input) in local.into_iter().zip(inputs) {
+        batch[i].input = input;
     }
     Ok(batch)
 }

@@ -5,28 +5,34 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 use unveil_collective::{Backend, Collective, Setup, Timeouts, World, open_reporting_address};
 use unveil_config::Config;
+use unveil_config::schema::Parallel;
 use unveil_service::ServiceError;
-use unveil_trainer::{Ranks, ZeroStage, rank_device};
+use unveil_trainer::{Ranks, ZeroStage, device_of_rank};
 
 use crate::error::{LearnerError, Result};
-use crate::rank_batch::BatchCommand;
 
 /// The commands of rank 0, as errors name them.
 const COMMANDS: &str = "the commands of rank 0";
 
-/// An operation that all ranks execute.
+/// A command without a batch.
+pub(crate) type Signal = Command<()>;
+
+/// An operation that all ranks execute; B is the stage's own command on a batch.
 #[derive(Serialize, Deserialize)]
-pub(crate) enum Command {
+pub(crate) enum Command<B> {
     /// Nothing to do yet.
     Idle,
     /// Executes the stage's own command on a batch.
-    Batch(BatchCommand),
-    /// Gathers all sharded parameters on all ranks.
+    Batch(B),
+    /// Gathers all sharded parameters on rank 0.
     GatherParameters,
+    /// Gathers sharded parameters part by part, for rank 0 to read.
+    VisitParameters,
     /// Writes a checkpoint: each rank writes its shard under this term.
     Save {
         /// Number of updates so far.
@@ -50,17 +56,7 @@ pub(crate) struct RankControl {
 }
 
 impl RankControl {
-    /// Creates the control of a learner with one rank.
-    pub(crate) fn solo() -> Self {
-        Self {
-            ranks: Ranks::solo(),
-            device: Device::Cpu,
-            keepalive_interval: Duration::from_secs(1),
-            last_command: Instant::now(),
-        }
-    }
-
-    /// Connects all ranks. Rank 0 passes the rendezvous address to `on_listening` before it waits for the others.
+    /// Connects the ranks `p`. Rank 0 passes the rendezvous address to `on_listening` before it waits for the others.
     ///
     /// # Errors
     /// Returns [`LearnerError::Trainer`] if a rank does not join in time or has another configuration.
@@ -68,11 +64,11 @@ impl RankControl {
         config: &Config,
         model: &Path,
         records: &[String],
+        p: &Parallel,
         on_listening: impl FnOnce(SocketAddr),
     ) -> Result<Self> {
-        let p = &config.learner.parallel;
         let seconds = Duration::from_secs_f64;
-        let device = rank_device(config)?;
+        let device = device_of_rank(config, p)?;
         let ranks = if p.ranks == 1 {
             Ranks::solo()
         } else {
@@ -110,7 +106,7 @@ impl RankControl {
     ///
     /// # Errors
     /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
-    pub(crate) fn command(&mut self, command: impl FnOnce() -> Command) -> Result<bool> {
+    pub(crate) fn command<B: Serialize>(&mut self, command: impl FnOnce() -> Command<B>) -> Result<bool> {
         if self.ranks.size() == 1 {
             return Ok(false);
         }
@@ -125,14 +121,14 @@ impl RankControl {
     /// # Errors
     /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
     pub(crate) fn keepalive(&mut self) -> Result<bool> {
-        if self.last_command.elapsed() < self.keepalive_interval { Ok(false) } else { self.command(|| Command::Idle) }
+        if self.last_command.elapsed() < self.keepalive_interval { Ok(false) } else { self.command(|| Signal::Idle) }
     }
 
     /// Waits for the next command of rank 0, on another rank; `stop` reports that this rank was asked to stop.
     ///
     /// # Errors
     /// Returns [`LearnerError::Trainer`] if another rank has failed or timed out.
-    pub(crate) fn next_command(&self, stop: bool) -> Result<Command> {
+    pub(crate) fn next_command<B: DeserializeOwned>(&self, stop: bool) -> Result<Command<B>> {
         let bytes = self.broadcast_bytes(None)?;
         let command = rmp_serde::from_slice(&bytes).map_err(LearnerError::rank_message(COMMANDS))?;
         self.any_stop_requested(stop)?;
@@ -197,8 +193,10 @@ fn words(bytes: &[u8]) -> Vec<i64> {
 /// Describes what must be equal on all ranks, one line per item.
 fn fingerprint(config: &Config, model: &Path, records: &[String]) -> Result<String> {
     let mut same = config.clone();
-    same.learner.parallel.rank = 0;
-    same.learner.parallel.rendezvous.clear();
+    for parallel in [&mut same.sft.parallel, &mut same.learner.parallel] {
+        parallel.rank = 0;
+        parallel.rendezvous.clear();
+    }
     same.learner.listen.clear();
     same.learner.address.clear();
     same.learner.metrics_listen.clear();

@@ -16,6 +16,7 @@ use unveil_torch_ext::gpu_memory;
 use unveil_trainer::{PolicyTrainer, UpdateReport, dump, rank_device, wire_kind};
 
 use crate::checkpoint_meta::CheckpointMeta;
+use crate::dynamic_sampling;
 use crate::error::{LearnerError, Result};
 use crate::follower::follow;
 use crate::group_outcomes::group_outcomes;
@@ -57,7 +58,11 @@ pub enum Ready {
 pub fn run_rl(stage: Stage<'_>, mut on_ready: impl FnMut(Ready)) -> Result<Outcome> {
     let config = stage.config;
     if config.learner.parallel.rank > 0 {
-        return follow(&stage, &plan(config), make_trainer, BatchCommand::execute, || on_ready(Ready::Joined));
+        let ignore_address = |_: SocketAddr| ();
+        let parallel = &config.learner.parallel;
+        let control = RankControl::open(config, stage.model_dir, &stage.data.ids(), parallel, ignore_address)?;
+        let plan = plan(config);
+        return follow(&control, &stage, &plan, make_trainer, BatchCommand::execute, || on_ready(Ready::Joined));
     }
     unveil_reward::check_records(config, stage.data.records())?;
     let runtime = start_runtime(2)?;
@@ -111,7 +116,8 @@ impl RlParts {
     ) -> Result<(RlLoop<'a>, Self)> {
         let config = stage.config;
         let start = StageStart::claim(&stage, plan(config), config.run.resume.parse()?, handle)?;
-        let control = RankControl::open(config, stage.model_dir, &stage.data.ids(), on_listening)?;
+        let parallel = &config.learner.parallel;
+        let control = RankControl::open(config, stage.model_dir, &stage.data.ids(), parallel, on_listening)?;
         let trainer = make_trainer(&stage, &control)?;
         let (mut run, (machine, responses)) = start.resume(stage, control, trainer, |run, meta| {
             Ok((open_experience(run, meta)?, meta.map_or(0, |m| m.seen)))
@@ -142,7 +148,7 @@ impl RlParts {
 
     /// Publishes the current parameters in the dtype that workers use.
     fn publish(&self, run: &mut RlLoop<'_>) -> Result<()> {
-        run.gather_parameters()?;
+        let by_parts = run.begin_visit()?;
         let vlm = run.trainer.vlm();
         let version = run.trainer.step();
         let kind = wire_kind(run.stage.config);
@@ -151,7 +157,13 @@ impl RlParts {
         let freezing = &run.trainer.settings().freezing;
         let changes =
             |name: &str| vlm.parameter(name).is_none() || (adapters.is_none() && freezing.is_ever_trained(name));
-        Ok(self.server.publish(&NewWeights { version, named, kind, adapters, may_change: &changes })?)
+        let new = NewWeights { version, named, kind, adapters, may_change: &changes };
+        if by_parts {
+            return self.server.publish_in_parts(&new, |pack| {
+                run.trainer.visit_parameters::<LearnerError>(&mut |part| Ok(pack(part)?))
+            });
+        }
+        Ok(self.server.publish(&new)?)
     }
 
     /// Waits for the next batch; returns `None` if the run was cancelled.
@@ -179,6 +191,13 @@ impl RlParts {
         }
     }
 
+    /// Writes responses of the batch of update `step` to the rollout log.
+    fn log_rollout(&self, run: &RlLoop<'_>, step: u64, batch: &[TrainGroup]) -> Result<()> {
+        let stage = &run.stage;
+        let reading = &run.trainer.settings().mentions.reader;
+        rollout_log::write(Path::new(&stage.config.run.dir), step, batch, &stage.data, reading)
+    }
+
     /// Reports an update to the metrics, the event log, the rollout log and the progress display.
     fn report_update(&mut self, run: &mut RlLoop<'_>, report: &UpdateReport, batch: &[TrainGroup]) -> Result<()> {
         let mut event = with_kind("train", report)?;
@@ -186,10 +205,9 @@ impl RlParts {
         event["term"] = run.term().into();
         // Metrics come first, so that a reader of the event finds it counted in them.
         self.metrics.record_update(report, batch, gpu_memory(run.trainer.vlm().device()));
+        run.stage.event(&event)?;
+        self.log_rollout(run, report.step, batch)?;
         let stage = &mut run.stage;
-        stage.event(&event)?;
-        let reading = &run.trainer.settings().mentions.reader;
-        rollout_log::write(Path::new(&stage.config.run.dir), report.step, batch, &stage.data, reading)?;
         self.responses += report.responses as u64;
         let mut parts: Vec<(&str, f64)> = report.reward.iter().map(|(k, v)| (k.as_str(), *v)).collect();
         parts.sort_by_key(|(k, _)| *k != "total");
@@ -209,6 +227,12 @@ impl StageParts for RlParts {
         let start = Instant::now();
         let Some(batch) = self.next_batch(run)? else { return Ok(false) };
         let wait_ms = start.elapsed().as_secs_f64() * 1e3;
+        let replaced = self.server.replaced();
+        let next_step = run.trainer.step() + 1;
+        if let Err(e) = dynamic_sampling::check_batch(&config.learner, next_step, &batch, &replaced) {
+            self.log_rollout(run, next_step, &batch)?;
+            return Err(e);
+        }
         if !config.run.dump_batch.is_empty() {
             let dump_dir = Path::new(&config.run.dump_batch).join(format!("step-{}", run.trainer.step() + 1));
             run.send_batch(|| BatchCommand::compute_values(&batch))?;
@@ -217,12 +241,13 @@ impl StageParts for RlParts {
         run.send_batch(|| BatchCommand::update(&batch))?;
         let spans = self.server.training_spans(run.trainer.step() + 1, &batch);
         let mut report = run.trainer.update(&batch)?;
+        dynamic_sampling::add_to_report(&mut report, &replaced);
         drop(spans);
         report.wait_ms = wait_ms;
         report.step_ms = start.elapsed().as_secs_f64() * 1e3 - wait_ms;
         report.stale_groups = self.server.stats().stale;
         let step = run.trainer.step();
-        self.server.settle(step, &group_outcomes(&report, &batch))?;
+        self.server.settle(step, &group_outcomes(&report, &batch, config.learner.overlong_filter))?;
         if step < config.learner.steps {
             self.metrics.time("publish", || self.publish(run))?;
         }
@@ -280,7 +305,10 @@ fn open_experience(run: &RlLoop<'_>, resumed: Option<&CheckpointMeta>) -> Result
     if machine.version() < step {
         machine.publish(step)?;
     }
-    Ok(machine.with_max_losses(config.rollout.max_losses))
+    let learner = &config.learner;
+    let machine = machine.with_max_losses(config.rollout.max_losses);
+    let uninformative = dynamic_sampling::uninformative(learner);
+    Ok(machine.with_replacement(learner.max_replaced, uninformative, config.run.deterministic))
 }
 
 /// Serializes an event and adds its kind.

@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tch::Tensor;
 use tokio::runtime::Handle;
 use unveil_checkpoint::{
     Access, CheckpointHeader, CheckpointInfo, Checkpoints, Error, Object, Resume, ResumeCandidates, Retention, Store,
@@ -21,7 +22,7 @@ use unveil_trainer::lora::{self, BaseModel};
 use crate::checkpoint_meta::CheckpointMeta;
 use crate::error::{LearnerError, Result};
 use crate::metrics::SaveMetrics;
-use crate::rank_control::{Command, RankControl};
+use crate::rank_control::{RankControl, Signal};
 use crate::snapshot::{ADAPTER, HostBufferPool, HostCopy, MODEL};
 use crate::threads::{spawn, start_runtime};
 
@@ -202,7 +203,7 @@ impl Saver {
     pub(crate) fn poll(&mut self, control: &mut RankControl) -> Result<Option<SaveResult>> {
         let Some(p) = &mut self.pending else { return Ok(None) };
         if p.reports.is_some() && p.written.load(Ordering::Acquire) {
-            control.command(|| Command::CollectReports)?;
+            control.command(|| Signal::CollectReports)?;
             if let Some(messages) = control.gather_bytes(Some(&[]))? {
                 let reports = messages.iter().enumerate().skip(1).map(|(rank, text)| decode_report(rank, text));
                 match (reports.collect::<Result<Vec<_>>>(), p.reports.take()) {
@@ -291,10 +292,12 @@ impl Saver {
         remove(&fresh_adapter)?;
         let export = unveil_checkpoint::export(&self.store, Some(step), &fresh_adapter, ADAPTER, "adapter_model");
         self.handle.block_on(export)?;
-        let (_, named) = unveil_model::read_adapters(&fresh_adapter)?;
+        let files = unveil_model::read_adapter_files(&fresh_adapter)?;
+        let named: Vec<(String, Tensor)> = files.adapters.into_iter().chain(files.parameters).collect();
         vlm.load_adapters(&named)?;
         remove(&fresh)?;
         lora::export(vlm, &base.dir, &fresh, &fresh_adapter)?;
+        unveil_model::record_adapter_base(&fresh_adapter, &base.hash)?;
         for (from, to) in [(&fresh_adapter, &adapter), (&fresh, &out.to_path_buf())] {
             remove(to)?;
             std::fs::rename(from, to).map_err(LearnerError::io("replace", to))?;

@@ -79,11 +79,11 @@ fn checkpoint_name(vlm: &Vlm, name: &str) -> (String, &'static str) {
     if name.starts_with(CRITIC_PREFIX) {
         return (name.to_owned(), "");
     }
-    if vlm.parameter(name).is_some() {
-        return (vlm.published_name(name), MODEL);
+    if vlm.adapters().is_some_and(|a| a.saved_tensors().any(|(n, _)| n == name)) {
+        return (Adapters::peft_name(name), ADAPTER);
     }
-    match vlm.adapters().filter(|a| a.named_parameters().iter().any(|(n, _)| n == name)) {
-        Some(_) => (Adapters::peft_name(name), ADAPTER),
+    match vlm.parameter(name) {
+        Some(_) => (vlm.published_name(name), MODEL),
         None => (name.to_owned(), ""),
     }
 }

@@ -1,9 +1,9 @@
 //! The trainers of both stages, as the loop of rank 0 and that of the other ranks use them.
 
 use unveil_model::Vlm;
-use unveil_trainer::{LocalState, PolicyTrainer, SftTrainer, TrainerProgress};
+use unveil_trainer::{LocalState, ParameterReader, PolicyTrainer, SftTrainer, TrainerProgress};
 
-use crate::error::Result;
+use crate::error::{LearnerError, Result};
 
 /// The trainer of a stage on one rank: what resuming, saving and evaluating need of it. Updates belong to the stage.
 pub(crate) trait StageTrainer {
@@ -37,16 +37,22 @@ pub(crate) trait StageTrainer {
     /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
     fn resume_from(&mut self, progress: &TrainerProgress) -> Result<()>;
 
-    /// Gathers all sharded parameters on all ranks, until the next update releases them; all ranks call it.
+    /// Gathers all sharded parameters on rank 0, until the next update releases them; all ranks call it.
     ///
     /// # Errors
     /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
-    fn gather_parameters(&self) -> Result<()>;
+    fn gather_on_rank_0(&self) -> Result<()>;
+
+    /// Passes all parameters to `read` on rank 0, in parts that are gathered one after another if they are sharded; all ranks call it.
+    ///
+    /// # Errors
+    /// Returns the error of `read`, and [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
+    fn visit_parameters(&self, read: &mut ParameterReader<'_, LearnerError>) -> Result<()>;
 }
 
-/// Implements [`StageTrainer`] for a trainer whose methods of the same names do the same; `$save`, `$load` and `$gather` are the others.
+/// Implements [`StageTrainer`] for a trainer whose methods of the same names do the same.
 macro_rules! implement_stage_trainer {
-    ($trainer:ty, $save:expr, $load:expr, $gather:expr) => {
+    ($trainer:ty) => {
         impl StageTrainer for $trainer {
             fn vlm(&self) -> &Vlm {
                 <$trainer>::vlm(self)
@@ -65,33 +71,27 @@ macro_rules! implement_stage_trainer {
             }
 
             fn state_to_save(&self) -> Result<LocalState<'_>> {
-                Ok($save(self)?)
+                Ok(<$trainer>::state_to_save(self)?)
             }
 
             fn state_to_load(&self) -> Result<LocalState<'_>> {
-                Ok($load(self)?)
+                Ok(<$trainer>::state_to_load(self)?)
             }
 
             fn resume_from(&mut self, progress: &TrainerProgress) -> Result<()> {
                 Ok(<$trainer>::resume_from(self, progress)?)
             }
 
-            fn gather_parameters(&self) -> Result<()> {
-                Ok($gather(self)?)
+            fn gather_on_rank_0(&self) -> Result<()> {
+                Ok(<$trainer>::gather_on_rank_0(self)?)
+            }
+
+            fn visit_parameters(&self, read: &mut ParameterReader<'_, LearnerError>) -> Result<()> {
+                <$trainer>::visit_parameters(self, read)
             }
         }
     };
 }
 
-/// The only rank of stage 1 holds all parameters.
-fn holds_all_parameters(_: &SftTrainer) -> unveil_trainer::Result<()> {
-    Ok(())
-}
-
-implement_stage_trainer!(SftTrainer, SftTrainer::local_state, SftTrainer::local_state, holds_all_parameters);
-implement_stage_trainer!(
-    PolicyTrainer,
-    PolicyTrainer::state_to_save,
-    PolicyTrainer::state_to_load,
-    PolicyTrainer::gather_parameters
-);
+implement_stage_trainer!(SftTrainer);
+implement_stage_trainer!(PolicyTrainer);

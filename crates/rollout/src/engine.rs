@@ -23,6 +23,9 @@ pub fn engine_options(config: &Config, model: &VlmConfig, banned: &[u32]) -> Eng
         capture: Some(AttentionSet::configured(model, &vision.layers, &vision.heads)),
         banned: banned.to_vec(),
         memory_limit: (rollout.memory_gib > 0.0).then(|| (rollout.memory_gib * f64::from(1 << 30)) as u64),
+        keep_cache: rollout.keep_cache,
+        // What a batch left behind would enter the shapes of the next one, which a resumed run cannot repeat.
+        reuse_cache: !config.run.deterministic,
         ..Default::default()
     }
 }
@@ -37,7 +40,8 @@ pub fn open_engine(config: &Config, dir: &Path, threads: usize, banned: &[u32]) 
     if threads > 0 {
         tch::set_num_threads(threads as i32);
     }
-    let vlm = Vlm::load(dir, unveil_model::device(&config.run.device)?, weight_kind(config.run.dtype))?;
+    let mut vlm = Vlm::load(dir, unveil_model::device(&config.run.device)?, weight_kind(config.run.dtype))?;
+    vlm.set_compute(config.run.compute)?;
     let options = engine_options(config, vlm.config(), banned);
     Ok(Engine::new(vlm, options)?)
 }

@@ -42,6 +42,12 @@ pub struct EngineOptions {
     pub fixed_shapes: bool,
     /// Maximum size of the cache of image features, in bytes.
     pub image_cache_bytes: u64,
+    /// Whether the KV cache of a batch that has ended serves the next one, with the steps that were captured for it. Takes effect where
+    /// decode steps have fixed shapes.
+    pub reuse_cache: bool,
+    /// Whether running groups keep their KV caches when weights are loaded. Their later tokens then have the version of the weights that
+    /// filled the caches.
+    pub keep_cache: bool,
 }
 
 impl Default for EngineOptions {
@@ -54,6 +60,8 @@ impl Default for EngineOptions {
             memory_limit: None,
             fixed_shapes: false,
             image_cache_bytes: 256 << 20,
+            reuse_cache: true,
+            keep_cache: false,
         }
     }
 }
@@ -92,6 +100,8 @@ pub struct Engine<V = Vlm> {
     pub(crate) images: ImageCache,
     pub(crate) waiting: VecDeque<QueuedGroup>,
     pub(crate) batch: Option<Batch>,
+    /// The batch that ended last, without groups, whose cache the next one may use.
+    pub(crate) spare: Option<Batch>,
     pub(crate) graph_error: Option<String>,
     /// Merges adapters, and keeps the original matrices.
     merger: AdapterMerger,
@@ -119,6 +129,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
             stats: EngineStats::default(),
             waiting: VecDeque::new(),
             batch: None,
+            spare: None,
             graph_error: None,
             merger: AdapterMerger::default(),
             next_ticket: 0,
@@ -165,9 +176,9 @@ impl<V: Borrow<Vlm>> Engine<V> {
         self.options.capture.as_ref()
     }
 
-    /// Returns the current size of the KV cache, in bytes.
+    /// Returns the current size of the KV cache, in bytes, including one that is kept for the next batch.
     pub fn cache_bytes(&self) -> u64 {
-        self.batch.as_ref().map_or(0, |b| b.cache_bytes(&self.vlm.borrow().config().text))
+        self.batch.as_ref().or(self.spare.as_ref()).map_or(0, |b| b.cache_bytes(&self.vlm.borrow().config().text))
     }
 
     /// Returns whether no group is running or queued.
@@ -197,7 +208,7 @@ impl<V: Borrow<Vlm>> Engine<V> {
         let batch = self.batch.as_mut()?;
         let output = batch.cancel(ticket);
         if batch.is_empty() {
-            self.batch = None;
+            self.end_batch();
         }
         output
     }
@@ -292,7 +303,8 @@ impl<V: Borrow<Vlm>> Engine<V> {
 
 impl<V: BorrowMut<Vlm>> Engine<V> {
     /// Loads weights in place: all parameters by name, with the model's shapes. Their version is `version`. Running groups continue:
-    /// their KV caches are recomputed with the new weights, so that each token's log-probability is that of its version.
+    /// their KV caches are recomputed with the new weights, so that each token's log-probability is that of its version; with
+    /// [`EngineOptions::keep_cache`] they stay as they are.
     ///
     /// # Errors
     /// Returns [`EngineError::Model`] if a name or shape does not match; the model is unchanged then. After any other error the weights
@@ -301,8 +313,7 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
         self.vlm.borrow_mut().load_state(named)?;
         self.merger.forget(|_| true);
         self.images.clear();
-        self.version = version;
-        self.recompute_caches()
+        self.change_version(version)
     }
 
     /// Loads some parameters in place, and keeps the others; see [`Engine::load_weights`].
@@ -315,8 +326,7 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
         if named.iter().any(|(name, _)| name.starts_with(VISION_PREFIX)) {
             self.images.clear();
         }
-        self.version = version;
-        self.recompute_caches()
+        self.change_version(version)
     }
 
     /// Loads weights with adapters (`LAYER.lora_A.weight`, `LAYER.lora_B.weight`, scaled by `scale`), which are merged into the original
@@ -342,8 +352,7 @@ impl<V: BorrowMut<Vlm>> Engine<V> {
         if base.is_some() || adapters.iter().any(|(name, _)| name.starts_with(VISION_PREFIX)) {
             self.images.clear();
         }
-        self.version = version;
-        self.recompute_caches()
+        self.change_version(version)
     }
 }
 

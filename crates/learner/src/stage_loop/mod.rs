@@ -8,14 +8,14 @@ mod start;
 
 use std::time::Instant;
 
+use serde::Serialize;
 use unveil_trainer::ZeroStage;
 use unveil_trainer::lora::BaseModel;
 
 use crate::checkpoint_meta::{CheckpointMeta, SavedAdapters, StaticFiles};
 use crate::error::Result;
 use crate::metrics::LearnerMetrics;
-use crate::rank_batch::BatchCommand;
-use crate::rank_control::{Command, RankControl};
+use crate::rank_control::{Command, RankControl, Signal};
 use crate::saver::{Save, SaveResult, Saver};
 use crate::snapshot::copy_to_host;
 use crate::stage::{Outcome, Stage, ValidationResult};
@@ -97,7 +97,7 @@ impl<T: StageTrainer> StageLoop<'_, T> {
         outcome.interrupted = outcome.step < plan.total;
         let has_saved = self.save_last(&*parts)?;
         self.gather_parameters()?;
-        self.control.command(|| Command::Shutdown)?;
+        self.control.command(|| Signal::Shutdown)?;
         if has_saved && !outcome.interrupted && !plan.exports_best {
             outcome.last = self.evaluate()?.or(outcome.last);
         }
@@ -118,6 +118,11 @@ impl<T: StageTrainer> StageLoop<'_, T> {
         Ok(Outcome { exported: Some(step), ..outcome })
     }
 
+    /// Ends the loop and returns the control of the ranks.
+    pub(crate) fn into_control(self) -> RankControl {
+        self.control
+    }
+
     /// Tells the other ranks that the stage continues, while it waits for a batch. If one of them was asked to stop, the stage is
     /// cancelled.
     ///
@@ -134,7 +139,7 @@ impl<T: StageTrainer> StageLoop<'_, T> {
     ///
     /// # Errors
     /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
-    pub(crate) fn send_batch(&mut self, command: impl FnOnce() -> BatchCommand) -> Result<()> {
+    pub(crate) fn send_batch<B: Serialize>(&mut self, command: impl FnOnce() -> B) -> Result<()> {
         if self.control.command(|| Command::Batch(command()))? {
             self.stage.cancel.cancel();
         }
@@ -147,10 +152,23 @@ impl<T: StageTrainer> StageLoop<'_, T> {
     /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
     pub(crate) fn gather_parameters(&mut self) -> Result<()> {
         if self.control.ranks.zero_stage() == ZeroStage::Parameters {
-            self.control.command(|| Command::GatherParameters)?;
-            self.trainer.gather_parameters()?;
+            self.control.command(|| Signal::GatherParameters)?;
+            self.trainer.gather_on_rank_0()?;
         }
         Ok(())
+    }
+
+    /// Tells the other ranks to take part in [`StageTrainer::visit_parameters`], which must follow, and returns true; returns false if
+    /// parameters are not sharded.
+    ///
+    /// # Errors
+    /// Returns [`LearnerError::Trainer`](crate::LearnerError::Trainer) if another rank has failed or timed out.
+    pub(crate) fn begin_visit(&mut self) -> Result<bool> {
+        let sharded = self.control.ranks.zero_stage() == ZeroStage::Parameters;
+        if sharded {
+            self.control.command(|| Signal::VisitParameters)?;
+        }
+        Ok(sharded)
     }
 
     /// Advances the pending save, and logs its result once it is known.
@@ -175,7 +193,7 @@ impl<T: StageTrainer> StageLoop<'_, T> {
         let wait = wait_start.elapsed();
         let step = self.trainer.step();
         let term = self.saver.term;
-        self.control.command(|| Command::Save { step, term })?;
+        self.control.command(|| Signal::Save { step, term })?;
         let copy = copy_to_host(&self.trainer.state_to_save()?, &self.saver.buffers)?;
         let vlm = self.trainer.vlm();
         let base = self.base.as_ref();

@@ -20,7 +20,7 @@ fn run(small: &SmallRun, (kind, step): (&'static str, u64)) -> Result<(Outcome, 
     let cancel = CancellationToken::new();
     let mut events = StopAt { kind, step, cancel: cancel.clone(), seen: vec![] };
     let mut silent = SilentProgress;
-    let outcome = run_sft(small.stage(&model, &out, &mut events, &mut silent, cancel))?;
+    let outcome = run_sft(small.stage(&model, &out, &mut events, &mut silent, cancel), |_| ())?;
     Ok((outcome, events.seen))
 }
 

@@ -86,7 +86,7 @@ fn run(small: &SmallRun, stop: u64) -> (unveil_learner::Outcome, Vec<serde_json:
     let mut last_progress = LastProgress(0);
     let mut stage = small.stage(&model, &out, &mut events, &mut last_progress, cancel);
     stage.evaluator = Some(&mut evaluator);
-    let outcome = run_sft(stage).unwrap();
+    let outcome = run_sft(stage, |_| ()).unwrap();
     let updates = events.seen.iter().filter(|e| e["kind"] == "sft").count() as u64;
     assert_eq!(last_progress.0, 3 * updates, "images of this process, from which the rate is last_progress");
     (outcome, events.seen)
@@ -99,7 +99,7 @@ fn error_of(small: &SmallRun) -> LearnerError {
     let mut events = Vec::new();
     let mut silent = SilentProgress;
     let stage = small.stage(&model, &out, &mut events, &mut silent, CancellationToken::new());
-    run_sft(stage).unwrap_err()
+    run_sft(stage, |_| ()).unwrap_err()
 }
 
 /// A save is reported before the next one begins, and the last evaluation follows the last save.
@@ -192,7 +192,7 @@ fn cancellation_interrupts_batch_preparation() {
     let mut events = Vec::new();
     let mut silent = SilentProgress;
     let started = std::time::Instant::now();
-    let outcome = run_sft(small.stage(&model, &out, &mut events, &mut silent, cancel)).unwrap();
+    let outcome = run_sft(small.stage(&model, &out, &mut events, &mut silent, cancel), |_| ()).unwrap();
     assert_eq!((outcome.interrupted, outcome.step), (true, 0));
     assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
 }

@@ -105,6 +105,22 @@ pub(crate) const BLIND: &str = "blind";
 /// Name of a worker that fails on every record but the first.
 pub(crate) const PICKY: &str = "picky";
 
+/// Name of a worker that gives all responses the same reward.
+pub(crate) const FLAT: &str = "flat";
+/// Name of a worker that gives all responses to records with an even number the same reward, and different ones to the others.
+pub(crate) const PARTLY_FLAT: &str = "partly-flat";
+
+/// Returns the reward of a response by the worker `name`.
+fn reward(name: &str, record: &str, index: usize, tokens: &[u32]) -> Option<f64> {
+    let is_even = record.ends_with(['0', '2', '4', '6', '8']);
+    match name {
+        FLAT => Some(0.5),
+        PARTLY_FLAT if is_even => Some(0.5),
+        PARTLY_FLAT => Some(0.1 * index as f64),
+        _ => low_tokens(tokens),
+    }
+}
+
 /// Leases, generates and submits on a thread until the run ends or the service stops. Returns the number of accepted
 /// groups.
 pub(crate) fn work(address: SocketAddr, model: PathBuf, name: &str) -> std::thread::JoinHandle<u64> {
@@ -188,7 +204,7 @@ fn generate_groups(
         let mut breakdowns = Vec::new();
         for r in out.responses {
             let text = preprocessor.tokenizer().decode(&r.tokens).unwrap();
-            let mut scored = breakdown(&id, r.index, low_tokens(&r.tokens));
+            let mut scored = breakdown(&id, r.index, reward(name, &id, r.index, &r.tokens));
             if name == BLIND {
                 let masked = unveil_core::Component::masked(unveil_core::MaskReason::NoAttention);
                 scored.components.insert("format".into(), masked);
