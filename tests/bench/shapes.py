@@ -7,6 +7,7 @@ key/value heads, a gated MLP several times as wide as the residual stream, 14-pi
     tiny    1,060,000 parameters   decoder 128 wide, 4 layers; vision tower 64 wide, 3 blocks
     6m      6,112,896 parameters   decoder 192 wide, 8 layers; vision tower 128 wide, 5 blocks
     100m  101,023,360 parameters   decoder 640 wide, 10 layers; vision tower 384 wide, 10 blocks
+    45m-deep and 135m-wide   24 narrow and 4 wide decoder layers
     3b  3,754,622,976 parameters   the published 3B configuration
     7b  8,292,166,656 parameters   the published 7B configuration
 
@@ -36,6 +37,8 @@ SHAPES = {
     "tiny": (512, (128, 4, 8, 4, 384, [2, 3, 3], 4.0), (64, 3, 2, 176, [2]), True),
     "6m": (4096, (192, 8, 6, 2, 640, [4, 6, 6], 1e6), (128, 5, 4, 384, [2, 4]), True),
     "100m": (32000, (640, 10, 10, 2, 2560, [8, 12, 12], 1e6), (384, 10, 6, 1024, [4, 9]), True),
+    "45m-deep": (16000, (320, 24, 5, 1, 1024, [8, 12, 12], 1e6), (256, 6, 4, 640, [3, 5]), True),
+    "135m-wide": (64000, (1024, 4, 16, 4, 3072, [8, 12, 12], 1e6), (512, 6, 8, 1536, [2, 5]), True),
     "3b": (151936, (2048, 36, 16, 2, 11008, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), True),
     "7b": (152064, (3584, 28, 28, 4, 18944, [16, 24, 24], 1e6), (1280, 32, 16, 3420, [7, 15, 23, 31]), False),
 }
