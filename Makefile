@@ -13,7 +13,7 @@ PYTHON = $$(sed -n 's/^UNVEIL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)
 SEED ?= $(shell date +%s)
 FAULTS ?= 200
 
-.PHONY: help setup build train test check chaos test-azure test-ceph test-gpu test-helm test-slurm bench-rollout bench-load bench-learner bench-checkpoint bench-reward bench-gpu fuzz fmt lint doc clean
+.PHONY: help setup build train test check chaos test-azure test-ceph test-gpu test-helm test-slurm bench-rollout bench-load bench-learner bench-checkpoint bench-memory bench-precision bench-reward bench-gpu fuzz fmt lint doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,8 +81,9 @@ test-slurm: setup ## tests on a real Slurm of four nodes on this machine (part o
 	cargo build --locked $(PACKAGES) --bins
 	cargo test --locked -p unveil-tests --test it slurm:: -- --nocapture --test-threads 1
 
-test-gpu: setup ## GPU tests of engine, collectives and weight sync; they fail without a GPU
+test-gpu: setup ## GPU tests of engine, updates, collectives and weight sync; they fail without a GPU
 	cargo test --locked -p unveil-engine --features gpu --test gpu -- --nocapture --test-threads 1
+	cargo test --locked -p unveil-trainer --features gpu --test gpu -- --nocapture --test-threads 1
 	cargo test --locked -p unveil-collective --features gpu --test gpu -- --nocapture --test-threads 1
 	cargo test --locked -p unveil-experience-rpc --features gpu --test gpu -- --nocapture --test-threads 1
 
@@ -96,6 +97,16 @@ bench-learner: setup ## policy updates against TRL, all-reduce, weight sync agai
 	@.ci/setup --tests
 	cargo build --release --locked -p unveil-bench --bin learner_bench --bin sync_bench
 	$(PYTHON) tests/bench/learner.py --ranks --sync $(ARGS)
+
+bench-memory: setup ## peak memory of updates against the plan of `unveil plan` (ARGS="--shapes 100m")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-bench --bin memory_bench
+	$(PYTHON) tests/bench/memory.py $(ARGS)
+
+bench-precision: setup ## errors of the precision modes: decoding against teacher forcing, updates of stage 1 (ARGS="--shape 6m --steps 20")
+	@.ci/setup --tests
+	cargo build --release --locked -p unveil-bench --bin precision_bench
+	$(PYTHON) tests/bench/precision.py $(ARGS)
 
 bench-checkpoint: setup ## saves and loads against the raw store throughput and torch.distributed.checkpoint (ARGS="--rounds 3")
 	@.ci/setup --tests
