@@ -34,7 +34,7 @@ const ANSWER_TAGS: [&str; 2] = ["<answer>", "</answer>"];
 /// assert_eq!((answer.category.as_str(), answer.fault), ("nodule", Some(ParseFault::OtherForm)));
 ///
 /// // Reasoning that never ends leaves no answer.
-/// assert_eq!(reader.read("<think>[1,2,30,40] nodule", parse_answer).fault, Some(ParseFault::NoSpan));
+/// assert_eq!(reader.read("<think>[1,2,30,40] nodule", parse_answer).fault, Some(ParseFault::OpenReasoning));
 ///
 /// let tags = ["<box>".to_owned(), "</box>".to_owned()];
 /// let reader = AnswerReader::new(Some(tags), &["unremarkable"], ClassMatch::Equal);
