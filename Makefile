@@ -33,9 +33,6 @@ DOC := cargo doc --locked --workspace --no-deps --lib --bins --examples --all-fe
 # Everything but the programs of the benchmarks.
 PACKAGES := --workspace --exclude unveil-bench
 
-# Process tests wait most of the time, so one test more than CPUs runs at a time.
-TEST_THREADS = $$(($$(nproc) + 1))
-
 # Binaries and tests in one build: test dependencies enable other features, and separate builds would compile everything twice.
 # The examples in the documentation run last: nextest does not run them.
 test: ## all tests
@@ -43,7 +40,7 @@ test: ## all tests
 	cargo build --locked $(PACKAGES) --bins --tests --examples
 	$(if $(filter bccd,$(LEFT_OUT)),@echo "test: BCCD is not at $(BCCD): skipping its tests (set UNVEIL_BCCD=DIR)")
 	$(if $(filter slurm_,$(LEFT_OUT)),@echo "test: NOT ROOT: skipping the tests on a real Slurm")
-	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked $(PACKAGES) --test-threads $(TEST_THREADS) $(NEXTEST_ONLY); \
+	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --locked $(PACKAGES) $(NEXTEST_ONLY); \
 	else set -x; cargo test --locked $(PACKAGES) --tests $(TEST_ONLY); fi
 	cargo test --locked $(PACKAGES) --doc
 
